@@ -1,0 +1,47 @@
+"""The compression methods by name: literal dicts, one row a method.
+
+A row's `function(weight, target_OI, statistics, config)` takes a StoredWeight, the float32 [O, I] matrix it should imitate,
+LayerStatistics and its config, and returns (StoredWeight, {metric: number}). It knows no files and no models.
+A row with scope "block" trains one decoder block as a whole; see `BlockProblem`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from .weights import StoredWeight
+
+
+@dataclass(frozen=True)
+class Method:
+    """`needs` names the statistics (compress/statistics.NEEDS) for a config; `inputs` whose inputs they are taken from:
+    the already compressed model below, or the dense one; `version` rises when a fix changes results."""
+
+    config: type
+    function: Callable[..., Any]
+    needs: Callable[[Any], frozenset[str]] = lambda config: frozenset()
+    inputs: Literal["compressed", "dense"] = "compressed"
+    scope: Literal["matrix", "block"] = "matrix"
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class BlockProblem:
+    """One decoder block as a function, for methods with scope "block".
+
+    weights: name → StoredWeight, as they stand (an earlier quantization, or dense); targets: name → float32 [O, I] dense
+    matrices of the same block; forward(matrices, hidden [B, T, D]) runs the block with those effective weights,
+    differentiable in both; inputs [N, T, D] are what the compressed model below produces, outputs [N, T, D] what the dense
+    block makes of the dense model's hidden states (or of `inputs`, as the caller decides); statistics: name → LayerStatistics.
+    The function returns (name → StoredWeight, {metric: number}).
+    """
+
+    weights: dict[str, StoredWeight]
+    targets: dict[str, Tensor]
+    forward: Callable[[dict[str, Tensor], Tensor], Tensor]
+    inputs_NTD: Tensor
+    outputs_NTD: Tensor
+    statistics: dict[str, Any]
+    seed: int = 0
