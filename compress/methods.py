@@ -5,8 +5,8 @@ LayerStatistics and its config, and returns (StoredWeight, {metric: number}). It
 A row with scope "block" trains one decoder block as a whole; see `BlockProblem`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
@@ -17,7 +17,8 @@ from .weights import StoredWeight
 @dataclass(frozen=True)
 class Method:
     """`needs` names the statistics (compress/statistics.NEEDS) for a config; `inputs` whose inputs they are taken from:
-    the already compressed model below, or the dense one; `version` rises when a fix changes results."""
+    the already compressed model below, or the dense one; `version` rises when a fix changes results; `defaults` are the row's
+    own values of the config's fields: a row is `config(**(defaults | what the user set))`."""
 
     config: type
     function: Callable[..., Any]
@@ -25,6 +26,7 @@ class Method:
     inputs: Literal["compressed", "dense"] = "compressed"
     scope: Literal["matrix", "block"] = "matrix"
     version: int = 1
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
