@@ -1,0 +1,164 @@
+"""How figures look and how they leave: style, inline SVG for pages, files for publishing, axes and labels.
+
+Knows matplotlib and nothing of what is drawn. Figures never touch pyplot's global state. An inline SVG takes its ink and
+paper from the page's CSS (`--ink`, `--muted`, `--rule`, `--paper`), so that one drawing serves light, dark and print.
+"""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+from .tables import number
+
+INK, MUTED, RULE, PAPER = "#101827", "#6a7280", "#e2e5ea", "#fdfdfe"
+THEMED = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", PAPER: "var(--paper)"}
+PALETTE = ("#3478f6", "#e8590c", "#12a06e", "#8b5cf6", "#e03e6d", "#0aa5c2", "#b58900", "#7a6652", "#d946c0", "#5c7c10")
+MARKERS = "osD^vPXph*"
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+    "font.family": ["DejaVu Sans"],
+    "font.size": 8.5,
+    "axes.titlesize": 9,
+    "axes.labelsize": 8.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.edgecolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "axes.facecolor": "none",
+    "figure.facecolor": PAPER,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 1.7,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "savefig.dpi": 160,
+}
+WIDTH = 4.7
+
+
+def new_figure(rows: int = 1, columns: int = 1, height: float = 3.0, width: float = WIDTH, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of rows × columns panels, each `height` inches high; its axes row by row."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(rows, columns, squeeze=False, **options)
+    return figure, list(axes.ravel())
+
+
+def inline_svg(figure: Figure, prefix: str, description: str) -> str:
+    """The figure as an <svg> element for a page: no outside reference, ids under `prefix`, colours from the page."""
+    out = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    svg = re.sub(r'\sid="([^"]+)"', rf' id="{prefix}-\1"', svg)
+    svg = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}-\1"', svg)
+    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", svg)
+    svg = re.sub(r"(font: (?:[\w.]+ )*?[\d.]+px) [^;\"]+", r"\1 var(--sans)", svg)
+    for color, variable in THEMED.items():
+        svg = svg.replace(color, variable)
+    label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return re.sub(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{label}">', svg, count=1).strip()
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """Writes `path` with the suffixes .png and .svg (fixed colours) and returns both paths."""
+    written = []
+    with matplotlib.rc_context({**STYLE, "svg.fonttype": "path"}):
+        for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
+            target = path.with_name(path.name + suffix)
+            scratch = path.with_name(f".{path.name}.partial{suffix}")
+            figure.savefig(scratch, metadata=metadata)
+            scratch.replace(target)
+            written.append(target)
+    return written
+
+
+def nice_log_axis(axes: Axes, which: str, low: float, high: float) -> None:
+    """A logarithmic axis with round, plainly written ticks, also where it spans less than a decade."""
+    low, high = low / 1.06, high * 1.06
+    getattr(axes, f"set_{which}scale")("log")
+    getattr(axes, f"set_{which}lim")(low, high)
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_locator(FixedLocator(_log_ticks(low, high)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+
+
+def plain(value: float) -> str:
+    """A tick's number with no more digits than it needs."""
+    if value == 0 or not 1e-3 <= abs(value) < 1e7:
+        return f"{value:g}"
+    return f"{value:,.10g}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def place_labels(axes: Axes, points: Sequence[tuple[float, float, str]], size: float = 7.5) -> None:
+    """Writes a label beside each point where it covers neither a point nor another label; in a crowd, the least bad place."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    scale = 72.0 / figure.dpi
+    spots = [tuple(axes.transData.transform((x, y)) * scale) for x, y, _ in points]
+    frame = axes.get_window_extent()
+    taken = [(x - 3.0, y - 3.0, x + 3.0, y + 3.0) for x, y in spots]
+    for (x, y), (data_x, data_y, text) in zip(spots, points, strict=True):
+        width, height = 0.56 * size * len(text), 1.15 * size
+        choices = []
+        for distance in (5.0, 10.0, 17.0):
+            for across, up in ((0, 1), (1, 0), (0, -1), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1)):
+                left = x + across * distance + (0.0 if across > 0 else -width if across < 0 else -width / 2)
+                bottom = y + up * distance + (0.0 if up > 0 else -height if up < 0 else -height / 2)
+                box = (left, bottom, left + width, bottom + height)
+                outside = not (frame.x0 * scale <= box[0] and box[2] <= frame.x1 * scale + 12 and box[1] >= frame.y0 * scale)
+                covered = sum(_overlap(box, other) for other in taken) + (1e4 if outside else 0.0)
+                choices.append((covered + 0.5 * distance, len(choices), box))
+        _, _, box = min(choices)
+        taken.append(box)
+        offset = (box[0] - x, box[1] - y)
+        note = axes.annotate(text, (data_x, data_y), offset, textcoords="offset points", fontsize=size, color=INK, ha="left", va="bottom")
+        note.set_in_layout(False)
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+        ticks = [step * 10.0**power for power in decades for step in steps if low <= step * 10.0**power <= high]
+        if len(ticks) >= 4:
+            return ticks
+    return [
+        float(tick) for tick in MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if low <= tick <= high and tick > 0
+    ]
+
+
+def describe(rows: Sequence[tuple[str, float | None]], unit: str = "") -> str:
+    """An image description: "baseline 28.69, quantize 43.40"."""
+    return ", ".join(f"{name} {number(value)}{unit}" for name, value in rows if value is not None)

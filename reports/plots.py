@@ -1,0 +1,214 @@
+"""Figures from rows of numbers: lines, Pareto fronts, kernel benchmarks; for pages and for published results.
+
+Knows rows (mappings) and the names of their fields; not runs, models or files.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from .drawing import INK, MARKERS, MUTED, PALETTE, PAPER, STYLE, new_figure, nice_log_axis, place_labels, plain
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other beats in both coordinates (smaller is better), by rising first coordinate."""
+    best, front = math.inf, []
+    for index in sorted(range(len(points)), key=lambda index: points[index]):
+        if points[index][1] < best:
+            best = points[index][1]
+            front.append(index)
+    return front
+
+
+def lines_figure(
+    rows: Iterable[Mapping[str, Any]],
+    x: str,
+    y: str,
+    series: str | None = None,
+    *,
+    panel: str | None = None,
+    xlabel: str = "",
+    ylabel: str = "",
+    title: str = "",
+    log_x: bool = False,
+    log_y: bool = False,
+    references: Mapping[str, float] | None = None,
+    error: str | None = None,
+) -> Figure:
+    """One line per value of `series`, one panel per value of `panel`; `references` are dashed horizontals; `error` half-widths.
+
+    Rows in which x or y is missing or not finite are left out.
+    """
+    kept = [row for row in rows if _finite(row.get(x)) and _finite(row.get(y))]
+    names = _distinct(kept, series)
+    figure, panels = _panels(kept, panel, title)
+    for axes, members in panels:
+        for index, name in enumerate(names):
+            line = sorted((row for row in members if series is None or row.get(series) == name), key=lambda row: row[x])
+            if not line:
+                continue
+            errors = [row.get(error) or 0.0 for row in line] if error else None
+            axes.errorbar(
+                [row[x] for row in line],
+                [row[y] for row in line],
+                yerr=errors,
+                marker=MARKERS[index % len(MARKERS)],
+                color=PALETTE[index % len(PALETTE)],
+                label=None if series is None else str(name),
+                capsize=2,
+            )
+        _finish(axes, members, x, y, xlabel or x, ylabel or y, log_x, log_y, references)
+    _legend(figure, [axes for axes, _ in panels], len(names) > 1)
+    return figure
+
+
+def pareto_figure(
+    rows: Iterable[Mapping[str, Any]],
+    x: str = "total_bytes",
+    y: str = "perplexity",
+    label: str | None = "method",
+    series: str | None = None,
+    *,
+    panel: str | None = None,
+    xlabel: str = "",
+    ylabel: str = "",
+    title: str = "",
+    log_x: bool = False,
+    log_y: bool = True,
+    references: Mapping[str, float] | None = None,
+) -> Figure:
+    """Points of two costs with the line through those that no other beats in both (smaller is better)."""
+    kept = [row for row in rows if _finite(row.get(x)) and _finite(row.get(y))]
+    names = _distinct(kept, series)
+    figure, panels = _panels(kept, panel, title)
+    for axes, members in panels:
+        points = [(float(row[x]), float(row[y])) for row in members]
+        front = [points[index] for index in pareto_front(points)]
+        axes.plot(
+            *zip(*front, strict=True), color=MUTED, linewidth=1.2, linestyle="-", drawstyle="steps-post", label="Pareto line", zorder=1
+        )
+        for index, name in enumerate(names):
+            chosen = [point for point, row in zip(points, members, strict=True) if series is None or row.get(series) == name]
+            axes.scatter(
+                *(zip(*chosen, strict=True) if chosen else ((), ())),
+                s=26,
+                marker=MARKERS[index % len(MARKERS)],
+                color=PALETTE[index % len(PALETTE)],
+                edgecolors=PAPER,
+                linewidths=0.6,
+                label=None if series is None else str(name),
+                zorder=3,
+            )
+        _finish(axes, members, x, y, xlabel or x, ylabel or y, log_x, log_y, references)
+        if label is not None:
+            place_labels(axes, [(*point, str(row.get(label, ""))) for point, row in zip(points, members, strict=True)])
+    _legend(figure, [axes for axes, _ in panels], len(names) > 1)
+    return figure
+
+
+def kernels_figure(
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    time: str = "median_us",
+    tokens: str = "M",
+    layer: str = "layer",
+    variant: str = "variant",
+    against: str = "bf16",
+    title: str = "",
+) -> Figure:
+    """How many times faster than `against` each variant is, by rows of x; one panel per layer. Equal speed is the dashed line.
+
+    Rows of `against` give the denominator at the same layer and number of rows; where there are several (ranks), the fastest.
+    """
+    kept = [row for row in rows if _finite(row.get(time)) and row[time] > 0]
+    base: dict[tuple[Any, Any], float] = {}
+    for row in kept:
+        if row[variant] == against:
+            key = (row[layer], row[tokens])
+            base[key] = min(base.get(key, math.inf), row[time])
+    relative = [
+        {**row, "_speed": base[row[layer], row[tokens]] / row[time]}
+        for row in kept
+        if row[variant] != against and (row[layer], row[tokens]) in base
+    ]
+    return lines_figure(
+        relative,
+        tokens,
+        "_speed",
+        variant,
+        panel=layer,
+        xlabel="rows of x",
+        ylabel=f"times faster than {against}",
+        title=title,
+        log_x=True,
+        log_y=True,
+        references={against: 1.0},
+    )
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _distinct(rows: Sequence[Mapping[str, Any]], key: str | None) -> list[Any]:
+    return [None] if key is None else list(dict.fromkeys(row.get(key) for row in rows))
+
+
+def _panels(rows: Sequence[Mapping[str, Any]], panel: str | None, title: str) -> tuple[Figure, list[tuple[Axes, list[Mapping[str, Any]]]]]:
+    if not rows:
+        raise ValueError("no row with finite numbers to draw; measure something first")
+    names = _distinct(rows, panel)
+    columns = 1 if len(names) == 1 else 2 if len(names) <= 4 else 3
+    lines = math.ceil(len(names) / columns)
+    figure, axes = new_figure(lines, columns, height=3.4 if columns == 1 else 2.6, width=6.4 if columns == 1 else 3.6 * columns)
+    for spare in axes[len(names) :]:
+        spare.set_visible(False)
+    with matplotlib.rc_context(STYLE):
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold", color=INK)
+        for ax, name in zip(axes, names, strict=False):
+            if panel is not None:
+                ax.set_title(str(name))
+    return figure, [(ax, [row for row in rows if panel is None or row.get(panel) == name]) for ax, name in zip(axes, names, strict=False)]
+
+
+def _finish(
+    axes: Axes,
+    rows: Sequence[Mapping[str, Any]],
+    x: str,
+    y: str,
+    xlabel: str,
+    ylabel: str,
+    log_x: bool,
+    log_y: bool,
+    references: Mapping[str, float] | None,
+) -> None:
+    """Axis scales, reference lines and labels of one panel."""
+    lines = dict(references or {})
+    for name, value in lines.items():
+        axes.axhline(value, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.0, zorder=1)
+        axes.annotate(name, (1.0, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7.5, color=MUTED)
+    for which, wanted, values in (("x", log_x, [row[x] for row in rows]), ("y", log_y, [row[y] for row in rows] + list(lines.values()))):
+        if wanted and min(values) > 0:
+            nice_log_axis(axes, which, min(values), max(values))
+        else:
+            getattr(axes, f"{which}axis").set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+            axes.margins(0.06)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+
+
+def _legend(figure: Figure, panels: Sequence[Axes], wanted: bool) -> None:
+    if not wanted:
+        return
+    known: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            known.setdefault(label, handle)
+    with matplotlib.rc_context(STYLE):
+        figure.legend(list(known.values()), list(known), loc="outside lower center", ncols=min(4, len(known)), labelcolor=INK)

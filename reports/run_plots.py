@@ -1,0 +1,233 @@
+"""The figures of one run: perplexity by stage, size against perplexity, layer heat maps, allocation.
+
+Each function takes stages or layers and returns a figure, or None where there is nothing to draw.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from .drawing import INK, MUTED, PALETTE, PAPER, STYLE, new_figure, nice_log_axis, place_labels, plain
+from .record import LayerRecord, StageRecord, is_finite
+from .tables import number
+
+STAGE_COLORS = {
+    "baseline": "#64748b",
+    "prune": "#e8890c",
+    "quantize": "#e03e6d",
+    "decompose": "#3478f6",
+    "recover": "#12a06e",
+    "fuse": "#8b5cf6",
+}
+
+
+def stage_color(stage: str, index: int) -> str:
+    return STAGE_COLORS.get(stage.split(".")[0], PALETTE[index % len(PALETTE)])
+
+
+def perplexity_by_stage(stages: Sequence[StageRecord]) -> Figure | None:
+    """Perplexity after every stage, with two paired standard errors of the difference to the baseline."""
+    known = [stage for stage in stages if is_finite(stage.perplexity) and (stage.perplexity or 0) > 0]
+    if not known:
+        return None
+    figure, (axes,) = new_figure(height=2.9)
+    values = [float(stage.perplexity or 0.0) for stage in known]
+    places = range(len(known))
+    axes.plot(places, values, color=MUTED, linewidth=1.3, zorder=2)
+    axes.axhline(values[0], color=MUTED, linestyle=(0, (4, 3)), linewidth=1.0, zorder=1)
+    for place, (stage, value) in enumerate(zip(known, values, strict=True)):
+        half = math.exp(2 * (stage.nll_difference_stderr or 0.0))
+        errors = [[value - value / half], [value * half - value]]
+        color = stage_color(stage.stage, place)
+        axes.errorbar([place], [value], yerr=errors, color=color, marker="o", markersize=7, capsize=3, zorder=3, markeredgecolor=PAPER)
+        top = value * half
+        axes.annotate(
+            number(value),
+            (place, top),
+            (0, 6),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=8.5,
+            fontweight="bold",
+            color=INK,
+        )
+    _perplexity_axis(axes, values)
+    crowded = len(known) > 7
+    axes.set_xticks(list(places), [_label(stage) for stage in known], rotation=35 if crowded else 0, ha="right" if crowded else "center")
+    axes.tick_params(axis="x", length=0, labelcolor=INK)
+    axes.grid(False, axis="x")
+    axes.margins(x=0.08)
+    return figure
+
+
+def size_against_perplexity(stages: Sequence[StageRecord]) -> Figure | None:
+    """The run's way through (bytes on disk, perplexity), stage after stage."""
+    known = [stage for stage in stages if is_finite(stage.perplexity) and (stage.perplexity or 0) > 0 and stage.total_bytes]
+    if not known:
+        return None
+    figure, (axes,) = new_figure(height=2.9)
+    sizes = [float(stage.total_bytes or 0) / 1e6 for stage in known]
+    values = [float(stage.perplexity or 0.0) for stage in known]
+    for start in range(len(known) - 1):
+        axes.annotate(
+            "",
+            (sizes[start + 1], values[start + 1]),
+            (sizes[start], values[start]),
+            arrowprops={"arrowstyle": "-|>", "color": MUTED, "linewidth": 1.1, "shrinkA": 4, "shrinkB": 4},
+        )
+    for index, stage in enumerate(known):
+        color = stage_color(stage.stage, index)
+        axes.scatter([sizes[index]], [values[index]], s=48, color=color, edgecolors=PAPER, linewidths=0.8, zorder=3)
+    _perplexity_axis(axes, values)
+    low, high = min(sizes), max(sizes)
+    if high > 2.5 * low:
+        nice_log_axis(axes, "x", low / 1.1, high * 1.1)
+    else:
+        axes.set_xlim(low - 0.15 * (high - low or low), high + 0.15 * (high - low or low))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+    axes.set_xlabel("size on disk, MB")
+    place_labels(axes, [(x, y, stage.stage) for x, y, stage in zip(sizes, values, known, strict=True)], size=8.0)
+    return figure
+
+
+def error_heat_map(stages: Sequence[StageRecord]) -> Figure | None:
+    """Relative output error of every linear, blocks across and roles down, one panel per stage on one colour scale."""
+    known = [stage for stage in stages if any(_positive(layer.relative_output_error) for layer in stage.layers)]
+    if not known:
+        return None
+    values = [
+        float(layer.relative_output_error or 0) for stage in known for layer in stage.layers if _positive(layer.relative_output_error)
+    ]
+    low, high = min(values), max(values)
+    norm = LogNorm(low, high) if high > 4 * low else Normalize(min(low, 0.999 * high), high)
+    titles = [f"after {_label(stage, ', ')}" for stage in known]
+    return _heat_maps([stage.layers for stage in known], lambda layer: layer.relative_output_error, titles, norm, "relative output error")
+
+
+def allocation(layers: Sequence[LayerRecord]) -> Figure | None:
+    """Bits and rank by layer: two heat maps (the second only where a rank was given)."""
+    if not any(layer.bits_per_weight is not None for layer in layers):
+        return None
+    bits = [float(layer.bits_per_weight) for layer in layers if layer.bits_per_weight is not None]
+    ranked = any(layer.rank for layer in layers)
+    figure, axes = new_figure(1 + ranked, 1, height=_map_height(layers))
+    _heat_panel(
+        figure, axes[0], layers, lambda layer: layer.bits_per_weight, Normalize(min(bits) - 1e-3, max(bits) + 1e-3), "bits per weight"
+    )
+    axes[0].set_title("bits per weight, everything stored")
+    if ranked:
+        highest = max(layer.rank or 0 for layer in layers)
+        _heat_panel(figure, axes[1], layers, lambda layer: layer.rank, Normalize(0, highest), "rank")
+        axes[1].set_title("rank of the low-rank term")
+    return figure
+
+
+def predicted_against_measured(layers: Sequence[LayerRecord]) -> Figure | None:
+    """The loss an allocation predicted for every layer against the one measured afterwards, both logarithmic."""
+    pairs = [(layer.metrics.get("predicted_loss"), layer.metrics.get("measured_loss"), layer) for layer in layers]
+    kept = [(float(p), float(m), layer) for p, m, layer in pairs if _positive(p) and _positive(m) and p is not None and m is not None]
+    if not kept:
+        return None
+    figure, (axes,) = new_figure(height=3.3)
+    for index, role in enumerate(dict.fromkeys(layer.role for *_, layer in kept)):
+        chosen = [(p, m) for p, m, layer in kept if layer.role == role]
+        axes.scatter(*zip(*chosen, strict=True), s=16, color=PALETTE[index % len(PALETTE)], label=role, edgecolors=PAPER, linewidths=0.4)
+    low, high = min(min(p, m) for p, m, _ in kept), max(max(p, m) for p, m, _ in kept)
+    axes.plot([low, high], [low, high], color=MUTED, linestyle=(0, (4, 3)), linewidth=1.0, zorder=1)
+    for which in "xy":
+        nice_log_axis(axes, which, low, high)
+    axes.set_xlabel("predicted loss")
+    axes.set_ylabel("measured loss")
+    with matplotlib.rc_context(STYLE):
+        axes.legend(loc="upper left", labelcolor=INK, handletextpad=0.2, borderpad=0.1)
+    return figure
+
+
+def _perplexity_axis(axes: Axes, values: Sequence[float]) -> None:
+    low, high = min(values), max(values)
+    reach = max(high / low, 1.02) ** 0.18
+    nice_log_axis(axes, "y", low / reach, high * reach)
+    axes.set_ylabel("perplexity")
+
+
+def _label(stage: StageRecord, joint: str = "\n") -> str:
+    return f"{stage.stage}{joint}{stage.method}" if stage.method and stage.method != stage.stage else stage.stage
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value > 0
+
+
+def _map_height(layers: Sequence[LayerRecord]) -> float:
+    return 0.75 + 0.17 * len(dict.fromkeys(layer.role for layer in layers))
+
+
+def _heat_maps(
+    panels: Sequence[Sequence[LayerRecord]],
+    value: Callable[[LayerRecord], float | None],
+    titles: Sequence[str],
+    norm: Normalize,
+    label: str,
+) -> Figure:
+    figure, axes = new_figure(len(panels), 1, height=max(_map_height(layers) for layers in panels))
+    for ax, layers, title in zip(axes, panels, titles, strict=True):
+        _heat_panel(figure, ax, layers, value, norm, label if ax is axes[-1] else None)
+        ax.set_title(title)
+    return figure
+
+
+def _heat_panel(
+    figure: Figure,
+    axes: Axes,
+    layers: Sequence[LayerRecord],
+    value: Callable[[LayerRecord], float | None],
+    norm: Normalize,
+    label: str | None,
+) -> None:
+    """Blocks across, roles down; layers of one place (experts) are averaged; layers outside the blocks come last as their own column."""
+    roles = list(dict.fromkeys(layer.role for layer in layers))
+    blocks = sorted({layer.block for layer in layers if layer.block is not None})
+    columns: list[int | None] = [*blocks, *([None] if any(layer.block is None for layer in layers) else [])]
+    found: dict[tuple[Any, Any], list[float]] = {}
+    for layer in layers:
+        measured = value(layer)
+        if measured is not None and math.isfinite(measured):
+            found.setdefault((layer.role, layer.block), []).append(float(measured))
+    grid = [[fmean(found[role, block]) if (role, block) in found else math.nan for block in columns] for role in roles]
+    edges_x, edges_y = range(len(columns) + 1), range(len(roles) + 1)
+    mesh = axes.pcolormesh(
+        edges_x, edges_y, grid, norm=norm, cmap="viridis", edgecolors=PAPER, linewidth=0.4 if len(columns) <= 48 else 0.0
+    )
+    axes.set_yticks([index + 0.5 for index in range(len(roles))], [str(role) for role in roles])
+    axes.invert_yaxis()
+    step = max(1, math.ceil(len(columns) / 10))
+    ticks = [index for index in range(0, len(columns), step) if columns[index] is not None]
+    axes.set_xticks([index + 0.5 for index in ticks], [str(columns[index]) for index in ticks])
+    axes.tick_params(length=0)
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    if label is not None:
+        axes.set_xlabel("block")
+        with matplotlib.rc_context(STYLE):
+            _color_bar(figure, axes, mesh, norm)
+
+
+def _color_bar(figure: Figure, axes: Axes, mesh: Any, norm: Normalize) -> None:
+    bar = figure.colorbar(mesh, ax=axes, orientation="horizontal", fraction=0.12, pad=0.02, aspect=40)
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+    low, high = float(norm.vmin or 0.0), float(norm.vmax or 1.0)
+    if isinstance(norm, LogNorm):
+        nice_log_axis(bar.ax, "x", low, high)
+    else:
+        bar.ax.xaxis.set_major_locator(MaxNLocator(5))
+        bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+    bar.ax.tick_params(length=0)
