@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from .decompose import Decomposition, decompose, needs
 from .weights import StoredWeight
 
 
@@ -47,3 +48,15 @@ class BlockProblem:
     outputs_NTD: Tensor
     statistics: dict[str, Any]
     seed: int = 0
+
+
+DECOMPOSE: Mapping[str, Method] = {
+    "loftq": Method(Decomposition, decompose, needs, defaults={"metric": "plain", "requantize": True, "iterations": 5}),
+    "lq_lora": Method(
+        Decomposition,
+        decompose,
+        needs,
+        defaults={"metric": "fisher", "requantize": True, "first": "l", "iterations": 100, "stop_when_worse": True},
+    ),
+    "qera_exact": Method(Decomposition, decompose, needs),
+}

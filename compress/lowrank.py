@@ -1,0 +1,198 @@
+"""The best low-rank term of an error matrix under a metric, in closed form, and the two factors as they are stored.
+
+Knows matrices and metrics; not where the error comes from (`decompose`), nor how many ranks are worth their bytes (`allocate`).
+A metric weighs an error E [O, I] as ‖diag(row)·E·S‖_F with S·Sᵀ = R. With F = diag(row)·E, the best term of rank r is
+diag(row)⁻¹·U·Uᵀ·F where U holds the r first eigenvectors of F·R·Fᵀ: no root of R, no inverse of R, so R may be singular.
+Legend: O out, I in, R rank, S smaller side, K width of a Krylov basis.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .grids import UniformGrid, min_max, round_to_grid, to_record
+from .weights import Factor, LowRank, UniformWeight
+
+KRYLOV_SIDE = 512
+"""Below this, an eigensolve of the smaller side is cheaper than a Krylov space."""
+OVERSAMPLING = 8
+CONVERGED = 1e-8
+"""A Krylov space stops growing when a step adds less than this share of the error's energy to what U catches."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """‖diag(row)·E·S‖_F; S is diag(column), or a root of the second moment, or (both None) the identity.
+
+    row_O, column_I: positive, row_O without zeros; moment_II symmetric, positive semidefinite, possibly singular.
+    """
+
+    row_O: Tensor | None = None
+    column_I: Tensor | None = None
+    moment_II: Tensor | None = None
+
+    def rows(self, error_OI: Tensor) -> Tensor:
+        """F = diag(row)·E, float64."""
+        error = error_OI.double()
+        return error if self.row_O is None else error * self.row_O.double().unsqueeze(1)
+
+    def times_moment(self, x_NI: Tensor) -> Tensor:
+        """x·R for float64 rows x [N, I]."""
+        if self.moment_II is not None:
+            return x_NI @ self._moment_II
+        return x_NI if self.column_I is None else x_NI * self.column_I.double().square()
+
+    def times_root(self, x_NI: Tensor) -> Tensor:
+        """x·S for float64 rows x [N, I]; [N, K] with K the numerical rank of R."""
+        if self.moment_II is not None:
+            return x_NI @ self._root_IK
+        return x_NI if self.column_I is None else x_NI * self.column_I.double()
+
+    def scaled(self, scale_I: Tensor) -> "Metric":
+        """The metric of E' = E·diag(scale): what the same error costs when the matrix multiplies x/scale."""
+        inverse = scale_I.double().reciprocal()
+        if self.moment_II is not None:
+            return Metric(self.row_O, None, self._moment_II * inverse * inverse.unsqueeze(1))
+        return Metric(self.row_O, inverse if self.column_I is None else self.column_I.double() * inverse)
+
+    def importance_I(self) -> Tensor | None:
+        """What each column's squared error weighs when columns are taken one by one: diag R, float32 [I]; None if all alike."""
+        if self.moment_II is not None:
+            return self.moment_II.diagonal().float()
+        return None if self.column_I is None else self.column_I.float().square()
+
+    @cached_property
+    def _moment_II(self) -> Tensor:
+        assert self.moment_II is not None
+        return self.moment_II.double()
+
+    @cached_property
+    def _root_IK(self) -> Tensor:
+        values, vectors = torch.linalg.eigh(self._moment_II)
+        seen = values > values[-1].clamp(min=0) * 1e-14
+        return vectors[:, seen] * values[seen].sqrt()
+
+
+def squared_error(error_OI: Tensor, metric: Metric) -> float:
+    """‖diag(row)·E·S‖_F², accumulated in float64; the rounding of a nearly singular moment cannot make it negative."""
+    weighted = metric.rows(error_OI)
+    return max((metric.times_moment(weighted) * weighted).sum().item(), 0.0)
+
+
+def check_rank(rank: int, shape: tuple[int, int]) -> None:
+    """ValueError naming a rank that no matrix of this shape has."""
+    if not 0 < rank <= min(shape):
+        raise ValueError(f"rank {rank} does not fit a {shape[0]}×{shape[1]} matrix; choose 1…{min(shape)}")
+
+
+def best_low_rank(error_OI: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor]:
+    """(up [O, R], down [R, I]) float32 with up·down the minimiser of ‖E − L‖ in the metric over rank(L) ≤ R, √Σ in each factor.
+
+    The closed form of QERA (arXiv:2410.06040, theorem 1), EoRA (arXiv:2410.21271) and CLoQ (arXiv:2501.18475), without their
+    square root and inverse. ValueError when rank > min(O, I).
+    """
+    check_rank(rank, (error_OI.shape[0], error_OI.shape[1]))
+    weighted = metric.rows(error_OI)
+    left_OR = _left_vectors(weighted, metric, rank)
+    down_RI = left_OR.T @ weighted
+    up_OR = left_OR if metric.row_O is None else left_OR / metric.row_O.double().unsqueeze(1)
+    return balance(up_OR, down_RI)
+
+
+def shared_factors(errors: Sequence[Tensor], metric: Metric, rank: int) -> tuple[list[Tensor], Tensor]:
+    """One right factor for matrices that read one input (q/k/v, gate/up): ([up_m [O_m, R]], down [R, I]), float32.
+
+    Σ_m ‖E_m − up_m·down‖² in the input's metric is the error of the stacked matrix, so its closed form is exact
+    (GlowQ, arXiv:2603.25385, shares the factor likewise). The metric's row_O, if any, is that of the stack.
+    """
+    up, down = best_low_rank(torch.cat(list(errors)), metric, rank)
+    return list(up.split([len(e) for e in errors])), down
+
+
+def spectrum(error_OI: Tensor, metric: Metric) -> Tensor:
+    """Squared singular values of diag(row)·E·S, float64 [min(O, I)], descending: the error of rank r is the sum past the r-th."""
+    weighted = metric.rows(error_OI)
+    if weighted.shape[0] <= weighted.shape[1]:
+        gram = metric.times_moment(weighted) @ weighted.T
+    else:
+        scaled = metric.times_root(weighted)
+        gram = scaled.T @ scaled
+    values = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
+    return torch.nn.functional.pad(values, (0, min(error_OI.shape) - len(values)))
+
+
+def balance(up_OR: Tensor, down_RI: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product as U√Σ · √ΣVᵀ, float32: the largest entries of both factors are as small as can be."""
+    left, upper = torch.linalg.qr(up_OR.double())
+    right, lower = torch.linalg.qr(down_RI.double().T)
+    u, s, vh = torch.linalg.svd(upper @ lower.T)  # R × R only
+    return (left @ (u * s.sqrt())).float(), ((vh.T * s.sqrt()).T @ right.T).float()
+
+
+def _left_vectors(weighted_OI: Tensor, metric: Metric, rank: int) -> Tensor:
+    """The first `rank` eigenvectors of F·R·Fᵀ, float64 [O, R] with orthonormal columns."""
+    rows, columns = weighted_OI.shape
+    side = min(rows, columns)
+    if side > KRYLOV_SIDE and 8 * (rank + OVERSAMPLING) <= side:
+
+        def apply(x_OK: Tensor) -> Tensor:
+            return weighted_OI @ metric.times_moment((weighted_OI.T @ x_OK).T).T
+
+        return _krylov(apply, rows, rank, squared_error(weighted_OI, Metric(None, metric.column_I, metric.moment_II)), weighted_OI)
+    if rows <= columns:
+        gram = metric.times_moment(weighted_OI) @ weighted_OI.T
+        return torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
+    scaled = metric.times_root(weighted_OI)
+    right = torch.linalg.eigh(scaled.T @ scaled).eigenvectors[:, -rank:].flip(1)
+    image = torch.zeros(rows, rank, dtype=torch.float64, device=weighted_OI.device)
+    image[:, : right.shape[1]] = scaled @ right
+    return torch.linalg.qr(image).Q
+
+
+def _krylov(apply: Callable[[Tensor], Tensor], size: int, rank: int, energy: float, like: Tensor) -> Tensor:
+    """Top eigenvectors of the operator by a block Krylov space from a fixed random start (randomized SVD with power iterations
+    that throw nothing away: Musco & Musco, arXiv:1504.05477). The space grows until what it catches stops growing."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(size, rank + OVERSAMPLING, generator=generator, dtype=torch.float64).to(like.device)
+    block = torch.linalg.qr(start).Q
+    basis, images, caught = block, apply(block), -1.0
+    while True:
+        ritz = basis.T @ images
+        values, vectors = torch.linalg.eigh((ritz + ritz.T) / 2)
+        now = values[-rank:].sum().item()
+        if now - caught <= CONVERGED * energy or basis.shape[1] + block.shape[1] > size:
+            return basis @ vectors[:, -rank:].flip(1)
+        caught = now
+        block = images[:, -block.shape[1] :]
+        for _ in range(2):  # once is not enough in finite precision
+            block = block - basis @ (basis.T @ block)
+            block = torch.linalg.qr(block).Q
+        basis = torch.cat((basis, block), 1)
+        images = torch.cat((images, apply(block)), 1)
+
+
+def store_factors(up_OR: Tensor, down_RI: Tensor, bits: int, dtype: Literal["float16", "bfloat16"], metric: Metric) -> LowRank:
+    """The factors as they lie on disk: rounded to a 16-bit float, or on a symmetric grid of 4 or 8 bits (CALDERA)."""
+    if bits == 16:
+        kind = getattr(torch, dtype)
+        return LowRank(up_OR.to(kind), down_RI.to(kind))
+    return LowRank(_on_grid(up_OR, bits), _on_grid(down_RI, bits))
+
+
+def _on_grid(factor_NC: Tensor, bits: int) -> UniformWeight:
+    columns = factor_NC.shape[1]
+    grid = UniformGrid(bits, next((g for g in (64, 32) if columns % g == 0), -1), symmetric=True)
+    size = grid.size(columns)
+    grouped = factor_NC.float().reshape(-1, size)
+    scale, zero = min_max(grouped, grid)
+    codes = round_to_grid(grouped, scale, zero, grid).view(factor_NC.shape)
+    return to_record(codes, scale.view(len(factor_NC), -1), zero.view(len(factor_NC), -1), grid)
+
+
+def factor(record: Factor) -> Tensor:
+    """float32 values of a stored factor."""
+    return record.dense() if isinstance(record, UniformWeight) else record.float()
