@@ -12,6 +12,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from .decompose import Decomposition, decompose, needs
+from .gptq import GptqConfig, GptqNormalFloatConfig, gptq, gptq_nf
+from .masks import MagnitudeConfig, WandaConfig, magnitude, wanda
+from .rounding import Nf4Config, NormalFloatConfig, RtnConfig, nf4, normal_float, rtn
 from .weights import StoredWeight
 
 
@@ -59,4 +62,27 @@ DECOMPOSE: Mapping[str, Method] = {
         defaults={"metric": "fisher", "requantize": True, "first": "l", "iterations": 100, "stop_when_worse": True},
     ),
     "qera_exact": Method(Decomposition, decompose, needs),
+}
+
+
+def _clip_needs(config: Any) -> frozenset[str]:
+    return frozenset({"norms"}) if config.clip == "hessian" else frozenset()
+
+
+def _feedback_needs(config: Any) -> frozenset[str]:
+    """Methods that carry errors on: a correction toward the dense model's inputs needs them beside the compressed ones."""
+    return frozenset({"second_moment", "cross_moment"} if getattr(config, "correction", 0.0) else {"second_moment"})
+
+
+PRUNE: Mapping[str, Method] = {
+    "magnitude": Method(MagnitudeConfig, magnitude),
+    "wanda": Method(WandaConfig, wanda, needs=lambda config: frozenset({"norms"})),
+}
+
+QUANTIZE: Mapping[str, Method] = {
+    "rtn": Method(RtnConfig, rtn, needs=_clip_needs),
+    "gptq": Method(GptqConfig, gptq, needs=_feedback_needs),
+    "gptq_nf": Method(GptqNormalFloatConfig, gptq_nf, needs=_feedback_needs),
+    "nf4": Method(Nf4Config, nf4),
+    "normal_float": Method(NormalFloatConfig, normal_float),
 }

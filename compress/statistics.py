@@ -4,8 +4,9 @@ Knows tensors only: who calls `update`, and on which text, is `pipelines/blocks`
 Legend: T tokens, I input features, O output features.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class InputStatistics:
     moment_sum_II: Tensor | None = field(init=False, default=None)
     cross_sum_II: Tensor | None = field(init=False, default=None)
     samples_TI: Tensor | None = field(init=False, default=None)
+    factors: dict[Hashable, Any] = field(init=False, default_factory=dict, repr=False, compare=False)
+    """What methods derived from the sums and share between the matrices of this input; forgotten on `update`."""
 
     def __post_init__(self) -> None:
         unknown = self.needs - NEEDS
@@ -59,6 +62,7 @@ class InputStatistics:
             fresh = x_TI[: self.max_samples - kept].clone()
             self.samples_TI = fresh if self.samples_TI is None else torch.cat((self.samples_TI, fresh))
         self.tokens += len(x_TI)
+        self.factors.clear()
 
     @property
     def norm_I(self) -> Tensor:

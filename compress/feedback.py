@@ -1,0 +1,167 @@
+"""Error feedback: columns are rounded one after another, and what a column loses the later ones make up for.
+
+The engine under GPTQ (arXiv:2210.17323), GPTQ on a code book, and SparseGPT (arXiv:2301.00774). It knows a factor of the inverse
+second moment and a rule that rounds a column; not what a grid or a mask is.
+Weights run as [I, O] here, in processing order, so that a column of the layer is one contiguous row.
+Legend: O out, I in, S columns of a sub-block.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .statistics import InputStatistics
+
+BLOCK = 128
+_INNER = 32  # columns updated one by one before a matrix product carries their errors on
+_MAX_DAMP = 10.0
+
+RoundRow = Callable[[int, Tensor, Tensor], None]
+"""(i, w [O], out [O]): write the level of column i of the sub-block into `out`; its value is level·scale."""
+OpenColumns = Callable[[int, int, Tensor], tuple[Tensor, RoundRow]]
+"""(start, stop, weight [I, O] as updated so far) → (scale [S, O], the rounding of these columns)."""
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """H⁻¹ = Uᵀ·U of the damped second moment H, its columns in processing order.
+
+    unit_II is U with every row divided by its diagonal, diagonal_I that diagonal; `order_I` names the original column at each
+    place, `place_I` is its inverse; `damp` is the multiple of the mean diagonal that was needed; `dead` counts inputs that are always 0.
+    """
+
+    unit_II: Tensor
+    diagonal_I: Tensor
+    order_I: Tensor
+    place_I: Tensor
+    damp: float
+    dead: int
+
+
+def inverse_factor(second_moment_II: Tensor, damp: float = 0.01, by_diagonal: bool = False) -> InverseFactor:
+    """Factor a second moment [I, I], symmetric and positive semi-definite, in its own dtype.
+
+    `damp` times the mean diagonal is added to the diagonal and raised until a Cholesky factorization exists. `by_diagonal` orders
+    the columns by falling diagonal (act-order). A dead input gets the mean diagonal: it is rounded to nearest and disturbs nobody
+    (GPTQ's code sets its weights to 0, which costs all texts but the calibration's). ValueError for NaN or Inf, or when no damping helps.
+    """
+    diagonal_I = second_moment_II.diagonal()
+    if not bool(torch.isfinite(second_moment_II).all()):
+        raise ValueError("second moment holds NaN or Inf; the calibration inputs overflowed or the model is broken")
+    dead_I = diagonal_I <= 0
+    live = int((~dead_I).sum())
+    mean = diagonal_I[~dead_I].mean().item() if live else 1.0
+    order_I = diagonal_I.argsort(descending=True, stable=True) if by_diagonal else torch.arange(len(diagonal_I), device=dead_I.device)
+    moment_II = second_moment_II[order_I][:, order_I] if by_diagonal else second_moment_II.clone()
+    moment_II.diagonal().add_(dead_I[order_I].to(moment_II.dtype) * mean)
+    used = damp
+    while True:
+        upper_II = _factor(moment_II, used * mean)
+        if upper_II is not None:
+            break
+        used = max(used * 3, 1e-4)
+        if used > _MAX_DAMP:
+            raise ValueError(f"second moment has no Cholesky factor even with damp {_MAX_DAMP:g}; it is not positive semi-definite")
+    diagonal = upper_II.diagonal().clone()
+    place_I = torch.empty_like(order_I)
+    place_I[order_I] = torch.arange(len(order_I), device=order_I.device)
+    return InverseFactor(upper_II.div_(diagonal.unsqueeze(1)), diagonal, order_I, place_I, used, len(diagonal_I) - live)
+
+
+def factor_of(inputs: InputStatistics, damp: float, by_diagonal: bool, smooth_I: Tensor | None = None) -> InverseFactor:
+    """`inverse_factor` of an input's second moment, computed once for all matrices that read the input.
+
+    With `smooth` the base sees x/smooth, which other matrices do not share: nothing is kept then.
+    """
+    if smooth_I is not None:
+        scale_I = smooth_I.float()
+        return inverse_factor(inputs.second_moment_II / (scale_I.unsqueeze(1) * scale_I), damp, by_diagonal)
+    key = (damp, by_diagonal)
+    if key not in inputs.factors:
+        inputs.factors[key] = inverse_factor(inputs.second_moment_II, damp, by_diagonal)
+    return inputs.factors[key]
+
+
+def feed_back_(
+    weight_IO: Tensor, factor: InverseFactor, open_columns: OpenColumns, periods: tuple[int, ...], block: int = BLOCK
+) -> tuple[Tensor, float]:
+    """Round every column and carry its error on; `weight_IO` is consumed.
+
+    A rule that looks at a whole group when it reaches its first column names the group's length among the `periods`: that group then
+    holds all the errors of the columns before it, whatever `block` is. Returns (levels [I, O], Σ(error/U_jj)²), the latter being
+    tr((W − Q)·H·(W − Q)ᵀ) with the damped H.
+    """
+    count = len(weight_IO)
+    levels_IO, errors = torch.empty_like(weight_IO), torch.empty_like(weight_IO[:block])
+    loss = 0.0
+    for start, stop in _blocks(count, periods, block):
+        for first, last in _sub_blocks(start, stop, periods):
+            error_SO = errors[first - start : last - start]
+            scale_SO, round_row = open_columns(first, last, weight_IO)
+            unit_SS = factor.unit_II[first:last, first:last]
+            _round_columns(weight_IO[first:last], levels_IO[first:last], error_SO, scale_SO, unit_SS, round_row)
+            if last < stop:
+                weight_IO[last:stop].addmm_(factor.unit_II[first:last, last:stop].T, error_SO, alpha=-1)
+        error_SO = errors[: stop - start]
+        if stop < count:
+            weight_IO[stop:].addmm_(factor.unit_II[start:stop, stop:].T, error_SO, alpha=-1)
+        loss += (error_SO / factor.diagonal_I[start:stop].unsqueeze(1)).square_().sum().item()
+    return levels_IO, loss
+
+
+def _round_columns(weight_SO: Tensor, levels_SO: Tensor, error_SO: Tensor, scale_SO: Tensor, unit_SS: Tensor, round_row: RoundRow) -> None:
+    """The only loop over single columns: five small operations each."""
+    for i, (w, level, error, scale) in enumerate(zip(weight_SO, levels_SO, error_SO, scale_SO, strict=True)):
+        round_row(i, w, level)
+        torch.addcmul(w, level, scale, value=-1, out=error)
+        if i + 1 < len(weight_SO):
+            weight_SO[i + 1 :].addr_(unit_SS[i, i + 1 :], error, alpha=-1)
+
+
+def _blocks(count: int, periods: tuple[int, ...], block: int) -> Iterator[tuple[int, int]]:
+    """Lazy blocks of at most `block` columns: a group that begins inside one also ends inside it."""
+    start = 0
+    while start < count:
+        stop, previous = min(start + block, count), -1
+        while stop != previous:
+            previous = stop
+            for period in periods:
+                begin = (stop - 1) // period * period
+                if begin > start and min(begin + period, count) > stop:
+                    stop = begin
+        yield start, stop
+        start = stop
+
+
+def _sub_blocks(start: int, stop: int, periods: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Runs of at most _INNER columns inside which no group begins."""
+    while start < stop:
+        end = min([stop, start + _INNER, *((start // period + 1) * period for period in periods)])
+        yield start, end
+        start = end
+
+
+def _factor(moment_II: Tensor, ridge: float) -> Tensor | None:
+    """Upper U with (H + ridge)⁻¹ = UᵀU, or None: H = R·Rᵀ with R upper is one Cholesky of H read backwards, and U = R⁻¹."""
+    damped_II = moment_II.flip(0, 1)
+    damped_II.diagonal().add_(ridge)
+    lower_II, info = torch.linalg.cholesky_ex(damped_II)
+    if int(info) != 0:
+        return None
+    upper_II = _invert_upper(lower_II.flip(0, 1).contiguous())
+    return upper_II if bool(torch.isfinite(upper_II).all()) else None
+
+
+def _invert_upper(upper_II: Tensor) -> Tensor:
+    """The inverse of an upper triangular matrix by halves: most of the work is matrix products."""
+    count = len(upper_II)
+    if count <= 256:
+        return torch.linalg.solve_triangular(upper_II, torch.eye(count, dtype=upper_II.dtype, device=upper_II.device), upper=True)
+    half = count // 2
+    out = torch.zeros_like(upper_II)
+    out[:half, :half], out[half:, half:] = _invert_upper(upper_II[:half, :half]), _invert_upper(upper_II[half:, half:])
+    out[:half, half:] = out[:half, :half] @ upper_II[:half, half:] @ out[half:, half:]
+    out[:half, half:].neg_()
+    return out

@@ -1,0 +1,209 @@
+"""GPTQ (arXiv:2210.17323): round column by column and let later columns make up for the error, on a uniform grid or a code book.
+
+Knows tensors and records only. Masked weights stay at exactly 0; dropping them is an error that later columns make up for, too.
+Legend: O out, I in, G groups, S columns of a sub-block or group.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from . import normal_float as nf
+from .feedback import InverseFactor, RoundRow, factor_of, feed_back_
+from .grids import Clip, UniformGrid, check_grid, divide, fit, to_record
+from .masks import finite
+from .rounding import base_target, importance_of, normal_float_record, quantized
+from .statistics import LayerStatistics
+from .weights import ActivationGrid, StoredWeight, UniformWeight
+
+ActOrder = Literal["static_groups", "full", "none"]
+
+
+@dataclass(frozen=True)
+class GptqConfig:
+    """`act_order` "static_groups": grids fitted beforehand, columns visited by falling mean square, groups contiguous; "none": natural
+    order, each grid fitted to the updated weights when its group begins; "full": as "none" over the visiting order, so that
+    columns of a group are scattered and a group index is stored. `correction` ∈ [0, 1] moves the target toward what the dense
+    model's inputs would give (GPTAQ, arXiv:2504.02692; 1 is the paper's, smaller is steadier).
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    symmetric: bool = False
+    clip: Clip = "power"
+    act_order: ActOrder = "static_groups"
+    damp: float = 0.01
+    correction: float = 0.0
+    activations: ActivationGrid | None = None
+
+    def __post_init__(self) -> None:
+        check_grid(self.bits, self.group_size, self.clip)
+        check_feedback(self.damp, self.correction)
+        if self.act_order not in get_args(ActOrder):
+            raise ValueError(f"act_order {self.act_order!r} is unknown; choose one of {get_args(ActOrder)}")
+
+
+@dataclass(frozen=True)
+class GptqNormalFloatConfig:
+    """GPTQ on a NormalFloat book; the absmax, double-quantized or not, is fixed beforehand."""
+
+    bits: int = 4
+    block_size: int = 64
+    double_quantize: bool = True
+    damp: float = 0.01
+    correction: float = 0.0
+    activations: ActivationGrid | None = None
+
+    def __post_init__(self) -> None:
+        check_grid(self.bits, self.block_size, "none")
+        check_feedback(self.damp, self.correction)
+
+
+def check_feedback(damp: float, correction: float) -> None:
+    """ValueError for a damping or a correction that makes no sense."""
+    if damp < 0:
+        raise ValueError(f"damp {damp} must not be negative")
+    if not 0.0 <= correction <= 1.0:
+        raise ValueError(f"correction {correction} must lie in [0, 1]")
+
+
+def corrected_target(weight_OI: Tensor, shift_II: Tensor, factor: InverseFactor, strength: float) -> Tensor:
+    """W + strength·W·P with P = triu(D·Uᵀ, 1)·U and the shift D = E[(x_dense − x)·xᵀ] (GPTAQ, arXiv:2504.02692).
+
+    At each column P hands the part of w·(x_dense − x) that later columns can reproduce to those columns. It is linear in the
+    dense weight, so it can be added before the sweep; what a column holds when its turn comes is the same.
+    """
+    order_I = factor.order_I
+    shift_II = shift_II[order_I][:, order_I]
+    upper_II = factor.unit_II * factor.diagonal_I.unsqueeze(1)
+    ahead_II = (shift_II @ upper_II.T).triu_(1) @ upper_II
+    return weight_OI + strength * (weight_OI[:, order_I] @ ahead_II)[:, factor.place_I]
+
+
+def gptq_uniform(
+    weight_OI: Tensor, factor: InverseFactor, grid: UniformGrid, clip: Clip, static: bool,
+    importance_I: Tensor | None = None, mask_OI: Tensor | None = None, block: int = 128,
+) -> tuple[UniformWeight, float]:  # fmt: skip
+    """(record, weighted squared error). `static`: fit all grids now, on groups contiguous in the original order; else each when
+    its group begins in the processing order, on the weights as updated until then (a group index is stored if the orders differ)."""
+    size = grid.size(weight_OI.shape[1])
+    order_I = factor.order_I
+    work_IO = weight_OI.T[order_I].contiguous()
+    keep_IO = None if mask_OI is None else mask_OI.T[order_I].contiguous()
+    if static:
+        scale_GO, zero_GO = _static_grids(weight_OI, grid, clip, importance_I, mask_OI)
+        group_I, periods = order_I // size, ()
+    else:
+        scale_GO = torch.empty(len(order_I) // size, len(weight_OI), dtype=work_IO.dtype, device=work_IO.device)
+        zero_GO, group_I, periods = torch.empty_like(scale_GO), torch.arange(len(order_I), device=order_I.device) // size, (size,)
+
+    def open_columns(start: int, stop: int, updated_IO: Tensor) -> tuple[Tensor, RoundRow]:
+        if not static and start % size == 0:
+            columns = slice(start, start + size)
+            group_OS = (updated_IO[columns] if keep_IO is None else updated_IO[columns] * keep_IO[columns]).T
+            scale, zero = fit(group_OS, grid, clip, None if importance_I is None else importance_I[order_I[columns]])
+            scale_GO[start // size], zero_GO[start // size] = scale.view(-1), zero.view(-1)
+        groups = group_I[start:stop]
+        return uniform_rounding(scale_GO[groups], zero_GO[groups], grid, None if keep_IO is None else keep_IO[start:stop])
+
+    levels_IO, loss = feed_back_(work_IO, factor, open_columns, periods, block)
+    codes_OI = levels_IO.add_(zero_GO[group_I])[factor.place_I].T
+    index_I = None if static or torch.equal(order_I, order_I.sort()[0]) else group_I[factor.place_I]
+    return to_record(codes_OI, scale_GO.T, zero_GO.T, grid, index_I), loss
+
+
+def uniform_rounding(scale_SO: Tensor, zero_SO: Tensor, grid: UniformGrid, keep_SO: Tensor | None) -> tuple[Tensor, RoundRow]:
+    """Levels counted from the zero point; a dropped weight has only the level 0."""
+    low_SO, high_SO = -zero_SO, grid.top - zero_SO
+    if keep_SO is not None:
+        low_SO, high_SO = low_SO * keep_SO, high_SO * keep_SO
+    limits = list(zip(scale_SO, low_SO, high_SO, strict=True))
+
+    def round_row(i: int, w: Tensor, out: Tensor) -> None:
+        scale, low, high = limits[i]
+        torch.div(w, scale, out=out)
+        torch.clamp(out.round_(), low, high, out=out)
+
+    return scale_SO, round_row
+
+
+def gptq_book(
+    weight_OI: Tensor, factor: InverseFactor, absmax_OG: Tensor, bits: int, mask_OI: Tensor | None = None, block: int = 128
+) -> tuple[Tensor, float]:
+    """(codes uint8 [O, I] on the NormalFloat book under the given absmax, weighted squared error)."""
+    book = nf.code_book(bits).to(weight_OI)
+    bounds, order_I = nf.bounds(book), factor.order_I
+    absmax_GO, group_I = absmax_OG.T.contiguous(), factor.order_I // (weight_OI.shape[1] // absmax_OG.shape[1])
+    keep_IO = None if mask_OI is None else mask_OI.T[order_I].to(weight_OI).contiguous()
+
+    def open_columns(start: int, stop: int, updated_IO: Tensor) -> tuple[Tensor, RoundRow]:
+        scale_SO = absmax_GO[group_I[start:stop]]
+        inverse_SO = (1.0 / scale_SO).where(scale_SO > 0, 0)
+        if keep_IO is not None:
+            inverse_SO *= keep_IO[start:stop]
+
+        def round_row(i: int, w: Tensor, out: Tensor) -> None:
+            torch.index_select(book, 0, torch.bucketize(w * inverse_SO[i], bounds, out_int32=True), out=out)
+
+        return scale_SO, round_row
+
+    levels_IO, loss = feed_back_(weight_OI.T[order_I].contiguous(), factor, open_columns, (), block)
+    return torch.bucketize(levels_IO[factor.place_I].T.contiguous(), bounds, out_int32=True).to(torch.uint8), loss
+
+
+def gptq(weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, config: GptqConfig) -> tuple[StoredWeight, dict[str, float]]:
+    """GPTQ on a uniform grid."""
+    grid = UniformGrid(config.bits, config.group_size, config.symmetric)
+    grid.size(target_OI.shape[1])
+    base_OI, factor = _problem(weight, target_OI, statistics, config.damp, config.act_order != "none", config.correction)
+    importance_I = importance_of(weight, statistics) if config.clip == "hessian" else None
+    static = config.act_order == "static_groups"
+    base, loss = gptq_uniform(base_OI, factor, grid, config.clip, static, importance_I, weight.mask_OI())
+    return quantized(weight, base, config.activations), feedback_metrics(factor, loss)
+
+
+def gptq_nf(
+    weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, config: GptqNormalFloatConfig
+) -> tuple[StoredWeight, dict[str, float]]:
+    """GPTQ on a NormalFloat book, columns visited by falling mean square."""
+    divide(target_OI.shape[1], config.block_size, "block_size")
+    base_OI, factor = _problem(weight, target_OI, statistics, config.damp, True, config.correction)
+    mask_OI = weight.mask_OI()
+    absmax_OG = nf.absmax_of(base_OI if mask_OI is None else base_OI.where(mask_OI, 0), config.block_size)
+    seen_OG = nf.dequantize_absmax(*nf.quantize_absmax(absmax_OG)) if config.double_quantize else absmax_OG
+    codes_OI, loss = gptq_book(base_OI, factor, seen_OG, config.bits, mask_OI)
+    base = normal_float_record(codes_OI, absmax_OG, config.bits, config.block_size, config.double_quantize)
+    return quantized(weight, base, config.activations), feedback_metrics(factor, loss)
+
+
+def feedback_metrics(factor: InverseFactor, loss: float) -> dict[str, float]:
+    """What a sweep reports: squared output error per token (with the damping), the damping used, dead inputs."""
+    dead = float(factor.dead)
+    return {"squared_error": loss, "damp": factor.damp, "dead_inputs": dead, "dead_layer": float(factor.dead == len(factor.order_I))}
+
+
+def _problem(
+    weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, damp: float, by_diagonal: bool, correction: float
+) -> tuple[Tensor, InverseFactor]:
+    """The matrix to imitate, its dropped weights included (their loss is made up for), and the factor of its inputs."""
+    base_OI, inputs = base_target(weight, target_OI), statistics.inputs
+    factor = factor_of(inputs, damp, by_diagonal, weight.smooth)
+    if correction:
+        shift_II = finite(inputs.cross_moment_II, "cross moment") - inputs.second_moment_II
+        if weight.smooth is not None:
+            shift_II = shift_II / (weight.smooth.float().unsqueeze(1) * weight.smooth.float())
+        base_OI = corrected_target(base_OI, shift_II, factor, correction)
+    return base_OI, factor
+
+
+def _static_grids(
+    weight_OI: Tensor, grid: UniformGrid, clip: Clip, importance_I: Tensor | None, mask_OI: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(scale, zero) [G, O] of every contiguous group, on the weights before the sweep."""
+    size = grid.size(weight_OI.shape[1])
+    groups_OGS = (weight_OI if mask_OI is None else weight_OI.where(mask_OI, 0)).reshape(len(weight_OI), -1, size)
+    importance_GS = None if importance_I is None else importance_I.view(-1, size)
+    scale, zero = fit(groups_OGS, grid, clip, importance_GS)
+    return scale.squeeze(-1).T.to(weight_OI).contiguous(), zero.squeeze(-1).T.to(weight_OI).contiguous()

@@ -1,0 +1,137 @@
+"""Round to nearest: uniform grids (rtn) and NormalFloat code books (nf4, normal_float).
+
+Knows tensors and records only. Legend: O out, I in, G groups, S columns of a group.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import normal_float as nf
+from .grids import Clip, UniformGrid, check_grid, divide, fit, round_to_grid, to_record
+from .masks import finite
+from .packing import pack_codes
+from .statistics import LayerStatistics
+from .weights import ActivationGrid, Base, NormalFloatWeight, StoredWeight, UniformWeight
+
+
+@dataclass(frozen=True)
+class RtnConfig:
+    """`clip` "hessian" weighs the error by the inputs' mean squares; the others need no statistics."""
+
+    bits: int = 4
+    group_size: int = 64
+    symmetric: bool = False
+    clip: Clip = "power"
+    activations: ActivationGrid | None = None
+
+    def __post_init__(self) -> None:
+        check_grid(self.bits, self.group_size, self.clip)
+
+
+@dataclass(frozen=True)
+class NormalFloatConfig:
+    """Blocks of `block_size` along a row; their absmax in 8 bits when `double_quantize`."""
+
+    bits: int = 4
+    block_size: int = 64
+    double_quantize: bool = True
+    activations: ActivationGrid | None = None
+
+    def __post_init__(self) -> None:
+        check_grid(self.bits, self.block_size, "none")
+
+
+@dataclass(frozen=True)
+class Nf4Config:
+    """NF4 as bitsandbytes writes it."""
+
+    block_size: int = 64
+    double_quantize: bool = True
+    activations: ActivationGrid | None = None
+
+    def __post_init__(self) -> None:
+        check_grid(4, self.block_size, "none")
+
+
+def round_uniform(weight_OI: Tensor, grid: UniformGrid, clip: Clip = "none", importance_I: Tensor | None = None) -> UniformWeight:
+    """The nearest codes of float32 [O, I] on a grid fitted to each group. A 0 stays exactly 0 (it is always on the grid)."""
+    rows, columns = weight_OI.shape
+    size = grid.size(columns)
+    weight_OGS = weight_OI.reshape(rows, -1, size)
+    importance_GS = None if importance_I is None else importance_I.view(-1, size)
+    scale, zero = fit(weight_OGS, grid, clip, importance_GS)
+    codes = round_to_grid(weight_OGS, scale, zero, grid)
+    return to_record(codes.view(rows, columns), scale.squeeze(-1), zero.squeeze(-1), grid)
+
+
+def round_normal_float(weight_OI: Tensor, bits: int = 4, block_size: int = 64, double_quantize: bool = True) -> NormalFloatWeight:
+    """Codes, absmax and nested absmax of float32 [O, I] as bitsandbytes' `quantize_4bit` finds them: codes are chosen with the
+    absmax before its own quantization. in_features must be a multiple of `block_size`."""
+    divide(weight_OI.shape[1], block_size, "block_size")
+    absmax_OG = nf.absmax_of(weight_OI, block_size)
+    return normal_float_record(nf.round_to_book(weight_OI, absmax_OG, bits), absmax_OG, bits, block_size, double_quantize)
+
+
+def normal_float_record(codes_OI: Tensor, absmax_OG: Tensor, bits: int, block_size: int, double_quantize: bool) -> NormalFloatWeight:
+    """Pack codes, and quantize the absmax when asked."""
+    codes, columns = pack_codes(codes_OI, bits), codes_OI.shape[1]
+    if not double_quantize:
+        return NormalFloatWeight(codes, bits, block_size, columns, absmax=absmax_OG)
+    absmax_codes, scales, offset = nf.quantize_absmax(absmax_OG)
+    return NormalFloatWeight(codes, bits, block_size, columns, absmax_codes=absmax_codes, absmax_scales=scales, absmax_offset=offset)
+
+
+def base_target(weight: StoredWeight, target_OI: Tensor) -> Tensor:
+    """What the base should be so that the record imitates the target: without its low-rank term and delta, times its smoothing,
+    dropped weights included. ValueError for NaN or Inf."""
+    base_OI = finite(target_OI, "target weight").float()
+    if weight.low_rank is not None:
+        base_OI = base_OI - weight.low_rank.dense()
+    if weight.delta is not None:
+        base_OI = replace(weight.delta, values=-weight.delta.values).add_to_(base_OI.clone())
+    if weight.smooth is not None:
+        base_OI = base_OI * weight.smooth.float()
+    return base_OI
+
+
+def kept(weight: StoredWeight, base_OI: Tensor) -> Tensor:
+    """0 where the record's mask drops a weight."""
+    mask_OI = weight.mask_OI()
+    return base_OI if mask_OI is None else base_OI.where(mask_OI, 0)
+
+
+def quantized(weight: StoredWeight, base: Base, activations: ActivationGrid | None) -> StoredWeight:
+    """The record with a new base; its mask and everything beside the base stay."""
+    return replace(weight, base=base, activations=activations)
+
+
+def importance_of(weight: StoredWeight, statistics: LayerStatistics) -> Tensor:
+    """Mean square of each (smoothed) input, float32 [I]; all ones when no input was ever non-zero."""
+    square_I = finite(statistics.inputs.norm_I, "input norms").square()
+    if weight.smooth is not None:
+        square_I = square_I / weight.smooth.float().square()
+    mean = square_I.mean()
+    return square_I / mean if bool(mean > 0) else torch.ones_like(square_I)
+
+
+def rtn(weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, config: RtnConfig) -> tuple[StoredWeight, dict[str, float]]:
+    """Round to the nearest code of a uniform grid."""
+    grid = UniformGrid(config.bits, config.group_size, config.symmetric)
+    importance_I = importance_of(weight, statistics) if config.clip == "hessian" else None
+    base = round_uniform(kept(weight, base_target(weight, target_OI)), grid, config.clip, importance_I)
+    return quantized(weight, base, config.activations), {}
+
+
+def normal_float(
+    weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, config: NormalFloatConfig
+) -> tuple[StoredWeight, dict[str, float]]:
+    """Round to the nearest code of a NormalFloat book."""
+    base = round_normal_float(kept(weight, base_target(weight, target_OI)), config.bits, config.block_size, config.double_quantize)
+    return quantized(weight, base, config.activations), {}
+
+
+def nf4(weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, config: Nf4Config) -> tuple[StoredWeight, dict[str, float]]:
+    """NF4, bit for bit bitsandbytes'."""
+    return normal_float(weight, target_OI, statistics, NormalFloatConfig(4, config.block_size, config.double_quantize, config.activations))
