@@ -1,0 +1,167 @@
+"""The command line: `pipeline` and `bitmend`, the commands, and how errors become one line and an exit code.
+
+0 done, 1 unexpected, 2 usage or configuration, 3 bad input, 4 quality gate, 5 out of memory or disk, 130 interrupted.
+Imports nothing heavy: torch and transformers come in with the command that needs them.
+"""
+
+import errno
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import Any
+
+import typer
+
+from . import logs
+from .commands import about, results, runs
+from .errors import PipelineError
+
+# typer brings its own copy of click or uses the installed one; its public exception leads to the family's roots
+_CLICK_USAGE = typer.BadParameter.__mro__[1]
+_CLICK_ERROR = typer.BadParameter.__mro__[2]
+
+INTERRUPTED = 130
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_NO_SPACE_TEXT = "No space left on device"
+_NO_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
+
+app = typer.Typer(
+    help="Compress a language model, recover its quality, run it on fused kernels; perplexity and bytes after every stage.",
+    no_args_is_help=False,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _name, _command in (
+    ("run", runs.run),
+    ("resume", runs.resume),
+    ("status", runs.status),
+    ("compare", results.compare),
+    ("eval", results.eval_),
+    ("export", results.export),
+    ("generate", results.generate),
+    ("sweep", runs.sweep),
+    ("bench", about.bench),
+    ("doctor", about.doctor),
+    ("gc", runs.gc),
+    ("list", about.list_),
+    ("show", about.show),
+):
+    app.command(_name)(_command)
+app.add_typer(results.report, name="report")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", help="print the version"),
+) -> None:
+    if version:
+        from importlib.metadata import PackageNotFoundError
+        from importlib.metadata import version as installed
+
+        try:
+            typer.echo(installed("bitmend"))
+        except PackageNotFoundError:
+            typer.echo("not installed")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP: stops like Ctrl-C, so that the run directory stays resumable."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated(signal.Signals(number).name)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit code. Every failure is one line on stderr (with -v the traceback as well)."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _terminate)
+    try:
+        result: Any = app(args=arguments, prog_name="pipeline", standalone_mode=False)
+        sys.stdout.flush()
+    except KeyboardInterrupt as stop:
+        _say(f"interrupted{f' by {stop}' if str(stop) else ''}; what was finished is kept, the same command goes on from there")
+        return INTERRUPTED
+    except BrokenPipeError:
+        _silence_stdout()
+        return 0
+    except Exception as error:
+        code, message = explain(error)
+        if logs.is_verbose():
+            traceback.print_exception(error)
+        _say(f"error: {message}")
+        return code
+    return result if isinstance(result, int) else 0
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """Exit code and one line for an error."""
+    if isinstance(error, PipelineError):
+        return error.exit_code, _one_line(str(error))
+    if isinstance(error, _CLICK_ERROR):
+        return 2, _usage_line(error)
+    if isinstance(error, typer.Abort):
+        return INTERRUPTED, "interrupted"
+    if _has_no_space(error):
+        return (
+            5,
+            "no disk space left; finished stages are kept: free some space (`pipeline gc RUN_DIR` helps) and run the same command again",
+        )
+    if _has_no_memory(error):
+        detail = _one_line(str(error)).split(". ")[0]
+        return (
+            5,
+            f"out of memory{f' ({detail})' if detail else ''}; try fewer calibration samples, a shorter seq_len or a smaller batch_size",
+        )
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return 3, f"{error.filename}: {error.strerror}"
+    hint = "" if logs.is_verbose() else "; run again with -v for the traceback"
+    return 1, f"unexpected {type(error).__name__}: {_one_line(str(error)) or 'no message'}{hint}"
+
+
+def _usage_line(error: Any) -> str:
+    message = _one_line(error.format_message()).replace("Value error, ", "")
+    context = getattr(error, "ctx", None)
+    if context is None or "possible option" in message.lower() or "did you mean" in message.lower():
+        return message
+    return f"{message} (see `{context.command_path} --help`)"
+
+
+def _has_no_space(error: BaseException) -> bool:
+    return (isinstance(error, OSError) and error.errno in _NO_SPACE) or _NO_SPACE_TEXT in str(error)
+
+
+def _has_no_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return "OutOfMemoryError" in names or (isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY_TEXTS))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _say(line: str) -> None:
+    if sys.stderr.isatty():
+        typer.secho(line, err=True, fg="red")
+    else:
+        typer.echo(line, err=True)
+
+
+def _silence_stdout() -> None:
+    """The reader went away: nothing more to tell it, and the interpreter must not complain at exit."""
+    import os
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""Commands that work in a run directory: run, resume, status, gc, sweep."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import logs
+from ..errors import InputError, UsageError
+from . import options as o
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="a name from `pipeline list`, or a .yaml file")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="predict bytes, memory, disk and time, name refusals, do nothing")]
+Over = Annotated[list[str], typer.Option("--over", metavar="KEY=A,B,C", help="a setting and its values; repeatable (all combinations)")]
+SweepBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget", metavar="3.0bpw|60MB|200k", help="size for the allocation, or (a bare number, k, M) the most that may be trained"
+    ),
+]
+
+
+def run(
+    recipe: RecipeName,
+    model: o.Model = None,
+    data: o.Source = None,
+    calibration: o.CalibrationSource = None,
+    train: o.TrainSource = None,
+    eval_: o.EvalSource = None,
+    output: o.OutputRun = None,
+    config: o.SettingsFile = None,
+    sets: o.Sets = None,
+    from_stage: o.FromStage = None,
+    until_stage: o.UntilStage = None,
+    force: o.ForceStage = None,
+    device: o.Device = "auto",
+    seed: o.Seed = None,
+    dry_run: DryRun = False,
+    json: o.Json = False,
+    profile: o.Profile = None,
+    revision: o.Revision = None,
+    budget: o.BudgetText = None,
+    teacher: o.Teacher = None,
+    max_perplexity_ratio: o.Gate = None,
+    verbose: o.Verbose = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Run a recipe. The same command again goes on where it stopped; a changed setting redoes that stage and those after it."""
+    start(verbose, quiet)
+    given = {"model": model, "data": data, "calibration": calibration, "train": train, "eval": eval_, "seed": seed}
+    given |= {"profile": profile, "revision": revision, "budget": budget, "teacher": teacher}
+    from ..recipe import resolve, run_directory
+
+    resolved = resolve(recipe, file=config, sets=sets or [], options=given)
+    _check_addresses(resolved, from_stage, until_stage, force)
+    directory = output or run_directory(resolved)
+    if dry_run:
+        predict(resolved, directory, json)
+        return
+    from .. import runner
+
+    record = runner.run(
+        resolved,
+        directory,
+        from_stage=from_stage,
+        until_stage=until_stage,
+        force=force,
+        device=device,
+        max_perplexity_ratio=max_perplexity_ratio,
+    )
+    finish(record, directory, json)
+
+
+def resume(
+    run_directory: o.RunDirectory,
+    from_stage: o.FromStage = None,
+    until_stage: o.UntilStage = None,
+    force: o.ForceStage = None,
+    device: o.Device = "auto",
+    json: o.Json = False,
+    max_perplexity_ratio: o.Gate = None,
+    verbose: o.Verbose = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Go on with a run that was interrupted, with the settings it was started with."""
+    start(verbose, quiet)
+    existing(run_directory)
+    from .. import runner
+
+    record = runner.resume(
+        run_directory,
+        from_stage=from_stage,
+        until_stage=until_stage,
+        force=force,
+        device=device,
+        max_perplexity_ratio=max_perplexity_ratio,
+    )
+    finish(record, run_directory, json)
+
+
+def status(run_directory: o.RunDirectory, json: o.Json = False, verbose: o.Verbose = False, quiet: o.Quiet = False) -> None:
+    """Which stages are finished, which is under way, and what is still to do."""
+    start(verbose, quiet)
+    existing(run_directory)
+    from .. import runner
+
+    o.write(runner.status(run_directory), json)
+
+
+def gc(run_directory: o.RunDirectory, json: o.Json = False, verbose: o.Verbose = False, quiet: o.Quiet = False) -> None:
+    """Delete what nothing needs: stages of other settings and leftovers of interrupted ones."""
+    start(verbose, quiet)
+    existing(run_directory)
+    from .. import runner
+
+    o.write(runner.gc(run_directory), json)
+
+
+def sweep(
+    recipe: RecipeName,
+    over: Over,
+    model: o.Model = None,
+    data: o.Source = None,
+    calibration: o.CalibrationSource = None,
+    train: o.TrainSource = None,
+    eval_: o.EvalSource = None,
+    output: o.OutputRun = None,
+    config: o.SettingsFile = None,
+    sets: o.Sets = None,
+    device: o.Device = "auto",
+    seed: o.Seed = None,
+    dry_run: DryRun = False,
+    json: o.Json = False,
+    profile: o.Profile = None,
+    revision: o.Revision = None,
+    budget: SweepBudget = None,
+    teacher: o.Teacher = None,
+    verbose: o.Verbose = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Run a recipe for every combination of settings and compare them; stages that agree run once."""
+    start(verbose, quiet)
+    given = {"model": model, "data": data, "calibration": calibration, "train": train, "eval": eval_, "seed": seed}
+    from .. import sweep as sweeping
+
+    limit = sweeping.trainable_limit(budget)
+    given |= {"profile": profile, "revision": revision, "budget": budget if limit is None else None, "teacher": teacher}
+    points = sweeping.combinations(recipe, over, file=config, sets=sets or [], options=given)
+    directory = output or sweeping.directory(points)
+    if dry_run:
+        o.write({"directory": str(directory), "runs": [point.settings for point in points]}, json)
+        return
+    outcome = sweeping.sweep(points, directory, device=device, max_trainable=limit)
+    if json:
+        o.write_json(outcome.to_json())
+    else:
+        o.console().print(outcome.table())
+    outcome.raise_failure()
+
+
+def start(verbose: bool, quiet: bool) -> None:
+    if verbose and quiet:
+        raise UsageError("-v and -q exclude each other")
+    logs.setup(verbose, quiet)
+
+
+def existing(directory: Path) -> None:
+    """InputError unless it is a directory."""
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such run directory; `pipeline run RECIPE -o {directory}` makes one")
+
+
+def predict(recipe: "Recipe", directory: Path, as_json: bool) -> None:
+    """Print the plan; UsageError names the first refusal."""
+    from .. import plan
+
+    predicted: dict[str, Any] = plan.predict(recipe, directory)
+    o.write(predicted, as_json)
+    refusals = predicted.get("refusals") or []
+    if refusals:
+        more = f" (and {len(refusals) - 1} more above)" if len(refusals) > 1 else ""
+        raise UsageError(f"this run would be refused: {refusals[0]}{more}")
+
+
+def finish(record: Any, directory: Path, as_json: bool) -> None:
+    """The stage table, and where the page lies."""
+    from ... import reports
+
+    if as_json:
+        typer.echo(reports.render(record, "json").rstrip("\n"))
+        return
+    reports.show(record, o.console())
+    page = directory / "report.html"
+    if page.is_file():
+        typer.echo(f"report: {page if page.is_absolute() else os.path.relpath(page)}")
+
+
+def _check_addresses(recipe: "Recipe", *addresses: str | None) -> None:
+    for address in addresses:
+        if address is not None and address != "baseline":
+            recipe.stage(address)
