@@ -1,0 +1,143 @@
+"""A checkpoint as every format sees it: a config, compressed linears as records, all other tensors by name.
+
+Knows no format. What cannot be written by anyone but us is refused here, with the format that can carry it.
+Legend: O out, I in, G groups, E experts.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from ...compress.weights import NormalFloatWeight, StoredWeight, UniformWeight
+from ..errors import InputError, UsageError
+
+T = TypeVar("T")
+
+
+class Lazy(Mapping[str, T], Generic[T]):
+    """A mapping whose values are made when asked for and not kept: a model larger than memory passes through."""
+
+    def __init__(self, loaders: Mapping[str, Callable[[], T]]):
+        self._loaders = dict(loaders)
+
+    def __getitem__(self, name: str) -> T:
+        return self._loaders[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._loaders)
+
+    def __len__(self) -> int:
+        return len(self._loaders)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._loaders
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything an export needs and an import yields.
+
+    config: the Hugging Face `config.json` without `quantization_config`.
+    linears: module name → record [O, I]; a fused expert matrix is `<parameter name>.<expert index>`. Its bias, where it
+        has one, is `<name>.bias` in `tensors`.
+    tensors: every other tensor under its in-memory state-dict name.
+    files: a directory with tokenizer and generation config to copy, or None.
+    transposed: modules and fused parameters whose dense layout is [I, O] (GPT-2's `Conv1D`).
+    tied: alias → source, both state-dict names ({"lm_head.weight": "model.embed_tokens.weight"}); an alias is not in
+        `tensors`. A source may be the `.weight` of a compressed linear.
+    card: what the model card says: `title`, `recipe`, `perplexity`, `baseline_perplexity`, `protocol`, `notes`.
+    """
+
+    config: dict[str, Any]
+    linears: Mapping[str, StoredWeight]
+    tensors: Mapping[str, Tensor]
+    files: Path | None = None
+    transposed: frozenset[str] = frozenset()
+    tied: Mapping[str, str] = field(default_factory=dict)
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_linears(self, linears: Mapping[str, StoredWeight]) -> "Checkpoint":
+        return replace(self, linears=linears)
+
+
+def refuse_beyond_codes(name: str, record: StoredWeight, format_name: str) -> None:
+    """UsageError when a record holds more than codes and a mask: no checkpoint format of others has room for it."""
+    if record.activations is not None:
+        raise UsageError(
+            f"{name}: {format_name} here carries weights only, not the {record.activations.bits}-bit activations of this artifact; "
+            "export the stage before the activation quantization, or set activations to none"
+        )
+    if record.smooth is not None:
+        raise UsageError(f"{name}: {format_name} has no place for a smoothing vector on the input; --format dense folds it into the weight")
+    if record.delta is not None:
+        raise UsageError(
+            f"{name}: {format_name} has no place for a sparse delta of {record.delta.values.numel()} weights; --format dense adds it in"
+        )
+    if record.low_rank is not None:
+        raise UsageError(
+            f"{name}: {format_name} has no place for a low-rank term of rank {record.low_rank.rank}; "
+            "export it as a PEFT adapter beside the base (the default), or --format dense --merge"
+        )
+
+
+def uniform_codes(name: str, record: StoredWeight, format_name: str) -> tuple[UniformWeight, Tensor, Tensor]:
+    """(base, codes uint8 [O, I], zeros int64 [O, G]); masked weights sit on their zero point, hence decode to exactly 0."""
+    refuse_beyond_codes(name, record, format_name)
+    base = record.base
+    if isinstance(base, NormalFloatWeight):
+        other = "--format bnb carries NF4" if base.bits == 4 else "--format dense can"
+        raise UsageError(f"{name}: {format_name} holds uniform grids, not NormalFloat{base.bits}; {other}")
+    assert isinstance(base, UniformWeight)
+    zeros = base.zeros_OG()
+    whole = zeros.round()
+    if not torch.equal(zeros, whole) or whole.min() < 0 or whole.max() >= 1 << base.bits:
+        raise UsageError(
+            f"{name}: {format_name} holds integer zero points 0…{(1 << base.bits) - 1}; these lie in {zeros.min():g}…{zeros.max():g} "
+            "or are fractions; --format dense can carry them"
+        )
+    codes, zeros_OG, mask = base.codes_OI(), whole.to(torch.int64), record.mask_OI()
+    if mask is not None:
+        codes = codes.where(mask, column_zeros(base, zeros_OG).to(codes.dtype))
+    return base, codes, zeros_OG
+
+
+def column_zeros(base: UniformWeight, zeros_OG: Tensor) -> Tensor:
+    """[O, I]: the zero point of every weight."""
+    if base.group_index is not None:
+        return zeros_OG[:, base.group_index.long()]
+    return zeros_OG.repeat_interleave(base.in_features // base.groups, dim=1)
+
+
+def half_scales(name: str, scales: Tensor, format_name: str) -> tuple[Tensor, bool]:
+    """(float16 scales, whether rounding changed them). UsageError when one leaves the range of float16."""
+    half = scales.half()
+    if not torch.isfinite(half).all():
+        raise UsageError(
+            f"{name}: {format_name} stores scales as float16 and {scales.abs().max():g} is past its largest number, 65504; --format dense can carry it"
+        )
+    return half, not torch.equal(half.float(), scales.float())
+
+
+def masked_note(checkpoint_linears: int, format_name: str) -> str:
+    return f"{checkpoint_linears} pruned linears: the zeros are exact, the masks themselves have no place in {format_name}"
+
+
+def require(condition: bool, message: str) -> None:
+    """InputError unless `condition`: for what a foreign file must satisfy."""
+    if not condition:
+        raise InputError(message)
+
+
+def tied_tensor(checkpoint: Checkpoint, source: str) -> Tensor:
+    """The tensor behind a tied name, dense, in its module's own layout."""
+    if source in checkpoint.tensors:
+        return checkpoint.tensors[source]
+    module = source.removesuffix(".weight")
+    if module in checkpoint.linears:
+        weight = checkpoint.linears[module].dense()
+        return weight.t() if module in checkpoint.transposed else weight
+    raise InputError(f"tied weight {source} is neither a tensor nor a compressed linear of this checkpoint")

@@ -1,0 +1,76 @@
+"""What every exported directory holds beside its weights: a config that old and new programs read, tokenizer files, a model card.
+
+Knows no weights.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Checkpoint
+from .shards import copy_files, write_json
+
+
+def write_folder(
+    checkpoint: Checkpoint, directory: Path, quantization: Mapping[str, Any] | None, notes: Sequence[str], how_to_load: str
+) -> None:
+    config = portable_config(checkpoint.config)
+    if quantization is not None:
+        config["quantization_config"] = dict(quantization)
+    write_json(directory / "config.json", config)
+    copy_files(checkpoint.files, directory)
+    (directory / "README.md").write_text(model_card(checkpoint.card, notes, how_to_load), encoding="utf-8")
+
+
+def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the names of transformers 4 beside those of 5: readers of GPTQ live on both sides of that change.
+
+    transformers 4 looks for `torch_dtype`, `rope_theta` and `rope_scaling` and falls back to 10000 in silence.
+    """
+    out = {name: value for name, value in config.items() if name != "quantization_config"}
+    dtype = out.get("dtype", out.get("torch_dtype"))
+    if dtype is not None:
+        out["dtype"] = out["torch_dtype"] = str(dtype).removeprefix("torch.")
+    rope = out.get("rope_parameters")
+    if isinstance(rope, Mapping) and "rope_theta" in rope:
+        out.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            out.setdefault("rope_scaling", {name: value for name, value in rope.items() if name != "rope_theta"})
+    return out
+
+
+def model_card(card: Mapping[str, Any], notes: Sequence[str], how_to_load: str) -> str:
+    """Markdown: what was done, what it cost in perplexity, under which protocol, how to load it."""
+    lines = ["---", "library_name: transformers", "tags:", "- bitmend", "---", "", f"# {card.get('title', 'Compressed model')}", ""]
+    lines += ["Compressed and recovered with bitmend.", ""]
+    measured = [
+        ("perplexity", "Perplexity"),
+        ("baseline_perplexity", "Perplexity before compression"),
+        ("bits_per_weight", "Bits per weight"),
+        ("total_bytes", "Bytes"),
+    ]
+    rows = [f"| {label} | {_number(card[name])} |" for name, label in measured if card.get(name) is not None]
+    if rows:
+        lines += ["| | |", "|---|---|", *rows, ""]
+    if card.get("protocol"):
+        lines += ["## Protocol of the perplexity", "", *_listed(card["protocol"]), ""]
+    if card.get("recipe"):
+        recipe = card["recipe"]
+        text = recipe if isinstance(recipe, str) else json.dumps(recipe, indent=2, ensure_ascii=False)
+        lines += ["## Recipe", "", "```yaml" if isinstance(recipe, str) else "```json", text.rstrip(), "```", ""]
+    lines += ["## Loading", "", "```python", how_to_load.rstrip(), "```", ""]
+    said = [*card.get("notes", ()), *notes]
+    if said:
+        lines += ["## Notes", "", *(f"- {note}" for note in said), ""]
+    return "\n".join(lines)
+
+
+def _listed(protocol: Any) -> list[str]:
+    if isinstance(protocol, Mapping):
+        return [f"- {name.replace('_', ' ')}: {value}" for name, value in protocol.items()]
+    return [str(protocol)]
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

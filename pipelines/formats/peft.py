@@ -1,0 +1,165 @@
+"""A low-rank term as a PEFT LoRA directory: DIR/base in any format, DIR/adapter beside it.
+
+Each module's scaling is 1: lora_alpha equals r, per module where ranks differ. Knows adapters; the base is another format's business.
+Legend: O out, I in, R rank.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...compress.weights import DenseWeight, LowRank, StoredWeight, UniformWeight
+from ..errors import InputError, UsageError
+from .checkpoint import Checkpoint, Lazy
+from .naming import expert_parameter
+from .shards import Stored, fresh_directory, open_directory, read_json, save, write_json
+
+PREFIX = "base_model.model."
+BASE, ADAPTER = "base", "adapter"
+WriteBase = Callable[..., list[str]]
+
+CARD = """---
+library_name: peft
+---
+
+# Low-rank term
+
+The term that bitmend fitted on top of the compressed model in `../{base}`; its scaling is 1 everywhere.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("../{base}"), ".")
+```
+"""
+
+
+def has_low_rank(checkpoint: Checkpoint) -> bool:
+    return any(record.low_rank is not None for record in checkpoint.linears.values())
+
+
+def write(checkpoint: Checkpoint, directory: Path, write_base: WriteBase, **options: Any) -> list[str]:
+    """DIR/base by `write_base` (a format's `write`, with its options) and DIR/adapter. UsageError without a low-rank term."""
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, record in checkpoint.linears.items():
+        if record.low_rank is not None and record.low_rank.rank > 0:
+            factors[name] = _factors(name, record.low_rank)
+    if not factors:
+        raise UsageError("no linear of this model has a low-rank term, so there is no adapter to write; export the base alone")
+    quantized = sum(_is_quantized(record.low_rank) for record in checkpoint.linears.values())
+    with fresh_directory(directory) as scratch:
+        base = checkpoint.with_linears(Lazy({name: partial(_without, checkpoint.linears, name) for name in checkpoint.linears}))
+        notes = write_base(base, scratch / BASE, **options)
+        adapter = scratch / ADAPTER
+        adapter.mkdir()
+        write_json(adapter / "adapter_config.json", adapter_config({name: down.shape[0] for name, (_, down) in factors.items()}))
+        save(adapter / "adapter_model.safetensors", _named(factors))
+        (adapter / "README.md").write_text(CARD.format(base=BASE), encoding="utf-8")
+    if quantized:
+        notes.append(
+            f"{quantized} low-rank terms had quantized factors; a PEFT adapter stores them as floating point, the values are the same"
+        )
+    return [*notes, f"the low-rank term of {len(factors)} linears is in {ADAPTER}/, to be loaded by PEFT on top of {BASE}/"]
+
+
+def adapter_config(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """PEFT's LoRA settings for module → rank."""
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    pattern = {name: rank for name, rank in ranks.items() if rank != common}
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": f"../{BASE}", "inference_mode": True,
+        "r": common, "lora_alpha": common, "rank_pattern": pattern, "alpha_pattern": dict(pattern), "lora_dropout": 0.0, "bias": "none",
+        "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "init_lora_weights": True, "modules_to_save": None,
+        "target_modules": sorted(ranks),
+    }  # fmt: skip
+
+
+def read(directory: Path, read_base: Callable[[Path], Checkpoint]) -> Checkpoint:
+    """DIR/base by `read_base` with the factors of DIR/adapter in its records. InputError for adapters of another kind."""
+    base, adapter = read_base(directory / BASE), directory / ADAPTER
+    config = read_json(adapter / "adapter_config.json")
+    _check_config(adapter, config)
+    file = adapter / "adapter_model.safetensors"
+    if not file.is_file() and (adapter / "adapter_model.bin").is_file():
+        raise InputError(f"{adapter / 'adapter_model.bin'} is a pickle file, which can run code when opened; only safetensors are read")
+    stored = open_directory(adapter)
+    modules = sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in stored})
+    linears: dict[str, Callable[[], StoredWeight]] = {name: partial(base.linears.__getitem__, name) for name in base.linears}
+    tensors: dict[str, Callable[[], Tensor]] = {name: partial(base.tensors.__getitem__, name) for name in base.tensors}
+    for module in modules:
+        up, down = (_entry(stored, f"{PREFIX}{module}.lora_{letter}.weight", file) for letter in "BA")
+        if len(up.shape) != 2 or len(down.shape) != 2 or up.shape[1] != down.shape[0]:
+            raise InputError(f"{file}: {module} has lora_B {list(up.shape)} and lora_A {list(down.shape)}, which do not multiply")
+        scaling = _scaling(config, module, down.shape[0])
+        if module not in linears and f"{module}.weight" not in tensors:
+            raise InputError(f"{file}: the adapter reaches {module}, which {directory / BASE} does not have")
+        linears[module] = partial(_joined, base, module, up, down, scaling)
+        tensors.pop(f"{module}.weight", None)
+    return replace(base, linears=Lazy(linears), tensors=Lazy(tensors))
+
+
+def _check_config(adapter: Path, config: Mapping[str, Any]) -> None:
+    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("modules_to_save"):
+        raise InputError(
+            f"{adapter}: only plain LoRA adapters are read, without DoRA and modules_to_save (this one: {config.get('peft_type')})"
+        )
+    if config.get("bias", "none") != "none":
+        raise InputError(f"{adapter}: the adapter replaces biases (bias {config['bias']!r}); merge it with PEFT first")
+
+
+def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    import re
+
+    patterns = config.get("alpha_pattern") or {}
+    alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), config.get("lora_alpha", rank))
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _joined(base: Checkpoint, module: str, up: Stored, down: Stored, scaling: float) -> StoredWeight:
+    up_OR = up.load() if scaling == 1 else up.load() * scaling
+    low_rank = LowRank(up_OR, down.load())
+    if module in base.linears:
+        record = base.linears[module]
+    else:
+        weight = base.tensors[f"{module}.weight"]
+        record = StoredWeight(DenseWeight(weight.t() if module in base.transposed else weight))
+    if record.shape != (up.shape[0], down.shape[1]):
+        raise InputError(
+            f"{up.file}: the adapter of {module} is {up.shape[0]} × {down.shape[1]}, the base {record.shape[0]} × {record.shape[1]}"
+        )
+    return replace(record, low_rank=low_rank)
+
+
+def _entry(stored: Mapping[str, Stored], name: str, file: Path) -> Stored:
+    if name not in stored:
+        raise InputError(f"{file}: tensor {name} is missing")
+    return stored[name]
+
+
+def _factors(name: str, low_rank: LowRank) -> tuple[Tensor, Tensor]:
+    if expert_parameter(name) is not None:
+        raise UsageError(f"{name}: PEFT reaches linears, not fused experts; --format dense --merge folds their low-rank term in")
+    up, down = low_rank.up, low_rank.down
+    return (up.dense() if isinstance(up, UniformWeight) else up), (down.dense() if isinstance(down, UniformWeight) else down)
+
+
+def _named(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    out = {}
+    for name, (up, down) in factors.items():
+        out[f"{PREFIX}{name}.lora_A.weight"], out[f"{PREFIX}{name}.lora_B.weight"] = down.contiguous(), up.contiguous()
+    return out
+
+
+def _without(linears: Mapping[str, StoredWeight], name: str) -> StoredWeight:
+    return replace(linears[name], low_rank=None)
+
+
+def _is_quantized(low_rank: LowRank | None) -> bool:
+    return low_rank is not None and (isinstance(low_rank.up, UniformWeight) or isinstance(low_rank.down, UniformWeight))

@@ -1,0 +1,68 @@
+"""The formats by their names on the command line, and which one a directory is.
+
+Knows names and configs; each format knows its bytes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, UsageError
+from . import dense, gptq, peft
+from .checkpoint import Checkpoint
+from .shards import read_json
+
+
+@dataclass(frozen=True)
+class Format:
+    """`write(checkpoint, directory, **options)` returns notes for the user; `read(directory)` returns a Checkpoint."""
+
+    write: Callable[..., list[str]]
+    read: Callable[[Path], Checkpoint]
+
+
+FORMATS: Mapping[str, Format] = {
+    "dense": Format(dense.write, dense.read),
+    "gptq": Format(partial(gptq.write, version=1), gptq.read),
+    "gptq-v2": Format(partial(gptq.write, version=2), gptq.read),
+}
+
+
+def detect(directory: Path) -> str:
+    """The name in FORMATS of what `directory` holds, from its config. InputError for unknown formats and versions."""
+    quantization = read_json(directory / "config.json").get("quantization_config")
+    if quantization is None and (directory / "quantize_config.json").is_file():
+        quantization = read_json(directory / "quantize_config.json")
+    if not quantization:
+        return "dense"
+    method = quantization.get("quant_method", "gptq" if "desc_act" in quantization else None)
+    if method == "gptq":
+        kind = quantization.get("checkpoint_format") or "gptq"
+        return {"gptq": "gptq", "gptq_v2": "gptq-v2"}.get(kind) or _unknown(directory, f"gptq checkpoint_format {kind!r}")
+    if method == "bitsandbytes":
+        return "bnb"
+    if method in ("compressed-tensors", "compressed_tensors"):
+        return "compressed-tensors"
+    return _unknown(directory, f"quant_method {method!r}")
+
+
+def write(name: str, checkpoint: Checkpoint, directory: Path, **options: Any) -> list[str]:
+    """Export in format `name`; a low-rank term goes to DIR/adapter with the rest in DIR/base. UsageError for an unknown name."""
+    if name not in FORMATS:
+        raise UsageError(f"unknown format {name!r}; known are {', '.join(FORMATS)}")
+    if peft.has_low_rank(checkpoint):
+        return peft.write(checkpoint, directory, FORMATS[name].write, **options)
+    return FORMATS[name].write(checkpoint, directory, **options)
+
+
+def read(directory: Path) -> Checkpoint:
+    """Import whatever `directory` holds, a pair of base and adapter included. InputError for what is none of FORMATS."""
+    if (directory / peft.BASE).is_dir() and (directory / peft.ADAPTER).is_dir():
+        return peft.read(directory, read)
+    return FORMATS[detect(directory)].read(directory)
+
+
+def _unknown(directory: Path, what: str) -> str:
+    raise InputError(f"{directory}: {what} is not known; read are {', '.join(FORMATS)} and base + adapter directories")

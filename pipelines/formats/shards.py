@@ -1,0 +1,217 @@
+"""safetensors directories: read lazily with every shape known beforehand, written in shards of a bounded size.
+
+Knows files and tensors; not what a tensor means. Pickle files are never opened.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import InputError, OutOfMemoryError, UsageError
+
+SHARD_BYTES = 5_000_000_000
+INDEX = "model.safetensors.index.json"
+COPIED = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor on disk: where it lies, its shape and its safetensors dtype name (F16, I32, …)."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def load(self) -> Tensor:
+        """InputError, with tensor and file, when it cannot be read."""
+        try:
+            with safe_open(self.file, framework="pt") as handle:
+                return handle.get_tensor(self.name)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{self.file}: tensor {self.name} cannot be read ({error}); fetch the file again") from error
+
+
+def open_directory(directory: Path) -> dict[str, Stored]:
+    """name → Stored of every tensor, from headers alone. InputError for pickle files, missing shards and truncated files."""
+    out: dict[str, Stored] = {}
+    for file in weight_files(directory):
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 (not a mapping)
+                    piece = handle.get_slice(name)
+                    if name in out:
+                        raise InputError(
+                            f"tensor {name} is in {out[name].file.name} and in {file.name} of {directory}; remove the file that is left over"
+                        )
+                    out[name] = Stored(file, name, tuple(piece.get_shape()), piece.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} is no whole safetensors file ({error}); fetch or write it again") from error
+    if not out:
+        raise InputError(f"{directory} holds no tensors")
+    _check_index(directory, out)
+    return out
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, those the index names when there is one."""
+    if not directory.is_dir():
+        raise InputError(f"{directory} is not a directory")
+    index = directory / INDEX
+    if index.is_file():
+        files = [directory / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+        for file in files:
+            if file.parent != directory or not file.is_file():
+                raise InputError(f"{index} names {file.name}, which is not in {directory}; fetch the missing shard")
+        return files
+    if (directory / "model.safetensors").is_file():
+        return [directory / "model.safetensors"]
+    files = sorted(directory.glob("*.safetensors"))
+    if files:
+        return files
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern))
+    if pickles:
+        raise InputError(
+            f"{directory} holds {pickles[0]}, a pickle file, which can run code when opened; only safetensors are read: "
+            "convert it with transformers (from_pretrained, then save_pretrained) where you trust it"
+        )
+    raise InputError(f"{directory} holds no .safetensors file")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """InputError when the file is missing, not JSON or not an object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{file} is missing") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is not readable JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds {type(content).__name__}, not a JSON object")
+    return content
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> int:
+    """Total bytes. `model.safetensors`, or shards of at most `shard_bytes` (one tensor may be larger) with their index.
+
+    Holds one shard in memory. UsageError when a name comes twice.
+    """
+    pending: dict[str, Tensor] = {}
+    shards: list[list[str]] = []
+    pending_bytes, total = 0, 0
+    seen: set[str] = set()
+
+    def flush() -> None:
+        save(directory / f"part-{len(shards):05d}.safetensors", pending)
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if name in seen:
+            raise UsageError(f"tensor {name} would be written twice")
+        seen.add(name)
+        size = tensor.numel() * tensor.element_size()
+        if pending and pending_bytes + size > shard_bytes:
+            flush()
+            pending_bytes = 0
+        pending[name] = tensor.detach().cpu().contiguous()
+        pending_bytes, total = pending_bytes + size, total + size
+    flush()
+    _name_shards(directory, shards, total)
+    return total
+
+
+def save(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file; tensors that share memory are copied. OutOfMemoryError when the disk is full."""
+    separate: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if pointer in storages else tensor
+        storages.add(pointer)
+    try:
+        save_file(separate, file, metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise OutOfMemoryError(
+                f"no disk space left for {file.name}: {_gigabytes(tensors):.2f} GB; free some or choose another -o"
+            ) from error
+        raise
+
+
+@contextmanager
+def fresh_directory(directory: Path) -> Iterator[Path]:
+    """A scratch directory that becomes `directory` when the block ends well; nothing is left otherwise.
+
+    UsageError when `directory` exists and is not empty: exports never overwrite.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UsageError(f"{directory} exists and is not empty; choose another directory or remove it first")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    scratch = directory.parent / f".{directory.name}.{os.getpid()}.partial"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+        if directory.exists():
+            directory.rmdir()
+        scratch.rename(directory)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def copy_files(source: Path | None, directory: Path) -> None:
+    """Tokenizer and generation config, whatever of them there is."""
+    for name in COPIED if source is not None else ():
+        file = Path(source or "") / name
+        if file.is_file():
+            shutil.copyfile(file, directory / name)
+
+
+def _name_shards(directory: Path, shards: list[list[str]], total: int) -> None:
+    if len(shards) == 1:
+        (directory / "part-00000.safetensors").rename(directory / "model.safetensors")
+        return
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for i, name in enumerate(names):
+        (directory / f"part-{i:05d}.safetensors").rename(directory / name)
+    weight_map = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _check_index(directory: Path, tensors: Mapping[str, Stored]) -> None:
+    index = directory / INDEX
+    if not index.is_file():
+        return
+    for name, file in read_json(index)["weight_map"].items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise InputError(f"{index} says tensor {name} is in {file}; it is not there")
+
+
+def _gigabytes(tensors: Mapping[str, Tensor]) -> float:
+    return sum(t.numel() * t.element_size() for t in tensors.values()) / 1e9
+
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
