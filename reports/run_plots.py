@@ -192,7 +192,7 @@ def _heat_panel(
     norm: Normalize,
     label: str | None,
 ) -> None:
-    """Blocks across, roles down; layers of one place (experts) are averaged; layers outside the blocks come last as their own column."""
+    """Blocks across, roles down; layers of one place (experts) are averaged; layers outside the blocks are the last column."""
     roles = list(dict.fromkeys(layer.role for layer in layers))
     blocks = sorted({layer.block for layer in layers if layer.block is not None})
     columns: list[int | None] = [*blocks, *([None] if any(layer.block is None for layer in layers) else [])]

@@ -1,0 +1,216 @@
+"""A run in words: what each stage did to perplexity, which layers suffered. What to try next is `advice`.
+
+Every sentence follows from numbers of the record. A change within two paired standard errors is called noise; a perplexity
+below the baseline is called adaptation to the text's domain.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean, median
+
+from .record import LayerRecord, RunRecord, StageRecord, is_finite
+from .tables import duration, nats, number, percent, size
+
+KINDS = ("summary", "hurt", "helped", "layers", "noise", "adaptation", "bytes", "note")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence or two; `kind` is one of KINDS."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """From one measured stage to the next: nats per token (positive is worse) and its paired standard error."""
+
+    before: StageRecord
+    after: StageRecord
+    nats: float
+    stderr: float | None
+
+    @property
+    def is_noise(self) -> bool:
+        return self.stderr is not None and abs(self.nats) <= 2 * self.stderr
+
+    @property
+    def text(self) -> str:
+        """`perplexity 28.69 → 43.40 (+51.3 %)`."""
+        growth = percent(math.expm1(self.nats))
+        return f"perplexity {number(self.before.perplexity)} → {number(self.after.perplexity)} ({'+' if self.nats > 0 else ''}{growth})"
+
+
+def findings(record: RunRecord) -> list[Finding]:
+    """Sentences about a run, in the order they should be read."""
+    found = changes(record.stages)
+    worst = worst_change(found)
+    sentences = [*_summary(record), *_hurt(found, worst), *_helped(found)]
+    if worst is not None:
+        sentences += _layers(worst.after)
+    sentences += [*_noise(found), *_adaptation(record), *_expensive_factors(record)]
+    return sentences + [Finding("note", f"{stage.stage}: {note}") for stage in record.stages for note in stage.notes]
+
+
+def changes(stages: Sequence[StageRecord]) -> list[Change]:
+    """Between consecutive stages that have a perplexity, in ln(perplexity) where no paired difference was measured."""
+    known = [stage for stage in stages if is_finite(stage.perplexity) and (stage.perplexity or 0) > 0]
+    found = []
+    for before, after in pairwise(known):
+        measured = after.nll_difference_previous
+        moved = math.log((after.perplexity or 1) / (before.perplexity or 1)) if measured is None else measured
+        found.append(Change(before, after, moved, after.nll_difference_previous_stderr))
+    return found
+
+
+def named(stage: StageRecord) -> str:
+    return f"{stage.stage} ({stage.method})" if stage.method and stage.method != stage.stage else stage.stage
+
+
+def worst_change(found: Sequence[Change]) -> Change | None:
+    rising = [change for change in found if change.nats > 0 and not change.is_noise]
+    return max(rising, key=lambda change: change.nats, default=None)
+
+
+def _summary(record: RunRecord) -> list[Finding]:
+    baseline = record.baseline
+    if baseline is None:
+        return [Finding("summary", "No stage has been measured yet.")]
+    last = record.stages[-1]
+    if last is baseline:
+        return [Finding("summary", f"Only the baseline has been measured: perplexity {number(last.perplexity)}, {size(last.total_bytes)}.")]
+    parts = []
+    if last.perplexity and baseline.perplexity and is_finite(last.perplexity):
+        growth = last.perplexity / baseline.perplexity - 1
+        parts.append(f"perplexity {number(baseline.perplexity)} → {number(last.perplexity)} ({'+' if growth > 0 else ''}{percent(growth)})")
+    if last.total_bytes and baseline.total_bytes:
+        share = percent(last.total_bytes / baseline.total_bytes)
+        parts.append(f"{size(baseline.total_bytes)} → {size(last.total_bytes)} ({share} of the baseline)")
+    if last.bits_per_weight is not None:
+        parts.append(f"{number(last.bits_per_weight, 3)} bits per compressed weight")
+    taken = [stage.seconds for stage in record.stages if stage.seconds is not None]
+    if taken:
+        parts.append(f"{duration(math.fsum(taken))} in all")
+    return [Finding("summary", f"From baseline to {named(last)}: {'; '.join(parts)}.")] if parts else []
+
+
+def _hurt(found: Sequence[Change], worst: Change | None) -> list[Finding]:
+    if not found:
+        return []
+    if worst is None:
+        return [Finding("hurt", "No stage raised perplexity by more than two standard errors.")]
+    total = math.fsum(change.nats for change in found if change.nats > 0 and not change.is_noise)
+    share = f", {percent(worst.nats / total)} of all that was lost on the way" if worst.nats < total else ""
+    error = "" if worst.stderr is None else f"; {nats(worst.nats)} ± {worst.stderr:.4f} nats per token"
+    return [Finding("hurt", f"{named(worst.after)} hurt most: {worst.text}{share}{error}.")]
+
+
+def _helped(found: Sequence[Change]) -> list[Finding]:
+    falling = [change for change in found if change.nats < 0 and not change.is_noise]
+    sentences = []
+    for change in falling:
+        closed = change.after.gap_closed
+        gap = "" if closed is None else f", {percent(closed)} of the log-perplexity gap to the baseline that it was given"
+        sentences.append(Finding("helped", f"{named(change.after)} helped: {change.text}{gap}."))
+    return sentences
+
+
+def _layers(stage: StageRecord) -> list[Finding]:
+    """The layers with the largest relative output error, and the role or blocks where errors gather."""
+    measured = [layer for layer in stage.layers if is_finite(layer.relative_output_error)]
+    if len(measured) < 2:
+        return []
+    ordered = sorted(measured, key=_error, reverse=True)
+    listed = ", ".join(f"{layer.name} ({number(_error(layer), 3)})" for layer in ordered[:3])
+    middle = median(_error(layer) for layer in measured)
+    text = f"Worst layers after {stage.stage}, by relative output error: {listed}; the median layer has {number(middle, 3)}."
+    role = worst_role(measured)
+    if role is not None:
+        text += f" By type {role[0]} is worst: {number(role[1], 3)} on average, {number(role[1] / role[2], 2)} times the other types."
+    gathered = _gathered_blocks(ordered)
+    return [Finding("layers", text + (f" {gathered}" if gathered else ""))]
+
+
+def worst_role(layers: Sequence[LayerRecord]) -> tuple[str, float, float] | None:
+    """(role, its mean error, mean error of the others) where one role's mean is at least 1.2 times the others'."""
+    means: dict[str, list[float]] = {}
+    for layer in layers:
+        if is_finite(layer.relative_output_error):
+            means.setdefault(str(layer.role), []).append(_error(layer))
+    if len(means) < 2:
+        return None
+    role = max(means, key=lambda name: fmean(means[name]))
+    others = fmean([error for name, errors in means.items() if name != role for error in errors])
+    return (role, fmean(means[role]), others) if others > 0 and fmean(means[role]) >= 1.2 * others else None
+
+
+def _gathered_blocks(ordered: Sequence[LayerRecord]) -> str | None:
+    """Says so where the worst tenth of the layers lies in few blocks."""
+    blocks = {layer.block for layer in ordered if layer.block is not None}
+    worst = [layer.block for layer in ordered[: max(4, len(ordered) // 10)] if layer.block is not None]
+    places = sorted(set(worst))
+    if len(blocks) < 8 or len(worst) < 4 or len(places) > max(1, len(blocks) // 6):
+        return None
+    return f"The worst tenth of all layers lies in block{'s' if len(places) > 1 else ''} {', '.join(map(str, places))}."
+
+
+def _error(layer: LayerRecord) -> float:
+    return float(layer.relative_output_error or 0.0)
+
+
+def _noise(found: Sequence[Change]) -> list[Finding]:
+    sentences = []
+    for change in found:
+        if change.is_noise:
+            moved = f"{nats(change.nats)} ± {change.stderr or 0:.4f} nats per token"
+            told = f"{named(change.after)}: {change.text} is within two standard errors ({moved})"
+            sentences.append(Finding("noise", f"{told}: not a difference this evaluation can tell from none."))
+    blind = [change.after.stage for change in found if change.stderr is None]
+    if blind:
+        text = f"No paired standard error was recorded for {', '.join(blind)}: small changes there may be noise."
+        sentences.append(Finding("noise", text))
+    return sentences
+
+
+def _adaptation(record: RunRecord) -> list[Finding]:
+    baseline = record.baseline
+    if baseline is None or not baseline.perplexity:
+        return []
+    below = [stage for stage in record.stages if stage is not baseline and _clearly_below(stage, baseline)]
+    if not below:
+        return []
+    last = below[-1]
+    beside = [f"top-1 agreement {percent(last.top1_agreement)}"] if last.top1_agreement is not None else []
+    beside += [f"KL {number(last.kl_to_baseline)} nats"] if last.kl_to_baseline is not None else []
+    distance = f" How far it is from the baseline, its {' and '.join(beside)} tell." if beside else ""
+    numbers = f"{number(last.perplexity)} < {number(baseline.perplexity)}"
+    reason = "That is no sign of a better model: training on text of the evaluation's domain adapts to that domain."
+    return [Finding("adaptation", f"{named(last)} is below the baseline ({numbers}). {reason}{distance}")]
+
+
+def _clearly_below(stage: StageRecord, baseline: StageRecord) -> bool:
+    if not stage.perplexity or not baseline.perplexity or stage.perplexity >= baseline.perplexity:
+        return False
+    return abs(_to_baseline(stage, baseline)) > 2 * (stage.nll_difference_stderr or 0.0)
+
+
+def _to_baseline(stage: StageRecord, baseline: StageRecord) -> float:
+    if stage.nll_difference is not None:
+        return stage.nll_difference
+    return math.log((stage.perplexity or 1.0) / (baseline.perplexity or 1.0))
+
+
+def _expensive_factors(record: RunRecord) -> list[Finding]:
+    """A low-rank term that costs more than another bit would."""
+    sentences = []
+    for before, after in pairwise(record.stages):
+        if before.bits_per_weight is None or after.bits_per_weight is None or not after.stage.startswith("decompose"):
+            continue
+        added = after.bits_per_weight - before.bits_per_weight
+        if added >= 1.0:
+            text = f"{named(after)} added {number(added, 3)} bits per weight, more than a further bit everywhere: compare at equal bytes."
+            sentences.append(Finding("bytes", text))
+    return sentences

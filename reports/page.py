@@ -1,0 +1,212 @@
+"""A run as one self-contained HTML file: words, plots, tables and the protocol; no script, nothing fetched.
+
+Knows records and templates; `run_plots`, `findings` and `advice` know what to draw and say.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+
+from . import run_plots
+from .advice import suggestions
+from .drawing import describe, inline_svg
+from .findings import findings, named
+from .record import RunRecord, StageRecord, perplexity_ratio
+from .tables import (
+    STAGE_COLUMNS,
+    Column,
+    extra_rows,
+    layer_columns,
+    number,
+    percent,
+    protocol_line,
+    protocol_rows,
+    ratio,
+    size,
+    used,
+)
+
+LABELS = {
+    "hurt": "Hurt most",
+    "helped": "Helped",
+    "layers": "Layers",
+    "noise": "Noise",
+    "adaptation": "Domain",
+    "bytes": "Bytes",
+    "note": "Note",
+    "try": "Try",
+    "protocol": "Protocol",
+    "pareto": "Pareto",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Text for the reader; `exact`: the number(s) behind it at full precision."""
+
+    text: str
+    exact: str
+    label: str
+    classes: str
+
+
+@dataclass(frozen=True)
+class Records:
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Cell]]
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Plot:
+    title: str
+    caption: str
+    svg: str
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Card:
+    title: str
+    text: str
+    below: str
+
+
+def html(record: RunRecord) -> str:
+    """The page of one run."""
+    told = findings(record)
+    sentences = [(found.kind, LABELS[found.kind], found.text) for found in told if found.kind != "summary"]
+    quality = [column for column in STAGE_COLUMNS if column.group in ("quality", "both")]
+    cost = [column for column in STAGE_COLUMNS if column.group in ("cost", "both")]
+    measured_cost = used([column for column in cost if column.group == "cost"], record.stages)
+    return template("page.html.jinja").render(
+        title=f"{record.model}: {record.run}",
+        record=record,
+        protocol_line=protocol_line(record.protocol),
+        lead=next((found.text for found in told if found.kind == "summary"), ""),
+        cards=_cards(record),
+        sentences=sentences,
+        tips=[("try", LABELS["try"], text) for text in suggestions(record)],
+        figures=_figures(record),
+        quality=records(used(quality, record.stages), record.stages),
+        cost=records(used(cost, record.stages), record.stages) if measured_cost else None,
+        extra=_extra(record),
+        layers=[records(layer_columns(stage.layers), stage.layers, _layer_title(stage)) for stage in record.stages if stage.layers],
+        settings=[(named(stage), _listed(stage.settings)) for stage in record.stages if stage.settings],
+        protocol=protocol_rows(record.protocol) or [("protocol", "not recorded")],
+        environment=[(str(key), _text(value)) for key, value in record.environment.items()],
+    )
+
+
+def template(name: str) -> Any:
+    """A template of this folder; an undefined name in it is an error, and everything is escaped."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
+    environment.filters["code"] = code
+    return environment.get_template(name)
+
+
+def code(text: str) -> Markup:
+    """Escaped text with `words between backticks` as <code>."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
+def records(columns: Sequence[Column], rows: Sequence[Any], title: str = "") -> Records:
+    return Records(columns, [[_cell(column, row) for column in columns] for row in rows], title)
+
+
+def _cell(column: Column, row: Any) -> Cell:
+    value = column.get(row)
+    parts = value if isinstance(value, tuple) else (value,)
+    exact = " ".join(repr(part) for part in parts if isinstance(part, int | float) and not isinstance(part, bool))
+    classes = ["number"] if column.numeric else []
+    classes += ["empty"] if value is None else []
+    classes += ["long"] if isinstance(value, tuple) or not column.numeric else []
+    return Cell(column.show(value), exact, column.title, " ".join(classes))
+
+
+def _cards(record: RunRecord) -> list[Card]:
+    """The last stage's four or five numbers that matter most, each with what it compares to."""
+    baseline = record.baseline
+    if baseline is None:
+        return []
+    last, first = record.stages[-1], baseline
+    cards = []
+    if last.perplexity is not None:
+        moved = perplexity_ratio(last.perplexity, first.perplexity)
+        below = "baseline" if last is first else f"{ratio(moved)} the baseline’s {number(first.perplexity)}"
+        cards.append(Card("Perplexity", number(last.perplexity), below))
+    if last.total_bytes is not None:
+        below = (
+            f"{percent(last.total_bytes / first.total_bytes)} of {size(first.total_bytes)}"
+            if first.total_bytes and last is not first
+            else "weights on disk"
+        )
+        cards.append(Card("Size on disk", size(last.total_bytes), below))
+    if last.bits_per_weight is not None:
+        cards.append(Card("Bits per weight", number(last.bits_per_weight, 3), "compressed linears, all counted"))
+    if last.top1_agreement is not None and last is not first:
+        cards.append(
+            Card("Agrees with baseline", percent(last.top1_agreement), f"of next tokens; KL {number(last.kl_to_baseline, 3)} nats")
+        )
+    if last.tokens_per_second is not None:
+        cards.append(Card("Speed", number(last.tokens_per_second, 3), "tokens per second"))
+    return cards
+
+
+def _figures(record: RunRecord) -> list[Plot]:
+    stages = record.stages
+    allocated = next((stage for stage in reversed(stages) if any("predicted_loss" in layer.metrics for layer in stage.layers)), None)
+    mixed = next((stage for stage in reversed(stages) if len({layer.bits_per_weight for layer in stage.layers}) > 1), None)
+    chosen = allocated or mixed
+    by_stage = "Bars: two paired standard errors of the difference to the baseline. Logarithmic."
+    by_size = "The way from the baseline to the last stage; down and to the left is better."
+    by_layer = "Relative output error of every compressed linear, by block and type."
+    drawn = [
+        ("Perplexity by stage", by_stage, run_plots.perplexity_by_stage(stages), False),
+        ("Size against perplexity", by_size, run_plots.size_against_perplexity(stages), False),
+        ("Where the error is", by_layer, run_plots.error_heat_map(stages), True),
+    ]
+    if chosen is not None:
+        text = f"What each linear was given at {named(chosen)}."
+        drawn.append(("Bits and rank by layer", text, run_plots.allocation(chosen.layers), True))
+        text = "Each point is a linear; on the dashed line the prediction was right."
+        drawn.append(("Predicted against measured loss", text, run_plots.predicted_against_measured(chosen.layers), False))
+    return [
+        Plot(title, caption, inline_svg(figure, f"plot{index}", _description(title, figure, record)), wide)
+        for index, (title, caption, figure, wide) in enumerate(drawn)
+        if figure is not None
+    ]
+
+
+def _description(title: str, figure: Figure, record: RunRecord) -> str:
+    values = describe([(stage.stage, stage.perplexity) for stage in record.stages])
+    return f"{title}: perplexity {values}" if values and "erplexity" in title else title
+
+
+def _extra(record: RunRecord) -> Records | None:
+    rows = extra_rows(record.stages)
+    columns = (
+        Column("stage", "stage", lambda row: row[0], str, numeric=False),
+        Column("name", "what", lambda row: row[1].replace("_", " "), str, numeric=False),
+        Column("value", "value", lambda row: row[2], number),
+    )
+    return records(columns, rows) if rows else None
+
+
+def _layer_title(stage: StageRecord) -> str:
+    return f"{named(stage)}: {len(stage.layers)} layer{'' if len(stage.layers) == 1 else 's'}"
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_text(value)}" for key, value in settings.items() if value is not None)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

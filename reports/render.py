@@ -1,0 +1,81 @@
+"""What the command line calls: a run as text in one of the formats, or on a terminal; several runs compared."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from rich.console import Console
+from rich.text import Text
+
+from .advice import suggestions
+from .findings import findings
+from .record import RunRecord, dumps
+from .tables import (
+    STAGE_COLUMNS,
+    csv_text,
+    extra_rows,
+    layer_table,
+    markdown_table,
+    number,
+    protocol_line,
+    protocol_rows,
+    rich_table,
+    stage_table,
+)
+
+Format = Literal["html", "md", "csv", "json"]
+ComparisonFormat = Literal["table", "md", "html", "json"]
+TONES = {"hurt": "red", "helped": "green", "noise": "yellow", "adaptation": "yellow", "bytes": "yellow"}
+
+
+def render(record: RunRecord, format: Format) -> str:
+    """The report of a run as the text of one file."""
+    known: dict[str, Callable[[RunRecord], str]] = {"html": _html, "md": markdown, "csv": csv_text, "json": dumps}
+    if format not in known:
+        raise ValueError(f"unknown report format {format!r}; choose one of {', '.join(known)}")
+    return known[format](record)
+
+
+def show(record: RunRecord, console: Console) -> None:
+    """The stage table and the words, for a terminal."""
+    console.print(rich_table(STAGE_COLUMNS, record.stages, title=f"{record.model}, {record.run}", width=console.width))
+    console.print(Text(f"perplexity on {protocol_line(record.protocol)}", style="dim"))
+    for found in findings(record):
+        console.print(Text(found.text, style=TONES.get(found.kind, "")))
+    for tip in suggestions(record):
+        console.print(Text(f"try: {tip.replace('`', '')}", style="cyan"))
+
+
+def compare(records: Sequence[RunRecord], format: ComparisonFormat = "table") -> str:
+    """Several runs as one text: a plain or Markdown table, JSON, or a page."""
+    from . import compare as comparison
+
+    known: dict[str, Callable[[Sequence[RunRecord]], str]] = {
+        "table": comparison.table,
+        "md": lambda runs: comparison.table(runs, markdown=True),
+        "html": comparison.html,
+        "json": comparison.json_text,
+    }
+    if format not in known:
+        raise ValueError(f"unknown comparison format {format!r}; choose one of {', '.join(known)}")
+    return known[format](records)
+
+
+def markdown(record: RunRecord) -> str:
+    """The whole record for a pull request or a README: words and stage table first, layers last."""
+    parts = [f"# {record.model}: {record.run}\n", f"Perplexity on {protocol_line(record.protocol)}.\n", stage_table(record, markdown=True)]
+    sentences = [found.text for found in findings(record)] + [f"Try: {tip}" for tip in suggestions(record)]
+    parts.append("".join(f"- {text}\n" for text in sentences))
+    extra = [(stage, path, number(value)) for stage, path, value in extra_rows(record.stages)]
+    if extra:
+        parts += ["## Also measured\n", markdown_table(("stage", "what", "value"), extra, (False, False, True))]
+    parts += ["## Protocol\n", markdown_table(("field", "value"), protocol_rows(record.protocol), (False, False))]
+    for stage in record.stages:
+        if stage.layers:
+            parts += [f"## Layers after {stage.stage}\n", layer_table(stage, markdown=True)]
+    return "\n".join(parts)
+
+
+def _html(record: RunRecord) -> str:
+    from .page import html
+
+    return html(record)
