@@ -15,6 +15,7 @@ from .decompose import Decomposition, decompose, needs
 from .gptq import GptqConfig, GptqNormalFloatConfig, gptq, gptq_nf
 from .masks import MagnitudeConfig, WandaConfig, magnitude, wanda
 from .rounding import Nf4Config, NormalFloatConfig, RtnConfig, nf4, normal_float, rtn
+from .sparsegpt import SparseGptConfig, sparsegpt
 from .weights import StoredWeight
 
 
@@ -77,6 +78,7 @@ def _feedback_needs(config: Any) -> frozenset[str]:
 PRUNE: Mapping[str, Method] = {
     "magnitude": Method(MagnitudeConfig, magnitude),
     "wanda": Method(WandaConfig, wanda, needs=lambda config: frozenset({"norms"})),
+    "sparsegpt": Method(SparseGptConfig, sparsegpt, needs=_feedback_needs),
 }
 
 QUANTIZE: Mapping[str, Method] = {

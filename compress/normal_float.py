@@ -39,7 +39,7 @@ def zero_code(bits: int) -> int:
 
 @cache
 def dynamic_map() -> Tensor:
-    """float32 [256], ascending: bitsandbytes' signed dynamic map (one sign bit, 7 bits of exponent and fraction), which codes the absmax."""
+    """float32 [256], ascending: bitsandbytes' signed dynamic map (a sign bit, 7 bits of exponent and fraction), which codes the absmax."""
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, (1 << exponent) + 1, dtype=torch.float32)

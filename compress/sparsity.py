@@ -1,0 +1,49 @@
+"""How matrices share a mean sparsity: by depth, or by how many outliers they hold (OWL, arXiv:2310.05175).
+
+Pure functions from numbers to numbers, one per layer; who calls them gives each matrix its own `sparsity`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_HIGHEST = 0.99
+
+
+def outlier_share(weight_OI: Tensor, input_norm_I: Tensor, multiple: float = 5.0) -> float:
+    """Share of the entries whose |w|·‖x‖ exceeds `multiple` times their mean (OWL, eq. 2)."""
+    score_OI = weight_OI.abs() * input_norm_I
+    return (score_OI > multiple * score_OI.mean()).float().mean().item()
+
+
+def by_outliers(shares: Sequence[float], mean: float, spread: float = 0.08, sizes: Sequence[int] | None = None) -> list[float]:
+    """Sparsity per layer: the more outliers, the fewer weights go; values lie within `spread` of the mean before it is restored.
+
+    shares are scaled to [0, 2·spread] as in OWL; `sizes` (weights per layer) say what the mean is taken over.
+    """
+    low, high = min(shares), max(shares)
+    scaled = [0.0 if high == low else (share - low) / (high - low) * 2 * spread for share in shares]
+    return hold_mean([-value for value in scaled], mean, sizes)
+
+
+def by_depth(layers: int, mean: float, spread: float = 0.1, sizes: Sequence[int] | None = None) -> list[float]:
+    """Sparsity per layer, rising linearly from mean − spread at the first to mean + spread at the last."""
+    steps = [0.0 if layers == 1 else spread * (2 * i / (layers - 1) - 1) for i in range(layers)]
+    return hold_mean(steps, mean, sizes)
+
+
+def hold_mean(offsets: Sequence[float], mean: float, sizes: Sequence[int] | None = None) -> list[float]:
+    """offset + c per layer, cut to [0, 0.99], with the c that makes the mean over all weights exactly `mean`."""
+    if not offsets or (sizes is not None and len(sizes) != len(offsets)):
+        raise ValueError(f"{len(offsets)} layers and {0 if sizes is None else len(sizes)} sizes; give one size per layer, at least one")
+    if not 0.0 <= mean <= _HIGHEST:
+        raise ValueError(f"mean sparsity {mean} must lie in [0, {_HIGHEST}]")
+    weight = torch.ones(len(offsets), dtype=torch.float64) if sizes is None else torch.tensor(sizes, dtype=torch.float64)
+    weight, offset = weight / weight.sum(), torch.tensor(offsets, dtype=torch.float64)
+    low, high = -offset.max().item(), _HIGHEST - offset.min().item()
+    for _ in range(100):  # the mean rises with c: bisection to the last bit
+        middle = (low + high) / 2
+        below = ((offset + middle).clamp(0, _HIGHEST) * weight).sum().item() < mean
+        low, high = (middle, high) if below else (low, middle)
+    return (offset + high).clamp(0, _HIGHEST).tolist()
