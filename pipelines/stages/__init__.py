@@ -1,0 +1,27 @@
+"""The stages by name: each reads a parent artifact and fills a writer. The runner measures; a stage cannot forget to."""
+
+from typing import Any
+
+import torch
+
+from ..artifact import Artifact, ArtifactWriter
+from ..blocks import Binder
+from ..stage_settings import StageSpec
+from .compress import compress
+from .context import Context, Outcome
+from .fuse import fuse, kernel_binder
+from .recover import recover
+
+PERFORM = {"prune": compress, "quantize": compress, "decompose": compress, "recover": recover, "fuse": fuse}
+
+
+def perform(spec: StageSpec, parent: Artifact, writer: ArtifactWriter, context: Context) -> Outcome:
+    return PERFORM[spec.name](parent, writer, spec, context)
+
+
+def binder(spec: StageSpec | None, device: torch.device, artifact: Artifact) -> Binder | None:
+    """How an artifact's records run when it is measured: a fused one through the kernels, all others as dense effective weights."""
+    return kernel_binder(spec.config.backend, device) if spec is not None and spec.name == "fuse" else None
+
+
+__all__ = ["PERFORM", "Any", "Context", "Outcome", "binder", "perform"]

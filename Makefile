@@ -1,0 +1,49 @@
+# The two commands of the README: `make demo` and `make test`. Both make .venv first.
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+PACKAGES := compress recover kernels pipelines reports
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test proofs check venv interop publish clean FORCE
+
+demo: venv
+	$(BIN)/pipeline run compress_and_recover
+
+test: venv
+	$(BIN)/python -P -m pytest -m "not slow and not interop"
+
+# Longer proofs: what does not fit into the minutes of `make test`.
+proofs: venv
+	$(BIN)/python -P -m pytest -m slow
+
+# auto-gptq in an environment of its own, and the tests in which it reads and writes our checkpoints.
+interop: venv
+	VENV_INTEROP=$(CURDIR)/.venv-interop bash tests/interop/build.sh
+	$(BIN)/python -P -m pytest -m interop tests/interop
+
+check: venv
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+venv: $(VENV)/.installed
+
+# The editable install is a farm of links, one for each file: a new file needs it again.
+$(VENV)/.files: FORCE
+	@mkdir -p $(VENV)
+	@find $(PACKAGES) -type f -not -name '*.pyc' -not -path '*/__pycache__/*' | LC_ALL=C sort > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.files | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "setuptools>=77" wheel
+	rm -rf build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]" --config-settings editable_mode=strict
+	touch $@
+
+clean:
+	rm -rf $(VENV) build bitmend.egg-info
+
+FORCE:

@@ -1,0 +1,307 @@
+"""Artifacts: immutable directories of safetensors shards with a manifest, written under a scratch name and then renamed.
+
+Knows files, hashes and records; not what a stage does. Nothing here is pickled. A tensor has the name that the model in memory
+gives it; a compressed linear `L` stores the tensors of its record as `L.base.codes`, `L.low_rank.up`, …
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from ..compress.weights import StoredWeight, describe, from_tensors, to_tensors
+from .errors import InputError, OutOfMemoryError
+
+SCHEMA = 1
+MANIFEST = "artifact.json"
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact opened for reading. `weights` is where its shards lie: the directory itself, or, for the baseline of a
+    local model, the model's own directory."""
+
+    directory: Path
+    manifest: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        return self.manifest["key"]
+
+    @property
+    def weights(self) -> Path:
+        source = self.manifest.get("source")
+        return Path(source) if source else self.directory
+
+    @property
+    def linears(self) -> dict[str, Any]:
+        """Module name → description of its record, for every compressed linear."""
+        return self.manifest["linears"]
+
+    @cached_property
+    def index(self) -> dict[str, str]:
+        """Tensor name → shard file name, from the shards' own headers."""
+        out: dict[str, str] = {}
+        for name in self.manifest["files"]:
+            if name.endswith(".safetensors"):
+                with self._open(name) as shard:
+                    out |= dict.fromkeys(shard.keys(), name)
+        return out
+
+    def _open(self, name: str) -> Any:
+        path = self.weights / name
+        try:
+            return safetensors.safe_open(path, framework="pt")
+        except (OSError, safetensors.SafetensorError) as error:
+            raise InputError(
+                f"{path}: not a readable safetensors file ({error}); restore it or delete its directory and run again"
+            ) from error
+
+    def shape(self, name: str) -> list[int]:
+        with self._open(self.index[name]) as shard:
+            return shard.get_slice(name).get_shape()
+
+    def tensor(self, name: str) -> Tensor:
+        """A fresh, aligned copy, so that arithmetic does not depend on where in a file a tensor lay."""
+        with self._open(self.index[name]) as shard:
+            return shard.get_tensor(name).clone()
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """All tensors whose name begins with `prefix`, each shard opened once."""
+        wanted: dict[str, list[str]] = {}
+        for name, file in self.index.items():
+            if name.startswith(prefix):
+                wanted.setdefault(file, []).append(name)
+        out: dict[str, Tensor] = {}
+        for file, names in wanted.items():
+            with self._open(file) as shard:
+                out |= {name: shard.get_tensor(name).clone() for name in names}
+        return out
+
+    def stored(self, linear: str) -> StoredWeight:
+        """The record of a compressed linear."""
+        tensors = self.tensors(f"{linear}.")
+        try:
+            return from_tensors(self.linears[linear], {n.removeprefix(f"{linear}."): t for n, t in tensors.items()})
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{self.directory}: {linear}: {error}; the artifact does not match its manifest") from error
+
+    def total_bytes(self) -> int:
+        """Bytes of all weight shards."""
+        return sum(entry["bytes"] for name, entry in self.manifest["files"].items() if name.endswith(".safetensors"))
+
+    def verify(self) -> None:
+        """Recompute every sha256. InputError names the first file that differs."""
+        for name, entry in self.manifest["files"].items():
+            path = self.weights / name if name.endswith(".safetensors") else self.directory / name
+            found = sha256(path)
+            if found != entry["sha256"]:
+                raise InputError(
+                    f"{path}: sha256 is {found[:12]}…, the manifest says {entry['sha256'][:12]}…; delete {self.directory} and run again"
+                )
+
+
+def open_artifact(directory: Path) -> Artifact:
+    """InputError when it is missing, of another schema, or a file is missing or of another size."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{directory}: no {MANIFEST}, so this is no artifact; give a stage directory of a run")
+    try:
+        manifest = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not JSON ({error}); delete {directory} and run again") from error
+    if manifest.get("schema") != SCHEMA:
+        raise InputError(f"{path}: schema {manifest.get('schema')}, this program reads {SCHEMA}; run again into a new directory (-o)")
+    artifact = Artifact(directory, manifest)
+    for name, entry in manifest["files"].items():
+        file = artifact.weights / name if name.endswith(".safetensors") else directory / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != entry["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise InputError(f"{file}: {found}, the manifest says {entry['bytes']}; delete {directory} and run again")
+    return artifact
+
+
+@dataclass
+class ArtifactWriter:
+    """Fills a scratch directory part by part; a part (one decoder block, or the rest) is finished once its marker is there.
+
+    A shard whose bytes equal the parent's shard of that name becomes a hard link to it.
+    """
+
+    scratch: Path
+    parent: Artifact | None
+    finished: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        with disk_errors(self.scratch):
+            self.scratch.mkdir(parents=True, exist_ok=True)
+        for marker in sorted(self.scratch.glob("*.part.json")):
+            part = _read_marker(marker, self.scratch)
+            if part is not None:
+                self.finished[marker.name.removesuffix(".part.json")] = part
+
+    def write_part(
+        self,
+        part: str,
+        shards: Mapping[str, Mapping[str, Tensor]],
+        linears: Mapping[str, StoredWeight],
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the shards (suffix → tensors) of one part, records included, then its marker; `extra` is kept in the marker."""
+        files = {}
+        for suffix, tensors in shards.items():
+            if tensors:
+                name = f"{part}.{suffix}.safetensors"
+                files[name] = self._write_shard(name, tensors)
+        marker = {"files": files, "linears": {n: describe(s) for n, s in linears.items()}, "extra": dict(extra or {})}
+        write_json(self.scratch / f"{part}.part.json", marker)
+        self.finished[part] = marker
+
+    def _write_shard(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        data = safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, metadata={"format": "pt"})
+        entry = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        target = self.scratch / name
+        if self.parent is not None and self.parent.manifest["files"].get(name) == entry:
+            link(self.parent.weights / name, target)
+        else:
+            write_bytes(target, data)
+        return entry
+
+    def copy_part(self, part: str) -> None:
+        """Take a part over from the parent unchanged, shards hard-linked."""
+        assert self.parent is not None
+        files = {n: e for n, e in self.parent.manifest["files"].items() if n.startswith(f"{part}.")}
+        for name in files:
+            link(self.parent.weights / name, self.scratch / name)
+        linears = {n: d for n, d in self.parent.linears.items() if self.parent.manifest["parts"].get(n) == part}
+        marker = {"files": files, "linears": linears, "extra": {}}
+        write_json(self.scratch / f"{part}.part.json", marker)
+        self.finished[part] = marker
+
+    def stored(self, part: str, linear: str) -> StoredWeight:
+        """The record of a finished part as it lies on disk."""
+        tensors: dict[str, Tensor] = {}
+        for name in self.finished[part]["files"]:
+            with safetensors.safe_open(self.scratch / name, framework="pt") as shard:
+                tensors |= {n.removeprefix(f"{linear}."): shard.get_tensor(n).clone() for n in shard.keys() if n.startswith(f"{linear}.")}  # noqa: SIM118
+        return from_tensors(self.finished[part]["linears"][linear], tensors)
+
+    def seal(self, final: Path, manifest: Mapping[str, Any], documents: Mapping[str, bytes]) -> Artifact:
+        """Write the manifest, remove the markers, rename scratch → final. `documents` are config and tokenizer files."""
+        files: dict[str, Any] = {}
+        linears: dict[str, Any] = {}
+        parts: dict[str, str] = {}
+        for part, marker in sorted(self.finished.items()):
+            files |= marker["files"]
+            linears |= marker["linears"]
+            parts |= dict.fromkeys(marker["linears"], part)
+        for name, data in documents.items():
+            write_bytes(self.scratch / name, data)
+            files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        write_json(self.scratch / MANIFEST, {"schema": SCHEMA, **manifest, "files": files, "linears": linears, "parts": parts})
+        for stray in self.scratch.iterdir():
+            if stray.name not in files and stray.name != MANIFEST:
+                stray.unlink() if stray.is_file() else shutil.rmtree(stray)
+        sync_directory(self.scratch)
+        os.rename(self.scratch, final)
+        sync_directory(final.parent)
+        return open_artifact(final)
+
+
+def shards_of(tensors: Mapping[str, Tensor], linears: Mapping[str, StoredWeight]) -> dict[str, dict[str, Tensor]]:
+    """Split a part into `matrices` (codes, masks, dense matrices: what later stages leave alone) and `vectors` (norms, biases,
+    scales, zeros, factors: what recovery trains), so that a recovered model shares the former with its parent."""
+    matrices: dict[str, Tensor] = {}
+    vectors: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        (matrices if tensor.ndim > 1 else vectors)[name] = tensor
+    for linear, stored in linears.items():
+        for name, tensor in to_tensors(stored).items():
+            frozen = name in ("base.codes", "base.weight", "mask", "base.group_index")
+            (matrices if frozen else vectors)[f"{linear}.{name}"] = tensor
+    return {"matrices": matrices, "vectors": vectors}
+
+
+def _read_marker(marker: Path, directory: Path) -> dict[str, Any] | None:
+    """A part's marker, or None when it or one of its shards is not whole (the part is then written again)."""
+    try:
+        part = json.loads(marker.read_text())
+    except json.JSONDecodeError:
+        return None
+    for name, entry in part["files"].items():
+        file = directory / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
+            return None
+    return part
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Whole or not at all: scratch name, fsync, rename."""
+    with disk_errors(path):
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        with scratch.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def link(source: Path, target: Path) -> None:
+    """A hard link, or a copy where the file system has none."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            raise
+        with disk_errors(target):
+            shutil.copyfile(source, target)
+
+
+def sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class disk_errors:
+    """Turns 'no space left' into an OutOfMemoryError that names the place; what was finished stays."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutOfMemoryError(
+                f"{self.path}: no disk space left; free some and run the same command again, finished parts are kept"
+            ) from error
+
+
+def stray_scratch(directory: Path) -> Iterator[Path]:
+    """Partial artifacts below a directory, finished or not."""
+    return (p for p in directory.glob(f"*{PARTIAL}") if p.is_dir())

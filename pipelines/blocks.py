@@ -1,0 +1,311 @@
+"""A model run block by block: one decoder block in memory, hidden states carried from block to block.
+
+Everything before the blocks (embedding, masks, rotary tables) and after them (norm, head) is the model's own code: the forward
+pass runs with the blocks replaced by stand-ins that record what they are called with, or hand on hidden states computed elsewhere.
+Knows artifacts and modules; not compression methods, not metrics.
+Legend: N windows, T tokens, D model width, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..compress.statistics import InputStatistics
+from ..compress.weights import StoredWeight
+from .artifact import Artifact
+from .errors import InputError
+from .models import Site, Structure, inspect, load_config, set_parameter, skeleton, tied_names
+
+Binder = Callable[[nn.Module, str, dict[str, StoredWeight]], None]
+"""Replaces a block's linears by modules that run their records; given the block, its dotted name and the records."""
+
+
+@dataclass
+class StreamedModel:
+    """An artifact opened for running. `bind` (default: dense effective weights) decides how records become modules."""
+
+    artifact: Artifact
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    bind: Binder | None = None
+    model: Any = field(init=False)
+    structure: Structure = field(init=False)
+    _calls: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(init=False, default_factory=dict)
+    _tuple_size: int = field(init=False, default=-1)
+
+    def __post_init__(self) -> None:
+        self.model = skeleton(load_config(self.artifact.directory))
+        self.structure = inspect(self.model, include_head=True)
+        self._tied = tied_names(self.model)
+        for name, tensor in self.rest().items():
+            set_parameter(self.model, name, tensor.to(self.device, self._running(tensor)))
+        self.model.tie_weights()
+        for name, buffer in self.model.named_buffers():
+            set_parameter(self.model, name, buffer.to(self.device))
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.get_submodule(self.structure.prefix)
+
+    def _running(self, tensor: Tensor) -> torch.dtype:
+        return self.dtype if tensor.is_floating_point() else tensor.dtype
+
+    def rest(self) -> dict[str, Tensor]:
+        """Parameters outside the blocks, tied copies left out, records made dense."""
+        blocks = f"{self.structure.prefix}."
+        names = [n for n in self.model.state_dict() if not n.startswith(blocks) and n not in self._tied]
+        return {n: self._parameter(n) for n in names}
+
+    def _parameter(self, name: str) -> Tensor:
+        shared = [name, *(copy for copy, first in self._tied.items() if first == name)]
+        linear = next((n.removesuffix(".weight") for n in shared if n.removesuffix(".weight") in self.artifact.linears), None)
+        if linear is not None:
+            return self.artifact.stored(linear).dense()
+        if name not in self.artifact.index:
+            raise InputError(
+                f"{self.artifact.directory}: no tensor {name!r}, which {self.model.config.model_type} needs; the checkpoint is incomplete"
+            )
+        return self.artifact.tensor(name)
+
+    def load_block(self, index: int) -> nn.Module:
+        """Block `index` with real parameters: plain tensors as stored, records as `bind` says."""
+        block, prefix = self.layers[index], f"{self.structure.prefix}.{index}"
+        stored = {s.name: self.artifact.stored(s.name) for s in self.structure.of_block(index) if s.name in self.artifact.linears}
+        compressed = {s.name: s for s in self.structure.of_block(index) if s.name in stored}
+        plain = {f"{s.module}.{s.parameter}" for s in compressed.values()}
+        tensors = self.artifact.tensors(f"{prefix}.")
+        for name in block.state_dict():
+            full = f"{prefix}.{name}"
+            if full not in plain:
+                if full not in tensors:
+                    raise InputError(f"{self.artifact.directory}: no tensor {full!r}; the checkpoint is incomplete")
+                set_parameter(self.model, full, tensors[full].to(self.device, self._running(tensors[full])))
+        for name, tensor in tensors.items():  # biases that recovery created where the architecture has none
+            owner, _, leaf = name.rpartition(".")
+            if leaf == "bias" and any(s.module == owner for s in compressed.values()) and self.model.get_submodule(owner).bias is None:
+                self.model.get_submodule(owner).bias = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
+        for name, record in stored.items():
+            self.put(compressed[name], record)
+        if self.bind is not None:
+            self.bind(self.model, prefix, stored)
+        return block
+
+    def put(self, site: Site, record: StoredWeight) -> None:
+        """Make a site compute what `record` says: its effective weight, and its activation rounding if it has one."""
+        module = self.model.get_submodule(site.module)
+        dense = record.dense().to(self.device, self.dtype)
+        if site.expert is None:
+            set_parameter(self.model, f"{site.module}.{site.parameter}", dense.T.contiguous() if site.transposed else dense)
+            if record.activations is not None and not hasattr(module, "rounded"):
+                _round_inputs(module, record)
+            return
+        parameter = module._parameters[site.parameter]
+        if parameter is None or parameter.is_meta:
+            shape = self.model.get_submodule(site.module)._parameters[site.parameter].shape  # type: ignore[union-attr]
+            set_parameter(self.model, f"{site.module}.{site.parameter}", torch.empty(shape, device=self.device, dtype=self.dtype))
+            parameter = module._parameters[site.parameter]
+        assert parameter is not None
+        site.read(parameter.data).copy_(dense)
+
+    def unload_block(self, index: int) -> None:
+        """Give the block's memory back."""
+        _to_meta(self.layers[index])
+
+    def matrix(self, site: Site) -> Tensor:
+        """The float32 [O, I] matrix a loaded site holds now."""
+        parameter = self.model.get_submodule(site.module)._parameters[site.parameter]
+        return site.read(parameter.data).float()
+
+    # -- running -------------------------------------------------------------------------------------------------------------
+
+    def embed(self, ids_NT: Tensor) -> Tensor:
+        """Hidden states [N, T, D] that enter the first block; records what every block is called with at this shape."""
+        shape = (ids_NT.shape[0], ids_NT.shape[1])
+        ids = ids_NT.to(self.device)
+        if self._tuple_size < 0:
+            self._probe(ids[:1, :8])
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        entered: list[Tensor] = []
+
+        def record(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            entered.append(hidden)
+            calls.append((args, kwargs))
+            if index == self.structure.blocks - 1:
+                raise _Stop
+            return hidden
+
+        with self._stand_ins(record), torch.no_grad():
+            self._forward_until_stop(ids)
+        self._calls[shape] = calls
+        return entered[0]
+
+    def run_block(self, index: int, hidden_NTD: Tensor) -> Tensor:
+        """One loaded block on hidden states of a shape that `embed` has seen."""
+        args, kwargs = self.call_of(index, hidden_NTD)
+        out = self.layers[index](hidden_NTD, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def call_of(self, index: int, hidden_NTD: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What block `index` is called with besides hidden states of this shape."""
+        shape = (hidden_NTD.shape[0], hidden_NTD.shape[1])
+        if shape not in self._calls:
+            self.embed(torch.zeros(shape, dtype=torch.long))
+        return self._calls[shape][index]
+
+    def logits(self, hidden_NTD: Tensor) -> Tensor:
+        """[N, T, V] from hidden states that leave the last block: the model's own norm, head and soft caps, token by token."""
+        rows = hidden_NTD.reshape(-1, 1, hidden_NTD.shape[-1])
+        ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=self.device)
+        with self._stand_ins(lambda index, hidden, args, kwargs: rows):
+            return self.model(ids, use_cache=False).logits.view(*hidden_NTD.shape[:2], -1)
+
+    def _forward_until_stop(self, ids: Tensor) -> None:
+        try:
+            self.model(ids, use_cache=False)
+        except _Stop:
+            return
+        raise InputError(
+            f"{type(self.model).__name__}: its forward pass does not call its blocks in order; this architecture is not supported"
+        )
+
+    def _probe(self, ids: Tensor) -> None:
+        """Learn whether a block returns a tensor or a tuple, by running the first one on a few tokens."""
+        block = self.load_block(0)
+        plain = block.forward
+        found: list[int] = []
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            out = plain(*args, **kwargs)
+            found.append(len(out) if isinstance(out, tuple) else 0)
+            raise _Stop
+
+        block.forward = forward  # type: ignore[method-assign]
+        try:
+            with torch.no_grad():
+                self._forward_until_stop(ids)
+        finally:
+            del block.forward
+            self.unload_block(0)
+        self._tuple_size = found[0]
+
+    @contextmanager
+    def _stand_ins(self, stand_in: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
+        def replace(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                args, kwargs = ((kwargs.pop("hidden_states"),), kwargs) if not args else (args, kwargs)
+                out = stand_in(index, args[0], args[1:], kwargs)
+                return (out, *[None] * (self._tuple_size - 1)) if self._tuple_size else out
+
+            return forward
+
+        for index, block in enumerate(self.layers):
+            block.forward = replace(index)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for block in self.layers:
+                del block.forward
+
+
+class _Stop(Exception):
+    """Ends a forward pass once everything wanted has been recorded."""
+
+
+def _to_meta(block: nn.Module) -> None:
+    for module in block.modules():
+        if hasattr(module, "rounded"):
+            module.rounded.remove()
+            del module.rounded
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+
+def _round_inputs(module: nn.Module, record: StoredWeight) -> None:
+    """Simulate W4A8 and W4A4: the base sees rounded inputs, the low-rank term the raw ones."""
+    from ..kernels.reference import fake_quantize
+
+    assert record.activations is not None
+    grid, smooth = record.activations, record.smooth
+    base = record.base_dense()
+
+    def forward(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        x = args[0]
+        smoothed = x if smooth is None else x / smooth.to(x)
+        return out + nn.functional.linear(fake_quantize(smoothed, grid.bits, grid.group_size) - smoothed, base.to(x))
+
+    module.rounded = module.register_forward_hook(forward)  # type: ignore[assignment]
+
+
+# -- statistics ------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def collecting(
+    model: StreamedModel,
+    sites: list[Site],
+    needs: frozenset[str],
+    statistics: dict[str, InputStatistics],
+    dense_inputs: dict[str, list[Tensor]] | None = None,
+) -> Iterator[None]:
+    """While open, every call of a site's module adds its input to `statistics[site.name]`; sites that are handed the very same
+    tensor (q, k and v) share one accumulator. `dense_inputs` (site → inputs in call order) pairs with the dense model's."""
+    by_module = {site.module: site for site in sites if site.expert is None}
+    last: list[tuple[Tensor, str]] = []
+    handles = []
+
+    def hook(site: Site) -> Callable[..., None]:
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            leader = next((name for tensor, name in last if tensor is x), None)
+            if leader is not None:
+                statistics[site.name] = statistics[leader]
+                return
+            del last[:-3]
+            last.append((x, site.name))
+            if site.name not in statistics:
+                statistics[site.name] = InputStatistics(site.shape[1], needs, x.device)
+            paired = dense_inputs[site.name].pop(0) if dense_inputs is not None else None
+            statistics[site.name].update(x, paired)
+
+        return before
+
+    for name, site in by_module.items():
+        handles.append(model.model.get_submodule(name).register_forward_pre_hook(hook(site)))
+    experts = [s for s in sites if s.expert is not None]
+    try:
+        if experts:
+            with _ExpertInputs(model, experts, needs, statistics):
+                yield
+        else:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _ExpertInputs(torch.overrides.TorchFunctionMode):
+    """Sees every `linear` whose weight is a slice of a fused experts parameter, and gives its input to that expert's statistics.
+
+    Works with the `eager` experts implementation of transformers, which calls one linear for each expert that a token reached.
+    """
+
+    def __init__(self, model: StreamedModel, sites: list[Site], needs: frozenset[str], statistics: dict[str, InputStatistics]):
+        super().__init__()
+        self.needs, self.statistics = needs, statistics
+        self.slices: dict[int, Site] = {}
+        for site in sites:
+            parameter = model.model.get_submodule(site.module)._parameters[site.parameter]
+            self.slices[parameter[site.expert].data_ptr()] = site
+            statistics.setdefault(site.name, InputStatistics(site.shape[1], needs, parameter.device))
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear and isinstance(args[1], Tensor):
+            site = self.slices.get(args[1].data_ptr())
+            if site is not None and len(args[0]):
+                self.statistics[site.name].update(args[0])
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,129 @@
+"""`pipeline export`: a stage's artifact as a checkpoint that other programs load, read back and measured after writing.
+
+Knows artifacts and checkpoints; the bytes of a format are `formats/`.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..compress.weights import StoredWeight
+from . import formats, measure, perplexity
+from .artifact import Artifact
+from .errors import InputError, QualityError
+from .formats.checkpoint import Checkpoint, Lazy
+from .inputs import Inputs
+from .models import inspect, load_config, skeleton, tied_names
+from .recipe import Recipe, resolve
+from .rundir import RunDirectory
+from .runner import last_artifact, record
+
+TOLERANCE = 1e-3
+"""Largest relative difference between the artifact's perplexity and its export's; formats round factors and scales to 16 bits."""
+
+
+def export(
+    directory: Path, format_: str, output: Path, *, stage: str | None = None, merge: bool = False, requantize: bool = False
+) -> dict[str, Any]:
+    """Write, read back, measure. UsageError for what the format cannot carry, QualityError when the export does not measure the same."""
+    place = RunDirectory(directory.resolve())
+    artifact = last_artifact(directory, stage)
+    recipe = resolve(str(place.recipe), file=None, sets=[], options={})
+    checkpoint = checkpoint_of(artifact, _card(directory, artifact))
+    notes: list[str] = []
+    if merge:
+        from .merging import merged
+
+        checkpoint, notes = merged(checkpoint, artifact, place, recipe, requantize)
+    notes += formats.write(format_, checkpoint, output)
+    before = _known_perplexity(directory, artifact)
+    after = _measure(output, recipe)
+    if before is not None and not (merge and requantize) and abs(after / before - 1) > TOLERANCE:
+        raise QualityError(
+            f"{output}: reads back with perplexity {after:.4f}, the artifact has {before:.4f}; do not use it, and report this"
+        )
+    size = sum(f.stat().st_size for f in output.rglob("*.safetensors"))
+    return {
+        "directory": str(output),
+        "format": format_,
+        "stage": artifact.manifest["stage"]["name"],
+        "total_bytes": size,
+        "perplexity": after,
+        "artifact_perplexity": before,
+        "notes": notes,
+    }
+
+
+def checkpoint_of(artifact: Artifact, card: dict[str, Any]) -> Checkpoint:
+    """An artifact as every format sees it."""
+    config = json.loads((artifact.directory / "config.json").read_text())
+    model = skeleton(load_config(artifact.directory))
+    structure = inspect(model, include_head=True)
+    tied = tied_names(model)
+    of_records = {f"{s.module}.{s.parameter}" for s in structure.sites if s.name in artifact.linears}
+    names = [
+        n for n in artifact.index if not any(n.startswith(f"{linear}.") and not n.endswith(".bias") for linear in _owners(n, artifact))
+    ]
+    return Checkpoint(
+        config=config,
+        linears=Lazy({n: lambda n=n: _loaded(artifact, n) for n in artifact.linears}),
+        tensors=Lazy({n: lambda n=n: artifact.tensor(n) for n in names if n not in of_records and n not in tied}),
+        files=artifact.directory,
+        transposed=frozenset(s.module if s.expert is None else f"{s.module}.{s.parameter}" for s in structure.sites if s.transposed),
+        tied=tied,
+        card=card,
+    )
+
+
+def _owners(name: str, artifact: Artifact) -> list[str]:
+    """The compressed linears whose record the tensor may belong to: its dotted prefixes."""
+    parts = name.split(".")
+    return [p for p in (".".join(parts[:i]) for i in range(1, len(parts))) if p in artifact.linears]
+
+
+def _loaded(artifact: Artifact, name: str) -> StoredWeight:
+    return artifact.stored(name)
+
+
+def _card(directory: Path, artifact: Artifact) -> dict[str, Any]:
+    """What the model card says."""
+    made = record(directory)
+    name = artifact.manifest["stage"]["name"]
+    stage = next((s for s in made.stages if s.stage == name), None)
+    done = [s for s in made.stages if stage is None or made.stages.index(s) <= made.stages.index(stage)]
+    return {
+        "title": f"{made.model} after {name}",
+        "recipe": [{s.stage: dict(s.settings)} for s in done[1:]],
+        "perplexity": stage.perplexity if stage else None,
+        "baseline_perplexity": made.stages[0].perplexity,
+        "protocol": made.protocol.to_json(),
+        "notes": list(stage.notes) if stage else [],
+    }
+
+
+def _known_perplexity(directory: Path, artifact: Artifact) -> float | None:
+    name = artifact.manifest["stage"]["name"]
+    return next((s.perplexity for s in record(directory).stages if s.stage == name), None)
+
+
+def _measure(output: Path, recipe: Recipe) -> float:
+    """Perplexity of what was written, opened as any model would be, under the run's protocol."""
+    from .stages.baseline import build_baseline, fingerprint
+
+    with tempfile.TemporaryDirectory(prefix="bitmend-") as scratch:
+        place = Path(scratch)
+        manifest = {"key": fingerprint(output), "parent": None, "stage": {"name": "baseline", "method": None, "settings": {}}}
+        artifact = build_baseline(output, place / "a.partial", place / "a", manifest)
+        windows = Inputs(recipe, artifact.directory).evaluation()
+        scores, _ = measure.scores_of(
+            artifact, place / "metrics", windows, None, torch.device("cpu"), torch.float32, label="export: perplexity, blocks"
+        )
+    if not scores.nll:
+        raise InputError(f"{output}: nothing to measure it on")
+    return scores.perplexity
+
+
+__all__ = ["checkpoint_of", "export", "perplexity"]

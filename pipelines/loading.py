@@ -1,0 +1,69 @@
+"""A whole artifact in memory as an ordinary transformers model, for training and for generation. Knows no recipe."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .artifact import MANIFEST, Artifact, open_artifact
+from .blocks import Binder, StreamedModel
+from .models import resolve_model
+
+
+def whole_model(artifact: Artifact, device: torch.device, dtype: torch.dtype, bind: Binder | None = None) -> StreamedModel:
+    """Every block loaded; `.model` is the transformers model, in eval mode, without gradients."""
+    streamed = StreamedModel(artifact, device, dtype, bind)
+    for index in range(streamed.structure.blocks):
+        streamed.load_block(index)
+    return streamed
+
+
+@contextmanager
+def opened(model: str, revision: str | None = None) -> Iterator[Artifact]:
+    """The artifact behind a stage directory, a run directory (its last stage), or anything that names a model."""
+    path = Path(model).expanduser()
+    if (path / MANIFEST).is_file():
+        yield open_artifact(path.resolve())
+    elif (path / "run.json").is_file():
+        from .runner import last_artifact
+
+        yield last_artifact(path)
+    else:
+        from .stages.baseline import build_baseline, fingerprint
+
+        source = resolve_model(model, revision)
+        with tempfile.TemporaryDirectory(prefix="bitmend-") as place:
+            key = fingerprint(source)
+            manifest = {"key": key, "parent": None, "stage": {"name": "baseline", "method": None, "settings": {}}}
+            yield build_baseline(source, Path(place) / "model.partial", Path(place) / "model", manifest)
+
+
+def is_fused(artifact: Artifact) -> bool:
+    return artifact.manifest["stage"]["name"].startswith("fuse")
+
+
+def binder_of(artifact: Artifact, device: torch.device) -> Binder | None:
+    """The kernels for a fused artifact, dense weights for any other."""
+    from .stages.fuse import kernel_binder
+
+    if not is_fused(artifact):
+        return None
+    return kernel_binder(artifact.manifest["stage"]["settings"].get("backend", "auto"), device)
+
+
+def load(directory: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
+    """A run's or a stage's model as a plain `transformers` model on the kernels of this device: `generate`, `lm-eval --model hf`.
+
+    Raises InputError for what is no artifact. The tokenizer lies in the artifact's directory (`AutoTokenizer.from_pretrained`).
+    """
+    from .stages.fuse import kernel_binder
+
+    with opened(str(directory)) as artifact:
+        place = torch.device(device)
+        chosen = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+        model = whole_model(artifact, place, chosen, kernel_binder("auto", place)).model
+    model.config.use_cache = True
+    return model

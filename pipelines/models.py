@@ -1,0 +1,246 @@
+"""Models: from what the user named to a directory, from a directory to a skeleton, and the walk over its decoder blocks.
+
+Models are walked by structure, not by name. Knows transformers; not how a weight is compressed.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from . import artifact
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Site:
+    """One matrix that can be compressed. `module` is the dotted name of the module in the model; a mixture of experts keeps all
+    experts in one parameter, of which a site is one slice."""
+
+    name: str
+    module: str
+    kind: str  # "linear" | "conv1d" | "expert"
+    shape: tuple[int, int]  # [out, in]
+    block: int | None
+    parameter: str = "weight"
+    expert: int | None = None
+    transposed: bool = False  # the parameter holds [in, out]
+
+    def read(self, parameter: Tensor) -> Tensor:
+        """The [O, I] matrix inside the parameter, as a view."""
+        matrix = parameter if self.expert is None else parameter[self.expert]
+        return matrix.T if self.transposed else matrix
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A weight that stays as it is, with the reason in words."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Where the decoder is (`prefix`, e.g. "model.layers"), and what can be compressed in it."""
+
+    prefix: str
+    blocks: int
+    sites: tuple[Site, ...]
+    skipped: tuple[Skipped, ...]
+
+    def of_block(self, index: int) -> list[Site]:
+        return [site for site in self.sites if site.block == index]
+
+
+def resolve_model(model: str, revision: str | None = None) -> Path:
+    """The local Hugging Face directory behind `demo`, a directory, a `.gguf` file or a Hub id. InputError says which it was not."""
+    from . import demo
+
+    if model == "demo":
+        return demo.demo_model()
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"{model}: no such file; give a .gguf file, a model directory, a Hub id or 'demo'")
+        return demo.import_gguf(path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{model}: no config.json, so this is not a Hugging Face model directory")
+        return path.resolve()
+    if path.is_file() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise InputError(
+            f"{model}: no such model directory; give a directory with config.json, a .gguf file, a Hub id (owner/name) or 'demo'"
+        )
+    return _from_hub(model, revision)
+
+
+def _from_hub(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except RevisionNotFoundError as error:
+        raise InputError(f"{model}: the Hub has no revision {revision!r}") from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"{model}: neither a local directory nor a model on the Hub (or it is private: log in with `hf auth login`)"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise InputError(
+            f"{model}: not in the local cache and the Hub cannot be reached{offline}; give a local directory or 'demo'"
+        ) from error
+
+
+def load_config(directory: Path) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{directory}: transformers cannot read config.json: {first}") from error
+
+
+def load_tokenizer(directory: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{directory}: no tokenizer that transformers can read ({str(error).splitlines()[0]}); put tokenizer.json beside config.json"
+        ) from error
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The model with parameters on the meta device and real (computed) buffers, in eval mode."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config._experts_implementation = "eager"  # one linear for each expert and its tokens: what `blocks` can watch
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except ValueError as error:
+        raise InputError(f"model type {config.model_type!r}: {str(error).splitlines()[0]}") from error
+    model.tie_weights()
+    model.config.use_cache = False
+    return model.eval()
+
+
+def inspect(model: nn.Module, include_head: bool = False) -> Structure:
+    """Find the decoder: the longest outermost ModuleList of one class; its linears and experts are the sites."""
+    prefix, blocks = find_blocks(model)
+    sites: list[Site] = []
+    skipped: list[Skipped] = []
+    for index, block in enumerate(blocks):
+        for site in _sites(block, f"{prefix}.{index}", index):
+            (sites if isinstance(site, Site) else skipped).append(site)  # type: ignore[arg-type]
+    if not sites:
+        raise InputError(f"{type(model).__name__}: its decoder blocks hold no linear layer to compress")
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if isinstance(head, nn.Linear):
+        name = next(n for n, m in model.named_modules() if m is head)
+        if include_head:
+            sites.append(Site(name, name, "linear", (head.out_features, head.in_features), None))
+        else:
+            skipped.append(Skipped(name, "the output head stays as it is unless include_head is set"))
+    return Structure(prefix, len(blocks), tuple(sites), tuple(skipped))
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """InputError when there is no ModuleList of at least one block."""
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
+        if isinstance(module, nn.ModuleList) and not inside and len({type(m) for m in module}) == 1:
+            found.append((name, module))
+    if not found:
+        raise InputError(f"{type(model).__name__}: no list of decoder blocks, so this is not a decoder-only language model")
+    return max(found, key=lambda item: len(item[1]))
+
+
+def _sites(block: nn.Module, prefix: str, index: int) -> Iterator[Site | Skipped]:
+    for name, module in block.named_modules():
+        full = f"{prefix}.{name}"
+        if isinstance(module, nn.Linear):
+            yield Site(full, full, "linear", (module.out_features, module.in_features), index)
+        elif isinstance(module, Conv1D):
+            yield Site(full, full, "conv1d", (module.nf, module.nx), index, transposed=True)
+        else:
+            for parameter, value in module.named_parameters(recurse=False):
+                if value.ndim == 3:
+                    yield from _experts(module, full, parameter, value, index)
+                elif value.ndim == 2:
+                    yield Skipped(
+                        f"{full}.{parameter}", f"a matrix of {type(module).__name__}, not a linear layer (a router stays as it is)"
+                    )
+
+
+def _experts(module: nn.Module, full: str, parameter: str, value: Tensor, index: int) -> Iterator[Site]:
+    """Fused experts [E, O, I]; a module that says `is_transposed` keeps them as [E, I, O]."""
+    transposed = bool(getattr(module, "is_transposed", False))
+    rows, columns = (value.shape[2], value.shape[1]) if transposed else (value.shape[1], value.shape[2])
+    for expert in range(value.shape[0]):
+        yield Site(f"{full}.{parameter}.{expert}", full, "expert", (rows, columns), index, parameter, expert, transposed)
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """State-dict names that share a parameter with an earlier name → that name."""
+    seen: dict[int, str] = {}
+    out: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in seen:
+            out[name] = seen[id(parameter)]
+        else:
+            seen[id(parameter)] = name
+    return out
+
+
+def set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace a (meta) parameter or persistent buffer by a real one that needs no gradient."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def source_files(directory: Path) -> dict[str, dict[str, Any]]:
+    """safetensors files of a model directory with size and sha256 (cached by path, size and time of change)."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = sorted(p.name for p in directory.glob("*.safetensors"))
+    if not names:
+        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        also = f"; {pickles[0]} is a pickle file, which is never opened: convert it to safetensors" if pickles else ""
+        raise InputError(f"{directory}: no .safetensors file{also}")
+    missing = [n for n in names if not (directory / n).is_file()]
+    if missing:
+        raise InputError(f"{directory}: {index.name} names {missing[0]}, which is not there; download the model again")
+    return {name: {"sha256": _cached_sha256(directory / name), "bytes": (directory / name).stat().st_size} for name in names}
+
+
+def _cached_sha256(path: Path) -> str:
+    from .download import cache_directory
+
+    stat = path.stat()
+    identity = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
+    note = cache_directory() / "sha256" / hashlib.sha256(identity.encode()).hexdigest()
+    if note.is_file():
+        return note.read_text()
+    digest = artifact.sha256(path)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    artifact.write_bytes(note, digest.encode())
+    return digest

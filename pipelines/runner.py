@@ -1,0 +1,428 @@
+"""The runner: from a recipe to artifacts, one directory a stage, each measured after it has been read back from disk.
+
+key(stage) = hash(parent's key, stage, method, method version, settings, data fingerprint, schema). A stage whose directory is there
+is reused; one that was interrupted goes on where it stopped; a changed setting makes a new directory and leaves the old one.
+Knows the order of things; not what a stage does.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..reports.record import Protocol, RunRecord, StageRecord
+from . import measure, recipe, stages
+from .artifact import SCHEMA, Artifact, ArtifactWriter, open_artifact, write_bytes, write_json
+from .data import Windows
+from .errors import InputError, OutOfMemoryError, QualityError, UsageError
+from .inputs import Inputs
+from .measure import Peak
+from .models import resolve_model
+from .rundir import RunDirectory
+from .stage_settings import StageSpec, methods
+
+log = logging.getLogger("bitmend")
+
+
+@dataclass
+class Step:
+    """One stage of the plan."""
+
+    address: str
+    method: str | None
+    key: str
+    name: str  # directory name
+    settings: dict[str, Any]
+    spec: StageSpec | None = None
+
+    def state(self, directory: RunDirectory) -> str:
+        if directory.artifact(self.name).is_dir():
+            return "done"
+        return "partial" if directory.scratch(self.name).is_dir() else "missing"
+
+
+@dataclass
+class Run:
+    """A run under way, with everything the stages share."""
+
+    recipe: recipe.Recipe
+    directory: RunDirectory
+    device: torch.device
+    dtype: torch.dtype
+    inputs: Inputs
+    steps: list[Step] = field(default_factory=list)
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+
+def run(
+    recipe: recipe.Recipe,
+    directory: Path | None = None,
+    *,
+    from_stage: str | None = None,
+    until_stage: str | None = None,
+    force: str | None = None,
+    device: str = "auto",
+    max_perplexity_ratio: float | None = None,
+    **ignored: Any,
+) -> RunRecord:
+    """Run a recipe, or go on with it. Returns the record of all its stages.
+
+    Raises UsageError, InputError, OutOfMemoryError; QualityError when the last stage's perplexity is above
+    `max_perplexity_ratio` times the baseline's (everything is kept); KeyboardInterrupt on SIGINT and SIGTERM, resumable.
+    """
+    place = RunDirectory((directory or run_directory(recipe)).resolve())
+    place.create()
+    with place.held(), _signals() as stopped:
+        environment = _environment(place, device)
+        try:
+            under_way = _prepare(recipe, place, environment, stopped)
+            _announce(under_way, from_stage, force)
+            record = _advance(under_way, from_stage, until_stage, force)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise OutOfMemoryError(
+                f"out of memory: {error or 'the system refused an allocation'}; use a smaller calibration.samples, or another device"
+            ) from error
+        place.log("finished", perplexity=record.stages[-1].perplexity)
+    _gate(record, max_perplexity_ratio)
+    return record
+
+
+def resume(directory: Path, **options: Any) -> RunRecord:
+    """Go on with the run in `directory`, with the settings it was started with."""
+    place = RunDirectory(directory.resolve())
+    place.read()
+    if not place.recipe.is_file():
+        raise InputError(f"{place.recipe}: missing, so nothing says what to resume; run the recipe again with -o {directory}")
+    return run(recipe.resolve(str(place.recipe), file=None, sets=[], options={}), directory, **options)
+
+
+def status(directory: Path) -> dict[str, Any]:
+    """What is done, what is under way (finished blocks or steps) and what is missing."""
+    place = RunDirectory(directory.resolve())
+    rows = []
+    for row in place.read()["stages"]:
+        step = Step(row["address"], row["method"], row["key"], row["name"], row["settings"])
+        state = step.state(place)
+        entry = {"stage": step.address, "method": step.method, "state": state, "directory": f"stages/{step.name}"}
+        if state == "partial":
+            entry["finished_parts"] = len(list(place.scratch(step.name).glob("*.part.json")))
+        scores = sorted(place.metrics(step.name).glob("????????.json"), key=lambda p: p.stat().st_mtime)
+        if scores:
+            entry["perplexity"] = _mean_perplexity(scores[-1])
+        rows.append(entry)
+    return {"run": place.path.name, "directory": str(place.path), "stages": rows}
+
+
+def record(directory: Path) -> RunRecord:
+    """The record of a run as last measured. InputError when nothing was measured yet."""
+    place = RunDirectory(directory.resolve())
+    place.read()
+    path = place.path / "record.json"
+    if not path.is_file():
+        raise InputError(f"{directory}: no stage has been measured yet; `pipeline resume {directory}` goes on")
+    return RunRecord.from_json(json.loads(path.read_text()))
+
+
+def last_artifact(directory: Path, stage: str | None = None) -> Artifact:
+    """The artifact of a stage (by address), or the last finished one."""
+    place = RunDirectory(directory.resolve())
+    rows = [row for row in place.read()["stages"] if place.artifact(row["name"]).is_dir()]
+    if stage is not None:
+        rows = [row for row in rows if row["address"] == stage]
+    if not rows:
+        what = f"stage {stage!r}" if stage else "finished stage"
+        raise InputError(f"{directory}: has no {what}; `pipeline status {directory}` lists what there is")
+    return open_artifact(place.artifact(rows[-1]["name"]))
+
+
+def gc(directory: Path) -> dict[str, Any]:
+    """Drop what the last plan does not name: stages of other settings, their metrics, unfinished scratch directories."""
+    import shutil
+
+    place = RunDirectory(directory.resolve())
+    plan = place.read()["stages"]
+    with place.held():
+        wanted = {row["name"] for row in plan}
+        keep = wanted | {f"{name}.metrics" for name in wanted} | {f"{name}.partial" for name in wanted if not place.artifact(name).is_dir()}
+        dropped, freed = [], 0
+        for path in sorted(place.stages.iterdir()) if place.stages.is_dir() else []:
+            if path.name not in keep:
+                freed += sum(f.stat().st_size for f in path.rglob("*") if f.is_file() and f.stat().st_nlink == 1)
+                shutil.rmtree(path)
+                dropped.append(path.name)
+        place.log("gc", dropped=dropped, freed=freed)
+    return {"dropped": dropped, "freed_bytes": freed}
+
+
+def run_directory(chosen: recipe.Recipe) -> Path:
+    return recipe.run_directory(chosen)
+
+
+# -- planning --------------------------------------------------------------------------------------------------------------------
+
+
+def _prepare(chosen: recipe.Recipe, place: RunDirectory, environment: dict[str, Any], stopped: threading.Event) -> Run:
+    device = torch.device(environment["device"])
+    dtype = getattr(torch, environment["dtype"])
+    source = resolve_model(chosen.model, chosen.revision)
+    inputs = Inputs(chosen, source)
+    under_way = Run(chosen, place, device, dtype, inputs, stopped=stopped)
+    under_way.steps = plan_steps(chosen, source, inputs)
+    write_bytes(place.recipe, chosen.to_yaml().encode())
+    return under_way
+
+
+def plan_steps(chosen: recipe.Recipe, source: Path, inputs: Inputs) -> list[Step]:
+    """Every stage with its key. Reads text (for fingerprints), no weights beyond their hashes."""
+    from .stages.baseline import fingerprint
+
+    model = fingerprint(source)
+    steps = [Step("baseline", None, model, f"00-baseline-{model[:8]}", {"model": chosen.model})]
+    for number, spec in enumerate(chosen.stages, 1):
+        row = methods(spec.name)[spec.method]
+        settings = spec.settings()
+        identity = [SCHEMA, steps[-1].key, spec.name, spec.method, row.version, settings, chosen.seed, inputs.fingerprint(spec, row)]
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+        steps.append(Step(spec.address, spec.method, key, f"{number:02d}-{spec.address}-{key[:8]}", settings, spec))
+    return steps
+
+
+def _announce(under_way: Run, from_stage: str | None, force: str | None) -> None:
+    """Say which stages a changed setting sends back to work, and why; then make this the plan of record."""
+    place = under_way.directory
+    state = place.read()
+    before = {row["address"]: row for row in state["stages"]}
+    for step in under_way.steps:
+        old = before.get(step.address)
+        if old is not None and old["key"] != step.key and step.state(place) != "done" and place.artifact(old["name"]).is_dir():
+            changes = [f"{k} {old['settings'].get(k)} → {v}" for k, v in step.settings.items() if old["settings"].get(k) != v]
+            if old["method"] != step.method:
+                changes.insert(0, f"method {old['method']} → {step.method}")
+            why = ", ".join(changes) or "a stage before it, its data or the program changed"
+            log.info("%s: %s; it is done again, the earlier result stays in %s", step.address, why, old["name"])
+    known = [step.address for step in under_way.steps]
+    for given, option in ((from_stage, "--from"), (force, "--force")):
+        if given is not None and given not in known:
+            raise UsageError(f"{option} {given}: no such stage in this recipe; choose one of {known}")
+    rows = [{"address": s.address, "method": s.method, "key": s.key, "name": s.name, "settings": s.settings} for s in under_way.steps]
+    place.write({"stages": rows, "model": under_way.recipe.model, "recipe": under_way.recipe.name})
+
+
+# -- going on --------------------------------------------------------------------------------------------------------------------
+
+
+def _advance(under_way: Run, from_stage: str | None, until_stage: str | None, force: str | None) -> RunRecord:
+    place, steps = under_way.directory, under_way.steps
+    if until_stage is not None and until_stage not in [s.address for s in steps]:
+        raise UsageError(f"--until {until_stage}: no such stage in this recipe; choose one of {[s.address for s in steps]}")
+    if from_stage is not None:
+        _need_finished(place, steps, from_stage)
+    if force is not None:
+        _set_aside(place, steps, force)
+    parent: Artifact | None = None
+    records: list[StageRecord] = []
+    scores: list[Any] = []
+    windows = under_way.inputs.evaluation()
+    for step in steps:
+        artifact = _finish(under_way, step, parent, scores[0] if scores else None)
+        records.append(_measured(under_way, step, artifact, windows, scores))
+        _save_record(under_way, records, windows)
+        parent = artifact
+        if step.address == until_stage:
+            break
+    return _save_record(under_way, records, windows)
+
+
+def _finish(under_way: Run, step: Step, parent: Artifact | None, baseline_scores: Any) -> Artifact:
+    """The step's artifact: opened if it is there, else made."""
+    place = under_way.directory
+    final, scratch, metrics = place.artifact(step.name), place.scratch(step.name), place.metrics(step.name)
+    if final.is_dir():
+        artifact = open_artifact(final)
+        if artifact.key != step.key:
+            raise InputError(f"{final}: its key is {artifact.key[:8]}, expected {step.key[:8]}; delete it and run again")
+        artifact.verify()
+        log.info("%s: finished before (%s)", step.address, step.name)
+        return artifact
+    log.info("%s: %s", step.address, step.method or under_way.recipe.model)
+    place.log("stage begins", stage=step.address, key=step.key)
+    manifest = {
+        "key": step.key,
+        "parent": parent.key if parent else None,
+        "stage": {"name": step.address, "method": step.method, "settings": step.settings},
+    }
+    with Peak(under_way.device) as peak:
+        if parent is None:
+            from .stages.baseline import build_baseline
+
+            artifact, outcome = build_baseline(under_way.inputs.model, scratch, final, manifest), stages.Outcome()
+        else:
+            writer = ArtifactWriter(scratch, parent)
+            outcome = stages.perform(step.spec, parent, writer, _context(under_way, step, scratch))
+            documents = {n: (parent.directory / n).read_bytes() for n in parent.manifest["files"] if not n.endswith(".safetensors")}
+            artifact = writer.seal(final, manifest, documents | outcome.documents)
+    metrics.mkdir(parents=True, exist_ok=True)
+    seconds = peak.seconds + _earlier_seconds(metrics)
+    write_json(metrics / "stage.json", {**asdict(outcome_for_disk(outcome)), "seconds": seconds, "peak_bytes": peak.bytes})
+    place.log("stage ends", stage=step.address, seconds=round(seconds, 2), peak_bytes=peak.bytes)
+    return artifact
+
+
+def outcome_for_disk(outcome: "stages.Outcome") -> "stages.Outcome":
+    from dataclasses import replace
+
+    return replace(outcome, documents={})
+
+
+def _earlier_seconds(metrics: Path) -> float:
+    """Seconds that interrupted attempts at this stage took."""
+    path = metrics / "interrupted.json"
+    return json.loads(path.read_text())["seconds"] if path.is_file() else 0.0
+
+
+def _context(under_way: Run, step: Step, scratch: Path) -> "stages.Context":
+    place, inputs = under_way.directory, under_way.inputs
+    baseline_step = under_way.steps[0]
+    baseline = open_artifact(place.artifact(baseline_step.name))
+    return stages.Context(
+        baseline=baseline,
+        baseline_metrics=place.metrics(baseline_step.name),
+        scratch=scratch,
+        device=under_way.device,
+        dtype=under_way.dtype,
+        seed=under_way.recipe.seed,
+        inputs=inputs,
+        stop=under_way.stopped.is_set,
+    )
+
+
+def _measured(under_way: Run, step: Step, artifact: Artifact, windows: Windows, scores: list[Any]) -> StageRecord:
+    """Measure an artifact as it lies on disk."""
+    place = under_way.directory
+    metrics, baseline = place.metrics(step.name), under_way.steps[0]
+    teacher = None
+    if scores:
+        opened = open_artifact(place.artifact(baseline.name))
+        teacher = measure.teacher_of(opened, place.metrics(baseline.name), windows, under_way.device, under_way.dtype)
+    bind = stages.binder(step.spec, under_way.device, artifact)
+    found, extra = measure.scores_of(
+        artifact, metrics, windows, teacher, under_way.device, under_way.dtype, bind, f"{step.address}: perplexity, blocks"
+    )
+    if under_way.stopped.is_set():
+        raise KeyboardInterrupt
+    size = measure.size_of(artifact)
+    previous = scores[-1] if scores else None
+    scores.append(found)
+    made = measure.stage_record(step.address, step.method, step.settings, metrics, size, found, extra, scores[0], previous)
+    log.info("%s: perplexity %.3f, %.1f MB", step.address, found.perplexity, size["total_bytes"] / 1e6)
+    return made
+
+
+def _save_record(under_way: Run, records: list[StageRecord], windows: Windows) -> RunRecord:
+    """record.json and report.html, written anew after every stage."""
+    from ..reports import render
+
+    place = under_way.directory
+    environment = json.loads((place.path / "environment.json").read_text())
+    known = {k: v for k, v in windows.protocol.items() if k in Protocol.__dataclass_fields__}
+    details = {k: v for k, v in windows.protocol.items() if k not in known}
+    made = RunRecord(place.path.name, under_way.recipe.model, Protocol(**known, details=details), measure.with_ratios(records), environment)
+    write_json(place.path / "record.json", made.to_json())
+    write_bytes(place.path / "report.html", render(made, "html").encode())
+    return made
+
+
+def _need_finished(place: RunDirectory, steps: list[Step], address: str) -> None:
+    """--from says: what lies before is taken as it is. It must be there."""
+    for step in steps:
+        if step.address == address:
+            return
+        if step.state(place) != "done":
+            raise UsageError(f"--from {address}: {step.address} is not finished with these settings; run without --from")
+
+
+def _set_aside(place: RunDirectory, steps: list[Step], address: str) -> None:
+    """--force: this stage and those after it are done again; the old results are removed only when the new ones begin."""
+    import shutil
+
+    begin = next(i for i, s in enumerate(steps) if s.address == address)
+    for step in steps[begin:]:
+        for path in (place.artifact(step.name), place.scratch(step.name), place.metrics(step.name)):
+            if path.is_dir():
+                shutil.rmtree(path)
+
+
+def _gate(made: RunRecord, limit: float | None) -> None:
+    ratio = made.stages[-1].perplexity_ratio
+    if limit is not None and (ratio is None or ratio > limit):
+        last = made.stages[-1]
+        raise QualityError(
+            f"{last.stage}: perplexity {last.perplexity:.3f} is {ratio or float('nan'):.3f} times the baseline's, above --max-perplexity-ratio {limit}; the artifacts are kept"
+        )
+
+
+# -- surroundings ----------------------------------------------------------------------------------------------------------------
+
+
+def _environment(place: RunDirectory, device: str) -> dict[str, Any]:
+    """environment.json: written at the first start; a later one continues with its threads, device and dtype."""
+    path = place.path / "environment.json"
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if chosen.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError("--device cuda: this torch sees no CUDA device; use --device cpu")
+    if path.is_file():
+        environment = json.loads(path.read_text())
+        if device != "auto" and environment["device"] != chosen:
+            environment["device"] = chosen
+            write_json(path, environment)
+        if environment["device"].startswith("cuda") and not torch.cuda.is_available():
+            environment["device"] = "cpu"
+    else:
+        import transformers
+
+        environment = {
+            "device": chosen, "dtype": "float32", "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "platform": platform.platform(), "cores": os.cpu_count(),
+        }  # fmt: skip
+        write_json(path, environment)
+    torch.set_num_threads(environment["threads"])
+    return environment
+
+
+@contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """SIGINT and SIGTERM ask the run to stop at the next block or step; a second one stops at once."""
+    stopped = threading.Event()
+
+    def ask(number: int, frame: Any) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+        log.warning("stopping; everything finished so far is kept, the same command goes on")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    before: dict[int, Callable[..., Any] | int | None] = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _mean_perplexity(path: Path) -> float | None:
+    from .perplexity import load_scores
+
+    found = load_scores(path)
+    return found[0].perplexity if found else None

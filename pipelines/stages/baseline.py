@@ -1,0 +1,111 @@
+"""The baseline: the model as it came, as an artifact. It becomes the teacher and the target of all that follows.
+
+A directory whose tensor names are the model's own is referred to, not copied; anything else is brought over once.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from transformers import AutoModelForCausalLM
+
+from ..artifact import SCHEMA, Artifact, ArtifactWriter, shards_of
+from ..errors import InputError
+from ..formats import detect, read
+from ..models import inspect, load_config, skeleton, source_files, tied_names
+
+DOCUMENTS = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
+    "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def fingerprint(directory: Path) -> str:
+    """Names the model: every weight file's hash and the config's."""
+    files = source_files(directory)
+    config = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
+    return hashlib.sha256(json.dumps([SCHEMA, config, {n: e["sha256"] for n, e in files.items()}]).encode()).hexdigest()
+
+
+def build_baseline(directory: Path, scratch: Path, final: Path, manifest: dict[str, Any]) -> Artifact:
+    """Write the baseline artifact of a local model directory."""
+    documents = {n: (directory / n).read_bytes() for n in DOCUMENTS if (directory / n).is_file()}
+    raw = json.loads((directory / "config.json").read_text())
+    quantized = raw.pop("quantization_config", None)
+    documents["config.json"] = json.dumps(raw, indent=2, sort_keys=True).encode()
+    writer = ArtifactWriter(scratch, None)
+    if quantized is not None:
+        _import(writer, directory)
+    elif _names_match(directory):
+        files = source_files(directory)
+        writer.finished["source"] = {"files": files, "linears": {}, "extra": {}}
+        manifest = manifest | {"source": str(directory)}
+    else:
+        _convert(writer, directory)
+    return writer.seal(final, manifest, documents)
+
+
+def _names_match(directory: Path) -> bool:
+    """Whether the checkpoint's tensors are the model's own, name by name. InputError for a shape that is not the model's."""
+    model = skeleton(load_config(directory))
+    found: dict[str, list[int]] = {}
+    for file in source_files(directory):
+        try:
+            with safetensors.safe_open(directory / file, framework="pt") as shard:
+                found |= {name: shard.get_slice(name).get_shape() for name in shard.keys()}  # noqa: SIM118
+        except (safetensors.SafetensorError, OSError) as error:
+            raise InputError(f"{directory / file}: not a readable safetensors file ({error}); download the model again") from error
+    tied = tied_names(model)
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    if not wanted.keys() <= found.keys():
+        return False
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise InputError(f"{directory}: {name} has shape {found[name]}, config.json says {shape}; the two do not belong together")
+    return True
+
+
+def _convert(writer: ArtifactWriter, directory: Path) -> None:
+    """Load through transformers (which knows every checkpoint layout) and write the tensors by their names in memory."""
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory, dtype="auto", trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        raise InputError(f"{directory}: transformers cannot load it: {str(error).splitlines()[0]}") from error
+    missing = sorted(set(info["missing_keys"]) - set(tied_names(model)))
+    if missing:
+        raise InputError(
+            f"{directory}: no tensor for {missing[0]} ({len(missing)} missing); the checkpoint is incomplete or of another architecture"
+        )
+    _write_model(writer, model, {})
+
+
+def _import(writer: ArtifactWriter, directory: Path) -> None:
+    """A checkpoint that some program quantized: its codes, scales and zeros as they are."""
+    detect(directory)
+    checkpoint = read(directory)
+    model = skeleton(load_config(directory))
+    structure = inspect(model, include_head=True)
+    for index in range(structure.blocks):
+        prefix = f"{structure.prefix}.{index}."
+        linears = {n: checkpoint.linears[n] for n in checkpoint.linears if n.startswith(prefix)}
+        tensors = {n: checkpoint.tensors[n] for n in checkpoint.tensors if n.startswith(prefix)}
+        writer.write_part(f"block-{index:05d}", shards_of(tensors, linears), linears)
+    blocks, tied = f"{structure.prefix}.", tied_names(model)
+    linears = {n: checkpoint.linears[n] for n in checkpoint.linears if not n.startswith(blocks)}
+    tensors = {n: checkpoint.tensors[n] for n in checkpoint.tensors if not n.startswith(blocks) and n not in tied}
+    writer.write_part("rest", {"tensors": tensors, **shards_of({}, linears)}, linears)
+
+
+def _write_model(writer: ArtifactWriter, model: torch.nn.Module, linears: dict[str, Any]) -> None:
+    structure = inspect(model)
+    state, tied = model.state_dict(), tied_names(model)
+    for index in range(structure.blocks):
+        prefix = f"{structure.prefix}.{index}."
+        writer.write_part(f"block-{index:05d}", shards_of({n: t for n, t in state.items() if n.startswith(prefix)}, {}), {})
+    rest = {n: t for n, t in state.items() if not n.startswith(f"{structure.prefix}.") and n not in tied}
+    writer.write_part("rest", {"tensors": rest}, linears)

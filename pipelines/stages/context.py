@@ -1,0 +1,43 @@
+"""What a stage may use besides its parent and its config, and what it says afterwards. Knows no stage."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..artifact import Artifact
+from ..inputs import Inputs
+
+
+@dataclass(frozen=True)
+class Context:
+    """`scratch` is the stage's own directory, where it may keep what makes it resumable; `stop()` says that the user asked to end:
+    a stage then saves what it has and raises KeyboardInterrupt (`check_stop`)."""
+
+    baseline: Artifact
+    baseline_metrics: Path
+    scratch: Path
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+    inputs: Inputs
+    stop: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One dict for each matrix (name, relative_output_error, metrics), what was measured on the way, words for the report, and
+    files to seal into the artifact beside its parent's."""
+
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    trainable_parameters: int | None = None
+    documents: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def check_stop(context: Context) -> None:
+    if context.stop():
+        raise KeyboardInterrupt

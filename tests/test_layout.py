@@ -1,0 +1,121 @@
+"""The layout is a promise: imports point downward, and our folders do not stand in the way of packages with the same names."""
+
+import ast
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# folder → sibling folders it may import; within "records" it may know the frozen records of compress only
+ALLOWED = {
+    "compress": set(),
+    "kernels": {"compress"},
+    "recover": {"compress", "kernels"},
+    "reports": set(),
+    "pipelines": {"compress", "recover", "kernels", "reports"},
+}
+COMPRESS_MAY_IMPORT = {"torch", "scipy", "numpy"}
+
+
+def modules(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(level, dotted name) of every import in a file, function-level ones included."""
+    out = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            out += [(node.level, node.module or alias.name) for alias in node.names] if not node.module else [(node.level, node.module)]
+        elif isinstance(node, ast.Import):
+            out += [(0, alias.name) for alias in node.names]
+    return out
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_imports_point_downward(folder: str) -> None:
+    files = modules(folder)
+    assert files
+    for path in files:
+        depth = len(path.relative_to(ROOT).parts) - 1  # dots that lead to the package bitmend
+        for level, name in imports(path):
+            assert not name.startswith("bitmend"), f"{path}: imports {name}; inside the folders imports are relative"
+            if level == depth + 1:
+                sibling = name.split(".")[0]
+                assert sibling == folder or sibling in ALLOWED[folder], f"{path}: {folder} must not import {sibling}"
+
+
+def test_compress_imports_torch_and_scipy_only() -> None:
+    for path in modules("compress"):
+        outside = {name.split(".")[0] for level, name in imports(path) if level == 0} - set(sys.stdlib_module_names)
+        assert outside <= COMPRESS_MAY_IMPORT, f"{path}: {outside - COMPRESS_MAY_IMPORT}"
+
+
+def test_every_package_is_in_the_import_map() -> None:
+    import tomllib
+
+    declared = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {
+        "bitmend." + ".".join(path.parent.relative_to(ROOT).parts) for folder in ALLOWED for path in (ROOT / folder).rglob("__init__.py")
+    }
+    assert declared == found
+
+
+def test_started_from_the_root_bitsandbytes_and_transformers_do_not_trip_over_our_folders() -> None:
+    code = "import bitsandbytes, transformers, importlib.util as u; from transformers import AutoModelForCausalLM; import bitmend.kernels; print('fine')"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "fine" in done.stdout, done.stderr[-2000:]
+
+
+def test_a_wheel_brings_every_package_and_its_data(tmp_path: Path) -> None:
+    build = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(copy_of_sources(tmp_path)),
+    ]
+    subprocess.run(build, check=True, capture_output=True, text=True, timeout=300)
+    wheel = next(tmp_path.glob("bitmend-*.whl"))
+    place = tmp_path / "env"
+    venv.create(place, with_pip=False, system_site_packages=False)
+    site = next(place.glob("lib/python*/site-packages"))
+    subprocess.run(
+        [sys.executable, "-P", "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)], check=True, timeout=300
+    )
+    outside = next(p for p in sys.path if p.endswith("site-packages"))
+    code = (
+        "import bitmend.compress.methods, bitmend.kernels, bitmend.recover, bitmend.reports, bitmend.pipelines.recipe as r, bitmend.pipelines.cli;"
+        "assert 'compress_and_recover' in r.known_recipes(), r.known_recipes(); print(bitmend.pipelines.cli.__file__)"
+    )
+    (site / "outside.pth").write_text(outside)
+    done = subprocess.run([place / "bin" / "python", "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert str(site) in done.stdout
+
+
+def copy_of_sources(tmp_path: Path) -> Path:
+    """The tracked files alone, so that building leaves nothing in the tree."""
+    import shutil
+
+    copy = tmp_path / "sources"
+    keep = {"pyproject.toml", "README.md", *ALLOWED}
+    for name in keep:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.is_file():
+            copy.mkdir(exist_ok=True)
+            shutil.copy(source, copy / name)
+    return copy
