@@ -2,7 +2,7 @@
 
 min over Q on its grid and inside its mask, rank(L) ≤ r, of ‖(W − Q − L)·S‖_F, W the baseline: L makes up for pruning and
 quantization together. Knows one matrix at a time; not models, not files, nor how Q was first found.
-Legend: O out, I in, R rank, G groups.
+Legend: O out, I in, R rank.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .lowrank import Metric, best_low_rank, check_rank, spectrum, squared_error, store_factors
+from .factors import FactorForm, store_factors
+from .feedback import InverseFactor, factor_of
+from .grids import Clip
+from .lowrank import Metric, best_low_rank, check_rank, spectrum, squared_error
+from .metrics import MetricName, metric_of
 from .requantize import is_quantized, requantize
 from .statistics import LayerStatistics
 from .weights import LowRank, StoredWeight
@@ -20,42 +24,57 @@ from .weights import LowRank, StoredWeight
 
 @dataclass(frozen=True)
 class Decomposition:
-    """metric: what the error is measured in; plain ‖E‖_F, absmean diag E|x|, diagonal diag √E[x²], fisher √row mean × √column
-    mean, second_moment R^½. quantizer, first, iterations: the schedule when Q is requantized (on the record's own grid).
-    kept_rank: ranks of W kept before Q and held there (SRR); null lets SRR's criterion choose. factor_bits below 16 puts the
-    factors on a grid. stop_when_worse ends the schedule at the first rise; the best iterate is returned either way."""
+    """metric: what the error is measured in (compress/metrics.py). requantize: Q is found again for W − L, on the record's own
+    grid, by `quantizer` with `clip`; then `first` says what the schedule starts with (q: Q of W; l: L of W; kept: the record's
+    Q as it is) and `iterations` how often Q and L are found. kept_rank: ranks of W taken before Q and held (SRR); null lets
+    SRR's criterion choose. factor_bits below 16 puts the factors on a grid; null takes, within the bytes of `rank` at 16 bits,
+    whichever of 16, 8 and 4 bits errs least, at the larger rank it allows. stop_when_worse ends the schedule at the first
+    rise; the best iterate is returned either way."""
 
     rank: int = 16
-    metric: Literal["plain", "absmean", "diagonal", "fisher", "second_moment"] = "second_moment"
+    metric: MetricName = "second_moment"
     requantize: bool = False
     quantizer: Literal["rtn", "gptq"] = "rtn"
-    first: Literal["q", "l"] = "q"
+    clip: Clip = "power"
+    first: Literal["q", "l", "kept"] = "q"
     iterations: int = 1
     kept_rank: int | None = 0
-    factor_bits: Literal[4, 8, 16] = 16
+    factor_bits: Literal[4, 8, 16] | None = 16
     factor_dtype: Literal["float16", "bfloat16"] = "float16"
     stop_when_worse: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank {self.rank} must be at least 1; method: none leaves the low-rank term out")
+        if self.iterations < 1:
+            raise ValueError(f"iterations {self.iterations} must be at least 1")
+        if self.kept_rank is not None and not 0 <= self.kept_rank <= self.rank:
+            raise ValueError(f"kept_rank {self.kept_rank} must lie in 0…rank ({self.rank}), or be null")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One matrix to decompose: the record without its low-rank term, W, and the metric; moment_II is what GPTQ needs."""
+    """One matrix to decompose: the record without its low-rank term, W, and what the error is measured in."""
 
     weight: StoredWeight
     target_OI: Tensor
     metric: Metric
-    moment_II: Tensor | None
+    statistics: LayerStatistics
     config: Decomposition
 
     def error_OI(self, stored: StoredWeight) -> Tensor:
         return self.target_OI - stored.dense()
 
-    def quantized(self, target_OI: Tensor) -> StoredWeight:
-        """Q ≈ target on the record's grid, inside its mask."""
-        return requantize(self.weight, target_OI, self.config.quantizer, self.metric.importance_I(), self.moment_II)
+    def squared_error(self, stored: StoredWeight) -> float:
+        return squared_error(self.error_OI(stored), self.metric)
 
-    def solved(self, base: StoredWeight, rank: int, held: tuple[Tensor, Tensor] | None = None) -> StoredWeight:
-        """base with the best L for it; `held` factors stay and the rank comes on top of them."""
+    def quantized(self, low_rank: LowRank | None) -> StoredWeight:
+        """Q for W − L, without L."""
+        config, weight = self.config, replace(self.weight, low_rank=low_rank)
+        return replace(requantize(weight, self.target_OI, self.statistics, config.quantizer, config.clip), low_rank=None)
+
+    def solved(self, base: StoredWeight, rank: int, form: FactorForm, held: tuple[Tensor, Tensor] | None = None) -> StoredWeight:
+        """base with the best L for it; `held` factors stay, and `rank` comes on top of theirs."""
         error = self.error_OI(base)
         if held is None:
             up, down = best_low_rank(error, self.metric, rank)
@@ -64,13 +83,28 @@ class Problem:
             if rank:
                 more = best_low_rank(error - up @ down, self.metric, rank)
                 up, down = torch.cat((up, more[0]), 1), torch.cat((down, more[1]), 0)
-        return replace(base, low_rank=store_factors(up, down, self.config.factor_bits, self.config.factor_dtype, self.metric))
+        feedback = self._feedback() if form.bits < 16 else None
+        return replace(base, low_rank=store_factors(up, down, form, error, self.metric, feedback))
+
+    def forms(self) -> list[tuple[FactorForm, int]]:
+        """Every form of the factors to try, with its rank, the plain 16-bit one first."""
+        config, (rows, columns) = self.config, self.weight.shape
+        if config.factor_bits is not None:
+            return [(FactorForm(config.factor_bits, config.factor_dtype), config.rank)]
+        budget = FactorForm(16).stored_bits(config.rank, rows, columns)
+        forms = [FactorForm(16, config.factor_dtype), FactorForm(8), FactorForm(4)]
+        ranked = [(form, form.largest_rank(budget, rows, columns)) for form in forms]
+        return [ranked[0], *((form, rank) for form, rank in ranked[1:] if rank > config.rank)]
+
+    def _feedback(self) -> InverseFactor | None:
+        return factor_of(self.statistics.inputs, 0.01, True) if self.metric.moment_II is not None else None
 
 
 def needs(config: Decomposition) -> frozenset[str]:
     wanted = {"plain": set(), "absmean": {"absmean"}, "diagonal": {"norms"}, "fisher": {"fisher"}, "second_moment": {"second_moment"}}
     gptq = {"second_moment"} if config.requantize and config.quantizer == "gptq" else set()
-    return frozenset(wanted[config.metric] | gptq)
+    clip = {"norms"} if config.requantize and config.clip == "hessian" else set()
+    return frozenset(wanted[config.metric] | gptq | clip)
 
 
 def decompose(
@@ -78,57 +112,75 @@ def decompose(
 ) -> tuple[StoredWeight, dict[str, float]]:
     """The best iterate of the schedule, by the config's metric, measured on the factors as stored; never worse than L = 0.
 
-    Metrics: relative_error_before (the record as it came, without L) and relative_error, both ‖(W − Ŵ)·S‖ / ‖W·S‖; rank;
-    iterations run; best_iteration (0: nothing beat L = 0, and up is 0); and what `metric_of` says of the statistics.
-    ValueError for a rank above min(O, I), non-finite statistics, or a Fisher metric without Fisher information.
+    Metrics: relative_error_before (the record as it came, without L) and relative_error, both ‖(W − Ŵ)·S‖ / ‖W·S‖; rank and
+    factor_bits of the result; iterations run; best_iteration (0: nothing beat L = 0, and up is 0); and what `metric_of` says
+    of the statistics. ValueError for a rank above min(O, I), non-finite statistics, or a Fisher metric without a Fisher diagonal.
     """
     check_rank(config.rank, weight.shape)
     metric, notes = metric_of(statistics, config.metric)
-    moment = statistics.inputs.second_moment_II if "second_moment" in statistics.inputs.needs else None
-    problem = Problem(replace(weight, low_rank=None), target_OI.float(), metric, moment, config)
-    before = squared_error(problem.error_OI(problem.weight), metric)
-    best, best_error, best_at, last, previous, at = None, before, 0, None, float("inf"), 0
-    for at, last in enumerate(_iterates(problem), 1):
-        error = squared_error(problem.error_OI(last), metric)
-        if error < best_error:
-            best, best_error, best_at = last, error, at
+    problem = Problem(replace(weight, low_rank=None), target_OI.float(), metric, statistics, config)
+    before = problem.squared_error(problem.weight)
+    best, least, best_at, last, previous, at = None, before, 0, None, float("inf"), 0
+    for at, (last, error) in enumerate(_iterates(problem), 1):
+        if error < least:
+            best, least, best_at = last, error, at
         if config.stop_when_worse and error > previous:
             break
         previous = error
     assert last is not None
     if best is None:
         best = replace(problem.weight, low_rank=_without_effect(last))
-    total = squared_error(problem.target_OI, metric)
-    scale = total if total > 0 else 1.0
+    total = squared_error(problem.target_OI, metric) or 1.0
+    assert best.low_rank is not None
     return best, {
-        "relative_error_before": (before / scale) ** 0.5,
-        "relative_error": (best_error / scale) ** 0.5,
-        "rank": float(config.rank),
+        "relative_error_before": (before / total) ** 0.5,
+        "relative_error": (least / total) ** 0.5,
+        "rank": float(best.low_rank.rank),
+        "factor_bits": float(getattr(best.low_rank.up, "bits", 16)),
         "iterations": float(at),
         "best_iteration": float(best_at),
         **notes,
     }
 
 
-def _iterates(problem: Problem) -> Iterator[StoredWeight]:
-    """Every Q + L that the schedule visits."""
-    config, rank = problem.config, problem.config.rank
-    if not (config.requantize and is_quantized(problem.weight)):
-        yield problem.solved(problem.weight, rank)
-        return
-    kept = _kept_rank(problem) if config.kept_rank is None else min(config.kept_rank, rank)
-    held = best_low_rank(problem.target_OI, problem.metric, kept) if kept else None
-    low_OI = torch.zeros_like(problem.target_OI)
-    if held is not None:
-        low_OI = held[0] @ held[1]
+def _iterates(problem: Problem) -> Iterator[tuple[StoredWeight, float]]:
+    """Every Q + L that the schedule visits, with its squared error."""
+    config, low_rank = problem.config, None
+    again = config.requantize and is_quantized(problem.weight)
+    if not again or config.first == "kept":
+        found = _best_form(problem, problem.weight)
+        yield found
+        low_rank = found[0].low_rank
+    if again:
+        yield from _alternating(problem, low_rank)
+
+
+def _best_form(problem: Problem, base: StoredWeight) -> tuple[StoredWeight, float]:
+    """The best L for a Q over the forms that the factors may take."""
+    tried = [problem.solved(base, rank, form) for form, rank in problem.forms()]
+    errors = [problem.squared_error(stored) for stored in tried]
+    return min(zip(tried, errors, strict=True), key=lambda pair: pair[1])
+
+
+def _alternating(problem: Problem, low_rank: LowRank | None) -> Iterator[tuple[StoredWeight, float]]:
+    """Q for W − L, then L for W − Q, `iterations` times, from the given L, or one of W, or none."""
+    config, form = problem.config, FactorForm(problem.config.factor_bits or 16, problem.config.factor_dtype)
+    kept = _kept_rank(problem) if config.kept_rank is None else config.kept_rank
+    held = None
+    if kept:
+        held = best_low_rank(problem.target_OI, problem.metric, kept)
+        low_rank = LowRank(*held)
     elif config.first == "l":
-        up, down = best_low_rank(problem.target_OI, problem.metric, rank)
-        low_OI = up @ down
+        low_rank = LowRank(*best_low_rank(problem.target_OI, problem.metric, config.rank))
     for _ in range(config.iterations):
-        stored = problem.solved(problem.quantized(problem.target_OI - low_OI), rank - kept, held)
-        yield stored
-        assert stored.low_rank is not None
-        low_OI = stored.low_rank.dense()
+        base = problem.quantized(low_rank)
+        if kept:
+            stored = problem.solved(base, config.rank - kept, form, held)
+            found = stored, problem.squared_error(stored)
+        else:
+            found = _best_form(problem, base)
+        yield found
+        low_rank = found[0].low_rank
 
 
 def _kept_rank(problem: Problem) -> int:
@@ -140,51 +192,6 @@ def _kept_rank(problem: Problem) -> int:
     missed = spectrum(noise, problem.metric).flip(0).cumsum(0).flip(0)
     exposed, missed = (torch.nn.functional.pad(t, (0, 1)) for t in (exposed, missed))
     return int((exposed[: rank + 1] * missed[: rank + 1].flip(0)).argmin())
-
-
-def metric_of(statistics: LayerStatistics, kind: str) -> tuple[Metric, dict[str, float]]:
-    """The metric and what is to be said of its statistics: `tokens_short_of` (the tokens that would do, when there are fewer
-    than input features), `moment_singular`, `statistics_zero` (nothing was seen: the plain metric stands in)."""
-    inputs = statistics.inputs
-    if kind == "plain":
-        return Metric(), {}
-    broken = inputs.non_finite()
-    if broken is not None:
-        raise ValueError(f"the calibration statistic {broken} holds NaN or Inf; look at the layers below, or use metric: plain")
-    if kind == "fisher":
-        return _fisher_metric(statistics)
-    notes = {"tokens_short_of": float(inputs.features)} if inputs.tokens < inputs.features else {}
-    if kind == "second_moment":
-        moment = inputs.second_moment_II
-        if not bool(moment.diagonal().sum() > 0):
-            return Metric(), notes | {"statistics_zero": 1.0}
-        return Metric(moment_II=moment), notes | ({"moment_singular": 1.0} if _singular(moment) else {})
-    column = inputs.absmean_I if kind == "absmean" else inputs.norm_I / max(inputs.tokens, 1) ** 0.5
-    return (Metric(column_I=column), notes) if bool(column.any()) else (Metric(), notes | {"statistics_zero": 1.0})
-
-
-def _fisher_metric(statistics: LayerStatistics) -> tuple[Metric, dict[str, float]]:
-    """D1 = √row mean, D2 = √column mean (LQ-LoRA, arXiv:2311.12023, section 3.3). A row without Fisher information gets a
-    thousandth of the mean, since D1 is inverted; a matrix without any is measured plainly."""
-    if statistics.fisher is None:
-        raise ValueError("metric: fisher needs the Fisher diagonal of this weight, which was not collected; choose another metric")
-    row, column = statistics.fisher.row_mean_O.double().sqrt(), statistics.fisher.column_mean_I.double().sqrt()
-    if not bool(torch.isfinite(row).all() and torch.isfinite(column).all()):
-        raise ValueError("the Fisher diagonal holds NaN, Inf or negative numbers; gradients overflowed: collect it in float32")
-    if not bool(row.any() and column.any()):
-        return Metric(), {"statistics_zero": 1.0}
-    silent = float((row == 0).sum())
-    return Metric(row.clamp(min=1e-3 * row.mean().item()), column), {"fisher_rows_zero": silent} if silent else {}
-
-
-def _singular(moment_II: Tensor) -> bool:
-    """Whether the correlation matrix's smallest eigenvalue is below 1e-6 (dead inputs, too few tokens)."""
-    scale = moment_II.diagonal().double().clamp(min=0).sqrt()
-    if not bool((scale > 0).all()):
-        return True
-    correlation = moment_II.double() / scale / scale.unsqueeze(1)
-    correlation.diagonal().sub_(1e-6)
-    return bool(torch.linalg.cholesky_ex(correlation).info)
 
 
 def _without_effect(stored: StoredWeight) -> LowRank:

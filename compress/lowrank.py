@@ -1,6 +1,7 @@
-"""The best low-rank term of an error matrix under a metric, in closed form, and the two factors as they are stored.
+"""The best low-rank term of an error matrix under a metric, in closed form.
 
-Knows matrices and metrics; not where the error comes from (`decompose`), nor how many ranks are worth their bytes (`allocate`).
+Knows matrices and metrics; not where the error comes from (`decompose`), how factors are stored (`factors`), nor how many ranks
+are worth their bytes (`allocate`).
 A metric weighs an error E [O, I] as ‖diag(row)·E·S‖_F with S·Sᵀ = R. With F = diag(row)·E, the best term of rank r is
 diag(row)⁻¹·U·Uᵀ·F where U holds the r first eigenvectors of F·R·Fᵀ: no root of R, no inverse of R, so R may be singular.
 Legend: O out, I in, R rank, S smaller side, K width of a Krylov basis.
@@ -9,13 +10,9 @@ Legend: O out, I in, R rank, S smaller side, K width of a Krylov basis.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
-
-from .grids import UniformGrid, min_max, round_to_grid, to_record
-from .weights import Factor, LowRank, UniformWeight
 
 KRYLOV_SIDE = 512
 """Below this, an eigensolve of the smaller side is cheaper than a Krylov space."""
@@ -173,26 +170,3 @@ def _krylov(apply: Callable[[Tensor], Tensor], size: int, rank: int, energy: flo
             block = torch.linalg.qr(block).Q
         basis = torch.cat((basis, block), 1)
         images = torch.cat((images, apply(block)), 1)
-
-
-def store_factors(up_OR: Tensor, down_RI: Tensor, bits: int, dtype: Literal["float16", "bfloat16"], metric: Metric) -> LowRank:
-    """The factors as they lie on disk: rounded to a 16-bit float, or on a symmetric grid of 4 or 8 bits (CALDERA)."""
-    if bits == 16:
-        kind = getattr(torch, dtype)
-        return LowRank(up_OR.to(kind), down_RI.to(kind))
-    return LowRank(_on_grid(up_OR, bits), _on_grid(down_RI, bits))
-
-
-def _on_grid(factor_NC: Tensor, bits: int) -> UniformWeight:
-    columns = factor_NC.shape[1]
-    grid = UniformGrid(bits, next((g for g in (64, 32) if columns % g == 0), -1), symmetric=True)
-    size = grid.size(columns)
-    grouped = factor_NC.float().reshape(-1, size)
-    scale, zero = min_max(grouped, grid)
-    codes = round_to_grid(grouped, scale, zero, grid).view(factor_NC.shape)
-    return to_record(codes, scale.view(len(factor_NC), -1), zero.view(len(factor_NC), -1), grid)
-
-
-def factor(record: Factor) -> Tensor:
-    """float32 values of a stored factor."""
-    return record.dense() if isinstance(record, UniformWeight) else record.float()

@@ -54,6 +54,8 @@ class BlockProblem:
     seed: int = 0
 
 
+_REFIT: Mapping[str, Any] = {"requantize": True, "quantizer": "gptq"}
+
 DECOMPOSE: Mapping[str, Method] = {
     "loftq": Method(Decomposition, decompose, needs, defaults={"metric": "plain", "requantize": True, "iterations": 5}),
     "lq_lora": Method(
@@ -62,7 +64,15 @@ DECOMPOSE: Mapping[str, Method] = {
         needs,
         defaults={"metric": "fisher", "requantize": True, "first": "l", "iterations": 100, "stop_when_worse": True},
     ),
+    "zeroquant_v2": Method(Decomposition, decompose, needs, defaults={"metric": "plain"}),
+    "lqer": Method(Decomposition, decompose, needs, defaults={"metric": "absmean"}),
+    "qera_approx": Method(Decomposition, decompose, needs, defaults={"metric": "diagonal"}),
     "qera_exact": Method(Decomposition, decompose, needs),
+    "eora": Method(Decomposition, decompose, needs),
+    "cloq": Method(Decomposition, decompose, needs, defaults=_REFIT),
+    "caldera": Method(Decomposition, decompose, needs, defaults=_REFIT | {"iterations": 20, "factor_bits": 4}),
+    "srr": Method(Decomposition, decompose, needs, defaults=_REFIT | {"kept_rank": None}),
+    "best": Method(Decomposition, decompose, needs, defaults=_REFIT | {"first": "kept", "iterations": 2, "factor_bits": None}),
 }
 
 

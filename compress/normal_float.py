@@ -7,7 +7,6 @@ Knows tensors only. Legend: O out, G blocks in a row, S values of a block, K cod
 from functools import cache
 
 import torch
-from scipy.stats import norm
 from torch import Tensor
 
 NESTED_BLOCK = 256
@@ -25,8 +24,8 @@ def code_book(bits: int) -> Tensor:
         return torch.tensor(_NF4)
     levels = 1 << bits
     offset = 0.5 * ((1 - 1 / (2 * levels)) + (1 - 1 / (2 * (levels - 1))))
-    positive = norm.ppf(torch.linspace(offset, 0.5, levels // 2 + 1, dtype=torch.float64)[:-1].numpy())
-    negative = -norm.ppf(torch.linspace(offset, 0.5, levels // 2, dtype=torch.float64)[:-1].numpy())
+    positive = torch.special.ndtri(torch.linspace(offset, 0.5, levels // 2 + 1, dtype=torch.float64)[:-1])
+    negative = -torch.special.ndtri(torch.linspace(offset, 0.5, levels // 2, dtype=torch.float64)[:-1])
     values = sorted([*positive.tolist(), 0.0, *negative.tolist()])
     return (torch.tensor(values, dtype=torch.float64) / max(values)).float()
 

@@ -13,21 +13,26 @@ from torch import Tensor
 
 NEEDS = frozenset({"norms", "absmax", "absmean", "second_moment", "cross_moment", "samples", "fisher"})
 """Every statistic a method can ask for; `fisher` concerns the weight, all others its input."""
+_STRIPE = 256
 
 
 @dataclass
 class InputStatistics:
-    """Streaming sums over the rows of x; `second_moment` is E[x xᵀ] and `cross_moment` E[x_dense xᵀ], both float32 [I, I]."""
+    """Streaming sums over the rows of x; `second_moment` is E[x xᵀ] and `cross_moment` E[x_dense xᵀ], both float32 [I, I].
+
+    Input norms are always at hand; every other statistic only when it is among the `needs`.
+    """
 
     features: int
     needs: frozenset[str]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     max_samples: int = 512
     tokens: int = 0
-    square_sum_I: Tensor = field(init=False)
-    absmax_I: Tensor = field(init=False)
-    abs_sum_I: Tensor = field(init=False)
+    square_sum_I: Tensor | None = field(init=False, default=None)
+    max_I: Tensor | None = field(init=False, default=None)
+    abs_sum_I: Tensor | None = field(init=False, default=None)
     moment_sum_II: Tensor | None = field(init=False, default=None)
+    """Right only from its diagonal blocks of _STRIPE upward; read `second_moment_II`."""
     cross_sum_II: Tensor | None = field(init=False, default=None)
     samples_TI: Tensor | None = field(init=False, default=None)
     factors: dict[Hashable, Any] = field(init=False, default_factory=dict, repr=False, compare=False)
@@ -37,22 +42,32 @@ class InputStatistics:
         unknown = self.needs - NEEDS
         if unknown:
             raise ValueError(f"unknown statistics {sorted(unknown)}; known are {sorted(NEEDS)}")
-        zeros = torch.zeros(self.features, dtype=torch.float32, device=self.device)
-        self.square_sum_I, self.absmax_I, self.abs_sum_I = zeros.double(), zeros.clone(), zeros.double()
-        square = (self.features, self.features)
+        zeros, square = torch.zeros(self.features, device=self.device), (self.features, self.features)
         if "second_moment" in self.needs:
-            self.moment_sum_II = torch.zeros(square, dtype=torch.float32, device=self.device)
+            self.moment_sum_II = torch.zeros(square, device=self.device)
+        else:
+            self.square_sum_I = zeros.double()
+        if "absmax" in self.needs:
+            self.max_I = zeros.clone()
+        if "absmean" in self.needs:
+            self.abs_sum_I = zeros.double()
         if "cross_moment" in self.needs:
-            self.cross_sum_II = torch.zeros(square, dtype=torch.float32, device=self.device)
+            self.cross_sum_II = torch.zeros(square, device=self.device)
 
     def update(self, x: Tensor, x_dense: Tensor | None = None) -> None:
         """Add the rows of x [..., I]; `x_dense` is the same rows as the uncompressed model produces them."""
         x_TI = x.detach().reshape(-1, self.features).to(self.device, torch.float32)
-        self.square_sum_I += x_TI.square().sum(0)
-        self.absmax_I = torch.maximum(self.absmax_I, x_TI.abs().amax(0)) if len(x_TI) else self.absmax_I
-        self.abs_sum_I += x_TI.abs().sum(0)
+        if len(x_TI) == 0:
+            return
+        if self.square_sum_I is not None:
+            self.square_sum_I += x_TI.square().sum(0)
+        if self.max_I is not None:
+            torch.maximum(self.max_I, x_TI.abs().amax(0), out=self.max_I)
+        if self.abs_sum_I is not None:
+            self.abs_sum_I += x_TI.abs().sum(0)
         if self.moment_sum_II is not None:
-            self.moment_sum_II.addmm_(x_TI.T, x_TI)
+            for i in range(0, self.features, _STRIPE):  # the upper triangle by stripes: 0.6 of the work of a full product
+                self.moment_sum_II[i : i + _STRIPE, i:].addmm_(x_TI[:, i : i + _STRIPE].T, x_TI[:, i:])
         if self.cross_sum_II is not None:
             if x_dense is None:
                 raise ValueError("cross_moment needs the dense model's inputs beside the compressed ones")
@@ -67,29 +82,41 @@ class InputStatistics:
     @property
     def norm_I(self) -> Tensor:
         """‖x_j‖₂ over all tokens, float32 [I]."""
-        return self.square_sum_I.sqrt().float()
+        squares_I = self.square_sum_I
+        if squares_I is None:
+            assert self.moment_sum_II is not None
+            squares_I = self.moment_sum_II.diagonal()
+        return squares_I.sqrt().float()
+
+    @property
+    def absmax_I(self) -> Tensor:
+        return self._collected(self.max_I, "absmax")
 
     @property
     def absmean_I(self) -> Tensor:
-        return (self.abs_sum_I / max(self.tokens, 1)).float()
+        return (self._collected(self.abs_sum_I, "absmean") / max(self.tokens, 1)).float()
 
     @property
     def second_moment_II(self) -> Tensor:
-        if self.moment_sum_II is None:
-            raise ValueError("second_moment was not collected")
-        return self.moment_sum_II / max(self.tokens, 1)
+        """E[x xᵀ], float32 [I, I], symmetric to the last bit."""
+        upper_II = self._collected(self.moment_sum_II, "second_moment").triu().div_(max(self.tokens, 1))
+        return upper_II + upper_II.triu(1).T
 
     @property
     def cross_moment_II(self) -> Tensor:
-        if self.cross_sum_II is None:
-            raise ValueError("cross_moment was not collected")
-        return self.cross_sum_II / max(self.tokens, 1)
+        return self._collected(self.cross_sum_II, "cross_moment") / max(self.tokens, 1)
+
+    def _collected(self, tensor: Tensor | None, name: str) -> Tensor:
+        if tensor is None:
+            raise ValueError(f"{name} was not collected; a method names it in its needs (here {sorted(self.needs)})")
+        return tensor
 
     def non_finite(self) -> str | None:
         """The name of the first statistic that holds NaN or Inf, or None."""
         named: Mapping[str, Tensor | None] = {
             "square_sum": self.square_sum_I,
-            "absmax": self.absmax_I,
+            "absmax": self.max_I,
+            "absmean": self.abs_sum_I,
             "second_moment": self.moment_sum_II,
             "cross_moment": self.cross_sum_II,
         }

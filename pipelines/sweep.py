@@ -127,10 +127,11 @@ def trainable_limit(budget: str | None) -> int | None:
 
 
 def sweep(points: Sequence[Point], directory: Path, *, device: str = "auto", max_trainable: int | None = None) -> Outcome:
-    """Run each combination in `directory`; the records lie in its `sweep/` folder as well."""
+    """Run each combination in `directory`; each record and one page that compares them lie in its `sweep/`."""
+    from .. import reports
     from . import runner
 
-    results = []
+    results: list[Result] = []
     for place, point in enumerate(points, start=1):
         log.info("combination %d of %d: %s", place, len(points), point.label)
         try:
@@ -139,8 +140,10 @@ def sweep(points: Sequence[Point], directory: Path, *, device: str = "auto", max
             log.error("%s: %s", point.label, error)
             results.append(Result(point, error=error))
             continue
-        _keep(record, directory / "sweep" / f"{_file_name(point.label)}.json")
+        _write(directory / "sweep" / f"{_file_name(point.label)}.json", json.dumps(record.to_json(), indent=1))
         results.append(Result(point, record=record))
+    if done := [result.record for result in results if result.record]:
+        _write(directory / "sweep" / "compare.html", reports.compare(done, "html"))
     return Outcome(tuple(results), max_trainable)
 
 
@@ -157,8 +160,8 @@ def _file_name(label: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9=.-]+', '_', label)[:80]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
 
 
-def _keep(record: Any, path: Path) -> None:
+def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".partial")
-    scratch.write_text(json.dumps(record.to_json(), indent=1), encoding="utf-8")
+    scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)

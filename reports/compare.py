@@ -169,5 +169,5 @@ def _figures(found: Sequence[Entry]) -> list[Plot]:
             figure = pareto_figure(rows, "megabytes", "perplexity", "run", xlabel="size on disk, MB", ylabel="perplexity")
             text = "Down and to the left is better; the line joins the runs that no other beats in both."
             described = ", ".join(f"{row['run']} {number(row['megabytes'])} MB {number(row['perplexity'])}" for row in rows)
-            plots.append(Plot("Perplexity against total bytes", text, inline_svg(figure, f"plot{index}", described), wide=True))
+            plots.append(Plot("Perplexity against total bytes", text, inline_svg(figure, f"plot{index}", described)))
     return plots

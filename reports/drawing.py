@@ -117,34 +117,65 @@ def plain(value: float) -> str:
     return f"{value:,.10g}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def place_labels(axes: Axes, points: Sequence[tuple[float, float, str]], size: float = 7.5) -> None:
-    """Writes a label beside each point where it covers neither a point nor another label; in a crowd, the least bad place."""
+def panel_title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", fontsize=9, fontweight="bold", color=INK)
+
+
+def place_labels(
+    axes: Axes, points: Sequence[tuple[float, float, str]], size: float = 7.5, avoid: Sequence[tuple[float, float]] = ()
+) -> None:
+    """Writes a label beside each point where it covers no point, no other label and nothing of `avoid`, or as little as can be.
+
+    Points on top of each other share one label.
+    """
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()
     scale = 72.0 / figure.dpi
-    spots = [tuple(axes.transData.transform((x, y)) * scale) for x, y, _ in points]
+    at = [(*(axes.transData.transform((x, y)) * scale), text) for x, y, text in points]
     frame = axes.get_window_extent()
-    taken = [(x - 3.0, y - 3.0, x + 3.0, y + 3.0) for x, y in spots]
-    for (x, y), (data_x, data_y, text) in zip(spots, points, strict=True):
-        width, height = 0.56 * size * len(text), 1.15 * size
-        choices = []
-        for distance in (5.0, 10.0, 17.0):
-            for across, up in ((0, 1), (1, 0), (0, -1), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1)):
-                left = x + across * distance + (0.0 if across > 0 else -width if across < 0 else -width / 2)
-                bottom = y + up * distance + (0.0 if up > 0 else -height if up < 0 else -height / 2)
-                box = (left, bottom, left + width, bottom + height)
-                outside = not (frame.x0 * scale <= box[0] and box[2] <= frame.x1 * scale + 12 and box[1] >= frame.y0 * scale)
-                covered = sum(_overlap(box, other) for other in taken) + (1e4 if outside else 0.0)
-                choices.append((covered + 0.5 * distance, len(choices), box))
-        _, _, box = min(choices)
+    inside = (frame.x0 * scale, frame.y0 * scale, frame.x1 * scale + 12.0, frame.y1 * scale + 12.0)
+    taken = [(x - 3.5, y - 3.5, x + 3.5, y + 3.5) for x, y, _ in at]
+    taken += [(x - 1.0, y - 1.0, x + 1.0, y + 1.0) for x, y in (axes.transData.transform(point) * scale for point in avoid)]
+    for index, texts in _together(at):
+        text, (x, y, _) = ", ".join(texts), at[index]
+        box = _free_place(x, y, 0.58 * size * len(text), 1.15 * size, taken, inside)
         taken.append(box)
-        offset = (box[0] - x, box[1] - y)
-        note = axes.annotate(text, (data_x, data_y), offset, textcoords="offset points", fontsize=size, color=INK, ha="left", va="bottom")
+        place, offset = points[index][:2], (box[0] - x, box[1] - y)
+        note = axes.annotate(text, place, offset, textcoords="offset points", fontsize=size, color=INK, ha="left", va="bottom")
         note.set_in_layout(False)
 
 
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
+Box = tuple[float, float, float, float]
+
+
+def _together(at: Sequence[tuple[float, float, str]]) -> list[tuple[int, list[str]]]:
+    """(first point, texts) of every bunch of points nearer than three typographic points to its first."""
+    bunches: list[tuple[int, list[str]]] = []
+    for index, (x, y, text) in enumerate(at):
+        near = next((texts for first, texts in bunches if math.hypot(at[first][0] - x, at[first][1] - y) < 3.0), None)
+        if near is None:
+            bunches.append((index, [text]))
+        elif text not in near:
+            near.append(text)
+    return bunches
+
+
+def _free_place(x: float, y: float, width: float, height: float, taken: Sequence[Box], inside: Box) -> Box:
+    """Of 24 places around a point the one that covers least; nearer and first-named places win ties."""
+    choices = []
+    for distance in (5.0, 10.0, 17.0):
+        for across, up in ((0, 1), (1, 0), (0, -1), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1)):
+            left = x + across * distance + (0.0 if across > 0 else -width if across < 0 else -width / 2)
+            bottom = y + up * distance + (0.0 if up > 0 else -height if up < 0 else -height / 2)
+            box = (left, bottom, left + width, bottom + height)
+            outside = box[0] < inside[0] or box[1] < inside[1] or box[2] > inside[2] or box[3] > inside[3]
+            covered = sum(_overlap(box, other) for other in taken) + (1e4 if outside else 0.0)
+            choices.append((covered + 0.5 * distance, len(choices), box))
+    return min(choices)[2]
+
+
+def _overlap(a: Box, b: Box) -> float:
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 from statistics import fmean, median
 
 from .record import LayerRecord, RunRecord, StageRecord, is_finite
-from .tables import duration, nats, number, percent, size
+from .tables import difference, duration, number, percent, size
 
 KINDS = ("summary", "hurt", "helped", "layers", "noise", "adaptation", "bytes", "note")
 
@@ -104,7 +104,7 @@ def _hurt(found: Sequence[Change], worst: Change | None) -> list[Finding]:
         return [Finding("hurt", "No stage raised perplexity by more than two standard errors.")]
     total = math.fsum(change.nats for change in found if change.nats > 0 and not change.is_noise)
     share = f", {percent(worst.nats / total)} of all that was lost on the way" if worst.nats < total else ""
-    error = "" if worst.stderr is None else f"; {nats(worst.nats)} ± {worst.stderr:.4f} nats per token"
+    error = "" if worst.stderr is None else f"; {difference(worst.nats, worst.stderr)} nats per token"
     return [Finding("hurt", f"{named(worst.after)} hurt most: {worst.text}{share}{error}.")]
 
 
@@ -113,7 +113,7 @@ def _helped(found: Sequence[Change]) -> list[Finding]:
     sentences = []
     for change in falling:
         closed = change.after.gap_closed
-        gap = "" if closed is None else f", {percent(closed)} of the log-perplexity gap to the baseline that it was given"
+        gap = "" if closed is None else f", {percent(closed)} of the log-perplexity gap to the baseline"
         sentences.append(Finding("helped", f"{named(change.after)} helped: {change.text}{gap}."))
     return sentences
 
@@ -165,7 +165,7 @@ def _noise(found: Sequence[Change]) -> list[Finding]:
     sentences = []
     for change in found:
         if change.is_noise:
-            moved = f"{nats(change.nats)} ± {change.stderr or 0:.4f} nats per token"
+            moved = f"{difference(change.nats, change.stderr)} nats per token"
             told = f"{named(change.after)}: {change.text} is within two standard errors ({moved})"
             sentences.append(Finding("noise", f"{told}: not a difference this evaluation can tell from none."))
     blind = [change.after.stage for change in found if change.stderr is None]

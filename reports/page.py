@@ -12,7 +12,6 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
-from matplotlib.figure import Figure
 
 from . import run_plots
 from .advice import suggestions
@@ -69,7 +68,6 @@ class Plot:
     title: str
     caption: str
     svg: str
-    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,23 +167,23 @@ def _figures(record: RunRecord) -> list[Plot]:
     by_size = "The way from the baseline to the last stage; down and to the left is better."
     by_layer = "Relative output error of every compressed linear, by block and type."
     drawn = [
-        ("Perplexity by stage", by_stage, run_plots.perplexity_by_stage(stages), False),
-        ("Size against perplexity", by_size, run_plots.size_against_perplexity(stages), False),
-        ("Where the error is", by_layer, run_plots.error_heat_map(stages), True),
+        ("Perplexity by stage", by_stage, run_plots.perplexity_by_stage(stages)),
+        ("Size against perplexity", by_size, run_plots.size_against_perplexity(stages)),
+        ("Where the error is", by_layer, run_plots.error_heat_map(stages)),
     ]
     if chosen is not None:
         text = f"What each linear was given at {named(chosen)}."
-        drawn.append(("Bits and rank by layer", text, run_plots.allocation(chosen.layers), True))
+        drawn.append(("Bits and rank by layer", text, run_plots.allocation(chosen.layers)))
         text = "Each point is a linear; on the dashed line the prediction was right."
-        drawn.append(("Predicted against measured loss", text, run_plots.predicted_against_measured(chosen.layers), False))
+        drawn.append(("Predicted against measured loss", text, run_plots.predicted_against_measured(chosen.layers)))
     return [
-        Plot(title, caption, inline_svg(figure, f"plot{index}", _description(title, figure, record)), wide)
-        for index, (title, caption, figure, wide) in enumerate(drawn)
+        Plot(title, caption, inline_svg(figure, f"plot{index}", _description(title, record)))
+        for index, (title, caption, figure) in enumerate(drawn)
         if figure is not None
     ]
 
 
-def _description(title: str, figure: Figure, record: RunRecord) -> str:
+def _description(title: str, record: RunRecord) -> str:
     values = describe([(stage.stage, stage.perplexity) for stage in record.stages])
     return f"{title}: perplexity {values}" if values and "erplexity" in title else title
 

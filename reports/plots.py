@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from .drawing import INK, MARKERS, MUTED, PALETTE, PAPER, STYLE, new_figure, nice_log_axis, place_labels, plain
+from .drawing import INK, MARKERS, MUTED, PALETTE, PAPER, STYLE, new_figure, nice_log_axis, panel_title, place_labels, plain
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -173,7 +173,7 @@ def _panels(rows: Sequence[Mapping[str, Any]], panel: str | None, title: str) ->
             figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold", color=INK)
         for ax, name in zip(axes, names, strict=False):
             if panel is not None:
-                ax.set_title(str(name))
+                panel_title(ax, str(name))
     return figure, [(ax, [row for row in rows if panel is None or row.get(panel) == name]) for ax, name in zip(axes, names, strict=False)]
 
 

@@ -14,7 +14,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from .drawing import INK, MUTED, PALETTE, PAPER, STYLE, new_figure, nice_log_axis, place_labels, plain
+from .drawing import INK, MUTED, PALETTE, PAPER, STYLE, new_figure, nice_log_axis, panel_title, place_labels, plain
 from .record import LayerRecord, StageRecord, is_finite
 from .tables import number
 
@@ -48,17 +48,8 @@ def perplexity_by_stage(stages: Sequence[StageRecord]) -> Figure | None:
         color = stage_color(stage.stage, place)
         axes.errorbar([place], [value], yerr=errors, color=color, marker="o", markersize=7, capsize=3, zorder=3, markeredgecolor=PAPER)
         top = value * half
-        axes.annotate(
-            number(value),
-            (place, top),
-            (0, 6),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            fontsize=8.5,
-            fontweight="bold",
-            color=INK,
-        )
+        note = axes.annotate(number(value), (place, top), (0, 7), textcoords="offset points", ha="center", va="bottom", fontweight="bold")
+        note.set(fontsize=8.5, color=INK, bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.6})
     _perplexity_axis(axes, values)
     crowded = len(known) > 7
     axes.set_xticks(list(places), [_label(stage) for stage in known], rotation=35 if crowded else 0, ha="right" if crowded else "center")
@@ -94,7 +85,8 @@ def size_against_perplexity(stages: Sequence[StageRecord]) -> Figure | None:
         axes.set_xlim(low - 0.15 * (high - low or low), high + 0.15 * (high - low or low))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
     axes.set_xlabel("size on disk, MB")
-    place_labels(axes, [(x, y, stage.stage) for x, y, stage in zip(sizes, values, known, strict=True)], size=8.0)
+    way = [point for start in range(len(known) - 1) for point in _between(axes, sizes, values, start)]
+    place_labels(axes, [(x, y, stage.stage) for x, y, stage in zip(sizes, values, known, strict=True)], size=8.0, avoid=way)
     return figure
 
 
@@ -122,11 +114,11 @@ def allocation(layers: Sequence[LayerRecord]) -> Figure | None:
     _heat_panel(
         figure, axes[0], layers, lambda layer: layer.bits_per_weight, Normalize(min(bits) - 1e-3, max(bits) + 1e-3), "bits per weight"
     )
-    axes[0].set_title("bits per weight, everything stored")
+    panel_title(axes[0], "bits per weight, everything stored")
     if ranked:
         highest = max(layer.rank or 0 for layer in layers)
         _heat_panel(figure, axes[1], layers, lambda layer: layer.rank, Normalize(0, highest), "rank")
-        axes[1].set_title("rank of the low-rank term")
+        panel_title(axes[1], "rank of the low-rank term")
     return figure
 
 
@@ -149,6 +141,13 @@ def predicted_against_measured(layers: Sequence[LayerRecord]) -> Figure | None:
     with matplotlib.rc_context(STYLE):
         axes.legend(loc="upper left", labelcolor=INK, handletextpad=0.2, borderpad=0.1)
     return figure
+
+
+def _between(axes: Axes, sizes: Sequence[float], values: Sequence[float], start: int) -> list[tuple[float, float]]:
+    """Points along the drawn arrow from stage `start` to the next."""
+    (x0, y0), (x1, y1) = axes.transData.transform([(sizes[start], values[start]), (sizes[start + 1], values[start + 1])])
+    along = [(x0 + (x1 - x0) * step / 40, y0 + (y1 - y0) * step / 40) for step in range(41)]
+    return [tuple(point) for point in axes.transData.inverted().transform(along)]
 
 
 def _perplexity_axis(axes: Axes, values: Sequence[float]) -> None:
@@ -180,7 +179,7 @@ def _heat_maps(
     figure, axes = new_figure(len(panels), 1, height=max(_map_height(layers) for layers in panels))
     for ax, layers, title in zip(axes, panels, titles, strict=True):
         _heat_panel(figure, ax, layers, value, norm, label if ax is axes[-1] else None)
-        ax.set_title(title)
+        panel_title(ax, title)
     return figure
 
 

@@ -22,7 +22,10 @@ MINUS = "−"
 
 @dataclass(frozen=True)
 class Column:
-    """One column: `get` finds the raw value in a record, `show` writes it for a reader."""
+    """One column: `get` finds the raw value in a record, `show` writes it for a reader.
+
+    A terminal too narrow for all columns leaves out those of the highest `rank` first; `short` is its heading there.
+    """
 
     key: str
     title: str
@@ -30,7 +33,8 @@ class Column:
     show: Callable[[Any], str]
     numeric: bool = True
     group: str = "quality"
-    terminal: bool = True
+    rank: int = 0
+    short: str = ""
 
 
 def number(value: Any, digits: int = 4) -> str:
@@ -59,8 +63,8 @@ def percent(value: float | None) -> str:
     return _signed(f"{100 * value:.1f} %" if abs(value) < 10 else f"{100 * value:,.0f} %")
 
 
-def nats(value: float | None) -> str:
-    return MISSING if value is None else _signed(f"{value:+.4f}")
+def nats(value: float | None, places: int = 4) -> str:
+    return MISSING if value is None else _signed(f"{value:+.{places}f}")
 
 
 def size(value: int | float | None) -> str:
@@ -87,11 +91,15 @@ def difference(value: float | None, stderr: float | None) -> str:
     """`+0.0431 ± 0.0052`: a difference with one standard error."""
     if value is None:
         return MISSING
-    return nats(value) if stderr is None else f"{nats(value)} ± {stderr:.4f}"
+    places = 4 if max(abs(value), stderr or 0.0) >= 1e-3 else 6
+    return nats(value, places) if stderr is None else f"{nats(value, places)} ± {stderr:.{places}f}"
 
 
 def _signed(text: str) -> str:
-    return text.replace("-", MINUS, 1) if text.startswith("-") else text
+    """A true minus sign, and none before a zero."""
+    if not text.startswith("-"):
+        return text
+    return text.replace("-", MINUS, 1) if any(digit in text for digit in "123456789") else text[1:]
 
 
 def _field(name: str) -> Callable[[Any], Any]:
@@ -114,20 +122,20 @@ STAGE_COLUMNS: tuple[Column, ...] = (
     Column("stage", "stage", _field("stage"), str, numeric=False, group="both"),
     Column("method", "method", _field("method"), number, numeric=False, group="both"),
     Column("perplexity", "perplexity", _field("perplexity"), number),
-    Column("perplexity_ratio", "× baseline", _field("perplexity_ratio"), ratio),
-    Column("nll_difference", "Δ nats/token to baseline", _pair("nll_difference"), _show_pair, terminal=False),
-    Column("nll_difference_previous", "Δ to the stage before", _pair("nll_difference_previous"), _show_pair),
-    Column("gap_closed", "gap closed", _field("gap_closed"), percent),
-    Column("kl_to_baseline", "KL to baseline", _field("kl_to_baseline"), number),
-    Column("top1_agreement", "top-1 agreement", _field("top1_agreement"), percent),
-    Column("bits_per_byte", "bits/byte", _field("bits_per_byte"), number, terminal=False),
+    Column("perplexity_ratio", "× baseline", _field("perplexity_ratio"), ratio, rank=3, short="× base"),
+    Column("nll_difference", "Δ nats/token to baseline", _pair("nll_difference"), _show_pair, rank=11, short="Δ to baseline"),
+    Column("nll_difference_previous", "Δ to the stage before", _pair("nll_difference_previous"), _show_pair, rank=8, short="Δ to previous"),
+    Column("gap_closed", "gap closed", _field("gap_closed"), percent, rank=2, short="gap closed"),
+    Column("kl_to_baseline", "KL to baseline", _field("kl_to_baseline"), number, rank=4, short="KL"),
+    Column("top1_agreement", "top-1 agreement", _field("top1_agreement"), percent, rank=5, short="top-1"),
+    Column("bits_per_byte", "bits/byte", _field("bits_per_byte"), number, rank=10),
     Column("total_bytes", "size", _field("total_bytes"), size, group="cost"),
-    Column("bits_per_weight", "bits/weight", _field("bits_per_weight"), number, group="cost"),
-    Column("sparsity", "sparsity", _field("sparsity"), percent, group="cost"),
-    Column("trainable_parameters", "trained parameters", _field("trainable_parameters"), number, group="cost", terminal=False),
-    Column("seconds", "time", _field("seconds"), duration, group="cost"),
-    Column("peak_bytes", "peak memory", _field("peak_bytes"), size, group="cost"),
-    Column("tokens_per_second", "tokens/s", _field("tokens_per_second"), number, group="cost", terminal=False),
+    Column("bits_per_weight", "bits/weight", _field("bits_per_weight"), number, group="cost", rank=1, short="bits/w"),
+    Column("sparsity", "sparsity", _field("sparsity"), percent, group="cost", rank=7, short="sparse"),
+    Column("trainable_parameters", "trained parameters", _field("trainable_parameters"), number, group="cost", rank=9, short="trained"),
+    Column("seconds", "time", _field("seconds"), duration, group="cost", rank=2),
+    Column("peak_bytes", "peak memory", _field("peak_bytes"), size, group="cost", rank=6, short="memory"),
+    Column("tokens_per_second", "tokens/s", _field("tokens_per_second"), number, group="cost", rank=9),
 )
 
 LAYER_COLUMNS: tuple[Column, ...] = (
@@ -199,14 +207,23 @@ def extra_rows(stages: Sequence[StageRecord]) -> list[tuple[str, str, Any]]:
 
 
 def rich_table(columns: Sequence[Column], rows: Sequence[Any], title: str | None = None, width: int | None = None) -> Table:
-    """A rich table of the columns in use; below 120 characters of width only the essential ones are kept."""
-    shown = [column for column in used(columns, rows) if column.terminal or (width or 0) >= 200]
+    """A rich table of the columns in use; those of high rank are left out until it fits `width` characters."""
+    shown = used(columns, rows)
+    while width is not None and _table_width(shown, rows) > width and any(column.rank for column in shown):
+        shown.remove(max(shown, key=lambda column: column.rank))
     table = Table(title=title, title_justify="left", header_style="bold", pad_edge=False, box=None, padding=(0, 1))
     for column in shown:
-        table.add_column(column.title, justify="right" if column.numeric else "left", no_wrap=column.key in ("stage", "method"))
+        table.add_column(column.short or column.title, justify="right" if column.numeric else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(column.show(column.get(row))) for column in shown))
     return table
+
+
+def _table_width(columns: Sequence[Column], rows: Sequence[Any]) -> int:
+    widths = [
+        max(len(text) for text in (column.short or column.title, *(column.show(column.get(row)) for row in rows))) for column in columns
+    ]
+    return sum(widths) + 2 * (len(columns) - 1)
 
 
 def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[bool]) -> str:

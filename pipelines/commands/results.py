@@ -15,7 +15,7 @@ report = typer.Typer(help="The stage table of a run, and its page.", no_args_is_
 
 RunDirectories = Annotated[list[Path], typer.Argument(metavar="RUN_DIR RUN_DIR …", help="two or more run directories")]
 ReportFormat = Annotated[Literal["html", "md", "csv", "json"], typer.Option("--format", help="what to write")]
-CompareFormat = Annotated[Literal["table", "html", "md", "csv", "json"], typer.Option("--format", help="what to write")]
+CompareFormat = Annotated[Literal["table", "html", "md", "json"], typer.Option("--format", help="what to write")]
 ExportFormat = Annotated[
     Literal["dense", "gptq", "gptq-v2", "compressed-tensors", "bnb"], typer.Option("--format", help="checkpoint format")
 ]
@@ -182,9 +182,9 @@ def _protocol(model: str) -> tuple[str, int, int | None]:
     else the profile that this model would be given."""
     from ..recipe import PROFILES, resolve
 
-    for parent in Path(model).absolute().parents:
-        written = parent / "recipe.resolved.yaml"
-        if Path(model).is_dir() and written.is_file():
+    place = Path(model).absolute()
+    for directory in (place, *place.parents) if place.is_dir() else ():
+        if (written := directory / "recipe.resolved.yaml").is_file():
             recipe = resolve(str(written))
             return recipe.data.evaluation, recipe.evaluation.seq_len, recipe.evaluation.windows
     evaluation = PROFILES["demo" if model == "demo" else "standard"]["evaluation"]

@@ -1,13 +1,15 @@
 """Commands that work in a run directory: run, resume, status, gc, sweep."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .. import logs
-from ..errors import InputError, UsageError
+from ..errors import InputError, QualityError, UsageError
 from . import options as o
 
 if TYPE_CHECKING:
@@ -63,16 +65,9 @@ def run(
         return
     from .. import runner
 
-    record = runner.run(
-        resolved,
-        directory,
-        from_stage=from_stage,
-        until_stage=until_stage,
-        force=force,
-        device=device,
-        max_perplexity_ratio=max_perplexity_ratio,
-    )
-    finish(record, directory, json)
+    options = {"from_stage": from_stage, "until_stage": until_stage, "force": force, "device": device}
+    with reported(directory, json):
+        runner.run(resolved, directory, max_perplexity_ratio=max_perplexity_ratio, **options)
 
 
 def resume(
@@ -91,15 +86,9 @@ def resume(
     existing(run_directory)
     from .. import runner
 
-    record = runner.resume(
-        run_directory,
-        from_stage=from_stage,
-        until_stage=until_stage,
-        force=force,
-        device=device,
-        max_perplexity_ratio=max_perplexity_ratio,
-    )
-    finish(record, run_directory, json)
+    options = {"from_stage": from_stage, "until_stage": until_stage, "force": force, "device": device}
+    with reported(run_directory, json):
+        runner.resume(run_directory, max_perplexity_ratio=max_perplexity_ratio, **options)
 
 
 def status(run_directory: o.RunDirectory, json: o.Json = False, verbose: o.Verbose = False, quiet: o.Quiet = False) -> None:
@@ -159,6 +148,8 @@ def sweep(
         o.write_json(outcome.to_json())
     else:
         o.console().print(outcome.table())
+        if (page := directory / "sweep" / "compare.html").is_file():
+            typer.echo(f"report: {page}")
     outcome.raise_failure()
 
 
@@ -186,10 +177,22 @@ def predict(recipe: "Recipe", directory: Path, as_json: bool) -> None:
         raise UsageError(f"this run would be refused: {refusals[0]}{more}")
 
 
-def finish(record: Any, directory: Path, as_json: bool) -> None:
-    """The stage table, and where the page lies."""
-    from ... import reports
+@contextmanager
+def reported(directory: Path, as_json: bool) -> Iterator[None]:
+    """After the run the stage table, and where the page lies; a result that fails the quality gate is shown as well."""
+    try:
+        yield
+    except QualityError:
+        _show(directory, as_json)
+        raise
+    _show(directory, as_json)
 
+
+def _show(directory: Path, as_json: bool) -> None:
+    from ... import reports
+    from .. import runner
+
+    record = runner.record(directory)
     if as_json:
         typer.echo(reports.render(record, "json").rstrip("\n"))
         return

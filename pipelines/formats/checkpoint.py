@@ -6,6 +6,7 @@ Legend: O out, I in, G groups, E experts.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -117,7 +118,7 @@ def half_scales(name: str, scales: Tensor, format_name: str) -> tuple[Tensor, bo
     half = scales.half()
     if not torch.isfinite(half).all():
         raise UsageError(
-            f"{name}: {format_name} stores scales as float16 and {scales.abs().max():g} is past its largest number, 65504; --format dense can carry it"
+            f"{name}: {format_name} stores scales as float16 and {scales.abs().max():g} is past 65504, its largest; --format dense can carry it"
         )
     return half, not torch.equal(half.float(), scales.float())
 
@@ -132,12 +133,30 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-def tied_tensor(checkpoint: Checkpoint, source: str) -> Tensor:
-    """The tensor behind a tied name, dense, in its module's own layout."""
-    if source in checkpoint.tensors:
-        return checkpoint.tensors[source]
-    module = source.removesuffix(".weight")
-    if module in checkpoint.linears:
-        weight = checkpoint.linears[module].dense()
-        return weight.t() if module in checkpoint.transposed else weight
-    raise InputError(f"tied weight {source} is neither a tensor nor a compressed linear of this checkpoint")
+def untie_compressed(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
+    """A compressed head shared with the embedding, as two: codes for the head, the same values densely for the embedding.
+
+    No quantized format lets an embedding share a head's codes.
+    """
+    compressed = {alias: source for alias, source in checkpoint.tied.items() if alias.removesuffix(".weight") in checkpoint.linears}
+    if not compressed:
+        return checkpoint, []
+    tensors = {name: partial(checkpoint.tensors.__getitem__, name) for name in checkpoint.tensors}
+    for alias, source in compressed.items():
+        tensors[source] = partial(_dense, checkpoint.linears, alias.removesuffix(".weight"), config_dtype(checkpoint))
+    notes = [f"{alias} is compressed and was tied to {source}: both copies are written, the embedding densely" for alias, source in compressed.items()]
+    tied = {alias: source for alias, source in checkpoint.tied.items() if alias not in compressed}
+    return replace(checkpoint, config={**checkpoint.config, "tie_word_embeddings": False}, tensors=Lazy(tensors), tied=tied), notes
+
+
+def _dense(linears: Mapping[str, StoredWeight], name: str, dtype: torch.dtype) -> Tensor:
+    return linears[name].dense(dtype)
+
+
+def config_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The floating type the config names, float32 where it names none."""
+    name = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32").removeprefix("torch.")
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UsageError(f"the model's config says dtype {name!r}, which no weight can have; pass a dtype")
+    return dtype

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from .checkpoint import Checkpoint, Lazy
+from .checkpoint import Checkpoint, Lazy, config_dtype
 from .folder import write_folder
 from .naming import Names, expert_parameter, file_tensors
 from .shards import SHARD_BYTES, fresh_directory, open_directory, read_json, write_shards
@@ -42,24 +42,17 @@ def read(directory: Path) -> Checkpoint:
     return Checkpoint(config, {}, Lazy({name: entry.load for name, entry in stored.items()}), files=directory)
 
 
-def config_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    name = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32").removeprefix("torch.")
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UsageError(f"the model's config says dtype {name!r}, which no dense weight can have; pass a dtype")
-    return dtype
-
-
 def dense_state(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Lazy[Tensor]:
     """The in-memory state dict without tied aliases; fused experts stacked, `Conv1D` in its own layout."""
+    shared = {alias.removesuffix(".weight"): source for alias, source in checkpoint.tied.items()}
     loaders: dict[str, Callable[[], Tensor]] = {name: partial(_cast, checkpoint, name, dtype) for name in checkpoint.tensors}
     fused: dict[str, list[str]] = {}
     for name in checkpoint.linears:
         parameter = expert_parameter(name)
         if parameter is not None:
             fused.setdefault(parameter, []).append(name)
-        else:
-            loaders[f"{name}.weight"] = partial(_weight, checkpoint, name, name in checkpoint.transposed, dtype)
+        else:  # a compressed head that is the embedding too is written once, under the embedding's name
+            loaders[shared.get(name, f"{name}.weight")] = partial(_weight, checkpoint, name, name in checkpoint.transposed, dtype)
     for parameter, names in fused.items():
         loaders[parameter] = partial(_experts, checkpoint, parameter, sorted(names, key=lambda n: int(n.rpartition(".")[2])), dtype)
     return Lazy(loaders)

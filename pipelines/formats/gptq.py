@@ -18,9 +18,9 @@ from torch import Tensor
 from ...compress.packing import BITS, pack_codes, unpack_codes
 from ...compress.weights import DenseWeight, StoredWeight, UniformWeight
 from ..errors import InputError, UsageError
-from .checkpoint import Checkpoint, Lazy, half_scales, masked_note, refuse_beyond_codes, tied_tensor, uniform_codes
+from .checkpoint import Checkpoint, Lazy, half_scales, masked_note, refuse_beyond_codes, uniform_codes, untie_compressed
 from .folder import write_folder
-from .naming import to_file
+from .naming import to_file, to_memory
 from .shards import SHARD_BYTES, Stored, fresh_directory, open_directory, read_json, write_json, write_shards
 
 CHECKPOINT_FORMATS = {1: "gptq", 2: "gptq_v2"}
@@ -35,9 +35,10 @@ HOW_TO_LOAD = {
 
 def write(checkpoint: Checkpoint, directory: Path, version: int = 1, shard_bytes: int = SHARD_BYTES) -> list[str]:
     """What to tell the user about the export. UsageError when something has no place in the format."""
+    checkpoint, notes = untie_compressed(checkpoint)
     checkpoint = to_file(checkpoint)
     settings = Settings.of(checkpoint)
-    notes = settings.notes()
+    notes += settings.notes()
     label = f"GPTQ version {version}"
     rounded: list[str] = []
     pruned: list[str] = []
@@ -54,7 +55,7 @@ def write(checkpoint: Checkpoint, directory: Path, version: int = 1, shard_bytes
                 yield f"{name}.{part}", tensor
         yield from checkpoint.tensors.items()
         for alias, source in checkpoint.tied.items():
-            yield alias, tied_tensor(checkpoint, source)
+            yield alias, checkpoint.tensors[source]
 
     with fresh_directory(directory) as scratch:
         write_shards(scratch, tensors(), shard_bytes)
@@ -176,7 +177,7 @@ def read(directory: Path) -> Checkpoint:
         loaders[name] = partial(_load, name, parts, quantization)
         taken |= {f"{name}.{part}" for part in parts}
     tensors = {name: entry.load for name, entry in stored.items() if name not in taken}
-    return Checkpoint(config, Lazy(loaders), Lazy(tensors), files=directory)
+    return to_memory(Checkpoint(config, Lazy(loaders), Lazy(tensors), files=directory))
 
 
 def read_config(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:

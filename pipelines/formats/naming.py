@@ -5,7 +5,7 @@ through the conversion as values, so the numbers of their rows do: where a row's
 Legend: O out, I in, E experts.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -185,3 +185,80 @@ def _take(linears: Mapping[str, StoredWeight], cut: Cut) -> StoredWeight:
         return take_rows(record, cut.rows)
     except ValueError as error:
         raise UsageError(f"{cut.source}: {error}; use --format dense") from error
+
+
+def to_memory(checkpoint: Checkpoint) -> Checkpoint:
+    """The inverse of `to_file` for what a reader found: renamed, experts fused. InputError for a weight that is missing or cannot be fused."""
+    names = Names.of(checkpoint.config)
+    if names.same:
+        return checkpoint
+    needed = {name for name, _ in names.model.named_parameters()}
+    linears: dict[str, Callable[[], StoredWeight]] = {}
+    tensors: dict[str, Callable[[], Tensor]] = {}
+    claimed: set[str] = set()
+    for name, shape in names.shapes.items():
+        parts = _sources(names, name, shape)
+        claimed |= set(parts)
+        modules = {target.removesuffix(".weight"): ids for target, ids in parts.items()}
+        if all(module in checkpoint.linears for module in modules):
+            for target, pieces in _by_expert(name, shape, modules).items():
+                linears[target] = partial(_join, name, checkpoint.linears, pieces)
+        elif all(target in checkpoint.tensors for target in parts):
+            tensors[name] = partial(_assembled, names, name, shape, checkpoint.tensors, parts)
+        elif name in needed:
+            absent = next(target for target in parts if target not in checkpoint.tensors and target.removesuffix(".weight") not in checkpoint.linears)
+            raise InputError(f"{checkpoint.files}: no tensor {absent}, which {name} is made of")
+    tensors |= {name: partial(checkpoint.tensors.__getitem__, name) for name in checkpoint.tensors if name not in claimed}
+    return replace(checkpoint, linears=Lazy(linears), tensors=Lazy(tensors))
+
+
+def _sources(names: Names, name: str, shape: torch.Size) -> dict[str, Tensor]:
+    """File tensor → the numbers (int64) of the rows of `name` it holds; the rows of a fused parameter count through its experts."""
+    if len(shape) not in (2, 3):
+        return {target: torch.arange(shape[0] if shape else 1) for target in names.convert({name: torch.empty(shape, device="meta")})}
+    rows = torch.arange(shape[:-1].numel()).view(*shape[:-1], 1)
+    return {target: ids.reshape(-1) for target, ids in names.convert({name: rows}).items()}
+
+
+def _by_expert(name: str, shape: torch.Size, parts: Mapping[str, Tensor]) -> dict[str, list[tuple[str, Tensor]]]:
+    """In-memory linear → [(file linear, the rows it fills)]."""
+    if len(shape) == 2:
+        return {name.removesuffix(".weight"): list(parts.items())}
+    rows = shape[1]
+    out: dict[str, list[tuple[str, Tensor]]] = {}
+    for source, ids in parts.items():
+        expert = int(ids[0]) // rows
+        if not bool((ids // rows == expert).all()):
+            raise InputError(f"{source} holds rows of several experts of {name}; only one each can be read")
+        out.setdefault(f"{name}.{expert}", []).append((source, ids % rows))
+    return out
+
+
+def _join(name: str, linears: Mapping[str, StoredWeight], pieces: Sequence[tuple[str, Tensor]]) -> StoredWeight:
+    records = [linears[source] for source, _ in pieces]
+    order = torch.cat([ids for _, ids in pieces])
+    try:
+        joined = records[0] if len(records) == 1 else stack_rows(records)
+    except ValueError as error:
+        raise InputError(f"{', '.join(source for source, _ in pieces)}: they belong into {name}, but {error}") from error
+    if joined.shape[0] != order.numel():
+        raise InputError(f"{pieces[0][0]}: {joined.shape[0]} rows, {name} has room for {order.numel()}")
+    return joined if torch.equal(order, torch.arange(order.numel())) else take_rows(joined, order.argsort())
+
+
+def _assembled(names: Names, name: str, shape: torch.Size, tensors: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> Tensor:
+    """A dense tensor put together from the file's, proven by taking it apart again."""
+    found = {target: tensors[target] for target in parts}
+    if list(found) == [name]:
+        return found[name]
+    flat = torch.empty(shape, dtype=next(iter(found.values())).dtype).reshape(-1, shape[-1] if len(shape) > 1 else 1)
+    for target, ids in parts.items():
+        piece = found[target].reshape(ids.numel(), -1)
+        if piece.shape[1] != flat.shape[1]:
+            raise InputError(f"{target} has shape {list(found[target].shape)}, which does not fit into {name} {list(shape)}")
+        flat[ids] = piece
+    whole = flat.view(shape)
+    for target, tensor in names.convert({name: whole}).items():
+        if not torch.equal(tensor, found[target]):
+            raise InputError(f"{target}: this architecture's conversion to {name} is not understood; load and save it with transformers first")
+    return whole

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...compress.weights import DenseWeight, LowRank, StoredWeight, UniformWeight

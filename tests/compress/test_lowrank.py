@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 import torch
 from bitmend.compress import lowrank
-from bitmend.compress.lowrank import Metric, balance, best_low_rank, shared_factors, spectrum, squared_error, store_factors
+from bitmend.compress.lowrank import Metric, balance, best_low_rank, shared_factors, spectrum, squared_error
 
 
 def moment(features: int, tokens: int, seed: int = 0) -> torch.Tensor:
@@ -130,17 +130,3 @@ def test_balanced_factors_have_the_same_product_and_equal_gram_matrices():
 def test_impossible_rank_is_named(rank):
     with pytest.raises(ValueError, match=rf"rank {rank} does not fit a 32×64 matrix; choose 1…32"):
         best_low_rank(torch.randn(32, 64), Metric(), rank)
-
-
-def test_factors_on_a_grid_cost_their_bits_and_err_by_their_step():
-    error, metric = noise(64, 128), Metric(moment_II=moment(128, 500))
-    up, down = best_low_rank(error, metric, 16)
-    floats = store_factors(up, down, 16, "float16", metric)
-    assert floats.stored_bits() == 16 * 16 * (64 + 128)
-    assert store_factors(up, down, 16, "bfloat16", metric).factors()[0].dtype == torch.float32
-    spent = {}
-    for bits in (4, 8):
-        stored = store_factors(up, down, bits, "float16", metric)
-        assert stored.stored_bits() < floats.stored_bits() * (bits + 3) / 16
-        spent[bits] = squared_error(stored.dense() - up @ down, metric) / squared_error(up @ down, metric)
-    assert spent[8] < 1e-3 < spent[4] < 0.1
