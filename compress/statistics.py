@@ -114,7 +114,7 @@ class InputStatistics:
     def non_finite(self) -> str | None:
         """The name of the first statistic that holds NaN or Inf, or None."""
         named: Mapping[str, Tensor | None] = {
-            "square_sum": self.square_sum_I,
+            "square_sum": self.norm_I,
             "absmax": self.max_I,
             "absmean": self.abs_sum_I,
             "second_moment": self.moment_sum_II,
