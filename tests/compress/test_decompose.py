@@ -153,19 +153,15 @@ def test_srr_holds_its_ranks_of_the_weight_and_corrects_with_the_rest():
     assert output_error(target, stored.dense(), statistics) == pytest.approx(output_error(target, base + low, statistics), rel=1e-3)
 
 
-def test_srr_criterion_keeps_ranks_of_a_low_rank_weight_and_none_of_noise():
-    generator, statistics = torch.Generator().manual_seed(3), InputStatistics(128, EVERYTHING)
-    statistics.update(torch.randn(2000, 128, generator=generator))
-    noise = torch.randn(96, 128, generator=generator) * 0.02
+def test_srr_criterion_finds_the_rank_of_a_low_rank_weight():
+    generator, found = torch.Generator().manual_seed(3), InputStatistics(128, EVERYTHING)
+    found.update(torch.randn(2000, 128, generator=generator))
     strong = torch.randn(96, 4, generator=generator) @ torch.randn(4, 128, generator=generator)
-    for target, expected in ((noise + strong, 4), (noise, 0)):
-        start = uniform(target, 2)
-        chosen = run("srr", start, target, LayerStatistics(statistics), rank=16)[1]["relative_error"]
-        by_rank = {k: run("srr", start, target, LayerStatistics(statistics), rank=16, kept_rank=k)[1]["relative_error"] for k in (0, 4, 16)}
-        if expected:
-            assert chosen == by_rank[expected] < by_rank[0]
-        else:
-            assert chosen <= by_rank[16] * 1.05
+    target = torch.randn(96, 128, generator=generator) * 0.02 + strong
+    start, statistics = uniform(target, 2), LayerStatistics(found)
+    by_rank = {k: run("srr", start, target, statistics, rank=16, kept_rank=k)[1]["relative_error"] for k in (0, 2, 4, 8, 16)}
+    chosen = run("srr", start, target, statistics, rank=16)[1]["relative_error"]
+    assert min(by_rank.values()) * 1.05 > chosen and chosen < 0.5 * by_rank[0] and chosen < 0.5 * by_rank[2]
 
 
 def test_caldera_rounds_its_factors_and_beats_rounding_them_afterwards():
@@ -319,7 +315,7 @@ def test_bad_input_is_refused_with_what_is_wrong():
     with pytest.raises(ValueError, match="holds NaN, Inf or negative"):
         run("lq_lora", uniform(target), target, LayerStatistics(found, Fisher(torch.full((96,), float("nan")), torch.ones(128))))
     found.update(torch.full((1, 128), float("inf")))
-    with pytest.raises(ValueError, match="calibration statistic square_sum holds NaN or Inf"):
+    with pytest.raises(ValueError, match="calibration statistic .* holds NaN or Inf"):
         run("qera_exact", uniform(target), target, LayerStatistics(found), rank=4)
     for wrong in ({"rank": 0}, {"iterations": 0}, {"rank": 4, "kept_rank": 5}):
         with pytest.raises(ValueError, match=next(reversed(wrong))):

@@ -1,0 +1,90 @@
+"""The two factors as they are stored: 16-bit floats, or codes on a symmetric grid of 4 or 8 bits (CALDERA, arXiv:2405.18886).
+
+Knows factors, the error they stand for and its metric; not where the error comes from.
+Legend: O out, I in, R rank, N rows and C columns of a factor.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .feedback import InverseFactor, inverse_factor
+from .gptq import gptq_uniform
+from .grids import UniformGrid
+from .lowrank import Metric, squared_error
+from .packing import packed_words
+from .rounding import round_uniform
+from .weights import LowRank, UniformWeight
+
+FactorBits = Literal[4, 8, 16]
+_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class FactorForm:
+    """How factors lie on disk; dtype counts for 16 bits only."""
+
+    bits: FactorBits = 16
+    dtype: Literal["float16", "bfloat16"] = "float16"
+
+    def stored_bits(self, rank: int, rows: int, columns: int) -> int:
+        """Exactly `LowRank.stored_bits()` of factors of this form."""
+        if self.bits == 16:
+            return 16 * rank * (rows + columns)
+        parts = ((rows, rank), (rank, columns))
+        return sum(32 * n * packed_words(c, self.bits) + 16 * n * (c // _group(c)) for n, c in parts)
+
+    def largest_rank(self, budget_bits: int, rows: int, columns: int) -> int:
+        """The largest rank that costs at most the budget; 0 if none does. Above 32, whole multiples of 8: they pack without waste."""
+        ranks = (r for r in range(min(rows, columns), 0, -1) if r <= 32 or r % 8 == 0)
+        return next((r for r in ranks if self.stored_bits(r, rows, columns) <= budget_bits), 0)
+
+
+def store_factors(
+    up_OR: Tensor, down_RI: Tensor, form: FactorForm, error_OI: Tensor, metric: Metric, inputs: InverseFactor | None = None
+) -> LowRank:
+    """Factors of the error as they lie on disk. On a grid, each is rounded with error feedback (`inputs`, of the second moment
+    the matrix reads, lets down be too) and the other is solved again for what was rounded; the best of three rounds is kept."""
+    if form.bits == 16:
+        kind = getattr(torch, form.dtype)
+        return LowRank(up_OR.to(kind), down_RI.to(kind))
+    best, least = None, float("inf")
+    for _ in range(_ROUNDS):
+        down = _round(down_RI, form.bits, inputs, metric.importance_I())
+        seen_RI = down.dense()
+        gram_RR = metric.times_moment(seen_RI.double()) @ seen_RI.double().T
+        up_OR = _solve_up(error_OI, seen_RI, gram_RR, metric)
+        up = _round(up_OR, form.bits, inverse_factor(gram_RR.float(), 1e-3, True) if bool(gram_RR.any()) else None, None)
+        stored = LowRank(up, down)
+        error = squared_error(error_OI - stored.dense(), metric)
+        if error < least:
+            best, least = stored, error
+        down_RI = _solve_down(error_OI, up.dense(), metric)
+    assert best is not None, "the error or its metric holds NaN"
+    return best
+
+
+def _group(columns: int) -> int:
+    """Columns of a factor that share a scale: 64 where that divides, else the whole row."""
+    return 64 if columns % 64 == 0 else columns
+
+
+def _round(factor_NC: Tensor, bits: int, feedback: InverseFactor | None, importance_C: Tensor | None) -> UniformWeight:
+    grid = UniformGrid(bits, _group(factor_NC.shape[1]), symmetric=True)
+    if feedback is None:
+        return round_uniform(factor_NC.contiguous(), grid, "power" if importance_C is None else "hessian", importance_C)
+    return gptq_uniform(factor_NC.contiguous(), feedback, grid, "power", static=True)[0]
+
+
+def _solve_up(error_OI: Tensor, down_RI: Tensor, gram_RR: Tensor, metric: Metric) -> Tensor:
+    """The best up for a given down: E·R·downᵀ·(down·R·downᵀ)⁺; rows do not touch one another, so their weights drop out."""
+    mixed_OR = error_OI.double() @ metric.times_moment(down_RI.double()).T
+    return (mixed_OR @ torch.linalg.pinv(gram_RR, rtol=1e-10, hermitian=True)).float()
+
+
+def _solve_down(error_OI: Tensor, up_OR: Tensor, metric: Metric) -> Tensor:
+    """The best down for a given up: upᵀ·D²·E solved by (upᵀ·D²·up)⁺; columns do not touch one another."""
+    up, weighted = metric.rows(up_OR), metric.rows(error_OI)
+    return (torch.linalg.pinv(up.T @ up, rtol=1e-10, hermitian=True) @ (up.T @ weighted)).float()

@@ -1,0 +1,79 @@
+"""What an error is measured in: a `Metric` from a matrix's statistics, and what is to be said of those statistics.
+
+Knows statistics; not what is done with the metric.
+Legend: O out, I in.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .lowrank import Metric
+from .statistics import LayerStatistics
+
+MetricName = Literal["plain", "absmean", "diagonal", "fisher", "second_moment"]
+"""plain ‖E‖_F (LoftQ, ZeroQuant-V2); absmean ‖E·diag E|x|‖ (L²QER); diagonal ‖E·diag √E[x²]‖ (QERA-approx); fisher
+‖√row mean · E · √column mean‖ (LQ-LoRA); second_moment ‖E·R^½‖, the output error itself (QERA-exact, EoRA, CLoQ, CALDERA)."""
+
+
+def metric_of(statistics: LayerStatistics, name: MetricName) -> tuple[Metric, dict[str, float]]:
+    """The metric, and notes: `tokens_short_of` (the number that would do, when there are fewer tokens than input features),
+    `moment_singular`, `statistics_zero` (no input was ever non-zero, or the Fisher diagonal is 0: the plain metric stands in),
+    `fisher_rows_zero`. ValueError for statistics with NaN or Inf, or a Fisher diagonal that was not collected."""
+    inputs = statistics.inputs
+    if name == "plain":
+        return Metric(), {}
+    if name == "fisher":
+        return _fisher(statistics)
+    broken = inputs.non_finite()
+    if broken is not None:
+        raise ValueError(f"the calibration statistic {broken} holds NaN or Inf; look at the layers below, or use metric: plain")
+    notes = {"tokens_short_of": float(inputs.features)} if inputs.tokens < inputs.features else {}
+    if name == "second_moment":
+        moment_II = inputs.second_moment_II
+        if not bool((moment_II.diagonal() > 0).any()):
+            return Metric(), notes | {"statistics_zero": 1.0}
+        return Metric(moment_II=moment_II), notes | ({"moment_singular": 1.0} if _singular(moment_II) else {})
+    column_I = inputs.absmean_I if name == "absmean" else inputs.norm_I / max(inputs.tokens, 1) ** 0.5
+    return (Metric(column_I=column_I), notes) if bool(column_I.any()) else (Metric(), notes | {"statistics_zero": 1.0})
+
+
+def loss_metric(statistics: LayerStatistics) -> Metric:
+    """The second-order estimate of what an error costs the model's loss, comparable between matrices: ‖√G·E·R^½‖ with R the
+    inputs' second moment and G the mean square of each output's gradient (a Kronecker-factored Fisher matrix, its output side
+    diagonal). G is read off the Fisher diagonal: F_oj ≈ G_o·R_jj, so G_o = row mean of F / mean of diag R."""
+    moment_II = statistics.inputs.second_moment_II
+    if statistics.fisher is None:
+        raise ValueError("the loss metric needs the Fisher diagonal, which was not collected")
+    mean = moment_II.diagonal().double().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    row_O = (statistics.fisher.row_mean_O.double() / mean).sqrt()
+    return Metric(_without_zeros(row_O) if bool(row_O.any()) else None, None, moment_II)
+
+
+def _fisher(statistics: LayerStatistics) -> tuple[Metric, dict[str, float]]:
+    """D1 = √row mean, D2 = √column mean of the Fisher diagonal (arXiv:2311.12023, section 3.3)."""
+    if statistics.fisher is None:
+        raise ValueError("metric: fisher needs the Fisher diagonal of this weight, which was not collected; choose another metric")
+    row_O, column_I = statistics.fisher.row_mean_O.double().sqrt(), statistics.fisher.column_mean_I.double().sqrt()
+    if not bool(torch.isfinite(row_O).all() and torch.isfinite(column_I).all()):
+        raise ValueError("the Fisher diagonal holds NaN, Inf or negative numbers: the gradients overflowed; collect it in float32")
+    if not bool(row_O.any() and column_I.any()):
+        return Metric(), {"statistics_zero": 1.0}
+    silent = float((row_O == 0).sum())
+    return Metric(_without_zeros(row_O), column_I), {"fisher_rows_zero": silent} if silent else {}
+
+
+def _without_zeros(row_O: Tensor) -> Tensor:
+    """A row of no account weighs a thousandth of the mean: the solution divides by it."""
+    return row_O.clamp(min=1e-3 * row_O.mean().item())
+
+
+def _singular(moment_II: Tensor) -> bool:
+    """Whether the correlation matrix's smallest eigenvalue is below 1e-6 (dead inputs, too few tokens)."""
+    scale_I = moment_II.diagonal().double().clamp(min=0).sqrt()
+    if not bool((scale_I > 0).all()):
+        return True
+    correlation_II = moment_II.double() / scale_I / scale_I.unsqueeze(1)
+    correlation_II.diagonal().sub_(1e-6)
+    return bool(torch.linalg.cholesky_ex(correlation_II).info)
