@@ -9,7 +9,7 @@ from typing import Any
 
 from .findings import changes, worst_change, worst_role
 from .record import RunRecord, StageRecord, is_finite
-from .tables import number, percent
+from .units import number, percent
 
 
 def suggestions(record: RunRecord) -> list[str]:

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .columns import STAGE_COLUMNS, Column, protocol_line, used
 from .drawing import inline_svg
 from .page import LABELS, Plot, records, template
 from .plots import pareto_figure, pareto_front
 from .record import SCHEMA, RunRecord, StageRecord
-from .tables import STAGE_COLUMNS, Column, cells, difference, markdown_table, number, plain_table, protocol_line, used
+from .tables import cells, markdown_table, plain_table
+from .units import difference, number
 
 EQUAL_BYTES = 0.01
 

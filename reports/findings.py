@@ -11,9 +11,9 @@ from itertools import pairwise
 from statistics import fmean, median
 
 from .record import LayerRecord, RunRecord, StageRecord, is_finite
-from .tables import difference, duration, number, percent, size
+from .units import difference, duration, number, percent, size
 
-KINDS = ("summary", "hurt", "helped", "layers", "noise", "adaptation", "bytes", "note")
+KINDS = ("summary", "hurt", "helped", "layers", "noise", "adaptation", "bytes", "allocation", "note")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def findings(record: RunRecord) -> list[Finding]:
     sentences = [*_summary(record), *_hurt(found, worst), *_helped(found)]
     if worst is not None:
         sentences += _layers(worst.after)
-    sentences += [*_noise(found), *_adaptation(record), *_expensive_factors(record)]
+    sentences += [*_noise(found), *_adaptation(record), *_expensive_factors(record), *_prediction(record)]
     return sentences + [Finding("note", f"{stage.stage}: {note}") for stage in record.stages for note in stage.notes]
 
 
@@ -213,4 +213,20 @@ def _expensive_factors(record: RunRecord) -> list[Finding]:
         if added >= 1.0:
             text = f"{named(after)} added {number(added, 3)} bits per weight, more than a further bit everywhere: compare at equal bytes."
             sentences.append(Finding("bytes", text))
+    return sentences
+
+
+def _prediction(record: RunRecord) -> list[Finding]:
+    """How far an allocation's predicted loss was from the measured one."""
+    sentences = []
+    for stage in record.stages:
+        metrics = [layer.metrics for layer in stage.layers]
+        pairs = [(each.get("predicted_loss"), each.get("measured_loss")) for each in metrics]
+        known = [(float(p), float(m)) for p, m in pairs if p is not None and m is not None and is_finite(p) and is_finite(m)]
+        if not known:
+            continue
+        predicted, measured = math.fsum(p for p, _ in known), math.fsum(m for _, m in known)
+        off = f" ({percent(measured / predicted - 1)} off)" if predicted > 0 else ""
+        text = f"{named(stage)}: predicted loss {number(predicted)}, measured {number(measured)}{off}, over {len(known)} layers."
+        sentences.append(Finding("allocation", text))
     return sentences

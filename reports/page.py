@@ -15,22 +15,11 @@ from markupsafe import Markup, escape
 
 from . import run_plots
 from .advice import suggestions
+from .columns import ROLE_COLUMNS, STAGE_COLUMNS, Column, extra_rows, layer_columns, protocol_line, protocol_rows, role_rows, used
 from .drawing import describe, inline_svg
 from .findings import findings, named
 from .record import RunRecord, StageRecord, perplexity_ratio
-from .tables import (
-    STAGE_COLUMNS,
-    Column,
-    extra_rows,
-    layer_columns,
-    number,
-    percent,
-    protocol_line,
-    protocol_rows,
-    ratio,
-    size,
-    used,
-)
+from .units import exact, number, percent, ratio, size
 
 LABELS = {
     "hurt": "Hurt most",
@@ -39,6 +28,7 @@ LABELS = {
     "noise": "Noise",
     "adaptation": "Domain",
     "bytes": "Bytes",
+    "allocation": "Allocation",
     "note": "Note",
     "try": "Try",
     "protocol": "Protocol",
@@ -84,6 +74,8 @@ def html(record: RunRecord) -> str:
     quality = [column for column in STAGE_COLUMNS if column.group in ("quality", "both")]
     cost = [column for column in STAGE_COLUMNS if column.group in ("cost", "both")]
     measured_cost = used([column for column in cost if column.group == "cost"], record.stages)
+    chosen = _allocated(record.stages)
+    roles = role_rows(chosen.layers) if chosen else []
     return template("page.html.jinja").render(
         title=f"{record.model}: {record.run}",
         record=record,
@@ -96,6 +88,7 @@ def html(record: RunRecord) -> str:
         quality=records(used(quality, record.stages), record.stages),
         cost=records(used(cost, record.stages), record.stages) if measured_cost else None,
         extra=_extra(record),
+        roles=records(used(ROLE_COLUMNS, roles), roles, f"By type of layer, {named(chosen)}") if chosen and roles else None,
         layers=[records(layer_columns(stage.layers), stage.layers, _layer_title(stage)) for stage in record.stages if stage.layers],
         settings=[(named(stage), _listed(stage.settings)) for stage in record.stages if stage.settings],
         protocol=protocol_rows(record.protocol) or [("protocol", "not recorded")],
@@ -160,9 +153,7 @@ def _cards(record: RunRecord) -> list[Card]:
 
 def _figures(record: RunRecord) -> list[Plot]:
     stages = record.stages
-    allocated = next((stage for stage in reversed(stages) if any("predicted_loss" in layer.metrics for layer in stage.layers)), None)
-    mixed = next((stage for stage in reversed(stages) if len({layer.bits_per_weight for layer in stage.layers}) > 1), None)
-    chosen = allocated or mixed
+    chosen = _allocated(stages)
     by_stage = "Bars: two paired standard errors of the difference to the baseline. Logarithmic."
     by_size = "The way from the baseline to the last stage; down and to the left is better."
     by_layer = "Relative output error of every compressed linear, by block and type."
@@ -183,6 +174,13 @@ def _figures(record: RunRecord) -> list[Plot]:
     ]
 
 
+def _allocated(stages: Sequence[StageRecord]) -> StageRecord | None:
+    """The last stage that has predicted losses, else the last whose layers differ in bits."""
+    predicted = [stage for stage in stages if any("predicted_loss" in layer.metrics for layer in stage.layers)]
+    mixed = [stage for stage in stages if len({layer.bits_per_weight for layer in stage.layers}) > 1]
+    return next(reversed(predicted or mixed), None)
+
+
 def _description(title: str, record: RunRecord) -> str:
     values = describe([(stage.stage, stage.perplexity) for stage in record.stages])
     return f"{title}: perplexity {values}" if values and "erplexity" in title else title
@@ -192,8 +190,8 @@ def _extra(record: RunRecord) -> Records | None:
     rows = extra_rows(record.stages)
     columns = (
         Column("stage", "stage", lambda row: row[0], str, numeric=False),
-        Column("name", "what", lambda row: row[1].replace("_", " "), str, numeric=False),
-        Column("value", "value", lambda row: row[2], number),
+        Column("name", "what", lambda row: row[1], str, numeric=False),
+        Column("value", "value", lambda row: row[2], exact),
     )
     return records(columns, rows) if rows else None
 

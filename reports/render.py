@@ -7,20 +7,11 @@ from rich.console import Console
 from rich.text import Text
 
 from .advice import suggestions
+from .columns import STAGE_COLUMNS, extra_rows, protocol_line, protocol_rows
 from .findings import findings
 from .record import RunRecord, dumps
-from .tables import (
-    STAGE_COLUMNS,
-    csv_text,
-    extra_rows,
-    layer_table,
-    markdown_table,
-    number,
-    protocol_line,
-    protocol_rows,
-    rich_table,
-    stage_table,
-)
+from .tables import csv_text, layer_table, markdown_table, rich_table, stage_table
+from .units import exact
 
 Format = Literal["html", "md", "csv", "json"]
 ComparisonFormat = Literal["table", "md", "html", "json"]
@@ -65,7 +56,7 @@ def markdown(record: RunRecord) -> str:
     parts = [f"# {record.model}: {record.run}\n", f"Perplexity on {protocol_line(record.protocol)}.\n", stage_table(record, markdown=True)]
     sentences = [found.text for found in findings(record)] + [f"Try: {tip}" for tip in suggestions(record)]
     parts.append("".join(f"- {text}\n" for text in sentences))
-    extra = [(stage, path, number(value)) for stage, path, value in extra_rows(record.stages)]
+    extra = [(stage, path, exact(value)) for stage, path, value in extra_rows(record.stages)]
     if extra:
         parts += ["## Also measured\n", markdown_table(("stage", "what", "value"), extra, (False, False, True))]
     parts += ["## Protocol\n", markdown_table(("field", "value"), protocol_rows(record.protocol), (False, False))]

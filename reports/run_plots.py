@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .drawing import INK, MUTED, PALETTE, PAPER, STYLE, new_figure, nice_log_axis, panel_title, place_labels, plain
 from .record import LayerRecord, StageRecord, is_finite
-from .tables import number
+from .units import number
 
 STAGE_COLORS = {
     "baseline": "#64748b",

@@ -1,0 +1,183 @@
+"""The columns of every table, and rows that are gathered from several records.
+
+Knows what a reader wants to see of a stage, a layer, a layer type and a protocol; not in which format.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .record import LayerRecord, Protocol, StageRecord, numbers
+from .units import MISSING, difference, duration, exact, number, percent, ratio, size
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: `get` finds the raw value in a record, `show` writes it for a reader.
+
+    A terminal too narrow for all columns leaves out those of the highest `rank` first; `short` is its heading there.
+    """
+
+    key: str
+    title: str
+    get: Callable[[Any], Any]
+    show: Callable[[Any], str]
+    numeric: bool = True
+    group: str = "quality"
+    rank: int = 0
+    short: str = ""
+
+
+def _field(name: str) -> Callable[[Any], Any]:
+    return lambda record: getattr(record, name)
+
+
+def _pair(name: str) -> Callable[[Any], Any]:
+    def get(stage: Any) -> Any:
+        value = getattr(stage, name)
+        return None if value is None else (value, getattr(stage, f"{name}_stderr"))
+
+    return get
+
+
+def _show_pair(pair: tuple[float, float | None] | None) -> str:
+    return MISSING if pair is None else difference(*pair)
+
+
+STAGE_COLUMNS: tuple[Column, ...] = (
+    Column("stage", "stage", _field("stage"), str, numeric=False, group="both"),
+    Column("method", "method", _field("method"), number, numeric=False, group="both"),
+    Column("perplexity", "perplexity", _field("perplexity"), number),
+    Column("perplexity_ratio", "× baseline", _field("perplexity_ratio"), ratio, rank=3, short="× base"),
+    Column("nll_difference", "Δ nats/token to baseline", _pair("nll_difference"), _show_pair, rank=11, short="Δ to baseline"),
+    Column("nll_difference_previous", "Δ to the stage before", _pair("nll_difference_previous"), _show_pair, rank=8, short="Δ to previous"),
+    Column("gap_closed", "gap closed", _field("gap_closed"), percent, rank=2, short="gap closed"),
+    Column("kl_to_baseline", "KL to baseline", _field("kl_to_baseline"), number, rank=4, short="KL"),
+    Column("top1_agreement", "top-1 agreement", _field("top1_agreement"), percent, rank=5, short="top-1"),
+    Column("bits_per_byte", "bits/byte", _field("bits_per_byte"), number, rank=10),
+    Column("total_bytes", "size", _field("total_bytes"), size, group="cost"),
+    Column("bits_per_weight", "bits/weight", _field("bits_per_weight"), number, group="cost", rank=1, short="bits/w"),
+    Column("sparsity", "sparsity", _field("sparsity"), percent, group="cost", rank=7, short="sparse"),
+    Column("trainable_parameters", "trained parameters", _field("trainable_parameters"), number, group="cost", rank=9, short="trained"),
+    Column("seconds", "time", _field("seconds"), duration, group="cost", rank=2),
+    Column("peak_bytes", "peak memory", _field("peak_bytes"), size, group="cost", rank=6, short="memory"),
+    Column("tokens_per_second", "tokens/s", _field("tokens_per_second"), number, group="cost", rank=9),
+)
+
+LAYER_COLUMNS: tuple[Column, ...] = (
+    Column("name", "layer", _field("name"), str, numeric=False),
+    Column("relative_output_error", "relative output error", _field("relative_output_error"), number),
+    Column("bits_per_weight", "bits/weight", _field("bits_per_weight"), number),
+    Column("rank", "rank", _field("rank"), number),
+    Column("sparsity", "sparsity", _field("sparsity"), percent),
+)
+
+PROTOCOL_TITLES = {
+    "dataset": "text",
+    "split": "split",
+    "fingerprint": "fingerprint",
+    "tokenizer": "tokenizer",
+    "join": "documents joined by",
+    "bos": "BOS in each window",
+    "seq_len": "window, tokens",
+    "windows": "windows",
+    "tokens": "predicted tokens",
+}
+
+
+def used(columns: Sequence[Column], rows: Sequence[Any]) -> list[Column]:
+    """The columns that hold something in at least one row."""
+    return [column for column in columns if any(column.get(row) is not None for row in rows)]
+
+
+def layer_columns(layers: Sequence[LayerRecord]) -> list[Column]:
+    """The fixed layer columns in use, then one for every extra number of `metrics`."""
+    keys: dict[str, None] = {}
+    for layer in layers:
+        keys.update(dict.fromkeys(key for key, _ in numbers(layer.metrics)))
+    extra = [Column(key, key.replace("_", " ").replace(".", ": "), _metric(key), exact) for key in keys]
+    return used(LAYER_COLUMNS, layers) + extra
+
+
+def _metric(key: str) -> Callable[[Any], Any]:
+    return lambda layer: dict(numbers(layer.metrics)).get(key)
+
+
+def protocol_rows(protocol: Protocol) -> list[tuple[str, str]]:
+    """(title, text) of every field of the protocol that is known."""
+    rows = [(title, _protocol_text(getattr(protocol, key))) for key, title in PROTOCOL_TITLES.items() if getattr(protocol, key) is not None]
+    return rows + [(str(key), _protocol_text(value)) for key, value in protocol.details.items() if value is not None]
+
+
+def protocol_line(protocol: Protocol) -> str:
+    """One line for a caption: what was read, in windows of what."""
+    parts = [" ".join(filter(None, [protocol.dataset, protocol.split]))]
+    if protocol.windows is not None and protocol.seq_len is not None:
+        parts.append(f"{protocol.windows:,} windows of {protocol.seq_len:,} tokens")
+    if protocol.tokenizer:
+        parts.append(f"tokenizer {protocol.tokenizer}")
+    return ", ".join(part for part in parts if part) or "protocol not recorded"
+
+
+def _protocol_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False) if value != value.strip() or not value else value
+    return number(value, 7) if isinstance(value, int | float) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def extra_rows(stages: Sequence[StageRecord]) -> list[tuple[str, str, Any]]:
+    """(stage, readable path, value) of every number in the stages' extra metrics."""
+    return [(stage.stage, path.replace("_", " ").replace(".", ": "), value) for stage in stages for path, value in numbers(stage.metrics)]
+
+
+@dataclass(frozen=True)
+class RoleSummary:
+    """What the layers of one type were given and lost, summed or averaged over the blocks."""
+
+    role: str
+    layers: int
+    bits_per_weight: float | None
+    rank: float | None
+    sparsity: float | None
+    relative_output_error: float | None
+    predicted_loss: float | None
+    measured_loss: float | None
+
+
+ROLE_COLUMNS: tuple[Column, ...] = (
+    Column("role", "type", _field("role"), str, numeric=False),
+    Column("layers", "layers", _field("layers"), number),
+    Column("bits_per_weight", "mean bits/weight", _field("bits_per_weight"), number),
+    Column("rank", "mean rank", _field("rank"), exact),
+    Column("sparsity", "mean sparsity", _field("sparsity"), percent),
+    Column("relative_output_error", "mean relative output error", _field("relative_output_error"), number),
+    Column("predicted_loss", "predicted loss, summed", _field("predicted_loss"), number),
+    Column("measured_loss", "measured loss, summed", _field("measured_loss"), number),
+)
+
+
+def role_rows(layers: Sequence[LayerRecord]) -> list[RoleSummary]:
+    """One row per type of layer, in order of appearance; layers without a value do not count in its mean."""
+    rows = []
+    for role in dict.fromkeys(str(layer.role) for layer in layers):
+        members = [layer for layer in layers if str(layer.role) == role]
+        columns = [
+            _mean([getattr(layer, name) for layer in members]) for name in ("bits_per_weight", "rank", "sparsity", "relative_output_error")
+        ]
+        losses = [_sum([layer.metrics.get(name) for layer in members]) for name in ("predicted_loss", "measured_loss")]
+        rows.append(RoleSummary(role, len(members), *columns, *losses))
+    return rows
+
+
+def _sum(values: Sequence[Any]) -> float | None:
+    known = [float(value) for value in values if isinstance(value, int | float) and math.isfinite(value)]
+    return math.fsum(known) if known else None
+
+
+def _mean(values: Sequence[Any]) -> float | None:
+    known = [float(value) for value in values if value is not None and math.isfinite(value)]
+    return math.fsum(known) / len(known) if known else None
