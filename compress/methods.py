@@ -9,14 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor
-
+from .block import BlockProblem
+from .block_training import BlockTrainingConfig, LearnedRoundingConfig, block_needs, block_training, learned_rounding
 from .decompose import Decomposition, decompose, needs
 from .gptq import GptqConfig, GptqNormalFloatConfig, gptq, gptq_nf
 from .masks import MagnitudeConfig, WandaConfig, magnitude, wanda
 from .rounding import Nf4Config, NormalFloatConfig, RtnConfig, nf4, normal_float, rtn
 from .sparsegpt import SparseGptConfig, sparsegpt
-from .weights import StoredWeight
 
 
 @dataclass(frozen=True)
@@ -32,26 +31,6 @@ class Method:
     scope: Literal["matrix", "block"] = "matrix"
     version: int = 1
     defaults: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class BlockProblem:
-    """One decoder block as a function, for methods with scope "block".
-
-    weights: name → StoredWeight, as they stand (an earlier quantization, or dense); targets: name → float32 [O, I] dense
-    matrices of the same block; forward(matrices, hidden [B, T, D]) runs the block with those effective weights,
-    differentiable in both; inputs [N, T, D] are what the compressed model below produces, outputs [N, T, D] what the dense
-    block makes of the dense model's hidden states (or of `inputs`, as the caller decides); statistics: name → LayerStatistics.
-    The function returns (name → StoredWeight, {metric: number}).
-    """
-
-    weights: dict[str, StoredWeight]
-    targets: dict[str, Tensor]
-    forward: Callable[[dict[str, Tensor], Tensor], Tensor]
-    inputs_NTD: Tensor
-    outputs_NTD: Tensor
-    statistics: dict[str, Any]
-    seed: int = 0
 
 
 _REFIT: Mapping[str, Any] = {"requantize": True, "quantizer": "gptq"}
@@ -97,4 +76,8 @@ QUANTIZE: Mapping[str, Method] = {
     "gptq_nf": Method(GptqNormalFloatConfig, gptq_nf, needs=_feedback_needs),
     "nf4": Method(Nf4Config, nf4),
     "normal_float": Method(NormalFloatConfig, normal_float),
+    "learned_rounding": Method(LearnedRoundingConfig, learned_rounding, needs=block_needs, scope="block"),
+    "block_training": Method(BlockTrainingConfig, block_training, needs=block_needs, scope="block"),
 }
+
+__all__ = ["DECOMPOSE", "PRUNE", "QUANTIZE", "BlockProblem", "Method"]

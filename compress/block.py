@@ -1,0 +1,29 @@
+"""One decoder block as a function: what methods that train a whole block are given. Knows tensors only."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .statistics import LayerStatistics
+from .weights import StoredWeight
+
+
+@dataclass(frozen=True)
+class BlockProblem:
+    """One decoder block as a function, for methods with scope "block".
+
+    weights: name → StoredWeight, as they stand (an earlier quantization, or dense); targets: name → float32 [O, I] dense
+    matrices of the same block; forward(matrices, hidden [B, T, D]) runs the block with those effective weights,
+    differentiable in both; inputs [N, T, D] are what the compressed model below produces, outputs [N, T, D] what the dense
+    block makes of the dense model's hidden states (or of `inputs`, as the caller decides); statistics: name → LayerStatistics.
+    The function returns (name → StoredWeight, {metric: number}).
+    """
+
+    weights: dict[str, StoredWeight]
+    targets: dict[str, Tensor]
+    forward: Callable[[dict[str, Tensor], Tensor], Tensor]
+    inputs_NTD: Tensor
+    outputs_NTD: Tensor
+    statistics: dict[str, LayerStatistics]
+    seed: int = 0
