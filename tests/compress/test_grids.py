@@ -1,0 +1,103 @@
+"""Uniform grids: 0 is always on them, nothing inside the range errs by more than half a step, a clip search never makes it worse."""
+
+import pytest
+import torch
+from bitmend.compress.grids import UniformGrid, fit, min_max, on_grid, round_to_grid, search_clip, to_record
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+grids = st.builds(UniformGrid, bits=st.sampled_from((2, 3, 4, 8)), group_size=st.just(-1), symmetric=st.booleans())
+
+
+def groups(seed: int, rows: int = 7, columns: int = 32, shift: float = 0.0, size: float = 1.0) -> torch.Tensor:
+    return (torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) + shift) * size
+
+
+@settings(max_examples=120, deadline=None)
+@given(grid=grids, seed=st.integers(0, 2**20), shift=st.floats(-4, 4), size=st.sampled_from((0.02, 1.0, 300.0)))
+def test_min_max_covers_the_range_within_half_a_step(grid, seed, shift, size):
+    weight = groups(seed, shift=shift, size=size)
+    scale, zero = min_max(weight, grid)
+    assert torch.equal(scale, scale.half().float())
+    assert torch.equal(zero, zero.round())
+    assert bool((zero >= 1).all() and (zero <= grid.top).all())
+    codes = round_to_grid(weight, scale, zero, grid)
+    assert bool((codes >= 0).all() and (codes <= grid.top).all())
+    error = (on_grid(codes, scale, zero) - weight).abs()
+    # A symmetric grid has one level less above 0, and rounding the zero point shifts an asymmetric one by up to half a step more.
+    assert bool((error <= scale * 1.02 + 1e-6 * size).all())
+    inside = (codes > 0) & (codes < grid.top)
+    assert bool((error <= scale * 0.501 + 1e-6 * size)[inside].all())
+    assert bool((on_grid(round_to_grid(torch.zeros_like(weight), scale, zero, grid), scale, zero) == 0).all())
+
+
+@settings(max_examples=60, deadline=None)
+@given(grid=grids, seed=st.integers(0, 2**20), shift=st.floats(-2, 2))
+def test_a_clip_search_is_never_worse_than_the_whole_range(grid, seed, shift):
+    weight = groups(seed, shift=shift)
+    importance = torch.rand(32, generator=torch.Generator().manual_seed(seed)) ** 4
+
+    def lost(found, power, weights):
+        scale, zero = found
+        return ((on_grid(round_to_grid(weight, scale, zero, grid), scale, zero) - weight).abs().pow(power) * weights).sum(-1)
+
+    slack = 1 + 1e-5
+    assert bool((lost(fit(weight, grid, "power"), 2.4, 1) <= lost(min_max(weight, grid), 2.4, 1) * slack).all())
+    weighted = fit(weight, grid, "hessian", importance)
+    assert bool((lost(weighted, 2.0, importance) <= lost(min_max(weight, grid), 2.0, importance) * slack).all())
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_all_groups_at_once_equal_one_by_one(symmetric):
+    grid = UniformGrid(3, 16, symmetric)
+    weight = groups(3, rows=40, columns=96).view(40, 6, 16)
+    importance = torch.rand(6, 16)
+    scale, zero = search_clip(weight, grid, importance, power=2.0)
+    for group in range(6):
+        one_scale, one_zero = search_clip(weight[:, group], grid, importance[group], power=2.0)
+        assert torch.equal(scale[:, group], one_scale)
+        assert torch.equal(zero[:, group], one_zero)
+
+
+def test_chunks_of_rows_change_nothing(monkeypatch):
+    weight = groups(5, rows=50, columns=64)
+    whole = search_clip(weight, UniformGrid(4, -1))
+    monkeypatch.setattr("bitmend.compress.grids._CHUNK", 200)
+    chunked = search_clip(weight, UniformGrid(4, -1))
+    assert torch.equal(whole[0], chunked[0])
+    assert torch.equal(whole[1], chunked[1])
+
+
+def test_a_one_sided_group_uses_all_codes_but_0():
+    weight = torch.linspace(0, 1, 16).view(1, 16)
+    grid = UniformGrid(2, -1)
+    scale, zero = min_max(weight, grid)
+    assert zero.item() == 1
+    assert on_grid(torch.tensor([[float(grid.top)]]), scale, zero).item() == pytest.approx(1.0, rel=1e-3)
+    assert set(round_to_grid(weight, scale, zero, grid).view(-1).tolist()) == {1.0, 2.0, 3.0}
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(2, 8), torch.full((2, 8), 1e-30), torch.full((2, 8), 3e7)])
+def test_scales_stay_storable(weight):
+    for symmetric in (False, True):
+        scale, zero = fit(weight, UniformGrid(4, -1, symmetric), "power")
+        assert bool((scale > 0).all() and torch.isfinite(scale.half()).all())
+        assert bool(torch.isfinite(on_grid(round_to_grid(weight, scale, zero, UniformGrid(4, -1, symmetric)), scale, zero)).all())
+
+
+def test_the_record_says_what_the_grid_says():
+    grid, weight = UniformGrid(3, 8), groups(1, rows=4, columns=24).view(4, 3, 8)
+    scale, zero = fit(weight, grid, "none")
+    codes = round_to_grid(weight, scale, zero, grid)
+    record = to_record(codes.view(4, 24), scale.squeeze(-1), zero.squeeze(-1), grid)
+    assert torch.equal(record.dense(), on_grid(codes, scale, zero).view(4, 24))
+    assert not record.symmetric
+    assert to_record(codes.view(4, 24), scale.squeeze(-1), zero.squeeze(-1), UniformGrid(3, 8, symmetric=True)).symmetric
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match=r"in_features 96 is not a multiple of group_size 64; choose one of \[8, 12, 16, 24, 32, 48, 96\] or -1"):
+        UniformGrid(4, 64).size(96)
+    assert UniformGrid(4, -1).size(96) == 96
+    with pytest.raises(ValueError, match="needs the second moment's diagonal"):
+        fit(groups(0), UniformGrid(4, -1), "hessian")
