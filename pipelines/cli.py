@@ -5,6 +5,7 @@ Imports nothing heavy: torch and transformers come in with the command that need
 """
 
 import errno
+import os
 import signal
 import sys
 import traceback
@@ -86,18 +87,22 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         result: Any = app(args=arguments, prog_name="pipeline", standalone_mode=False)
         sys.stdout.flush()
-    except KeyboardInterrupt as stop:
-        _say(f"interrupted{f' by {stop}' if str(stop) else ''}; what was finished is kept, the same command goes on from there")
-        return INTERRUPTED
+    except KeyboardInterrupt:
+        result = INTERRUPTED
+    except SystemExit as left:  # how typer answers a broken pipe
+        if not isinstance(left.__context__, BrokenPipeError):
+            raise
+        return _reader_left()
     except BrokenPipeError:
-        _silence_stdout()
-        return 0
+        return _reader_left()
     except Exception as error:
         code, message = explain(error)
         if logs.is_verbose():
             traceback.print_exception(error)
         _say(f"error: {message}")
         return code
+    if result == INTERRUPTED:  # typer turns KeyboardInterrupt into this code and says nothing
+        _say("interrupted; what was finished is kept, the same command goes on from there")
     return result if isinstance(result, int) else 0
 
 
@@ -156,11 +161,10 @@ def _say(line: str) -> None:
         typer.echo(line, err=True)
 
 
-def _silence_stdout() -> None:
-    """The reader went away: nothing more to tell it, and the interpreter must not complain at exit."""
-    import os
-
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _reader_left() -> int:
+    """Whoever read stdout went away: no error, and the interpreter must not complain when it flushes at exit."""
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    return 0
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def trainable_limit(budget: str | None) -> int | None:
 
 def sweep(points: Sequence[Point], directory: Path, *, device: str = "auto", max_trainable: int | None = None) -> Outcome:
     """Run each combination in `directory`; each record and one page that compares them lie in its `sweep/`."""
-    from .. import reports
+    from ..reports.render import compare
     from . import runner
 
     results: list[Result] = []
@@ -143,7 +143,7 @@ def sweep(points: Sequence[Point], directory: Path, *, device: str = "auto", max
         _write(directory / "sweep" / f"{_file_name(point.label)}.json", json.dumps(record.to_json(), indent=1))
         results.append(Result(point, record=record))
     if done := [result.record for result in results if result.record]:
-        _write(directory / "sweep" / "compare.html", reports.compare(done, "html"))
+        _write(directory / "sweep" / "compare.html", compare(done, "html"))
     return Outcome(tuple(results), max_trainable)
 
 

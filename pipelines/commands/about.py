@@ -1,5 +1,6 @@
 """Commands about the program itself: list, show, doctor, bench."""
 
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,14 +20,15 @@ FORMATS = {
 
 
 def list_(json: o.Json = False, verbose: o.Verbose = False, quiet: o.Quiet = False) -> None:
-    """Recipes, the methods of each stage, export formats."""
+    """Recipes, the methods of each stage with their settings and defaults, export formats."""
     start(verbose, quiet)
     from ..recipe import STAGES, known_recipes, methods
     from ..settings import read_mapping
 
     recipes = {name: read_mapping(_recipe_file(name)).get("about", "") for name in known_recipes()}
-    stages = {stage: {name: _summary(row) for name, row in methods(stage).items()} for stage in STAGES}
-    o.write({"recipes": recipes, **stages, "export_formats": FORMATS}, json)
+    stages = {stage: {name: _defaults(row) for name, row in methods(stage).items()} for stage in STAGES}
+    shown = stages if json else {stage: _lines(settings) for stage, settings in stages.items()}
+    o.write({"recipes": recipes, **shown, "export_formats": FORMATS}, json)
 
 
 def show(
@@ -60,8 +62,14 @@ def doctor(json: o.Json = False, verbose: o.Verbose = False, quiet: o.Quiet = Fa
 
 def bench(
     subject: Annotated[Literal["compress", "decompose", "recover", "kernels"], typer.Argument(help="what to measure")],
+    model: Annotated[
+        str | None, typer.Option("-m", "--model", metavar="MODEL", help="whole stages of this model, not synthetic layers")
+    ] = None,
+    sizes: Annotated[list[int] | None, typer.Option("--size", metavar="N", min=64, help="width of a synthetic layer; repeatable")] = None,
+    only: Annotated[list[str] | None, typer.Option("--method", metavar="NAME", help="this method only; repeatable")] = None,
+    repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="measurements of each row")] = 3,
     device: o.Device = "auto",
-    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="write the JSON, table and plot there")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="write JSON, table and plot there")] = None,
     json: o.Json = False,
     verbose: o.Verbose = False,
     quiet: o.Quiet = False,
@@ -72,7 +80,8 @@ def bench(
         raise UsageError(f"{output} is a file; -o takes a directory")
     from .. import benchmarks
 
-    o.write(benchmarks.BENCHES[subject](device=device, output=output), json)
+    chosen = benchmarks.Options(device, tuple(sizes or benchmarks.SIZES), tuple(only or ()), repeats, model, output)
+    o.write(benchmarks.run(subject, chosen), json)
 
 
 def _recipe_file(name: str) -> Path:
@@ -81,13 +90,19 @@ def _recipe_file(name: str) -> Path:
     return RECIPES / f"{name}.yaml"
 
 
-def _summary(row: Any) -> str:
-    """The first sentence about a method, and its settings with their defaults."""
-    import dataclasses
-
+def _defaults(row: Any) -> dict[str, Any]:
+    """Setting → default of a method."""
     preset = dict(getattr(row, "defaults", None) or {})
-    shown = []
-    for item in dataclasses.fields(row.config):
-        value = preset.get(item.name, item.default if item.default is not dataclasses.MISSING else "…")
-        shown.append(f"{item.name}={value}")
-    return " ".join(shown) or "no settings"
+    return {item.name: preset.get(item.name, None if item.default is MISSING else item.default) for item in fields(row.config)}
+
+
+def _lines(settings: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """One line a method; what all methods of the stage agree on stands once."""
+    every = [set(map(repr, defaults.items())) for defaults in settings.values()]
+    common = set.intersection(*every) if len(every) > 1 else set()
+    lines = {}
+    if common:
+        lines["(all)"] = " ".join(f"{key}={value}" for key, value in next(iter(settings.values())).items() if repr((key, value)) in common)
+    for name, defaults in settings.items():
+        lines[name] = " ".join(f"{key}={value}" for key, value in defaults.items() if repr((key, value)) not in common)
+    return lines

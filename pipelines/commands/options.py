@@ -54,19 +54,28 @@ def write(value: Mapping[str, Any], as_json: bool) -> None:
         _write_section(value, console(), "")
 
 
+def show_record(record: Any, as_json: bool) -> None:
+    """A run's stage table and what it says in words, or the one JSON object."""
+    from ...reports.render import render, show
+
+    if as_json:
+        typer.echo(render(record, "json").rstrip("\n"))
+    else:
+        show(record, console())
+
+
 def _write_section(section: Mapping[str, Any], out: Any, indent: str) -> None:
     from rich.text import Text
 
     for key, value in section.items():
-        title = str(key).replace("_", " ")
         if isinstance(value, Mapping) and value:
-            out.print(Text(f"{indent}{title}:"))
+            out.print(Text(f"{indent}{key}:"))
             _write_section(value, out, indent + "  ")
         elif isinstance(value, Sequence) and value and all(isinstance(row, Mapping) for row in value):
-            out.print(Text(f"{indent}{title}:"))
+            out.print(Text(f"{indent}{key}:"))
             out.print(table(value))
         else:
-            out.print(Text(f"{indent}{title}: {_cell(str(key), value)}"), soft_wrap=True)
+            out.print(Text(f"{indent}{key}: {_cell(str(key), value)}"), soft_wrap=True)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Any:
@@ -77,7 +86,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Any:
     keys = list(dict.fromkeys(key for row in rows for key in row))
     table = Table(box=SIMPLE)
     for key in keys:
-        table.add_column(str(key).replace("_", " "), overflow="fold")
+        table.add_column(str(key), overflow="fold")
     for row in rows:
         table.add_row(*(Text(_cell(str(key), row.get(key))) for key in keys))
     return table

@@ -34,14 +34,9 @@ def show(run_directory: o.RunDirectory, json: o.Json = False, verbose: o.Verbose
     """The stage table in the terminal."""
     start(verbose, quiet)
     existing(run_directory)
-    from ... import reports
     from .. import runner
 
-    record = runner.record(run_directory)
-    if json:
-        typer.echo(reports.render(record, "json").rstrip("\n"))
-    else:
-        reports.show(record, o.console())
+    o.show_record(runner.record(run_directory), json)
 
 
 @report.command("export")
@@ -55,10 +50,10 @@ def export_report(
     """The report as one self-contained page, Markdown, CSV or JSON."""
     start(verbose, quiet)
     existing(run_directory)
-    from ... import reports
+    from ...reports.render import render
     from .. import runner
 
-    _deliver(reports.render(runner.record(run_directory), format_), output)
+    _deliver(render(runner.record(run_directory), format_), output)
 
 
 def compare(
@@ -75,11 +70,11 @@ def compare(
         raise UsageError("compare needs at least two run directories; `pipeline report show RUN_DIR` shows one")
     for directory in run_directories:
         existing(directory)
-    from ... import reports
+    from ...reports.render import compare as compared
     from .. import runner
 
     records = [runner.record(directory) for directory in run_directories]
-    _deliver(reports.compare(records, "json" if json else format_), output)
+    _deliver(compared(records, "json" if json else format_), output)
 
 
 def eval_(

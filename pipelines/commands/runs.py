@@ -189,16 +189,11 @@ def reported(directory: Path, as_json: bool) -> Iterator[None]:
 
 
 def _show(directory: Path, as_json: bool) -> None:
-    from ... import reports
     from .. import runner
 
-    record = runner.record(directory)
-    if as_json:
-        typer.echo(reports.render(record, "json").rstrip("\n"))
-        return
-    reports.show(record, o.console())
+    o.show_record(runner.record(directory), as_json)
     page = directory / "report.html"
-    if page.is_file():
+    if page.is_file() and not as_json:
         typer.echo(f"report: {page if page.is_absolute() else os.path.relpath(page)}")
 
 
