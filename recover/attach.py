@@ -1,0 +1,200 @@
+"""What each method does to a model: one function a method, from a Site and the method's own config to an Attached.
+
+Virtual tokens are in `prompts`, bottlenecks in `bottlenecks`, sparse deltas in `deltas`, increments on the grid in `increments`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from .adapters import LoraVariant, Magnitude, MaskedLowRank, PooledPair, Spectrum, start_factors, takes_dense
+from .dense import LatentGrid, MaskedDense
+from .scales import RelativeScales
+from .site import Site, joined, train_biases, train_embeddings, train_norms
+from .trainable import Attached, Trainable
+
+
+@dataclass(frozen=True)
+class Lora:
+    """`rank` holds where a linear has no factors yet; existing ones train as they are. Factors are folded (α = R): no scaling."""
+
+    rank: int = 16
+    norms: bool = False
+    biases: bool = False
+
+
+@dataclass(frozen=True)
+class Dora:
+    rank: int = 16
+    norms: bool = False
+
+
+@dataclass(frozen=True)
+class QaLora:
+    rank: int = 16
+
+
+@dataclass(frozen=True)
+class Svft:
+    """rank 0 keeps every singular vector; width is the band's half width, or the mean number of random entries a row."""
+
+    rank: int = 64
+    pattern: Literal["plain", "banded", "random"] = "banded"
+    width: int = 8
+
+
+@dataclass(frozen=True)
+class Perp:
+    """Which subsets train; `lora` names a retraining pair for pruned dense weights."""
+
+    norms: bool = True
+    biases: bool = True
+    head: bool = False
+    embeddings: bool = False
+    lora: LoraVariant | Literal["none"] = "none"
+    rank: int = 16
+    alpha: float = 32.0
+
+
+@dataclass(frozen=True)
+class Scales:
+    scales: bool = True
+    norms: bool = True
+    biases: bool = False
+    zeros: bool = False
+    low_rank: bool = False
+
+
+@dataclass(frozen=True)
+class BitFit:
+    create: bool = True
+    head: bool = False
+
+
+@dataclass(frozen=True)
+class Full:
+    norms: bool = True
+    biases: bool = True
+    embeddings: bool = False
+    head: bool = False
+
+
+@dataclass(frozen=True)
+class Qat:
+    norms: bool = True
+
+
+def lora(site: Site, config: Lora) -> Attached:
+    out: dict[str, Trainable] = {}
+    for name, linear in site.linears.items():
+        if linear.up is None:
+            up, down = start_factors(linear.stored.shape, config.rank, site.generator(name))
+            device = linear.base().device
+            linear.set_low_rank(up.to(device), down.to(device))
+        out |= {f"{name}.{key}": t for key, t in linear.train_low_rank().items()}
+    return joined(Attached(out), *_beside(site, config.norms, config.biases))
+
+
+def dora(site: Site, config: Dora) -> Attached:
+    pairs = lora(site, Lora(config.rank, config.norms))
+    for name, linear in site.linears.items():
+        linear.after = Magnitude(linear)
+        pairs.trainables |= _named(name, linear.after.trainables())
+    return pairs
+
+
+def qa_lora(site: Site, config: QaLora) -> Attached:
+    out: dict[str, Trainable] = {}
+    for name, linear in site.linears.items():
+        pair = PooledPair(linear.stored, config.rank, site.generator(name))
+        linear.branches.append(pair)
+        out |= _named(name, pair.trainables())
+    return Attached(out)
+
+
+def svft(site: Site, config: Svft) -> Attached:
+    out: dict[str, Trainable] = {}
+    branches = []
+    for name, linear in site.linears.items():
+        weight = linear.base().float()
+        if linear.stored.smooth is not None:
+            weight = weight / linear.stored.smooth.float()
+        branch = Spectrum(weight, config.rank, config.pattern, config.width, site.generator(name), torch.float16)
+        branch.merges = takes_dense(linear.stored)
+        linear.branches.append(branch)
+        branches.append(branch)
+        out |= _named(name, branch.trainables())
+
+    def stored_form(on: bool) -> None:
+        for branch in branches:
+            branch.as_stored = on and not branch.merges
+
+    return Attached(out, stored_form=stored_form)
+
+
+def perp(site: Site, config: Perp) -> Attached:
+    parts = [*_beside(site, config.norms, config.biases), train_embeddings(site, config.head, config.embeddings)]
+    if config.lora != "none":
+        parts.append(_retraining_pairs(site, config.lora, config.rank, config.alpha))
+    return joined(*parts)
+
+
+def _retraining_pairs(site: Site, variant: LoraVariant, rank: int, alpha: float) -> Attached:
+    out: dict[str, Trainable] = {}
+    pairs = []
+    for name, linear in site.linears.items():
+        pair = MaskedLowRank(linear.stored, rank, alpha, variant, site.generator(name))
+        linear.reweight = pair
+        pairs.append(pair)
+        out |= _named(name, pair.trainables())
+
+    def stored_form(on: bool) -> None:
+        for pair in pairs:
+            pair.pruned = on
+
+    return Attached(out, stored_form=stored_form)
+
+
+def scales(site: Site, config: Scales) -> Attached:
+    out: dict[str, Trainable] = {}
+    for name, linear in site.linears.items():
+        if config.scales or config.zeros:
+            reweight = RelativeScales(linear.stored, config.zeros)
+            linear.reweight = reweight
+            out |= _named(name, reweight.trainables(config.scales))
+        if config.low_rank and linear.up is not None:
+            out |= {f"{name}.{key}": t for key, t in linear.train_low_rank().items()}
+    return joined(Attached(out), *_beside(site, config.norms, config.biases))
+
+
+def bitfit(site: Site, config: BitFit) -> Attached:
+    return joined(train_biases(site, config.create), train_embeddings(site, config.head, False))
+
+
+def full(site: Site, config: Full) -> Attached:
+    out: dict[str, Trainable] = {}
+    for name, linear in site.linears.items():
+        linear.reweight = MaskedDense(linear.stored)
+        out |= _named(name, linear.reweight.trainables())
+        if linear.up is not None:
+            out |= {f"{name}.{key}": t for key, t in linear.train_low_rank().items()}
+    biases = train_biases(site, create=False, norms=False) if config.biases else Attached({})
+    norms = train_norms(site) if config.norms else Attached({})
+    return joined(Attached(out), norms, biases, train_embeddings(site, config.head, config.embeddings))
+
+
+def qat(site: Site, config: Qat) -> Attached:
+    out: dict[str, Trainable] = {}
+    for name, linear in site.linears.items():
+        linear.reweight = LatentGrid(linear.stored)
+        out |= _named(name, linear.reweight.trainables())
+    return joined(Attached(out), *_beside(site, config.norms, False))
+
+
+def _beside(site: Site, norms: bool, biases: bool) -> list[Attached]:
+    return [train_norms(site)] * norms + [train_biases(site)] * biases
+
+
+def _named(name: str, trainables: dict[str, Trainable]) -> dict[str, Trainable]:
+    return {f"{name}.{key}": t for key, t in trainables.items()}

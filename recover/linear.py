@@ -1,0 +1,292 @@
+"""A compressed linear that can train: packed base, rebuilt on the fly, plus whatever a method puts around it.
+
+y = W(x / smooth, rounded when activations are) + up·down·x + delta·x + bias, W = reweight(base ⊙ mask).
+Memory is the packed record plus one dense matrix while it is used; `cached` keeps that matrix instead (bit-identical).
+Knows records and tensors; not how a weight was compressed, nor files.
+Legend: O out, I in, R rank, T tokens (all leading dimensions), N sparse values.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..compress import grids
+from ..compress.weights import ActivationGrid, DenseWeight, Factor, LowRank, SparseDelta, StoredWeight, UniformWeight
+from .trainable import Trainable, through
+
+
+class RebuiltLinear(torch.autograd.Function):
+    """x Wᵀ where W = linear.effective(*parameters) is built in forward, dropped, and built again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, linear: "CompressedLinear", *parameters: Tensor) -> Tensor:
+        ctx.linear = linear
+        needs_x = any(p.requires_grad for p in parameters)
+        ctx.save_for_backward(x_TI if needs_x else None, *parameters)
+        return x_TI @ linear.effective(*parameters).T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x_TI, *parameters = ctx.saved_tensors
+        linear, wanted = ctx.linear, ctx.needs_input_grad
+        gradient_TO = gradients[0].to(linear.dtype)
+        if not any(wanted[2:]):
+            x_gradient = gradient_TO @ linear.effective(*parameters) if wanted[0] else None
+            return (x_gradient, None, *(None for _ in parameters))
+        weight_gradient = gradient_TO.T @ x_TI
+        x_gradient, found = linear.pull_back(gradient_TO if wanted[0] else None, weight_gradient, parameters, wanted[2:])
+        return (x_gradient, None, *found)
+
+
+class SparseValues(nn.Module):
+    """Values float32 [N] at flat positions int64 [N] of the [O, I] matrix."""
+
+    index: Tensor
+
+    def __init__(self, index_N: Tensor, values_N: Tensor, storage: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("index", index_N.long())
+        self.values = nn.Parameter(values_N.float(), requires_grad=False)
+        self.storage = storage
+
+    def record(self) -> SparseDelta:
+        values = self.values.detach().to(self.storage)
+        return SparseDelta(self.index.to(torch.int32), values)
+
+
+class CompressedLinear(nn.Module):
+    """Takes the place of nn.Linear (and of GPT-2's Conv1D: records are always [O, I]). Everything starts frozen.
+
+    `reweight`, set by a method, maps the dense base to the weight that is used: `weights(base_OI | None, *parameters)`,
+    `fold(stored) -> StoredWeight`, attribute `needs_base`; optional `pull_back(base_OI, gradient_OI)` → gradients of its parameters.
+    `branches` add to the output from (raw x, x of the base); `after` changes the output before the bias.
+    """
+
+    def __init__(self, stored: StoredWeight, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.stored, self.dtype = stored, dtype
+        self.out_features, self.in_features = stored.shape
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.bias_storage: torch.dtype | None = None if bias is None else bias.dtype
+        self.up: nn.Parameter | None = None
+        self.down: nn.Parameter | None = None
+        if stored.low_rank is not None:
+            self.set_low_rank(*stored.low_rank.factors())
+        self.sparse: SparseValues | None = None
+        if stored.delta is not None:
+            self.sparse = SparseValues(stored.delta.index, stored.delta.values, stored.delta.values.dtype)
+        self.reweight: Any = None
+        self.branches = nn.ModuleList()
+        self.after: nn.Module | None = None
+        self.cached = False
+        self._cache: Tensor | None = None
+
+    # The matrix ------------------------------------------------------------------------------------------------------
+
+    def base(self) -> Tensor:
+        """base ⊙ mask, [O, I] in the compute dtype; never to be written into."""
+        if self._cache is not None:
+            return self._cache
+        with torch.no_grad():
+            weight = self.stored.base_dense(self.dtype)
+        if self.cached:
+            self._cache = weight
+        return weight
+
+    def cache(self, keep: bool) -> None:
+        self.cached, self._cache = keep, None
+
+    @property
+    def inline_sparse(self) -> bool:
+        """Whether the sparse delta may share the base's product: it must see the raw input."""
+        return self.sparse is not None and self.stored.smooth is None and self.stored.activations is None
+
+    def weight_parameters(self) -> list[Tensor]:
+        found: list[Tensor] = [] if self.reweight is None else list(self.reweight.parameters())
+        return [*found, self.sparse.values] if self.sparse is not None and self.inline_sparse else found
+
+    def effective(self, *parameters: Tensor) -> Tensor:
+        """The matrix that multiplies the base's input, differentiable in `parameters` (the order of `weight_parameters`)."""
+        own = parameters[:-1] if self.inline_sparse else parameters
+        if self.reweight is None:
+            weight = self.base()
+        else:
+            weight = self.reweight.weights(self.base() if self.reweight.needs_base else None, *own).to(self.dtype)
+        if self.sparse is not None and self.inline_sparse:
+            weight = weight.reshape(-1).index_add(0, self.sparse.index, parameters[-1].to(self.dtype)).view(self.stored.shape)
+        return weight
+
+    def pull_back(
+        self, gradient_TO: Tensor | None, gradient_OI: Tensor, parameters: list[Tensor], wanted: Any
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """(gradient of x, gradients of `parameters`) from the gradients of the output and of the matrix."""
+        if self.reweight is not None and hasattr(self.reweight, "pull_back") and not self.inline_sparse:
+            base = self.base() if self.reweight.needs_base else None
+            x_gradient = None if gradient_TO is None else gradient_TO @ self.reweight.weights(base, *parameters).to(self.dtype)
+            return x_gradient, list(self.reweight.pull_back(base, gradient_OI))
+        with torch.enable_grad():
+            leaves = [p.detach().requires_grad_(want) for p, want in zip(parameters, wanted, strict=True)]
+            weight = self.effective(*leaves)
+        x_gradient = None if gradient_TO is None else gradient_TO @ weight.detach()
+        trained = [leaf for leaf in leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad(weight, trained, gradient_OI))
+        return x_gradient, [next(found) if leaf.requires_grad else None for leaf in leaves]
+
+    # Running ---------------------------------------------------------------------------------------------------------
+
+    def base_input(self, x: Tensor) -> Tensor:
+        """What the base multiplies: smoothed, and rounded with a straight-through gradient when activations are quantized."""
+        if self.stored.smooth is not None:
+            x = x / self.stored.smooth.to(x.dtype)
+        return x if self.stored.activations is None else x + (round_activations(x.detach(), self.stored.activations) - x.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        raw_TI = x.reshape(-1, self.in_features).to(self.dtype)
+        x_TI = self.base_input(raw_TI)
+        y = RebuiltLinear.apply(x_TI, self, *self.weight_parameters())
+        assert isinstance(y, Tensor)
+        if self.up is not None and self.down is not None:
+            y = y + (raw_TI @ self.down.to(self.dtype).T) @ self.up.to(self.dtype).T
+        if self.sparse is not None and not self.inline_sparse:
+            y = y + raw_TI @ self._sparse_matrix().T
+        for branch in self.branches:
+            y = y + branch(raw_TI, x_TI)
+        if self.after is not None:
+            y = self.after(y)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _sparse_matrix(self) -> Tensor:
+        assert self.sparse is not None
+        empty = torch.zeros(self.out_features * self.in_features, dtype=self.dtype, device=self.sparse.values.device)
+        return empty.index_add(0, self.sparse.index, self.sparse.values.to(self.dtype)).view(self.stored.shape)
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight [O, I] of the record as stored, for code that asks a linear for its `weight`."""
+        return self.stored.dense(self.dtype)
+
+    # What can train --------------------------------------------------------------------------------------------------
+
+    def set_low_rank(self, up_OR: Tensor, down_RI: Tensor) -> None:
+        self.up = nn.Parameter(up_OR.detach().float().clone(), requires_grad=False)
+        self.down = nn.Parameter(down_RI.detach().float().clone(), requires_grad=False)
+
+    def train_low_rank(self, storage: torch.dtype = torch.float16) -> dict[str, Trainable]:
+        """The low-rank pair, created by `set_low_rank` or found in the record, as trainables."""
+        assert self.up is not None and self.down is not None
+        low_rank = self.stored.low_rank
+        known: tuple[Factor | None, Factor | None] = (None, None) if low_rank is None else (low_rank.up, low_rank.down)
+        out = {}
+        for name, parameter, factor in (("up", self.up, known[0]), ("down", self.down, known[1])):
+            parameter.requires_grad_(True)
+            out[name] = Trainable(parameter, "factors", lambda v, f=factor: _factor_values(_factor(v, f, storage)))
+        return out
+
+    def train_bias(self, storage: torch.dtype | None = None) -> Trainable:
+        """The bias, created as zeros where the linear has none."""
+        if self.bias is None:
+            device = next(iter(_tensors(self.stored))).device
+            self.bias = nn.Parameter(torch.zeros(self.out_features, device=device))
+            self.bias_storage = storage or self.dtype
+        self.bias.data = self.bias.data.float()
+        self.bias.requires_grad_(True)
+        return Trainable(self.bias, "biases", through(self.bias_storage or torch.float32))
+
+    def to_stored(self, factor_storage: torch.dtype = torch.float16) -> tuple[StoredWeight, Tensor | None]:
+        """The record after training, in storage dtypes, and the bias. ValueError when something around the linear has no place in a record."""
+        stored = self.stored
+        if self.up is not None and self.down is not None:
+            old = stored.low_rank
+            if old is None or not _unchanged(old, self.up, self.down):
+                up = _factor(self.up.detach(), None if old is None else old.up, factor_storage)
+                down = _factor(self.down.detach(), None if old is None else old.down, factor_storage)
+                stored = replace(stored, low_rank=LowRank(up, down))
+        if self.sparse is not None:
+            stored = replace(stored, delta=self.sparse.record())
+        parts: list[Any] = [self.reweight, *self.branches, self.after]
+        for part in parts:
+            if part is not None:
+                if not hasattr(part, "fold"):
+                    raise ValueError(f"{type(part).__name__} has no place in a stored weight; store it as an adapter beside the model")
+                stored = part.fold(stored)
+        bias = None if self.bias is None else self.bias.detach().to(self.bias_storage or self.bias.dtype)
+        return stored, bias
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "CompressedLinear":
+        """Follow the model to another device; the record's dtypes are what is stored and stay."""
+        device = fn(torch.empty(0, device=next(iter(_tensors(self.stored))).device)).device
+        if device != next(iter(_tensors(self.stored))).device:
+            self.stored, self._cache = self.stored.to(device), None
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} → {self.out_features}, {type(self.stored.base).__name__}, {self.stored.bits_per_weight():.2f} bits"
+
+
+def round_activations(x_TI: Tensor, grid: ActivationGrid) -> Tensor:
+    """Dynamic symmetric rounding per token per group; the last group may be short of nothing: I must be a multiple."""
+    top = (1 << (grid.bits - 1)) - 1
+    groups = x_TI.view(x_TI.shape[0], -1, grid.group_size).float()
+    scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12) / top
+    return ((groups / scale).round().clamp(-top, top) * scale).view(x_TI.shape).to(x_TI.dtype)
+
+
+def compressed_linears(model: nn.Module) -> dict[str, CompressedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+
+
+def install(model: nn.Module, records: Mapping[str, StoredWeight], dtype: torch.dtype = torch.float32) -> dict[str, CompressedLinear]:
+    """Put a CompressedLinear in the place of each named linear (nn.Linear or Conv1D), keeping its bias, and freeze the model."""
+    model.requires_grad_(False)
+    out = {}
+    for name, stored in records.items():
+        parent_name, _, last = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        bias = getattr(parent, last).bias
+        out[name] = CompressedLinear(stored, bias, dtype)
+        setattr(parent, last, out[name])
+    return out
+
+
+def cache_dense(linears: Mapping[str, CompressedLinear], budget_bytes: float) -> bool:
+    """Keep every base dense when all fit into `budget_bytes`; says whether they do. Results are bit-identical either way."""
+    wanted = [lin for lin in linears.values() if not (isinstance(lin.stored.base, DenseWeight) and lin.stored.mask is None)]
+    size = sum(lin.out_features * lin.in_features * lin.dtype.itemsize for lin in wanted)
+    for linear in wanted:
+        linear.cache(size <= budget_bytes)
+    return size <= budget_bytes
+
+
+def _factor(value: Tensor, like: Factor | None, storage: torch.dtype) -> Factor:
+    """A trained factor in the form its predecessor had: its dtype, or a fresh grid of the same bits and groups."""
+    if like is None:
+        return value.to(storage)
+    if isinstance(like, Tensor):
+        return value.to(like.dtype)
+    if torch.equal(like.dense(), value):
+        return like
+    grid = grids.UniformGrid(like.bits, like.group_size, like.symmetric)
+    size = grid.size(value.shape[1])
+    columns = value.view(value.shape[0], -1, size)
+    scale, zero = grids.min_max(columns, grid)
+    codes = grids.round_to_grid(columns, scale, zero, grid).view(value.shape)
+    return grids.to_record(codes, scale.squeeze(-1), zero.squeeze(-1), grid)
+
+
+def _factor_values(factor: Factor) -> Tensor:
+    return factor.dense() if isinstance(factor, UniformWeight) else factor.float()
+
+
+def _unchanged(old: LowRank, up: Tensor, down: Tensor) -> bool:
+    before = old.factors()
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(before, (up.detach(), down.detach()), strict=True))
+
+
+def _tensors(stored: StoredWeight) -> Iterator[Tensor]:
+    base = stored.base
+    yield base.weight if isinstance(base, DenseWeight) else base.codes

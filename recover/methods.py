@@ -1,0 +1,193 @@
+"""The recovery methods by name: a literal dict, one row a method.
+
+A row says what trains, what a run may expect (masks, grids, merging), and what it refuses, before any work.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, Field, dataclass, fields, make_dataclass
+from dataclasses import field as dataclass_field
+from typing import Any
+
+from torch import nn
+
+from . import attach as methods
+from .site import Gradients, Site, kinds, site_of
+from .train import TrainConfig
+from .trainable import Attached
+
+Refusal = Callable[[frozenset[str], Any], str | None]
+
+
+def _anything(kinds: frozenset[str], config: Any) -> str | None:
+    return None
+
+
+def flat(own: type) -> type:
+    """One frozen dataclass with the fields of TrainConfig and those of a method: what a recipe writes for the stage."""
+    parts = [(f.name, f.type, _copy(f)) for source in (TrainConfig, own) for f in fields(source)]
+    made = make_dataclass(own.__name__, parts, frozen=True)
+    made.__doc__, made.__module__ = own.__doc__, own.__module__
+    return made
+
+
+def _copy(field: Field[Any]) -> Any:
+    return (
+        dataclass_field(default=field.default) if field.default is not MISSING else dataclass_field(default_factory=field.default_factory)
+    )  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Ways:
+    """Where a trained method goes: into the artifact, onto the kernels, into other programs' formats, and what it merges into exactly
+    ("refused" where it cannot)."""
+
+    stored_as: str
+    fused_as: str
+    exports_as: str
+    merges_into: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """`own` is the method's own config and `config` that with TrainConfig's fields in one flat dataclass. main: the kind of parameter
+    that `learning_rate` means (trainable.RATES has the defaults). mask_safe: masked weights stay exactly 0. grid_safe: codes stay.
+    serves(kinds, own config) → why it cannot, or None; kinds are those of `site.kinds`."""
+
+    own: type
+    attach: Callable[[Site, Any], Attached]
+    main: str
+    trains: str
+    ways: Ways
+    mask_safe: bool = True
+    grid_safe: bool = True
+    serves: Refusal = _anything
+    needs: frozenset[str] = frozenset()
+    version: int = 1
+
+    @property
+    def config(self) -> type:
+        return _FLAT[self.own]
+
+
+def quantized(kinds: frozenset[str]) -> bool:
+    return bool(kinds & {"uniform", "normal_float"})
+
+
+def _needs_grid(kinds: frozenset[str], config: Any) -> str | None:
+    return (
+        None
+        if "dense" not in kinds
+        else "it trains a grid, and some of the chosen linears are dense: quantize first, or choose lora, perp or full"
+    )
+
+
+def _scales(kinds: frozenset[str], config: methods.Scales) -> str | None:
+    if config.zeros and "normal_float" in kinds:
+        return "a NormalFloat weight has no zero points: set zeros=false"
+    return _needs_grid(kinds, config)
+
+
+def _full(kinds: frozenset[str], config: Any) -> str | None:
+    return "the weights are quantized: choose qat (grid held) or dequantize_train_requantize" if quantized(kinds) else None
+
+
+def _perp(kinds: frozenset[str], config: methods.Perp) -> str | None:
+    if config.lora != "none" and quantized(kinds):
+        return f"{config.lora} merges into dense weights; on a quantized base use lora, or perp with lora=none"
+    return None
+
+
+def _qa_lora(kinds: frozenset[str], config: Any) -> str | None:
+    if "masked" in kinds:
+        return "float zero points move masked weights off 0: choose scales or lora for a pruned model"
+    return "it merges into the zero points of a uniform grid" if kinds & {"dense", "normal_float"} else None
+
+
+def _from_decomposition(kinds: frozenset[str], config: Any) -> str | None:
+    if "low_rank" in kinds:
+        return None
+    return "it trains the factors of a decomposition, and there are none: put a decompose stage before it, or choose qlora"
+
+
+def _dora(kinds: frozenset[str], config: Any) -> str | None:
+    return "double-quantized absmax cannot take row magnitudes exactly: choose lora" if "double_quantized" in kinds else None
+
+
+_PAIR = Ways("low-rank pair", "low-rank term", "PEFT LoRA directory", "dense unmasked weights")
+_MODEL = Ways("norms, biases, weights in place", "nothing new", "the model itself", "in place")
+_GRID = Ways("scales and codes in place", "the same kernels", "any grid format", "in place")
+
+RECOVER: dict[str, Method] = {
+    "lora": Method(methods.Lora, methods.lora, "factors", "up·down", _PAIR),
+    "perp": Method(methods.Perp, methods.perp, "norms", "norms, biases, head, embeddings, pairs under the mask", _MODEL, serves=_perp),
+    "scales": Method(methods.Scales, methods.scales, "scales", "group scales (and zeros, norms, biases, factors)", _GRID, serves=_scales),
+    "bitfit": Method(methods.BitFit, methods.bitfit, "biases", "biases", _MODEL),
+    "full": Method(methods.Full, methods.full, "dense", "every weight under the mask", _MODEL, serves=_full),
+    "qat": Method(
+        methods.Qat, methods.qat, "codes", "codes on the held grid, straight-through", _GRID, grid_safe=False, serves=_needs_grid
+    ),
+    "dora": Method(
+        methods.Dora,
+        methods.dora,
+        "factors",
+        "up·down and row magnitudes",
+        Ways("magnitudes in the scales and in up", "low-rank term", "PEFT LoRA directory on the rescaled base", "scales or dense rows"),
+        serves=_dora,
+    ),
+    "qa_lora": Method(
+        methods.QaLora,
+        methods.qa_lora,
+        "factors",
+        "a pair on group sums",
+        Ways("float32 zero points", "kernels with float zeros", "dense", "zero points"),
+        mask_safe=False,
+        serves=_qa_lora,
+    ),
+    "svft": Method(methods.Svft, methods.svft, "spectrum", "a sparse matrix between singular vectors", _PAIR),
+}
+_FLAT: dict[type, type] = {}
+_FLAT.update({row.own: flat(row.own) for row in RECOVER.values()})
+
+
+def split(name: str, config: Any) -> tuple[TrainConfig, Any]:
+    """A flat config (or a mapping of its fields) as (TrainConfig, the method's own). ValueError, with the nearest known name, for an
+    unknown method or field."""
+    if name not in RECOVER:
+        raise ValueError(f"unknown recovery method {name!r}{_nearest(name, RECOVER)}; known are {', '.join(RECOVER)}")
+    own = RECOVER[name].own
+    values = dict(config) if isinstance(config, Mapping) else {f.name: getattr(config, f.name) for f in fields(config)}
+    shared, mine = {f.name for f in fields(TrainConfig)}, {f.name for f in fields(own)}
+    for key in values:
+        if key not in shared | mine:
+            raise ValueError(f"{name} has no setting {key!r}{_nearest(key, shared | mine)}")
+    return TrainConfig(**{k: v for k, v in values.items() if k in shared}), own(**{k: v for k, v in values.items() if k in mine})
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(word, list(known), 1)
+    return f" (nearest is {found[0]!r})" if found else ""
+
+
+def refusal(name: str, found: Iterable[frozenset[str]], config: Any) -> str | None:
+    """Why a method cannot serve a compressed model, said before any work; None when it can. `found` are the kinds of the chosen records."""
+    _, own = split(name, config)
+    union = frozenset().union(*found)
+    reason = RECOVER[name].serves(union, own)
+    return None if reason is None else f"{name} cannot serve this model: {reason}"
+
+
+def attach(name: str, model: nn.Module, config: Any, *, seed: int = 0, gradients: Gradients | None = None) -> Attached:
+    """Put a method on a model whose compressed linears are installed. ValueError for a refusal or when nothing is left to train."""
+    shared, own = split(name, config)
+    site = site_of(model, shared.targets, shared.layers, seed, shared.steps, gradients)
+    row = RECOVER[name]
+    if "fisher" in row.needs and gradients is None:
+        raise ValueError(f"{name} selects by gradients: pass `gradients`")
+    reason = refusal(name, [kinds(linear.stored) for linear in site.linears.values()], config)
+    if reason is not None:
+        raise ValueError(reason)
+    attached = row.attach(site, own)
+    if not attached.trainables:
+        raise ValueError(f"{name}: targets {shared.targets!r} and layers {shared.layers!r} leave no trainable parameter")
+    return attached

@@ -1,0 +1,123 @@
+"""Where a method is attached: the model, the chosen compressed linears and plain parameters, and the randomness by name.
+
+Legend: none; deals in modules.
+"""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..compress.weights import DenseWeight, NormalFloatWeight, StoredWeight, UniformWeight
+from . import selection
+from .linear import CompressedLinear, compressed_linears
+from .student import Batch
+from .trainable import Attached, Trainable, master
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What criteria by gradient read: batches by number, and the loss of one batch, differentiable."""
+
+    batch: Callable[[int], Batch]
+    loss: Callable[[Batch], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Site:
+    model: nn.Module
+    place: selection.Where
+    linears: dict[str, CompressedLinear]
+    seed: int
+    steps: int
+    gradients: Gradients | None = None
+
+    def generator(self, name: str, step: int = 0) -> torch.Generator:
+        """Randomness that depends on seed, name and step only."""
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 65_537 + zlib.crc32(name.encode()))
+
+
+def site_of(
+    model: nn.Module, targets: str | tuple[str, ...], layers: str | tuple[int, ...], seed: int, steps: int, gradients: Gradients | None
+) -> Site:
+    """ValueError when the choice leaves no compressed linear."""
+    place = selection.where(model, targets, layers)
+    every = compressed_linears(model)
+    chosen = {name: linear for name, linear in every.items() if place.linear(name)}
+    if every and not chosen:
+        known = sorted({role for name in every for role in selection.roles(name)})
+        raise ValueError(
+            f"targets {targets!r} and layers {layers!r} leave none of {len(every)} compressed linears; this model's roles are {known}"
+        )
+    return Site(model, place, chosen, seed, steps, gradients)
+
+
+def kinds(stored: StoredWeight) -> frozenset[str]:
+    """What a record is made of, in the words that `Method.serves` reads."""
+    base, out = stored.base, set()
+    out.add({DenseWeight: "dense", UniformWeight: "uniform", NormalFloatWeight: "normal_float"}[type(base)])
+    if isinstance(base, UniformWeight) and base.zeros is not None and base.zeros.is_floating_point():
+        out.add("float_zeros")
+    if isinstance(base, NormalFloatWeight) and base.absmax is None:
+        out.add("double_quantized")
+    if stored.low_rank is not None:
+        out.add("low_rank")
+        if isinstance(stored.low_rank.up, UniformWeight) or isinstance(stored.low_rank.down, UniformWeight):
+            out.add("quantized_factors")
+    named = {"masked": stored.mask, "smooth": stored.smooth, "activations": stored.activations, "delta": stored.delta}
+    return frozenset(out | {name for name, value in named.items() if value is not None})
+
+
+def train_norms(site: Site) -> Attached:
+    """Weights (and biases) of every normalisation at the chosen depth."""
+    out = Attached({})
+    for name in selection.norms(site.model, site.place):
+        for part, parameter in site.model.get_submodule(name).named_parameters(recurse=False):
+            _plain(out, f"{name}.{part}", parameter, "norms")
+    return out
+
+
+def train_biases(site: Site, create: bool = True, norms: bool = True) -> Attached:
+    """Biases of the chosen linears (created as 0 where the architecture has none, if `create`) and of the norms."""
+    out = Attached({})
+    for name, linear in site.linears.items():
+        if linear.bias is not None or create:
+            out.trainables[f"{name}.bias"] = linear.train_bias()
+    for name in selection.norms(site.model, site.place) if norms else []:
+        bias = getattr(site.model.get_submodule(name), "bias", None)
+        if isinstance(bias, nn.Parameter):
+            _plain(out, f"{name}.bias", bias, "norms")
+    return out
+
+
+def train_embeddings(site: Site, head: bool, embeddings: bool) -> Attached:
+    """The output head and the input embeddings; tied ones are one parameter, trained when either is asked."""
+    out, model = Attached({}), site.model
+    names = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
+    asked = [(head, "get_output_embeddings"), (embeddings, "get_input_embeddings")]
+    for module in [getattr(model, getter)() for wanted, getter in asked if wanted]:
+        for parameter in module.parameters(recurse=False) if module is not None and not isinstance(module, CompressedLinear) else []:
+            if names[id(parameter)] not in out.trainables:
+                _plain(out, names[id(parameter)], parameter, "embeddings")
+    return out
+
+
+def _plain(out: Attached, name: str, parameter: nn.Parameter, kind: str) -> None:
+    out.plain[name] = parameter.dtype
+    out.trainables[name] = master(parameter, kind)
+
+
+def joined(*parts: Attached) -> Attached:
+    """Several attachments as one; the first that sets a callback wins."""
+    trainables: dict[str, Trainable] = {}
+    plain: dict[str, torch.dtype] = {}
+    for part in parts:
+        plain |= {name: dtype for name, dtype in part.plain.items() if name not in plain}
+        trainables = part.trainables | trainables
+    first = {
+        key: next((v for p in parts if (v := getattr(p, key)) is not None), None)
+        for key in ("before_step", "buffers", "penalty", "run", "starts_without", "remove", "stored_form")
+    }
+    return Attached(trainables, plain, frozenset().union(*(p.adapter for p in parts)), **first)

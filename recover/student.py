@@ -1,0 +1,124 @@
+"""A language model cut in two, body and head, so that losses can take logits in chunks; and the teacher beside it.
+
+Knows causal language models of transformers by their structure (`base_model`, `get_output_embeddings`); not files.
+Legend: B batch, T tokens, D model, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Batch:
+    """ids int64 [B, T]; loss_mask bool [B, T], True where a token counts as a target (position 0 never does), None for all."""
+
+    ids: Tensor
+    loss_mask: Tensor | None = None
+
+    def targets(self) -> tuple[Tensor, Tensor]:
+        """(positions bool [B, T−1] whose prediction counts, their target ids [N])."""
+        mask = torch.ones_like(self.ids, dtype=torch.bool) if self.loss_mask is None else self.loss_mask.bool()
+        return mask[:, 1:], self.ids[:, 1:][mask[:, 1:]]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(self.ids.to(device), None if self.loss_mask is None else self.loss_mask.to(device))
+
+
+@dataclass(frozen=True)
+class Student:
+    """hidden(ids [B, T]) → last hidden states [B, T, D] after the final norm; logits(hidden [..., D]) → [..., V];
+    head_parameters are those that `logits` reads."""
+
+    hidden: Callable[[Tensor], Tensor]
+    logits: Callable[[Tensor], Tensor]
+    head_parameters: tuple[nn.Parameter, ...] = ()
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The same two halves, of the baseline; `hidden` may answer from a cache."""
+
+    hidden: Callable[[Tensor], Tensor]
+    logits: Callable[[Tensor], Tensor]
+
+
+def student_of(model: nn.Module, probe: bool = True) -> Student:
+    """Body and head of a transformers causal language model. ValueError when body + head do not give the model's own logits
+    (checked on a few tokens): pass a Student of your own then."""
+    full: Any = model
+    body, head = full.base_model, full.get_output_embeddings()
+    if head is None or body is model:
+        raise ValueError(f"{type(model).__name__} has no separate body and head; pass a Student")
+    config = full.config
+
+    def hidden(ids_BT: Tensor) -> Tensor:
+        return body(input_ids=ids_BT, use_cache=False)[0]
+
+    logits = head_of(head, config)
+    student = Student(hidden, logits, tuple(head.parameters()))
+    if probe:
+        _probe(full, student)
+    return student
+
+
+def head_of(head: nn.Module, config: Any) -> Callable[[Tensor], Tensor]:
+    """The output embedding and what some families do to its logits: Gemma's soft cap, Cohere's and Granite's scales."""
+    cap, factor = getattr(config, "final_logit_softcapping", None), getattr(config, "logit_scale", None)
+    divisor = getattr(config, "logits_scaling", None)
+
+    def logits(hidden: Tensor) -> Tensor:
+        out = head(hidden)
+        if factor is not None:
+            out = out * factor
+        if divisor is not None:
+            out = out / divisor
+        return out if cap is None else torch.tanh(out / cap) * cap
+
+    return logits
+
+
+@torch.no_grad()
+def _probe(model: Any, student: Student) -> None:
+    embeddings = model.get_input_embeddings()
+    ids = torch.arange(1, 5, device=embeddings.weight.device).unsqueeze(0) % embeddings.weight.shape[0]
+    training = model.training
+    model.eval()
+    ours, theirs = student.logits(student.hidden(ids)).float(), model(input_ids=ids, use_cache=False).logits.float()
+    model.train(training)
+    error = float((ours - theirs).abs().max())
+    if not error <= 1e-2 * max(1.0, float(theirs.abs().max())):
+        raise ValueError(f"body and head of {type(model).__name__} differ from its own logits by {error:.3g}; pass a Student")
+
+
+@dataclass
+class HiddenCache:
+    """Teacher states by the ids that made them, in float16 (1,152 bytes a token at width 576), up to `budget_bytes`.
+    What a batch gets is rounded whether it came from the cache or not, so a resumed run sees the same numbers."""
+
+    compute: Callable[[Tensor], Tensor]
+    budget_bytes: float
+    used_bytes: int = 0
+    kept: dict[bytes, Tensor] = field(default_factory=dict)
+
+    def __call__(self, ids_BT: Tensor) -> Tensor:
+        keys = [row.cpu().numpy().tobytes() for row in ids_BT]
+        if any(key not in self.kept for key in keys):
+            with torch.no_grad():
+                states = self.compute(ids_BT).to(torch.float16)
+            for key, row in zip(keys, states, strict=True):
+                size = row.numel() * 2
+                if key not in self.kept and self.used_bytes + size <= self.budget_bytes:
+                    self.kept[key], self.used_bytes = row.cpu().clone(), self.used_bytes + size
+            return states.float()
+        return torch.stack([self.kept[key] for key in keys]).to(ids_BT.device).float()
+
+
+def teacher_of(model: nn.Module, cache_bytes: float = 1 << 28) -> Teacher:
+    """A frozen model as teacher, its last hidden states cached."""
+    student = student_of(model)
+    model.requires_grad_(False).eval()
+    return Teacher(HiddenCache(student.hidden, cache_bytes), student.logits)

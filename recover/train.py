@@ -1,0 +1,383 @@
+"""The training loop: AdamW, warm-up and cosine, clipping, held-out evaluation, and the promise never to end worse than it began.
+
+Bit-identical when resumed at any step on one machine: batches come from their number, noise from (seed, step), and the state is
+values + moments + best + history. Knows a Student, trainables and batches; not files, data sets or the CLI.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .losses import LossName, Objective, negative_log_likelihood, token_loss
+from .selection import decoder_blocks
+from .state import AdamW, TrainState
+from .student import Batch, Student, Teacher, student_of
+from .trainable import RATES, Attached, Trainable
+
+ROLLBACK_FACTOR = 0.3
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Shared by all methods. learning_rate None = the method's default; eval_every None = five times in the run; warmup is in
+    steps (at most a quarter of the run). targets and layers: see `selection.where`. cache_dense keeps rebuilt
+    weights in memory (auto: when they fit)."""
+
+    steps: int = 200
+    learning_rate: float | None = None
+    batch_size: int = 4
+    seq_len: int = 256
+    accumulation: int = 1
+    warmup: int = 10
+    loss: LossName = "distill"
+    temperature: float = 1.0
+    clip: float = 1.0
+    eval_every: int | None = None
+    gradient_checkpointing: bool = False
+    targets: str | tuple[str, ...] = "all"
+    layers: str | tuple[int, ...] = "all"
+    cache_dense: Literal["auto", "always", "never"] = "auto"
+
+
+@dataclass(frozen=True)
+class Progress:
+    step: int
+    steps: int
+    loss: float
+    held_out_perplexity: float
+    tokens_per_second: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Losses are mean negative log-likelihoods on the held-out batches. The model holds the best values (best_step 0: the start)
+    when finished, the last ones when stopped."""
+
+    finished: bool
+    step: int
+    start_loss: float
+    best_loss: float
+    best_step: int
+    history: list[dict[str, float]]
+    rollbacks: list[str]
+    tokens: int
+
+    @property
+    def improved(self) -> bool:
+        return self.best_step > 0
+
+
+class TrainingDiverged(RuntimeError):
+    """Training became non-finite twice; the trainables hold their best values."""
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Share of the full rate at a step: linear warm-up, then cosine to 0."""
+    warmup = min(config.warmup, config.steps // 4)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
+
+
+def rates(trainables: Mapping[str, Trainable], config: TrainConfig, main: str | None = None) -> dict[str, float]:
+    """Full learning rate by name. `config.learning_rate` is that of the method's main kind; the others keep their ratio to it."""
+    factor = 1.0 if config.learning_rate is None or main is None else config.learning_rate / RATES[main]
+    return {name: t.rate * factor for name, t in trainables.items()}
+
+
+@contextmanager
+def as_stored(attached: Attached) -> Iterator[None]:
+    """Within, every trainable holds the value that would read back from disk."""
+    trainables, switch = attached.trainables, attached.stored_form or (lambda on: None)
+    kept = {name: t.parameter.data for name, t in trainables.items()}
+    try:
+        switch(True)
+        with torch.no_grad():
+            for t in trainables.values():
+                t.parameter.data = t.stored(t.parameter.data)
+        yield
+    finally:
+        switch(False)
+        for name, t in trainables.items():
+            t.parameter.data = kept[name]
+
+
+@contextmanager
+def checkpointed(model: nn.Module, active: bool) -> Iterator[None]:
+    """Recompute each decoder block in backward. Done here, since transformers' own switch only works in training mode, dropout included."""
+    blocks = list(decoder_blocks(model)[1]) if active else []
+    own = [vars(block).get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
+@torch.no_grad()
+def held_out_loss(student: Student, held_out: Sequence[Batch]) -> float:
+    total, count = 0.0, 0
+    for batch in held_out:
+        positions, targets = batch.targets()
+        total += negative_log_likelihood(student.hidden(batch.ids)[:, :-1][positions], student.logits, targets)
+        count += len(targets)
+    return total / max(1, count)
+
+
+@dataclass
+class Run:
+    """What changes while training."""
+
+    student: Student
+    attached: Attached
+    optimizer: AdamW
+    rates: dict[str, float]
+    config: TrainConfig
+    step: int = 0
+    start_loss: float = math.nan
+    held_out: float = math.nan
+    best_loss: float = math.inf
+    best_step: int = 0
+    factor: float = 1.0
+    good_step: int = 0
+    tokens: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    rollbacks: list[str] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    good: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def trainables(self) -> dict[str, Trainable]:
+        return self.attached.trainables
+
+    def snapshot(self) -> dict[str, Tensor]:
+        return {name: t.parameter.detach().clone() for name, t in self.trainables.items()} | {
+            f"buffer:{name}": b.clone() for name, b in self._buffers().items()
+        }
+
+    def restore(self, values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, t in self.trainables.items():
+                t.parameter.copy_(values[name])
+                t.parameter.grad = None
+            for name, b in self._buffers().items():
+                b.copy_(values[f"buffer:{name}"])
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {} if self.attached.buffers is None else self.attached.buffers()
+
+    def state(self) -> TrainState:
+        tensors = {f"value.{k}": v for k, v in self.snapshot().items()}
+        for label, group in (("first", self.optimizer.first), ("second", self.optimizer.second), ("best", self.best), ("good", self.good)):
+            tensors |= {f"{label}.{k}": v.clone() for k, v in group.items()}
+        plain = ("step", "start_loss", "held_out", "best_loss", "best_step", "factor", "good_step", "tokens", "history", "rollbacks")
+        meta = {name: getattr(self, name) for name in plain}
+        return TrainState(
+            tensors, meta | {"optimizer_steps": self.optimizer.steps, "history": list(self.history), "rollbacks": list(self.rollbacks)}
+        )
+
+    def load(self, state: TrainState) -> None:
+        """ValueError when the state is of other trainables."""
+        names = {k.removeprefix("value.") for k in state.tensors if k.startswith("value.")}
+        if names != set(self.snapshot()):
+            odd = sorted(names ^ set(self.snapshot()))[:3]
+            raise ValueError(f"the saved training state is of other parameters ({', '.join(odd)}, …); start this stage anew with --force")
+        groups: dict[str, dict[str, Tensor]] = {"value": {}, "first": {}, "second": {}, "best": {}, "good": {}}
+        for key, tensor in state.tensors.items():
+            label, _, name = key.partition(".")
+            groups[label][name] = tensor.clone()
+        self.restore(groups["value"])
+        device = {name: t.parameter.device for name, t in self.trainables.items()}
+        self.optimizer.first = {k: v.to(device[k]) for k, v in groups["first"].items()}
+        self.optimizer.second = {k: v.to(device[k]) for k, v in groups["second"].items()}
+        self.best, self.good = groups["best"], groups["good"]
+        meta = dict(state.meta)
+        self.optimizer.steps = meta.pop("optimizer_steps")
+        for name, value in meta.items():
+            setattr(self, name, list(value) if isinstance(value, list) else value)
+
+
+def train(
+    model: nn.Module,
+    attached: Attached,
+    batches: Callable[[int], Batch],
+    held_out: Sequence[Batch],
+    teacher: Teacher | None,
+    config: TrainConfig,
+    *,
+    main: str | None = None,
+    student: Student | None = None,
+    resume: TrainState | None = None,
+    save: Callable[[TrainState], None] | None = None,
+    save_every: int = 20,
+    progress: Callable[[Progress], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+) -> TrainResult:
+    """Train `attached.trainables` for config.steps updates.
+
+    batches(i) gives the i-th micro-batch (update s uses s·accumulation …); `main` is the kind that config.learning_rate means.
+    Ends with the best held-out values in the model, the start among the candidates. Raises TrainingDiverged when the loss,
+    the gradient or a trained scale becomes unusable twice; ValueError when nothing is to be trained.
+    """
+    if not attached.trainables:
+        raise ValueError("no trainable parameter is left by targets and layers")
+    model.eval()
+    run = Run(
+        student or attached.run or student_of(model), attached, AdamW(attached.trainables), rates(attached.trainables, config, main), config
+    )
+    device = next(iter(attached.trainables.values())).parameter.device
+    autocast = torch.autocast(device.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32)
+    with checkpointed(model, config.gradient_checkpointing), autocast:
+        if resume is None:
+            _begin(run, held_out)
+        else:
+            run.load(resume)
+        finished = _loop(run, batches, held_out, teacher, save, save_every, progress, stop or (lambda: False), device)
+    if finished:
+        run.restore(run.best)
+        if attached.starts_without is not None:
+            attached.starts_without(run.best_step == 0)
+    return TrainResult(finished, run.step, run.start_loss, run.best_loss, run.best_step, run.history, run.rollbacks, run.tokens)
+
+
+def _begin(run: Run, held_out: Sequence[Batch]) -> None:
+    """The start counts as a candidate: the model as it is stored, before any step (virtual tokens: without them)."""
+    without = run.attached.starts_without
+    if without is not None:
+        without(True)
+    run.start_loss = run.best_loss = run.held_out = held_out_loss(run.student, held_out)
+    if without is not None:
+        without(False)
+    run.best = run.good = run.snapshot()
+    run.history.append({"step": 0, "held_out_loss": run.start_loss})
+
+
+def _loop(
+    run: Run,
+    batches: Callable[[int], Batch],
+    held_out: Sequence[Batch],
+    teacher: Teacher | None,
+    save: Callable[[TrainState], None] | None,
+    save_every: int,
+    progress: Callable[[Progress], None] | None,
+    stop: Callable[[], bool],
+    device: torch.device,
+) -> bool:
+    config, began, first_step, first_tokens = run.config, time.perf_counter(), run.step, run.tokens
+    every = config.eval_every or max(1, config.steps // 5)
+    while run.step < config.steps:
+        if stop():
+            if save is not None:
+                save(run.state())
+            return False
+        loss, problem = _update(run, batches, teacher, device)
+        if problem is None and (run.step % every == 0 or run.step == config.steps):
+            problem = _evaluate(run, held_out)
+        if problem is not None:
+            _roll_back(run, problem)
+            first_step, began, first_tokens = run.step, time.perf_counter(), run.tokens
+        elif save is not None and run.step % save_every == 0 and run.step < config.steps:
+            save(run.state())
+        if progress is not None and problem is None:
+            seconds = time.perf_counter() - began
+            left = seconds / (run.step - first_step) * (config.steps - run.step)
+            progress(Progress(run.step, config.steps, loss, math.exp(min(run.held_out, 700)), (run.tokens - first_tokens) / seconds, left))
+    return True
+
+
+def _update(run: Run, batches: Callable[[int], Batch], teacher: Teacher | None, device: torch.device) -> tuple[float, str | None]:
+    """One optimizer step; (loss, what went wrong or None)."""
+    config, attached, step = run.config, run.attached, run.step
+    if attached.before_step is not None:
+        attached.before_step(step)
+    parameters = [t.parameter for t in run.trainables.values()]
+    for parameter in parameters:
+        parameter.grad = None
+    total = 0.0
+    for k in range(config.accumulation):
+        batch = batches(step * config.accumulation + k).to(device)
+        loss = batch_loss(run.student, batch, teacher, Objective(config.loss, config.temperature)) / config.accumulation
+        if attached.penalty is not None:
+            loss = loss + attached.penalty() / config.accumulation
+        torch.autograd.backward(loss)
+        total += float(loss.detach())
+        run.tokens += batch.ids.numel()
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip if config.clip > 0 else math.inf))
+    run.step += 1
+    if not math.isfinite(total) or not math.isfinite(norm):
+        return total, f"step {step + 1}: the {'loss' if not math.isfinite(total) else 'gradient'} is not finite"
+    share = learning_rate(step, config) * run.factor
+    run.optimizer.step({name: rate * share for name, rate in run.rates.items()}, step / config.steps)
+    run.history.append({"step": run.step, "loss": total})
+    return total, _unusable(run.trainables)
+
+
+def batch_loss(student: Student, batch: Batch, teacher: Teacher | None, objective: Objective) -> Tensor:
+    """Differentiable mean loss over a batch's counted tokens. ValueError when none counts."""
+    positions, targets = batch.targets()
+    if not len(targets):
+        raise ValueError("a batch without a single token that counts in the loss; check the loss mask and seq_len")
+    hidden = student.hidden(batch.ids)[:, :-1][positions]
+    guide = None
+    if teacher is not None and objective.weights[0]:
+        with torch.no_grad():
+            guide = (teacher.hidden(batch.ids)[:, :-1][positions], teacher.logits)
+    return token_loss(hidden, student.logits, targets, guide, objective, [p for p in student.head_parameters if p.requires_grad])
+
+
+def _unusable(trainables: Mapping[str, Trainable]) -> str | None:
+    for name, t in trainables.items():
+        wrong = t.check(t.parameter.detach()) if t.check is not None else None
+        if wrong:
+            return f"{name}: {wrong}"
+    return None
+
+
+def _evaluate(run: Run, held_out: Sequence[Batch]) -> str | None:
+    with as_stored(run.attached):
+        loss = held_out_loss(run.student, held_out)
+    if not math.isfinite(loss):
+        return f"step {run.step}: the held-out loss is not finite"
+    run.held_out = loss
+    run.history.append({"step": run.step, "held_out_loss": loss})
+    run.good, run.good_step = run.snapshot(), run.step
+    if loss < run.best_loss:
+        run.best, run.best_loss, run.best_step = run.good, loss, run.step
+    return None
+
+
+def _roll_back(run: Run, problem: str) -> None:
+    """Once: back to the last evaluated values with a smaller rate and fresh moments. The second time: stop, best values in place."""
+    if run.rollbacks:
+        run.restore(run.best)
+        raise TrainingDiverged(f"{problem}, after rolling back once ({run.rollbacks[0]}); try a learning rate below the method's default")
+    run.rollbacks.append(problem)
+    run.restore(run.good)
+    run.optimizer.reset()
+    run.step, run.factor = run.good_step, run.factor * ROLLBACK_FACTOR
+
+
+def summary(result: TrainResult) -> dict[str, Any]:
+    """What a report shows."""
+    return {
+        "held_out_perplexity_start": math.exp(result.start_loss),
+        "held_out_perplexity_best": math.exp(result.best_loss),
+        "best_step": result.best_step,
+        "improved": result.improved,
+        "rollbacks": result.rollbacks,
+        "tokens": result.tokens,
+    }

@@ -1,0 +1,90 @@
+"""What a method hands to the training loop: parameters with their rates and their stored precision.
+
+Knows parameters; not models, losses or files.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+# Default learning rates by kind of parameter; `scales`, zeros and codes are in relative or grid units.
+RATES: dict[str, float] = {
+    "scales": 4e-3,
+    "zeros": 4e-3,
+    "norms": 4e-3,
+    "biases": 2e-3,
+    "factors": 1e-3,
+    "magnitudes": 2e-3,
+    "adapters": 1e-3,
+    "dense": 3e-5,
+    "sparse": 1e-4,
+    "gates": 1e-1,
+    "codes": 2e-2,
+    "spectrum": 5e-3,
+    "tokens": 1e-2,
+    "embeddings": 3e-5,
+    "ternary": 1.0,
+}
+
+
+def _same(value: Tensor) -> Tensor:
+    return value
+
+
+@dataclass
+class Trainable:
+    """One parameter being trained. `stored(value)` is the value as it will read back from disk (float32): held-out loss is
+    measured on it. `rule` is how it is updated; `check` names what is wrong with a value, or None."""
+
+    parameter: nn.Parameter
+    kind: str
+    stored: Callable[[Tensor], Tensor] = _same
+    rule: Literal["adamw", "ternary"] = "adamw"
+    check: Callable[[Tensor], str | None] | None = None
+
+    @property
+    def rate(self) -> float:
+        return RATES[self.kind]
+
+
+def through(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The rounding of a value that is stored in `dtype`."""
+    return _same if dtype == torch.float32 else lambda value: value.to(dtype).float()
+
+
+def master(parameter: nn.Parameter, kind: str) -> Trainable:
+    """Make a plain model parameter trainable: float32 while it trains, its own dtype when stored."""
+    dtype = parameter.dtype
+    parameter.data = parameter.data.float()
+    parameter.requires_grad_(True)
+    return Trainable(parameter, kind, through(dtype))
+
+
+@dataclass
+class Attached:
+    """A method attached to a model.
+
+    trainables: name → Trainable, names are stable and unique. plain: model parameter name → storage dtype of what is no part
+    of a compressed linear (norms, embeddings, head). adapter: names of trainables that live beside the records and have to
+    be stored as such. `before_step(step)` may change gates, noise or index sets; `buffers()` are tensors that a
+    resumed run needs besides the parameters; `penalty()` is added to the loss. `run` replaces how the model is run (virtual tokens),
+    `starts_without(True)` switches them off; `remove()` takes hooks off the model
+    again; `stored_form(True)` makes it run as it will be stored where that is more than rounding each value.
+    """
+
+    trainables: dict[str, Trainable]
+    plain: dict[str, torch.dtype] = field(default_factory=dict)
+    adapter: frozenset[str] = frozenset()
+    before_step: Callable[[int], None] | None = None
+    buffers: Callable[[], dict[str, Tensor]] | None = None
+    penalty: Callable[[], Tensor] | None = None
+    run: Any = None
+    starts_without: Callable[[bool], None] | None = None
+    remove: Callable[[], None] | None = None
+    stored_form: Callable[[bool], None] | None = None
+
+    def count(self) -> int:
+        return sum(t.parameter.numel() for t in self.trainables.values())

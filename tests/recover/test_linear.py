@@ -1,0 +1,77 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from bitmend.compress.weights import DenseWeight, StoredWeight, to_tensors
+from bitmend.recover.linear import CompressedLinear, cache_dense, compressed_linears, install
+from torch import nn
+from torch.testing import assert_close
+
+from .conftest import KINDS, MODELS, batch, compress, records
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_and_input_gradient_are_those_of_the_effective_weight(kind):
+    torch.manual_seed(1)
+    stored, bias = compress(torch.randn(24, 32), kind), torch.randn(24)
+    if stored.activations is not None:
+        stored = replace(stored, activations=None)
+    linear = CompressedLinear(stored, bias)
+    x = torch.randn(2, 5, 32, requires_grad=True)
+    y = linear(x)
+    truth = nn.functional.linear(x, stored.dense(), bias)
+    assert_close(y, truth, atol=2e-5, rtol=1e-5)
+    g = torch.randn_like(y)
+    assert_close(torch.autograd.grad(y, x, g)[0], torch.autograd.grad(truth, x, g)[0], atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["3-bit", "nf4", "2:4+4-bit+lq", "everything"])
+def test_cached_is_bit_identical_and_to_stored_is_the_identity(kind):
+    stored = compress(torch.randn(24, 32), kind)
+    linear = CompressedLinear(stored)
+    x = torch.randn(7, 32)
+    before = linear(x)
+    assert cache_dense({"a": linear}, 1e9) and linear.base() is linear.base()
+    assert torch.equal(before, linear(x))
+    back, bias = linear.to_stored()
+    assert bias is None
+    for name, tensor in to_tensors(stored).items():
+        assert torch.equal(tensor, to_tensors(back)[name]), name
+
+
+def test_cache_refuses_beyond_the_budget():
+    linear = CompressedLinear(compress(torch.randn(24, 32), "3-bit"))
+    assert not cache_dense({"a": linear}, 24 * 32 * 4 - 1)
+    assert linear.base() is not linear.base()
+
+
+def test_nothing_dense_is_kept_for_backward():
+    """Packed weights + one dense layer: what autograd saves is x only when a parameter wants it."""
+    linear = CompressedLinear(compress(torch.randn(64, 64), "3-bit"))
+    saved = []
+    x = torch.randn(3, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        linear(x).sum().backward()
+    assert max(saved, default=0) <= 3 * 64
+
+
+@pytest.mark.parametrize("family", list(MODELS))
+def test_installed_in_a_model_it_gives_the_same_logits(family):
+    model, twin = MODELS[family](), MODELS[family]()
+    stored = records(model, "2:4+4-bit+lq")
+    dense = {name: StoredWeight(DenseWeight(record.dense())) for name, record in stored.items()}
+    install(model, stored)
+    install(twin, dense)
+    ids = batch(0).ids
+    assert_close(model(ids).logits, twin(ids).logits, atol=1e-4, rtol=1e-4)
+    assert len(compressed_linears(model)) == len(stored)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_bfloat16_computes_in_bfloat16():
+    linear = CompressedLinear(compress(torch.randn(24, 32), "lq"), torch.zeros(24), torch.bfloat16)
+    x = torch.randn(4, 32, requires_grad=True)
+    y = linear(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.float32

@@ -1,0 +1,187 @@
+import json
+import math
+
+import pytest
+import torch
+from bitmend.recover.linear import compressed_linears
+from bitmend.recover.methods import RECOVER, attach, split
+from bitmend.recover.student import Batch, student_of, teacher_of
+from bitmend.recover.train import TrainConfig, TrainingDiverged, held_out_loss, learning_rate, train
+
+from .conftest import batch, compressed, gpt2, held_out, llama
+
+
+def start(name="scales", kind="3-bit", seed=0, **settings):
+    model = compressed(kind, seed=seed)
+    config = {"steps": 8, "loss": "cross_entropy", "eval_every": 2, "warmup": 2} | settings
+    attached = attach(name, model, config)
+    return model, attached, split(name, config)[0]
+
+
+def values(attached):
+    return {name: t.parameter.detach().clone() for name, t in attached.trainables.items()}
+
+
+def test_distillation_brings_the_student_to_the_teacher():
+    dense = llama()
+    model, attached, config = start("scales", "3-bit", steps=30, loss="distill", eval_every=10, learning_rate=2e-2)
+    teacher = teacher_of(dense)
+    ids = batch(900).ids
+
+    def divergence():
+        with torch.no_grad():
+            p, q = dense(ids).logits.log_softmax(-1), model(ids).logits.log_softmax(-1)
+            return float((p.exp() * (p - q)).sum(-1).mean())
+
+    before = divergence()
+    seen = []
+    result = train(model, attached, lambda i: batch(i % 2), [batch(800)], teacher, config, main="scales", progress=seen.append)
+    losses = [h["loss"] for h in result.history if "loss" in h]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert result.best_step == 0 or divergence() < before
+    assert [p.step for p in seen] == list(range(1, 31)) and seen[-1].seconds_left == 0 and seen[-1].tokens_per_second > 0
+
+
+@pytest.mark.parametrize(("name", "kind"), [("scales", "3-bit"), ("lora", "lq"), ("full", "pruned"), ("perp", "2:4")])
+def test_resume_is_bit_identical_at_any_step(name, kind):
+    model, attached, config = start(name, kind, accumulation=2)
+    states = {}
+    whole = train(model, attached, batch, held_out(), None, config, save=lambda s: states.setdefault(s.meta["step"], s), save_every=1)
+    final = values(attached)
+    for step in (1, 4, 7):
+        state = states[step]
+        json.dumps(state.meta)
+        again, attached_again, _ = start(name, kind, accumulation=2)
+        result = train(again, attached_again, batch, held_out(), None, config, resume=state)
+        assert result.best_loss == whole.best_loss and result.history == whole.history
+        for key, value in values(attached_again).items():
+            assert torch.equal(value, final[key]), (step, key)
+
+
+def test_stop_saves_and_a_resumed_run_ends_the_same():
+    model, attached, config = start()
+    saved = []
+    calls = iter(range(100))
+    stopped = train(model, attached, batch, held_out(), None, config, save=saved.append, stop=lambda: next(calls) == 5)
+    assert not stopped.finished and stopped.step == 5
+    result = train(model, attached, batch, held_out(), None, config, resume=saved[-1])
+    model2, attached2, _ = start()
+    whole = train(model2, attached2, batch, held_out(), None, config)
+    assert result.history == whole.history
+    assert all(torch.equal(v, values(attached2)[k]) for k, v in values(attached).items())
+
+
+def test_a_state_of_other_parameters_is_refused():
+    model, attached, config = start()
+    saved = []
+    train(model, attached, batch, held_out(), None, config, save=saved.append, save_every=4)
+    other, attached_other, _ = start("bitfit")
+    with pytest.raises(ValueError, match="other parameters"):
+        train(other, attached_other, batch, held_out(), None, config, resume=saved[0])
+
+
+def test_never_worse_than_it_began():
+    """Training text that teaches the opposite of the held-out text: the start comes back, exactly."""
+    model, attached, config = start("lora", "lq", learning_rate=0.3)
+    began, loss = values(attached), held_out_loss(student_of(model), held_out())
+    wrong = Batch(torch.full((2, 24), 5))
+    result = train(model, attached, lambda i: wrong, held_out(), None, config, main="factors")
+    assert result.best_step == 0 and not result.improved
+    assert all(torch.equal(v, values(attached)[k]) for k, v in began.items())
+    assert held_out_loss(student_of(model), held_out()) == loss == result.best_loss
+
+
+def poisoned(bad_calls):
+    """A student whose hidden states become NaN at the given training calls."""
+    calls = iter(range(10_000))
+
+    def make(student):
+        def hidden(ids):
+            states = student.hidden(ids)
+            if torch.is_grad_enabled() and next(calls) in bad_calls:
+                states = states * math.nan
+            return states
+
+        return type(student)(hidden, student.logits, student.head_parameters)
+
+    return make
+
+
+def test_nan_rolls_back_once_and_goes_on_with_a_smaller_rate():
+    model, attached, config = start()
+    result = train(model, attached, batch, held_out(), None, config, student=poisoned({4})(student_of(model)))
+    assert result.finished and len(result.rollbacks) == 1 and "step 5" in result.rollbacks[0]
+    assert result.best_loss <= result.start_loss
+
+
+def test_nan_twice_stops_with_the_best_values_in_place():
+    model, attached, config = start()
+    with pytest.raises(TrainingDiverged, match="rolling back once"):
+        train(model, attached, batch, held_out(), None, config, student=poisoned({2, 5})(student_of(model)))
+    assert all(bool(torch.isfinite(v).all()) for v in values(attached).values())
+    assert math.isfinite(held_out_loss(student_of(model), held_out()))
+
+
+def test_a_scale_that_leaves_the_positive_numbers_is_named():
+    model, attached, config = start("scales", learning_rate=20.0, warmup=0)
+    with pytest.raises(TrainingDiverged, match=r"scales: (a scale went to -|scales run)"):
+        train(model, attached, batch, held_out(), None, config, main="scales")
+
+
+def test_gradient_checkpointing_changes_nothing():
+    results = []
+    for checkpointing in (False, True):
+        model, attached, config = start("lora", "3-bit", gradient_checkpointing=checkpointing)
+        results.append((train(model, attached, batch, held_out(), None, config).history, values(attached)))
+        assert "forward" not in vars(model.model.layers[0])
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(v, results[1][1][k]) for k, v in results[0][1].items())
+
+
+def test_the_loss_mask_decides_what_counts():
+    model, attached, config = start(steps=1)
+    ids = batch(0).ids
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[:, 10:] = True
+    losses = []
+    for b in (Batch(ids, mask), Batch(ids[:, :], None)):
+        m, a, c = start(steps=1)
+        losses.append(train(m, a, lambda i, b=b: b, held_out(), None, c).history[1]["loss"])
+    with torch.no_grad():
+        logits = start()[0](ids).logits[:, 9:-1]
+    truth = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 10:].reshape(-1))
+    assert losses[0] == pytest.approx(float(truth), abs=1e-5) and losses[0] != losses[1]
+    with pytest.raises(ValueError, match="without a single token"):
+        train(model, attached, lambda i: Batch(ids, mask & False), held_out(), None, config)
+
+
+def test_schedule_warms_up_and_falls_to_zero():
+    config = TrainConfig(steps=100, warmup=10)
+    rates = [learning_rate(s, config) for s in range(100)]
+    assert rates[0] < rates[5] < rates[10] == 1.0 and rates[10] > rates[50] > rates[99] > 0
+    assert learning_rate(0, TrainConfig(steps=1)) == 1.0
+
+
+def test_teacher_of_another_vocabulary_is_refused():
+    model, attached, config = start(loss="distill")
+    teacher = teacher_of(gpt2())
+    narrow = type(teacher)(teacher.hidden, lambda h: teacher.logits(h)[..., :-1])
+    with pytest.raises(ValueError, match="vocabulary has 100 entries"):
+        train(model, attached, batch, held_out(), narrow, config)
+    with pytest.raises(ValueError, match="needs a teacher"):
+        train(model, attached, batch, held_out(), None, config)
+
+
+def test_cached_teacher_states_are_the_computed_ones():
+    teacher = teacher_of(llama())
+    ids = batch(3).ids
+    first, second = teacher.hidden(ids), teacher.hidden(ids)
+    assert torch.equal(first, second)
+    assert torch.equal(first[:1], teacher.hidden(ids[:1]))
+
+
+def test_every_method_has_a_rate_and_linears_are_found():
+    from bitmend.recover.trainable import RATES
+
+    assert all(row.main in RATES for row in RECOVER.values())
+    assert len(compressed_linears(compressed("dense"))) == 14
