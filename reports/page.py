@@ -32,7 +32,8 @@ LABELS = {
     "note": "Note",
     "try": "Try",
     "protocol": "Protocol",
-    "pareto": "Pareto",
+    "unbeaten": "Unbeaten",
+    "loses": "Loses",
 }
 
 
@@ -118,6 +119,7 @@ def _cell(column: Column, row: Any) -> Cell:
     exact = " ".join(repr(part) for part in parts if isinstance(part, int | float) and not isinstance(part, bool))
     classes = ["number"] if column.numeric else []
     classes += ["empty"] if value is None else []
+    classes += ["wide"] if column.key == "way" else []
     classes += ["long"] if isinstance(value, tuple) or not column.numeric else []
     return Cell(column.show(value), exact, column.title, " ".join(classes))
 

@@ -5,6 +5,7 @@ Knows rows (mappings) and the names of their fields; not runs, models or files.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import matplotlib
@@ -39,6 +40,7 @@ def lines_figure(
     log_y: bool = False,
     references: Mapping[str, float] | None = None,
     error: str | None = None,
+    width: float = 6.4,
 ) -> Figure:
     """One line per value of `series`, one panel per value of `panel`; `references` are dashed horizontals; `error` half-widths.
 
@@ -46,7 +48,7 @@ def lines_figure(
     """
     kept = [row for row in rows if _finite(row.get(x)) and _finite(row.get(y))]
     names = _distinct(kept, series)
-    figure, panels = _panels(kept, panel, title)
+    figure, panels = _panels(kept, panel, title, width)
     for axes, members in panels:
         for index, name in enumerate(names):
             line = sorted((row for row in members if series is None or row.get(series) == name), key=lambda row: row[x])
@@ -81,11 +83,12 @@ def pareto_figure(
     log_x: bool = False,
     log_y: bool = True,
     references: Mapping[str, float] | None = None,
+    width: float = 6.4,
 ) -> Figure:
     """Points of two costs with the line through those that no other beats in both (smaller is better)."""
     kept = [row for row in rows if _finite(row.get(x)) and _finite(row.get(y))]
     names = _distinct(kept, series)
-    figure, panels = _panels(kept, panel, title)
+    figure, panels = _panels(kept, panel, title, width)
     for axes, members in panels:
         points = [(float(row[x]), float(row[y])) for row in members]
         front = [points[index] for index in pareto_front(points)]
@@ -106,9 +109,16 @@ def pareto_figure(
             )
         _finish(axes, members, x, y, xlabel or x, ylabel or y, log_x, log_y, references)
         if label is not None:
-            place_labels(axes, [(*point, str(row.get(label, ""))) for point, row in zip(points, members, strict=True)])
+            corners = [point for (x0, y0), (x1, y1) in pairwise(front) for point in _steps(x0, y0, x1, y1)]
+            place_labels(axes, [(*point, str(row.get(label, ""))) for point, row in zip(points, members, strict=True)], avoid=corners)
     _legend(figure, [axes for axes, _ in panels], len(names) > 1)
     return figure
+
+
+def _steps(x0: float, y0: float, x1: float, y1: float) -> list[tuple[float, float]]:
+    """Points along the Pareto line from one member to the next: across, then down."""
+    shares = [step / 30 for step in range(31)]
+    return [(x0 + (x1 - x0) * share, y0) for share in shares] + [(x1, y0 + (y1 - y0) * share) for share in shares]
 
 
 def kernels_figure(
@@ -159,13 +169,15 @@ def _distinct(rows: Sequence[Mapping[str, Any]], key: str | None) -> list[Any]:
     return [None] if key is None else list(dict.fromkeys(row.get(key) for row in rows))
 
 
-def _panels(rows: Sequence[Mapping[str, Any]], panel: str | None, title: str) -> tuple[Figure, list[tuple[Axes, list[Mapping[str, Any]]]]]:
+def _panels(
+    rows: Sequence[Mapping[str, Any]], panel: str | None, title: str, width: float
+) -> tuple[Figure, list[tuple[Axes, list[Mapping[str, Any]]]]]:
     if not rows:
         raise ValueError("no row with finite numbers to draw; measure something first")
     names = _distinct(rows, panel)
     columns = 1 if len(names) == 1 else 2 if len(names) <= 4 else 3
     lines = math.ceil(len(names) / columns)
-    figure, axes = new_figure(lines, columns, height=3.4 if columns == 1 else 2.6, width=6.4 if columns == 1 else 3.6 * columns)
+    figure, axes = new_figure(lines, columns, height=3.4 if columns == 1 else 2.6, width=width if columns == 1 else 3.6 * columns)
     for spare in axes[len(names) :]:
         spare.set_visible(False)
     with matplotlib.rc_context(STYLE):

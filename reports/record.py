@@ -134,7 +134,7 @@ class RunRecord:
             "model": self.model,
             "protocol": self.protocol.to_json(),
             "stages": [stage.to_json() for stage in self.stages],
-            "environment": _finite(dict(self.environment), "environment", []),
+            "environment": finite(self.environment),
         }
 
     @classmethod
@@ -238,6 +238,11 @@ def numbers(value: Any, path: str = "") -> list[tuple[str, float]]:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return [(path, value)]
     return []
+
+
+def finite(value: Any) -> Any:
+    """The value in JSON's own types, with None for every number that is not finite."""
+    return _finite(value, "", [])
 
 
 def is_finite(value: float | None) -> bool:

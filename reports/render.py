@@ -38,13 +38,13 @@ def show(record: RunRecord, console: Console) -> None:
 
 def compare(records: Sequence[RunRecord], format: ComparisonFormat = "table") -> str:
     """Several runs as one text: a plain or Markdown table, JSON, or a page."""
-    from . import compare as comparison
+    from .compare import html, json_text, table
 
     known: dict[str, Callable[[Sequence[RunRecord]], str]] = {
-        "table": comparison.table,
-        "md": lambda runs: comparison.table(runs, markdown=True),
-        "html": comparison.html,
-        "json": comparison.json_text,
+        "table": table,
+        "md": lambda runs: table(runs, markdown=True),
+        "html": html,
+        "json": json_text,
     }
     if format not in known:
         raise ValueError(f"unknown comparison format {format!r}; choose one of {', '.join(known)}")

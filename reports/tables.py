@@ -15,6 +15,7 @@ from rich.text import Text
 
 from .columns import STAGE_COLUMNS, Column, layer_columns, used
 from .record import RunRecord, StageRecord
+from .units import number as number
 
 
 def rich_table(columns: Sequence[Column], rows: Sequence[Any], title: str | None = None, width: int | None = None) -> Table:
