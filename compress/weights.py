@@ -299,7 +299,7 @@ def from_tensors(description: Mapping[str, Any], tensors: Mapping[str, Tensor], 
         raise ValueError(f"unknown weight record {description.get('kind')!r}; known are {sorted(RECORDS)}")
     record = RECORDS[description["kind"]]
     known = {field.name for field in fields(record)}
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"zeros": None} if record is UniformWeight else {}  # `describe` leaves out what is None
     for name, value in description.items():
         if name == "kind":
             continue
