@@ -1,0 +1,322 @@
+"""GPTQ against a twin that knows neither Cholesky factors nor blocks: one column, one fresh inverse, at a time."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from bitmend.compress import normal_float as nf
+from bitmend.compress.feedback import inverse_factor
+from bitmend.compress.gptq import GptqConfig, GptqNormalFloatConfig, corrected_target, gptq, gptq_book, gptq_nf, gptq_uniform
+from bitmend.compress.grids import UniformGrid, fit, on_grid, round_to_grid
+from bitmend.compress.rounding import RtnConfig, round_uniform, rtn
+from bitmend.compress.statistics import InputStatistics, LayerStatistics
+from bitmend.compress.weights import DenseWeight, LowRank, NormalFloatWeight, StoredWeight, UniformWeight
+from torch import Tensor
+
+
+@dataclass
+class Layer:
+    weight_OI: Tensor
+    moment_II: Tensor
+    statistics: LayerStatistics
+
+    def error(self, other_OI: Tensor) -> float:
+        """E‖(W − other)x‖² / E‖Wx‖²."""
+        lost, moment_II = self.weight_OI - other_OI.to(self.weight_OI), self.moment_II
+        return (((lost @ moment_II) * lost).sum() / ((self.weight_OI @ moment_II) * self.weight_OI).sum()).item()
+
+
+def layer(rows: int = 24, columns: int = 96, tokens: int = 400, seed: int = 0, dtype: torch.dtype = torch.float64) -> Layer:
+    """Correlated inputs of uneven size; the dense model's inputs differ a little from the compressed one's."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.eye(columns) + torch.randn(columns, columns, generator=generator) * 0.1
+    x = (torch.randn(tokens, columns, generator=generator) @ mix) * torch.logspace(-1, 1, columns)[torch.randperm(columns, generator=generator)]
+    statistics = InputStatistics(columns, frozenset({"second_moment", "cross_moment"}))
+    statistics.update(x, x + 0.3 * torch.randn(tokens, columns, generator=generator) * x.std(0))
+    weight = torch.randn(rows, columns, generator=generator) * 0.05
+    return Layer(weight.to(dtype), statistics.second_moment_II.to(dtype), LayerStatistics(statistics))
+
+
+def column_by_column(weight_OI: Tensor, moment_II: Tensor, order: list[int], round_column, damp: float = 0.01) -> Tensor:
+    """After each column the free ones move to where, given all rounded ones, the output error is least."""
+    damped = moment_II + damp * moment_II.diagonal().mean() * torch.eye(len(moment_II), dtype=moment_II.dtype)
+    weight, out = weight_OI.clone(), torch.zeros_like(weight_OI)
+    for step, column in enumerate(order):
+        free = torch.tensor(order[step:])
+        inverse = torch.linalg.inv(damped[free][:, free])
+        out[:, column] = round_column(step, column, weight)
+        lost = weight[:, column] - out[:, column]
+        weight[:, free] -= lost.unsqueeze(1) * (inverse[0] / inverse[0, 0])
+    return out
+
+
+def twin(case: Layer, grid: UniformGrid, act_order: str, clip="none", mask: Tensor | None = None) -> Tensor:
+    weight, size = case.weight_OI, grid.size(case.weight_OI.shape[1])
+    columns = weight.shape[1]
+    order = list(range(columns)) if act_order == "none" else case.moment_II.diagonal().argsort(descending=True, stable=True).tolist()
+    keep = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
+    importance = case.moment_II.diagonal()
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def round_column(step: int, column: int, updated: Tensor) -> Tensor:
+        group = column // size if act_order == "static_groups" else step // size
+        if group not in found:
+            if act_order == "static_groups":
+                members, source = torch.arange(group * size, (group + 1) * size), weight
+            else:
+                members, source = torch.tensor(order[step : step + size]), updated
+            found[group] = fit(source[:, members].where(keep[:, members], 0), grid, clip, importance[members])
+        scale, zero = found[group]
+        value = on_grid(round_to_grid(updated[:, column : column + 1], scale, zero, grid), scale, zero).view(-1)
+        return value.where(keep[:, column], 0)
+
+    return column_by_column(weight, case.moment_II, order, round_column)
+
+
+CASES = [
+    (96, 32, "none"),
+    (96, 48, "static_groups"),
+    (200, 40, "none"),
+    (200, 8, "none"),
+    (200, 100, "full"),
+    (200, -1, "full"),
+    (200, -1, "static_groups"),
+    (256, 64, "none"),
+    (256, 128, "full"),
+    (288, 96, "none"),
+    (192, 192, "none"),
+]
+
+
+@pytest.mark.parametrize(("columns", "group_size", "act_order"), CASES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocked_equals_column_by_column(columns, group_size, act_order, masked):
+    case, grid = layer(rows=12, columns=columns), UniformGrid(3, group_size)
+    mask = torch.rand(case.weight_OI.shape, generator=torch.Generator().manual_seed(9)) < 0.6 if masked else None
+    factor = inverse_factor(case.moment_II, 0.01, act_order != "none")
+    record, loss = gptq_uniform(case.weight_OI, factor, grid, "none", act_order == "static_groups", mask_OI=mask)
+    expected = twin(case, grid, act_order, mask=mask)
+    assert torch.allclose(record.dense(torch.float64), expected, atol=1e-6)
+    damped = case.moment_II + 0.01 * case.moment_II.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+    lost = case.weight_OI - expected
+    assert loss == pytest.approx(((lost @ damped) * lost).sum().item(), rel=1e-5)
+    if mask is not None:
+        assert bool((record.dense()[~mask] == 0).all())
+
+
+@pytest.mark.parametrize("clip", ["power", "hessian"])
+@pytest.mark.parametrize("act_order", ["none", "static_groups", "full"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_clip_searches_see_the_groups_the_twin_sees(clip, act_order, symmetric):
+    case, grid = layer(rows=8, columns=160, seed=3), UniformGrid(4, 32, symmetric)
+    factor = inverse_factor(case.moment_II, 0.01, act_order != "none")
+    record, _ = gptq_uniform(case.weight_OI, factor, grid, clip, act_order == "static_groups", case.moment_II.diagonal())
+    assert torch.allclose(record.dense(torch.float64), twin(case, grid, act_order, clip), atol=1e-6)
+    assert record.symmetric == symmetric
+
+
+@pytest.mark.parametrize("block", [32, 100, 128, 1000])
+def test_the_block_size_changes_nothing(block):
+    case = layer(columns=200)
+    factor = inverse_factor(case.moment_II)
+    found = [gptq_uniform(case.weight_OI, factor, UniformGrid(3, 40), "none", False, block=b)[0] for b in (1, block)]
+    assert torch.equal(found[0].codes, found[1].codes)
+    assert torch.equal(found[0].scales, found[1].scales)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_on_a_code_book_blocked_equals_column_by_column(bits):
+    case = layer(rows=10, columns=192)
+    mask = torch.rand(case.weight_OI.shape, generator=torch.Generator().manual_seed(9)) < 0.6
+    absmax = nf.absmax_of(case.weight_OI, 64).double()
+    codes, _ = gptq_book(case.weight_OI, inverse_factor(case.moment_II, 0.01, True), absmax, bits, mask)
+    book = nf.code_book(bits).double()
+
+    def round_column(step: int, column: int, updated: Tensor) -> Tensor:
+        choices = book * absmax[:, column // 64].unsqueeze(1)
+        nearest = (choices - updated[:, column].unsqueeze(1)).abs().argmin(1, keepdim=True)
+        return choices.gather(1, nearest).view(-1).where(mask[:, column], 0)
+
+    order = case.moment_II.diagonal().argsort(descending=True, stable=True).tolist()
+    expected = column_by_column(case.weight_OI, case.moment_II, order, round_column)
+    assert torch.allclose(book[codes.long()] * absmax.repeat_interleave(64, dim=1), expected, atol=1e-9)
+
+
+def test_correction_hands_to_later_columns_what_they_can_reproduce():
+    """GPTAQ's definition: at each column, least squares of w·(x_dense − x) on the inputs that come later."""
+    case = layer(rows=5, columns=40)
+    order = case.moment_II.diagonal().argsort(descending=True, stable=True).tolist()
+    shift = (case.statistics.inputs.cross_moment_II - case.statistics.inputs.second_moment_II).double()
+    damped = case.moment_II + 0.01 * case.moment_II.diagonal().mean() * torch.eye(40, dtype=torch.float64)
+    expected = case.weight_OI.clone()
+    for step, column in enumerate(order[:-1]):
+        later = torch.tensor(order[step + 1 :])
+        expected[:, later] += 0.7 * case.weight_OI[:, column : column + 1] * torch.linalg.solve(damped[later][:, later], shift[column, later])
+    found = corrected_target(case.weight_OI, shift, inverse_factor(case.moment_II, 0.01, True), 0.7)
+    assert torch.allclose(found, expected, atol=1e-9)
+
+
+def test_correction_brings_the_output_nearer_to_the_dense_one():
+    case = layer(rows=64, tokens=4000, dtype=torch.float32)
+    inputs = case.statistics.inputs
+
+    def to_dense_output(record: StoredWeight) -> float:
+        """tr of E‖W·x_dense − Q·x‖², less what does not depend on Q."""
+        dense = record.dense()
+        return (((dense @ inputs.second_moment_II) * dense).sum() - 2 * ((case.weight_OI @ inputs.cross_moment_II) * dense).sum()).item()
+
+    start = StoredWeight(DenseWeight(case.weight_OI))
+    found = [to_dense_output(gptq(start, case.weight_OI, case.statistics, GptqConfig(8, 32, correction=c))[0]) for c in (0.0, 0.5, 1.0)]
+    assert found[0] > found[1] > found[2]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("act_order", ["static_groups", "none", "full"])
+def test_better_than_rounding_to_nearest(bits, act_order):
+    case = layer(rows=64, columns=192, dtype=torch.float32)
+    start = StoredWeight(DenseWeight(case.weight_OI))
+    nearest, _ = rtn(start, case.weight_OI, case.statistics, RtnConfig(bits))
+    fed_back, _ = gptq(start, case.weight_OI, case.statistics, GptqConfig(bits, act_order=act_order))
+    assert case.error(fed_back.dense()) < 0.9 * case.error(nearest.dense())
+
+
+def test_rows_do_not_know_each_other_so_stacking_matrices_of_one_input_changes_nothing():
+    case = layer(rows=40, columns=128)
+    factor = inverse_factor(case.moment_II, 0.01, True)
+    whole, _ = gptq_uniform(case.weight_OI, factor, UniformGrid(4, 32), "power", True)
+    parts = [gptq_uniform(part, factor, UniformGrid(4, 32), "power", True)[0] for part in case.weight_OI.split([16, 24])]
+    assert torch.equal(whole.codes, torch.cat([part.codes for part in parts]))
+
+
+def test_the_factor_is_computed_once_for_all_matrices_of_an_input():
+    case = layer(dtype=torch.float32)
+    start = StoredWeight(DenseWeight(case.weight_OI))
+    gptq(start, case.weight_OI, case.statistics, GptqConfig(group_size=32))
+    kept = dict(case.statistics.inputs.factors)
+    gptq(start, case.weight_OI, case.statistics, GptqConfig(bits=3, group_size=32))
+    assert [*map(id, case.statistics.inputs.factors.values())] == [*map(id, kept.values())]
+    case.statistics.inputs.update(torch.ones(1, 96), torch.ones(1, 96))
+    assert not case.statistics.inputs.factors
+
+
+def test_dead_inputs_are_rounded_to_nearest_and_disturb_nobody():
+    case = layer(dtype=torch.float32)
+    inputs = InputStatistics(96, frozenset({"second_moment"}))
+    x = torch.randn(300, 96, generator=torch.Generator().manual_seed(4))
+    x[:, [3, 50]] = 0
+    inputs.update(x)
+    case.weight_OI[:, 3] *= 0.1  # no group's range hangs on it
+    start, config = StoredWeight(DenseWeight(case.weight_OI)), GptqConfig(group_size=32, clip="none")
+    found, metrics = gptq(start, case.weight_OI, LayerStatistics(inputs), config)
+    assert metrics["dead_inputs"] == 2
+    assert metrics["dead_layer"] == 0
+    nearest = round_uniform(case.weight_OI, UniformGrid(4, 32))
+    assert torch.equal(found.dense()[:, [3, 50]], nearest.dense()[:, [3, 50]])
+    other = case.weight_OI.clone()
+    other[:, 3] *= -1
+    again, _ = gptq(start, other, LayerStatistics(inputs), config)
+    others = [i for i in range(96) if i != 3]
+    assert torch.equal(found.dense()[:, others], again.dense()[:, others])
+    assert not torch.equal(found.dense()[:, 3], again.dense()[:, 3])
+
+
+def test_a_dead_layer_is_rounded_to_nearest_and_says_so():
+    case, inputs = layer(dtype=torch.float32), InputStatistics(96, frozenset({"second_moment"}))
+    inputs.update(torch.zeros(50, 96))
+    start = StoredWeight(DenseWeight(case.weight_OI))
+    for clip in ("none", "hessian"):
+        found, metrics = gptq(start, case.weight_OI, LayerStatistics(inputs), GptqConfig(group_size=32, clip=clip))
+        assert metrics["dead_layer"] == 1
+        assert torch.isfinite(found.dense()).all()
+    nearest = round_uniform(case.weight_OI, UniformGrid(4, 32))
+    found, _ = gptq(start, case.weight_OI, LayerStatistics(inputs), GptqConfig(group_size=32, clip="none"))
+    assert torch.equal(found.dense(), nearest.dense())
+
+
+def test_a_singular_moment_is_damped_until_it_factors_and_the_damping_is_reported():
+    case, inputs = layer(dtype=torch.float32), InputStatistics(96, frozenset({"second_moment"}))
+    inputs.update(torch.randn(5, 96, generator=torch.Generator().manual_seed(4)) * 100)
+    start = StoredWeight(DenseWeight(case.weight_OI))
+    found, metrics = gptq(start, case.weight_OI, LayerStatistics(inputs), GptqConfig(group_size=32, damp=0.0))
+    assert metrics["damp"] > 0
+    assert torch.isfinite(found.dense()).all()
+    _, metrics = gptq(start, case.weight_OI, LayerStatistics(inputs), GptqConfig(group_size=32, damp=0.01))
+    assert metrics["damp"] == 0.01
+
+
+def test_a_moment_that_nothing_mends_is_refused():
+    with pytest.raises(ValueError, match="no Cholesky factor even with damp 10; it is not positive semi-definite"):
+        inverse_factor(torch.tensor([[1.0, 50.0], [50.0, 1.0]]))
+    with pytest.raises(ValueError, match="second moment holds NaN or Inf"):
+        inverse_factor(torch.tensor([[1.0, float("nan")], [float("nan"), 1.0]]))
+
+
+@pytest.mark.parametrize("count", [1, 96, 257, 700])
+def test_the_factor_is_the_cholesky_factor_of_the_inverse(count):
+    generator = torch.Generator().manual_seed(count)
+    x = torch.randn(2 * count, count, generator=generator, dtype=torch.float64) * torch.rand(count, generator=generator)
+    moment = x.T @ x
+    factor = inverse_factor(moment, 0.02, True)
+    damped = moment + 0.02 * moment.diagonal().mean() * torch.eye(count, dtype=torch.float64)
+    inverse = torch.linalg.inv(damped[factor.order_I][:, factor.order_I])
+    expected = torch.linalg.cholesky(inverse, upper=True)
+    assert torch.allclose(factor.unit_II * factor.diagonal_I.unsqueeze(1), expected, rtol=1e-8, atol=1e-10 * expected.abs().max().item())
+    assert torch.equal(factor.order_I[factor.place_I], torch.arange(count))
+
+
+def test_the_base_makes_up_for_what_lies_beside_it():
+    case = layer(rows=32, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    pair = LowRank(torch.randn(32, 4, generator=generator) * 0.1, torch.randn(4, 96, generator=generator) * 0.1)
+    smooth = torch.rand(96, generator=generator) + 0.5
+    weight = StoredWeight(DenseWeight(case.weight_OI), low_rank=pair, smooth=smooth)
+    found, _ = gptq(weight, case.weight_OI, case.statistics, GptqConfig(8, 32))
+    assert case.error(found.dense()) < 1e-4
+    assert found.low_rank is pair
+
+
+def test_the_full_order_stores_a_group_index_and_the_others_none():
+    case = layer(dtype=torch.float32)
+    start = StoredWeight(DenseWeight(case.weight_OI))
+    bases = {}
+    for act_order in ("static_groups", "none", "full"):
+        base = gptq(start, case.weight_OI, case.statistics, GptqConfig(group_size=32, act_order=act_order))[0].base
+        assert isinstance(base, UniformWeight)
+        bases[act_order] = base
+    assert bases["static_groups"].group_index is None
+    assert bases["none"].group_index is None
+    index = bases["full"].group_index
+    assert index is not None
+    assert index.bincount().tolist() == [32, 32, 32]
+
+
+@pytest.mark.parametrize("double_quantize", [False, True])
+def test_gptq_on_normal_float_beats_rounding_and_keeps_the_mask(double_quantize):
+    case = layer(rows=64, columns=192, dtype=torch.float32)
+    mask = torch.rand(64, 192, generator=torch.Generator().manual_seed(2)) < 0.5
+    start = StoredWeight(DenseWeight(case.weight_OI))
+    config = GptqNormalFloatConfig(3, double_quantize=double_quantize)
+    found, metrics = gptq_nf(start, case.weight_OI, case.statistics, config)
+    assert isinstance(found.base, NormalFloatWeight)
+    nearest = nf.round_to_book(case.weight_OI, nf.absmax_of(case.weight_OI, 64), 3)
+    values = nf.code_book(3)[nearest.long()] * nf.absmax_of(case.weight_OI, 64).repeat_interleave(64, dim=1)
+    assert case.error(found.dense()) < 0.8 * case.error(values)
+    assert metrics["squared_error"] > 0
+    masked, _ = gptq_nf(start.with_mask(mask), case.weight_OI, case.statistics, config)
+    assert bool((masked.base.dense()[~mask] == 0).all())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 5}, r"bits 5 is not supported; choose one of \(2, 3, 4, 8\)"),
+        ({"group_size": 0}, "group_size 0 must be positive, or -1"),
+        ({"clip": "hard"}, "clip 'hard' is unknown"),
+        ({"act_order": "yes"}, "act_order 'yes' is unknown"),
+        ({"damp": -1.0}, "damp -1.0 must not be negative"),
+        ({"correction": 1.5}, r"correction 1.5 must lie in \[0, 1\]"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GptqConfig(**settings)
