@@ -9,7 +9,6 @@ import shutil
 import statistics
 import sys
 import time
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -97,13 +96,15 @@ def arithmetic(size: int = 1024, repeats: int = 5) -> dict[str, Any]:
 
 
 def kernels() -> dict[str, Any]:
-    """Triton, and which backend each compressed linear would take here and why."""
+    """Triton, and which backends compressed linears have here, why one is missing, and what was measured to choose among them."""
+    import torch
+
     found: dict[str, Any] = {"triton": find_spec("triton") is not None, "interpreter": os.environ.get("TRITON_INTERPRET") == "1"}
-    if find_spec("..kernels.linear", __package__) is not None:
-        describe = getattr(import_module("..kernels.linear", __package__), "describe", None)
-        if describe is not None:
-            found["backends"] = describe()
-    return found
+    try:
+        from ..kernels.linear import describe
+    except ImportError as error:
+        return found | {"import_error": str(error)}
+    return found | describe("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def memory() -> dict[str, Any]:
@@ -151,6 +152,10 @@ def missing(sections: dict[str, Any]) -> list[dict[str, str]]:
     if sections["disk"]["here_free_bytes"] < DEMO_DISK_BYTES:
         free = sections["disk"]["here_free_bytes"] / 1e9
         found.append({"what": f"{free:.1f} GB free here, the demo takes up to 3", "mend": "pipeline run … -o DIR on another disk"})
+    if (broken := sections.get("kernels", {}).get("import_error")) is not None:
+        found.append(
+            {"what": f"the kernels cannot be imported: {broken}", "mend": f"{Path(sys.executable).name} -m pip install --upgrade triton"}
+        )
     if not os.access(_existing(Path(sections["cache"]["directory"])), os.W_OK):
         what = f"the cache directory {sections['cache']['directory']} cannot be written"
         found.append({"what": what, "mend": "export BITMEND_CACHE=DIR"})

@@ -19,9 +19,9 @@ from .settings import refuse_unknown, unknown
 
 @dataclass(frozen=True)
 class FuseConfig:
-    """`backend`: auto takes the fastest that this device has; the others insist."""
+    """`backend` as in kernels.linear: auto takes the fastest that this device has; the others insist."""
 
-    backend: Literal["auto", "cpu", "triton", "reference"] = "auto"
+    backend: Literal["auto", "triton", "cpu-int4", "dense", "reference"] = "auto"
 
 
 @dataclass(frozen=True)

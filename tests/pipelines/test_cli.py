@@ -15,6 +15,7 @@ import bitmend.pipelines
 import pytest
 import typer
 from bitmend.pipelines import cli, errors, logs, stage_settings
+from bitmend.pipelines.recipe import resolve
 from bitmend.reports.record import Protocol, RunRecord, StageRecord
 from typer.testing import CliRunner
 
@@ -315,9 +316,8 @@ def test_eval_takes_the_protocol_of_the_run_that_holds_the_artifact(
     module("perplexity", evaluate={"perplexity": 31.25, "protocol": {"windows": 16}, "broken": float("nan")})
     artifact = run_directory / "stages" / "01-quantize"
     artifact.mkdir(parents=True)
-    bitmend.pipelines.recipe.resolve(recipe, sets=["evaluation.seq_len=64", "evaluation.windows=3", "data.evaluation=t.txt"])
     (run_directory / "recipe.resolved.yaml").write_text(
-        bitmend.pipelines.recipe.resolve(recipe, sets=["evaluation={seq_len: 64, windows: 3}", "data.evaluation=t.txt"]).to_yaml()
+        resolve(recipe, sets=["evaluation={seq_len: 64, windows: 3}", "data.evaluation=t.txt"]).to_yaml()
     )
     for model, options, expected in (
         ("demo", [], ("demo", 512, 16)),
@@ -613,6 +613,36 @@ def test_doctor_reports_every_section_and_how_to_mend(capsys: pytest.CaptureFixt
     assert any("surely-not-installed" in row["what"] and "pip install surely-not-installed" in row["mend"] for row in printed["missing"])
     assert cli.main(["doctor"]) == 0
     assert "bfloat16_gflops" in capsys.readouterr().out
+
+
+def test_bench_hands_its_options_on(module: Any, calls: Calls, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    module("benchmarks", run={"rows": [{"method": "gptq", "seconds": 1.5}]})
+    bitmend.pipelines.benchmarks.SIZES = (1,)  # type: ignore[attr-defined]
+    bitmend.pipelines.benchmarks.Options = lambda *arguments: arguments  # type: ignore[attr-defined]
+    arguments = [
+        "bench",
+        "compress",
+        "--size",
+        "64",
+        "--size",
+        "128",
+        "--method",
+        "gptq",
+        "--repeats",
+        "2",
+        "--device",
+        "cpu",
+        "-o",
+        str(tmp_path),
+    ]
+    assert cli.main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["method"] == "gptq"
+    assert cli.main(["bench", "recover", "-m", "some/model"]) == 0
+    assert "1.5 s" in capsys.readouterr().out
+    assert calls[0][1] == ("compress", ("cpu", (64, 128), ("gptq",), 2, None, tmp_path))
+    assert calls[1][1] == ("recover", ("auto", (1,), (), 3, "some/model", None))
+    (tmp_path / "file").write_text("x")
+    assert failing(capsys, "bench", "compress", "-o", str(tmp_path / "file"))[0] == 2
 
 
 def test_fuse_is_the_one_registry_of_this_folder() -> None:

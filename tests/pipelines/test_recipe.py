@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
 from bitmend.pipelines import recipe as recipes
@@ -208,7 +208,7 @@ def test_common_settings_and_overrides(basic: Path) -> None:
         (["quantize.overrides=3"], "quantize.overrides: expected {REGEX"),
         (["quantize.ignore=['(']"], "quantize.ignore: '(' is not a regular expression"),
         (["quantize.include_head=3"], "quantize.include_head: expected true or false, got 3"),
-        (["fuse.backend=gpu"], "fuse.backend: input should be 'auto', 'cpu', 'triton' or 'reference', got 'gpu'"),
+        (["fuse.backend=gpu"], "fuse.backend: input should be 'auto', 'triton', 'cpu-int4', 'dense' or 'reference', got 'gpu'"),
         (["evaluation.seqlen=3"], "evaluation: unknown key 'seqlen'; did you mean 'seq_len'?"),
         (["evaluation.windows=0"], "evaluation.windows: input should be greater than or equal to 1"),
         (["data.evalation=x"], "did you mean 'evaluation'?"),
@@ -315,3 +315,8 @@ def test_every_method_builds_with_its_defaults_and_round_trips(monkeypatch: pyte
             spec = stage_settings.build(stage, stage, {"method": method})
             assert spec is not None
             assert stage_settings.build(stage, stage, settings.parse(settings.dump(spec.settings()), "here")) == spec
+
+
+def test_fuse_offers_the_backends_that_the_kernels_have() -> None:
+    linear = pytest.importorskip("bitmend.kernels.linear")
+    assert set(get_args(get_type_hints(stage_settings.FuseConfig)["backend"])) == set(linear.BACKENDS)

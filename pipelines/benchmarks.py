@@ -1,0 +1,234 @@
+"""`pipeline bench`: seconds, memory and error of the methods, on synthetic layers or, with a model, as whole stages of a run.
+
+compress and decompose solve one random matrix a size, whose inputs have a decaying spectrum and a few outlier channels;
+recover, and every subject given a model, runs real stages through the runner, one row a method. kernels measures itself.
+Legend: O out, I in, T tokens.
+"""
+
+import json
+import logging
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compress.statistics import Fisher, InputStatistics, LayerStatistics
+from ..compress.weights import DenseWeight, StoredWeight
+from .errors import PipelineError, UsageError
+from .settings import unknown
+from .stage_settings import build, methods
+
+log = logging.getLogger(__name__)
+
+SIZES = (576, 1536, 4096)
+STAGES = {"compress": ("prune", "quantize"), "decompose": ("decompose",), "recover": ("recover",)}
+BEFORE = {
+    "compress": [],
+    "decompose": [{"quantize": {"method": "rtn", "bits": 3}}],
+    "recover": [{"quantize": {"method": "rtn", "bits": 3}}],
+}
+RECOVERY_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asked for; `model` None means synthetic layers (recover: the demo model)."""
+
+    device: str = "auto"
+    sizes: tuple[int, ...] = SIZES
+    only: tuple[str, ...] = ()
+    repeats: int = 3
+    model: str | None = None
+    output: Path | None = None
+
+
+def run(subject: str, options: Options) -> dict[str, Any]:
+    """Measure, write <output>/bench-<subject>.{json,md,png,svg} where an output directory is named, and return the JSON object."""
+    if subject == "kernels":
+        return _kernels(options)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device)
+    chosen = _chosen(subject, options.only)
+    if options.model is not None or subject == "recover":
+        rows = list(_on_model(subject, chosen, options))
+    else:
+        rows = list(_on_layers(subject, chosen, options, device))
+    measured = {"schema": 1, "bench": subject, "environment": _environment(device, options), "rows": rows}
+    if options.output is not None:
+        _write(measured, options.output)
+    return measured
+
+
+def _chosen(subject: str, only: Sequence[str]) -> list[tuple[str, str]]:
+    """Stage and method of every row to measure; UsageError for a method the subject does not have."""
+    known = [(stage, name) for stage in STAGES[subject] for name in methods(stage)]
+    for name in only:
+        if name not in [method for _, method in known]:
+            raise UsageError(f"bench {subject}: {unknown('method', name, [method for _, method in known])}")
+    return [row for row in known if not only or row[1] in only]
+
+
+# -- synthetic layers ------------------------------------------------------------------------------------------------------------
+
+
+def synthetic_layer(size: int, needs: frozenset[str], device: torch.device) -> tuple[Tensor, LayerStatistics]:
+    """A square matrix [O, I] and statistics of inputs with a decaying spectrum and outlier channels; the same for the same size."""
+    draw = torch.Generator().manual_seed(size)
+    weight_OI = (torch.randn(size, size, generator=draw) * size**-0.5).to(device)
+    mix_II = torch.randn(size, size, generator=draw).mul_(torch.arange(1, size + 1).rsqrt().unsqueeze(1)).to(device)
+    outliers_I = torch.ones(size, device=device)
+    outliers_I[:: max(1, size // 8)] = 8.0
+    gathered = InputStatistics(size, needs - {"fisher"}, device)
+    for _ in range(max(2, -(-2 * size // 1024))):
+        x_TI = torch.randn(1024, size, generator=draw).to(device) @ mix_II * outliers_I / size**0.5
+        dense_TI = x_TI + 0.05 * torch.randn(1024, size, generator=draw).to(device) if "cross_moment" in needs else None
+        gathered.update(x_TI, dense_TI)
+    fisher = None
+    if "fisher" in needs:
+        fisher_O, fisher_I = (torch.rand(size, generator=draw).square().to(device) for _ in range(2))
+        fisher = Fisher(fisher_O, fisher_I)
+    return weight_OI, LayerStatistics(gathered, fisher)
+
+
+def _on_layers(subject: str, chosen: Sequence[tuple[str, str]], options: Options, device: torch.device) -> Iterator[dict[str, Any]]:
+    for size in options.sizes:
+        for stage, method in chosen:
+            row = methods(stage)[method]
+            if getattr(row, "scope", "matrix") != "matrix":
+                log.info("%s %s trains whole blocks: measure it with -m MODEL", stage, method)
+                continue
+            try:
+                measured = _layer_row(subject, stage, method, size, options.repeats, device)
+            except ValueError as error:
+                log.warning("%s %s at %d: %s", stage, method, size, error)
+                continue
+            log.info("%s %s, %d × %d: %.3f s", stage, method, size, size, measured["seconds"])
+            yield measured
+
+
+def _layer_row(subject: str, stage: str, method: str, size: int, repeats: int, device: torch.device) -> dict[str, Any]:
+    row, spec = methods(stage)[method], build(stage, stage, {"method": method})
+    assert spec is not None
+    weight_OI, known = synthetic_layer(size, frozenset(row.needs(spec.config)) | {"second_moment"}, device)
+    begun = StoredWeight(DenseWeight(weight_OI))
+    for entry in BEFORE[subject]:
+        ((name, settings),) = entry.items()
+        earlier = build(name, name, settings)
+        assert earlier is not None
+        begun, _ = methods(name)[earlier.method].function(begun, weight_OI, known, earlier.config)
+    result: list[StoredWeight] = []
+
+    def solve() -> None:
+        known.inputs.factors.clear()
+        result[:] = [row.function(begun, weight_OI, known, spec.config)[0]]
+
+    seconds, peak_bytes = _measured(solve, repeats, device)
+    moment_II = known.inputs.second_moment_II.double()
+    missing_OI = (weight_OI - result[0].dense()).double()
+    error = ((missing_OI @ moment_II) * missing_OI).sum() / ((weight_OI.double() @ moment_II) * weight_OI.double()).sum()
+    return {
+        "stage": stage,
+        "method": method,
+        "size": size,
+        "seconds": statistics.median(seconds),
+        "spread_seconds": max(seconds) - min(seconds),
+        "peak_bytes": peak_bytes,
+        "relative_output_error": float(error.clamp_min(0).sqrt()),
+        "bits_per_weight": result[0].bits_per_weight(),
+    }
+
+
+def _measured(solve: Callable[[], None], repeats: int, device: torch.device) -> tuple[list[float], int]:
+    """Seconds of each repeat after one warm-up, and the most memory beyond what was there before."""
+    from .measure import Peak, resident_bytes
+
+    solve()
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
+    seconds = []
+    with Peak(device) as peak:
+        for _ in range(repeats):
+            began = time.perf_counter()
+            solve()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - began)
+    return seconds, max(0, peak.bytes - before)
+
+
+# -- stages of a model -----------------------------------------------------------------------------------------------------------
+
+
+def _on_model(subject: str, chosen: Sequence[tuple[str, str]], options: Options) -> Iterator[dict[str, Any]]:
+    """One run a method in a shared run directory; what the methods have in common runs once, finished rows are read back."""
+    from . import runner
+    from .recipe import resolve
+
+    model = options.model or "demo"
+    place = (options.output or Path("runs")) / f"bench-{subject}"
+    place.mkdir(parents=True, exist_ok=True)
+    for stage, method in chosen:
+        settings = {"method": method} | ({"steps": RECOVERY_STEPS} if stage == "recover" else {})
+        path = place / f"{stage}-{method}.yaml"
+        path.write_text(
+            json.dumps({"name": f"bench-{subject}", "model": model, "stages": [*BEFORE[subject], {stage: settings}]}), encoding="utf-8"
+        )
+        try:
+            record = runner.run(resolve(str(path)), place, device=options.device)
+        except PipelineError as error:
+            log.warning("%s %s: %s", stage, method, error)
+            yield {"stage": stage, "method": method, "model": model, "error": str(error)}
+            continue
+        last = record.stages[-1]
+        fields = ("seconds", "peak_bytes", "perplexity", "perplexity_ratio", "bits_per_weight", "total_bytes", "trainable_parameters")
+        yield {"stage": stage, "method": method, "model": model} | {name: getattr(last, name) for name in fields}
+
+
+# -- kernels, and what all have in common ----------------------------------------------------------------------------------------
+
+
+def _kernels(options: Options) -> dict[str, Any]:
+    """The kernels' own benchmark; it refuses to report an operator whose check fails."""
+    from ..kernels import bench
+
+    return bench.run(device=options.device, output=options.output)
+
+
+def _environment(device: torch.device, options: Options) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": str(device),
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "repeats": options.repeats,
+        "warm_up": 1,
+    }
+
+
+def _write(measured: dict[str, Any], output: Path) -> None:
+    from ..reports.drawing import save
+    from ..reports.plots import lines_figure
+    from ..reports.tables import markdown_table
+    from ..reports.units import number
+
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"bench-{measured['bench']}"
+    path.with_suffix(".json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    rows = measured["rows"]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    numeric = [any(isinstance(row.get(key), int | float) for row in rows) for key in keys]
+    table = markdown_table(keys, [[number(row.get(key)) for key in keys] for row in rows], numeric)
+    lines = [f"{key}: {value}" for key, value in measured["environment"].items()]
+    path.with_suffix(".md").write_text(f"# bench {measured['bench']}\n\n{', '.join(lines)}\n\n{table}", encoding="utf-8")
+    if rows and "size" in rows[0]:
+        title = f"one square matrix, median of {measured['environment']['repeats']}"
+        save(lines_figure(rows, "size", "seconds", "method", title=title, log_x=True, log_y=True), path)
+    log.info("written: %s", path.with_suffix(".json"))

@@ -1,0 +1,75 @@
+"""Benchmarks: the layers are the same every time, rows hold what was measured, files are written, refusals are said."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitmend.pipelines import benchmarks
+from bitmend.pipelines.benchmarks import Options, run, synthetic_layer
+from bitmend.pipelines.errors import UsageError
+
+
+def test_a_size_gives_the_same_layer_every_time() -> None:
+    needs = frozenset({"second_moment", "cross_moment", "fisher", "absmax"})
+    (first, known), (second, again) = (synthetic_layer(64, needs, torch.device("cpu")) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(known.inputs.second_moment_II, again.inputs.second_moment_II)
+    assert known.fisher is not None
+    spectrum = torch.linalg.eigvalsh(known.inputs.second_moment_II.double())
+    assert spectrum[0] > 0
+    assert spectrum[-1] > 50 * spectrum.median()
+
+
+def test_compress_measures_every_matrix_method(tmp_path: Path) -> None:
+    measured = run("compress", Options(device="cpu", sizes=(64,), repeats=1, output=tmp_path))
+    rows = {row["method"]: row for row in measured["rows"]}
+    assert {"magnitude", "wanda", "sparsegpt", "rtn", "gptq", "nf4"} <= set(rows)
+    assert all(row["seconds"] > 0 and row["peak_bytes"] >= 0 and 0 < row["relative_output_error"] < 1 for row in rows.values())
+    assert rows["gptq"]["relative_output_error"] < rows["rtn"]["relative_output_error"]
+    assert rows["sparsegpt"]["relative_output_error"] < rows["wanda"]["relative_output_error"] < rows["magnitude"]["relative_output_error"]
+    assert json.loads((tmp_path / "bench-compress.json").read_text())["rows"] == measured["rows"]
+    assert "| gptq" in (tmp_path / "bench-compress.md").read_text()
+    assert (tmp_path / "bench-compress.png").stat().st_size > 1000
+
+
+def test_decompose_starts_from_a_quantized_matrix() -> None:
+    rows = run("decompose", Options(device="cpu", sizes=(64,), only=("loftq", "qera_exact"), repeats=1))["rows"]
+    assert [row["method"] for row in rows] == ["loftq", "qera_exact"]
+    assert rows[1]["relative_output_error"] < rows[0]["relative_output_error"]
+    assert all(3 < row["bits_per_weight"] < 16 for row in rows)
+
+
+def test_an_unknown_method_is_refused_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match="did you mean 'gptq'"):
+        run("compress", Options(only=("gtpq",)))
+
+
+def test_a_model_runs_whole_stages_and_a_failure_stays_in_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    import types
+
+    import bitmend.pipelines
+    from bitmend.reports.record import RunRecord, StageRecord
+
+    asked: list[Any] = []
+
+    def fake(recipe: Any, directory: Path, device: str) -> RunRecord:
+        asked.append((recipe.model, [spec.method for spec in recipe.stages], directory, device))
+        if recipe.stages[-1].method == "perp":
+            raise UsageError("cannot serve this")
+        last = recipe.stages[-1]
+        return RunRecord(
+            "r", recipe.model, stages=(StageRecord("baseline"), StageRecord(last.name, last.method, seconds=last.config.steps * 1.0))
+        )
+
+    runner: Any = types.ModuleType("bitmend.pipelines.runner")
+    runner.run = fake
+    monkeypatch.setitem(sys.modules, runner.__name__, runner)
+    monkeypatch.setattr(bitmend.pipelines, "runner", runner, raising=False)
+    measured = run("recover", Options(device="cpu", only=("lora", "perp"), output=tmp_path))
+    assert [row.get("seconds") for row in measured["rows"]] == [benchmarks.RECOVERY_STEPS, None]
+    assert measured["rows"][1]["error"] == "cannot serve this"
+    assert asked[0] == ("demo", ["rtn", "lora"], tmp_path / "bench-recover", "cpu")
+    assert (tmp_path / "bench-recover.md").is_file()
