@@ -1,0 +1,186 @@
+"""Binds stored weights to the fastest operator their device has, and says which one and why.
+
+`bind` makes one linear, `bind_group` several that read the same input (q/k/v, gate/up): x is rounded and projected down once.
+A bound module holds what it multiplies with, packed where a packed operator exists; it is made for one device and cannot be moved.
+What an operator cannot express falls back to another one by name (`backend`, `reason`), never silently.
+Knows records and operators; not models, stages or files.
+Legend: M tokens, O out, I in, R rank.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..compress.weights import DenseWeight, StoredWeight
+from . import cpu_linear, cuda_linear
+from .choices import device_name, entries
+from .operators import DenseOperator, Operator, ReferenceOperator
+from .prepare import Prepared, join, prepare
+
+Backend = Literal["auto", "triton", "cpu-int4", "dense", "reference"]
+BACKENDS = ("auto", "triton", "cpu-int4", "dense", "reference")
+
+
+class FusedLinear(nn.Module):
+    """y [..., O] = base·(x / smooth) + up·(down·x) + bias, in x's dtype, by one bound operator.
+
+    backend: the operator's name; reason: why it was taken."""
+
+    def __init__(self, operator: Operator, backend: str, reason: str, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.operator, self.backend, self.reason = operator, backend, reason
+        self.out_features, self.in_features = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x has {x.shape[-1]} features in its last dimension; this linear expects {self.in_features}")
+        return self.operator(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+
+    def resident_bytes(self) -> int:
+        """Bytes of every tensor that the operator keeps."""
+        return self.operator.resident_bytes()
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, backend={self.backend}, {self.resident_bytes()} bytes"
+
+
+class FusedGroup(nn.Module):
+    """Linears that read one x: forward returns a tuple, one [..., O_i] per member, in the order they were given.
+
+    `members` is one FusedLinear for all, or, where they could not be joined (`reason` says why), one for each."""
+
+    def __init__(self, members: Sequence[FusedLinear], sizes: Sequence[int], reason: str) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.sizes, self.reason = list(sizes), reason
+
+    @property
+    def backend(self) -> str:
+        return "+".join(sorted({str(member.backend) for member in self.members}))
+
+    @property
+    def joined(self) -> bool:
+        return len(self.members) == 1
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.joined:
+            return self.members[0](x).split(self.sizes, dim=-1)
+        return tuple(member(x) for member in self.members)
+
+    def resident_bytes(self) -> int:
+        return sum(member.resident_bytes() for member in self.linears())
+
+    def linears(self) -> list[FusedLinear]:
+        return [member for member in self.members if isinstance(member, FusedLinear)]
+
+    def extra_repr(self) -> str:
+        return f"sizes={self.sizes}, {self.reason}"
+
+
+def bind(
+    stored: StoredWeight,
+    bias: Tensor | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    backend: Backend = "auto",
+) -> FusedLinear:
+    """One linear on `device`, for inputs of `dtype` (float32, bfloat16 or float16; others' inputs work too, at some cost).
+
+    backend "auto" takes what the device does fastest; a named one is taken or refused: ValueError says why it cannot hold this weight.
+    """
+    place = _check(device, dtype, backend, [bias], [stored])
+    stored, bias = stored.to(place), None if bias is None else bias.detach().to(place)
+    if backend == "reference":
+        return FusedLinear(ReferenceOperator(stored, bias), "reference", "asked for", stored.shape)
+    try:
+        prepared = prepare(stored, bias)
+    except ValueError as error:
+        if backend not in ("auto", "dense"):
+            raise ValueError(f"backend {backend!r} cannot hold this weight: {error}; take 'auto', 'dense' or 'reference'") from error
+        return _bind_whole(stored, bias, dtype, str(error))
+    return _bind_prepared(prepared, place, dtype, backend)
+
+
+def bind_group(
+    members: Sequence[tuple[StoredWeight, Tensor | None]],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    backend: Backend = "auto",
+) -> FusedGroup:
+    """Linears of one input as one product, x rounded and projected down once; each by itself where they cannot be joined."""
+    if not members:
+        raise ValueError("members is empty; a group needs at least one (weight, bias)")
+    place = _check(device, dtype, backend, [bias for _, bias in members], [stored for stored, _ in members])
+    widths = {stored.shape[1] for stored, _ in members}
+    if len(widths) > 1:
+        raise ValueError(f"members read inputs of different widths {sorted(widths)}; a group reads one x")
+    sizes = [stored.shape[0] for stored, _ in members]
+    try:
+        if backend == "reference":
+            raise ValueError("the reference computes each member by its definition")
+        prepared = [prepare(stored.to(place), None if bias is None else bias.detach().to(place)) for stored, bias in members]
+        joined = join(prepared, widen=place.type == "cpu" and backend in ("auto", "cpu-int4"))
+    except ValueError as error:
+        alone = [bind(stored, bias, device=place, dtype=dtype, backend=backend) for stored, bias in members]
+        return FusedGroup(alone, sizes, f"bound one by one: {error}")
+    return FusedGroup([_bind_prepared(joined, place, dtype, backend)], sizes, f"{len(sizes)} linears as one")
+
+
+def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What a doctor prints: the device, the backends it has with the reason for each one missing, and every measured choice."""
+    place = torch.device(device)
+    backends = {"reference": "plain torch", "dense": "a dense matrix and torch's matmul"}
+    backends["cpu-int4"] = cpu_linear.availability() if place.type == "cpu" else "only on the CPU"
+    backends["triton"] = cuda_linear.availability(place)
+    return {"device": device_name(place), "torch": torch.__version__, "backends": backends, "choices": entries(place)}
+
+
+def _bind_prepared(prepared: Prepared, place: torch.device, dtype: torch.dtype, backend: Backend) -> FusedLinear:
+    if backend == "dense" or (backend == "auto" and isinstance(prepared.base, DenseWeight)):
+        reason = "asked for" if backend == "dense" else "the weight is stored dense"
+        return _dense(prepared, dtype, reason)
+    packed = cuda_linear if backend == "triton" or (backend == "auto" and place.type == "cuda") else cpu_linear
+    try:
+        operator, reason = packed.operator_for(prepared, place, dtype, forced=backend != "auto")
+    except ValueError as error:
+        if backend != "auto":
+            raise ValueError(f"backend {backend!r} cannot hold this weight: {error}; take 'auto' or 'dense'") from error
+        return _dense(prepared, dtype, str(error))
+    return FusedLinear(operator, packed.NAME, reason, prepared.shape)
+
+
+def _dense(prepared: Prepared, dtype: torch.dtype, reason: str) -> FusedLinear:
+    place = prepared.base.weight.device if isinstance(prepared.base, DenseWeight) else prepared.base.codes.device
+    form, measured = cpu_linear.dense_dtype(prepared.shape, dtype) if place.type == "cpu" else (dtype, f"kept in {dtype}")
+    return FusedLinear(DenseOperator(prepared, form), "dense", f"{reason}; {measured}", prepared.shape)
+
+
+def _bind_whole(stored: StoredWeight, bias: Tensor | None, dtype: torch.dtype, reason: str) -> FusedLinear:
+    """The effective weight as one matrix; where the base's input is rounded no one matrix will do, and the reference serves."""
+    if stored.activations is not None:
+        return FusedLinear(
+            ReferenceOperator(stored, bias), "reference", f"{reason}; its input is rounded, so no single matrix will do", stored.shape
+        )
+    return _dense(prepare(StoredWeight(DenseWeight(stored.dense())), bias), dtype, reason)
+
+
+def _check(
+    device: torch.device | str, dtype: torch.dtype, backend: str, biases: Sequence[Tensor | None], weights: Sequence[StoredWeight]
+) -> torch.device:
+    place = torch.device(device)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; choose one of {BACKENDS}")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype {dtype} is not one the operators compute in; choose float32, bfloat16 or float16")
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {place} has no operators; choose cpu or cuda")
+    if (backend == "triton") != (place.type == "cuda") and backend in ("triton", "cpu-int4"):
+        raise ValueError(f"backend {backend!r} does not run on {place}")
+    for bias, stored in zip(biases, weights, strict=True):
+        if bias is not None and tuple(bias.shape) != (stored.shape[0],):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({stored.shape[0]},)")
+    return place

@@ -1,0 +1,75 @@
+"""The operators in plain torch: what every fast path is tested against, and the backend of last resort.
+
+Knows tensors only. All arithmetic in float32 (or float64 when asked), rounded once at the end.
+Legend: M tokens, O out, I in, R rank, G groups of activations, S partial sums.
+"""
+
+import torch
+from torch import Tensor
+
+from .layout import TiledWeight
+
+
+def quantize_activations(x_MI: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """(codes int8 [M, I], scales float32 [M, G]): symmetric, per token per group; the last group may be shorter.
+
+    scale = absmax / (2^(bits−1) − 1); a group of zeros has scale 0 and codes 0; halves round away from zero."""
+    rows, columns = x_MI.shape
+    top = (1 << (bits - 1)) - 1
+    grouped = torch.nn.functional.pad(x_MI.float(), (0, -columns % group_size)).view(rows, -1, group_size)
+    absmax = grouped.abs().amax(-1)
+    inverse = torch.where(absmax > 0, top / absmax, torch.zeros_like(absmax))
+    scaled = grouped * inverse.unsqueeze(-1)
+    codes = torch.where(scaled >= 0, (scaled + 0.5).floor(), (scaled - 0.5).ceil()).clamp_(-top, top)
+    return codes.to(torch.int8).view(rows, -1)[:, :columns].contiguous(), absmax / top
+
+
+def dequantize_activations(codes_MI: Tensor, scales_MG: Tensor, group_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[M, I]: code·scale of its group."""
+    group = torch.arange(codes_MI.shape[1], device=codes_MI.device) // group_size
+    return codes_MI.to(dtype) * scales_MG.to(dtype)[:, group]
+
+
+def quantize_down(
+    x_MI: Tensor, smooth_I: Tensor | None, down_RI: Tensor | None, bits: int = 8, group_size: int = 64
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """codes int8 [M, I] and scales float32 [M, G] of x / smooth, and h float32 [M, R] = x·downᵀ of the raw x."""
+    smoothed = x_MI.float() if smooth_I is None else x_MI.float() / smooth_I.float()
+    codes, scales = quantize_activations(smoothed, bits, group_size)
+    return codes, scales, None if down_RI is None else x_MI.float() @ down_RI.float().t()
+
+
+def lowbit_matmul_up(
+    codes_MI: Tensor,
+    scales_MG: Tensor,
+    weight: TiledWeight,
+    h_MR: Tensor | None,
+    up_OR: Tensor | None,
+    bias_O: Tensor | None,
+    group_size: int = 64,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """[M, O] in `dtype`: dequantized activations times dequantized weight, plus h·upᵀ and the bias."""
+    return weight_only_matmul_up(dequantize_activations(codes_MI, scales_MG, group_size), weight, h_MR, up_OR, bias_O).to(dtype)
+
+
+def weight_only_matmul_up(
+    x_MI: Tensor,
+    weight: TiledWeight,
+    h_MR: Tensor | None = None,
+    up_OR: Tensor | None = None,
+    bias_O: Tensor | None = None,
+    *,
+    down_RI: Tensor | None = None,
+    compute: torch.dtype = torch.float32,
+) -> Tensor:
+    """[M, O] in x's dtype: x·Wᵀ + h·upᵀ + bias. h float [M, R] or partial sums [S, M, R], or made here from `down_RI`."""
+    x = x_MI.to(compute)
+    y = x @ weight.dense(compute).t()
+    if up_OR is not None:
+        if h_MR is None:
+            assert down_RI is not None
+            h_MR = x @ down_RI.to(compute).t()
+        h = h_MR.to(compute)
+        y = y + (h.sum(0) if h.dim() == 3 else h) @ up_OR.to(compute).t()
+    return (y if bias_O is None else y + bias_O.to(compute)).to(x_MI.dtype)
