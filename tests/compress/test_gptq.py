@@ -30,7 +30,9 @@ def layer(rows: int = 24, columns: int = 96, tokens: int = 400, seed: int = 0, d
     """Correlated inputs of uneven size; the dense model's inputs differ a little from the compressed one's."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.eye(columns) + torch.randn(columns, columns, generator=generator) * 0.1
-    x = (torch.randn(tokens, columns, generator=generator) @ mix) * torch.logspace(-1, 1, columns)[torch.randperm(columns, generator=generator)]
+    x = (torch.randn(tokens, columns, generator=generator) @ mix) * torch.logspace(-1, 1, columns)[
+        torch.randperm(columns, generator=generator)
+    ]
     statistics = InputStatistics(columns, frozenset({"second_moment", "cross_moment"}))
     statistics.update(x, x + 0.3 * torch.randn(tokens, columns, generator=generator) * x.std(0))
     weight = torch.randn(rows, columns, generator=generator) * 0.05
@@ -151,7 +153,9 @@ def test_correction_hands_to_later_columns_what_they_can_reproduce():
     expected = case.weight_OI.clone()
     for step, column in enumerate(order[:-1]):
         later = torch.tensor(order[step + 1 :])
-        expected[:, later] += 0.7 * case.weight_OI[:, column : column + 1] * torch.linalg.solve(damped[later][:, later], shift[column, later])
+        expected[:, later] += (
+            0.7 * case.weight_OI[:, column : column + 1] * torch.linalg.solve(damped[later][:, later], shift[column, later])
+        )
     found = corrected_target(case.weight_OI, shift, inverse_factor(case.moment_II, 0.01, True), 0.7)
     assert torch.allclose(found, expected, atol=1e-9)
 

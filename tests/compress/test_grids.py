@@ -96,7 +96,9 @@ def test_the_record_says_what_the_grid_says():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match=r"in_features 96 is not a multiple of group_size 64; choose one of \[8, 12, 16, 24, 32, 48, 96\] or -1"):
+    with pytest.raises(
+        ValueError, match=r"in_features 96 is not a multiple of group_size 64; choose one of \[8, 12, 16, 24, 32, 48, 96\] or -1"
+    ):
         UniformGrid(4, 64).size(96)
     assert UniformGrid(4, -1).size(96) == 96
     with pytest.raises(ValueError, match="needs the second moment's diagonal"):

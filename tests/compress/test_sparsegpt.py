@@ -70,7 +70,14 @@ def test_blocked_equals_column_by_column(columns, pattern):
 
 @pytest.mark.parametrize(
     ("columns", "pattern", "group_size"),
-    [(96, "unstructured", 32), (200, "2:4", 40), (320, "unstructured", 64), (384, "4:8", 192), (256, "unstructured", -1), (384, "unstructured", 96)],
+    [
+        (96, "unstructured", 32),
+        (200, "2:4", 40),
+        (320, "unstructured", 64),
+        (384, "4:8", 192),
+        (256, "unstructured", -1),
+        (384, "unstructured", 96),
+    ],
 )
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_the_joint_sweep_equals_column_by_column(columns, pattern, group_size, symmetric):
@@ -168,4 +175,6 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="prune before quantizing, or set bits"):
         sparsegpt(quantized, weight, statistics, SparseGptConfig(0.5))
     with pytest.raises(ValueError, match="target weight: 1 of 1600 values are NaN or Inf"):
-        sparsegpt(start, weight.clone().index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(float("inf"))), statistics, SparseGptConfig())
+        sparsegpt(
+            start, weight.clone().index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(float("inf"))), statistics, SparseGptConfig()
+        )

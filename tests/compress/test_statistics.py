@@ -1,0 +1,83 @@
+"""Statistics: a stream in pieces equals one look at everything; only what was asked for is there; bad numbers are named."""
+
+import pytest
+import torch
+from bitmend.compress.statistics import NEEDS, InputStatistics
+
+INPUT_NEEDS = NEEDS - {"fisher"}
+
+
+def stream(features: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(60, features, generator=generator) * torch.rand(features, generator=generator)
+    return x, x + 0.1 * torch.randn(60, features, generator=generator)
+
+
+@pytest.mark.parametrize("features", [1, 96, 300, 520])
+def test_pieces_add_up_to_the_definition(features):
+    x, dense = stream(features)
+    found = InputStatistics(features, INPUT_NEEDS, max_samples=25)
+    for part, other in zip(x.split([10, 0, 33, 17]), dense.split([10, 0, 33, 17]), strict=True):
+        found.update(part.view(1, -1, features), other.view(1, -1, features))
+    exact, exact_dense = x.double(), dense.double()
+    assert found.tokens == 60
+    assert torch.allclose(found.second_moment_II.double(), exact.T @ exact / 60, atol=1e-6)
+    assert torch.equal(found.second_moment_II, found.second_moment_II.T)
+    assert torch.allclose(found.cross_moment_II.double(), exact_dense.T @ exact / 60, atol=1e-6)
+    assert torch.allclose(found.norm_I.double(), exact.norm(dim=0), rtol=1e-5)
+    assert torch.equal(found.absmax_I, x.abs().amax(0))
+    assert torch.allclose(found.absmean_I.double(), exact.abs().mean(0), rtol=1e-5)
+    assert found.samples_TI is not None
+    assert torch.equal(found.samples_TI, x[:25])
+
+
+def test_norms_are_the_same_with_and_without_the_moment():
+    x, _ = stream(70)
+    plain, full = InputStatistics(70, frozenset()), InputStatistics(70, frozenset({"second_moment"}))
+    plain.update(x)
+    full.update(x)
+    assert torch.allclose(plain.norm_I, full.norm_I, rtol=1e-6)
+
+
+def test_half_precision_inputs_are_summed_in_float32():
+    x, _ = stream(16)
+    half, full = InputStatistics(16, frozenset({"second_moment"})), InputStatistics(16, frozenset({"second_moment"}))
+    half.update(x.bfloat16())
+    full.update(x.bfloat16().float())
+    assert torch.equal(half.second_moment_II, full.second_moment_II)
+
+
+@pytest.mark.parametrize("name", ["second_moment", "cross_moment", "absmax", "absmean"])
+def test_what_was_not_asked_for_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"{name} was not collected; a method names it in its needs"):
+        getattr(InputStatistics(4, frozenset({"norms"})), f"{name}_II" if "moment" in name else f"{name}_I")
+
+
+def test_bad_requests_are_refused():
+    with pytest.raises(ValueError, match=r"unknown statistics \['kurtosis'\]; known are"):
+        InputStatistics(4, frozenset({"kurtosis"}))
+    with pytest.raises(ValueError, match="cross_moment needs the dense model's inputs"):
+        InputStatistics(4, frozenset({"cross_moment"})).update(torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("needs", [frozenset(), frozenset({"second_moment"}), INPUT_NEEDS])
+def test_bad_numbers_are_named(bad, needs):
+    found = InputStatistics(8, needs)
+    found.update(torch.ones(3, 8), torch.ones(3, 8))
+    assert found.non_finite() is None
+    found.update(torch.full((1, 8), bad), torch.ones(1, 8))
+    assert found.non_finite() == "square_sum"
+
+
+def test_an_update_forgets_what_was_derived():
+    found = InputStatistics(4, frozenset())
+    found.factors["anything"] = object()
+    found.update(torch.ones(1, 4))
+    assert not found.factors
+
+
+def test_no_tokens_means_zeros_and_not_nan():
+    found = InputStatistics(4, INPUT_NEEDS)
+    for tensor in (found.norm_I, found.absmean_I, found.absmax_I, found.second_moment_II, found.cross_moment_II):
+        assert bool((tensor == 0).all())
