@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -90,8 +90,7 @@ def uniform_codes(name: str, record: StoredWeight, format_name: str) -> tuple[Un
     refuse_beyond_codes(name, record, format_name)
     base = record.base
     if isinstance(base, NormalFloatWeight):
-        other = "--format bnb carries NF4" if base.bits == 4 else "--format dense can"
-        raise UsageError(f"{name}: {format_name} holds uniform grids, not NormalFloat{base.bits}; {other}")
+        refuse_normal_float(name, base, format_name)
     assert isinstance(base, UniformWeight)
     zeros = base.zeros_OG()
     whole = zeros.round()
@@ -104,6 +103,11 @@ def uniform_codes(name: str, record: StoredWeight, format_name: str) -> tuple[Un
     if mask is not None:
         codes = codes.where(mask, column_zeros(base, zeros_OG).to(codes.dtype))
     return base, codes, zeros_OG
+
+
+def refuse_normal_float(name: str, base: NormalFloatWeight, format_name: str) -> NoReturn:
+    other = "--format bnb carries NF4" if base.bits == 4 else "--format dense can"
+    raise UsageError(f"{name}: {format_name} holds uniform grids, not NormalFloat{base.bits}; {other}")
 
 
 def column_zeros(base: UniformWeight, zeros_OG: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...compress.packing import BITS, pack_codes, unpack_codes
 from ...compress.weights import DenseWeight, StoredWeight, UniformWeight
 from ..errors import InputError, UsageError
-from .checkpoint import Checkpoint, Lazy, half_scales, masked_note, refuse_beyond_codes, uniform_codes, untie_compressed
+from .checkpoint import Checkpoint, Lazy, half_scales, masked_note, refuse_beyond_codes, refuse_normal_float, uniform_codes, untie_compressed
 from .folder import write_folder
 from .naming import to_file, to_memory
 from .shards import SHARD_BYTES, Stored, fresh_directory, open_directory, read_json, write_json, write_shards
@@ -92,9 +92,11 @@ class Settings:
         symmetric, act_order = True, False
         for name, record in checkpoint.linears.items():
             base = record.base
-            if not isinstance(base, UniformWeight):
+            if isinstance(base, DenseWeight):
                 of_linear[name] = None
                 continue
+            if not isinstance(base, UniformWeight):
+                refuse_normal_float(name, base, "GPTQ")
             whole_rows = base.groups == 1
             key = (base.bits, -1 if whole_rows else base.group_size)
             of_linear[name] = key

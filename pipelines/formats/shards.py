@@ -5,6 +5,7 @@ Knows files and tensors; not what a tensor means. Pickle files are never opened.
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from ..errors import InputError, OutOfMemoryError, UsageError
 
 SHARD_BYTES = 5_000_000_000
+ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 INDEX = "model.safetensors.index.json"
 COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -36,6 +37,10 @@ class Stored:
     name: str
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * ELEMENT_BYTES[self.dtype]
 
     def load(self) -> Tensor:
         """InputError, with tensor and file, when it cannot be read."""
@@ -209,9 +214,3 @@ def _check_index(directory: Path, tensors: Mapping[str, Stored]) -> None:
 
 def _gigabytes(tensors: Mapping[str, Tensor]) -> float:
     return sum(t.numel() * t.element_size() for t in tensors.values()) / 1e9
-
-
-TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip

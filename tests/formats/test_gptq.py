@@ -116,10 +116,16 @@ def test_experts_are_written_one_matrix_each(case, on_grid, tmp_path):
     made = case("mixtral", on_grid)
     write(made.checkpoint, tmp_path / "out")
     tensors = load_file(tmp_path / "out/model.safetensors")
-    fused = made.checkpoint.linears["model.layers.1.mlp.experts.gate_up_proj.2"].dense()
-    (gate, up) = (read(tmp_path / "out").linears[f"model.layers.1.block_sparse_moe.experts.2.w{i}"].dense() for i in (1, 3))
+    fused = made.checkpoint.linears["model.layers.1.mlp.experts.gate_up_proj.2"]
+    whole = pack("x", fused, 1)[0]
+    for part in ("qweight", "qzeros", "scales"):
+        gate, up = (tensors[f"model.layers.1.block_sparse_moe.experts.2.w{i}.{part}"] for i in (1, 3))
+        assert torch.equal(torch.cat([gate, up], dim=1), whole[part])
     assert "model.layers.1.block_sparse_moe.gate.weight" in tensors
-    assert torch.equal(torch.cat([gate, up]), fused)
+    back = read(tmp_path / "out")
+    assert set(back.linears) == set(made.checkpoint.linears) and set(back.tensors) == set(made.checkpoint.tensors)
+    for name, record in made.checkpoint.linears.items():
+        assert torch.equal(back.linears[name].dense(), record.dense())
 
 
 REFUSED = {
