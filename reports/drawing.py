@@ -79,6 +79,7 @@ def inline_svg(figure: Figure, prefix: str, description: str) -> str:
     svg = re.sub(r'\sid="([^"]+)"', rf' id="{prefix}-\1"', svg)
     svg = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}-\1"', svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", svg)
+    svg = re.sub(r"font-family: [^;\"]+", "font-family: var(--sans)", svg)
     svg = re.sub(r"(font: (?:[\w.]+ )*?[\d.]+px) [^;\"]+", r"\1 var(--sans)", svg)
     for color, variable in THEMED.items():
         svg = svg.replace(color, variable)

@@ -1,0 +1,139 @@
+"""Words: they name the right stage and layers, call noise noise, and suggest what the settings leave open."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from bitmend.reports.advice import suggestions
+from bitmend.reports.findings import changes, findings, worst_role
+from bitmend.reports.record import LayerRecord, RunRecord, StageRecord, derive
+
+
+def run(*stages: StageRecord) -> RunRecord:
+    return RunRecord("r", "m", stages=derive(stages))
+
+
+def stage(name: str, perplexity: float, before: float | None = None, stderr: float | None = 0.004, **fields) -> StageRecord:
+    moved = math.log(perplexity / before) if before else None
+    return StageRecord(
+        name, perplexity=perplexity, nll_difference_previous=moved, nll_difference_previous_stderr=stderr if before else None, **fields
+    )
+
+
+def said(record: RunRecord, kind: str) -> str:
+    return " ".join(found.text for found in findings(record) if found.kind == kind)
+
+
+def test_the_stage_that_hurt_most_is_named_with_its_numbers() -> None:
+    record = run(stage("baseline", 28.7), stage("prune", 30.0, 28.7, method="wanda"), stage("quantize", 43.4, 30.0, method="gptq"))
+    text = said(record, "hurt")
+    assert "quantize (gptq) hurt most: perplexity 30.00 → 43.40 (+44.7 %)" in text
+    share = math.log(43.4 / 30.0) / math.log(43.4 / 28.7)
+    assert f"{100 * share:.1f} % of all that was lost" in text and "± 0.0040 nats per token" in text
+
+
+def test_a_change_within_two_standard_errors_is_noise_and_no_loss() -> None:
+    record = run(stage("baseline", 20.0), stage("prune", 20.1, 20.0, stderr=0.003), stage("fuse", 20.1, 20.1, stderr=0.0))
+    assert "No stage raised perplexity by more than two standard errors" in said(record, "hurt")
+    assert "prune: perplexity 20.00 → 20.10 (+0.5 %) is within two standard errors" in said(record, "noise")
+    clear = run(stage("baseline", 20.0), stage("prune", 20.1, 20.0, stderr=0.001))
+    assert "prune hurt most" in said(clear, "hurt") and said(clear, "noise") == ""
+
+
+def test_missing_standard_errors_are_admitted() -> None:
+    record = run(stage("baseline", 20.0), StageRecord("prune", perplexity=30.0))
+    assert "prune hurt most" in said(record, "hurt")
+    assert "No paired standard error was recorded for prune" in said(record, "noise")
+
+
+def test_a_noisy_gain_is_not_called_help() -> None:
+    record = run(stage("baseline", 20.0), stage("quantize", 30.0, 20.0), stage("recover", 29.9, 30.0, stderr=0.01))
+    assert said(record, "helped") == "" and "recover" in said(record, "noise")
+    record = run(stage("baseline", 20.0), stage("quantize", 30.0, 20.0), stage("recover", 25.0, 30.0))
+    closed = 1 - math.log(25 / 20) / math.log(30 / 20)
+    assert f"recover helped: perplexity 30.00 → 25.00 (−16.7 %), {100 * closed:.1f} % of the log-perplexity gap" in said(record, "helped")
+
+
+def test_a_perplexity_below_the_baseline_is_called_adaptation_only_when_it_is_clear() -> None:
+    below = stage(
+        "recover", 26.0, 30.0, top1_agreement=0.8, kl_to_baseline=0.16, nll_difference=math.log(26 / 28.7), nll_difference_stderr=0.01
+    )
+    record = run(stage("baseline", 28.7), stage("quantize", 30.0, 28.7), below)
+    text = said(record, "adaptation")
+    assert "recover is below the baseline (26.00 < 28.70)" in text and "no sign of a better model" in text
+    assert "top-1 agreement 80.0 % and KL 0.1600 nats" in text
+    blurred = replace(below, nll_difference_stderr=0.08)
+    assert said(run(*record.stages[:2], blurred), "adaptation") == ""
+    assert said(run(stage("baseline", 28.7), stage("quantize", 30.0, 28.7)), "adaptation") == ""
+
+
+def heavy_down_proj(blocks: int = 10) -> tuple[LayerRecord, ...]:
+    names = [(block, role) for block in range(blocks) for role in ("q_proj", "up_proj", "down_proj")]
+    return tuple(
+        LayerRecord(f"model.layers.{block}.x.{role}", (0.4 if role == "down_proj" else 0.1) + (0.5 if block == 0 else block * 1e-4))
+        for block, role in names
+    )
+
+
+def test_the_worst_layers_type_and_blocks_are_named() -> None:
+    record = run(stage("baseline", 20.0), stage("quantize", 30.0, 20.0, layers=heavy_down_proj()))
+    text = said(record, "layers")
+    assert text.startswith("Worst layers after quantize, by relative output error: model.layers.0.x.down_proj (0.900)")
+    assert "By type down_proj is worst: 0.450 on average" in text
+    even = tuple(LayerRecord(f"model.layers.{block}.x.{role}", 0.1) for block in range(9) for role in ("a", "b"))
+    assert worst_role(even) is None
+    first = tuple(LayerRecord(f"model.layers.{block}.x.{role}", 0.9 if block == 0 else 0.1) for block in range(12) for role in "abcd")
+    assert "lies in block 0." in said(run(stage("baseline", 20.0), stage("quantize", 30.0, 20.0, layers=first)), "layers")
+
+
+def test_allocation_says_how_far_the_prediction_was_off() -> None:
+    layers = tuple(LayerRecord(f"m.{i}.q", metrics={"predicted_loss": 2.0, "measured_loss": 2.5}) for i in range(4))
+    text = said(run(stage("baseline", 20.0), stage("decompose", 30.0, 20.0, layers=layers)), "allocation")
+    assert "predicted loss 8.000, measured 10.00 (25.0 % off), over 4 layers" in text
+
+
+def test_a_low_rank_term_dearer_than_a_bit_is_said() -> None:
+    stages = (stage("quantize", 30.0, 20.0, bits_per_weight=3.31), stage("decompose", 28.0, 30.0, bits_per_weight=4.78))
+    assert "added 1.47 bits per weight" in said(run(stage("baseline", 20.0), *stages), "bytes")
+    cheap = (stages[0], replace(stages[1], bits_per_weight=3.68))
+    assert said(run(stage("baseline", 20.0), *cheap), "bytes") == ""
+
+
+def test_notes_of_every_stage_are_repeated() -> None:
+    record = run(stage("baseline", 20.0), stage("quantize", 30.0, 20.0, notes=("damping raised in q_proj",)))
+    assert said(record, "note") == "quantize: damping raised in q_proj"
+
+
+@pytest.mark.parametrize(
+    "name, method, settings, wanted, unwanted",
+    [
+        ("quantize", "rtn", {"bits": 3, "group_size": 128}, ["quantize.method=gptq", "quantize.group_size=32", "quantize.bits=4"], []),
+        ("quantize", "gptq", {"bits": 4, "group_size": 32}, [], ["method=gptq", "group_size", "bits"]),
+        ("quantize.2", "nf4", {"bits": 2}, ["quantize.2.method=gptq", "quantize.2.bits=3"], []),
+        ("prune", "magnitude", {"sparsity": 0.5, "pattern": "unstructured"}, ["prune.method=wanda", "prune.sparsity=0.4"], ["4:8"]),
+        ("prune", "wanda", {"sparsity": 0.5, "pattern": "2:4"}, ["prune.pattern=4:8"], ["sparsity="]),
+        ("decompose", "loftq", {}, ["decompose.method=qera_exact"], []),
+        ("recover", "lora", {}, ["recover.learning_rate"], []),
+        ("fuse", None, {}, ["fuse.backend=reference", "pipeline doctor"], []),
+    ],
+)
+def test_advice_fits_the_stage_that_hurt(name: str, method: str | None, settings: dict, wanted: list[str], unwanted: list[str]) -> None:
+    record = run(stage("baseline", 20.0), stage(name, 30.0, 20.0, method=method, settings=settings))
+    text = " ".join(suggestions(record))
+    assert [part for part in wanted if part not in text] == []
+    assert [part for part in unwanted if part in text.split("`recover`")[0]] == []
+
+
+def test_more_recovery_is_advised_only_while_a_gap_is_left() -> None:
+    quantized = stage("quantize", 30.0, 20.0, method="gptq", settings={"bits": 4, "group_size": 32})
+    left = run(stage("baseline", 20.0), quantized, stage("recover", 25.0, 30.0, method="lora", settings={"steps": 48}))
+    assert any("recover.steps=96" in tip for tip in suggestions(left))
+    done = run(stage("baseline", 20.0), quantized, stage("recover", 20.1, 30.0, method="lora", settings={"steps": 48}))
+    assert not any("recover" in tip for tip in suggestions(done))
+    assert any("`recover` stage" in tip for tip in suggestions(run(stage("baseline", 20.0), quantized)))
+
+
+def test_changes_skip_stages_without_a_perplexity() -> None:
+    found = changes(run(stage("baseline", 20.0), StageRecord("prune"), StageRecord("quantize", perplexity=30.0)).stages)
+    assert [(change.before.stage, change.after.stage) for change in found] == [("baseline", "quantize")]
+    assert found[0].nats == pytest.approx(math.log(1.5)) and not found[0].is_noise

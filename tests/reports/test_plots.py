@@ -1,0 +1,125 @@
+"""Figures: the Pareto line is the Pareto line, axes hold their points, labels keep clear, missing numbers are left out."""
+
+import math
+from pathlib import Path
+
+import pytest
+from bitmend.reports import drawing, run_plots
+from bitmend.reports.plots import kernels_figure, lines_figure, pareto_figure, pareto_front
+from bitmend.reports.record import LayerRecord, RunRecord, StageRecord
+from hypothesis import given
+from hypothesis import strategies as st
+
+POINTS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=15)
+
+
+@given(POINTS)
+def test_pareto_front_holds_exactly_the_unbeaten(points: list[tuple[int, int]]) -> None:
+    front = [points[index] for index in pareto_front(points)]
+    unbeaten = {p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
+    assert set(front) == unbeaten and len(front) == len(unbeaten)
+    assert front == sorted(front)
+
+
+def test_pareto_figure_draws_the_line_through_the_front_and_labels_all() -> None:
+    rows = [
+        {"method": name, "total_bytes": x, "perplexity": y}
+        for name, x, y in (("a", 1.0, 9.0), ("b", 2.0, 5.0), ("c", 3.0, 6.0), ("d", 4.0, 3.0))
+    ]
+    rows.append({"method": "lost", "total_bytes": 5.0, "perplexity": math.nan})
+    axes = pareto_figure(rows, references={"baseline": 2.5}).axes[0]
+    line = next(line for line in axes.lines if line.get_label() == "Pareto line")
+    assert list(line.get_xydata()[:, 0]) == [1.0, 2.0, 4.0]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
+    assert {"a", "b", "c", "d", "baseline"} <= {text.get_text() for text in axes.texts}
+    assert axes.get_ylim()[0] < 2.5 and axes.get_ylim()[1] > 9
+
+
+def test_lines_figure_sorts_by_x_groups_by_series_and_panels() -> None:
+    rows = [
+        {"sparsity": s, "perplexity": 20 + 10 * s + k, "subset": f"s{k}", "pattern": p}
+        for p in ("free", "2:4")
+        for k in (0, 1)
+        for s in (0.7, 0.5, 0.6)
+    ]
+    figure = lines_figure(rows, "sparsity", "perplexity", "subset", panel="pattern", log_y=True)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["free", "2:4"]
+    for axes in figure.axes:
+        assert [list(container.lines[0].get_xdata()) for container in axes.containers] == [[0.5, 0.6, 0.7]] * 2  # pyright: ignore[reportAttributeAccessIssue]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["s0", "s1"]
+
+
+def test_figures_of_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="no row with finite numbers"):
+        lines_figure([{"x": 1, "y": None}], "x", "y")
+
+
+def test_kernels_figure_divides_by_the_same_layer_and_rows() -> None:
+    rows = [
+        {"layer": layer, "M": m, "variant": variant, "median_us": us * scale}
+        for layer, scale in (("q", 1.0), ("down", 3.0))
+        for m, variant, us in ((1, "bf16", 10.0), (1, "fused", 4.0), (16, "bf16", 12.0), (16, "fused", 12.0), (64, "fused", 5.0))
+    ]
+    for axes in kernels_figure(rows).axes:
+        assert list(axes.containers[0].lines[0].get_ydata()) == [2.5, 1.0]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("low, high", [(28.7, 43.4), (1.0, 1.01), (5.47, 20.85), (2.0, 1e6), (1e-6, 3e-4)])
+def test_log_axes_have_a_few_round_ticks_inside(low: float, high: float) -> None:
+    figure, (axes,) = drawing.new_figure()
+    drawing.nice_log_axis(axes, "y", low, high)
+    figure.draw_without_rendering()
+    ticks = [tick for tick in axes.get_yticks() if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]]
+    assert 3 <= len(ticks) <= 13
+    assert all(len(label.get_text()) <= 9 for label in axes.get_yticklabels())
+
+
+def test_labels_do_not_cover_each_other_and_points_together_share_one() -> None:
+    figure, (axes,) = drawing.new_figure()
+    axes.set_xlim(0, 10)
+    axes.set_ylim(0, 10)
+    points = [(5.0, 5.0, "first"), (5.0, 5.0, "second"), (5.3, 5.2, "third"), (5.0, 5.9, "fourth"), (9.9, 9.9, "corner")]
+    drawing.place_labels(axes, points)
+    figure.draw_without_rendering()
+    assert [text.get_text() for text in axes.texts] == ["first, second", "third", "fourth", "corner"]
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not any(a.overlaps(b) for index, a in enumerate(boxes) for b in boxes[index + 1 :])
+
+
+def test_run_figures_exist_where_there_is_something_to_draw(full_run: RunRecord) -> None:
+    stages = full_run.stages
+    assert run_plots.perplexity_by_stage(stages) and run_plots.size_against_perplexity(stages)
+    heat = run_plots.error_heat_map(stages)
+    assert heat is not None and [axes.get_title(loc="left") for axes in heat.axes][:3] == [
+        "after prune, wanda", "after quantize, gptq", "after decompose, qera_exact"
+    ]  # fmt: skip
+    assert run_plots.allocation(stages[3].layers) and run_plots.predicted_against_measured(stages[3].layers)
+    bare = [LayerRecord("model.layers.0.q")]
+    assert run_plots.perplexity_by_stage([]) is None and run_plots.size_against_perplexity([]) is None
+    assert (
+        run_plots.error_heat_map(stages[:1]) is None
+        and run_plots.allocation(bare) is None
+        and run_plots.predicted_against_measured(bare) is None
+    )
+
+
+def test_heat_map_puts_layers_in_their_place_and_averages_experts() -> None:
+    layers = [LayerRecord(f"model.layers.{block}.mlp.experts.{e}.w1", 0.1 * (block + 1) + 0.02 * e) for block in (0, 2) for e in (0, 1)]
+    layers += [LayerRecord("model.layers.0.attn.q", 0.5), LayerRecord("lm_head", 0.7)]
+    figure = run_plots.error_heat_map([StageRecord("quantize", layers=tuple(layers))])
+    assert figure is not None
+    grid = figure.axes[0].collections[0].get_array()
+    assert grid is not None and grid.shape == (3, 3)
+    assert (
+        grid[0, 0] == pytest.approx(0.11)
+        and grid[0, 1] == pytest.approx(0.31)
+        and grid[1, 0] == pytest.approx(0.5)
+        and grid[2, 2] == pytest.approx(0.7)
+    )
+    assert grid.mask[0, 2] and grid.mask[1, 1] and grid.mask[2, 0]
+
+
+def test_saved_files_are_whole_and_repeat_byte_for_byte(tmp_path: Path) -> None:
+    rows = [{"x": 1, "y": 2}, {"x": 2, "y": 1}]
+    first = [path.read_bytes() for path in drawing.save(lines_figure(rows, "x", "y"), tmp_path / "a.b")]
+    second = [path.read_bytes() for path in drawing.save(lines_figure(rows, "x", "y"), tmp_path / "a.b")]
+    assert first == second and sorted(path.name for path in tmp_path.iterdir()) == ["a.b.png", "a.b.svg"]
