@@ -7,7 +7,7 @@ import torch
 from bitmend.compress import normal_float as nf
 from bitmend.compress.feedback import inverse_factor
 from bitmend.compress.gptq import GptqConfig, GptqNormalFloatConfig, corrected_target, gptq, gptq_book, gptq_nf, gptq_uniform
-from bitmend.compress.grids import UniformGrid, fit, on_grid, round_to_grid
+from bitmend.compress.grids import Clip, UniformGrid, fit, on_grid, round_to_grid
 from bitmend.compress.rounding import RtnConfig, round_uniform, rtn
 from bitmend.compress.statistics import InputStatistics, LayerStatistics
 from bitmend.compress.weights import DenseWeight, LowRank, NormalFloatWeight, StoredWeight, UniformWeight
@@ -52,7 +52,7 @@ def column_by_column(weight_OI: Tensor, moment_II: Tensor, order: list[int], rou
     return out
 
 
-def twin(case: Layer, grid: UniformGrid, act_order: str, clip="none", mask: Tensor | None = None) -> Tensor:
+def twin(case: Layer, grid: UniformGrid, act_order: str, clip: Clip = "none", mask: Tensor | None = None) -> Tensor:
     weight, size = case.weight_OI, grid.size(case.weight_OI.shape[1])
     columns = weight.shape[1]
     order = list(range(columns)) if act_order == "none" else case.moment_II.diagonal().argsort(descending=True, stable=True).tolist()

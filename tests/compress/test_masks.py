@@ -124,7 +124,7 @@ def test_depth_rises_and_outliers_are_spared():
     assert found[0] > found[2] > found[1]
     assert max(found) - min(found) == pytest.approx(0.16)
     assert by_outliers([0.2, 0.2], 0.5) == pytest.approx([0.5, 0.5])
-    with pytest.raises(ValueError, match="mean sparsity 1.5 must lie in"):
+    with pytest.raises(ValueError, match=r"mean sparsity 1\.5 must lie in"):
         by_depth(2, 1.5)
     with pytest.raises(ValueError, match="2 layers and 1 sizes"):
         hold_mean([0.0, 0.0], 0.5, [3])

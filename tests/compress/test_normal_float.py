@@ -55,6 +55,7 @@ def test_double_quantization_is_bitsandbytes(shape, seed):
     packed, state = bnb.quantize_4bit(original, blocksize=64, quant_type="nf4", compress_statistics=True)
     ours = round_normal_float(original, 4, 64, double_quantize=True)
     assert ours.absmax_codes is not None and ours.absmax_scales is not None and ours.absmax_offset is not None
+    assert state.state2 is not None and state.offset is not None
     assert torch.equal(ours.codes_OI(), nibbles(packed, shape))
     assert torch.equal(ours.absmax_codes.view(-1), state.absmax)
     assert torch.equal(ours.absmax_scales, state.state2.absmax)

@@ -165,7 +165,7 @@ def test_what_cannot_be_is_refused():
     start = StoredWeight(DenseWeight(weight))
     with pytest.raises(ValueError, match="in_features 100 is not a multiple of 8; pattern 4:8 cannot be met"):
         sparsegpt(start, weight, statistics, SparseGptConfig(0.5, "4:8"))
-    with pytest.raises(ValueError, match="keeps 2 of 4, a sparsity of 0.5, not 0.6"):
+    with pytest.raises(ValueError, match=r"keeps 2 of 4, a sparsity of 0\.5, not 0\.6"):
         SparseGptConfig(0.6, "2:4")
     with pytest.raises(ValueError, match="activations are rounded only beside a quantized weight"):
         SparseGptConfig(activations=ActivationGrid(8))
