@@ -13,7 +13,7 @@ from .grids import Clip, UniformGrid, check_grid, divide, fit, round_to_grid, to
 from .masks import finite
 from .packing import pack_codes
 from .statistics import LayerStatistics
-from .weights import ActivationGrid, Base, NormalFloatWeight, StoredWeight, UniformWeight
+from .weights import ActivationGrid, Base, DenseWeight, NormalFloatWeight, StoredWeight, UniformWeight
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,12 @@ def normal_float_record(codes_OI: Tensor, absmax_OG: Tensor, bits: int, block_si
 
 
 def base_target(weight: StoredWeight, target_OI: Tensor) -> Tensor:
-    """What the base should be so that the record imitates the target: without its low-rank term and delta, times its smoothing,
-    dropped weights included. ValueError for NaN or Inf."""
+    """What a new base should be, float32 [O, I]: so that the record imitates the target, that is the target without the record's
+    low-rank term and delta, times its smoothing, dropped weights included.
+
+    Unless the record has a dense base whose kept weights an earlier stage has moved (SparseGPT, training): then what that stage
+    made of them is what counts, and dropped weights are 0. ValueError for NaN or Inf.
+    """
     base_OI = finite(target_OI, "target weight").float()
     if weight.low_rank is not None:
         base_OI = base_OI - weight.low_rank.dense()
@@ -93,6 +97,8 @@ def base_target(weight: StoredWeight, target_OI: Tensor) -> Tensor:
         base_OI = replace(weight.delta, values=-weight.delta.values).add_to_(base_OI.clone())
     if weight.smooth is not None:
         base_OI = base_OI * weight.smooth.float()
+    if isinstance(weight.base, DenseWeight) and not _untouched(weight, weight.base.weight, target_OI):
+        return kept(weight, finite(weight.base.weight.float(), "weight"))
     return base_OI
 
 
@@ -135,3 +141,10 @@ def normal_float(
 def nf4(weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, config: Nf4Config) -> tuple[StoredWeight, dict[str, float]]:
     """NF4, bit for bit bitsandbytes'."""
     return normal_float(weight, target_OI, statistics, NormalFloatConfig(4, config.block_size, config.double_quantize, config.activations))
+
+
+def _untouched(weight: StoredWeight, current_OI: Tensor, target_OI: Tensor) -> bool:
+    """Whether the kept weights are still the target's, smoothed or not yet, to the bit of the dtype they are stored in."""
+    candidates = [target_OI] if weight.smooth is None else [target_OI, target_OI * weight.smooth.float()]
+    current_OI = kept(weight, current_OI)
+    return any(torch.equal(current_OI, kept(weight, other.to(current_OI.dtype))) for other in candidates)

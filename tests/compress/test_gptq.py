@@ -218,7 +218,7 @@ def test_dead_inputs_are_rounded_to_nearest_and_disturb_nobody():
     assert torch.equal(found.dense()[:, [3, 50]], nearest.dense()[:, [3, 50]])
     other = case.weight_OI.clone()
     other[:, 3] *= -1
-    again, _ = gptq(start, other, LayerStatistics(inputs), config)
+    again, _ = gptq(StoredWeight(DenseWeight(other)), other, LayerStatistics(inputs), config)
     others = [i for i in range(96) if i != 3]
     assert torch.equal(found.dense()[:, others], again.dense()[:, others])
     assert not torch.equal(found.dense()[:, 3], again.dense()[:, 3])

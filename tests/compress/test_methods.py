@@ -125,6 +125,25 @@ def test_masks_survive_quantization_with_the_target_dense(name):
 
 
 @pytest.mark.parametrize("name", MATRIX_ROWS)
+def test_what_an_earlier_stage_made_of_the_weights_is_what_gets_quantized(name):
+    """SparseGPT moved the kept weights and training may have: quantization must not go back to the baseline's."""
+    pruned, _ = run(PRUNE["sparsegpt"])
+    trained = StoredWeight(DenseWeight(WEIGHT * 1.5))
+    settings = {"bits": 8} if "bits" in {f.name for f in fields(MATRIX_ROWS[name].config)} else {}
+    for start, share in ((pruned, 0.3), (trained, 0.3)):
+        found, _ = run(MATRIX_ROWS[name], start, WEIGHT, **settings)
+        assert (found.dense() - start.dense()).norm() < share * (WEIGHT - start.dense()).norm()
+
+
+def test_feedback_makes_up_for_what_wanda_dropped():
+    pruned, _ = run(PRUNE["wanda"])
+    found, _ = run(QUANTIZE["gptq"], pruned, bits=8)
+    nearest, _ = run(QUANTIZE["rtn"], pruned, bits=8)
+    assert output_error(nearest.dense()) > 0.999 * output_error(pruned.dense())
+    assert output_error(found.dense()) < 0.98 * output_error(pruned.dense())
+
+
+@pytest.mark.parametrize("name", MATRIX_ROWS)
 def test_activations_and_what_lies_beside_the_base_are_carried(name):
     pair = LowRank(torch.full((48, 2), 0.01), torch.full((2, 192), 0.01))
     start = StoredWeight(DenseWeight(WEIGHT), low_rank=pair, smooth=torch.full((192,), 2.0))
