@@ -82,8 +82,9 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code. Every failure is one line on stderr (with -v the traceback as well)."""
     for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _terminate)
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup asked for SIGHUP to be ignored
+            signal.signal(number, _terminate)
     try:
         result: Any = app(args=arguments, prog_name="pipeline", standalone_mode=False)
         sys.stdout.flush()

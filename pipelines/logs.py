@@ -38,7 +38,6 @@ def setup(verbose: bool = False, quiet: bool = False) -> None:
     handler.setLevel(level)
     handler.terminal = True  # type: ignore[attr-defined]
     logger.addHandler(handler)
-    logger.propagate = False
     if not verbose:
         warnings.simplefilter("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

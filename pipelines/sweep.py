@@ -19,6 +19,16 @@ from .recipe import Recipe, resolve, run_directory
 
 log = logging.getLogger(__name__)
 
+TITLES = {
+    "perplexity_ratio": "× baseline",
+    "kl_to_baseline": "KL",
+    "bits_per_weight": "bits/weight",
+    "total_bytes": "size",
+    "trainable_parameters": "trained",
+    "seconds": "time",
+    "within_budget": "in budget",
+}
+
 
 @dataclass(frozen=True)
 class Point:
@@ -85,7 +95,7 @@ class Outcome:
         """A rich table of the rows."""
         from .commands.options import table
 
-        return table(self.rows())
+        return table(self.rows(), TITLES)
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": 1, "max_trainable_parameters": self.max_trainable, "runs": self.rows()}

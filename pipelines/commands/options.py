@@ -78,18 +78,19 @@ def _write_section(section: Mapping[str, Any], out: Any, indent: str) -> None:
             out.print(Text(f"{indent}{key}: {_cell(str(key), value)}"), soft_wrap=True)
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> Any:
+def table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str] | None = None) -> Any:
+    """A rich table of mappings; `titles` are shorter names for keys."""
     from rich.box import SIMPLE
     from rich.table import Table
     from rich.text import Text
 
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(box=SIMPLE)
+    made = Table(box=SIMPLE)
     for key in keys:
-        table.add_column(str(key), overflow="fold")
+        made.add_column((titles or {}).get(key, str(key)), overflow="fold")
     for row in rows:
-        table.add_row(*(Text(_cell(str(key), row.get(key))) for key in keys))
-    return table
+        made.add_row(*(Text(_cell(str(key), row.get(key))) for key in keys))
+    return made
 
 
 def _cell(key: str, value: Any) -> str:
@@ -110,6 +111,8 @@ def _cell(key: str, value: Any) -> str:
         )
     if isinstance(value, (list, tuple)):
         return ", ".join(_cell("", item) for item in value) or "none"
+    if isinstance(value, str) and not value.isprintable():
+        return json.dumps(value, ensure_ascii=False)
     return str(value) if not isinstance(value, Mapping) else "none" if not value else json.dumps(_finite(value), default=str)
 
 

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -111,12 +112,19 @@ def run_directory(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _quiet_again(monkeypatch: pytest.MonkeyPatch) -> Any:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A command sets signal handlers, log handlers and variables for its process; here the process goes on."""
+    signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    logger = logging.getLogger(logs.ROOT)
+    handlers, level, variables = list(logger.handlers), logger.level, dict(os.environ)
     monkeypatch.setattr(logs, "_settings", dict(logs._settings))
     yield
-    for number, handler in handlers.items():
+    for number, handler in signals.items():
         signal.signal(number, handler)
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+    for name in set(os.environ) - set(variables) - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
 
 
 def failing(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -547,6 +555,18 @@ def test_signals_end_in_130_and_one_line(number: signal.Signals, tmp_path: Path)
     assert "interrupted" in err
 
 
+def test_nohup_is_respected(tmp_path: Path) -> None:
+    script = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + SLEEPER
+    with subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "ready\n"
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=0.3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 130
+
+
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -581,8 +601,6 @@ def test_bars_are_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[s
 
 
 def test_quiet_hides_notes_and_setup_twice_does_not_repeat_them(capsys: pytest.CaptureFixture[str]) -> None:
-    import logging
-
     logs.setup()
     logs.setup()
     logging.getLogger("bitmend.pipelines.anything").info("a note")
