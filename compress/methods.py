@@ -15,6 +15,8 @@ from .decompose import Decomposition, decompose, needs
 from .gptq import GptqConfig, GptqNormalFloatConfig, gptq, gptq_nf
 from .masks import MagnitudeConfig, WandaConfig, magnitude, wanda
 from .rounding import Nf4Config, NormalFloatConfig, RtnConfig, nf4, normal_float, rtn
+from .smooth import SvdQuantConfig, svdquant
+from .smooth import needs as svdquant_needs
 from .sparsegpt import SparseGptConfig, sparsegpt
 
 
@@ -49,6 +51,7 @@ DECOMPOSE: Mapping[str, Method] = {
     "qera_exact": Method(Decomposition, decompose, needs),
     "eora": Method(Decomposition, decompose, needs),
     "cloq": Method(Decomposition, decompose, needs, defaults=_REFIT),
+    "svdquant": Method(SvdQuantConfig, svdquant, svdquant_needs, scope="block"),
     "caldera": Method(Decomposition, decompose, needs, defaults=_REFIT | {"iterations": 20, "factor_bits": 4}),
     "srr": Method(Decomposition, decompose, needs, defaults=_REFIT | {"kept_rank": None}),
     "best": Method(Decomposition, decompose, needs, defaults=_REFIT | {"first": "kept", "iterations": 2, "factor_bits": None}),
