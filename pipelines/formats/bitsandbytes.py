@@ -20,6 +20,7 @@ from ...compress.normal_float import NESTED_BLOCK
 from ...compress.packing import pack_codes
 from ...compress.weights import DenseWeight, NormalFloatWeight, StoredWeight, UniformWeight
 from ..errors import InputError, UsageError
+from .biases import with_room_for_biases
 from .checkpoint import Checkpoint, Lazy, config_dtype, masked_note, refuse_beyond_codes, untie_compressed
 from .folder import write_folder
 from .leftovers import dense_linears
@@ -37,7 +38,7 @@ HOW_TO_LOAD = (
 
 def write(checkpoint: Checkpoint, directory: Path, shard_bytes: int = SHARD_BYTES) -> list[str]:
     """What to tell the user about the export. UsageError when something has no place in the format."""
-    checkpoint, notes = untie_compressed(checkpoint)
+    checkpoint, notes = untie_compressed(with_room_for_biases(checkpoint))
     experts = next((name for name in checkpoint.linears if expert_parameter(name) is not None), None)
     if experts is not None:
         raise UsageError(f"{experts}: bitsandbytes quantizes linears, not fused experts; use --format gptq, compressed-tensors or dense")
@@ -76,7 +77,12 @@ def pack(name: str, record: StoredWeight, dtype: torch.dtype) -> dict[str, Tenso
     if mask is not None:
         codes = codes.where(mask, int((normal_float.code_book(4) == 0).nonzero()))
     flat = codes.reshape(-1, 2)
-    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": base.block_size, "dtype": str(dtype).removeprefix("torch."), "shape": list(base.shape)}
+    state: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": base.block_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(base.shape),
+    }
     out = {"weight": ((flat[:, 0] << 4) | flat[:, 1]).unsqueeze(1), "weight.quant_map": normal_float.code_book(4).clone()}
     if base.absmax is not None:
         out["weight.absmax"] = base.absmax.float().reshape(-1)
@@ -94,7 +100,9 @@ def _normal_float(name: str, record: StoredWeight) -> NormalFloatWeight:
     refuse_beyond_codes(name, record, LABEL)
     base = record.base
     if isinstance(base, UniformWeight):
-        raise UsageError(f"{name}: bitsandbytes holds NormalFloat4, not uniform {base.bits}-bit grids; use --format gptq or compressed-tensors")
+        raise UsageError(
+            f"{name}: bitsandbytes holds NormalFloat4, not uniform {base.bits}-bit grids; use --format gptq or compressed-tensors"
+        )
     assert isinstance(base, NormalFloatWeight)
     if base.bits != 4:
         raise UsageError(f"{name}: bitsandbytes holds NormalFloat4, not NormalFloat{base.bits}; use --format dense")
@@ -124,7 +132,9 @@ def read(directory: Path) -> Checkpoint:
     stored = open_directory(directory)
     foreign = next((name for name in stored if ".quant_state." in name and not name.endswith(f".{STATE}")), None)
     if foreign is not None:
-        raise InputError(f"{stored[foreign].file}: {foreign}: only NF4 is read, not {foreign.rpartition('__')[2]}; quantize with bnb_4bit_quant_type nf4")
+        raise InputError(
+            f"{stored[foreign].file}: {foreign}: only NF4 is read, not {foreign.rpartition('__')[2]}; quantize with bnb_4bit_quant_type nf4"
+        )
     linears, taken = {}, set()
     for entry in [name for name in stored if name.endswith(f".{STATE}")]:
         name = entry.removesuffix(f".{STATE}")
@@ -154,10 +164,14 @@ def _state(name: str, parts: Mapping[str, Stored]) -> dict[str, Any]:
         if part not in parts:
             raise InputError(f"{entry.file}: {name}.{STATE} is there, {name}.{part} is not")
         if parts[part].shape != (count,):
-            raise InputError(f"{parts[part].file}: {name}.{part} has shape {list(parts[part].shape)}; {rows} × {columns} in blocks of {block} need [{count}]")
+            raise InputError(
+                f"{parts[part].file}: {name}.{part} has shape {list(parts[part].shape)}; {rows} × {columns} in blocks of {block} need [{count}]"
+            )
     found = parts["weight"].size_bytes
     if found != -(-rows * columns // 2):
-        raise InputError(f"{parts['weight'].file}: {name}.weight holds {found} bytes; {rows} × {columns} weights of 4 bits need {-(-rows * columns // 2)}")
+        raise InputError(
+            f"{parts['weight'].file}: {name}.weight holds {found} bytes; {rows} × {columns} weights of 4 bits need {-(-rows * columns // 2)}"
+        )
     return state
 
 
@@ -193,4 +207,6 @@ def _nested(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> tuple[Te
 
 def _check_map(name: str, entry: Stored, found: Tensor, known: Tensor) -> None:
     if not torch.equal(found.float(), known):
-        raise InputError(f"{entry.file}: {entry.name} is not the table bitsandbytes uses for NF4; the file is of another version or damaged ({name})")
+        raise InputError(
+            f"{entry.file}: {entry.name} is not the table bitsandbytes uses for NF4; the file is of another version or damaged ({name})"
+        )

@@ -148,7 +148,10 @@ def untie_compressed(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
     tensors = {name: partial(checkpoint.tensors.__getitem__, name) for name in checkpoint.tensors}
     for alias, source in compressed.items():
         tensors[source] = partial(_dense, checkpoint.linears, alias.removesuffix(".weight"), config_dtype(checkpoint))
-    notes = [f"{alias} is compressed and was tied to {source}: both copies are written, the embedding densely" for alias, source in compressed.items()]
+    notes = [
+        f"{alias} is compressed and was tied to {source}: both copies are written, the embedding densely"
+        for alias, source in compressed.items()
+    ]
     tied = {alias: source for alias, source in checkpoint.tied.items() if alias not in compressed}
     return replace(checkpoint, config={**checkpoint.config, "tie_word_embeddings": False}, tensors=Lazy(tensors), tied=tied), notes
 

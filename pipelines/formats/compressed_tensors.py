@@ -18,6 +18,7 @@ from torch import Tensor
 from ...compress.packing import BITS, pack_codes, packed_words, unpack_codes
 from ...compress.weights import DenseWeight, StoredWeight, UniformWeight
 from ..errors import InputError, UsageError
+from .biases import with_room_for_biases
 from .checkpoint import Checkpoint, Lazy, masked_note, refuse_beyond_codes, uniform_codes, untie_compressed
 from .folder import write_folder
 from .leftovers import dense_linears, routers
@@ -38,11 +39,11 @@ def write(checkpoint: Checkpoint, directory: Path, shard_bytes: int = SHARD_BYTE
     if checkpoint.transposed & set(checkpoint.linears):
         name = sorted(checkpoint.transposed & set(checkpoint.linears))[0]
         raise UsageError(f"{name} is a Conv1D, which compressed-tensors programs do not compress; use --format gptq, bnb or dense")
-    checkpoint, notes = untie_compressed(checkpoint)
+    checkpoint, notes = untie_compressed(with_room_for_biases(checkpoint))
     _refuse_experts(checkpoint)
     ignored = [*dense_linears(checkpoint), *routers(checkpoint)]
     checkpoint = to_file(checkpoint)
-    schemes: dict[Scheme, list[str]] = {}
+    schemes: dict[Scheme, dict[str, int]] = {}
     pruned: list[str] = []
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -53,7 +54,7 @@ def write(checkpoint: Checkpoint, directory: Path, shard_bytes: int = SHARD_BYTE
                 yield f"{name}.weight", record.dense(record.base.weight.dtype)
                 continue
             parts, scheme = pack(name, record)
-            schemes.setdefault(scheme, []).append(name)
+            schemes.setdefault(scheme, {})[name] = record.shape[1]
             for part, tensor in parts.items():
                 yield f"{name}.{part}", tensor
         yield from checkpoint.tensors.items()
@@ -61,11 +62,16 @@ def write(checkpoint: Checkpoint, directory: Path, shard_bytes: int = SHARD_BYTE
     with fresh_directory(directory) as scratch:
         write_shards(scratch, tensors(), shard_bytes)
         if not schemes:
-            raise UsageError("no linear of this model is on a uniform grid, so compressed-tensors has nothing to hold; choose --format dense or bnb")
+            raise UsageError(
+                "no linear of this model is on a uniform grid, so compressed-tensors has nothing to hold; choose --format dense or bnb"
+            )
+        schemes = merged(schemes)
         if pruned:
             notes.append(masked_note(len(pruned), LABEL))
         if len(schemes) > 1 and not all(symmetric for _, _, symmetric in schemes):
-            notes.append("several settings with zero points: vLLM reads that, transformers 5.24 does not (it does with symmetric grids or a single setting)")
+            notes.append(
+                "several settings with zero points: vLLM reads that, transformers 5.24 does not (it does with symmetric grids or a single setting)"
+            )
         write_folder(checkpoint, scratch, quantization_config(schemes, ignored), notes, HOW_TO_LOAD)
     return notes
 
@@ -77,17 +83,23 @@ def _refuse_experts(checkpoint: Checkpoint) -> None:
         if expert_parameter(name) is None or not isinstance(record.base, UniformWeight):
             continue
         if not record.base.symmetric:
-            raise UsageError(f"{name}: programs read compressed-tensors experts without zero points; quantize symmetrically or use --format gptq")
+            raise UsageError(
+                f"{name}: programs read compressed-tensors experts without zero points; quantize symmetrically or use --format gptq"
+            )
         found.add((record.base.bits, record.base.group_size))
         if len(found) > 1:
-            raise UsageError(f"{name}: compressed-tensors experts share one setting; these have several bits or group sizes, use --format gptq")
+            raise UsageError(
+                f"{name}: compressed-tensors experts share one setting; these have several bits or group sizes, use --format gptq"
+            )
 
 
 def pack(name: str, record: StoredWeight) -> tuple[dict[str, Tensor], Scheme]:
     """(the tensors of one linear by their last names, its scheme)."""
     base, codes, zeros = uniform_codes(name, record, LABEL)
     if base.group_index is not None:
-        raise UsageError(f"{name}: compressed-tensors has dropped reordered groups (g_idx); use --format gptq, or act-order within static groups")
+        raise UsageError(
+            f"{name}: compressed-tensors has dropped reordered groups (g_idx); use --format gptq, or act-order within static groups"
+        )
     rows, columns = base.shape
     parts = {
         "weight_packed": pack_codes(codes, base.bits),
@@ -99,7 +111,17 @@ def pack(name: str, record: StoredWeight) -> tuple[dict[str, Tensor], Scheme]:
     return parts, (base.bits, -1 if base.groups == 1 else columns // base.groups, base.symmetric)
 
 
-def quantization_config(schemes: Mapping[Scheme, list[str]], ignored: list[str]) -> dict[str, Any]:
+def merged(schemes: Mapping[Scheme, Mapping[str, int]]) -> dict[Scheme, dict[str, int]]:
+    """Scheme → its linears and their inputs; one group over a whole row joins the scheme whose group size that row has."""
+    out = {scheme: dict(linears) for scheme, linears in schemes.items()}
+    for (bits, group_size, symmetric), linears in schemes.items():
+        for name, columns in linears.items() if group_size == -1 else ():
+            if (bits, columns, symmetric) in schemes:
+                out[bits, columns, symmetric][name] = out[bits, -1, symmetric].pop(name)
+    return {scheme: linears for scheme, linears in out.items() if linears}
+
+
+def quantization_config(schemes: Mapping[Scheme, Mapping[str, int]], ignored: list[str]) -> dict[str, Any]:
     """One scheme goes by the class of module, several by the modules' names."""
     groups = {}
     for number, ((bits, group_size, symmetric), names) in enumerate(schemes.items()):
@@ -109,7 +131,13 @@ def quantization_config(schemes: Mapping[Scheme, list[str]], ignored: list[str])
             "observer": "minmax", "observer_kwargs": {},
         }  # fmt: skip
         targets = ["Linear"] if len(schemes) == 1 else [f"re:^{re.escape(name)}$" for name in names]
-        groups[f"group_{number}"] = {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None, "format": FORMAT}
+        groups[f"group_{number}"] = {
+            "targets": targets,
+            "weights": weights,
+            "input_activations": None,
+            "output_activations": None,
+            "format": FORMAT,
+        }
     out = {
         "quant_method": LABEL, "format": FORMAT, "quantization_status": "compressed", "config_groups": groups, "ignore": ignored,
         "kv_cache_scheme": None, "global_compression_ratio": None,
@@ -139,14 +167,18 @@ def read(directory: Path) -> Checkpoint:
 def _check_config(directory: Path, quantization: Mapping[str, Any]) -> None:
     kinds = {quantization.get("format")} | {g.get("format") or FORMAT for g in quantization.get("config_groups", {}).values()}
     if kinds != {FORMAT}:
-        raise InputError(f"{directory}: compressed-tensors format {', '.join(sorted(map(str, kinds - {FORMAT})))} is not read; only {FORMAT} is")
+        raise InputError(
+            f"{directory}: compressed-tensors format {', '.join(sorted(map(str, kinds - {FORMAT})))} is not read; only {FORMAT} is"
+        )
     for entry in ("kv_cache_scheme", "sparsity_config", "transform_config"):
         if quantization.get(entry):
             raise InputError(f"{directory}: quantization_config has a {entry}, which changes what the model computes and is not read")
     for group in quantization["config_groups"].values():
         weights = group.get("weights") or {}
         if weights.get("type", "int") != "int" or weights.get("num_bits") not in BITS:
-            raise InputError(f"{directory}: weights of {weights.get('num_bits')} bits of type {weights.get('type')}; integers of {BITS} bits are read")
+            raise InputError(
+                f"{directory}: weights of {weights.get('num_bits')} bits of type {weights.get('type')}; integers of {BITS} bits are read"
+            )
         for side in ("input_activations", "output_activations"):
             if group.get(side):
                 raise InputError(f"{directory}: the checkpoint quantizes {side.replace('_', ' ')} too, which is not read; only weights are")
@@ -174,7 +206,9 @@ def _bits(name: str, parts: Mapping[str, Stored], groups: Mapping[str, Any]) -> 
         if part not in parts:
             raise InputError(f"{packed.file}: {name}.weight_packed is there, {name}.{part} is not")
     if len(packed.shape) != 2 or packed.dtype != "I32":
-        raise InputError(f"{packed.file}: {name}.weight_packed is {packed.dtype} of shape {list(packed.shape)}; int32 with 2 dimensions was expected")
+        raise InputError(
+            f"{packed.file}: {name}.weight_packed is {packed.dtype} of shape {list(packed.shape)}; int32 with 2 dimensions was expected"
+        )
     shape = parts["weight_shape"].load().reshape(-1).tolist()
     if len(shape) != 2 or shape[0] != packed.shape[0]:
         raise InputError(f"{packed.file}: {name}.weight_packed has {packed.shape[0]} rows, {name}.weight_shape says {shape}")
@@ -186,11 +220,15 @@ def _bits(name: str, parts: Mapping[str, Stored], groups: Mapping[str, Any]) -> 
         )
     scale = parts["weight_scale"]
     if len(scale.shape) != 2 or scale.shape[0] != rows or not scale.shape[1] or columns % scale.shape[1]:
-        raise InputError(f"{scale.file}: {name}.weight_scale has shape {list(scale.shape)}, which does not divide {rows} × {columns} weights into groups")
+        raise InputError(
+            f"{scale.file}: {name}.weight_scale has shape {list(scale.shape)}, which does not divide {rows} × {columns} weights into groups"
+        )
     zero = parts.get("weight_zero_point")
     if zero is not None and zero.shape != (packed_words(rows, bits), scale.shape[1]):
         expected = [packed_words(rows, bits), scale.shape[1]]
-        raise InputError(f"{zero.file}: {name}.weight_zero_point has shape {list(zero.shape)}; {rows} outputs of {bits} bits need {expected}")
+        raise InputError(
+            f"{zero.file}: {name}.weight_zero_point has shape {list(zero.shape)}; {rows} outputs of {bits} bits need {expected}"
+        )
     return bits
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from .biases import with_room_for_biases
 from .checkpoint import Checkpoint, Lazy, config_dtype
 from .folder import write_folder
 from .naming import Names, expert_parameter, file_tensors
@@ -22,6 +23,7 @@ HOW_TO_LOAD = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoMode
 
 def write(checkpoint: Checkpoint, directory: Path, shard_bytes: int = SHARD_BYTES, dtype: torch.dtype | None = None) -> list[str]:
     """What to tell the user. `dtype` of the weights; None is the config's own, float32 where it says nothing."""
+    checkpoint = with_room_for_biases(checkpoint)
     if dtype is None:
         dtype = config_dtype(checkpoint)
     state = dense_state(checkpoint, dtype)

@@ -26,17 +26,33 @@ def write_folder(
 def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with the names of transformers 4 beside those of 5: readers of GPTQ live on both sides of that change.
 
-    transformers 4 looks for `torch_dtype`, `rope_theta` and `rope_scaling` and falls back to 10000 in silence.
+    transformers 4 looks for `torch_dtype`, `rope_theta` (GPT-NeoX: `rotary_emb_base`, `rotary_pct`) and `rope_scaling`, and falls back
+    to its defaults in silence.
     """
     out = {name: value for name, value in config.items() if name != "quantization_config"}
     dtype = out.get("dtype", out.get("torch_dtype"))
     if dtype is not None:
         out["dtype"] = out["torch_dtype"] = str(dtype).removeprefix("torch.")
     rope = out.get("rope_parameters")
-    if isinstance(rope, Mapping) and "rope_theta" in rope:
-        out.setdefault("rope_theta", rope["rope_theta"])
-        if rope.get("rope_type", "default") != "default":
-            out.setdefault("rope_scaling", {name: value for name, value in rope.items() if name != "rope_theta"})
+    if isinstance(rope, Mapping):
+        for name, value in _old_rope(rope).items():
+            out.setdefault(name, value)
+    return out
+
+
+def _old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_parameters`, one set or one per kind of layer (Gemma 3), as the fields of transformers 4."""
+    if isinstance(rope.get("full_attention"), Mapping):
+        local = rope.get("sliding_attention") or {}
+        out = _old_rope(rope["full_attention"])
+        return {**out, "rope_local_base_freq": local["rope_theta"]} if "rope_theta" in local else out
+    out: dict[str, Any] = {}
+    if "rope_theta" in rope:
+        out["rope_theta"] = out["rotary_emb_base"] = rope["rope_theta"]
+    if "partial_rotary_factor" in rope:
+        out["partial_rotary_factor"] = out["rotary_pct"] = rope["partial_rotary_factor"]
+    if rope.get("rope_type", "default") != "default":
+        out["rope_scaling"] = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
     return out
 
 

@@ -5,9 +5,7 @@ g_idx int32 [I]. Version 1 stores zero − 1. Reading follows auto-gptq 0.7.1 to
 Legend: O out, I in, G groups.
 """
 
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,24 +16,26 @@ from torch import Tensor
 from ...compress.packing import BITS, pack_codes, unpack_codes
 from ...compress.weights import DenseWeight, StoredWeight, UniformWeight
 from ..errors import InputError, UsageError
-from .checkpoint import Checkpoint, Lazy, half_scales, masked_note, refuse_beyond_codes, refuse_normal_float, uniform_codes, untie_compressed
+from .biases import with_room_for_biases
+from .checkpoint import Checkpoint, Lazy, half_scales, masked_note, refuse_beyond_codes, uniform_codes, untie_compressed
 from .folder import write_folder
+from .gptq_settings import CHECKPOINT_FORMATS, Settings
 from .naming import to_file, to_memory
 from .shards import SHARD_BYTES, Stored, fresh_directory, open_directory, read_json, write_json, write_shards
 
-CHECKPOINT_FORMATS = {1: "gptq", 2: "gptq_v2"}
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 MULTIPLE = 32  # auto-gptq and GPTQModel unpack whole 32-bit words along both sides
 
 HOW_TO_LOAD = {
-    1: 'from transformers import AutoModelForCausalLM  # with gptqmodel installed; vLLM and auto-gptq read it too\n\nmodel = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")',
+    1: "from transformers import AutoModelForCausalLM  # with gptqmodel installed; vLLM and auto-gptq read it too\n\n"
+    'model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")',
     2: 'from gptqmodel import GPTQModel\n\nmodel = GPTQModel.load("THIS_DIRECTORY")',
 }  # fmt: skip
 
 
 def write(checkpoint: Checkpoint, directory: Path, version: int = 1, shard_bytes: int = SHARD_BYTES) -> list[str]:
     """What to tell the user about the export. UsageError when something has no place in the format."""
-    checkpoint, notes = untie_compressed(checkpoint)
+    checkpoint, notes = untie_compressed(with_room_for_biases(checkpoint))
     checkpoint = to_file(checkpoint)
     settings = Settings.of(checkpoint)
     notes += settings.notes()
@@ -67,69 +67,10 @@ def write(checkpoint: Checkpoint, directory: Path, version: int = 1, shard_bytes
             notes.append(f"{alias} is stored beside {source} although they are tied: auto-gptq leaves the embedding at zero otherwise")
         config = settings.config(version)
         write_folder(checkpoint, scratch, config, notes, HOW_TO_LOAD[version])
-        write_json(
-            scratch / "quantize_config.json",
-            {**config, "model_name_or_path": None, "model_file_base_name": "model", "is_marlin_format": False},
-        )
+        if version == 1:  # auto-gptq would read version 2 as version 1; without this file it refuses
+            old = {**config, "model_name_or_path": None, "model_file_base_name": "model", "is_marlin_format": False}
+            write_json(scratch / "quantize_config.json", old)
     return notes
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `quantization_config` says: the commonest bits and group size, and each linear that differs (`dynamic`)."""
-
-    bits: int
-    group_size: int
-    desc_act: bool
-    sym: bool
-    lm_head: bool
-    dynamic: Mapping[str, Mapping[str, int]]
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "Settings":
-        counts: dict[tuple[int, int], int] = {}
-        of_linear: dict[str, tuple[int, int] | None] = {}
-        symmetric, act_order = True, False
-        for name, record in checkpoint.linears.items():
-            base = record.base
-            if isinstance(base, DenseWeight):
-                of_linear[name] = None
-                continue
-            if not isinstance(base, UniformWeight):
-                refuse_normal_float(name, base, "GPTQ")
-            whole_rows = base.groups == 1
-            key = (base.bits, -1 if whole_rows else base.group_size)
-            of_linear[name] = key
-            counts[key] = counts.get(key, 0) + 1
-            symmetric, act_order = symmetric and base.symmetric, act_order or base.group_index is not None
-        if not counts:
-            raise UsageError("no linear of this model is on a uniform grid, so GPTQ has nothing to hold; choose --format dense or bnb")
-        bits, group_size = max(counts, key=lambda key: counts[key])
-        dynamic: dict[str, dict[str, int]] = {}
-        for name, key in of_linear.items():
-            if key is None:
-                dynamic[f"-:^{re.escape(name)}$"] = {}
-            elif key != (bits, group_size):
-                dynamic[f"+:^{re.escape(name)}$"] = {"bits": key[0], "group_size": key[1]}
-        return cls(bits, group_size, act_order, symmetric, of_linear.get("lm_head") is not None, dynamic)
-
-    def config(self, version: int) -> dict[str, Any]:
-        out = {
-            "quant_method": "gptq", "bits": self.bits, "group_size": self.group_size, "desc_act": self.desc_act, "sym": self.sym,
-            "lm_head": self.lm_head, "static_groups": False, "true_sequential": True, "damp_percent": 0.01,
-            "checkpoint_format": CHECKPOINT_FORMATS[version], "pack_dtype": "int32",
-        }  # fmt: skip
-        return {**out, "dynamic": dict(self.dynamic)} if self.dynamic else out
-
-    def notes(self) -> list[str]:
-        out = []
-        if self.dynamic:
-            out.append(
-                f"{len(self.dynamic)} linears have settings of their own, said in `dynamic`: GPTQModel and vLLM read that, auto-gptq does not (compressed-tensors says it everywhere)"
-            )
-        if self.lm_head:
-            out.append("lm_head is quantized: GPTQModel and vLLM read that, auto-gptq does not")
-        return out
 
 
 def pack(name: str, record: StoredWeight, version: int) -> tuple[dict[str, Tensor], bool]:

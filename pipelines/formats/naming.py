@@ -5,9 +5,10 @@ through the conversion as values, so the numbers of their rows do: where a row's
 Legend: O out, I in, E experts.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -45,9 +46,9 @@ class Names:
 
     model: Any
 
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> "Names":
-        return cls(empty_model(config))
+    @staticmethod
+    def of(config: Mapping[str, Any]) -> "Names":
+        return _names(json.dumps(config, sort_keys=True, default=str))
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
@@ -71,6 +72,11 @@ class Names:
         if len(names) != 1:
             raise UsageError(f"{name} becomes {len(names)} tensors in this architecture's files; one was expected")
         return names[0]
+
+
+@lru_cache(maxsize=4)
+def _names(config: str) -> Names:
+    return Names(empty_model(json.loads(config)))
 
 
 def file_tensors(names: Names, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -190,6 +196,7 @@ def _take(linears: Mapping[str, StoredWeight], cut: Cut) -> StoredWeight:
 def to_memory(checkpoint: Checkpoint) -> Checkpoint:
     """The inverse of `to_file` for what a reader found: renamed, experts fused. InputError for a weight that is missing or cannot be fused."""
     names = Names.of(checkpoint.config)
+    checkpoint = _without_idle_biases(checkpoint, names)
     if names.same:
         return checkpoint
     needed = {name for name, _ in names.model.named_parameters()}
@@ -206,7 +213,9 @@ def to_memory(checkpoint: Checkpoint) -> Checkpoint:
         elif all(target in checkpoint.tensors for target in parts):
             tensors[name] = partial(_assembled, names, name, shape, checkpoint.tensors, parts)
         elif name in needed:
-            absent = next(target for target in parts if target not in checkpoint.tensors and target.removesuffix(".weight") not in checkpoint.linears)
+            absent = next(
+                target for target in parts if target not in checkpoint.tensors and target.removesuffix(".weight") not in checkpoint.linears
+            )
             raise InputError(f"{checkpoint.files}: no tensor {absent}, which {name} is made of")
     tensors |= {name: partial(checkpoint.tensors.__getitem__, name) for name in checkpoint.tensors if name not in claimed}
     return replace(checkpoint, linears=Lazy(linears), tensors=Lazy(tensors))
@@ -260,5 +269,16 @@ def _assembled(names: Names, name: str, shape: torch.Size, tensors: Mapping[str,
     whole = flat.view(shape)
     for target, tensor in names.convert({name: whole}).items():
         if not torch.equal(tensor, found[target]):
-            raise InputError(f"{target}: this architecture's conversion to {name} is not understood; load and save it with transformers first")
+            raise InputError(
+                f"{target}: this architecture's conversion to {name} is not understood; load and save it with transformers first"
+            )
     return whole
+
+
+def _without_idle_biases(checkpoint: Checkpoint, names: Names) -> Checkpoint:
+    """auto-gptq gives every linear it saves a bias of zeros; the ones the architecture has no place for go."""
+    known = set(names.shapes) | ({target for name in names.shapes for target in _targets(names, name)} if not names.same else set())
+    spare = [f"{linear}.bias" for linear in checkpoint.linears if f"{linear}.bias" in checkpoint.tensors and f"{linear}.bias" not in known]
+    idle = {name for name in spare if not checkpoint.tensors[name].count_nonzero()}
+    kept = {name: partial(checkpoint.tensors.__getitem__, name) for name in checkpoint.tensors if name not in idle}
+    return replace(checkpoint, tensors=Lazy(kept)) if idle else checkpoint

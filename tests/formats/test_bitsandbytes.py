@@ -18,7 +18,14 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-CONFIG = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 96}
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "vocab_size": 96,
+}
 UP = "model.layers.0.mlp.up_proj"
 
 
@@ -90,7 +97,9 @@ def test_transformers_gives_the_same_logits(kind, double, case, logits_of, tmp_p
 def test_a_checkpoint_that_bitsandbytes_saved_comes_in_with_the_same_logits(kind, double, case, logits_of, tmp_path):
     made = case(kind, lambda weight: DenseWeight(weight.clone()))
     registry.write("dense", made.checkpoint, tmp_path / "plain")
-    settings_4bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype=torch.float32)
+    settings_4bit = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype=torch.float32
+    )
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32, quantization_config=settings_4bit)
     theirs.save_pretrained(tmp_path / "theirs")
     back = read(tmp_path / "theirs")

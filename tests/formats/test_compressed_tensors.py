@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-CONFIG = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 96}
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "vocab_size": 96,
+}
 UP = "model.layers.0.mlp.up_proj"
 
 
@@ -54,7 +61,7 @@ def test_the_package_itself_unpacks_the_same_weights(base):
     assert torch.equal(out["weight"], base.dense())
 
 
-GRIDS = [(bits, symmetric, group) for bits in (2, 3, 4, 8) for symmetric in (True, False) for group in (32, -1)]
+GRIDS = [(bits, symmetric, group) for bits in (2, 3, 4, 8) for symmetric in (True, False) for group in (32, -1)] + [(4, False, 64)]
 
 
 @pytest.mark.parametrize(("bits", "symmetric", "group_size"), GRIDS)

@@ -38,16 +38,22 @@ def logits(jobs: list[dict[str, Any]]) -> None:
 
 
 def quantize(jobs: list[dict[str, Any]]) -> None:
+    """auto-gptq insists on a GPU in three places and needs it in none of them for a model this small."""
+    import auto_gptq.modeling._base
     import torch
-    from auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
+    from auto_gptq import BaseQuantizeConfig
+    from auto_gptq.modeling.auto import GPTQ_CAUSAL_LM_MODEL_MAP
+    from transformers import AutoModelForCausalLM
 
+    auto_gptq.modeling._base.CUDA_0 = torch.device("cpu")
+    torch.cuda.synchronize = lambda *_: None
     for job in jobs:
         settings = {name: job[name] for name in ("bits", "group_size", "sym", "desc_act", "static_groups")}
-        model = AutoGPTQForCausalLM.from_pretrained(job["directory"], BaseQuantizeConfig(**settings), torch_dtype=torch.float32)
+        plain = AutoModelForCausalLM.from_pretrained(job["directory"], torch_dtype=torch.float32)
+        model = GPTQ_CAUSAL_LM_MODEL_MAP[plain.config.model_type](plain, False, BaseQuantizeConfig(**settings))
         generator = torch.Generator().manual_seed(0)
-        vocabulary = model.model.config.vocab_size
-        examples = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in torch.randint(3, vocabulary, (8, 1, 32), generator=generator)]
-        model.quantize(examples, batch_size=1, use_triton=False, cache_examples_on_gpu=False)
+        rows = torch.randint(3, plain.config.vocab_size, (8, 1, 32), generator=generator)
+        model.quantize([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows], cache_examples_on_gpu=False)
         model.save_quantized(job["output"], use_safetensors=True)
 
 
