@@ -25,8 +25,9 @@ from .weights import LowRank, StoredWeight
 @dataclass(frozen=True)
 class Decomposition:
     """metric: what the error is measured in (compress/metrics.py). requantize: Q is found again for W − L, on the record's own
-    grid, by `quantizer` with `clip`; then `first` says what the schedule starts with (q: Q of W; l: L of W; kept: the record's
-    Q as it is) and `iterations` how often Q and L are found. kept_rank: ranks of W taken before Q and held (SRR); null lets
+    grid, by `quantizer` with `clip`, `iterations` times, each time followed by L; `first` says what comes before the first Q
+    (q: nothing; l: L of W; kept: L for the record's own Q). keep_start: the record's own Q with its best L is a candidate, too,
+    and is visited first. kept_rank: ranks of W taken before Q and held (SRR); null lets
     SRR's criterion choose. factor_bits below 16 puts the factors on a grid; null takes, within the bytes of `rank` at 16 bits,
     whichever of 16, 8 and 4 bits errs least, at the larger rank it allows. stop_when_worse ends the schedule at the first
     rise; the best iterate is returned either way."""
@@ -37,6 +38,7 @@ class Decomposition:
     quantizer: Literal["rtn", "gptq"] = "rtn"
     clip: Clip = "power"
     first: Literal["q", "l", "kept"] = "q"
+    keep_start: bool = False
     iterations: int = 1
     kept_rank: int | None = 0
     factor_bits: Literal[4, 8, 16] | None = 16
@@ -73,7 +75,7 @@ class Problem:
         config, weight = self.config, replace(self.weight, low_rank=low_rank)
         return replace(requantize(weight, self.target_OI, self.statistics, config.quantizer, config.clip), low_rank=None)
 
-    def solved(self, base: StoredWeight, rank: int, form: FactorForm, held: tuple[Tensor, Tensor] | None = None) -> StoredWeight:
+    def solved(self, base: StoredWeight, form: FactorForm, rank: int, held: tuple[Tensor, Tensor] | None = None) -> StoredWeight:
         """base with the best L for it; `held` factors stay, and `rank` comes on top of theirs."""
         error = self.error_OI(base)
         if held is None:
@@ -145,48 +147,37 @@ def decompose(
 
 def _iterates(problem: Problem) -> Iterator[tuple[StoredWeight, float]]:
     """Every Q + L that the schedule visits, with its squared error."""
-    config, low_rank = problem.config, None
+    config, forms = problem.config, problem.forms()
     again = config.requantize and is_quantized(problem.weight)
-    if not again or config.first == "kept":
-        found = _best_form(problem, problem.weight)
-        yield found
-        low_rank = found[0].low_rank
+    (form, rank), low_rank = forms[0], None
+    if not again or config.keep_start or config.first == "kept" or len(forms) > 1:
+        tried = [problem.solved(problem.weight, *choice) for choice in forms]
+        errors = [problem.squared_error(stored) for stored in tried]
+        chosen = errors.index(min(errors))
+        yield tried[chosen], errors[chosen]
+        (form, rank), low_rank = forms[chosen], tried[chosen].low_rank
     if again:
-        yield from _alternating(problem, low_rank)
+        yield from _alternating(problem, form, rank, low_rank if config.first == "kept" else None)
 
 
-def _best_form(problem: Problem, base: StoredWeight) -> tuple[StoredWeight, float]:
-    """The best L for a Q over the forms that the factors may take."""
-    tried = [problem.solved(base, rank, form) for form, rank in problem.forms()]
-    errors = [problem.squared_error(stored) for stored in tried]
-    return min(zip(tried, errors, strict=True), key=lambda pair: pair[1])
-
-
-def _alternating(problem: Problem, low_rank: LowRank | None) -> Iterator[tuple[StoredWeight, float]]:
+def _alternating(problem: Problem, form: FactorForm, rank: int, low_rank: LowRank | None) -> Iterator[tuple[StoredWeight, float]]:
     """Q for W − L, then L for W − Q, `iterations` times, from the given L, or one of W, or none."""
-    config, form = problem.config, FactorForm(problem.config.factor_bits or 16, problem.config.factor_dtype)
-    kept = _kept_rank(problem) if config.kept_rank is None else config.kept_rank
-    held = None
+    config, held = problem.config, None
+    kept = _kept_rank(problem, rank) if config.kept_rank is None else config.kept_rank
     if kept:
         held = best_low_rank(problem.target_OI, problem.metric, kept)
         low_rank = LowRank(*held)
     elif config.first == "l":
-        low_rank = LowRank(*best_low_rank(problem.target_OI, problem.metric, config.rank))
+        low_rank = LowRank(*best_low_rank(problem.target_OI, problem.metric, rank))
     for _ in range(config.iterations):
-        base = problem.quantized(low_rank)
-        if kept:
-            stored = problem.solved(base, config.rank - kept, form, held)
-            found = stored, problem.squared_error(stored)
-        else:
-            found = _best_form(problem, base)
-        yield found
-        low_rank = found[0].low_rank
+        stored = problem.solved(problem.quantized(low_rank), form, rank - kept, held)
+        yield stored, problem.squared_error(stored)
+        low_rank = stored.low_rank
 
 
-def _kept_rank(problem: Problem) -> int:
+def _kept_rank(problem: Problem, rank: int) -> int:
     """SRR's criterion (arXiv:2602.02001): the k for which (energy of W left to the quantizer) × (share of a noise's energy that
     rank r − k cannot reach) is least, both in the metric; the noise stands for the quantization error."""
-    rank = problem.config.rank
     exposed = spectrum(problem.target_OI, problem.metric).flip(0).cumsum(0).flip(0)
     noise = torch.rand(problem.target_OI.shape, generator=torch.Generator().manual_seed(0)).to(problem.target_OI) - 0.5
     missed = spectrum(noise, problem.metric).flip(0).cumsum(0).flip(0)

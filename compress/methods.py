@@ -36,6 +36,7 @@ class Method:
 
 
 _REFIT: Mapping[str, Any] = {"requantize": True, "quantizer": "gptq"}
+_BEST: Mapping[str, Any] = {"keep_start": True, "first": "l", "iterations": 2, "factor_bits": None}
 
 DECOMPOSE: Mapping[str, Method] = {
     "loftq": Method(Decomposition, decompose, needs, defaults={"metric": "plain", "requantize": True, "iterations": 5}),
@@ -54,7 +55,7 @@ DECOMPOSE: Mapping[str, Method] = {
     "svdquant": Method(SvdQuantConfig, svdquant, svdquant_needs, scope="block"),
     "caldera": Method(Decomposition, decompose, needs, defaults=_REFIT | {"iterations": 20, "factor_bits": 4}),
     "srr": Method(Decomposition, decompose, needs, defaults=_REFIT | {"kept_rank": None}),
-    "best": Method(Decomposition, decompose, needs, defaults=_REFIT | {"first": "kept", "iterations": 2, "factor_bits": None}),
+    "best": Method(Decomposition, decompose, needs, defaults=_REFIT | _BEST),
 }
 
 

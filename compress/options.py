@@ -1,0 +1,200 @@
+"""What a matrix may be stored as: the settings that `allocate` chooses from, their bytes and their predicted errors.
+
+Bits × block sizes × double quantization × sparsity × rank × factor bits; all ranks of a (grid, sparsity) are read off one
+spectrum. Knows one matrix at a time; which setting it gets is `allocate`'s business.
+Legend: O out, I in, K settings.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import normal_float
+from .factors import FactorBits, FactorForm, store_factors
+from .feedback import factor_of
+from .lowrank import Metric, best_low_rank, spectrum, squared_error
+from .masks import pattern_mask, wanda_mask
+from .packing import packed_words
+from .requantize import requantize
+from .statistics import LayerStatistics
+from .weights import NormalFloatWeight, StoredWeight, UniformWeight
+
+
+@dataclass(frozen=True, order=True)
+class Grid:
+    """A grid and a mask: what Q may be. group_size −1 means one group per row; double_quantized concerns a NormalFloat's
+    absmax; pattern is "dense", "N:M", or "unstructured" with its sparsity."""
+
+    kind: Literal["uniform", "normal_float"] = "uniform"
+    bits: int = 4
+    group_size: int = 64
+    symmetric: bool = False
+    double_quantized: bool = False
+    pattern: str = "dense"
+    sparsity: float = 0.0
+
+    def groups(self, columns: int) -> int | None:
+        """Groups in a row; None when they do not divide it (or the pattern does not)."""
+        size = columns if self.group_size == -1 else self.group_size
+        period = int(self.pattern.split(":")[1]) if ":" in self.pattern else 1
+        return None if columns % size or columns % period else columns // size
+
+    def stored_bits(self, rows: int, columns: int) -> int:
+        """Exactly the `stored_bits()` of such a record without a low-rank term."""
+        groups = self.groups(columns)
+        if groups is None:
+            raise ValueError(f"{columns} columns are not a multiple of group size {self.group_size} or of pattern {self.pattern}")
+        codes = 32 * rows * packed_words(columns, self.bits)
+        mask = 0 if self.pattern == "dense" else 8 * rows * -(-columns // 8)
+        if self.kind == "uniform":
+            zeros = 0 if self.symmetric else 32 * rows * packed_words(groups, self.bits)
+            return codes + 16 * rows * groups + zeros + mask
+        if not self.double_quantized:
+            return codes + 32 * rows * groups + mask
+        return codes + 8 * rows * groups + 32 * math.ceil(rows * groups / normal_float.NESTED_BLOCK) + 32 + mask
+
+    def removed(self, rows: int, columns: int) -> int:
+        """How many weights the mask takes away."""
+        if ":" in self.pattern:
+            kept, of = (int(part) for part in self.pattern.split(":"))
+            return rows * columns * (of - kept) // of
+        return 0 if self.pattern == "dense" else rows * round(columns * self.sparsity)
+
+
+@dataclass(frozen=True, order=True)
+class Setting:
+    """A grid and a low-rank term; rank 0 means none."""
+
+    grid: Grid = field(default_factory=Grid)
+    rank: int = 0
+    factor_bits: FactorBits = 16
+
+    def fits(self, rows: int, columns: int) -> bool:
+        return self.grid.groups(columns) is not None and self.rank <= min(rows, columns)
+
+    def stored_bits(self, rows: int, columns: int) -> int:
+        term = FactorForm(self.factor_bits).stored_bits(self.rank, rows, columns) if self.rank else 0
+        return self.grid.stored_bits(rows, columns) + term
+
+    def stored_bytes(self, rows: int, columns: int) -> int:
+        return -(-self.stored_bits(rows, columns) // 8)
+
+
+def settings(
+    bits: Iterable[int] = (2, 3, 4, 8),
+    group_sizes: Iterable[int] = (32, 64, 128),
+    double_quantized: Iterable[bool] = (),
+    ranks: Iterable[int] = (0, 8, 16, 32, 64),
+    factor_bits: Iterable[FactorBits] = (16, 8, 4),
+    sparsities: Iterable[tuple[str, float]] = (("dense", 0.0),),
+) -> list[Setting]:
+    """The product: uniform grids, and NormalFloat ones for every entry of `double_quantized`."""
+    grids = [Grid("uniform", b, g, pattern=p, sparsity=s) for b, g, (p, s) in product(bits, group_sizes, sparsities)]
+    books = product(bits, group_sizes, double_quantized, sparsities)
+    grids += [Grid("normal_float", b, g, False, d, p, s) for b, g, d, (p, s) in books]
+    terms: list[tuple[int, FactorBits]] = [(0, 16), *((r, f) for r, f in product(ranks, factor_bits) if r)]
+    return [Setting(grid, rank, bits_of_factors) for grid in grids for rank, bits_of_factors in terms]
+
+
+def blank(grid: Grid, rows: int, columns: int) -> StoredWeight:
+    """A record on this grid, with nothing in it yet: what `requantize` fills."""
+    codes = torch.zeros(rows, packed_words(columns, grid.bits), dtype=torch.int32)
+    groups = grid.groups(columns)
+    if groups is None:
+        raise ValueError(f"{columns} columns are not a multiple of group size {grid.group_size} or of pattern {grid.pattern}")
+    if grid.kind == "uniform":
+        zeros = None if grid.symmetric else torch.zeros(rows, packed_words(groups, grid.bits), dtype=torch.int32)
+        return StoredWeight(UniformWeight(codes, torch.zeros(rows, groups).half(), zeros, grid.bits, columns // groups, columns))
+    absmax = None if grid.double_quantized else torch.zeros(rows, groups)
+    return StoredWeight(NormalFloatWeight(codes, grid.bits, columns // groups, columns, absmax))
+
+
+def quantized(target_OI: Tensor, grid: Grid, statistics: LayerStatistics, quantizer: Literal["rtn", "gptq"]) -> StoredWeight:
+    """The matrix on a grid, after Wanda's mask where the grid has a pattern."""
+    rows, columns = target_OI.shape
+    record = blank(grid, rows, columns)
+    if grid.pattern != "dense":
+        norm_I = statistics.inputs.norm_I
+        if ":" in grid.pattern:
+            kept, of = (int(part) for part in grid.pattern.split(":"))
+            mask_OI = pattern_mask(target_OI.abs() * norm_I, kept, of)
+        else:
+            mask_OI = wanda_mask(target_OI, norm_I, grid.sparsity)
+        record = record.with_mask(mask_OI)
+    on_device = record.to(target_OI.device) if target_OI.device.type != "cpu" else record
+    return requantize(on_device, target_OI, statistics, quantizer)
+
+
+def error_table(
+    target_OI: Tensor,
+    metric: Metric,
+    statistics: LayerStatistics,
+    choices: Iterable[Setting],
+    quantizer: Literal["rtn", "gptq"] = "gptq",
+) -> Tensor:
+    """Predicted squared errors ‖(W − Q − L)·S‖² of every setting, float64 [K]; inf where a setting does not fit the matrix.
+
+    One quantization and one spectrum for each grid; the error of rank r with 16-bit factors is the spectrum's tail. On a grid of
+    their own the factors lose, besides, a share of what they catch, which is measured once at the middle one of the ranks.
+    """
+    wanted = list(choices)
+    errors = torch.full((len(wanted),), float("inf"), dtype=torch.float64)
+    for grid, indices in _by_grid(wanted, target_OI):
+        error_OI = target_OI.float() - quantized(target_OI, grid, statistics, quantizer).dense()
+        tail = torch.nn.functional.pad(spectrum(error_OI, metric).flip(0).cumsum(0).flip(0), (0, 1)).cpu()
+        losses: dict[FactorBits, float] = {16: 0.0}
+        coarse: tuple[FactorBits, ...] = (4, 8)
+        for bits in coarse:
+            ranks = sorted({wanted[k].rank for k in indices if wanted[k].rank and wanted[k].factor_bits == bits})
+            if not ranks:
+                continue
+            losses[bits] = _share_lost(error_OI, metric, statistics, FactorForm(bits), ranks[len(ranks) // 2], tail)
+        for k in indices:
+            rank = wanted[k].rank
+            errors[k] = tail[rank] + (losses[wanted[k].factor_bits] * (tail[0] - tail[rank]) if rank else 0.0)
+    return errors
+
+
+def costs_bytes(shapes: Iterable[tuple[int, int]], choices: Iterable[Setting]) -> list[list[int]]:
+    """[M][K] bytes, everything counted; 0 where a setting does not fit (its error is inf)."""
+    wanted = list(choices)
+    return [[s.stored_bytes(*shape) if s.fits(*shape) else 0 for s in wanted] for shape in shapes]
+
+
+def overrides(chosen: Mapping[str, Setting]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The choice as per-matrix settings of the stages: {"quantize": {name: {bits, group_size}}, "decompose": {name: {rank,
+    factor_bits}}}. A matrix without a term is left out of "decompose"."""
+    quantize, decompose = {}, {}
+    for name, setting in chosen.items():
+        grid = setting.grid
+        size = {"group_size": grid.group_size} if grid.kind == "uniform" else {"block_size": grid.group_size}
+        kind = {"symmetric": grid.symmetric} if grid.kind == "uniform" else {"double_quantize": grid.double_quantized}
+        quantize[name] = {"bits": grid.bits} | size | kind
+        if setting.rank:
+            decompose[name] = {"rank": setting.rank, "factor_bits": setting.factor_bits}
+    return {"quantize": quantize, "decompose": decompose}
+
+
+def _by_grid(wanted: list[Setting], target_OI: Tensor) -> Iterator[tuple[Grid, list[int]]]:
+    rows, columns = target_OI.shape
+    found: dict[Grid, list[int]] = {}
+    for k, setting in enumerate(wanted):
+        if setting.fits(rows, columns):
+            found.setdefault(setting.grid, []).append(k)
+    return iter(found.items())
+
+
+def _share_lost(error_OI: Tensor, metric: Metric, statistics: LayerStatistics, form: FactorForm, rank: int, tail: Tensor) -> float:
+    """What rounding the factors costs, as a share of the squared error they catch."""
+    caught = float(tail[0] - tail[rank])
+    if caught <= 0:
+        return 0.0
+    up, down = best_low_rank(error_OI, metric, rank)
+    feedback = factor_of(statistics.inputs, 0.01, True) if metric.moment_II is not None else None
+    stored = store_factors(up, down, form, error_OI, metric, feedback)
+    return max(squared_error(error_OI - stored.dense(), metric) - float(tail[rank]), 0.0) / caught

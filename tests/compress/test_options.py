@@ -1,0 +1,125 @@
+"""Bytes as records store them, to the bit; predicted errors against the records themselves; the joint program end to end."""
+
+import pytest
+import torch
+from bitmend.compress.allocate import choose
+from bitmend.compress.decompose import Decomposition, decompose
+from bitmend.compress.factors import FactorForm, store_factors
+from bitmend.compress.lowrank import Metric, best_low_rank, squared_error
+from bitmend.compress.metrics import loss_metric
+from bitmend.compress.options import Grid, Setting, blank, costs_bytes, error_table, overrides, quantized, settings
+from bitmend.compress.statistics import Fisher, InputStatistics, LayerStatistics
+
+SHAPES = [(96, 128), (128, 64), (40, 192)]
+
+
+def statistics(features: int, rows: int = 96, seed: int = 0) -> LayerStatistics:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(features, features, generator=generator) / features**0.5 + torch.eye(features)
+    inputs = InputStatistics(features, frozenset({"norms", "second_moment"}))
+    inputs.update(torch.randn(4 * features, features, generator=generator) @ mix * torch.logspace(-1, 0.5, features))
+    return LayerStatistics(inputs, Fisher(torch.rand(rows, generator=generator), torch.rand(features, generator=generator)))
+
+
+def matrix(rows: int, columns: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.05
+
+
+def every_grid() -> list[Grid]:
+    uniform = [Grid("uniform", b, g, s) for b in (2, 3, 4, 8) for g in (32, 64, -1) for s in (False, True)]
+    books = [Grid("normal_float", b, g, False, d) for b in (2, 3, 4, 8) for g in (32, 64) for d in (False, True)]
+    sparse = [Grid("uniform", 4, 64, pattern="2:4", sparsity=0.5), Grid("normal_float", 3, 64, pattern="unstructured", sparsity=0.5)]
+    return uniform + books + sparse
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bits_are_those_of_the_record(shape):
+    found, target = statistics(shape[1], shape[0]), matrix(*shape)
+    for grid in every_grid():
+        record = quantized(target, grid, found, "rtn")
+        assert record.stored_bits() == grid.stored_bits(*shape), grid
+        assert round(record.sparsity() * target.numel()) == grid.removed(*shape), grid
+
+
+def test_bits_of_a_setting_count_the_term():
+    target, found = matrix(96, 128), statistics(128)
+    for bits in (4, 8, 16):
+        setting = Setting(Grid("uniform", 3, 64), 12, bits)
+        record = quantized(target, setting.grid, found, "rtn")
+        error = target - record.dense()
+        up, down = best_low_rank(error, Metric(), 12)
+        term = store_factors(up, down, FactorForm(bits), error, Metric())
+        assert setting.stored_bits(96, 128) == record.stored_bits() + term.stored_bits()
+        assert setting.stored_bytes(96, 128) == -(-setting.stored_bits(96, 128) // 8)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+def test_predicted_errors_are_those_of_the_records(shape, quantizer):
+    target, found = matrix(*shape), statistics(shape[1], shape[0])
+    metric = Metric(moment_II=found.inputs.second_moment_II)
+    choices = settings(bits=(2, 4), group_sizes=(32, 64), ranks=(0, 4, 16), factor_bits=(16, 4), sparsities=(("dense", 0.0), ("2:4", 0.5)))
+    predicted = error_table(target, metric, found, choices, quantizer)
+    for setting, error in zip(choices, predicted.tolist(), strict=True):
+        record = quantized(target, setting.grid, found, quantizer)
+        if setting.rank:
+            config = Decomposition(rank=setting.rank, factor_bits=setting.factor_bits)
+            record = decompose(record, target, found, config)[0]
+        measured = squared_error(target - record.dense(), metric)
+        assert error == pytest.approx(measured, rel=1e-3 if setting.factor_bits == 16 else 0.05), setting
+
+
+def test_settings_that_do_not_fit_are_infinitely_bad():
+    target, found = matrix(40, 192), statistics(192, 40)
+    choices = [Setting(Grid("uniform", 4, 128)), Setting(Grid("uniform", 4, 64), 41), Setting(Grid("uniform", 4, 64), 40)]
+    errors = error_table(target, Metric(moment_II=found.inputs.second_moment_II), found, choices, "rtn")
+    assert errors.isinf().tolist() == [True, True, False]
+    assert costs_bytes([(40, 192)], choices)[0][:2] == [0, 0]
+    for function in (lambda: choices[0].grid.stored_bits(40, 192), lambda: blank(choices[0].grid, 40, 192)):
+        with pytest.raises(ValueError, match="192 columns are not a multiple of group size 128"):
+            function()
+
+
+def test_the_product_holds_every_setting_once():
+    chosen = settings(double_quantized=(False, True))
+    assert len(chosen) == len(set(chosen)) == (4 * 3 + 4 * 3 * 2) * (1 + 4 * 3)
+
+
+def test_joint_choice_beats_every_uniform_setting_of_at_most_its_bytes():
+    shapes = SHAPES * 2
+    found = [statistics(s[1], s[0], seed) for seed, s in enumerate(shapes)]
+    targets = [matrix(*s, seed) * 3.0**seed for seed, s in enumerate(shapes)]
+    choices = settings(bits=(2, 3, 4), group_sizes=(32, 64), ranks=(0, 8), factor_bits=(16, 4))
+    losses = torch.stack([error_table(t, loss_metric(f), f, choices, "rtn") for t, f in zip(targets, found, strict=True)])
+    costs = torch.tensor(costs_bytes(shapes, choices))
+    uniform = [k for k in range(len(choices)) if bool(torch.isfinite(losses[:, k]).all())]
+    assert len(uniform) == len(choices)
+    for k in uniform:
+        budget = int(costs[:, k].sum())
+        chosen = choose(costs, losses, budget)
+        assert chosen.total_bytes <= budget
+        assert chosen.total_loss <= float(losses[:, k].sum()) * (1 + 1e-3)
+    middle = int(costs.float().mean() * len(shapes))
+    spread = {choices[k] for k in choose(costs, losses, middle).choice}
+    assert len(spread) > 1
+
+
+def test_choice_goes_back_to_the_stages():
+    chosen = {"a": Setting(Grid("uniform", 3, 64), 8, 4), "b": Setting(Grid("normal_float", 4, 64, double_quantized=True))}
+    assert overrides(chosen) == {
+        "quantize": {"a": {"bits": 3, "group_size": 64, "symmetric": False}, "b": {"bits": 4, "block_size": 64, "double_quantize": True}},
+        "decompose": {"a": {"rank": 8, "factor_bits": 4}},
+    }
+
+
+def test_loss_metric_weighs_outputs_by_their_gradients():
+    found, error = statistics(128), matrix(96, 128)
+    assert found.fisher is not None
+    moment = found.inputs.second_moment_II
+    weights = found.fisher.row_mean_O / moment.diagonal().mean()
+    slow = sum(w * (row @ moment @ row) for w, row in zip(weights, error, strict=True))
+    assert squared_error(error, loss_metric(found)) == pytest.approx(float(slow), rel=1e-4)
+    with pytest.raises(ValueError, match="Fisher diagonal, which was not collected"):
+        loss_metric(LayerStatistics(found.inputs))
+    silent = LayerStatistics(found.inputs, Fisher(torch.zeros(96), torch.zeros(128)))
+    assert squared_error(error, loss_metric(silent)) == pytest.approx(squared_error(error, Metric(moment_II=moment)))
