@@ -7,7 +7,7 @@ Legend: M tokens, O out, I in, R rank, G groups of activations, S partial sums.
 import torch
 from torch import Tensor
 
-from .layout import TiledWeight
+from .layout import Segments, TiledWeight
 
 
 def quantize_activations(x_MI: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
@@ -43,14 +43,17 @@ def lowbit_matmul_up(
     codes_MI: Tensor,
     scales_MG: Tensor,
     weight: TiledWeight,
-    h_MR: Tensor | None,
-    up_OR: Tensor | None,
-    bias_O: Tensor | None,
+    h_MR: Tensor | None = None,
+    up_OR: Tensor | None = None,
+    bias_O: Tensor | None = None,
+    *,
     group_size: int = 64,
+    segments: Segments | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """[M, O] in `dtype`: dequantized activations times dequantized weight, plus h·upᵀ and the bias."""
-    return weight_only_matmul_up(dequantize_activations(codes_MI, scales_MG, group_size), weight, h_MR, up_OR, bias_O).to(dtype)
+    x_MI = dequantize_activations(codes_MI, scales_MG, group_size)
+    return weight_only_matmul_up(x_MI, weight, h_MR, up_OR, bias_O, segments=segments).to(dtype)
 
 
 def weight_only_matmul_up(
@@ -61,15 +64,18 @@ def weight_only_matmul_up(
     bias_O: Tensor | None = None,
     *,
     down_RI: Tensor | None = None,
+    segments: Segments | None = None,
     compute: torch.dtype = torch.float32,
 ) -> Tensor:
-    """[M, O] in x's dtype: x·Wᵀ + h·upᵀ + bias. h float [M, R] or partial sums [S, M, R], or made here from `down_RI`."""
+    """[M, O] in x's dtype: x·Wᵀ + h·upᵀ + bias. h float [M, R] or partial sums [S, M, R], or made here from `down_RI`;
+    a segment (row, rows, rank, ranks) reads its own ranks of h."""
     x = x_MI.to(compute)
     y = x @ weight.dense(compute).t()
     if up_OR is not None:
         if h_MR is None:
-            assert down_RI is not None
+            assert down_RI is not None, "up_OR without h_MR needs down_RI"
             h_MR = x @ down_RI.to(compute).t()
-        h = h_MR.to(compute)
-        y = y + (h.sum(0) if h.dim() == 3 else h) @ up_OR.to(compute).t()
+        h = h_MR.to(compute).sum(0) if h_MR.dim() == 3 else h_MR.to(compute)
+        for row, rows, rank, ranks in segments if segments is not None else ((0, *up_OR.shape[:1], 0, up_OR.shape[1]),):
+            y[:, row : row + rows] += h[:, rank : rank + ranks] @ up_OR[row : row + rows, :ranks].to(compute).t()
     return (y if bias_O is None else y + bias_O.to(compute)).to(x_MI.dtype)

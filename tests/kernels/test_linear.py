@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from torch import Tensor
-
 from bitmend.compress.grids import UniformGrid, min_max, round_to_grid, to_record
 from bitmend.compress.weights import ActivationGrid, DenseWeight, LowRank, NormalFloatWeight, SparseDelta, StoredWeight, UniformWeight
-from bitmend.kernels.linear import bind, bind_group, describe
+from bitmend.kernels.linear import bind
 from bitmend.kernels.operators import rounded
+from torch import Tensor
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

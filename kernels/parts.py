@@ -1,0 +1,73 @@
+"""Pieces that the Triton kernels share: fragments of weights from packed words, and the low-rank term on an accumulator.
+
+Accumulators are [N outputs, M tokens]: the weight, made in registers, is then the left operand, which Hopper's matrix
+instruction can take from there. Works in Triton's interpreter (float16 and float32).
+Legend: N outputs, M tokens, K inputs, L lanes, R rank.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def fragment_codes(words, slot, BITS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """int32 [ROWS, LANES] from words [ROWS, LANES/2]."""
+    low = (words >> (BITS * slot)) & ((1 << BITS) - 1)
+    high = (words >> (BITS * slot + 16)) & ((1 << BITS) - 1)
+    return tl.join(low, high).reshape(ROWS, LANES)
+
+
+@triton.jit
+def fragment_shifted(
+    words, slot: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, SHIFT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
+):
+    """DTYPE [ROWS, LANES] holding code + SHIFT. 128 (bfloat16) and 1024 (float16) cost no conversion: the code is the
+    mantissa of a number whose exponent is or-ed in, two at a time. SHIFT 0 converts."""
+    if SHIFT == 0:
+        return fragment_codes(words, slot, BITS, ROWS, LANES).to(tl.float32).to(DTYPE)
+    MASK: tl.constexpr = ((1 << BITS) - 1) * 0x00010001
+    EXPONENT: tl.constexpr = 0x43004300 if SHIFT == 128 else 0x64006400
+    pairs = ((words >> (BITS * slot)) & MASK) | EXPONENT
+    low, high = (pairs & 0xFFFF).to(tl.int16), (pairs >> 16).to(tl.int16)
+    return tl.join(low, high).reshape(ROWS, LANES).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def group_zeros(zeros_ptr, offset, rows, mask, BITS: tl.constexpr, HAS_ZEROS: tl.constexpr):
+    """float32 [rows]: stored zero points, or the middle of a symmetric grid."""
+    if HAS_ZEROS:
+        return tl.load(zeros_ptr + offset + rows, mask=mask, other=0.0).to(tl.float32)
+    return tl.full(rows.shape, 1 << (BITS - 1), tl.float32)
+
+
+@triton.jit
+def add_low_rank(
+    acc_NM, up_ptr, h_ptr, segments_ptr, n, m, N, M, segment_count, partials, stride_un, stride_hs, stride_hm, stride_hr,
+    BLOCK_R: tl.constexpr, DTYPE: tl.constexpr, first_n, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """acc + up·hᵀ. h's partial sums are added in order. A row of `segments` (row, rows, rank, ranks) gives its outputs their own
+    slice of h; up [N, ≥ ranks] holds each output's own ranks from column 0."""
+    for index in range(segment_count):
+        row = tl.load(segments_ptr + index * 4)
+        end = row + tl.load(segments_ptr + index * 4 + 1)
+        rank = tl.load(segments_ptr + index * 4 + 2)
+        ranks = tl.load(segments_ptr + index * 4 + 3)
+        if (first_n < end) & (first_n + BLOCK_N > row):
+            for start in range(0, ranks, BLOCK_R):
+                r = start + tl.arange(0, BLOCK_R)
+                h_RM = tl.zeros((BLOCK_R, acc_NM.shape[1]), tl.float32)
+                h_mask = (r < ranks)[:, None] & (m < M)[None, :]
+                for part in range(partials):
+                    pointers = h_ptr + part * stride_hs + (rank + r)[:, None] * stride_hr + m[None, :] * stride_hm
+                    h_RM += tl.load(pointers, mask=h_mask, other=0.0).to(tl.float32)
+                up_mask = ((n >= row) & (n < end))[:, None] & (r < ranks)[None, :]
+                up_NR = tl.load(up_ptr + n[:, None] * stride_un + r[None, :], mask=up_mask, other=0.0)
+                acc_NM += tl.dot(up_NR.to(DTYPE), h_RM.to(DTYPE), input_precision="ieee")
+    return acc_NM
+
+
+@triton.jit
+def add_bias(acc_NM, bias_ptr, n, N, HAS_BIAS: tl.constexpr):
+    if HAS_BIAS:
+        acc_NM += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    return acc_NM

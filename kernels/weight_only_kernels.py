@@ -1,0 +1,148 @@
+"""The Triton kernels of `weight_only_matmul_up`: split and finish for few tokens, one kernel for many, and the gradient of x.
+
+Legend: M tokens, N = O outputs, K = I inputs, R rank, S splits, T tiles, L lanes.
+"""
+
+import triton
+import triton.language as tl
+
+from .parts import add_bias, add_low_rank, fragment_codes, fragment_shifted, group_zeros
+
+
+@triton.jit
+def partial_kernel(
+    x_ptr, codes_ptr, scales_ptr, zeros_ptr, book_ptr, down_ptr, work_ptr, M, N, K, R, stride_xm, stride_xk, stride_dr, stride_dk,
+    tiles, tiles_per_split, group_size, blocks_n,
+    BITS: tl.constexpr, SLOTS: tl.constexpr, LANES: tl.constexpr, SHIFT: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BOOK: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """work float32 [S, N + R, BLOCK_M]: this split's share of W·xᵀ, or, for the last blocks, of down·xᵀ."""
+    block, split = tl.program_id(0), tl.program_id(1)
+    m, lane, pair = tl.arange(0, BLOCK_M), tl.arange(0, LANES), tl.arange(0, LANES // 2)
+    first, last = split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, tiles)
+    acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    if block < blocks_n:
+        n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        row_mask, row = n < N, n
+        n64 = n.to(tl.int64)
+        for t in range(first, last):
+            words = tl.load(codes_ptr + (n64[:, None] * tiles + t) * (LANES // 2) + pair[None, :], mask=row_mask[:, None], other=0)
+            for slot in tl.static_range(SLOTS):
+                start = (t * SLOTS + slot) * LANES
+                if start < K:
+                    k = start + lane
+                    x_LM = tl.load(
+                        x_ptr + m[None, :] * stride_xm + k[:, None] * stride_xk, mask=(m < M)[None, :] & (k < K)[:, None], other=0.0
+                    )
+                    offset = (start // group_size) * N
+                    scale = tl.load(scales_ptr + offset + n, mask=row_mask, other=0.0).to(tl.float32)
+                    if HAS_BOOK:
+                        levels = tl.load(book_ptr + fragment_codes(words, slot, BITS, BLOCK_N, LANES)).to(DTYPE)
+                        acc_NM += tl.dot(levels, x_LM, input_precision="ieee") * scale[:, None]
+                    else:
+                        levels = fragment_shifted(words, slot, BITS, DTYPE, SHIFT, BLOCK_N, LANES)
+                        zero = group_zeros(zeros_ptr, offset, n, row_mask, BITS, HAS_ZEROS) + SHIFT
+                        sums = tl.dot(tl.full((BLOCK_N, LANES), 1.0, DTYPE), x_LM, input_precision="ieee")
+                        acc_NM += (tl.dot(levels, x_LM, input_precision="ieee") - sums * zero[:, None]) * scale[:, None]
+    else:
+        r = (block - blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+        row_mask, row = r < R, N + r
+        for start in range(first * SLOTS * LANES, tl.minimum(last * SLOTS * LANES, K), LANES):
+            k = start + lane
+            x_LM = tl.load(x_ptr + m[None, :] * stride_xm + k[:, None] * stride_xk, mask=(m < M)[None, :] & (k < K)[:, None], other=0.0)
+            down = tl.load(down_ptr + r[:, None] * stride_dr + k[None, :] * stride_dk, mask=row_mask[:, None] & (k < K)[None, :], other=0.0)
+            acc_NM += tl.dot(down.to(DTYPE), x_LM, input_precision="ieee")
+    base = work_ptr + split.to(tl.int64) * (N + R) * BLOCK_M
+    tl.store(base + row.to(tl.int64)[:, None] * BLOCK_M + m[None, :], acc_NM, mask=row_mask[:, None])
+
+
+@triton.jit
+def finish_kernel(
+    work_ptr, up_ptr, h_ptr, segments_ptr, bias_ptr, y_ptr, M, N, R, splits, segment_count, partials,
+    stride_un, stride_hs, stride_hm, stride_hr, stride_ym, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr, UP_DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The splits in order, the low-rank term, the bias, one write."""
+    first_n = tl.program_id(0) * BLOCK_N
+    n, m = first_n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for split in range(splits):
+        base = work_ptr + (split * (N + R) * BLOCK_M).to(tl.int64)
+        acc_NM += tl.load(base + n[:, None] * BLOCK_M + m[None, :], mask=(n < N)[:, None], other=0.0)
+    acc_NM = add_low_rank(
+        acc_NM, up_ptr, h_ptr, segments_ptr, n, m, N, M, segment_count, partials, stride_un, stride_hs, stride_hm, stride_hr,
+        BLOCK_R, UP_DTYPE, first_n, BLOCK_N,
+    )  # fmt: skip
+    acc_NM = add_bias(acc_NM, bias_ptr, n, N, HAS_BIAS)
+    tl.store(y_ptr + m[None, :] * stride_ym + n[:, None], acc_NM.to(DTYPE), mask=(m < M)[None, :] & (n < N)[:, None])
+
+
+@triton.jit
+def large_kernel(
+    x_ptr, codes_ptr, scales_ptr, zeros_ptr, book_ptr, up_ptr, h_ptr, segments_ptr, bias_ptr, y_ptr, M, N, K,
+    stride_xm, stride_xk, tiles, group_size, segment_count, partials, stride_un, stride_hs, stride_hm, stride_hr, stride_ym,
+    BITS: tl.constexpr, SLOTS: tl.constexpr, LANES: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BOOK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DTYPE: tl.constexpr, UP_DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One tile of y: weights dequantized to x's dtype, low-rank term and bias before the only write."""
+    first_n, first_m = tl.program_id(1) * BLOCK_N, tl.program_id(0) * BLOCK_M
+    n, m = first_n + tl.arange(0, BLOCK_N), first_m + tl.arange(0, BLOCK_M)
+    lane, pair = tl.arange(0, LANES), tl.arange(0, LANES // 2)
+    row_mask, n64, m64 = n < N, n.to(tl.int64), m.to(tl.int64)
+    acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for t in range(tiles):
+        words = tl.load(codes_ptr + (n64[:, None] * tiles + t) * (LANES // 2) + pair[None, :], mask=row_mask[:, None], other=0)
+        for slot in tl.static_range(SLOTS):
+            start = (t * SLOTS + slot) * LANES
+            if start < K:
+                k = start + lane
+                x_LM = tl.load(
+                    x_ptr + m64[None, :] * stride_xm + k[:, None] * stride_xk, mask=(m < M)[None, :] & (k < K)[:, None], other=0.0
+                )
+                offset = (start // group_size) * N
+                scale = tl.load(scales_ptr + offset + n, mask=row_mask, other=0.0).to(tl.float32)
+                codes = fragment_codes(words, slot, BITS, BLOCK_N, LANES)
+                if HAS_BOOK:
+                    weight = tl.load(book_ptr + codes) * scale[:, None]
+                else:
+                    zero = group_zeros(zeros_ptr, offset, n, row_mask, BITS, HAS_ZEROS)
+                    weight = (codes.to(tl.float32) - zero[:, None]) * scale[:, None]
+                acc_NM = tl.dot(weight.to(DTYPE), x_LM, acc_NM, input_precision="ieee")
+    acc_NM = add_low_rank(
+        acc_NM, up_ptr, h_ptr, segments_ptr, n, m, N, M, segment_count, partials, stride_un, stride_hs, stride_hm, stride_hr,
+        BLOCK_R, UP_DTYPE, first_n, BLOCK_N,
+    )  # fmt: skip
+    acc_NM = add_bias(acc_NM, bias_ptr, n, N, HAS_BIAS)
+    tl.store(y_ptr + m64[:, None] * stride_ym + n[None, :], tl.trans(acc_NM).to(DTYPE), mask=(m < M)[:, None] & row_mask[None, :])
+
+
+@triton.jit
+def gradient_kernel(
+    grad_ptr, codes_ptr, scales_ptr, zeros_ptr, book_ptr, out_ptr, M, N, K, stride_gm, stride_gn, tiles, group_size,
+    BITS: tl.constexpr, SLOTS: tl.constexpr, LANES: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BOOK: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """out [M, K] = grad [M, N] · W: one fragment of inputs a program, outputs in order, so the sum is deterministic."""
+    fragment = tl.program_id(1)
+    t, slot = fragment // SLOTS, fragment % SLOTS
+    start = fragment * LANES
+    m64 = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    k, pair = start + tl.arange(0, LANES), tl.arange(0, LANES // 2)
+    acc_ML = tl.zeros((BLOCK_M, LANES), tl.float32)
+    for first_n in range(0, N, BLOCK_N):
+        n = first_n + tl.arange(0, BLOCK_N)
+        row_mask, n64 = n < N, n.to(tl.int64)
+        words = tl.load(codes_ptr + (n64[:, None] * tiles + t) * (LANES // 2) + pair[None, :], mask=row_mask[:, None], other=0)
+        offset = (start // group_size) * N
+        scale = tl.load(scales_ptr + offset + n, mask=row_mask, other=0.0).to(tl.float32)
+        codes = fragment_codes(words, slot, BITS, BLOCK_N, LANES)
+        if HAS_BOOK:
+            weight = tl.load(book_ptr + codes) * scale[:, None]
+        else:
+            zero = group_zeros(zeros_ptr, offset, n, row_mask, BITS, HAS_ZEROS)
+            weight = (codes.to(tl.float32) - zero[:, None]) * scale[:, None]
+        grad = tl.load(
+            grad_ptr + m64[:, None] * stride_gm + n64[None, :] * stride_gn, mask=(m64 < M)[:, None] & row_mask[None, :], other=0.0
+        )
+        acc_ML = tl.dot(grad, weight.to(DTYPE), acc_ML, input_precision="ieee")
+    tl.store(out_ptr + m64[:, None] * K + k[None, :], acc_ML.to(DTYPE), mask=(m64 < M)[:, None] & (k < K)[None, :])
