@@ -85,6 +85,13 @@ class Qat:
     norms: bool = True
 
 
+@dataclass(frozen=True)
+class DequantizeTrainRequantize:
+    """Rounded to the nearest level of freshly fitted grids when stored; a caller with calibration data sets each reweight's `requantize`."""
+
+    norms: bool = True
+
+
 def lora(site: Site, config: Lora) -> Attached:
     out: dict[str, Trainable] = {}
     for name, linear in site.linears.items():
@@ -182,6 +189,10 @@ def full(site: Site, config: Full) -> Attached:
     biases = train_biases(site, create=False, norms=False) if config.biases else Attached({})
     norms = train_norms(site) if config.norms else Attached({})
     return joined(Attached(out), norms, biases, train_embeddings(site, config.head, config.embeddings))
+
+
+def dequantize_train_requantize(site: Site, config: DequantizeTrainRequantize) -> Attached:
+    return full(site, Full(norms=config.norms, biases=False))
 
 
 def qat(site: Site, config: Qat) -> Attached:

@@ -42,7 +42,7 @@ class RebuiltLinear(torch.autograd.Function):
 
 
 class SparseValues(nn.Module):
-    """Values float32 [N] at flat positions int64 [N] of the [O, I] matrix."""
+    """Values float32 [N] at flat positions int64 [N] of the [O, I] matrix; `merges` when `to_stored` adds them to a dense base."""
 
     index: Tensor
 
@@ -50,7 +50,7 @@ class SparseValues(nn.Module):
         super().__init__()
         self.register_buffer("index", index_N.long())
         self.values = nn.Parameter(values_N.float(), requires_grad=False)
-        self.storage = storage
+        self.storage, self.merges = storage, False
 
     def record(self) -> SparseDelta:
         values = self.values.detach().to(self.storage)
@@ -122,18 +122,28 @@ class CompressedLinear(nn.Module):
     def pull_back(
         self, gradient_TO: Tensor | None, gradient_OI: Tensor, parameters: list[Tensor], wanted: Any
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """(gradient of x, gradients of `parameters`) from the gradients of the output and of the matrix."""
-        if self.reweight is not None and hasattr(self.reweight, "pull_back") and not self.inline_sparse:
-            base = self.base() if self.reweight.needs_base else None
-            x_gradient = None if gradient_TO is None else gradient_TO @ self.reweight.weights(base, *parameters).to(self.dtype)
-            return x_gradient, list(self.reweight.pull_back(base, gradient_OI))
+        """(gradient of x, gradients of `parameters`) from the gradients of the output and of the matrix; `gradient_OI` is used up."""
+        own = parameters[:-1] if self.inline_sparse else parameters
+        sparse: list[Tensor | None] = []
+        if self.sparse is not None and self.inline_sparse:
+            sparse.append(gradient_OI.reshape(-1)[self.sparse.index].float() if wanted[-1] else None)
+        if self.reweight is not None and any(wanted[: len(own)]) and not hasattr(self.reweight, "pull_back"):
+            return self._pull_back_by_autograd(gradient_TO, gradient_OI, parameters, sparse)
+        x_gradient = None if gradient_TO is None else gradient_TO @ self.effective(*parameters)
+        if self.reweight is None or not any(wanted[: len(own)]):
+            return x_gradient, [*(None for _ in own), *sparse]
+        base = self.base() if self.reweight.needs_base else None
+        return x_gradient, [*self.reweight.pull_back(base, gradient_OI), *sparse]
+
+    def _pull_back_by_autograd(
+        self, gradient_TO: Tensor | None, gradient_OI: Tensor, parameters: list[Tensor], sparse: list[Tensor | None]
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        count = len(parameters) - len(sparse)
         with torch.enable_grad():
-            leaves = [p.detach().requires_grad_(want) for p, want in zip(parameters, wanted, strict=True)]
-            weight = self.effective(*leaves)
+            leaves = [p.detach().requires_grad_(True) for p in parameters[:count]]
+            weight = self.effective(*leaves, *parameters[count:])
         x_gradient = None if gradient_TO is None else gradient_TO @ weight.detach()
-        trained = [leaf for leaf in leaves if leaf.requires_grad]
-        found = iter(torch.autograd.grad(weight, trained, gradient_OI))
-        return x_gradient, [next(found) if leaf.requires_grad else None for leaf in leaves]
+        return x_gradient, [*torch.autograd.grad(weight, leaves, gradient_OI, allow_unused=True), *sparse]
 
     # Running ---------------------------------------------------------------------------------------------------------
 
@@ -207,7 +217,7 @@ class CompressedLinear(nn.Module):
                 down = _factor(self.down.detach(), None if old is None else old.down, factor_storage)
                 stored = replace(stored, low_rank=LowRank(up, down))
         if self.sparse is not None:
-            stored = replace(stored, delta=self.sparse.record())
+            stored = _with_sparse(stored, self.sparse)
         parts: list[Any] = [self.reweight, *self.branches, self.after]
         for part in parts:
             if part is not None:
@@ -280,6 +290,20 @@ def _factor(value: Tensor, like: Factor | None, storage: torch.dtype) -> Factor:
 
 def _factor_values(factor: Factor) -> Tensor:
     return factor.dense() if isinstance(factor, UniformWeight) else factor.float()
+
+
+def _with_sparse(stored: StoredWeight, sparse: SparseValues) -> StoredWeight:
+    """The trained delta in the record: added to a dense base where it merges, else beside the base."""
+    if not bool(sparse.values.detach().any()):
+        return stored
+    return merge_delta(stored, sparse.record()) if sparse.merges else replace(stored, delta=sparse.record())
+
+
+def merge_delta(stored: StoredWeight, delta: SparseDelta) -> StoredWeight:
+    """A sparse delta on kept weights added to a dense base."""
+    assert isinstance(stored.base, DenseWeight)
+    weight = delta.add_to_(stored.base_dense().clone())
+    return replace(stored, base=DenseWeight(weight.to(stored.base.weight.dtype)))
 
 
 def _unchanged(old: LowRank, up: Tensor, down: Tensor) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from . import attach as methods
+from . import bottlenecks, deltas, increments, prompts
 from .site import Gradients, Site, kinds, site_of
 from .train import TrainConfig
 from .trainable import Attached
@@ -104,6 +105,22 @@ def _qa_lora(kinds: frozenset[str], config: Any) -> str | None:
     return "it merges into the zero points of a uniform grid" if kinds & {"dense", "normal_float"} else None
 
 
+def _needs_uniform(kinds: frozenset[str], config: Any) -> str | None:
+    return (
+        "its increments are whole steps of a uniform grid, which NormalFloat has not"
+        if "normal_float" in kinds
+        else _needs_grid(kinds, config)
+    )
+
+
+def _diff_pruning(kinds: frozenset[str], config: Any) -> str | None:
+    return "its delta sees the raw input, and this base rounds its own: choose pafi or fish_mask" if "activations" in kinds else None
+
+
+def _qlora(kinds: frozenset[str], config: Any) -> str | None:
+    return None if quantized(kinds) else "it is LoRA on a quantized base, and nothing is quantized: choose lora"
+
+
 def _from_decomposition(kinds: frozenset[str], config: Any) -> str | None:
     if "low_rank" in kinds:
         return None
@@ -116,6 +133,9 @@ def _dora(kinds: frozenset[str], config: Any) -> str | None:
 
 _PAIR = Ways("low-rank pair", "low-rank term", "PEFT LoRA directory", "dense unmasked weights")
 _MODEL = Ways("norms, biases, weights in place", "nothing new", "the model itself", "in place")
+_DELTA = Ways("in dense weights; sparse delta beside quantized ones", "refused with a delta", "dense", "kept dense weights")
+_BESIDE = Ways("adapter beside the model", "refused", "refused", "refused")
+_TOKENS = Ways("peft directory beside the model", "refused", "peft directory", "refused")
 _GRID = Ways("scales and codes in place", "the same kernels", "any grid format", "in place")
 
 RECOVER: dict[str, Method] = {
@@ -145,6 +165,39 @@ RECOVER: dict[str, Method] = {
         serves=_qa_lora,
     ),
     "svft": Method(methods.Svft, methods.svft, "spectrum", "a sparse matrix between singular vectors", _PAIR),
+    "qlora": Method(methods.Lora, methods.lora, "factors", "up·down on a quantized base", _PAIR, serves=_qlora),
+    "lq_lora": Method(methods.Lora, methods.lora, "factors", "the factors of lq_lora's decomposition", _PAIR, serves=_from_decomposition),
+    "loftq": Method(methods.Lora, methods.lora, "factors", "the factors of loftq's decomposition", _PAIR, serves=_from_decomposition),
+    "dequantize_train_requantize": Method(
+        methods.DequantizeTrainRequantize,
+        methods.dequantize_train_requantize,
+        "dense",
+        "every weight, rounded anew at the end",
+        Ways("fresh codes and scales", "the same kernels", "any grid format", "in place"),
+        grid_safe=False,
+        serves=_needs_grid,
+    ),
+    "lota": Method(
+        increments.Lota, increments.lota, "ternary", "ternary increments of the codes", _GRID, grid_safe=False, serves=_needs_uniform
+    ),
+    "lr_qat": Method(
+        increments.LrQat, increments.lr_qat, "codes", "low rank inside the rounding", _GRID, grid_safe=False, serves=_needs_uniform
+    ),
+    "pafi": Method(deltas.Pafi, deltas.pafi, "sparse", "the smallest kept weights", _DELTA),
+    "fish_mask": Method(
+        deltas.FishMask, deltas.fish_mask, "sparse", "the most informative kept weights", _DELTA, needs=frozenset({"fisher"})
+    ),
+    "diff_pruning": Method(
+        deltas.DiffPruning, deltas.diff_pruning, "sparse", "a sparse delta with learned gates", _DELTA, serves=_diff_pruning
+    ),
+    "serial_adapter": Method(bottlenecks.SerialAdapter, bottlenecks.serial_adapter, "adapters", "bottlenecks behind sublayers", _BESIDE),
+    "parallel_adapter": Method(
+        bottlenecks.ParallelAdapter, bottlenecks.parallel_adapter, "adapters", "bottlenecks beside sublayers", _BESIDE
+    ),
+    "mam_adapter": Method(prompts.MamAdapter, prompts.mam_adapter, "adapters", "a prefix and parallel bottlenecks", _BESIDE),
+    "prefix_tuning": Method(prompts.PrefixTuning, prompts.prefix_tuning, "tokens", "keys and values in front", _TOKENS),
+    "prompt_tuning": Method(prompts.PromptTuning, prompts.prompt_tuning, "tokens", "input embeddings in front", _TOKENS),
+    "p_tuning": Method(prompts.PTuning, prompts.p_tuning, "tokens", "a network that makes input embeddings", _TOKENS),
 }
 _FLAT: dict[type, type] = {}
 _FLAT.update({row.own: flat(row.own) for row in RECOVER.values()})

@@ -38,6 +38,12 @@ class AdamW:
         self.first = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in adam.items()}
         self.second = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in adam.items()}
 
+    def forget(self, fresh: Mapping[str, Tensor]) -> None:
+        """Start the moments of some entries anew."""
+        for name, mask in fresh.items():
+            self.first[name].masked_fill_(mask, 0)
+            self.second[name].masked_fill_(mask, 0)
+
     @torch.no_grad()
     def step(self, rates: Mapping[str, float], progress: float) -> None:
         """One update; `rates` by name; `progress` in [0, 1] steers the ternary rule's share of flips."""

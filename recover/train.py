@@ -249,6 +249,8 @@ def train(
         finished = _loop(run, batches, held_out, teacher, save, save_every, progress, stop or (lambda: False), device)
     if finished:
         run.restore(run.best)
+        if attached.stored_form is not None:
+            attached.stored_form(True)
         if attached.starts_without is not None:
             attached.starts_without(run.best_step == 0)
     return TrainResult(finished, run.step, run.start_loss, run.best_loss, run.best_step, run.history, run.rollbacks, run.tokens)
@@ -303,7 +305,7 @@ def _update(run: Run, batches: Callable[[int], Batch], teacher: Teacher | None, 
     """One optimizer step; (loss, what went wrong or None)."""
     config, attached, step = run.config, run.attached, run.step
     if attached.before_step is not None:
-        attached.before_step(step)
+        run.optimizer.forget(attached.before_step(step) or {})
     parameters = [t.parameter for t in run.trainables.values()]
     for parameter in parameters:
         parameter.grad = None

@@ -69,8 +69,10 @@ class Attached:
 
     trainables: name → Trainable, names are stable and unique. plain: model parameter name → storage dtype of what is no part
     of a compressed linear (norms, embeddings, head). adapter: names of trainables that live beside the records and have to
-    be stored as such. `before_step(step)` may change gates, noise or index sets; `buffers()` are tensors that a
-    resumed run needs besides the parameters; `penalty()` is added to the loss. `run` replaces how the model is run (virtual tokens),
+    be stored as such. `before_step(step)` may change gates, noise or index sets, and names the entries (bool masks) whose
+    moments start anew; `buffers()` are tensors that a
+    resumed run needs besides the parameters; `penalty()` is added to the loss. `run` is the Student to use
+    (virtual tokens; `peft` is then peft's wrapper, which saves them),
     `starts_without(True)` switches them off; `remove()` takes hooks off the model
     again; `stored_form(True)` makes it run as it will be stored where that is more than rounding each value.
     """
@@ -78,10 +80,11 @@ class Attached:
     trainables: dict[str, Trainable]
     plain: dict[str, torch.dtype] = field(default_factory=dict)
     adapter: frozenset[str] = frozenset()
-    before_step: Callable[[int], None] | None = None
+    before_step: Callable[[int], dict[str, Tensor] | None] | None = None
     buffers: Callable[[], dict[str, Tensor]] | None = None
     penalty: Callable[[], Tensor] | None = None
     run: Any = None
+    peft: Any = None
     starts_without: Callable[[bool], None] | None = None
     remove: Callable[[], None] | None = None
     stored_form: Callable[[bool], None] | None = None

@@ -4,9 +4,11 @@ import pytest
 import torch
 from bitmend.compress.weights import DenseWeight
 from bitmend.recover.linear import compressed_linears, install
+from bitmend.recover.losses import Objective
 from bitmend.recover.methods import RECOVER, attach, refusal, split
-from bitmend.recover.site import kinds
-from bitmend.recover.train import as_stored, train
+from bitmend.recover.site import Gradients, kinds
+from bitmend.recover.student import student_of
+from bitmend.recover.train import as_stored, batch_loss, train
 from torch.testing import assert_close
 
 from .conftest import KINDS, batch, compress, compressed, held_out, llama
@@ -20,7 +22,23 @@ CONFIGS = {
     "perp": [{}, {"lora": "mask_lora", "rank": 4}, {"lora": "scale_lora", "rank": 4}, {"lora": "lora_prune", "rank": 4}, {"head": True}],
     "scales": [{}, {"zeros": True, "biases": True, "low_rank": True}],
 }
-CASES = [(name, kind, own) for name in RECOVER for own in CONFIGS.get(name, [{}]) for kind in KINDS]
+CONFIGS |= {
+    "qlora": [{"rank": 4}],
+    "lq_lora": [{"rank": 4}],
+    "lota": [{"rank": 4}],
+    "lr_qat": [{"rank": 4}],
+    "pafi": [{"share": 0.02}, {"share": 0.1, "by": "channel", "quota": "matrix"}],
+    "fish_mask": [{"share": 0.02, "samples": 2}, {"share": 0.02, "samples": 2, "criterion": "saliency", "reestimate_every": 1}],
+    "diff_pruning": [{"share": 0.02}, {"share": 0.02, "structured": True, "gated": 0.3}],
+    "serial_adapter": [{"bottleneck": 8}],
+    "parallel_adapter": [{"bottleneck": 8, "at": "both"}],
+}
+TOKENS = ("prefix_tuning", "prompt_tuning", "p_tuning", "mam_adapter")
+CASES = [(name, kind, own) for name in RECOVER if name not in TOKENS for own in CONFIGS.get(name, [{}]) for kind in KINDS]
+
+
+def gradients_of(model):
+    return Gradients(batch, lambda b: batch_loss(student_of(model, probe=False), b, None, Objective("cross_entropy")))
 
 
 def served(name, kind, own):
@@ -38,7 +56,7 @@ def test_step_0_training_and_folding(name, kind, own):
     with torch.no_grad():
         start = model(ids).logits
     before = {n: lin.stored for n, lin in compressed_linears(model).items()}
-    attached = attach(name, model, SHORT | own)
+    attached = attach(name, model, SHORT | own, gradients=gradients_of(model))
     with torch.no_grad():
         assert_close(model(ids).logits, start, atol=1e-4, rtol=1e-4)
     config, _ = split(name, SHORT | own)
@@ -50,6 +68,8 @@ def test_step_0_training_and_folding(name, kind, own):
 
 def one_step(model, attached):
     """Move every trainable from wherever it is, whatever the held-out text says."""
+    if attached.stored_form is not None:
+        attached.stored_form(False)
     model(batch(5).ids).logits.square().mean().backward()
     moved = 0
     with torch.no_grad():
@@ -66,6 +86,8 @@ def check_folding(name, kind, model, attached, before):
     ids = batch(1).ids
     with torch.no_grad(), as_stored(attached):
         trained = model(ids).logits
+    if attached.stored_form is not None:
+        attached.stored_form(True)
     after = {n: lin.to_stored() for n, lin in compressed_linears(model).items()}
     for layer, (stored, _) in after.items():
         old = before[layer]
@@ -80,6 +102,10 @@ def check_folding(name, kind, model, attached, before):
     new = install(twin, {n: s for n, (s, _) in after.items()})
     for layer, (_, bias) in after.items():
         new[layer].bias = None if bias is None else torch.nn.Parameter(bias)
+    if attached.adapter:
+        fresh = attach(name, twin, SHORT | CONFIGS[name][0])
+        for key in attached.adapter:
+            fresh.trainables[key].parameter.data.copy_(attached.trainables[key].parameter.detach())
     with torch.no_grad():
         logits = twin(ids).logits
     # a last bit may flip an activation's rounding; dora's row magnitudes are folded into scales of 11 significant bits

@@ -1,0 +1,157 @@
+"""Virtual tokens through peft: prefix tuning, prompt tuning, p-tuning, and MAM's prefix beside a parallel adapter.
+
+They change what the model sees, so step 0 cannot equal the compressed model: the start is the model without its tokens, and
+if training could not beat that, the tokens stay off. Legend: B batch, T tokens, P virtual tokens, D model, L layers.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .bottlenecks import ParallelAdapter, parallel_adapter
+from .site import Site, joined
+from .student import Student, student_of
+from .trainable import Attached, Trainable
+
+
+@dataclass(frozen=True)
+class PrefixTuning:
+    """Trained keys and values in front of every attention (arXiv:2101.00190), started from the model's own on `tokens` tokens of text."""
+
+    tokens: int = 16
+
+
+@dataclass(frozen=True)
+class PromptTuning:
+    """Trained input embeddings in front of the text (arXiv:2104.08691), started from tokens of the vocabulary."""
+
+    tokens: int = 16
+
+
+@dataclass(frozen=True)
+class PTuning:
+    """Input embeddings that a small network makes (arXiv:2103.10385)."""
+
+    tokens: int = 16
+    hidden: int = 128
+
+
+@dataclass(frozen=True)
+class MamAdapter:
+    """Mix-and-match (arXiv:2110.04366): a prefix on the attention, a scaled parallel adapter on the MLP."""
+
+    tokens: int = 16
+    bottleneck: int = 32
+    scaling: float = 4.0
+
+
+class Switch:
+    """Runs a model with or without its virtual tokens."""
+
+    def __init__(self, site: Site, wrapped: Any, kind: Literal["prefix", "prompt"], count: int) -> None:
+        self.wrapped, self.kind, self.count, self.on = wrapped, kind, count, True
+        self.plain = student_of(site.model)
+        model: Any = site.model
+        self.body, self.embed = model.base_model, model.get_input_embeddings()
+
+    def hidden(self, ids_BT: Tensor) -> Tensor:
+        if not self.on:
+            return self.plain.hidden(ids_BT)
+        batch, length = ids_BT.shape
+        prompt = self.wrapped.get_prompt(batch_size=batch)
+        if self.kind == "prefix":
+            seen = torch.ones(batch, self.count + length, dtype=torch.long, device=ids_BT.device)
+            return self.body(input_ids=ids_BT, past_key_values=prompt, attention_mask=seen, use_cache=True)[0]
+        embedded = self.embed(ids_BT)
+        joined_BTD = torch.cat((prompt.to(embedded.dtype), embedded), dim=1)
+        return self.body(inputs_embeds=joined_BTD, use_cache=False)[0][:, self.count :]
+
+    def without(self, off: bool) -> None:
+        self.on = not off
+
+
+def prefix_tuning(site: Site, config: PrefixTuning) -> Attached:
+    from peft import PrefixTuningConfig
+
+    _check_length(site, config.tokens)
+    values = _own_keys_and_values(site, config.tokens)
+    wrapped = _wrap(site, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=config.tokens))
+    weight = wrapped.prompt_encoder["default"].embedding.weight
+    if weight.shape != values.shape:
+        raise ValueError(f"peft's prefix holds {tuple(weight.shape)} numbers, this model's keys and values are {tuple(values.shape)}")
+    weight.data.copy_(values)
+    return _attached(site, wrapped, "prefix", config.tokens)
+
+
+def prompt_tuning(site: Site, config: PromptTuning) -> Attached:
+    from peft import PromptTuningConfig
+
+    _check_length(site, config.tokens)
+    wrapped = _wrap(site, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=config.tokens))
+    model: Any = site.model
+    rows = model.get_input_embeddings().weight.detach()[_some_text(site, config.tokens)]
+    wrapped.prompt_encoder["default"].embedding.weight.data.copy_(rows)
+    return _attached(site, wrapped, "prompt", config.tokens)
+
+
+def p_tuning(site: Site, config: PTuning) -> Attached:
+    from peft import PromptEncoderConfig
+
+    _check_length(site, config.tokens)
+    settings = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=config.tokens, encoder_hidden_size=config.hidden)
+    return _attached(site, _wrap(site, settings), "prompt", config.tokens)
+
+
+def mam_adapter(site: Site, config: MamAdapter) -> Attached:
+    prefix = prefix_tuning(site, PrefixTuning(config.tokens))
+    adapter = parallel_adapter(site, ParallelAdapter(config.bottleneck, "mlp", "relu", config.scaling))
+    return joined(prefix, adapter)
+
+
+def _wrap(site: Site, settings: Any) -> Any:
+    """peft's wrapper around the model, its random start decided by the seed."""
+    from peft import get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(site.seed)
+        wrapped: Any = get_peft_model(site.model, settings)  # type: ignore[arg-type]
+    return wrapped
+
+
+def _attached(site: Site, wrapped: Any, kind: Literal["prefix", "prompt"], count: int) -> Attached:
+    switch = Switch(site, wrapped, kind, count)
+    parameters = dict(wrapped.prompt_encoder["default"].named_parameters())
+    for parameter in parameters.values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    out = {f"prompt.{name}": Trainable(p, "tokens") for name, p in parameters.items()}
+    student = Student(switch.hidden, switch.plain.logits, switch.plain.head_parameters)
+    return Attached(out, adapter=frozenset(out), run=student, starts_without=switch.without, peft=wrapped)
+
+
+def _some_text(site: Site, count: int) -> Tensor:
+    """Token ids to start from: the first training text where there is one, else drawn from the vocabulary."""
+    model: Any = site.model
+    embeddings = model.get_input_embeddings().weight
+    if site.gradients is not None:
+        ids = site.gradients.batch(0).ids.reshape(-1)
+        if len(ids) >= count:
+            return ids[:count].to(embeddings.device)
+    return torch.randint(embeddings.shape[0], (count,), generator=site.generator("prompt")).to(embeddings.device)
+
+
+@torch.no_grad()
+def _own_keys_and_values(site: Site, count: int) -> Tensor:
+    """What the model's attention makes of a text: [P, L·2·heads·width], peft's layout."""
+    model: Any = site.model
+    cache = model.base_model(input_ids=_some_text(site, count).unsqueeze(0), use_cache=True).past_key_values
+    pairs = [torch.stack((layer.keys[0], layer.values[0])) for layer in cache.layers]
+    return torch.stack(pairs).permute(3, 0, 1, 2, 4).reshape(count, -1).float()
+
+
+def _check_length(site: Site, count: int) -> None:
+    limit = getattr(getattr(site.model, "config", None), "max_position_embeddings", None)
+    if count < 1 or (limit is not None and count >= limit):
+        raise ValueError(f"{count} virtual tokens do not fit a model of {limit} positions; choose a number from 1 to {(limit or 0) - 1}")
