@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from ...compress.weights import StoredWeight
 from ..errors import InputError, UsageError
@@ -53,6 +54,25 @@ class Names:
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
         return {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+
+    @cached_property
+    def transposed(self) -> frozenset[str]:
+        """Modules that keep their weight as [I, O]."""
+        return frozenset(name for name, module in self.model.named_modules() if isinstance(module, Conv1D))
+
+    @cached_property
+    def tied(self) -> dict[str, str]:
+        """alias → source, for parameters that the architecture shares."""
+        first: dict[int, str] = {}
+        pairs = [(name, first.setdefault(id(p), name)) for name, p in self.model.named_parameters(remove_duplicate=False)]
+        return {name: source for name, source in pairs if name != source}
+
+    def shape_of(self, linear: str) -> tuple[int, ...] | None:
+        """[O, I] of a linear or of one expert's matrix; None for what the architecture does not have."""
+        shape = self.shapes.get(f"{linear}.weight")
+        if shape is None and expert_parameter(linear) is not None:
+            shape = self.shapes.get(expert_parameter(linear) or "", torch.Size())[1:]
+        return None if not shape else tuple(shape[::-1] if linear in self.transposed else shape)
 
     @cached_property
     def same(self) -> bool:
@@ -194,11 +214,21 @@ def _take(linears: Mapping[str, StoredWeight], cut: Cut) -> StoredWeight:
 
 
 def to_memory(checkpoint: Checkpoint) -> Checkpoint:
-    """The inverse of `to_file` for what a reader found: renamed, experts fused. InputError for a weight that is missing or cannot be fused."""
+    """The inverse of `to_file` for what a reader found: renamed, experts fused, tied weights once, every shape held against the config's.
+
+    InputError for a weight that is missing, of another shape or cannot be fused.
+    """
     names = Names.of(checkpoint.config)
     checkpoint = _without_idle_biases(checkpoint, names)
-    if names.same:
-        return checkpoint
+    if not names.same:
+        checkpoint = _fused(checkpoint, names)
+    checkpoint = _tied_once(checkpoint, names)
+    linears = {name: partial(_checked_linear, checkpoint, name, names.shape_of(name)) for name in checkpoint.linears}
+    tensors = {name: partial(_checked_tensor, checkpoint, name, names.shapes.get(name)) for name in checkpoint.tensors}
+    return replace(checkpoint, linears=Lazy(linears), tensors=Lazy(tensors), transposed=names.transposed)
+
+
+def _fused(checkpoint: Checkpoint, names: Names) -> Checkpoint:
     needed = {name for name, _ in names.model.named_parameters()}
     linears: dict[str, Callable[[], StoredWeight]] = {}
     tensors: dict[str, Callable[[], Tensor]] = {}
@@ -213,12 +243,44 @@ def to_memory(checkpoint: Checkpoint) -> Checkpoint:
         elif all(target in checkpoint.tensors for target in parts):
             tensors[name] = partial(_assembled, names, name, shape, checkpoint.tensors, parts)
         elif name in needed:
-            absent = next(
-                target for target in parts if target not in checkpoint.tensors and target.removesuffix(".weight") not in checkpoint.linears
-            )
+            absent = next(t for t in parts if t not in checkpoint.tensors and t.removesuffix(".weight") not in checkpoint.linears)
             raise InputError(f"{checkpoint.files}: no tensor {absent}, which {name} is made of")
     tensors |= {name: partial(checkpoint.tensors.__getitem__, name) for name in checkpoint.tensors if name not in claimed}
     return replace(checkpoint, linears=Lazy(linears), tensors=Lazy(tensors))
+
+
+def _tied_once(checkpoint: Checkpoint, names: Names) -> Checkpoint:
+    """Both copies of a tied weight are in GPTQ files; equal ones become one again, unequal ones mean it is not tied after all."""
+    config, tied = checkpoint.config, {}
+    for alias, source in names.tied.items():
+        if alias not in checkpoint.tensors and alias.removesuffix(".weight") not in checkpoint.linears:
+            tied[alias] = source
+        elif (
+            alias in checkpoint.tensors
+            and source in checkpoint.tensors
+            and torch.equal(checkpoint.tensors[alias], checkpoint.tensors[source])
+        ):
+            tied[alias] = source
+        else:
+            config = {**config, "tie_word_embeddings": False}
+    kept = {name: partial(checkpoint.tensors.__getitem__, name) for name in checkpoint.tensors if name not in tied}
+    return replace(checkpoint, config=config, tensors=Lazy(kept), tied=tied)
+
+
+def _checked_linear(checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | None) -> StoredWeight:
+    record = checkpoint.linears[name]
+    if shape is not None and record.shape != shape:
+        raise InputError(
+            f"{checkpoint.files}: {name} is {record.shape[0]} × {record.shape[1]}; by config.json it is {shape[0]} × {shape[1]}"
+        )
+    return record
+
+
+def _checked_tensor(checkpoint: Checkpoint, name: str, shape: torch.Size | None) -> Tensor:
+    tensor = checkpoint.tensors[name]
+    if shape is not None and tensor.shape != shape:
+        raise InputError(f"{checkpoint.files}: {name} has shape {list(tensor.shape)}; by config.json it has {list(shape)}")
+    return tensor
 
 
 def _sources(names: Names, name: str, shape: torch.Size) -> dict[str, Tensor]:

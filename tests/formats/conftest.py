@@ -25,6 +25,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mixtral": dict(hidden_size=64, intermediate_size=128, num_local_experts=4, num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4,
                     num_key_value_heads=2, vocab_size=96, max_position_embeddings=64),
 }  # fmt: skip
+UP = "model.layers.0.mlp.up_proj"
 TOKENS = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(3))
 
 
@@ -104,6 +105,21 @@ def build(
         del tensors[f"{head}.weight"]
     config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
     return Case(Checkpoint(config, linears, tensors, None, frozenset(transposed), tied, {"title": "tiny", "perplexity": 12.5}), model)
+
+
+def one_linear(base: Base, **parts: Any) -> Checkpoint:
+    """A Llama of one block, of which the checkpoint holds up_proj, sized to fit `base`."""
+    rows, columns = base.shape
+    config = {
+        "model_type": "llama", "hidden_size": columns, "intermediate_size": rows, "num_hidden_layers": 1, "num_attention_heads": 1,
+        "head_dim": 8, "vocab_size": 8,
+    }  # fmt: skip
+    return Checkpoint(config, {UP: StoredWeight(base, **parts)}, {"model.norm.weight": torch.ones(columns)})
+
+
+@pytest.fixture(scope="session")
+def single() -> Callable[..., Checkpoint]:
+    return one_linear
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,7 @@ def quantized(weight: torch.Tensor, block_size: int = 64, double: bool = False) 
     rows = weight.shape[0]
     if not double:
         return NormalFloatWeight(codes, 4, block_size, weight.shape[1], state.absmax.view(rows, -1))
+    assert state.state2 is not None and state.offset is not None
     scales, offset = state.state2.absmax, state.offset.reshape(1)
     return NormalFloatWeight(codes, 4, block_size, weight.shape[1], None, state.absmax.view(rows, -1), scales, offset)
 
@@ -58,15 +59,15 @@ def normal_float_weights(draw):
 
 @settings(max_examples=40, deadline=None)
 @given(normal_float_weights())
-def test_what_is_written_is_read_back_exactly(tmp_path_factory, base):
+def test_what_is_written_is_read_back_exactly(single, tmp_path_factory, base):
     directory = tmp_path_factory.mktemp("bnb") / "out"
-    write(Checkpoint(CONFIG, {UP: StoredWeight(base)}, {"model.norm.weight": torch.ones(4)}), directory)
+    write(single(base), directory)
     back = read(directory)
     (record,) = back.linears.values()
     assert isinstance(record.base, NormalFloatWeight)
     assert torch.equal(record.dense(), base.dense())
     assert (record.base.absmax is None) == (base.absmax is None)
-    assert torch.equal(back.tensors["model.norm.weight"], torch.ones(4))
+    assert torch.equal(back.tensors["model.norm.weight"], torch.ones(base.in_features))
 
 
 @settings(max_examples=40, deadline=None)
@@ -125,11 +126,13 @@ def test_peft_loads_an_adapter_on_the_4bit_base(case, logits_of, tmp_path):
     torch.testing.assert_close(logits_of(exact(model)), made.logits(), rtol=0, atol=5e-5)
 
 
-def test_blocks_that_run_across_rows_come_in_densely(case, tmp_path):
+def test_blocks_that_run_across_rows_come_in_densely(single, tmp_path):
     weight = torch.randn(4, 96)
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     directory = tmp_path / "out"
-    write(Checkpoint(CONFIG, {UP: StoredWeight(quantized(torch.randn(4, 64)))}, {}), directory)
+    write(single(quantized(torch.randn(4, 192))), directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "hidden_size": 96}))
     tensors = {f"{UP}.weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
     save_file({**tensors, f"{UP}.weight": packed}, directory / "model.safetensors")
     (record,) = read(directory).linears.values()
@@ -139,10 +142,10 @@ def test_blocks_that_run_across_rows_come_in_densely(case, tmp_path):
     assert (record.dense() - weight).abs().max() < 0.6
 
 
-def test_masked_weights_ship_as_exact_zeros(tmp_path):
+def test_masked_weights_ship_as_exact_zeros(single, tmp_path):
     kept = torch.rand(64, 64, generator=torch.Generator().manual_seed(2)) > 0.5
     record = StoredWeight(quantized(torch.randn(64, 64))).with_mask(kept)
-    notes = write(Checkpoint(CONFIG, {UP: record}, {}), tmp_path / "out")
+    notes = write(single(record.base, mask=record.mask), tmp_path / "out")
     (back,) = read(tmp_path / "out").linears.values()
     assert torch.equal(back.dense(), record.dense()) and bool((back.dense()[~kept] == 0).all())
     assert any("masks themselves" in note for note in notes)
@@ -178,8 +181,8 @@ def test_refusals(case, on_grid, tmp_path):
 
 
 @pytest.fixture
-def written(tmp_path):
-    write(Checkpoint(CONFIG, {UP: StoredWeight(quantized(torch.randn(64, 64), double=True))}, {}), tmp_path / "out")
+def written(single, tmp_path):
+    write(single(quantized(torch.randn(64, 64), double=True)), tmp_path / "out")
     return tmp_path / "out"
 
 
@@ -232,6 +235,7 @@ def test_eight_bits_and_fp4(written):
 
 def test_the_tables_are_the_packages_own():
     _, state = bnb.quantize_4bit(torch.randn(64, 64), compress_statistics=True, quant_type="nf4")
+    assert state.code is not None and state.state2 is not None
     assert torch.equal(state.code, normal_float.code_book(4))
     assert torch.equal(state.state2.code, normal_float.dynamic_map())
 

@@ -1,4 +1,5 @@
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ FAMILIES = ["llama", "opt", "gpt2", "gpt_neox", "qwen3_moe", "mixtral"]
 def test_transformers_loads_it_and_gives_the_same_logits(kind, case, on_grid, logits_of, tmp_path):
     made = case(kind, on_grid)
     write(made.checkpoint, tmp_path / "out")
-    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
+    answer: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
+    loaded, report = answer
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     torch.testing.assert_close(logits_of(loaded), made.logits(), rtol=0, atol=1e-5)
 

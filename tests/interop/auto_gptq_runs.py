@@ -6,6 +6,7 @@
 Several jobs a run, since importing takes longer than a tiny model. Knows nothing of ours but the files.
 """
 
+# pyright: reportMissingImports=false
 import json
 import sys
 from typing import Any
