@@ -5,6 +5,8 @@ recover, and every subject given a model, runs real stages through the runner, o
 Legend: O out, I in, T tokens.
 """
 
+import ctypes
+import gc
 import json
 import logging
 import os
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from ..compress.statistics import Fisher, InputStatistics, LayerStatistics
 from ..compress.weights import DenseWeight, StoredWeight
+from .doctor import cpu_name
 from .errors import PipelineError, UsageError
 from .settings import unknown
 from .stage_settings import build, methods
@@ -145,20 +148,52 @@ def _layer_row(subject: str, stage: str, method: str, size: int, repeats: int, d
 
 
 def _measured(solve: Callable[[], None], repeats: int, device: torch.device) -> tuple[list[float], int]:
-    """Seconds of each repeat after one warm-up, and the most memory beyond what was there before."""
-    from .measure import Peak, resident_bytes
-
-    solve()
-    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
+    """Seconds of each repeat after one warm-up, and the most memory that the warm-up took beyond what was there before."""
+    peak_bytes = _peak_bytes(solve, device)
     seconds = []
-    with Peak(device) as peak:
-        for _ in range(repeats):
-            began = time.perf_counter()
+    for _ in range(repeats):
+        began = time.perf_counter()
+        solve()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return seconds, peak_bytes
+
+
+def _peak_bytes(solve: Callable[[], None], device: torch.device) -> int:
+    """On the GPU what torch allocated; elsewhere the kernel's own high-water mark, set back before, where it can be (Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        solve()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    _give_back_freed_memory()
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        before = _status_bytes("VmRSS")
+        solve()
+        return max(0, _status_bytes("VmHWM") - before)
+    except OSError:
+        from .measure import Peak, resident_bytes
+
+        before = resident_bytes()
+        with Peak(device) as peak:
             solve()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - began)
-    return seconds, max(0, peak.bytes - before)
+        return max(0, peak.bytes - before)
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def _give_back_freed_memory() -> None:
+    """Pages that earlier rows freed would hide what this one takes."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 # -- stages of a model -----------------------------------------------------------------------------------------------------------
@@ -200,7 +235,7 @@ def _kernels(options: Options) -> dict[str, Any]:
 
 
 def _environment(device: torch.device, options: Options) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {
         "device": str(device),
         "device_name": name,

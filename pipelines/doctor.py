@@ -65,7 +65,7 @@ def devices() -> list[dict[str, Any]]:
     """The CPU, and each CUDA device with its memory."""
     import torch
 
-    found: list[dict[str, Any]] = [{"device": "cpu", "name": _cpu_name(), "total_bytes": _memory_limit()}]
+    found: list[dict[str, Any]] = [{"device": "cpu", "name": cpu_name(), "total_bytes": _memory_limit()}]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
@@ -175,7 +175,7 @@ def _synchronize(where: str) -> None:
         torch.cuda.synchronize()
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

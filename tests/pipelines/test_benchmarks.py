@@ -34,6 +34,16 @@ def test_compress_measures_every_matrix_method(tmp_path: Path) -> None:
     assert (tmp_path / "bench-compress.png").stat().st_size > 1000
 
 
+def test_memory_of_a_row_is_what_it_takes_beyond_what_was_there() -> None:
+    def solve() -> None:
+        torch.ones(6_000_000).mul_(2)
+
+    for _ in range(2):
+        seconds, peak_bytes = benchmarks._measured(solve, 2, torch.device("cpu"))
+        assert len(seconds) == 2
+        assert 23e6 < peak_bytes < 40e6
+
+
 def test_decompose_starts_from_a_quantized_matrix() -> None:
     rows = run("decompose", Options(device="cpu", sizes=(64,), only=("loftq", "qera_exact"), repeats=1))["rows"]
     assert [row["method"] for row in rows] == ["loftq", "qera_exact"]

@@ -232,6 +232,8 @@ def test_unknown_recipe_and_unreadable_files(tmp_path: Path, basic: Path) -> Non
     assert "no such file" in refused(str(tmp_path / "absent.yaml"))
     assert "line 3: not readable as YAML" in refused(str(written(tmp_path, "a: 1\nb: [\n")))
     assert "the key 'seed' stands here twice" in refused(str(written(tmp_path, "seed: 1\nseed: 2\n")))
+    assert "unhashable key" in refused(str(written(tmp_path, "? [1, 2]\n: 3\n")))
+    assert "unknown key '1'" in refused(str(written(tmp_path, "1: 2\n")))
     assert "expected `key: value` lines" in refused(str(written(tmp_path, "- a\n")))
     assert "unknown key 'sed'" in refused(str(basic), file=written(tmp_path, "sed: 1\n"))
     assert "unknown profile 'fast'" in refused(str(written(tmp_path, BASIC + "profiles: {fast: {seed: 1}}\n")))
