@@ -36,6 +36,7 @@ class StreamedModel:
     structure: Structure = field(init=False)
     _calls: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(init=False, default_factory=dict)
     _tuple_size: int = field(init=False, default=-1)
+    _plain: dict[int, dict[str, nn.Module]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.model = skeleton(load_config(self.artifact.directory))
@@ -91,6 +92,7 @@ class StreamedModel:
         for name, record in stored.items():
             self.put(compressed[name], record)
         if self.bind is not None:
+            self._plain[index] = {site.module: self.model.get_submodule(site.module) for site in compressed.values()}
             self.bind(self.model, prefix, stored)
         return block
 
@@ -113,6 +115,8 @@ class StreamedModel:
 
     def unload_block(self, index: int) -> None:
         """Give the block's memory back."""
+        for name, module in self._plain.pop(index, {}).items():
+            self.model.set_submodule(name, module)
         _to_meta(self.layers[index])
 
     def matrix(self, site: Site) -> Tensor:
@@ -126,8 +130,6 @@ class StreamedModel:
         """Hidden states [N, T, D] that enter the first block; records what every block is called with at this shape."""
         shape = (ids_NT.shape[0], ids_NT.shape[1])
         ids = ids_NT.to(self.device)
-        if self._tuple_size < 0:
-            self._probe(ids[:1, :8])
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         entered: list[Tensor] = []
 
@@ -172,7 +174,7 @@ class StreamedModel:
             f"{type(self.model).__name__}: its forward pass does not call its blocks in order; this architecture is not supported"
         )
 
-    def _probe(self, ids: Tensor) -> None:
+    def _probe(self) -> None:
         """Learn whether a block returns a tensor or a tuple, by running the first one on a few tokens."""
         block = self.load_block(0)
         plain = block.forward
@@ -186,7 +188,7 @@ class StreamedModel:
         block.forward = forward  # type: ignore[method-assign]
         try:
             with torch.no_grad():
-                self._forward_until_stop(ids)
+                self._forward_until_stop(torch.zeros(1, 4, dtype=torch.long, device=self.device))
         finally:
             del block.forward
             self.unload_block(0)
@@ -194,6 +196,9 @@ class StreamedModel:
 
     @contextmanager
     def _stand_ins(self, stand_in: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
+        if self._tuple_size < 0:
+            self._probe()
+
         def replace(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 args, kwargs = ((kwargs.pop("hidden_states"),), kwargs) if not args else (args, kwargs)

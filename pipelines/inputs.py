@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import data
-from .artifact import Artifact
-from .models import load_tokenizer
+from .errors import InputError
+from .models import load_tokenizer, resolve_model
 from .recipe import Recipe
 from .stage_settings import StageSpec
 
@@ -32,45 +32,57 @@ class Inputs:
     def tokenizer(self) -> Any:
         return load_tokenizer(self.model)
 
-    def documents(self, part: str) -> data.Documents:
-        """Part `calibration`, `train`, `held_out` or `evaluation`, with evaluation text kept out of the other three."""
-        if part not in self._kept:
-            sources = self.recipe.data
-            source = {"calibration": sources.calibration, "evaluation": sources.evaluation}.get(part, sources.train)
-            exclude = None if part == "evaluation" else self.documents("evaluation")
-            self._kept[part] = data.load_text(source, part, tokenizer=self.tokenizer, exclude=exclude)
-        return self._kept[part]
+    @cached_property
+    def parts(self) -> dict[str, data.Documents]:
+        """calibration, train, held_out and evaluation, with evaluation text kept out of the other three."""
+        sources = self.recipe.data
+        return data.load_parts(sources.calibration, sources.train, sources.evaluation, self.tokenizer)
 
     def evaluation(self) -> data.Windows:
         wanted = self.recipe.evaluation
-        return data.tokenize(self.documents("evaluation"), self.tokenizer, wanted.seq_len, wanted.windows)
+        return self._windows("evaluation", wanted.seq_len, wanted.windows)
 
     def calibration(self) -> Tensor:
         """Token ids int64 [samples, seq_len]."""
         wanted = self.recipe.calibration
-        return data.calibration_sample(self.documents("calibration"), self.tokenizer, wanted.seq_len, wanted.samples, self.recipe.seed)
+        return self._windows("calibration", wanted.seq_len, wanted.samples, self.recipe.seed).ids
 
     def training(self, seq_len: int, batch_size: int) -> Callable[[int], tuple[Tensor, Tensor | None]]:
         """index → (ids int64 [batch, seq_len], loss mask or None): a pure function of (seed, index)."""
-        return data.training_batches(self.documents("train"), self.tokenizer, seq_len, batch_size, self.recipe.seed)
+        windows = self._windows("train", seq_len, None)
+        if len(windows.ids) < batch_size:
+            raise InputError(
+                f"{self.recipe.data.train}: {len(windows.ids)} windows of {seq_len} tokens are less than one batch of {batch_size}; "
+                "give more text (--train), or a smaller recover.batch_size or recover.seq_len"
+            )
+        return lambda index: data.batch(windows, index, self.recipe.seed, batch_size)
 
     def held_out(self, seq_len: int, batch_size: int) -> list[tuple[Tensor, Tensor | None]]:
         """The batches on which recovery chooses its best step: about HELD_OUT_TOKENS tokens."""
-        windows = max(1, HELD_OUT_TOKENS // seq_len)
-        return data.held_out_batches(self.documents("held_out"), self.tokenizer, seq_len, batch_size, windows)
+        found = self._windows("held_out", seq_len, max(1, HELD_OUT_TOKENS // seq_len), self.recipe.seed)
+        pieces = [slice(start, start + batch_size) for start in range(0, len(found.ids), batch_size)]
+        return [(found.ids[piece], None if found.loss is None else found.loss[piece]) for piece in pieces]
 
-    def teacher(self, baseline: Artifact) -> Artifact:
-        """Whose predictions recovery imitates: the baseline, or the model given with --teacher."""
-        if self.recipe.teacher is None:
-            return baseline
-        raise NotImplementedError
+    def _windows(self, part: str, seq_len: int, count: int | None, seed: int | None = None) -> data.Windows:
+        key = f"{part}:{seq_len}:{count}:{seed}"
+        if key not in self._kept:
+            self._kept[key] = data.tokenize(self.parts[part], self.tokenizer, seq_len, count, seed=seed)
+        return self._kept[key]
 
     def fingerprint(self, spec: StageSpec, row: Any) -> list[Any]:
         """Whatever of the data decides a stage's result: nothing for a method that reads no text."""
         if spec.name == "recover":
-            parts = [self.documents("train").fingerprint, self.documents("held_out").fingerprint]
-            return [*parts, self.calibration_fingerprint() if _needs(spec, row) else None, self.recipe.teacher]
+            parts = [self.parts[part].protocol for part in ("train", "held_out")]
+            return [*parts, self.calibration_fingerprint() if _needs(spec, row) else None, self.teacher_fingerprint()]
         return [self.calibration_fingerprint() if _needs(spec, row) else None]
+
+    def teacher_fingerprint(self) -> str | None:
+        """Names the weights of the model given with --teacher."""
+        if self.recipe.teacher is None:
+            return None
+        from .stages.baseline import fingerprint
+
+        return fingerprint(resolve_model(self.recipe.teacher))
 
     def calibration_fingerprint(self) -> str:
         """Hash of the very tokens."""

@@ -152,7 +152,7 @@ def gc(directory: Path) -> dict[str, Any]:
     place = RunDirectory(directory.resolve())
     plan = place.read()["stages"]
     with place.held():
-        wanted = {row["name"] for row in plan}
+        wanted = {row["name"] for row in plan} | {p.name for p in place.stages.glob("teacher-????????")}
         keep = wanted | {f"{name}.metrics" for name in wanted} | {f"{name}.partial" for name in wanted if not place.artifact(name).is_dir()}
         dropped, freed = [], 0
         for path in sorted(place.stages.iterdir()) if place.stages.is_dir() else []:
@@ -296,6 +296,7 @@ def _context(under_way: Run, step: Step, scratch: Path) -> "stages.Context":
     baseline = open_artifact(place.artifact(baseline_step.name))
     return stages.Context(
         baseline=baseline,
+        teacher=_teacher(under_way, baseline),
         baseline_metrics=place.metrics(baseline_step.name),
         scratch=scratch,
         device=under_way.device,
@@ -304,6 +305,21 @@ def _context(under_way: Run, step: Step, scratch: Path) -> "stages.Context":
         inputs=inputs,
         stop=under_way.stopped.is_set,
     )
+
+
+def _teacher(under_way: Run, baseline: Artifact) -> Artifact | None:
+    """The model given with --teacher as an artifact of this run; else the baseline, unless it came quantized."""
+    from .stages.baseline import build_baseline
+
+    key = under_way.inputs.teacher_fingerprint()
+    if key is None:
+        return None if baseline.linears else baseline
+    final = under_way.directory.artifact(f"teacher-{key[:8]}")
+    if final.is_dir():
+        return open_artifact(final)
+    source = resolve_model(str(under_way.recipe.teacher))
+    manifest = {"key": key, "parent": None, "stage": {"name": "teacher", "method": None, "settings": {"model": under_way.recipe.teacher}}}
+    return build_baseline(source, under_way.directory.scratch(final.name), final, manifest)
 
 
 def _measured(under_way: Run, step: Step, artifact: Artifact, windows: Windows, scores: list[Any]) -> StageRecord:

@@ -6,7 +6,7 @@ training state's file; what trains and how is `recover/`.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from ..blocks import StreamedModel
 from ..errors import InputError, UsageError
 from ..loading import whole_model
 from ..logs import bar
-from ..models import Site
+from ..models import Site, load_config
 from ..stage_settings import StageSpec
 from .context import Context, Outcome
 
@@ -38,6 +38,11 @@ SMALL_STATE_BYTES = 200e6
 def recover(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: Context) -> Outcome:
     """Run a recovery method. UsageError when it cannot serve this model, before any work."""
     config, _ = split(spec.method, spec.config)
+    notes = []
+    if context.teacher is None and config.loss != "cross_entropy":
+        config = replace(config, loss="cross_entropy")
+        notes = ["trained on next-token cross-entropy: the model came quantized and no --teacher was given to imitate"]
+    _check_teacher(parent, context)
     records = _records(parent, context)
     reason = refusal(spec.method, [kinds(r) for r in records.values()], spec.config)
     if reason is not None:
@@ -56,7 +61,16 @@ def recover(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: 
     if not result.finished:
         raise KeyboardInterrupt
     layers = _write(parent, writer, streamed, records, attached)
-    return Outcome(layers, _metrics(result, attached), _notes(result, spec), attached.count())
+    return Outcome(layers, _metrics(result, attached), notes + _notes(result, spec), attached.count())
+
+
+def _check_teacher(parent: Artifact, context: Context) -> None:
+    """A teacher must speak the same vocabulary."""
+    if context.teacher is None or context.teacher.key == context.baseline.key:
+        return
+    ours, theirs = (load_config(a.directory).get_text_config().vocab_size for a in (parent, context.teacher))
+    if ours != theirs:
+        raise InputError(f"--teacher: its vocabulary has {theirs} tokens, the model's has {ours}; give the dense model that this one was made from")
 
 
 def _cross_entropy() -> Any:
@@ -155,8 +169,8 @@ class StreamedTeacher:
 def _teacher(config: TrainConfig, batches: Callable[[int], Batch], context: Context) -> Teacher | None:
     if config.loss == "cross_entropy":
         return None
-    source = context.inputs.teacher(context.baseline)
-    streamed = StreamedTeacher(StreamedModel(source, context.device, context.dtype), batches, config.steps * config.accumulation)
+    assert context.teacher is not None
+    streamed = StreamedTeacher(StreamedModel(context.teacher, context.device, context.dtype), batches, config.steps * config.accumulation)
     return Teacher(streamed.hidden, streamed.logits)
 
 
