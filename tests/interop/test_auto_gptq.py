@@ -9,11 +9,11 @@ import pytest
 import torch
 from bitmend.compress.weights import DenseWeight, UniformWeight
 from bitmend.pipelines import formats
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ROOT / ".venv-interop" / "bin" / "python"
-SCRIPT = ROOT / "tests" / "interop" / "auto_gptq_runs.py"
+SCRIPT = Path(__file__).parent / "auto_gptq_runs.py"
 
 pytestmark = [
     pytest.mark.interop,
@@ -57,6 +57,16 @@ def run(verb: str, jobs: list[dict], place: Path) -> None:
     file.write_text(json.dumps(jobs))
     done = subprocess.run([PYTHON, SCRIPT, verb, file], capture_output=True, text=True, cwd=place, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def densely(model, back):
+    """A plain model with the weights we read."""
+    weights = {name: record.dense() for name, record in back.linears.items()}
+    state = {f"{name}.weight": weight.t() if name in back.transposed else weight for name, weight in weights.items()}
+    state |= {name: tensor.float() for name, tensor in back.tensors.items()}
+    state |= {alias: state[source] for alias, source in back.tied.items()}
+    model.load_state_dict(state, strict=True)
+    return model
 
 
 def label(settings: tuple) -> str:
@@ -107,11 +117,7 @@ def theirs(case, tokens, logits_of, tmp_path_factory):
     out = {}
     for settings in THEIRS:
         back, model = formats.read(place / label(settings)), plain[settings[0]].model
-        weights = {f"{name}.weight": record.dense() for name, record in back.linears.items()}
-        if settings[0] == "gpt2":
-            weights = {name: weight.t() for name, weight in weights.items()}
-        model.load_state_dict({**{name: tensor.float() for name, tensor in back.tensors.items()}, **weights}, strict=True)
-        out[label(settings)] = (load_file(place / f"{label(settings)}.safetensors")["logits"], logits_of(model), back)
+        out[label(settings)] = (load_file(place / f"{label(settings)}.safetensors")["logits"], logits_of(densely(model, back)), back)
     return out
 
 
@@ -123,3 +129,36 @@ def test_what_auto_gptq_quantized_comes_in_with_the_same_logits(settings, theirs
         assert isinstance(record.base, UniformWeight)
         assert record.base.bits == settings[1] and record.base.symmetric == settings[2]
         assert (record.base.group_index is not None) == (settings[4] and not settings[5] and settings[3] != -1)
+
+
+ODD_ZEROS = [(bits, reordered) for bits in (2, 3, 4, 8) for reordered in (False, True)]
+
+
+@pytest.fixture(scope="module")
+def odd_zeros(case, on_grid, tokens, logits_of, tmp_path_factory):
+    """Files with a stored zero of 2^bits − 1, which auto-gptq takes for 0 on one of its paths and for 2^bits on the other."""
+    place = tmp_path_factory.mktemp("odd")
+    made, jobs = {}, []
+    for bits, reordered in ODD_ZEROS:
+        name = f"{bits}-{reordered}"
+        made[name] = case("llama", partial(on_grid, bits=bits, act_order=reordered))
+        formats.write("gptq", made[name].checkpoint, place / name)
+        file = place / name / "model.safetensors"
+        tensors = load_file(file)
+        for key in (key for key in tensors if key.endswith("qzeros")):
+            tensors[key][:, -1] = -1  # the last few columns; -1 has every bit set
+        save_file(tensors, file)
+        jobs.append({"directory": str(place / name), "tokens": tokens.tolist(), "output": str(place / f"{name}.safetensors")})
+    run("logits", jobs, place)
+    out = {}
+    for name, one in made.items():
+        before = one.logits()
+        out[name] = (load_file(place / f"{name}.safetensors")["logits"], logits_of(densely(one.model, formats.read(place / name))), before)
+    return out
+
+
+@pytest.mark.parametrize(("bits", "reordered"), ODD_ZEROS)
+def test_zeros_that_wrap_are_read_as_auto_gptq_reads_them(bits, reordered, odd_zeros):
+    theirs, mine, before = odd_zeros[f"{bits}-{reordered}"]
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+    assert (before - theirs).abs().max() > 0.1
