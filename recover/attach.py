@@ -204,7 +204,8 @@ def qat(site: Site, config: Qat) -> Attached:
 
 
 def _beside(site: Site, norms: bool, biases: bool) -> list[Attached]:
-    return [train_norms(site)] * norms + [train_biases(site)] * biases
+    """Only what is asked for is touched: `train_biases` creates what the architecture has not."""
+    return ([train_norms(site)] if norms else []) + ([train_biases(site)] if biases else [])
 
 
 def _named(name: str, trainables: dict[str, Trainable]) -> dict[str, Trainable]:
