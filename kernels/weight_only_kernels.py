@@ -16,7 +16,9 @@ def partial_kernel(
     BITS: tl.constexpr, SLOTS: tl.constexpr, LANES: tl.constexpr, SHIFT: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BOOK: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """work float32 [S, N + R, BLOCK_M]: this split's share of W·xᵀ, or, for the last blocks, of down·xᵀ."""
+    """work float32 [S, N + R, BLOCK_M]: this split's share of W·xᵀ, or, for the last blocks, of down·xᵀ.
+
+    Fragments past K meet x = 0; they are not skipped, since a branch would keep the loads from being pipelined."""
     block, split = tl.program_id(0), tl.program_id(1)
     m, lane, pair = tl.arange(0, BLOCK_M), tl.arange(0, LANES), tl.arange(0, LANES // 2)
     first, last = split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, tiles)
@@ -29,21 +31,18 @@ def partial_kernel(
             words = tl.load(codes_ptr + (n64[:, None] * tiles + t) * (LANES // 2) + pair[None, :], mask=row_mask[:, None], other=0)
             for slot in tl.static_range(SLOTS):
                 start = (t * SLOTS + slot) * LANES
-                if start < K:
-                    k = start + lane
-                    x_LM = tl.load(
-                        x_ptr + m[None, :] * stride_xm + k[:, None] * stride_xk, mask=(m < M)[None, :] & (k < K)[:, None], other=0.0
-                    )
-                    offset = (start // group_size) * N
-                    scale = tl.load(scales_ptr + offset + n, mask=row_mask, other=0.0).to(tl.float32)
-                    if HAS_BOOK:
-                        levels = tl.load(book_ptr + fragment_codes(words, slot, BITS, BLOCK_N, LANES)).to(DTYPE)
-                        acc_NM += tl.dot(levels, x_LM, input_precision="ieee") * scale[:, None]
-                    else:
-                        levels = fragment_shifted(words, slot, BITS, DTYPE, SHIFT, BLOCK_N, LANES)
-                        zero = group_zeros(zeros_ptr, offset, n, row_mask, BITS, HAS_ZEROS) + SHIFT
-                        sums = tl.dot(tl.full((BLOCK_N, LANES), 1.0, DTYPE), x_LM, input_precision="ieee")
-                        acc_NM += (tl.dot(levels, x_LM, input_precision="ieee") - sums * zero[:, None]) * scale[:, None]
+                k = start + lane
+                x_LM = tl.load(x_ptr + m[None, :] * stride_xm + k[:, None] * stride_xk, mask=(m < M)[None, :] & (k < K)[:, None], other=0.0)
+                offset = (tl.minimum(start, K - 1) // group_size) * N
+                scale = tl.load(scales_ptr + offset + n, mask=row_mask, other=0.0).to(tl.float32)
+                if HAS_BOOK:
+                    levels = tl.load(book_ptr + fragment_codes(words, slot, BITS, BLOCK_N, LANES)).to(DTYPE)
+                    acc_NM += tl.dot(levels, x_LM, input_precision="ieee") * scale[:, None]
+                else:
+                    levels = fragment_shifted(words, slot, BITS, DTYPE, SHIFT, BLOCK_N, LANES)
+                    zero = group_zeros(zeros_ptr, offset, n, row_mask, BITS, HAS_ZEROS) + SHIFT
+                    sums = tl.dot(tl.full((BLOCK_N, LANES), 1.0, DTYPE), x_LM, input_precision="ieee")
+                    acc_NM += (tl.dot(levels, x_LM, input_precision="ieee") - sums * zero[:, None]) * scale[:, None]
     else:
         r = (block - blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
         row_mask, row = r < R, N + r
@@ -94,20 +93,17 @@ def large_kernel(
         words = tl.load(codes_ptr + (n64[:, None] * tiles + t) * (LANES // 2) + pair[None, :], mask=row_mask[:, None], other=0)
         for slot in tl.static_range(SLOTS):
             start = (t * SLOTS + slot) * LANES
-            if start < K:
-                k = start + lane
-                x_LM = tl.load(
-                    x_ptr + m64[None, :] * stride_xm + k[:, None] * stride_xk, mask=(m < M)[None, :] & (k < K)[:, None], other=0.0
-                )
-                offset = (start // group_size) * N
-                scale = tl.load(scales_ptr + offset + n, mask=row_mask, other=0.0).to(tl.float32)
-                codes = fragment_codes(words, slot, BITS, BLOCK_N, LANES)
-                if HAS_BOOK:
-                    weight = tl.load(book_ptr + codes) * scale[:, None]
-                else:
-                    zero = group_zeros(zeros_ptr, offset, n, row_mask, BITS, HAS_ZEROS)
-                    weight = (codes.to(tl.float32) - zero[:, None]) * scale[:, None]
-                acc_NM = tl.dot(weight.to(DTYPE), x_LM, acc_NM, input_precision="ieee")
+            k = start + lane
+            x_LM = tl.load(x_ptr + m64[None, :] * stride_xm + k[:, None] * stride_xk, mask=(m < M)[None, :] & (k < K)[:, None], other=0.0)
+            offset = (tl.minimum(start, K - 1) // group_size) * N
+            scale = tl.load(scales_ptr + offset + n, mask=row_mask, other=0.0).to(tl.float32)
+            codes = fragment_codes(words, slot, BITS, BLOCK_N, LANES)
+            if HAS_BOOK:
+                weight = tl.load(book_ptr + codes) * scale[:, None]
+            else:
+                zero = group_zeros(zeros_ptr, offset, n, row_mask, BITS, HAS_ZEROS)
+                weight = (codes.to(tl.float32) - zero[:, None]) * scale[:, None]
+            acc_NM = tl.dot(weight.to(DTYPE), x_LM, acc_NM, input_precision="ieee")
     acc_NM = add_low_rank(
         acc_NM, up_ptr, h_ptr, segments_ptr, n, m, N, M, segment_count, partials, stride_un, stride_hs, stride_hm, stride_hr,
         BLOCK_R, UP_DTYPE, first_n, BLOCK_N,
@@ -133,7 +129,7 @@ def gradient_kernel(
         n = first_n + tl.arange(0, BLOCK_N)
         row_mask, n64 = n < N, n.to(tl.int64)
         words = tl.load(codes_ptr + (n64[:, None] * tiles + t) * (LANES // 2) + pair[None, :], mask=row_mask[:, None], other=0)
-        offset = (start // group_size) * N
+        offset = (tl.minimum(start, K - 1) // group_size) * N
         scale = tl.load(scales_ptr + offset + n, mask=row_mask, other=0.0).to(tl.float32)
         codes = fragment_codes(words, slot, BITS, BLOCK_N, LANES)
         if HAS_BOOK:
