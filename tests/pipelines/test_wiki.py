@@ -1,9 +1,10 @@
 """What is left of an article's markup, and which pages of a dump are articles."""
 
-import bz2
 from pathlib import Path
 
 from bitmend.pipelines.wiki import articles, prose
+
+from .dumps import page, write_dump
 
 MARKUP = """{{Infobox river|length=12|name={{lang|fr|Ru}}}}
 [[File:Map.png|thumb|A map of the [[valley]]]]
@@ -29,7 +30,7 @@ Wide and slow.
 
 [[Category:Rivers]]
 [[fr:Ru]]
-"""  # noqa: E501
+"""
 
 
 def test_prose_keeps_sentences_and_drops_the_furniture():
@@ -37,17 +38,6 @@ def test_prose_keeps_sentences_and_drops_the_furniture():
         "The Ru (French for stream) is a river in the valley. It is — so they say — cold.\n\n"
         "Course\nIt rises near the hill.\nIt ends in the sea.\n\nMouth\nWide and slow."
     )
-
-
-def page(title: str, text: str, namespace: int = 0, redirect: bool = False) -> str:
-    arrow = '<redirect title="Elsewhere" />' if redirect else ""
-    return f"<page><title>{title}</title><ns>{namespace}</ns>{arrow}<revision><text>{text}</text></revision></page>"
-
-
-def write_dump(path: Path, pages: list[str]) -> Path:
-    xml = '<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">' + "".join(pages) + "</mediawiki>"
-    path.write_bytes(bz2.compress(xml.encode()))
-    return path
 
 
 def test_only_articles_with_enough_prose_are_taken(tmp_path: Path):
