@@ -253,13 +253,9 @@ def _tied_once(checkpoint: Checkpoint, names: Names) -> Checkpoint:
     """Both copies of a tied weight are in GPTQ files; equal ones become one again, unequal ones mean it is not tied after all."""
     config, tied = checkpoint.config, {}
     for alias, source in names.tied.items():
-        if alias not in checkpoint.tensors and alias.removesuffix(".weight") not in checkpoint.linears:
-            tied[alias] = source
-        elif (
-            alias in checkpoint.tensors
-            and source in checkpoint.tensors
-            and torch.equal(checkpoint.tensors[alias], checkpoint.tensors[source])
-        ):
+        absent = alias not in checkpoint.tensors and alias.removesuffix(".weight") not in checkpoint.linears
+        both = alias in checkpoint.tensors and source in checkpoint.tensors
+        if absent or (both and torch.equal(checkpoint.tensors[alias], checkpoint.tensors[source])):
             tied[alias] = source
         else:
             config = {**config, "tie_word_embeddings": False}

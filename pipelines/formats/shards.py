@@ -78,7 +78,7 @@ def weight_files(directory: Path) -> list[Path]:
         raise InputError(f"{directory} is not a directory")
     index = directory / INDEX
     if index.is_file():
-        files = [directory / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+        files = [directory / name for name in sorted(set(_weight_map(index).values()))]
         for file in files:
             if file.parent != directory or not file.is_file():
                 raise InputError(f"{index} names {file.name}, which is not in {directory}; fetch the missing shard")
@@ -203,11 +203,19 @@ def _name_shards(directory: Path, shards: list[list[str]], total: int) -> None:
     write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor → file name. InputError when the index is not made so."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
+        raise InputError(f"{index} has no weight_map from tensor to file; fetch the index again")
+    return found
+
+
 def _check_index(directory: Path, tensors: Mapping[str, Stored]) -> None:
     index = directory / INDEX
     if not index.is_file():
         return
-    for name, file in read_json(index)["weight_map"].items():
+    for name, file in _weight_map(index).items():
         if name not in tensors or tensors[name].file.name != file:
             raise InputError(f"{index} says tensor {name} is in {file}; it is not there")
 

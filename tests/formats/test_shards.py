@@ -1,0 +1,99 @@
+import json
+
+import pytest
+import torch
+from bitmend.pipelines.errors import InputError, OutOfMemoryError, UsageError
+from bitmend.pipelines.formats import shards
+from bitmend.pipelines.formats.shards import INDEX, fresh_directory, open_directory, write_shards
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+FOUR = {name: torch.arange(100.0) + i for i, name in enumerate("abcd")}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=12), st.integers(1, 1200))
+def test_shards_stay_below_the_limit_and_lose_nothing(tmp_path_factory, sizes, limit):
+    directory = tmp_path_factory.mktemp("shards")
+    tensors = {f"t{i}": torch.randn(size) for i, size in enumerate(sizes)}
+    total = write_shards(directory, tensors.items(), limit)
+    stored = open_directory(directory)
+    assert total == 4 * sum(sizes) and set(stored) == set(tensors)
+    assert all(torch.equal(stored[name].load(), tensor) for name, tensor in tensors.items())
+    held: dict[str, list[int]] = {}
+    for entry in stored.values():
+        held.setdefault(entry.file.name, []).append(entry.size_bytes)
+    assert all(sum(sizes) <= limit or len([s for s in sizes if s]) == 1 for sizes in held.values())
+
+
+def test_tensors_that_share_memory_are_written_apart(tmp_path):
+    table = torch.randn(4, 4)
+    write_shards(tmp_path, {"a": table, "b": table, "c": table.t()}.items())
+    stored = open_directory(tmp_path)
+    assert torch.equal(stored["b"].load(), table) and torch.equal(stored["c"].load(), table.t())
+
+
+def test_a_name_that_comes_twice(tmp_path):
+    with pytest.raises(UsageError, match="a would be written twice"):
+        write_shards(tmp_path, [("a", torch.ones(1)), ("a", torch.ones(1))])
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    write_shards(tmp_path, FOUR.items(), 500)
+    (tmp_path / "model-00002-of-00004.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model-00002-of-00004\.safetensors.*missing shard"):
+        open_directory(tmp_path)
+
+
+def test_an_index_that_lies(tmp_path):
+    write_shards(tmp_path, FOUR.items(), 500)
+    index = json.loads((tmp_path / INDEX).read_text())
+    index["weight_map"]["a"] = index["weight_map"]["b"]
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputError, match="tensor a is in model"):
+        open_directory(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "sub/model.safetensors"])
+def test_an_index_that_leaves_the_directory(name, tmp_path):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    target = inside / name
+    target.parent.mkdir(exist_ok=True)
+    save_file({"a": torch.ones(1)}, target)
+    (inside / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(InputError, match="not in"):
+        open_directory(inside)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"weight_map": []}', '{"weight_map": {"a": 3}}'])
+def test_a_broken_index(content, tmp_path):
+    (tmp_path / INDEX).write_text(content)
+    with pytest.raises(InputError, match="index"):
+        open_directory(tmp_path)
+
+
+def test_one_tensor_in_two_files(tmp_path):
+    for file in ("x.safetensors", "y.safetensors"):
+        save_file({"a": torch.ones(1)}, tmp_path / file)
+    with pytest.raises(InputError, match=r"tensor a is in x\.safetensors and in y\.safetensors"):
+        open_directory(tmp_path)
+
+
+def test_nothing_is_left_of_an_export_that_fails(tmp_path):
+    with pytest.raises(RuntimeError), fresh_directory(tmp_path / "out") as scratch:
+        (scratch / "half").write_text("x")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_said(monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise SafetensorError('Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })')
+
+    monkeypatch.setattr(shards, "save_file", full)
+    with pytest.raises(OutOfMemoryError, match="no disk space left"), fresh_directory(tmp_path / "out") as scratch:
+        write_shards(scratch, FOUR.items())
+    assert not list(tmp_path.iterdir())
