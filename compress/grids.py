@@ -113,13 +113,16 @@ def _search(
     low, high = weight_OS.amin(-1, keepdim=True).clamp_(max=0), weight_OS.amax(-1, keepdim=True).clamp_(min=0)
     best_scale, best_zero = _span(low, high, grid, 1.0)
     best = torch.full_like(best_scale, float("inf"))
+    levels, error = torch.empty_like(weight_OS), torch.empty_like(weight_OS)
     for shrink in torch.linspace(1.0, floor, steps).tolist():
         scale, zero = _span(low, high, grid, shrink)
-        error = round_to_grid(weight_OS, scale, zero, grid).sub_(zero).mul_(scale).sub_(weight_OS)
-        error = error.square_() if power == 2.0 else error.abs_().pow_(power)
-        error = (error if importance_S is None else error.mul_(importance_S)).sum(-1, keepdim=True)
-        better = error < best
-        best, best_scale, best_zero = error.where(better, best), scale.where(better, best_scale), zero.where(better, best_zero)
+        torch.div(weight_OS, scale, out=levels)
+        torch.clamp(levels.round_(), -zero, grid.top - zero, out=levels)
+        torch.addcmul(weight_OS, levels, scale, value=-1, out=error)
+        lost = error.square_() if power == 2.0 else error.abs_().pow_(power)
+        lost = (lost if importance_S is None else lost.mul_(importance_S)).sum(-1, keepdim=True)
+        better = lost < best
+        best, best_scale, best_zero = lost.where(better, best), scale.where(better, best_scale), zero.where(better, best_zero)
     return best_scale, best_zero
 
 
