@@ -1,6 +1,6 @@
 """Make the tests' model and text: a small Llama trained on the demo text's training articles, and excerpts it has never seen.
 
-    python tests/small_model/train.py [--steps 1000]        about six minutes on two cores; see README.md beside this file
+    python tests/small_model/train.py [--steps 2000]        about six minutes of one core; see README.md beside this file
 
 The random numbers come from one seed; a different CPU or torch build rounds differently and ends in a slightly different model.
 """
@@ -113,7 +113,7 @@ def unigram_perplexity(train_ids: Tensor, ids: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=2000)
     steps = parser.parse_args().steps
     rows = [json.loads(line) for line in demo_text().read_text(encoding="utf-8").splitlines()]
     parts, _ = split_documents([Document(row["text"]) for row in rows], PARTS)
