@@ -3,7 +3,7 @@
 Legend: M tokens, O out, I in, R rank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -57,3 +57,9 @@ def low_rank(h: Tensor | None, up: Tensor | None, down: Tensor | None, rows: int
         rank("lora_down", down.shape[0])
     if h is not None and (h.dim() not in (2, 3) or h.shape[-2] != rows):
         raise ValueError(f"h has shape {tuple(h.shape)}; expected ({rows}, R) or partial sums (S, {rows}, R)")
+
+
+def ranks_of_segments(name: str, segments: Sequence[tuple[int, int, int, int]], available: int) -> None:
+    needed = max((rank + ranks for _, _, rank, ranks in segments), default=0)
+    if needed > available:
+        raise ValueError(f"{name} has {available} ranks; lora_up and the segments need {needed}")

@@ -10,6 +10,7 @@ Legend: O out, I in, G groups, T tiles, L lanes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -52,6 +53,10 @@ class TiledWeight:
     def tile_size(self) -> int:
         """Inputs of one tile."""
         return SLOTS[self.bits] * self.lanes
+
+    @cached_property
+    def integer_zeros(self) -> bool:
+        return self.zeros is None or bool((self.zeros == self.zeros.round()).all())
 
     @property
     def device(self) -> torch.device:

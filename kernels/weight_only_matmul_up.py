@@ -59,12 +59,10 @@ def weight_only_matmul_up(
     checks.low_rank(h, lora_up, lora_down, x.shape[0], weight.shape[0], weight.in_features)
     checks.vector("bias", bias, weight.shape[0])
     parts = segments_or_whole(segments, weight.shape[0], 0 if lora_up is None else lora_up.shape[1])
-    source = h if h is not None else lora_down
-    ranks = 0 if source is None else source.shape[-1 if h is not None else 0]
-    if any(rank + count > ranks for _, _, rank, count in parts):
-        raise ValueError(
-            f"{'h' if h is not None else 'lora_down'} has {ranks} ranks; the segments of lora_up need {max(s[2] + s[3] for s in parts)}"
-        )
+    if h is not None:
+        checks.ranks_of_segments("h", parts, h.shape[-1])
+    elif lora_down is not None:
+        checks.ranks_of_segments("lora_down", parts, lora_down.shape[0])
     return WeightOnlyMatmulUp.apply(x, weight, h, lora_up, bias, lora_down, parts)
 
 

@@ -1,0 +1,136 @@
+"""y = (codes·scales)·Wᵀ + h·upᵀ + bias with 4-bit weights and 8- or 4-bit activations (W4A8, W4A4) on the integer unit.
+
+Products of a fragment are summed as integers, the scales of token and output group are applied to that sum, and the
+up-projection and the bias are added before the only write. Hopper has no 4-bit matrix instruction: 4-bit activations are read
+as bytes in −7…7 and multiplied like 8-bit ones.
+Knows tensors; not modules or records of weights.
+Legend: M tokens, N = O outputs, K = I inputs, G groups, R rank, L lanes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import checks, reference
+from .launch import TRITON_DTYPES, h_strides, kernel_dtype, row_bucket, runs_triton, segment_table, segments_or_whole
+from .layout import SLOTS, Segments, TiledWeight
+from .parts import add_bias, add_low_rank, fragment_codes, group_zeros
+from .tuning import Blocks, tuned
+
+BLOCK_R = 32
+CANDIDATES = tuple(
+    Blocks(n, m, warps, stages)
+    for n, m, warps, stages in (
+        (128, 128, 8, 3),
+        (64, 64, 4, 4),
+        (128, 64, 4, 3),
+        (64, 128, 4, 3),
+        (64, 16, 4, 4),
+        (128, 16, 4, 4),
+        (64, 32, 4, 4),
+    )
+)
+
+
+@triton.jit
+def _lowbit_kernel(
+    x_ptr, x_scales_ptr, codes_ptr, scales_ptr, zeros_ptr, up_ptr, h_ptr, segments_ptr, bias_ptr, y_ptr, M, N, K, x_groups, x_group_size,
+    tiles, group_size, segment_count, partials, stride_un, stride_hs, stride_hm, stride_hr, stride_ym,
+    BITS: tl.constexpr, SLOTS: tl.constexpr, LANES: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DTYPE: tl.constexpr, UP_DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    first_n, first_m = tl.program_id(1) * BLOCK_N, tl.program_id(0) * BLOCK_M
+    n, m = first_n + tl.arange(0, BLOCK_N), first_m + tl.arange(0, BLOCK_M)
+    lane, pair = tl.arange(0, LANES), tl.arange(0, LANES // 2)
+    row_mask, n64, m64 = n < N, n.to(tl.int64), m.to(tl.int64)
+    acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for t in range(tiles):
+        words = tl.load(codes_ptr + (n64[:, None] * tiles + t) * (LANES // 2) + pair[None, :], mask=row_mask[:, None], other=0)
+        for slot in tl.static_range(SLOTS):
+            start = (t * SLOTS + slot) * LANES
+            inside = tl.minimum(start, K - 1)
+            k = start + lane
+            x_LM = tl.load(x_ptr + m64[None, :] * K + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0)
+            offset = (inside // group_size) * N
+            scale = tl.load(scales_ptr + offset + n, mask=row_mask, other=0.0).to(tl.float32)
+            zero = group_zeros(zeros_ptr, offset, n, row_mask, BITS, HAS_ZEROS).to(tl.int32)
+            x_scale = tl.load(x_scales_ptr + m64 * x_groups + inside // x_group_size, mask=m < M, other=0.0)
+            weight = (fragment_codes(words, slot, BITS, BLOCK_N, LANES) - zero[:, None]).to(tl.int8)
+            acc_NM += tl.dot(weight, x_LM, out_dtype=tl.int32).to(tl.float32) * (scale[:, None] * x_scale[None, :])
+    acc_NM = add_low_rank(
+        acc_NM, up_ptr, h_ptr, segments_ptr, n, m, N, M, segment_count, partials, stride_un, stride_hs, stride_hm, stride_hr,
+        BLOCK_R, UP_DTYPE, first_n, BLOCK_N,
+    )  # fmt: skip
+    acc_NM = add_bias(acc_NM, bias_ptr, n, N, HAS_BIAS)
+    tl.store(y_ptr + m64[:, None] * stride_ym + n[None, :], tl.trans(acc_NM).to(DTYPE), mask=(m < M)[:, None] & row_mask[None, :])
+
+
+def lowbit_matmul_up(
+    codes: Tensor,
+    scales: Tensor,
+    weight: TiledWeight,
+    h: Tensor | None = None,
+    lora_up: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    group_size: int = 64,
+    segments: Segments | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """y [M, O] in `dtype`.
+
+    codes int8 [M, I] and scales float32 [M, ⌈I/group_size⌉] as `quantize_down` makes them; weight on a uniform grid of at most
+    4 bits with integer zeros; h [M, R] or partial sums [S, M, R]; lora_up [O, R]; bias [O]; segments as in
+    `weight_only_matmul_up`. ValueError or TypeError names the argument that does not fit.
+    """
+    check_weight(weight, group_size)
+    checks.matrix("codes", codes, weight.in_features, (torch.int8,))
+    checks.matrix("scales", scales, -(-weight.in_features // group_size), (torch.float32,))
+    if scales.shape[0] != codes.shape[0]:
+        raise ValueError(f"scales has {scales.shape[0]} rows; expected {codes.shape[0]}, one for each row of codes")
+    if dtype not in checks.FLOATING:
+        raise TypeError(f"dtype is {dtype}; expected one of {checks.FLOATING}")
+    checks.low_rank(h, lora_up, None, codes.shape[0], weight.shape[0], weight.in_features)
+    checks.vector("bias", bias, weight.shape[0])
+    checks.same_device(codes.device, {"scales": scales, "weight": weight.codes, "h": h, "lora_up": lora_up, "bias": bias})
+    parts = segments_or_whole(segments, weight.shape[0], 0 if lora_up is None else lora_up.shape[1])
+    checks.ranks_of_segments("h", parts, 0 if h is None else h.shape[-1])
+    if not runs_triton(codes.device):
+        return reference.lowbit_matmul_up(codes, scales, weight, h, lora_up, bias, group_size=group_size, segments=parts, dtype=dtype)
+    return _launch(codes.contiguous(), scales.contiguous(), weight, h, lora_up, bias, group_size, parts, kernel_dtype(dtype)).to(dtype)
+
+
+def check_weight(weight: TiledWeight, group_size: int) -> None:
+    """ValueError says why a weight cannot be multiplied as integers."""
+    if weight.book is not None:
+        raise ValueError("weight has a code book; integer products need a uniform grid")
+    if weight.bits > 4:
+        raise ValueError(f"weight has {weight.bits} bits; code − zero fits a signed byte up to 4")
+    if not weight.integer_zeros:
+        raise ValueError("weight has floating zero points; integer products need integers")
+    if group_size % weight.lanes:
+        raise ValueError(f"group_size is {group_size}; expected a multiple of the weight's fragments of {weight.lanes} inputs")
+
+
+def _launch(
+    codes: Tensor, scales: Tensor, weight: TiledWeight, h: Tensor | None, up: Tensor | None, bias: Tensor | None, group_size: int,
+    segments: tuple[tuple[int, int, int, int], ...], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    (rows, inputs), out = codes.shape, weight.shape[0]
+    y = torch.empty(rows, out, dtype=dtype, device=codes.device)
+    partials, stride_hs, stride_hm, stride_hr = h_strides(h)
+    table = segment_table(segments, codes.device)
+
+    def run(blocks: Blocks) -> None:
+        _lowbit_kernel[(triton.cdiv(rows, blocks.m), triton.cdiv(out, blocks.n))](
+            codes, scales, weight.codes, weight.scales, weight.zeros, up, h, table, bias, y, rows, out, inputs, scales.shape[1], group_size,
+            weight.tiles, weight.group_size, len(segments), partials, 0 if up is None else up.stride(0), stride_hs, stride_hm, stride_hr,
+            y.stride(0), BITS=weight.bits, SLOTS=SLOTS[weight.bits], LANES=weight.lanes, HAS_ZEROS=weight.zeros is not None,
+            HAS_BIAS=bias is not None, DTYPE=TRITON_DTYPES[dtype], UP_DTYPE=TRITON_DTYPES[dtype], BLOCK_N=blocks.n, BLOCK_M=blocks.m,
+            BLOCK_R=BLOCK_R, num_warps=blocks.warps, num_stages=blocks.stages,
+        )  # fmt: skip
+
+    key = f"lowbit {out}x{inputs} {weight.bits} bits zeros {weight.zeros is not None} group {weight.group_size} rows {row_bucket(rows)}"
+    run(tuned(f"{key} rank {0 if h is None else h.shape[-1]} {dtype}", codes.device, CANDIDATES, run))
+    return y
