@@ -36,7 +36,7 @@ class Method:
 
 
 _REFIT: Mapping[str, Any] = {"requantize": True, "quantizer": "gptq"}
-_BEST: Mapping[str, Any] = {"keep_start": True, "first": "l", "iterations": 2, "factor_bits": None}
+_BEST: Mapping[str, Any] = {"keep_start": True, "first": "kept", "iterations": 2, "factor_bits": None}
 
 DECOMPOSE: Mapping[str, Method] = {
     "loftq": Method(Decomposition, decompose, needs, defaults={"metric": "plain", "requantize": True, "iterations": 5}),
