@@ -21,8 +21,9 @@ from ..errors import InputError, UsageError
 from .biases import with_room_for_biases
 from .checkpoint import Checkpoint, Lazy, masked_note, refuse_beyond_codes, uniform_codes, untie_compressed
 from .folder import write_folder
+from .fusing import to_memory
 from .leftovers import dense_linears, routers
-from .naming import expert_parameter, to_file, to_memory
+from .naming import expert_parameter, to_file
 from .shards import SHARD_BYTES, Stored, fresh_directory, open_directory, read_json, write_shards
 
 LABEL = "compressed-tensors"

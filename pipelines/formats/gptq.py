@@ -19,8 +19,9 @@ from ..errors import InputError, UsageError
 from .biases import with_room_for_biases
 from .checkpoint import Checkpoint, Lazy, half_scales, masked_note, refuse_beyond_codes, uniform_codes, untie_compressed
 from .folder import write_folder
+from .fusing import to_memory
 from .gptq_settings import CHECKPOINT_FORMATS, Settings
-from .naming import to_file, to_memory
+from .naming import to_file
 from .shards import SHARD_BYTES, Stored, fresh_directory, open_directory, read_json, write_json, write_shards
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
