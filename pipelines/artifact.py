@@ -182,7 +182,7 @@ class ArtifactWriter:
     def copy_part(self, part: str) -> None:
         """Take a part over from the parent unchanged, shards hard-linked."""
         assert self.parent is not None
-        files = {n: e for n, e in self.parent.manifest["files"].items() if n.startswith(f"{part}.")}
+        files = {n: e for n, e in self.parent.manifest["files"].items() if n.startswith(f"{part}.") and n.endswith(".safetensors")}
         for name in files:
             link(self.parent.weights / name, self.scratch / name)
         linears = {n: d for n, d in self.parent.linears.items() if self.parent.manifest["parts"].get(n) == part}
@@ -211,13 +211,19 @@ class ArtifactWriter:
             write_bytes(self.scratch / name, data)
             files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
         write_json(self.scratch / MANIFEST, {"schema": SCHEMA, **manifest, "files": files, "linears": linears, "parts": parts})
-        for stray in self.scratch.iterdir():
-            if stray.name not in files and stray.name != MANIFEST:
-                stray.unlink() if stray.is_file() else shutil.rmtree(stray)
-        sync_directory(self.scratch)
-        os.rename(self.scratch, final)
-        sync_directory(final.parent)
-        return open_artifact(final)
+        return settle(self.scratch, final)
+
+
+def settle(scratch: Path, final: Path) -> Artifact:
+    """The end of `seal`, which may be repeated: a scratch directory that has its manifest has everything else."""
+    files = json.loads((scratch / MANIFEST).read_text())["files"]
+    for stray in scratch.iterdir():
+        if stray.name not in files and stray.name != MANIFEST:
+            stray.unlink() if stray.is_file() else shutil.rmtree(stray)
+    sync_directory(scratch)
+    os.rename(scratch, final)
+    sync_directory(final.parent)
+    return open_artifact(final)
 
 
 def shards_of(tensors: Mapping[str, Tensor], linears: Mapping[str, StoredWeight]) -> dict[str, dict[str, Tensor]]:
@@ -238,9 +244,10 @@ def _read_marker(marker: Path, directory: Path) -> dict[str, Any] | None:
     """A part's marker, or None when it or one of its shards is not whole (the part is then written again)."""
     try:
         part = json.loads(marker.read_text())
-    except json.JSONDecodeError:
+        files = part["files"].items()
+    except (ValueError, KeyError, TypeError, AttributeError):  # torn: not JSON, not text, or not all of it
         return None
-    for name, entry in part["files"].items():
+    for name, entry in files:
         file = directory / name
         if not file.is_file() or file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
             return None
@@ -256,11 +263,15 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Whole or not at all: scratch name, fsync, rename."""
     with disk_errors(path):
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        with scratch.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
+        try:
+            with scratch.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(scratch, path)
+        except OSError:
+            scratch.unlink(missing_ok=True)  # a full disk gets its space back
+            raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -270,12 +281,12 @@ def write_json(path: Path, value: Any) -> None:
 def link(source: Path, target: Path) -> None:
     """A hard link, or a copy where the file system has none."""
     target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
-            raise
-        with disk_errors(target):
+    with disk_errors(target):
+        try:
+            os.link(source, target)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+                raise
             shutil.copyfile(source, target)
 
 

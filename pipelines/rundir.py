@@ -62,11 +62,12 @@ class RunDirectory:
         write_json(self.path / "run.json", {"schema": SCHEMA, "program": "bitmend", **state})
 
     def create(self) -> None:
-        """Make the directory, or accept one that is empty or a run's. InputError for anything else: nothing is overwritten."""
+        """Make the directory, or accept one that is empty (but for what a killed start left) or a run's. InputError for anything else:
+        nothing is overwritten."""
         with disk_errors(self.path):
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                foreign = [p.name for p in self.path.iterdir() if p.name != ".lock"]
+                foreign = [p.name for p in self.path.iterdir() if p.name != ".lock" and not p.name.startswith(".run.json.")]
             except (NotADirectoryError, FileExistsError, PermissionError) as error:
                 raise InputError(f"{self.path}: cannot be a run directory ({error.strerror}); give another one with -o") from error
             if (self.path / "run.json").is_file():
