@@ -100,13 +100,14 @@ def save(figure: Figure, path: Path) -> list[Path]:
     return written
 
 
-def nice_log_axis(axes: Axes, which: str, low: float, high: float) -> None:
-    """A logarithmic axis with round, plainly written ticks, also where it spans less than a decade."""
-    low, high = low / 1.06, high * 1.06
+def nice_log_axis(axes: Axes, which: str, low: float, high: float, ticks: Sequence[float] = ()) -> None:
+    """A logarithmic axis with round, plainly written ticks, also where it spans less than a decade; or with the given ticks."""
+    margin = max(1.06, (high / low) ** 0.04)
+    low, high = low / margin, high * margin
     getattr(axes, f"set_{which}scale")("log")
     getattr(axes, f"set_{which}lim")(low, high)
     axis = getattr(axes, f"{which}axis")
-    axis.set_major_locator(FixedLocator(_log_ticks(low, high)))
+    axis.set_major_locator(FixedLocator(list(ticks) or _log_ticks(low, high)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
 

@@ -63,6 +63,8 @@ def lines_figure(
                 color=PALETTE[index % len(PALETTE)],
                 label=None if series is None else str(name),
                 capsize=2,
+                markersize=4.5,
+                linewidth=1.6,
             )
         _finish(axes, members, x, y, xlabel or x, ylabel or y, log_x, log_y, references)
     _legend(figure, [axes for axes, _ in panels], len(names) > 1)
@@ -207,7 +209,8 @@ def _finish(
         axes.annotate(name, (1.0, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7.5, color=MUTED)
     for which, wanted, values in (("x", log_x, [row[x] for row in rows]), ("y", log_y, [row[y] for row in rows] + list(lines.values()))):
         if wanted and min(values) > 0:
-            nice_log_axis(axes, which, min(values), max(values))
+            distinct = sorted(set(values)) if which == "x" else []
+            nice_log_axis(axes, which, min(values), max(values), distinct if 2 < len(distinct) <= 8 else ())
         else:
             getattr(axes, f"{which}axis").set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
             axes.margins(0.06)
