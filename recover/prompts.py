@@ -4,6 +4,7 @@ They change what the model sees, so step 0 cannot equal the compressed model: th
 if training could not beat that, the tokens stay off. Legend: B batch, T tokens, P virtual tokens, D model, L layers.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,6 +56,8 @@ class Switch:
         self.plain = student_of(site.model)
         model: Any = site.model
         self.body, self.embed = model.base_model, model.get_input_embeddings()
+        known = inspect.signature(self.body.forward).parameters  # transformers renames the argument from 5.40 on
+        self.cache_argument = "cache" if "cache" in known else "past_key_values"
 
     def hidden(self, ids_BT: Tensor) -> Tensor:
         if not self.on:
@@ -63,7 +66,7 @@ class Switch:
         prompt = self.wrapped.get_prompt(batch_size=batch)
         if self.kind == "prefix":
             seen = torch.ones(batch, self.count + length, dtype=torch.long, device=ids_BT.device)
-            return self.body(input_ids=ids_BT, past_key_values=prompt, attention_mask=seen, use_cache=True)[0]
+            return self.body(input_ids=ids_BT, attention_mask=seen, use_cache=True, **{self.cache_argument: prompt})[0]
         embedded = self.embed(ids_BT)
         joined_BTD = torch.cat((prompt.to(embedded.dtype), embedded), dim=1)
         return self.body(inputs_embeds=joined_BTD, use_cache=False)[0][:, self.count :]

@@ -1,0 +1,121 @@
+import pytest
+import torch
+from bitmend.compress import normal_float
+from bitmend.compress.weights import UniformWeight
+from bitmend.recover.dense import LatentGrid, MaskedDense
+from bitmend.recover.increments import GridIncrement
+from bitmend.recover.linear import CompressedLinear
+from bitmend.recover.scales import RelativeScales, double_quantize
+from bitmend.recover.trainable import through
+from torch.testing import assert_close
+
+from .conftest import compress
+
+W = torch.randn(24, 32, generator=torch.Generator().manual_seed(5))
+GRIDS = ("3-bit", "nf4", "nf4-nested", "2:4+4-bit", "act-order")
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("kind", GRIDS)
+def test_gradients_are_those_of_autograd(kind, zeros):
+    stored = compress(W, kind)
+    if zeros and not isinstance(stored.base, UniformWeight):
+        with pytest.raises(ValueError, match="no zero points"):
+            RelativeScales(stored, zeros)
+        return
+    linear = CompressedLinear(stored)
+    linear.reweight = RelativeScales(stored, zeros)
+    torch.nn.init.normal_(linear.reweight.delta, std=0.1)
+    if zeros:
+        torch.nn.init.normal_(linear.reweight.zeta, std=0.1)
+    parameters = list(linear.reweight.parameters())
+    x = torch.randn(9, 32, requires_grad=True)
+    g = torch.randn(9, 24)
+    ours = torch.autograd.grad(linear(x), [x, *parameters], g)
+    twin = torch.autograd.grad(x @ linear.reweight.weights(linear.base(), *parameters).T, [x, *parameters], g)
+    for a, b in zip(ours, twin, strict=True):
+        assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+def test_a_trained_scale_is_stored_rounded_and_masked_weights_stay_zero(kind):
+    stored = compress(W, kind)
+    reweight = RelativeScales(stored, zeros=isinstance(stored.base, UniformWeight))
+    torch.nn.init.uniform_(reweight.delta, -0.3, 0.3)
+    if reweight.zeta is not None:
+        torch.nn.init.uniform_(reweight.zeta, -0.3, 0.3)
+    folded = reweight.fold(stored)
+    seen = [reweight.as_stored(reweight.delta.detach())] + ([] if reweight.zeta is None else [reweight.zeta.detach()])
+    expected = reweight.weights(stored.base_dense(), *seen)
+    assert_close(folded.base_dense(), expected, atol=1e-5, rtol=1e-4)
+    mask = stored.mask_OI()
+    if mask is not None:
+        assert not bool(folded.base_dense()[~mask].any())
+    assert torch.equal(folded.base.codes, stored.base.codes)
+
+
+@pytest.mark.parametrize(
+    ("delta", "reason"),
+    [(-1.0, "went to 0 times"), (-1.5, "went to -0.5 times"), (float("nan"), "not finite"), (1e7, "float16 holds")],
+)
+def test_a_scale_that_cannot_be_stored_is_named(delta, reason):
+    stored = compress(W, "3-bit")
+    reweight = RelativeScales(stored)
+    reweight.delta.data[3, 1] = delta
+    assert reason in (reweight.problem(reweight.delta.detach()) or "")
+    with pytest.raises(ValueError, match="cannot be stored as torch"):
+        reweight.fold(stored)
+
+
+def test_untouched_scales_fold_to_the_very_same_record():
+    for kind in GRIDS:
+        stored = compress(W, kind)
+        assert RelativeScales(stored).fold(stored) is stored or torch.equal(
+            RelativeScales(stored).fold(stored).base.scales, stored.base.scales
+        )
+
+
+def test_double_quantization_errs_at_most_half_a_level():
+    absmax = torch.rand(40, 30) + 0.5
+    codes, scales, offset = double_quantize(absmax)
+    assert codes.dtype == torch.uint8 and scales.shape == (5,)
+    back = normal_float.dequantize_absmax(codes, scales, offset)
+    levels = normal_float.dynamic_map()
+    assert (back - absmax).abs().max() <= (levels.diff().max() / 2 * scales.max()) + 1e-6
+
+
+@pytest.mark.parametrize("kind", ["3-bit", "2:4+4-bit", "act-order", "nf4"])
+@pytest.mark.parametrize("build", [LatentGrid, MaskedDense, "lr_qat", "lota"])
+def test_straight_through_gradients(kind, build):
+    """Rounding passes the gradient on; what lies beyond the grid or under the mask gets none."""
+    stored = compress(W, kind)
+    if build in ("lr_qat", "lota"):
+        if kind == "nf4":
+            return
+        reweight = GridIncrement(stored, 4, None if build == "lr_qat" else 0.2, torch.Generator().manual_seed(0))
+        torch.nn.init.uniform_(reweight.up, -1, 1)
+    else:
+        reweight = build(stored)
+    g = torch.randn(24, 32)
+    found = reweight.pull_back(None, g.clone())
+    parameters = list(reweight.parameters())
+    assert [f.shape for f in found] == [p.shape for p in parameters]
+    mask = stored.mask_OI()
+    if isinstance(reweight, MaskedDense):
+        assert torch.equal(found[0], g if mask is None else g * mask)
+        return
+    if isinstance(reweight, LatentGrid):
+        kept = torch.ones_like(g, dtype=torch.bool) if mask is None else mask
+        assert not bool(found[0][~kept].any()) and bool((found[0][kept] != 0).all())
+        reweight.latent.data.copy_(torch.full_like(g, 99.0))
+        assert not bool(reweight.pull_back(None, g.clone())[0].any())
+        return
+    codes = reweight.codes(*[p.detach() for p in parameters])
+    assert torch.equal(codes, codes.round()) and codes.min() >= 0 and codes.max() < 1 << stored.base.bits
+    assert all(bool(f.any()) for f in found)
+
+
+def test_storage_rounding():
+    value = torch.tensor([1.0001])
+    assert through(torch.float32)(value) is value
+    assert torch.equal(through(torch.float16)(value), value.half().float())

@@ -1,0 +1,140 @@
+import pytest
+import torch
+from bitmend.recover.criteria import choose, fisher_diagonal, saliency, smallest_magnitude
+from bitmend.recover.linear import compressed_linears
+from bitmend.recover.losses import Objective
+from bitmend.recover.methods import RECOVER, attach, refusal, split
+from bitmend.recover.selection import decoder_blocks, norms, roles, where
+from bitmend.recover.site import Gradients
+from bitmend.recover.student import Batch, student_of
+from bitmend.recover.train import batch_loss
+from torch.testing import assert_close
+
+from .conftest import batch, compressed, gpt2, llama
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.0.self_attn.q_proj", ("q",)),
+        ("transformer.h.3.attn.c_attn", ("q", "k", "v")),
+        ("transformer.h.3.attn.c_proj", ("o",)),
+        ("transformer.h.3.mlp.c_proj", ("down",)),
+        ("gpt_neox.layers.1.attention.dense", ("o",)),
+        ("gpt_neox.layers.1.mlp.dense_4h_to_h", ("down",)),
+        ("model.layers.0.mlp.gate_up_proj", ("gate", "up")),
+        ("model.decoder.layers.0.fc1", ("up",)),
+        ("model.decoder.layers.0.self_attn.out_proj", ("o",)),
+        ("something.else", ()),
+    ],
+)
+def test_roles(name, expected):
+    assert roles(name) == expected
+
+
+def test_depth_and_targets():
+    model = llama()
+    assert decoder_blocks(model)[0] == "model.layers"
+    assert where(model, layers="first:1").blocks == {0} and where(model, layers="last:1").blocks == {1}
+    assert where(model, layers=(1,)).blocks == where(model, layers="1").blocks == {1}
+    place = where(model, "q,down", "last:1")
+    assert place.linear("model.layers.1.self_attn.q_proj") and not place.linear("model.layers.0.self_attn.q_proj")
+    assert not place.linear("model.layers.1.self_attn.k_proj") and place.linear("model.layers.1.mlp.down_proj")
+    assert where(model, r"mlp\.").linear("model.layers.1.mlp.up_proj") and not where(model, r"mlp\.").linear(
+        "model.layers.1.self_attn.q_proj"
+    )
+    assert where(gpt2(), "k").linear("transformer.h.0.attn.c_attn")
+    assert "model.norm" in norms(model, where(model)) and "model.norm" not in norms(model, where(model, layers="last:1"))
+    assert len(norms(model, where(model))) == 5
+
+
+@pytest.mark.parametrize(
+    "settings", [{"layers": "first:3"}, {"layers": "upper"}, {"layers": (7,)}, {"targets": "("}, {"targets": "nothing_like_this"}]
+)
+def test_a_choice_that_leaves_nothing_is_refused(settings):
+    with pytest.raises(ValueError, match=r"layers|targets|block"):
+        attach("lora", compressed("3-bit"), settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "kind", "words"),
+    [
+        ("full", {}, "3-bit", "qat"),
+        ("scales", {}, "pruned", "quantize first"),
+        ("scales", {"zeros": True}, "nf4", "no zero points"),
+        ("qa_lora", {}, "2:4+4-bit", "masked weights"),
+        ("qa_lora", {}, "dense", "uniform grid"),
+        ("perp", {"lora": "mask_lora"}, "3-bit", "quantized base"),
+        ("loftq", {}, "3-bit", "decompose stage"),
+        ("qlora", {}, "pruned", "choose lora"),
+        ("lota", {}, "nf4", "NormalFloat"),
+        ("dora", {}, "nf4-nested", "choose lora"),
+        ("lora", {"rank": 33}, "3-bit", "rank 33 does not fit a layer of 32"),
+        ("serial_adapter", {"bottleneck": 33}, "3-bit", "bottleneck 33"),
+        ("pafi", {"share": 0.0}, "dense", "share 0.0"),
+        ("fish_mask", {}, "dense", "pass `gradients`"),
+        ("bitfit", {"create": False}, "dense", "no trainable parameter"),
+    ],
+)
+def test_refusals_name_the_reason(name, settings, kind, words):
+    with pytest.raises(ValueError, match=words):
+        attach(name, compressed(kind), settings)
+
+
+def test_unknown_names_are_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="nearest is 'scales'"):
+        split("scale", {})
+    with pytest.raises(ValueError, match=r"no setting 'rnak' .nearest is 'rank'"):
+        split("lora", {"rnak": 3})
+    shared, own = split("lora", RECOVER["lora"].config(rank=3, steps=5))
+    assert (shared.steps, own.rank) == (5, 3)
+    assert refusal("lora", [frozenset({"dense"})], {}) is None
+
+
+def test_choose_takes_kept_weights_only_and_the_share_that_was_asked():
+    generator = torch.Generator().manual_seed(1)
+    scores = {"a": torch.rand(8, 16, generator=generator), "b": torch.rand(8, 16, generator=generator) * 0.1}
+    kept = {"a": torch.rand(8, 16, generator=generator) > 0.5, "b": None}
+    everywhere = choose(scores, kept, 0.1)
+    assert sum(map(len, everywhere.values())) == round(0.1 * 256) and set(everywhere) == {"a"}
+    assert bool(kept["a"].view(-1)[everywhere["a"]].all())
+    best = scores["a"].where(kept["a"], -1).view(-1).topk(26).indices.sort().values
+    assert torch.equal(everywhere["a"], best)
+    assert {n: len(i) for n, i in choose(scores, kept, 0.1, "matrix").items()} == {"a": 13, "b": 13}
+    rows = choose(scores, {"a": None, "b": None}, 0.125, by="channel")["a"]
+    assert len(rows) == 32 and len((rows // 16).unique()) == 2
+    assert set(choose(scores, kept, 0.5, by="layer")) == {"a"}
+
+
+def test_magnitude_and_saliency():
+    w = torch.tensor([[0.1, -2.0]])
+    assert smallest_magnitude(w)[0, 0] > smallest_magnitude(w)[0, 1]
+    assert torch.equal(saliency(w, torch.tensor([[2.0, 3.0]])), 0.5 * torch.tensor([[2.0, 3.0]]) * w**2)
+
+
+@pytest.mark.parametrize("kind", ["3-bit", "everything"])
+def test_fisher_is_the_mean_squared_gradient_per_sequence(kind):
+    model = compressed(kind)
+    student = student_of(model)
+    gradients = Gradients(batch, lambda b: batch_loss(student, b, None, Objective("cross_entropy")))
+    linears = compressed_linears(model)
+    name = "model.layers.1.mlp.down_proj"
+    found = fisher_diagonal({name: linears[name]}, gradients, 3)[name]
+    assert linears[name].reweight is None
+    truth = torch.zeros_like(found)
+    linear = linears[name]
+    rows = [row for i in (0, 1) for row in batch(i).ids.split(1)][:3]
+    for ids in rows:
+        seen = []
+        hook = linear.register_forward_hook(
+            lambda m, a, y, s=seen: s.append((a[0].detach(), y.requires_grad_(True) if not y.requires_grad else y))
+        )
+        with torch.enable_grad():
+            for parameter in [model.get_input_embeddings().weight]:
+                parameter.requires_grad_(True)
+            loss = gradients.loss(Batch(ids))
+        hook.remove()
+        x, y = seen[0]
+        g = torch.autograd.grad(loss, y)[0]
+        truth += (g[0].T @ linear.base_input(x[0])).square() / 3
+    assert_close(found, truth, atol=1e-7, rtol=1e-3)

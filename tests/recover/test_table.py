@@ -1,0 +1,45 @@
+from bitmend.recover.methods import RECOVER
+from bitmend.recover.table import KINDS, kinds_table, methods_table
+
+PROMISED = [
+    "lora",
+    "perp",
+    "scales",
+    "bitfit",
+    "full",
+    "qat",
+    "dequantize_train_requantize",
+    "dora",
+    "qa_lora",
+    "svft",
+    "serial_adapter",
+    "parallel_adapter",
+    "mam_adapter",
+    "prefix_tuning",
+    "prompt_tuning",
+    "p_tuning",
+    "pafi",
+    "fish_mask",
+    "diff_pruning",
+    "qlora",
+    "lq_lora",
+    "loftq",
+    "lota",
+    "lr_qat",
+]
+
+
+def test_every_promised_method_is_a_row_of_both_tables():
+    assert set(RECOVER) == set(PROMISED)
+    for table in (methods_table(), kinds_table()):
+        lines = [line for line in table.splitlines() if line.startswith("| `")]
+        assert [line.split("`")[1] for line in lines] == list(RECOVER)
+        assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
+
+
+def test_refusals_stand_in_the_table():
+    lines = {line.split("`")[1]: line for line in kinds_table().splitlines() if line.startswith("| `")}
+    cells = {name: dict(zip(KINDS, [c.strip() for c in line.split("|")[2:-1]], strict=True)) for name, line in lines.items()}
+    assert cells["full"]["50 % pruned"] == "yes" and cells["full"]["3-bit"] == "refused"
+    assert cells["qa_lora"]["2:4 + 4-bit"] == "refused" and cells["scales"]["2:4 + 4-bit"] == "yes"
+    assert "put a decompose stage before it" in kinds_table()
