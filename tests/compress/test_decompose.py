@@ -315,7 +315,7 @@ def test_bad_input_is_refused_with_what_is_wrong():
     with pytest.raises(ValueError, match="holds NaN, Inf or negative"):
         run("lq_lora", uniform(target), target, LayerStatistics(found, Fisher(torch.full((96,), float("nan")), torch.ones(128))))
     found.update(torch.full((1, 128), float("inf")))
-    with pytest.raises(ValueError, match="calibration statistic .* holds NaN or Inf"):
+    with pytest.raises(ValueError, match=r"calibration statistic .* holds NaN or Inf"):
         run("qera_exact", uniform(target), target, LayerStatistics(found), rank=4)
     for wrong in ({"rank": 0}, {"iterations": 0}, {"rank": 4, "kept_rank": 5}):
         with pytest.raises(ValueError, match=next(reversed(wrong))):
