@@ -79,6 +79,12 @@ def remembered(device: torch.device, key: str, measure: Callable[[], dict[str, A
     return known[key]
 
 
+def known(device: torch.device, key: str) -> dict[str, Any] | None:
+    """The entry under `key` if memory or disk has it."""
+    path = cache_file(device)
+    return _known.setdefault(path, entries(device)).get(key)
+
+
 def forget() -> None:
     """Drop what this process holds in memory; the files stay."""
     _known.clear()

@@ -47,25 +47,27 @@ class Int4Weight:
     def resident_bytes(self) -> int:
         return self.packed.numel() + self.scales_zeros.numel() * 2
 
-    def codes_OI(self) -> Tensor:
-        """uint8 [O', I], undoing torch's interleaving of 64 rows."""
-        order = _row_order()
-        blocks = self.packed.view(-1, self.in_features, ROWS_PER_BLOCK // 2)
-        codes = torch.cat((blocks & 15, blocks >> 4), dim=-1)[:, :, order]
-        return codes.transpose(1, 2).reshape(-1, self.in_features)
+    def dense_IO(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[I, O], transposed: what the packed operator multiplies with, computed in float32 in few passes."""
+        order, inputs = _row_order(), self.in_features
+        blocks = self.packed.view(-1, inputs, ROWS_PER_BLOCK // 2)
+        codes = torch.cat((blocks & 15, blocks >> 4), dim=-1)
+        if order is not None:
+            codes = codes[:, :, order]
+        codes_GSO = codes.transpose(0, 1).reshape(self.scales_zeros.shape[0], self.group_size, -1)
+        scales, zeros = self.scales_zeros.float().unbind(-1)
+        values = torch.addcmul((zeros - 8 * scales).unsqueeze(1), codes_GSO.float(), scales.unsqueeze(1))
+        return values.view(inputs, -1)[:, : self.out_features].to(dtype)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[O, I]: what the packed operator multiplies with, computed in float32."""
-        shape = (self.packed.shape[0], self.scales_zeros.shape[0], self.group_size)
-        scales, zeros = self.scales_zeros.float().permute(2, 1, 0).unsqueeze(-1)
-        values = self.codes_OI().float().view(shape).sub_(8).mul_(scales).add_(zeros)
-        return values.view(shape[0], -1)[: self.out_features].to(dtype)
+        """[O, I]."""
+        return self.dense_IO(dtype).t()
 
 
 @cache
-def _row_order() -> Tensor:
+def _row_order() -> Tensor | None:
     """int64 [64]: where row r of a block stands among torch's (32 low nibbles, 32 high nibbles) of one input, found by packing
-    the row numbers themselves. RuntimeError if this torch packs in another way."""
+    the row numbers themselves; None where they stand in order. RuntimeError if this torch packs in another way."""
     rows = torch.arange(ROWS_PER_BLOCK, dtype=torch.int32).unsqueeze(1).expand(-1, 4)
     low, high = (_pack(part.contiguous(), 2).view(4, -1) for part in (rows % 16, rows // 16))
     if low.shape[1] != ROWS_PER_BLOCK // 2:
@@ -74,7 +76,7 @@ def _row_order() -> Tensor:
     order = found[0].argsort()
     if not all(torch.equal(row[order], torch.arange(ROWS_PER_BLOCK)) for row in found):
         raise RuntimeError(f"torch {torch.__version__} packs int4 weights in an unknown order")
-    return order
+    return None if torch.equal(order, torch.arange(ROWS_PER_BLOCK)) else order
 
 
 def pack_int4(base: UniformWeight) -> Int4Weight:
@@ -110,11 +112,11 @@ def int4_matmul(x_MI: Tensor, weight: Int4Weight) -> Tensor:
 
 
 def unpacked_matmul_float32(x_MI: Tensor, weight: Int4Weight) -> Tensor:
-    return F.linear(x_MI.float(), weight.dense(torch.float32))
+    return x_MI.float() @ weight.dense_IO(torch.float32)
 
 
 def unpacked_matmul_bfloat16(x_MI: Tensor, weight: Int4Weight) -> Tensor:
-    return F.linear(x_MI.to(torch.bfloat16), weight.dense(torch.bfloat16))
+    return x_MI.to(torch.bfloat16) @ weight.dense_IO(torch.bfloat16)
 
 
 PACKED_OPERATORS: Mapping[str, Callable[[Tensor, Int4Weight], Tensor]] = {

@@ -6,6 +6,7 @@ Legend: M tokens, O out, R rank.
 import os
 from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -15,6 +16,11 @@ from .layout import Segments
 
 TRITON_DTYPES: Mapping[torch.dtype, tl.dtype] = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """kernel[grid](…): compile-time arguments by name, with num_warps and num_stages."""
+    kernel[grid](*arguments, **options)
 
 
 def runs_triton(device: torch.device) -> bool:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..compress.weights import DenseWeight, StoredWeight
-from . import cpu_linear, cuda_linear
+from . import cpu_linear, triton_linear
+from .checks import RANK_LIMIT
 from .choices import device_name, entries
 from .operators import DenseOperator, Operator, ReferenceOperator
 from .prepare import Prepared, join, prepare
@@ -55,6 +56,7 @@ class FusedGroup(nn.Module):
         super().__init__()
         self.members = nn.ModuleList(members)
         self.sizes, self.reason = list(sizes), reason
+        self._pending: tuple[Tensor, int | None, dict[int, Tensor]] | None = None
 
     @property
     def backend(self) -> str:
@@ -69,6 +71,21 @@ class FusedGroup(nn.Module):
             return self.members[0](x).split(self.sizes, dim=-1)
         return tuple(member(x) for member in self.members)
 
+    def parts(self) -> list["GroupPart"]:
+        """One module per member, to stand where the separate linears stood: called with the same x, they compute the group once."""
+        return [GroupPart(self, index) for index in range(len(self.sizes))]
+
+    def part(self, index: int, x: Tensor) -> Tensor:
+        """Member `index` of the group's output for x; the others are kept until each has been asked for or x changes."""
+        version = None if x.is_inference() else x._version
+        if self._pending is None or self._pending[0] is not x or self._pending[1] != version or index not in self._pending[2]:
+            self._pending = (x, version, dict(enumerate(self(x))))
+        outputs = self._pending[2]
+        out = outputs.pop(index)
+        if not outputs:
+            self._pending = None
+        return out
+
     def resident_bytes(self) -> int:
         return sum(member.resident_bytes() for member in self.linears())
 
@@ -77,6 +94,30 @@ class FusedGroup(nn.Module):
 
     def extra_repr(self) -> str:
         return f"sizes={self.sizes}, {self.reason}"
+
+
+class GroupPart(nn.Module):
+    """One member of a FusedGroup in a model that calls its linears one after another."""
+
+    def __init__(self, group: FusedGroup, index: int) -> None:
+        super().__init__()
+        self.group, self.index = [group], index  # in a list: the group is not this module's child, or it would be counted once a member
+        self.out_features = group.sizes[index]
+
+    @property
+    def backend(self) -> str:
+        return self.group[0].backend
+
+    @property
+    def reason(self) -> str:
+        return self.group[0].reason
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.group[0].part(self.index, x)
+
+    def resident_bytes(self) -> int:
+        """The group's bytes, counted at its first member."""
+        return self.group[0].resident_bytes() if self.index == 0 else 0
 
 
 def bind(
@@ -123,7 +164,8 @@ def bind_group(
         if backend == "reference":
             raise ValueError("the reference computes each member by its definition")
         prepared = [prepare(stored.to(place), None if bias is None else bias.detach().to(place)) for stored, bias in members]
-        joined = join(prepared, widen=place.type == "cpu" and backend in ("auto", "cpu-int4"))
+        packed_by_cpu = place.type == "cpu" and backend in ("auto", "cpu-int4")
+        joined = join(prepared, widen=packed_by_cpu, rank_limit=None if packed_by_cpu or backend == "dense" else RANK_LIMIT)
     except ValueError as error:
         alone = [bind(stored, bias, device=place, dtype=dtype, backend=backend) for stored, bias in members]
         return FusedGroup(alone, sizes, f"bound one by one: {error}")
@@ -135,7 +177,7 @@ def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
     place = torch.device(device)
     backends = {"reference": "plain torch", "dense": "a dense matrix and torch's matmul"}
     backends["cpu-int4"] = cpu_linear.availability() if place.type == "cpu" else "only on the CPU"
-    backends["triton"] = cuda_linear.availability(place)
+    backends["triton"] = triton_linear.availability(place)
     return {"device": device_name(place), "torch": torch.__version__, "backends": backends, "choices": entries(place)}
 
 
@@ -143,7 +185,7 @@ def _bind_prepared(prepared: Prepared, place: torch.device, dtype: torch.dtype, 
     if backend == "dense" or (backend == "auto" and isinstance(prepared.base, DenseWeight)):
         reason = "asked for" if backend == "dense" else "the weight is stored dense"
         return _dense(prepared, dtype, reason)
-    packed = cuda_linear if backend == "triton" or (backend == "auto" and place.type == "cuda") else cpu_linear
+    packed = triton_linear if backend == "triton" or (backend == "auto" and place.type == "cuda") else cpu_linear
     try:
         operator, reason = packed.operator_for(prepared, place, dtype, forced=backend != "auto")
     except ValueError as error:
@@ -178,8 +220,10 @@ def _check(
         raise ValueError(f"dtype {dtype} is not one the operators compute in; choose float32, bfloat16 or float16")
     if place.type not in ("cpu", "cuda"):
         raise ValueError(f"device {place} has no operators; choose cpu or cuda")
-    if (backend == "triton") != (place.type == "cuda") and backend in ("triton", "cpu-int4"):
-        raise ValueError(f"backend {backend!r} does not run on {place}")
+    if backend == "triton" and (missing := triton_linear.availability(place)) != triton_linear.AVAILABLE:
+        raise ValueError(f"backend 'triton': {missing}")
+    if backend == "cpu-int4" and place.type != "cpu":
+        raise ValueError(f"backend 'cpu-int4' does not run on {place}")
     for bias, stored in zip(biases, weights, strict=True):
         if bias is not None and tuple(bias.shape) != (stored.shape[0],):
             raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({stored.shape[0]},)")

@@ -6,6 +6,8 @@ as bytes in −7…7 and multiplied like 8-bit ones.
 Knows tensors; not modules or records of weights.
 Legend: M tokens, N = O outputs, K = I inputs, G groups, R rank, L lanes.
 """
+# Inside @triton.jit functions the language's values have types of their own, which pyright does not know.
+# pyright: reportGeneralTypeIssues=false
 
 import torch
 import triton
@@ -13,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import checks, reference
-from .launch import TRITON_DTYPES, h_strides, kernel_dtype, row_bucket, runs_triton, segment_table, segments_or_whole
+from .launch import TRITON_DTYPES, h_strides, kernel_dtype, row_bucket, runs_triton, segment_table, segments_or_whole, start
 from .layout import SLOTS, Segments, TiledWeight
 from .parts import add_bias, add_low_rank, fragment_codes, group_zeros
 from .tuning import Blocks, tuned
@@ -123,7 +125,8 @@ def _launch(
     table = segment_table(segments, codes.device)
 
     def run(blocks: Blocks) -> None:
-        _lowbit_kernel[(triton.cdiv(rows, blocks.m), triton.cdiv(out, blocks.n))](
+        start(
+            _lowbit_kernel, (triton.cdiv(rows, blocks.m), triton.cdiv(out, blocks.n)),
             codes, scales, weight.codes, weight.scales, weight.zeros, up, h, table, bias, y, rows, out, inputs, scales.shape[1], group_size,
             weight.tiles, weight.group_size, len(segments), partials, 0 if up is None else up.stride(0), stride_hs, stride_hm, stride_hr,
             y.stride(0), BITS=weight.bits, SLOTS=SLOTS[weight.bits], LANES=weight.lanes, HAS_ZEROS=weight.zeros is not None,

@@ -4,6 +4,8 @@ Accumulators are [N outputs, M tokens]: the weight, made in registers, is then t
 instruction can take from there. Works in Triton's interpreter (float16 and float32).
 Legend: N outputs, M tokens, K inputs, L lanes, R rank.
 """
+# Inside @triton.jit functions the language's values have types of their own, which pyright does not know.
+# pyright: reportOperatorIssue=false, reportAssignmentType=false
 
 import triton
 import triton.language as tl

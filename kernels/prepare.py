@@ -115,8 +115,9 @@ def _contiguous_groups(base: Base) -> tuple[Base, Tensor | None]:
     return replace(plain, codes=codes), order
 
 
-def join(parts: Sequence[Prepared], widen: bool) -> Prepared:
-    """Several linears of one input as one. `widen` lets uniform grids of different bits meet at the widest. ValueError says what differs."""
+def join(parts: Sequence[Prepared], widen: bool, rank_limit: int | None = None) -> Prepared:
+    """Several linears of one input as one. `widen` lets uniform grids of different bits meet at the widest; `rank_limit` bounds the
+    ranks of all members together. ValueError says what differs or does not fit."""
     first = parts[0]
     for name in ("columns", "smooth"):
         if not all(_same(getattr(part, name), getattr(first, name)) for part in parts):
@@ -125,6 +126,8 @@ def join(parts: Sequence[Prepared], widen: bool) -> Prepared:
         raise ValueError("the members round their activations differently")
     base = _join_bases([part.base for part in parts], widen)
     down, starts = _join_downs([part.down for part in parts])
+    if rank_limit is not None and down is not None and down.shape[0] > rank_limit:
+        raise ValueError(f"the members' ranks are {down.shape[0]} together; one product takes at most {rank_limit}")
     segments, row = [], 0
     for part, start in zip(parts, starts, strict=True):
         segments.append(Segment(row, part.shape[0], start, 0 if part.down is None else part.down.shape[0]))

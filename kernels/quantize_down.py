@@ -4,6 +4,8 @@ Each program reads some groups of some tokens once; the down-projection's partia
 by whoever reads h, so two runs agree to the bit. Knows tensors only.
 Legend: M tokens, K = I inputs, G groups, R rank, S partial sums, Q inputs of a group.
 """
+# Inside @triton.jit functions the language's values have types of their own, which pyright does not know.
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
 
 import torch
 import triton
@@ -11,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import checks, reference
-from .launch import TRITON_DTYPES, kernel_dtype, row_bucket, runs_triton
+from .launch import TRITON_DTYPES, kernel_dtype, row_bucket, runs_triton, start
 from .tuning import Blocks, tuned
 
 GROUP_SIZES = (32, 64, 128)
@@ -97,7 +99,8 @@ def _launch(x: Tensor, smooth: Tensor | None, down: Tensor | None, top: int, gro
         per_split = triton.cdiv(groups, blocks.splits)
         splits = triton.cdiv(groups, per_split)
         h = None if down is None else torch.empty(splits, rows, ranks, dtype=torch.float32, device=x.device)
-        _quantize_down_kernel[(triton.cdiv(rows, blocks.m), splits)](
+        start(
+            _quantize_down_kernel, (triton.cdiv(rows, blocks.m), splits),
             x, smooth, down, codes, scales, h, rows, inputs, ranks, x.stride(0), x.stride(1), 0 if down is None else down.stride(0),
             0 if down is None else down.stride(1), groups, per_split, GROUP=group_size, TOP=top, HAS_SMOOTH=smooth is not None,
             HAS_DOWN=down is not None, DTYPE=TRITON_DTYPES[x.dtype], BLOCK_M=blocks.m, BLOCK_R=max(16, triton.next_power_of_2(ranks)),

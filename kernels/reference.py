@@ -30,6 +30,13 @@ def dequantize_activations(codes_MI: Tensor, scales_MG: Tensor, group_size: int,
     return codes_MI.to(dtype) * scales_MG.to(dtype)[:, group]
 
 
+def fake_quantize(x: Tensor, bits: int, group_size: int) -> Tensor:
+    """x [..., I] through the dynamic grid of its last dimension and back, in x's dtype: what W4A8 and W4A4 make of an input."""
+    rows = x.reshape(-1, x.shape[-1])
+    codes, scales = quantize_activations(rows, bits, group_size)
+    return dequantize_activations(codes, scales, group_size).to(x.dtype).view(x.shape)
+
+
 def quantize_down(
     x_MI: Tensor, smooth_I: Tensor | None, down_RI: Tensor | None, bits: int = 8, group_size: int = 64
 ) -> tuple[Tensor, Tensor, Tensor | None]:

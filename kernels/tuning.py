@@ -13,8 +13,9 @@ import torch
 import triton.testing
 from triton.runtime.errors import OutOfResources
 
-from .choices import remembered
+from .choices import known, remembered
 
+_blocks: dict[tuple[torch.device, str], "Blocks"] = {}
 log = logging.getLogger(__name__)
 
 
@@ -31,14 +32,17 @@ class Blocks:
 
 def tuned(key: str, device: torch.device, candidates: Sequence[Blocks], run: Callable[[Blocks], Any]) -> Blocks:
     """The fastest candidate for `key`; the first one where nothing can be timed. RuntimeError when none fits the device."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda":
         return candidates[0]
+    if (device, key) in _blocks:
+        return _blocks[device, key]
 
     def measure() -> dict[str, Any]:
         times: dict[int, float] = {}
         for index, blocks in enumerate(candidates):
             try:
-                times[index] = triton.testing.do_bench(lambda b=blocks: run(b), warmup=5, rep=20, return_mode="median") * 1e3
+                milliseconds: Any = triton.testing.do_bench(lambda b=blocks: run(b), warmup=5, rep=20, return_mode="median")
+                times[index] = milliseconds * 1e3
             except OutOfResources as error:
                 log.info("%s: %s does not fit: %s", key, blocks, error)
         if not times:
@@ -46,4 +50,8 @@ def tuned(key: str, device: torch.device, candidates: Sequence[Blocks], run: Cal
         best = min(times, key=lambda index: times[index])
         return {"choice": asdict(candidates[best]), "reason": f"fastest of {len(times)} at {times[best]:.1f} µs"}
 
-    return Blocks(**remembered(device, key, measure)["choice"])
+    if torch.cuda.is_current_stream_capturing():  # nothing can be timed while a graph is recorded
+        entry = known(device, key)
+        return candidates[0] if entry is None else Blocks(**entry["choice"])
+    _blocks[device, key] = Blocks(**remembered(device, key, measure)["choice"])
+    return _blocks[device, key]

@@ -2,6 +2,8 @@
 
 Legend: M tokens, N = O outputs, K = I inputs, R rank, S splits, T tiles, L lanes.
 """
+# Inside @triton.jit functions the language's values have types of their own, which pyright does not know.
+# pyright: reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from . import checks, reference
-from .launch import TRITON_DTYPES, h_strides, kernel_dtype, row_bucket, runs_triton, segment_table, segments_or_whole, shift_for
+from .launch import TRITON_DTYPES, h_strides, kernel_dtype, row_bucket, runs_triton, segment_table, segments_or_whole, shift_for, start
 from .layout import SLOTS, Segments, TiledWeight
 from .tuning import Blocks, tuned
 from .weight_only_kernels import finish_kernel, gradient_kernel, large_kernel, partial_kernel
@@ -141,7 +141,8 @@ def grad_base(grad: Tensor, weight: TiledWeight) -> Tensor:
     slots = SLOTS[weight.bits]
 
     def run(blocks: Blocks) -> None:
-        gradient_kernel[(triton.cdiv(rows, blocks.m), triton.cdiv(inputs, weight.lanes))](
+        start(
+            gradient_kernel, (triton.cdiv(rows, blocks.m), triton.cdiv(inputs, weight.lanes)),
             grad, weight.codes, weight.scales, weight.zeros, weight.book, result, rows, out, inputs, grad.stride(0), grad.stride(1),
             weight.tiles, weight.group_size, BITS=weight.bits, SLOTS=slots, LANES=weight.lanes, HAS_ZEROS=weight.zeros is not None,
             HAS_BOOK=weight.book is not None, DTYPE=TRITON_DTYPES[grad.dtype], BLOCK_N=blocks.n, BLOCK_M=blocks.m,
@@ -166,7 +167,8 @@ def _few_rows(
         splits = triton.cdiv(weight.tiles, per_split)
         work = torch.empty(splits, out + ranks, block_m, dtype=torch.float32, device=x.device)
         blocks_n = triton.cdiv(out, blocks.n)
-        partial_kernel[(blocks_n + triton.cdiv(ranks, blocks.n), splits)](
+        start(
+            partial_kernel, (blocks_n + triton.cdiv(ranks, blocks.n), splits),
             x, weight.codes, weight.scales, weight.zeros, weight.book, down, work, rows, out, inputs, ranks, x.stride(0), x.stride(1),
             stride_dr, stride_dk, weight.tiles, per_split, weight.group_size, blocks_n, BITS=weight.bits, SLOTS=SLOTS[weight.bits],
             LANES=weight.lanes, SHIFT=shift_for(x.dtype, weight.bits), HAS_ZEROS=weight.zeros is not None, HAS_BOOK=weight.book is not None,
@@ -174,7 +176,8 @@ def _few_rows(
         )  # fmt: skip
         source = h if ranks == 0 else work[:, out:].transpose(1, 2)
         partials, stride_hs, stride_hm, stride_hr = h_strides(source)
-        finish_kernel[(triton.cdiv(out, 64),)](
+        start(
+            finish_kernel, (triton.cdiv(out, 64),),
             work, up, source, segment_table(segments, x.device), bias, y, rows, out, ranks, splits, len(segments), partials,
             0 if up is None else up.stride(0), stride_hs, stride_hm, stride_hr, y.stride(0), HAS_BIAS=bias is not None,
             DTYPE=TRITON_DTYPES[x.dtype], UP_DTYPE=TRITON_DTYPES[x.dtype], BLOCK_N=64, BLOCK_M=block_m, BLOCK_R=BLOCK_R,
@@ -191,7 +194,8 @@ def _many_rows(x: Tensor, weight: TiledWeight, h: Tensor | None, up: Tensor | No
     table = segment_table(segments, x.device)
 
     def run(blocks: Blocks) -> None:
-        large_kernel[(triton.cdiv(rows, blocks.m), triton.cdiv(out, blocks.n))](
+        start(
+            large_kernel, (triton.cdiv(rows, blocks.m), triton.cdiv(out, blocks.n)),
             x, weight.codes, weight.scales, weight.zeros, weight.book, up, h, table, bias, y, rows, out, inputs, x.stride(0), x.stride(1),
             weight.tiles, weight.group_size, len(segments), partials, 0 if up is None else up.stride(0), stride_hs, stride_hm, stride_hr,
             y.stride(0), BITS=weight.bits, SLOTS=SLOTS[weight.bits], LANES=weight.lanes, HAS_ZEROS=weight.zeros is not None,
