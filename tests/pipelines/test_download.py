@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from bitmend.pipelines.download import WheelFile, cache_directory, fetch
-from bitmend.pipelines.errors import InputError
+from bitmend.pipelines.errors import InputError, OutOfMemoryError
 
 CONTENT = b"the bytes that were wanted " * 1000
 
@@ -136,6 +136,15 @@ def test_an_unwritable_cache_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("BITMEND_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(InputError, match=r"cannot be written .*; set BITMEND_CACHE"):
+        fetch(write_wheel(registry))
+
+
+def test_a_full_disk_is_named(cache: Path, registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pip = tmp_path / "python"
+    pip.write_text("#!/bin/sh\necho 'ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device'\nexit 1\n")
+    pip.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(pip))
+    with pytest.raises(OutOfMemoryError, match="no disk space left for .* MB; free space there or set BITMEND_CACHE"):
         fetch(write_wheel(registry))
 
 
