@@ -15,6 +15,7 @@ from ..errors import UsageError
 from .biases import with_room_for_biases
 from .checkpoint import Checkpoint, Lazy, config_dtype
 from .folder import write_folder
+from .fusing import to_memory
 from .naming import Names, expert_parameter, file_tensors
 from .shards import SHARD_BYTES, fresh_directory, open_directory, read_json, write_shards
 
@@ -38,10 +39,10 @@ def write(checkpoint: Checkpoint, directory: Path, shard_bytes: int = SHARD_BYTE
 
 
 def read(directory: Path) -> Checkpoint:
-    """Every tensor under its name in the file; which of them are linears only the architecture knows."""
+    """Every tensor under its name in memory, fused experts put together; which of them are linears only the architecture knows."""
     config = read_json(directory / "config.json")
     stored = open_directory(directory)
-    return Checkpoint(config, {}, Lazy({name: entry.load for name, entry in stored.items()}), files=directory)
+    return to_memory(Checkpoint(config, {}, Lazy({name: entry.load for name, entry in stored.items()}), files=directory))
 
 
 def dense_state(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Lazy[Tensor]:

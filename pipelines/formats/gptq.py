@@ -55,7 +55,7 @@ def write(checkpoint: Checkpoint, directory: Path, version: int = 1, shard_bytes
             for part, tensor in parts.items():
                 yield f"{name}.{part}", tensor
         yield from checkpoint.tensors.items()
-        for alias, source in checkpoint.tied.items():
+        for alias, source in checkpoint.tied.items() if version == 1 else ():
             yield alias, checkpoint.tensors[source]
 
     with fresh_directory(directory) as scratch:
@@ -64,7 +64,7 @@ def write(checkpoint: Checkpoint, directory: Path, version: int = 1, shard_bytes
             notes.append(masked_note(len(pruned), label))
         if rounded:
             notes.append(f"{len(rounded)} linears had scales finer than float16, which is what {label} stores; they are rounded")
-        for alias, source in checkpoint.tied.items():
+        for alias, source in checkpoint.tied.items() if version == 1 else ():
             notes.append(f"{alias} is stored beside {source} although they are tied: auto-gptq leaves the embedding at zero otherwise")
         config = settings.config(version)
         write_folder(checkpoint, scratch, config, notes, HOW_TO_LOAD[version])

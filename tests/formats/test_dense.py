@@ -60,3 +60,13 @@ def test_smoothing_mask_and_low_rank_are_folded_in(case, on_grid, logits_of, tmp
 def test_registry_detects_it(case, on_grid, tmp_path):
     registry.write("dense", case("llama", on_grid).checkpoint, tmp_path / "out")
     assert registry.detect(tmp_path / "out") == "dense"
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_it_comes_back_under_the_names_in_memory(kind, case, on_grid, tmp_path):
+    made = case(kind, on_grid)
+    write(made.checkpoint, tmp_path / "out")
+    back = read(tmp_path / "out")
+    state = {name: tensor for name, tensor in made.model.state_dict().items() if name not in back.tied}
+    assert set(back.tensors) == set(state)
+    assert all(torch.equal(back.tensors[name], tensor) for name, tensor in state.items())

@@ -236,6 +236,10 @@ def test_tied_embeddings_are_stored_twice_and_the_rope_base_under_both_names(cas
     tensors = load_file(tmp_path / "out/model.safetensors")
     assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
     assert any("lm_head.weight is stored beside" in note for note in notes)
+    assert read(tmp_path / "out").tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    write(made.checkpoint, tmp_path / "v2", version=2)
+    assert "lm_head.weight" not in load_file(tmp_path / "v2/model.safetensors")
+    assert not (tmp_path / "v2/quantize_config.json").exists()  # auto-gptq would take it for version 1
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500000.0
 

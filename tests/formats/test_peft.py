@@ -42,6 +42,18 @@ def test_it_comes_back_as_records(case, on_grid, tmp_path):
         assert torch.equal(back.linears[name].dense(), record.dense())
 
 
+@pytest.mark.parametrize("name", ["dense", "gptq"])
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox"])
+def test_other_families_come_back_too(kind, name, case, on_grid, tmp_path):
+    made = case(kind, on_grid, with_low_rank)
+    registry.write(name, made.checkpoint, tmp_path / "out")
+    assert registry.is_pair(tmp_path / "out") and registry.base_directory(tmp_path / "out") == tmp_path / "out/base"
+    back = registry.read(tmp_path / "out")
+    assert back.transposed == made.checkpoint.transposed and back.tied == made.checkpoint.tied
+    for module, record in made.checkpoint.linears.items():
+        assert torch.equal(back.linears[module].dense(), record.dense())
+
+
 def test_on_a_dense_base_only_the_linears_it_reaches_become_records(case, on_grid, tmp_path):
     made = case("llama", on_grid, with_low_rank)
     peft.write(made.checkpoint, tmp_path / "out", dense.write)
