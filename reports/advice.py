@@ -60,13 +60,16 @@ def _after_quantize(stage: StageRecord, present: set[str]) -> list[str]:
 
 def _after_prune(stage: StageRecord, present: set[str]) -> list[str]:
     sparsity, pattern = stage.settings.get("sparsity"), str(stage.settings.get("pattern", ""))
-    tips = []
-    if stage.method == "magnitude":
-        tips.append(f"A criterion that knows the activations: {_set(stage, 'method', 'wanda')}.")
+    better = {"magnitude": "wanda", "wanda": "sparsegpt"}.get(stage.method or "")
+    tips = [f"A criterion that knows more of the activations: {_set(stage, 'method', better)}."] if better else []
     if ":" in pattern:
         tips.append(f"A looser pattern: {_set(stage, 'pattern', '4:8')}, or `unstructured` where no hardware asks for {pattern}.")
-    elif isinstance(sparsity, float) and sparsity > 0.3:
+    elif isinstance(sparsity, float) and sparsity > 0.1:
         tips.append(f"Less sparsity: {_set(stage, 'sparsity', round(sparsity - 0.1, 2))}.")
+    if "quantize" in present:
+        tips.append(
+            f"No pruning at all ({_set(stage, 'method', 'none')}): codes and the mask, a bit per weight, are stored for removed weights too."
+        )
     if "decompose" not in present:
         tips.append("A low-rank term that takes up what pruning removed: a `decompose` stage with `rank: 16`.")
     return tips

@@ -5,7 +5,7 @@ Knows what a reader wants to see of a stage, a layer, a layer type and a protoco
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,8 +130,32 @@ def _protocol_text(value: Any) -> str:
 
 
 def extra_rows(stages: Sequence[StageRecord]) -> list[tuple[str, str, Any]]:
-    """(stage, readable path, value) of every number in the stages' extra metrics."""
-    return [(stage.stage, path.replace("_", " ").replace(".", ": "), value) for stage in stages for path, value in numbers(stage.metrics)]
+    """(stage, readable path, value) of every number in the stages' extra metrics, series left out."""
+    rows = []
+    for stage in stages:
+        apart = {name for name, _ in series(stage)}
+        single = {name: value for name, value in stage.metrics.items() if name not in apart}
+        rows += [(stage.stage, path.replace("_", " ").replace(".", ": "), value) for path, value in numbers(single)]
+    return rows
+
+
+def series(stage: StageRecord) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """(name, rows) of the extra metrics that are lists of mappings, such as a training history."""
+    found = []
+    for name, value in stage.metrics.items():
+        if isinstance(value, list | tuple) and value and all(isinstance(row, Mapping) for row in value):
+            found.append((name, list(value)))
+    return found
+
+
+def series_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    keys = dict.fromkeys(key for row in rows for key in row)
+    ordered = sorted(keys, key=lambda key: key != "step")
+    return [Column(key, key.replace("_", " "), _item(key), exact) for key in ordered]
+
+
+def _item(key: str) -> Callable[[Any], Any]:
+    return lambda row: row.get(key)
 
 
 @dataclass(frozen=True)

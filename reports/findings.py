@@ -52,7 +52,7 @@ def findings(record: RunRecord) -> list[Finding]:
     if worst is not None:
         sentences += _layers(worst.after)
     sentences += [*_noise(found), *_adaptation(record), *_expensive_factors(record), *_prediction(record)]
-    return sentences + [Finding("note", f"{stage.stage}: {note}") for stage in record.stages for note in stage.notes]
+    return sentences + _notes(record.stages)
 
 
 def changes(stages: Sequence[StageRecord]) -> list[Change]:
@@ -68,6 +68,15 @@ def changes(stages: Sequence[StageRecord]) -> list[Change]:
 
 def named(stage: StageRecord) -> str:
     return f"{stage.stage} ({stage.method})" if stage.method and stage.method != stage.stage else stage.stage
+
+
+def _notes(stages: Sequence[StageRecord]) -> list[Finding]:
+    """Every note once, with the stages that made it."""
+    makers: dict[str, list[str]] = {}
+    for stage in stages:
+        for note in stage.notes:
+            makers.setdefault(note, []).append(stage.stage)
+    return [Finding("note", f"{', '.join(names)}: {note}") for note, names in makers.items()]
 
 
 def worst_change(found: Sequence[Change]) -> Change | None:

@@ -15,7 +15,19 @@ from markupsafe import Markup, escape
 
 from . import run_plots
 from .advice import suggestions
-from .columns import ROLE_COLUMNS, STAGE_COLUMNS, Column, extra_rows, layer_columns, protocol_line, protocol_rows, role_rows, used
+from .columns import (
+    ROLE_COLUMNS,
+    STAGE_COLUMNS,
+    Column,
+    extra_rows,
+    layer_columns,
+    protocol_line,
+    protocol_rows,
+    role_rows,
+    series,
+    series_columns,
+    used,
+)
 from .drawing import describe, inline_svg
 from .findings import findings, named
 from .record import RunRecord, StageRecord, perplexity_ratio
@@ -89,6 +101,11 @@ def html(record: RunRecord) -> str:
         quality=records(used(quality, record.stages), record.stages),
         cost=records(used(cost, record.stages), record.stages) if measured_cost else None,
         extra=_extra(record),
+        series=[
+            records(series_columns(rows), rows, f"{stage.stage}: {name.replace('_', ' ')}, {len(rows)} rows")
+            for stage in record.stages
+            for name, rows in series(stage)
+        ],
         roles=records(used(ROLE_COLUMNS, roles), roles, f"By type of layer, {named(chosen)}") if chosen and roles else None,
         layers=[records(layer_columns(stage.layers), stage.layers, _layer_title(stage)) for stage in record.stages if stage.layers],
         settings=[(named(stage), _listed(stage.settings)) for stage in record.stages if stage.settings],
@@ -156,6 +173,7 @@ def _cards(record: RunRecord) -> list[Card]:
 def _figures(record: RunRecord) -> list[Plot]:
     stages = record.stages
     chosen = _allocated(stages)
+    trained = [(stage, figure) for stage in stages if (figure := run_plots.training(stage)) is not None]
     by_stage = "Bars: two paired standard errors of the difference to the baseline. Logarithmic."
     by_size = "The way from the baseline to the last stage; down and to the left is better."
     by_layer = "Relative output error of every compressed linear, by block and type."
@@ -164,6 +182,8 @@ def _figures(record: RunRecord) -> list[Plot]:
         ("Size against perplexity", by_size, run_plots.size_against_perplexity(stages)),
         ("Where the error is", by_layer, run_plots.error_heat_map(stages)),
     ]
+    for stage, figure in trained:
+        drawn.append((f"Training: {named(stage)}", "Loss by step; the dashed line is the step that was kept.", figure))
     if chosen is not None:
         text = f"What each linear was given at {named(chosen)}."
         drawn.append(("Bits and rank by layer", text, run_plots.allocation(chosen.layers)))
@@ -177,10 +197,16 @@ def _figures(record: RunRecord) -> list[Plot]:
 
 
 def _allocated(stages: Sequence[StageRecord]) -> StageRecord | None:
-    """The last stage that has predicted losses, else the last whose layers differ in bits."""
+    """The last stage that has predicted losses, else the first whose layers of one type differ in bits or rank."""
     predicted = [stage for stage in stages if any("predicted_loss" in layer.metrics for layer in stage.layers)]
-    mixed = [stage for stage in stages if len({layer.bits_per_weight for layer in stage.layers}) > 1]
-    return next(reversed(predicted or mixed), None)
+    return next(reversed(predicted), None) or next((stage for stage in stages if _mixed(stage)), None)
+
+
+def _mixed(stage: StageRecord) -> bool:
+    given: dict[Any, set[tuple[Any, Any]]] = {}
+    for layer in stage.layers:
+        given.setdefault(layer.role, set()).add((layer.bits_per_weight, layer.rank))
+    return any(len(different) > 1 for different in given.values())
 
 
 def _description(title: str, record: RunRecord) -> str:

@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.text import Text
 
 from .advice import suggestions
-from .columns import STAGE_COLUMNS, extra_rows, protocol_line, protocol_rows
+from .columns import STAGE_COLUMNS, extra_rows, protocol_line, protocol_rows, series, series_columns
 from .findings import findings
 from .record import RunRecord, dumps
-from .tables import csv_text, layer_table, markdown_table, rich_table, stage_table
+from .tables import cells, csv_text, layer_table, markdown_table, rich_table, stage_table
 from .units import exact
 
 Format = Literal["html", "md", "csv", "json"]
@@ -59,6 +59,10 @@ def markdown(record: RunRecord) -> str:
     extra = [(stage, path, exact(value)) for stage, path, value in extra_rows(record.stages)]
     if extra:
         parts += ["## Also measured\n", markdown_table(("stage", "what", "value"), extra, (False, False, True))]
+    for stage in record.stages:
+        for name, rows in series(stage):
+            table = cells(series_columns(rows), rows)
+            parts += [f"## {stage.stage}: {name.replace('_', ' ')}\n", markdown_table(*table)]
     parts += ["## Protocol\n", markdown_table(("field", "value"), protocol_rows(record.protocol), (False, False))]
     for stage in record.stages:
         if stage.layers:

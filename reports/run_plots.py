@@ -4,7 +4,7 @@ Each function takes stages or layers and returns a figure, or None where there i
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -98,7 +98,7 @@ def error_heat_map(stages: Sequence[StageRecord]) -> Figure | None:
     values = [
         float(layer.relative_output_error or 0) for stage in known for layer in stage.layers if _positive(layer.relative_output_error)
     ]
-    low, high = min(values), max(values)
+    low, high = sorted(values)[len(values) // 50], max(values)
     norm = LogNorm(low, high) if high > 4 * low else Normalize(min(low, 0.999 * high), high)
     titles = [f"after {_label(stage, ', ')}" for stage in known]
     return _heat_maps([stage.layers for stage in known], lambda layer: layer.relative_output_error, titles, norm, "relative output error")
@@ -143,6 +143,31 @@ def predicted_against_measured(layers: Sequence[LayerRecord]) -> Figure | None:
     return figure
 
 
+def training(stage: StageRecord) -> Figure | None:
+    """Loss and held-out loss by step from `metrics["history"]` (rows with `step` and one of the losses)."""
+    history = stage.metrics.get("history")
+    if not isinstance(history, list | tuple):
+        return None
+    steps = [row for row in history if isinstance(row, Mapping) and is_finite(row.get("step"))]
+    drawn = {name: [(row["step"], row[name]) for row in steps if is_finite(row.get(name))] for name in ("loss", "held_out_loss")}
+    drawn = {name: points for name, points in drawn.items() if len(points) > 1}
+    if not drawn:
+        return None
+    figure, axes = new_figure(len(drawn), 1, height=3.0 / len(drawn) + 0.3, sharex=True)
+    best = stage.metrics.get("best_step")
+    for ax, (name, points) in zip(axes, drawn.items(), strict=True):
+        marked = len(points) <= 30
+        ax.plot(*zip(*points, strict=True), color=STAGE_COLORS["recover"], linewidth=1.6, marker="o" if marked else None, markersize=3.5)
+        ax.yaxis.set_major_locator(MaxNLocator(4))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+        panel_title(ax, "held-out loss, nats per token" if name == "held_out_loss" else "training loss")
+        if best is not None and is_finite(best):
+            ax.axvline(best, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.0, zorder=1)
+    axes[-1].set_xlabel("step")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    return figure
+
+
 def _between(axes: Axes, sizes: Sequence[float], values: Sequence[float], start: int) -> list[tuple[float, float]]:
     """Points along the drawn arrow from stage `start` to the next."""
     (x0, y0), (x1, y1) = axes.transData.transform([(sizes[start], values[start]), (sizes[start + 1], values[start + 1])])
@@ -163,6 +188,31 @@ def _label(stage: StageRecord, joint: str = "\n") -> str:
 
 def _positive(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value) and value > 0
+
+
+ROLE_ORDER = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "query_key_value",
+    "c_attn",
+    "o_proj",
+    "out_proj",
+    "dense",
+    "gate_proj",
+    "up_proj",
+    "gate_up_proj",
+    "c_fc",
+    "fc1",
+    "down_proj",
+    "fc2",
+]
+
+
+def _role_place(role: str | None) -> int:
+    """Attention before MLP, in the order the data flows; unknown roles follow as they came."""
+    return ROLE_ORDER.index(role) if role in ROLE_ORDER else len(ROLE_ORDER)
 
 
 def _map_height(layers: Sequence[LayerRecord]) -> float:
@@ -192,7 +242,7 @@ def _heat_panel(
     label: str | None,
 ) -> None:
     """Blocks across, roles down; layers of one place (experts) are averaged; layers outside the blocks are the last column."""
-    roles = list(dict.fromkeys(layer.role for layer in layers))
+    roles = sorted(dict.fromkeys(layer.role for layer in layers), key=_role_place)
     blocks = sorted({layer.block for layer in layers if layer.block is not None})
     columns: list[int | None] = [*blocks, *([None] if any(layer.block is None for layer in layers) else [])]
     found: dict[tuple[Any, Any], list[float]] = {}
@@ -221,7 +271,8 @@ def _heat_panel(
 
 
 def _color_bar(figure: Figure, axes: Axes, mesh: Any, norm: Normalize) -> None:
-    bar = figure.colorbar(mesh, ax=axes, orientation="horizontal", fraction=0.12, pad=0.02, aspect=40)
+    below = norm.vmin is not None and bool((mesh.get_array() < norm.vmin).any())
+    bar = figure.colorbar(mesh, ax=axes, orientation="horizontal", fraction=0.12, pad=0.02, aspect=40, extend="min" if below else "neither")
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     low, high = float(norm.vmin or 0.0), float(norm.vmax or 1.0)
     if isinstance(norm, LogNorm):

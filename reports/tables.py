@@ -13,8 +13,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from .columns import STAGE_COLUMNS, Column, layer_columns, used
-from .record import RunRecord, StageRecord
+from .columns import STAGE_COLUMNS, Column, layer_columns, series, used
+from .record import RunRecord, StageRecord, finite
 from .units import number as number
 
 
@@ -78,7 +78,7 @@ def layer_table(stage: StageRecord, markdown: bool = False) -> str:
 
 
 def csv_text(record: RunRecord) -> str:
-    """Tidy rows at full precision: `kind` is "stage" or "layer"; extra metrics, settings and protocol are dotted columns."""
+    """Tidy rows at full precision: `kind` is "stage", "series" or "layer"; extra metrics, settings and protocol are dotted columns."""
     rows: list[dict[str, Any]] = []
     protocol = _flat(record.protocol.to_json(), "protocol")
     for index, stage in enumerate(record.stages):
@@ -88,6 +88,9 @@ def csv_text(record: RunRecord) -> str:
         for name in ("metrics", "settings"):
             data.update(_flat(data.pop(name), name))
         rows.append({**head, "kind": "stage", **data, "notes": " | ".join(notes), **protocol})
+        for name, steps in series(stage):
+            rows += [{**head, "kind": "series", "series": name, **_flat(finite(step), name)} for step in steps]
+            rows[-len(steps) - 1].pop(f"metrics.{name}", None)
         for layer in layers:
             name = layer.pop("name")
             layer.update(_flat(layer.pop("metrics"), "metrics"))

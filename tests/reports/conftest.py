@@ -60,7 +60,9 @@ def stages(blocks: int = 3) -> tuple[StageRecord, ...]:
                 tokens_per_second=draw.uniform(5, 60),
                 notes=(f"a note <of> {stage} & more",),
                 settings=settings,
-                metrics={"held_out": {"best": draw.uniform(3, 4), "best_step": draw.randrange(1000)}},
+                metrics={"history": [{"step": step, "loss": draw.uniform(1, 2)} for step in range(4)], "best_step": 2}
+                if stage == "recover"
+                else {"held_out": {"best": draw.uniform(3, 4), "best_step": draw.randrange(1000)}},
                 layers=layers(index, blocks) if index in (1, 2, 3) else (),
             )
         )

@@ -102,6 +102,15 @@ def test_a_low_rank_term_dearer_than_a_bit_is_said() -> None:
 def test_notes_of_every_stage_are_repeated() -> None:
     record = run(stage("baseline", 20.0), stage("quantize", 30.0, 20.0, notes=("damping raised in q_proj",)))
     assert said(record, "note") == "quantize: damping raised in q_proj"
+    twice = [stage(name, 30.0, 20.0, notes=("lm_head left alone",)) for name in ("prune", "quantize")]
+    assert said(run(stage("baseline", 20.0), *twice), "note") == "prune, quantize: lm_head left alone"
+
+
+def test_pruning_before_quantizing_is_reminded_of_its_mask() -> None:
+    pruned = stage("prune", 30.0, 20.0, method="wanda", settings={"sparsity": 0.5})
+    with_codes = suggestions(run(stage("baseline", 20.0), pruned, stage("quantize", 30.5, 30.0)))
+    assert any("prune.method=none" in tip for tip in with_codes)
+    assert not any("prune.method=none" in tip for tip in suggestions(run(stage("baseline", 20.0), pruned)))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +120,7 @@ def test_notes_of_every_stage_are_repeated() -> None:
         ("quantize", "gptq", {"bits": 4, "group_size": 32}, [], ["method=gptq", "group_size", "bits"]),
         ("quantize.2", "nf4", {"bits": 2}, ["quantize.2.method=gptq", "quantize.2.bits=3"], []),
         ("prune", "magnitude", {"sparsity": 0.5, "pattern": "unstructured"}, ["prune.method=wanda", "prune.sparsity=0.4"], ["4:8"]),
-        ("prune", "wanda", {"sparsity": 0.5, "pattern": "2:4"}, ["prune.pattern=4:8"], ["sparsity="]),
+        ("prune", "wanda", {"sparsity": 0.5, "pattern": "2:4"}, ["prune.pattern=4:8", "prune.method=sparsegpt"], ["sparsity="]),
         ("decompose", "loftq", {}, ["decompose.method=qera_exact"], []),
         ("recover", "lora", {}, ["recover.learning_rate"], []),
         ("fuse", None, {}, ["fuse.backend=reference", "pipeline doctor"], []),

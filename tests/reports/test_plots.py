@@ -102,6 +102,15 @@ def test_run_figures_exist_where_there_is_something_to_draw(full_run: RunRecord)
     )
 
 
+def test_training_is_drawn_where_there_is_a_history() -> None:
+    history = [{"step": 0, "held_out_loss": 3.2}, {"step": 1, "loss": 0.3}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": 0.2}]
+    figure = run_plots.training(StageRecord("recover", metrics={"history": [*history, {"step": 3, "held_out_loss": 3.1}], "best_step": 3}))
+    assert figure is not None and len(figure.axes) == 2
+    assert [list(axes.lines[0].get_xdata()) for axes in figure.axes] == [[1, 3], [0, 3]]  # pyright: ignore[reportArgumentType]
+    assert run_plots.training(StageRecord("recover", metrics={"history": history[:2]})) is None
+    assert run_plots.training(StageRecord("recover")) is None
+
+
 def test_heat_map_puts_layers_in_their_place_and_averages_experts() -> None:
     layers = [LayerRecord(f"model.layers.{block}.mlp.experts.{e}.w1", 0.1 * (block + 1) + 0.02 * e) for block in (0, 2) for e in (0, 1)]
     layers += [LayerRecord("model.layers.0.attn.q", 0.5), LayerRecord("lm_head", 0.7)]

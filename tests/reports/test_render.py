@@ -98,7 +98,7 @@ def test_html_ids_are_unique_and_every_reference_has_its_target(page: str) -> No
 def test_html_draws_says_and_escapes(full_run: RunRecord, page: str) -> None:
     reader = read(page)
     text = " ".join(" ".join(reader.text).split())
-    assert reader.tags.count("svg") == 5
+    assert reader.tags.count("svg") == 6
     for wanted in (
         "Perplexity by stage",
         "Size against perplexity",
@@ -126,6 +126,8 @@ def test_markdown_holds_every_number_as_it_is_shown(full_run: RunRecord) -> None
         for layer in stage.layers:
             for column in columns.layer_columns(stage.layers):
                 assert column.show(column.get(layer)) in text, column.key
+    for column in columns.series_columns(full_run.stages[4].metrics["history"]):
+        assert all(f"| {column.show(column.get(row))} |" in text for row in full_run.stages[4].metrics["history"])
     for _, _, value in columns.extra_rows(full_run.stages):
         assert columns.exact(value) in text
     assert "hurt most" in text and "20,440" in text and all(note in text for stage in full_run.stages for note in stage.notes)
@@ -138,12 +140,12 @@ def test_markdown_tables_are_rectangular(full_run: RunRecord) -> None:
 
 def test_csv_holds_every_number_exactly_in_tidy_rows(full_run: RunRecord) -> None:
     rows = list(csv.DictReader(io.StringIO(render(full_run, "csv"))))
-    assert len(rows) == len(full_run.stages) + sum(len(stage.layers) for stage in full_run.stages)
+    assert len(rows) == 4 + len(full_run.stages) + sum(len(stage.layers) for stage in full_run.stages)
     for index, stage in enumerate(full_run.stages):
         mine = [row for row in rows if row["stage_index"] == str(index)]
         found = {cell for row in mine for cell in row.values()}
         assert [value for value in measured(stage) if repr(value) not in found] == []
-        assert [row["layer"] for row in mine[1:]] == [layer.name for layer in stage.layers]
+        assert [row["layer"] for row in mine if row["kind"] == "layer"] == [layer.name for layer in stage.layers]
     assert rows[0]["protocol.tokens"] == "20440" and rows[0]["gap_closed"] == ""
 
 
@@ -192,7 +194,7 @@ def test_a_long_record_stays_readable(long_run: Callable[[], RunRecord]) -> None
     page = render(record, "html")
     reader = read(page)
     assert sum(len(stage.layers) for stage in record.stages) == 600
-    assert reader.tags.count("details") == 3 and len(page) < 2_500_000
+    assert reader.tags.count("details") == 4 and len(page) < 2_500_000
     assert all(layer.name in page for layer in record.stages[2].layers)
 
 
