@@ -50,6 +50,11 @@ def run(name: str, weight: StoredWeight, target: torch.Tensor, statistics: Layer
     return row.function(weight, target, statistics, row.config(**{**row.defaults, **chosen}))
 
 
+def short(name: str) -> dict[str, int]:
+    """A few rounds are enough for what does not depend on their number."""
+    return {"iterations": 3} if DECOMPOSE[name].defaults.get("requantize") else {}
+
+
 def truncated(a: torch.Tensor, rank: int) -> torch.Tensor:
     u, s, vh = torch.linalg.svd(a.double(), full_matrices=False)
     return (u[:, :rank] * s[:rank]) @ vh[:rank]
@@ -216,9 +221,7 @@ def test_every_preset_on_every_record_keeps_grid_and_mask_and_never_loses_to_no_
         "dense_masked": StoredWeight(DenseWeight(target.where(mask, 0))).with_mask(mask),
         "smoothed": replace(uniform(target * torch.logspace(-0.5, 0.5, 128)), smooth=torch.logspace(-0.5, 0.5, 128)),
     }[kind]
-    stored, metrics = run(
-        name, start, target, statistics, rank=6, **({"iterations": 3} if DECOMPOSE[name].defaults.get("requantize") else {})
-    )
+    stored, metrics = run(name, start, target, statistics, rank=6, **short(name))
     assert metrics["relative_error"] < metrics["relative_error_before"]
     assert stored.low_rank is not None and type(stored.base) is type(start.base)
     assert stored.base.stored_bits() == start.base.stored_bits()
@@ -234,7 +237,7 @@ def test_metrics_describe_the_record_that_is_returned():
     start = uniform(target, 2)
     measures = {"plain": Metric(), "fisher": Metric(fisher().row_mean_O.sqrt(), fisher().column_mean_I.sqrt())}
     for name in MATRIX_ROWS:
-        stored, metrics = run(name, start, target, statistics, rank=7)
+        stored, metrics = run(name, start, target, statistics, rank=7, **short(name))
         kind = DECOMPOSE[name].defaults.get("metric", "second_moment")
         metric = measures.get(kind, Metric(moment_II=statistics.inputs.second_moment_II))
         if kind in ("absmean", "diagonal"):
@@ -261,7 +264,7 @@ def test_mask_with_the_full_moment_beats_the_diagonal():
 def test_a_weight_already_exact_keeps_a_term_without_effect(name):
     statistics = LayerStatistics(inputs(), fisher())
     start = uniform(matrix())
-    stored, metrics = run(name, start, start.dense(), statistics, rank=4)
+    stored, metrics = run(name, start, start.dense(), statistics, rank=4, **short(name))
     assert metrics["relative_error"] == 0 and metrics["relative_error_before"] == 0 and metrics["best_iteration"] == 0
     assert torch.equal(stored.dense(), start.dense())
 
@@ -286,7 +289,7 @@ def test_poor_statistics_give_finite_factors_and_are_said(name, kind):
         found, Fisher(*zero) if kind == "nothing" else Fisher(torch.ones(96) * (torch.arange(96) > 3), torch.ones(128))
     )
     config = DECOMPOSE[name].config(**DECOMPOSE[name].defaults)
-    stored, metrics = run(name, uniform(target, 2), target, statistics, rank=6)
+    stored, metrics = run(name, uniform(target, 2), target, statistics, rank=6, **short(name))
     assert torch.isfinite(stored.dense()).all() and all(v == v and abs(v) < float("inf") for v in metrics.values())
     assert metrics["relative_error"] < metrics["relative_error_before"]
     if config.metric == "plain":
