@@ -17,6 +17,7 @@ from .statistics import LayerStatistics
 from .weights import Base, DenseWeight, NormalFloatWeight, StoredWeight, UniformWeight
 
 Allocation = Literal["uniform", "depth", "outliers"]
+_SHORT = 32
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,15 @@ def keep_highest(score: Tensor, dropped: int) -> Tensor:
     """Mask of the last dimension that drops exactly the `dropped` lowest scores of each row, ties by lower index first."""
     if dropped == 0:
         return torch.ones_like(score, dtype=torch.bool)
-    order = score.argsort(dim=-1, stable=True)[..., :dropped]
-    return torch.ones_like(score, dtype=torch.bool).scatter_(-1, order, False)
+    if score.shape[-1] <= _SHORT:
+        order = score.argsort(dim=-1, stable=True)[..., :dropped]
+        return torch.ones_like(score, dtype=torch.bool).scatter_(-1, order, False)
+    threshold = score.kthvalue(dropped, dim=-1, keepdim=True)[0]  # linear in time, where a sort is not
+    gone, tied = score < threshold, score == threshold
+    wanted = dropped - gone.sum(-1, keepdim=True)
+    if bool((tied.sum(-1, keepdim=True) > wanted).any()):
+        tied &= tied.cumsum(-1) <= wanted
+    return ~(gone | tied)
 
 
 def pattern_mask(score_OI: Tensor, kept: int, of: int) -> Tensor:

@@ -30,6 +30,15 @@ def test_exactly_the_lowest_go_ties_included(seed, rows, columns, share, coarse)
         assert not len(gone) or not len(kept) or gone.max() <= kept.min()
 
 
+@pytest.mark.parametrize("columns", [8, 33, 400])
+def test_among_equals_the_lower_index_goes_first(columns):
+    score = torch.ones(3, columns)
+    score[1, 0] = 2.0
+    mask = keep_highest(score, 5)
+    assert mask[0].tolist() == [False] * 5 + [True] * (columns - 5)
+    assert mask[1].tolist() == [True] + [False] * 5 + [True] * (columns - 6)
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**20), pattern=patterns, groups=st.integers(1, 9), coarse=st.booleans())
 def test_n_of_m_holds_in_every_group(seed, pattern, groups, coarse):
