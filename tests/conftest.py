@@ -1,9 +1,13 @@
 """What every folder's tests may use: the small trained model, its text, a cache of their own, and one thread."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels' tests run in Triton's interpreter; read when triton is first imported
 
 SMALL = Path(__file__).parent / "small_model"
 
