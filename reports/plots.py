@@ -123,37 +123,36 @@ def _steps(x0: float, y0: float, x1: float, y1: float) -> list[tuple[float, floa
     return [(x0 + (x1 - x0) * share, y0) for share in shares] + [(x1, y0 + (y1 - y0) * share) for share in shares]
 
 
-def kernels_figure(
-    rows: Iterable[Mapping[str, Any]],
-    *,
-    time: str = "median_us",
-    tokens: str = "M",
-    layer: str = "layer",
-    variant: str = "variant",
-    against: str = "bf16",
-    title: str = "",
-) -> Figure:
-    """How many times faster than `against` each variant is, by rows of x; one panel per layer. Equal speed is the dashed line.
+def kernels_figure(rows: Iterable[Mapping[str, Any]], *, rank: int = 32, against: str = "torch bfloat16", title: str = "") -> Figure:
+    """How many times faster than `against` each variant of a matmul is, by rows of x; one panel per matrix.
 
-    Rows of `against` give the denominator at the same layer and number of rows; where there are several (ranks), the fastest.
+    rows: as the kernel benchmark writes them (`operator, model, out, inputs, rows, rank, variant, microseconds`); rows that
+    belong to no single matrix are left out. Shown are the variants at the measured rank nearest to `rank` and those without a
+    low-rank term; `against` is the fastest such row at the same matrix and number of rows, and the dashed line at 1.
     """
-    kept = [row for row in rows if _finite(row.get(time)) and row[time] > 0]
-    base: dict[tuple[Any, Any], float] = {}
+    kept = [row for row in rows if row.get("out") and row.get("operator") != "quantize" and _finite(row.get("microseconds"))]
+    base: dict[tuple[Any, ...], float] = {}
     for row in kept:
-        if row[variant] == against:
-            key = (row[layer], row[tokens])
-            base[key] = min(base.get(key, math.inf), row[time])
+        if row["variant"] == against:
+            base[_matrix(row)] = min(base.get(_matrix(row), math.inf), row["microseconds"])
+    ranks = {row["rank"] for row in kept if row["rank"]}
+    shown = (0, min(ranks, key=lambda measured: abs(measured - rank), default=0))
     relative = [
-        {**row, "_speed": base[row[layer], row[tokens]] / row[time]}
+        {
+            "rows": row["rows"],
+            "matrix": f"{row['model']}: {row['out']:,} × {row['inputs']:,}",
+            "speed": base[_matrix(row)] / row["microseconds"],
+            "variant": f"{row['operator']} {row['variant']}" + (f", rank {row['rank']}" if row["rank"] else ""),
+        }
         for row in kept
-        if row[variant] != against and (row[layer], row[tokens]) in base
+        if row["variant"] != against and row["rank"] in shown and _matrix(row) in base
     ]
     return lines_figure(
         relative,
-        tokens,
-        "_speed",
-        variant,
-        panel=layer,
+        "rows",
+        "speed",
+        "variant",
+        panel="matrix",
         xlabel="rows of x",
         ylabel=f"times faster than {against}",
         title=title,
@@ -161,6 +160,10 @@ def kernels_figure(
         log_y=True,
         references={against: 1.0},
     )
+
+
+def _matrix(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["model"], row["out"], row["inputs"], row["rows"]
 
 
 def _finite(value: Any) -> bool:

@@ -53,14 +53,38 @@ def test_figures_of_nothing_are_refused() -> None:
         lines_figure([{"x": 1, "y": None}], "x", "y")
 
 
-def test_kernels_figure_divides_by_the_same_layer_and_rows() -> None:
-    rows = [
-        {"layer": layer, "M": m, "variant": variant, "median_us": us * scale}
-        for layer, scale in (("q", 1.0), ("down", 3.0))
-        for m, variant, us in ((1, "bf16", 10.0), (1, "fused", 4.0), (16, "bf16", 12.0), (16, "fused", 12.0), (64, "fused", 5.0))
+def test_kernels_figure_divides_by_the_same_matrix_and_shows_the_nearest_rank() -> None:
+    times = (
+        (1, "torch bfloat16", 10.0),
+        (1, "triton fused", 4.0),
+        (16, "torch bfloat16", 12.0),
+        (16, "triton fused", 12.0),
+        (64, "triton fused", 5.0),
+    )
+    rows: list[dict] = [
+        {
+            "operator": "W4A16",
+            "model": "1B",
+            "out": out,
+            "inputs": 64,
+            "rows": m,
+            "rank": rank,
+            "variant": variant,
+            "microseconds": us * scale + rank,
+        }
+        for out, scale in ((64, 1.0), (256, 3.0))
+        for rank in (0, 16, 128)
+        for m, variant, us in times
     ]
-    for axes in kernels_figure(rows).axes:
-        assert list(axes.containers[0].lines[0].get_ydata()) == [2.5, 1.0]  # pyright: ignore[reportAttributeAccessIssue]
+    rows.append(
+        {"operator": "quantize", "model": "1B", "out": 64, "inputs": 64, "rows": 1, "rank": 16, "variant": "quantize", "microseconds": 1.0}
+    )
+    rows.append({"operator": "30 blocks' linears", "model": "demo", "rows": 1, "rank": 0, "variant": "fused", "microseconds": 1.0})
+    figure = kernels_figure(rows)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["1B: 64 × 64", "1B: 256 × 64"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["W4A16 triton fused", "W4A16 triton fused, rank 16"]
+    drawn = [[list(container.lines[0].get_ydata()) for container in axes.containers] for axes in figure.axes]  # pyright: ignore[reportAttributeAccessIssue]
+    assert drawn == [[[10 / 4, 12 / 12], [10 / 20, 12 / 28]], [[30 / 12, 36 / 36], [30 / 28, 36 / 52]]]
 
 
 @pytest.mark.parametrize("low, high", [(28.7, 43.4), (1.0, 1.01), (5.47, 20.85), (2.0, 1e6), (1e-6, 3e-4)])
