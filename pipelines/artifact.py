@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -311,8 +311,3 @@ class disk_errors:
             raise OutOfMemoryError(
                 f"{self.path}: no disk space left; free some and run the same command again, finished parts are kept"
             ) from error
-
-
-def stray_scratch(directory: Path) -> Iterator[Path]:
-    """Partial artifacts below a directory, finished or not."""
-    return (p for p in directory.glob(f"*{PARTIAL}") if p.is_dir())

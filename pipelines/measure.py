@@ -3,6 +3,9 @@
 Numbers lie beside the artifact, one file for each protocol; another protocol measures again and recompresses nothing.
 """
 
+import contextlib
+import ctypes
+import gc
 import json
 import math
 import resource
@@ -34,6 +37,7 @@ class Peak:
     _thread: threading.Thread | None = field(default=None, init=False)
 
     def __enter__(self) -> "Peak":
+        release_memory()
         self._began = time.monotonic()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -54,6 +58,13 @@ class Peak:
             self.bytes = max(self.bytes, resident_bytes())
             if self._done.wait(0.05):
                 return
+
+
+def release_memory() -> None:
+    """Hand freed memory back to the system (glibc keeps it otherwise), so that a stage does not pay for the one before it."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def resident_bytes() -> int:
@@ -80,7 +91,7 @@ def scores_of(
     key = perplexity.protocol_key(windows)
     path = metrics / f"{key}.json"
     found = perplexity.load_scores(path)
-    if found is not None and (teacher is not None or (metrics / f"{key}.hidden.safetensors").is_file()):
+    if found is not None and (teacher is not None or perplexity.load_hidden(metrics / f"{key}.hidden.safetensors") is not None):
         return found
     began = time.monotonic()
     model = StreamedModel(artifact, device, dtype, bind)

@@ -74,8 +74,9 @@ def last_hidden(model: StreamedModel, ids_NT: Tensor, progress: Progress | None 
 def score(model: StreamedModel, ids_NT: Tensor, teacher: Teacher | None = None, progress: Progress | None = None) -> tuple[Scores, Tensor]:
     """Scores of the model on the windows, and its last hidden states [N, T, D]."""
     hidden = last_hidden(model, ids_NT, progress)
-    if not bool(torch.isfinite(hidden).all()):
-        raise InputError(f"{model.artifact.directory.name}: {_first_non_finite(model, ids_NT)}")
+    finite_N = torch.isfinite(hidden).flatten(1).all(1)
+    if not bool(finite_N.all()):
+        raise InputError(f"{model.artifact.directory.name}: {_first_non_finite(model, ids_NT[~finite_N.cpu()])}")
     nll, kl, top1 = [], [], []
     with torch.no_grad():
         for index in range(len(ids_NT)):
@@ -86,6 +87,8 @@ def score(model: StreamedModel, ids_NT: Tensor, teacher: Teacher | None = None, 
                     model, hidden[index : index + 1, span], ids_NT[index, span.start + 1 : span.stop + 1], teacher, index, span
                 )
             means = (sums / (ids_NT.shape[1] - 1)).tolist()
+            if not math.isfinite(means[0]):
+                raise InputError(f"{model.artifact.directory.name}: {_first_non_finite(model, ids_NT[index : index + 1])}")
             nll.append(means[0])
             kl.append(means[1])
             top1.append(means[2])
@@ -106,7 +109,10 @@ def _window_sums(model: StreamedModel, hidden_1TD: Tensor, next_T: Tensor, teach
 
 
 def _first_non_finite(model: StreamedModel, ids_NT: Tensor) -> str:
-    """Name where NaN or Inf first appears: a weight, or a block's output."""
+    """Name where NaN or Inf first appears in windows that end in it: a weight, or a block's output."""
+    for name, tensor in model.rest().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return f"{name} holds NaN or Inf; repair the checkpoint or give another one"
     with torch.no_grad():
         hidden = model.embed(ids_NT[:1])
         for index in range(model.structure.blocks):
@@ -118,7 +124,7 @@ def _first_non_finite(model: StreamedModel, ids_NT: Tensor) -> str:
             model.unload_block(index)
             if not bool(torch.isfinite(hidden).all()):
                 return f"{model.structure.prefix}.{index} puts out NaN or Inf although its weights are finite; try float32 (--device cpu)"
-    return "the hidden states hold NaN or Inf"
+    return "the logits hold NaN or Inf although all weights are finite; try float32 (--device cpu)"
 
 
 # -- measurements on disk --------------------------------------------------------------------------------------------------------
@@ -175,7 +181,8 @@ def bits_per_byte(scores: Scores, windows: Windows) -> float | None:
 def evaluate(
     model: str, *, eval_source: str | None = None, seq_len: int | None = None, windows: int | None = None, device: str = "auto"
 ) -> dict[str, Any]:
-    """Perplexity of a model or artifact with its protocol, for `pipeline eval`."""
+    """Perplexity of a model or artifact with its protocol, for `pipeline eval`. Inside a run its own text, cut as the run cuts it, unless
+    another text, length or number is asked for."""
     from . import data
     from .loading import binder_of, opened
     from .logs import bar
@@ -184,8 +191,15 @@ def evaluate(
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     with opened(model) as found:
         tokenizer = load_tokenizer(found.directory)
-        documents = data.load_text(eval_source or "demo", "evaluation", tokenizer=tokenizer)
-        cut = data.tokenize(documents, tokenizer, seq_len or 512, windows)
+        recipe = _recipe_of(Path(model))
+        if recipe is not None and eval_source in (None, recipe.data.evaluation):
+            from .inputs import Inputs
+
+            asked = {"seq_len": seq_len or recipe.evaluation.seq_len, "windows": windows or recipe.evaluation.windows}
+            cut = Inputs(recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update=asked)}), found.directory).evaluation()
+        else:
+            documents = data.load_text(eval_source or "demo", "evaluation", tokenizer=tokenizer)
+            cut = data.tokenize(documents, tokenizer, seq_len or 512, windows)
         streamed = StreamedModel(found, place, torch.float32, binder_of(found, place))
         with bar("perplexity, blocks", streamed.structure.blocks) as shown:
             scores, _ = score(streamed, cut.ids, None, lambda done, total: shown.advance())
@@ -196,3 +210,14 @@ def evaluate(
             "total_bytes": found.total_bytes(),
             "protocol": cut.protocol,
         }
+
+
+def _recipe_of(place: Path) -> Any:
+    """The recipe of the run that `place` is or lies in, or None."""
+    from .recipe import resolve
+
+    place = place.expanduser().absolute()
+    for directory in (place, *place.parents) if place.is_dir() else ():
+        if (directory / "run.json").is_file() and (written := directory / "recipe.resolved.yaml").is_file():
+            return resolve(str(written))
+    return None

@@ -1,7 +1,7 @@
 """What a run would do, before any work: bytes, memory, disk, time and refusals. Knows shapes and configs, reads no weights."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +9,63 @@ import torch
 
 from ..compress.grids import UniformGrid
 from ..compress.packing import packed_words
-from .models import Site, Structure, inspect, load_config, resolve_model, skeleton
+from .errors import InputError
+from .models import Site, Structure, inspect, load_config, resolve_model, skeleton, source_files, tied_names
 from .recipe import Recipe
 from .rundir import RunDirectory
 from .stage_settings import StageSpec, methods
 
-FACTOR_BYTES = 2
+FACTOR_BITS = 16
+ENTRY_BYTES = 70
+"""Of a tensor's entry in a safetensors header, besides its name."""
+SHARD_BYTES = 48
 
 
 @dataclass
 class Size:
-    """Bits that one linear stores, by what stores them."""
+    """Bits that one linear stores, by what stores them, and the tensors they lie in; `compressed` once a stage made a record of it."""
 
     base: float
     mask: float = 0
     low_rank: float = 0
+    base_names: tuple[str, ...] = ("weight",)
+    compressed: bool = False
 
     @property
     def bits(self) -> float:
         return self.base + self.mask + self.low_rank
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        factors = ("low_rank.up", "low_rank.down") if self.low_rank else ()
+        return (*self.base_names, *(("mask",) if self.mask else ()), *factors)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Every matrix by its name, and the bytes of everything else, headers of the files included."""
+
+    structure: Structure
+    of: dict[str, Size]
+    rest_bytes: float
+    weights: dict[str, int] = field(default_factory=dict)
+
+    def total_bytes(self) -> float:
+        headers = sum(len(site) + 1 + len(name) + ENTRY_BYTES for site, size in self.of.items() for name in size.names)
+        return sum(size.bits for size in self.of.values()) / 8 + headers + self.rest_bytes
+
+    def bits_per_weight(self) -> float:
+        """Over the compressed matrices; before any is, over those of the blocks."""
+        compressed = [n for n, size in self.of.items() if size.compressed]
+        over = compressed or [s.name for s in self.structure.sites if s.block is not None]
+        return sum(self.of[n].bits for n in over) / sum(self.weights[n] for n in over)
+
+
+def refusals(recipe: Recipe, source: Path) -> list[str]:
+    """What a run of this recipe on the model in `source` would be refused for, one line each; empty when nothing is."""
+    model = skeleton(load_config(source))
+    sizes = _sizes(model, inspect(model, include_head=True), _element_bytes(source))
+    return [*_unused_budget(recipe), *(line for spec in recipe.stages for line in _apply(spec, sizes))]
 
 
 def predict(recipe: Recipe, directory: Path | None = None) -> dict[str, Any]:
@@ -37,25 +75,25 @@ def predict(recipe: Recipe, directory: Path | None = None) -> dict[str, Any]:
     structure = inspect(model, include_head=True)
     total = sum(p.numel() for p in model.parameters())
     element = _element_bytes(source)
-    sizes = {s.name: Size(_weights(s) * element * 8) for s in structure.sites if s.block is not None}
-    rest_bytes = (total - sum(_weights(s) for s in structure.sites if s.block is not None)) * element
+    sizes = _sizes(model, structure, element)
     speed = _multiplications_per_second()
-    stages, refusals = [_row("baseline", None, structure, sizes, rest_bytes, _evaluation_seconds(recipe, total, speed))], []
+    stages = [_row("baseline", None, sizes, _evaluation_seconds(recipe, total, speed))]
+    stages[0]["total_bytes"] = sum(entry["bytes"] for entry in source_files(source).values())
+    refused = _unused_budget(recipe)
     for spec in recipe.stages:
-        compressed, refused = _apply(spec, structure, sizes)
-        refusals += refused
+        refused += _apply(spec, sizes)
         seconds = _seconds(spec, recipe, total, speed) + _evaluation_seconds(recipe, total, speed)
-        stages.append(_row(spec.address, spec.method, structure, sizes, rest_bytes, seconds, compressed))
+        stages.append(_row(spec.address, spec.method, sizes, seconds))
     finished = _finished(recipe, source, directory) if directory is not None else []
     return {
         "recipe": recipe.name,
         "model": recipe.model,
         "parameters": total,
         "blocks": structure.blocks,
-        "matrices": len(sizes),
+        "matrices": sum(site.block is not None for site in structure.sites),
         "skipped": [{"name": s.name, "reason": s.reason} for s in structure.skipped],
         "stages": stages,
-        "refusals": refusals,
+        "refusals": refused,
         "peak_bytes": _peak_bytes(recipe, structure, total, element),
         "disk_bytes": round(sum(row["total_bytes"] for row in stages[1:])),
         "seconds": round(sum(row["seconds"] for row in stages)),
@@ -68,70 +106,103 @@ def _weights(site: Site) -> int:
 
 
 def _element_bytes(source: Path) -> float:
-    from safetensors import safe_open
+    """Of the first matrix's dtype. InputError for a file that cannot be read."""
+    from safetensors import SafetensorError, safe_open
 
-    from .models import source_files
+    first = source / next(iter(source_files(source)))
+    try:
+        with safe_open(first, framework="pt") as shard:
+            name = max(shard.keys(), key=lambda n: len(shard.get_slice(n).get_shape()))
+            return torch.empty(0, dtype=shard.get_tensor(name).dtype).element_size()
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{first}: not a readable safetensors file ({error}); download the model again") from error
 
-    first = next(iter(source_files(source)))
-    with safe_open(source / first, framework="pt") as shard:
-        name = max(shard.keys(), key=lambda n: len(shard.get_slice(n).get_shape()))
-        return torch.empty(0, dtype=shard.get_tensor(name).dtype).element_size()
+
+def _sizes(model: Any, structure: Structure, element: float) -> Sizes:
+    """Before any stage: every matrix dense."""
+    weights = {s.name: _weights(s) for s in structure.sites}
+    tied = tied_names(model)
+    plain = {f"{s.module}.{s.parameter}" for s in structure.sites}
+    others = [n for n in model.state_dict() if n not in plain and n not in tied]
+    total = sum(p.numel() for p in model.parameters())
+    rest = (total - sum(weights.values())) * element + sum(len(n) + ENTRY_BYTES for n in others) + (2 * structure.blocks + 1) * SHARD_BYTES
+    return Sizes(structure, {n: Size(count * element * 8) for n, count in weights.items()}, rest, weights)
 
 
-def _apply(spec: StageSpec, structure: Structure, sizes: dict[str, Size]) -> tuple[bool, list[str]]:
+def _unused_budget(recipe: Recipe) -> list[str]:
+    """A budget that nothing spends is refused, not ignored."""
+    if recipe.budget is None:
+        return []
+    return [
+        f"--budget {recipe.budget.text}: no stage of this recipe chooses its bits or ranks by a budget; set quantize.bits and decompose.rank"
+    ]
+
+
+def _apply(spec: StageSpec, sizes: Sizes) -> list[str]:
     """Change the sizes as the stage would; says what it will refuse."""
     refused: list[str] = []
-    for site in structure.sites:
-        if site.name not in sizes or spec.skips(site.name):
+    for site in sizes.structure.sites:
+        if (site.block is None and not spec.include_head) or spec.skips(site.name):
             continue
         config = spec.config_for(site.name)
         try:
-            _resize(spec, site, config, sizes[site.name])
+            _resize(spec, site, config, sizes.of[site.name])
         except ValueError as error:
             refused.append(f"{spec.address}: {site.name}: {error}")
-    return spec.name in ("prune", "quantize", "decompose"), refused[:5] + (
-        [f"{spec.address}: … and {len(refused) - 5} more"] if len(refused) > 5 else []
-    )
+    return refused[:5] + ([f"{spec.address}: … and {len(refused) - 5} more"] if len(refused) > 5 else [])
 
 
 def _resize(spec: StageSpec, site: Site, config: Any, size: Size) -> None:
     rows, columns = site.shape
+    if spec.name in ("prune", "quantize", "decompose"):
+        size.compressed = True
+        size.base_names = tuple(n.replace("weight", "base.weight") if n == "weight" else n for n in size.base_names)
     if spec.name == "prune":
         size.mask = rows * -(-columns // 8) * 8
         pattern = getattr(config, "pattern", "unstructured")
         if ":" in pattern and columns % int(pattern.split(":")[1]):
             raise ValueError(f"in_features {columns} is not a multiple of the {pattern.split(':')[1]} of pattern {pattern}")
     elif spec.name == "quantize":
-        bits = getattr(config, "bits", 4)
-        block = getattr(config, "group_size", None) or getattr(config, "block_size", 64)
-        group = UniformGrid(bits, block).size(columns)
-        groups = columns // group
-        codes = rows * packed_words(columns, bits) * 32
-        if hasattr(config, "block_size"):
-            scales = (
-                rows * groups * 8 + -(-rows * groups // 256) * 32 + 32 if getattr(config, "double_quantize", False) else rows * groups * 32
-            )
-            size.base = codes + scales
-        else:
-            zeros = 0 if getattr(config, "symmetric", False) else rows * packed_words(groups, bits) * 32
-            size.base = codes + rows * groups * 16 + zeros
+        _quantized(rows, columns, config, size)
     elif spec.name == "decompose":
         rank = getattr(config, "rank", 0)
         if rank > min(rows, columns):
             raise ValueError(f"rank {rank} is above the smaller dimension {min(rows, columns)}; choose a smaller one")
-        size.low_rank = rank * (rows + columns) * getattr(config, "factor_bits", 8 * FACTOR_BYTES)
+        if hasattr(config, "bits"):
+            _quantized(rows, columns, config, size)
+        size.low_rank = rank * (rows + columns) * (getattr(config, "factor_bits", None) or FACTOR_BITS)
+    elif spec.name == "recover" and methods(spec.name)[spec.method].ways.stored_as == "low-rank pair" and site.expert is None:
+        rank = min(getattr(config, "rank", 0), rows, columns)
+        size.low_rank = size.low_rank or rank * (rows + columns) * FACTOR_BITS
+        size.compressed = True
 
 
-def _row(
-    stage: str, method: str | None, structure: Structure, sizes: dict[str, Size], rest: float, seconds: float, compressed: bool = True
-) -> dict[str, Any]:
-    bits = sum(s.bits for s in sizes.values())
-    weights = sum(_weights(s) for s in structure.sites if s.name in sizes)
+def _quantized(rows: int, columns: int, config: Any, size: Size) -> None:
+    """ValueError when the groups do not divide the row."""
+    bits = getattr(config, "bits", 4)
+    block = getattr(config, "group_size", None) or getattr(config, "block_size", 64)
+    groups = columns // UniformGrid(bits, block).size(columns)
+    codes = rows * packed_words(columns, bits) * 32
+    if hasattr(config, "block_size"):
+        double = getattr(config, "double_quantize", False)
+        size.base = codes + (rows * groups * 8 + -(-rows * groups // 256) * 32 + 32 if double else rows * groups * 32)
+        size.base_names = (
+            "base.codes",
+            *(("base.absmax_codes", "base.absmax_scales", "base.absmax_offset") if double else ("base.absmax",)),
+        )
+        return
+    zeros = 0 if getattr(config, "symmetric", False) else rows * packed_words(groups, bits) * 32
+    index = columns * 32 if getattr(config, "act_order", "") == "full" else 0
+    size.base = codes + rows * groups * 16 + zeros + index
+    size.base_names = ("base.codes", "base.scales", *(("base.zeros",) if zeros else ()), *(("base.group_index",) if index else ()))
+
+
+def _row(stage: str, method: str | None, sizes: Sizes, seconds: float) -> dict[str, Any]:
     return {
         "stage": stage,
         "method": method,
-        "bits_per_weight": round(bits / weights, 4),
-        "total_bytes": round(bits / 8 + rest),
+        "bits_per_weight": round(sizes.bits_per_weight(), 4),
+        "total_bytes": round(sizes.total_bytes()),
         "seconds": round(seconds),
     }
 

@@ -8,28 +8,29 @@ Knows the order of things; not what a stage does.
 import hashlib
 import json
 import logging
-import os
-import platform
-import signal
-import threading
-from collections.abc import Callable, Iterator
+import re
+import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from ..reports.record import Protocol, RunRecord, StageRecord
 from . import measure, recipe, stages
-from .artifact import SCHEMA, Artifact, ArtifactWriter, open_artifact, write_bytes, write_json
+from .artifact import MANIFEST, SCHEMA, Artifact, ArtifactWriter, disk_errors, open_artifact, settle, write_bytes, write_json
 from .data import Windows
 from .errors import InputError, OutOfMemoryError, QualityError, UsageError
 from .inputs import Inputs
 from .measure import Peak
 from .models import resolve_model
+from .plan import refusals
 from .rundir import RunDirectory
 from .stage_settings import StageSpec, methods
+from .surroundings import Stop, environment, signals
 
 log = logging.getLogger("bitmend")
 
@@ -60,8 +61,8 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     inputs: Inputs
+    stop: Stop
     steps: list[Step] = field(default_factory=list)
-    stopped: threading.Event = field(default_factory=threading.Event)
 
 
 def run(
@@ -82,11 +83,11 @@ def run(
     """
     place = RunDirectory((directory or run_directory(recipe)).resolve())
     place.create()
-    with place.held(), _signals() as stopped:
-        environment = _environment(place, device)
+    with place.held(), disk_errors(place.path), signals() as stop:
         try:
-            under_way = _prepare(recipe, place, environment, stopped)
-            _announce(under_way, from_stage, force)
+            under_way = _prepare(recipe, place, environment(place, device), stop)
+            _check_addresses(under_way, from_stage, until_stage, force)
+            _announce(under_way)
             record = _advance(under_way, from_stage, until_stage, force)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise OutOfMemoryError(
@@ -116,6 +117,7 @@ def status(directory: Path) -> dict[str, Any]:
         entry = {"stage": step.address, "method": step.method, "state": state, "directory": f"stages/{step.name}"}
         if state == "partial":
             entry["finished_parts"] = len(list(place.scratch(step.name).glob("*.part.json")))
+            entry |= _training_step(place.scratch(step.name) / stages.STATE)
         scores = sorted(place.metrics(step.name).glob("????????.json"), key=lambda p: p.stat().st_mtime)
         if scores:
             entry["perplexity"] = _mean_perplexity(scores[-1])
@@ -145,10 +147,19 @@ def last_artifact(directory: Path, stage: str | None = None) -> Artifact:
     return open_artifact(place.artifact(rows[-1]["name"]))
 
 
-def gc(directory: Path) -> dict[str, Any]:
-    """Drop what the last plan does not name: stages of other settings, their metrics, unfinished scratch directories."""
-    import shutil
+def _training_step(path: Path) -> dict[str, int]:
+    """How far a training state has come; nothing where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {"finished_steps": json.loads((file.metadata() or {})["meta"])["step"]}
+    except (SafetensorError, KeyError, ValueError):
+        return {}
 
+
+def gc(directory: Path) -> dict[str, Any]:
+    """Drop what the last plan does not name: stages of other settings, their metrics, unfinished scratch directories, torn files."""
     place = RunDirectory(directory.resolve())
     plan = place.read()["stages"]
     with place.held():
@@ -159,6 +170,11 @@ def gc(directory: Path) -> dict[str, Any]:
             if path.name not in keep:
                 freed += sum(f.stat().st_size for f in path.rglob("*") if f.is_file() and f.stat().st_nlink == 1)
                 shutil.rmtree(path)
+                dropped.append(path.name)
+        for path in [*place.path.glob(".*"), *place.stages.glob("*/.*")]:
+            if re.fullmatch(r"\..+\.\d+", path.name):  # what `write_bytes` was writing when it was killed
+                freed += path.stat().st_size
+                path.unlink()
                 dropped.append(path.name)
         place.log("gc", dropped=dropped, freed=freed)
     return {"dropped": dropped, "freed_bytes": freed}
@@ -171,15 +187,29 @@ def run_directory(chosen: recipe.Recipe) -> Path:
 # -- planning --------------------------------------------------------------------------------------------------------------------
 
 
-def _prepare(chosen: recipe.Recipe, place: RunDirectory, environment: dict[str, Any], stopped: threading.Event) -> Run:
-    device = torch.device(environment["device"])
-    dtype = getattr(torch, environment["dtype"])
+def _prepare(chosen: recipe.Recipe, place: RunDirectory, found: dict[str, Any], stop: Stop) -> Run:
+    """Everything that can be refused is refused here, before any work and before anything in the directory changes."""
     source = resolve_model(chosen.model, chosen.revision)
+    refused = refusals(chosen, source)
+    if refused:
+        raise UsageError(refused[0] + (f" (and {len(refused) - 1} more: --dry-run lists them)" if len(refused) > 1 else ""))
     inputs = Inputs(chosen, source)
-    under_way = Run(chosen, place, device, dtype, inputs, stopped=stopped)
+    under_way = Run(chosen, place, torch.device(found["device"]), getattr(torch, found["dtype"]), inputs, stop)
     under_way.steps = plan_steps(chosen, source, inputs)
-    write_bytes(place.recipe, chosen.to_yaml().encode())
+    inputs.evaluation()
+    for step in under_way.steps:
+        if step.spec is not None and step.spec.name == "recover" and step.state(place) != "done":
+            inputs.training(step.spec.config.seq_len, step.spec.config.batch_size)
     return under_way
+
+
+def _check_addresses(under_way: Run, from_stage: str | None, until_stage: str | None, force: str | None) -> None:
+    known = [step.address for step in under_way.steps]
+    for given, option in ((from_stage, "--from"), (until_stage, "--until"), (force, "--force")):
+        if given is not None and given not in known:
+            raise UsageError(f"{option} {given}: no such stage in this recipe; choose one of {known}")
+    if from_stage is not None:
+        _need_finished(under_way.directory, under_way.steps, from_stage)
 
 
 def plan_steps(chosen: recipe.Recipe, source: Path, inputs: Inputs) -> list[Step]:
@@ -197,7 +227,7 @@ def plan_steps(chosen: recipe.Recipe, source: Path, inputs: Inputs) -> list[Step
     return steps
 
 
-def _announce(under_way: Run, from_stage: str | None, force: str | None) -> None:
+def _announce(under_way: Run) -> None:
     """Say which stages a changed setting sends back to work, and why; then make this the plan of record."""
     place = under_way.directory
     state = place.read()
@@ -210,10 +240,7 @@ def _announce(under_way: Run, from_stage: str | None, force: str | None) -> None
                 changes.insert(0, f"method {old['method']} → {step.method}")
             why = ", ".join(changes) or "a stage before it, its data or the program changed"
             log.info("%s: %s; it is done again, the earlier result stays in %s", step.address, why, old["name"])
-    known = [step.address for step in under_way.steps]
-    for given, option in ((from_stage, "--from"), (force, "--force")):
-        if given is not None and given not in known:
-            raise UsageError(f"{option} {given}: no such stage in this recipe; choose one of {known}")
+    write_bytes(place.recipe, under_way.recipe.to_yaml().encode())
     rows = [{"address": s.address, "method": s.method, "key": s.key, "name": s.name, "settings": s.settings} for s in under_way.steps]
     place.write({"stages": rows, "model": under_way.recipe.model, "recipe": under_way.recipe.name})
 
@@ -223,10 +250,6 @@ def _announce(under_way: Run, from_stage: str | None, force: str | None) -> None
 
 def _advance(under_way: Run, from_stage: str | None, until_stage: str | None, force: str | None) -> RunRecord:
     place, steps = under_way.directory, under_way.steps
-    if until_stage is not None and until_stage not in [s.address for s in steps]:
-        raise UsageError(f"--until {until_stage}: no such stage in this recipe; choose one of {[s.address for s in steps]}")
-    if from_stage is not None:
-        _need_finished(place, steps, from_stage)
     if force is not None:
         _set_aside(place, steps, force)
     parent: Artifact | None = None
@@ -234,7 +257,7 @@ def _advance(under_way: Run, from_stage: str | None, until_stage: str | None, fo
     scores: list[Any] = []
     windows = under_way.inputs.evaluation()
     for step in steps:
-        artifact = _finish(under_way, step, parent, scores[0] if scores else None)
+        artifact = _finish(under_way, step, parent)
         records.append(_measured(under_way, step, artifact, windows, scores))
         _save_record(under_way, records, windows)
         parent = artifact
@@ -243,10 +266,12 @@ def _advance(under_way: Run, from_stage: str | None, until_stage: str | None, fo
     return _save_record(under_way, records, windows)
 
 
-def _finish(under_way: Run, step: Step, parent: Artifact | None, baseline_scores: Any) -> Artifact:
+def _finish(under_way: Run, step: Step, parent: Artifact | None) -> Artifact:
     """The step's artifact: opened if it is there, else made."""
     place = under_way.directory
-    final, scratch, metrics = place.artifact(step.name), place.scratch(step.name), place.metrics(step.name)
+    final, scratch = place.artifact(step.name), place.scratch(step.name)
+    if (scratch / MANIFEST).is_file() and not final.is_dir():
+        settle(scratch, final)  # killed while it was being sealed
     if final.is_dir():
         artifact = open_artifact(final)
         if artifact.key != step.key:
@@ -256,38 +281,56 @@ def _finish(under_way: Run, step: Step, parent: Artifact | None, baseline_scores
         return artifact
     log.info("%s: %s", step.address, step.method or under_way.recipe.model)
     place.log("stage begins", stage=step.address, key=step.key)
+    artifact = _make(under_way, step, parent)
+    place.log("stage ends", stage=step.address)
+    return artifact
+
+
+def _make(under_way: Run, step: Step, parent: Artifact | None) -> Artifact:
+    """Do a stage's work. What it says about itself is on disk before its artifact has its name."""
+    place = under_way.directory
+    final, scratch, metrics = place.artifact(step.name), place.scratch(step.name), place.metrics(step.name)
     manifest = {
         "key": step.key,
         "parent": parent.key if parent else None,
         "stage": {"name": step.address, "method": step.method, "settings": step.settings},
     }
-    with Peak(under_way.device) as peak:
-        if parent is None:
-            from .stages.baseline import build_baseline
+    if parent is None or step.spec is None:
+        from .stages.baseline import build_baseline
 
-            artifact, outcome = build_baseline(under_way.inputs.model, scratch, final, manifest), stages.Outcome()
-        else:
-            writer = ArtifactWriter(scratch, parent)
-            outcome = stages.perform(step.spec, parent, writer, _context(under_way, step, scratch))
-            documents = {n: (parent.directory / n).read_bytes() for n in parent.manifest["files"] if not n.endswith(".safetensors")}
-            artifact = writer.seal(final, manifest, documents | outcome.documents)
-    metrics.mkdir(parents=True, exist_ok=True)
-    seconds = peak.seconds + _earlier_seconds(metrics)
-    write_json(metrics / "stage.json", {**asdict(outcome_for_disk(outcome)), "seconds": seconds, "peak_bytes": peak.bytes})
-    place.log("stage ends", stage=step.address, seconds=round(seconds, 2), peak_bytes=peak.bytes)
-    return artifact
+        with _timed(under_way.device, metrics) as peak:
+            artifact = build_baseline(under_way.inputs.model, scratch, final, manifest)
+        _keep(metrics, stages.Outcome(), peak)
+        return artifact
+    with _timed(under_way.device, metrics) as peak, under_way.stop.patient():
+        writer = ArtifactWriter(scratch, parent)
+        outcome = stages.perform(step.spec, parent, writer, _context(under_way, step, scratch))
+    _keep(metrics, outcome, peak)
+    documents = {n: (parent.directory / n).read_bytes() for n in parent.manifest["files"] if not n.endswith(".safetensors")}
+    return writer.seal(final, manifest, {**documents, **outcome.documents})
 
 
-def outcome_for_disk(outcome: "stages.Outcome") -> "stages.Outcome":
-    from dataclasses import replace
-
-    return replace(outcome, documents={})
-
-
-def _earlier_seconds(metrics: Path) -> float:
-    """Seconds that interrupted attempts at this stage took."""
+@contextmanager
+def _timed(device: torch.device, metrics: Path) -> Iterator[Peak]:
+    """Peak memory and seconds, those of attempts that were stopped before included."""
     path = metrics / "interrupted.json"
-    return json.loads(path.read_text())["seconds"] if path.is_file() else 0.0
+    earlier = json.loads(path.read_text())["seconds"] if path.is_file() else 0.0
+    peak = Peak(device)
+    try:
+        with peak:
+            yield peak
+    except KeyboardInterrupt:
+        metrics.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"seconds": earlier + peak.seconds})
+        raise
+    peak.seconds += earlier
+
+
+def _keep(metrics: Path, outcome: stages.Outcome, peak: Peak) -> None:
+    metrics.mkdir(parents=True, exist_ok=True)
+    said = asdict(replace(outcome, documents={}))
+    write_json(metrics / "stage.json", {**said, "seconds": peak.seconds, "peak_bytes": peak.bytes})
+    (metrics / "interrupted.json").unlink(missing_ok=True)
 
 
 def _context(under_way: Run, step: Step, scratch: Path) -> "stages.Context":
@@ -303,7 +346,7 @@ def _context(under_way: Run, step: Step, scratch: Path) -> "stages.Context":
         dtype=under_way.dtype,
         seed=under_way.recipe.seed,
         inputs=inputs,
-        stop=under_way.stopped.is_set,
+        stop=under_way.stop.asked.is_set,
     )
 
 
@@ -334,8 +377,6 @@ def _measured(under_way: Run, step: Step, artifact: Artifact, windows: Windows, 
     found, extra = measure.scores_of(
         artifact, metrics, windows, teacher, under_way.device, under_way.dtype, bind, f"{step.address}: perplexity, blocks"
     )
-    if under_way.stopped.is_set():
-        raise KeyboardInterrupt
     size = measure.size_of(artifact)
     previous = scores[-1] if scores else None
     scores.append(found)
@@ -368,14 +409,15 @@ def _need_finished(place: RunDirectory, steps: list[Step], address: str) -> None
 
 
 def _set_aside(place: RunDirectory, steps: list[Step], address: str) -> None:
-    """--force: this stage and those after it are done again; the old results are removed only when the new ones begin."""
-    import shutil
-
+    """--force: this stage and those after it are removed and done again; each loses its name before its files go."""
     begin = next(i for i, s in enumerate(steps) if s.address == address)
     for step in steps[begin:]:
         for path in (place.artifact(step.name), place.scratch(step.name), place.metrics(step.name)):
             if path.is_dir():
-                shutil.rmtree(path)
+                going = path.with_name(f"{path.name}.removed")
+                shutil.rmtree(going, ignore_errors=True)
+                path.rename(going)
+                shutil.rmtree(going)
 
 
 def _gate(made: RunRecord, limit: float | None) -> None:
@@ -385,56 +427,6 @@ def _gate(made: RunRecord, limit: float | None) -> None:
         raise QualityError(
             f"{last.stage}: perplexity {last.perplexity:.3f} is {ratio or float('nan'):.3f} times the baseline's, above --max-perplexity-ratio {limit}; the artifacts are kept"
         )
-
-
-# -- surroundings ----------------------------------------------------------------------------------------------------------------
-
-
-def _environment(place: RunDirectory, device: str) -> dict[str, Any]:
-    """environment.json: written at the first start; a later one continues with its threads, device and dtype."""
-    path = place.path / "environment.json"
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if chosen.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError("--device cuda: this torch sees no CUDA device; use --device cpu")
-    if path.is_file():
-        environment = json.loads(path.read_text())
-        if device != "auto" and environment["device"] != chosen:
-            environment["device"] = chosen
-            write_json(path, environment)
-        if environment["device"].startswith("cuda") and not torch.cuda.is_available():
-            environment["device"] = "cpu"
-    else:
-        import transformers
-
-        environment = {
-            "device": chosen, "dtype": "float32", "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "platform": platform.platform(), "cores": os.cpu_count(),
-        }  # fmt: skip
-        write_json(path, environment)
-    torch.set_num_threads(environment["threads"])
-    return environment
-
-
-@contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM ask the run to stop at the next block or step; a second one stops at once."""
-    stopped = threading.Event()
-
-    def ask(number: int, frame: Any) -> None:
-        if stopped.is_set():
-            raise KeyboardInterrupt
-        stopped.set()
-        log.warning("stopping; everything finished so far is kept, the same command goes on")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-    before: dict[int, Callable[..., Any] | int | None] = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _mean_perplexity(path: Path) -> float | None:

@@ -1,7 +1,5 @@
 """The stages by name: each reads a parent artifact and fills a writer. The runner measures; a stage cannot forget to."""
 
-from typing import Any
-
 import torch
 
 from ..artifact import Artifact, ArtifactWriter
@@ -10,7 +8,7 @@ from ..stage_settings import StageSpec
 from .compress import compress
 from .context import Context, Outcome
 from .fuse import fuse, kernel_binder
-from .recover import recover
+from .recover import STATE, recover
 
 PERFORM = {"prune": compress, "quantize": compress, "decompose": compress, "recover": recover, "fuse": fuse}
 
@@ -24,4 +22,4 @@ def binder(spec: StageSpec | None, device: torch.device, artifact: Artifact) -> 
     return kernel_binder(spec.config.backend, device) if spec is not None and spec.name == "fuse" else None
 
 
-__all__ = ["PERFORM", "Any", "Context", "Outcome", "binder", "perform"]
+__all__ = ["PERFORM", "STATE", "Context", "Outcome", "binder", "perform"]
