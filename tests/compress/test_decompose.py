@@ -1,6 +1,7 @@
 """Every preset against its paper's objective, solved slowly; never worse than L = 0; best iterate; masks; bad input."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -320,7 +321,8 @@ def test_bad_input_is_refused_with_what_is_wrong():
     found.update(torch.full((1, 128), float("inf")))
     with pytest.raises(ValueError, match=r"calibration statistic .* holds NaN or Inf"):
         run("qera_exact", uniform(target), target, LayerStatistics(found), rank=4)
-    for wrong in ({"rank": 0}, {"iterations": 0}, {"rank": 4, "kept_rank": 5}):
+    wrongs: tuple[dict[str, Any], ...] = ({"rank": 0}, {"iterations": 0}, {"rank": 4, "kept_rank": 5})
+    for wrong in wrongs:
         with pytest.raises(ValueError, match=next(reversed(wrong))):
             Decomposition(**wrong)
 
