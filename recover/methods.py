@@ -237,6 +237,8 @@ def attach(name: str, model: nn.Module, config: Any, *, seed: int = 0, gradients
     row = RECOVER[name]
     if "fisher" in row.needs and gradients is None:
         raise ValueError(f"{name} selects by gradients: pass `gradients`")
+    if shared.gradient_checkpointing and name in ("prefix_tuning", "mam_adapter"):
+        raise ValueError(f"{name} grows a cache in forward, which recomputing would grow twice: set gradient_checkpointing=false")
     reason = refusal(name, [kinds(linear.stored) for linear in site.linears.values()], config)
     if reason is not None:
         raise ValueError(reason)

@@ -3,7 +3,7 @@
 Knows parameters; not models, losses or files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -91,3 +91,24 @@ class Attached:
 
     def count(self) -> int:
         return sum(t.parameter.numel() for t in self.trainables.values())
+
+
+def adapter_tensors(attached: Attached) -> dict[str, Tensor]:
+    """What lives beside the records, by name, float32: an artifact stores it with the method's name and config."""
+    return {name: attached.trainables[name].parameter.detach().clone() for name in sorted(attached.adapter)}
+
+
+@torch.no_grad()
+def load_adapter_(attached: Attached, tensors: Mapping[str, Tensor]) -> None:
+    """Put stored tensors into the same method attached anew (same config, same model). ValueError when names or shapes differ."""
+    if set(tensors) != attached.adapter:
+        odd = sorted(set(tensors) ^ attached.adapter)[:3]
+        raise ValueError(
+            f"the stored adapter and this model differ in {', '.join(odd)}, …; was it made with other targets, layers or tokens?"
+        )
+    for name, tensor in tensors.items():
+        parameter = attached.trainables[name].parameter
+        if parameter.shape != tensor.shape:
+            raise ValueError(f"{name}: the stored adapter is {tuple(tensor.shape)}, this model wants {tuple(parameter.shape)}")
+        parameter.copy_(tensor)
+        parameter.requires_grad_(False)

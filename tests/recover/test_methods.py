@@ -9,11 +9,12 @@ from bitmend.recover.methods import RECOVER, attach, refusal, split
 from bitmend.recover.site import Gradients, kinds
 from bitmend.recover.student import student_of
 from bitmend.recover.train import as_stored, batch_loss, train
+from bitmend.recover.trainable import adapter_tensors, load_adapter_
 from torch.testing import assert_close
 
 from .conftest import KINDS, batch, compress, compressed, held_out, llama
 
-SHORT = {"steps": 3, "loss": "cross_entropy", "eval_every": 3}
+SHORT = {"steps": 2, "loss": "cross_entropy", "eval_every": 2}
 CONFIGS = {
     "lora": [{"rank": 4}, {"rank": 4, "norms": True, "biases": True}],
     "dora": [{"rank": 4}],
@@ -34,7 +35,14 @@ CONFIGS |= {
     "parallel_adapter": [{"bottleneck": 8, "at": "both"}],
 }
 TOKENS = ("prefix_tuning", "prompt_tuning", "p_tuning", "mam_adapter")
-CASES = [(name, kind, own) for name in RECOVER if name not in TOKENS for own in CONFIGS.get(name, [{}]) for kind in KINDS]
+FEWER = ("dense", "2:4", "3-bit", "nf4-nested", "2:4+4-bit+lq", "everything")  # what a method's further settings are tried on
+CASES = [
+    (name, kind, own)
+    for name in RECOVER
+    if name not in TOKENS
+    for i, own in enumerate(CONFIGS.get(name, [{}]))
+    for kind in (KINDS if i == 0 else FEWER)
+]
 
 
 def gradients_of(model):
@@ -103,9 +111,7 @@ def check_folding(name, kind, model, attached, before):
     for layer, (_, bias) in after.items():
         new[layer].bias = None if bias is None else torch.nn.Parameter(bias)
     if attached.adapter:
-        fresh = attach(name, twin, SHORT | CONFIGS[name][0])
-        for key in attached.adapter:
-            fresh.trainables[key].parameter.data.copy_(attached.trainables[key].parameter.detach())
+        load_adapter_(attach(name, twin, SHORT | CONFIGS[name][0]), adapter_tensors(attached))
     with torch.no_grad():
         logits = twin(ids).logits
     # a last bit may flip an activation's rounding; dora's row magnitudes are folded into scales of 11 significant bits

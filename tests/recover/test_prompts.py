@@ -5,6 +5,7 @@ import torch
 from bitmend.recover.methods import RECOVER, attach, split
 from bitmend.recover.student import student_of
 from bitmend.recover.train import held_out_loss, train
+from bitmend.recover.trainable import adapter_tensors, load_adapter_
 
 from .conftest import batch, compressed, held_out
 
@@ -71,3 +72,20 @@ def test_what_peft_saves_gives_the_same_logits(tmp_path):
 def test_more_tokens_than_positions_are_refused():
     with pytest.raises(ValueError, match="64 positions"):
         attach("prompt_tuning", compressed("3-bit", "gpt2"), SETTINGS | {"tokens": 64})
+
+
+def test_an_adapter_is_stored_and_comes_back_and_a_foreign_one_is_refused():
+    settings = SETTINGS | {"bottleneck": 8}
+    model = compressed("3-bit")
+    attached = attach("mam_adapter", model, settings)
+    train(model, attached, batch, held_out(), None, split("mam_adapter", settings)[0], main="adapters")
+    attached.starts_without(False)
+    again = attach("mam_adapter", compressed("3-bit"), settings, seed=9)
+    load_adapter_(again, adapter_tensors(attached))
+    ids = batch(4).ids
+    with torch.no_grad():
+        assert torch.equal(again.run.hidden(ids), attached.run.hidden(ids))
+    with pytest.raises(ValueError, match="this model wants"):
+        load_adapter_(attach("mam_adapter", compressed("3-bit"), settings | {"tokens": 3}), adapter_tensors(attached))
+    with pytest.raises(ValueError, match="other targets, layers"):
+        load_adapter_(attach("prefix_tuning", compressed("3-bit"), SETTINGS), adapter_tensors(attached))

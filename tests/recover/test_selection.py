@@ -73,6 +73,7 @@ def test_a_choice_that_leaves_nothing_is_refused(settings):
         ("serial_adapter", {"bottleneck": 33}, "3-bit", "bottleneck 33"),
         ("pafi", {"share": 0.0}, "dense", "share 0.0"),
         ("fish_mask", {}, "dense", "pass `gradients`"),
+        ("prefix_tuning", {"gradient_checkpointing": True}, "dense", "gradient_checkpointing=false"),
         ("bitfit", {"create": False}, "dense", "no trainable parameter"),
     ],
 )
