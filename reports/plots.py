@@ -127,8 +127,8 @@ def kernels_figure(rows: Iterable[Mapping[str, Any]], *, rank: int = 32, against
     """How many times faster than `against` each variant of a matmul is, by rows of x; one panel per matrix.
 
     rows: as the kernel benchmark writes them (`operator, model, out, inputs, rows, rank, variant, microseconds`); rows that
-    belong to no single matrix are left out. Shown are the variants at the measured rank nearest to `rank` and those without a
-    low-rank term; `against` is the fastest such row at the same matrix and number of rows, and the dashed line at 1.
+    belong to no single matrix are left out. Shown are the variants without a low-rank term and those that exist only
+    with one, at the measured rank nearest to `rank`; `against` is the fastest such row at the same matrix and number of rows, and the dashed line at 1.
     """
     kept = [row for row in rows if row.get("out") and row.get("operator") != "quantize" and _finite(row.get("microseconds"))]
     base: dict[tuple[Any, ...], float] = {}
@@ -137,6 +137,7 @@ def kernels_figure(rows: Iterable[Mapping[str, Any]], *, rank: int = 32, against
             base[_matrix(row)] = min(base.get(_matrix(row), math.inf), row["microseconds"])
     ranks = {row["rank"] for row in kept if row["rank"]}
     shown = (0, min(ranks, key=lambda measured: abs(measured - rank), default=0))
+    plain_variants = {row["variant"] for row in kept if not row["rank"]}
     relative = [
         {
             "rows": row["rows"],
@@ -145,7 +146,10 @@ def kernels_figure(rows: Iterable[Mapping[str, Any]], *, rank: int = 32, against
             "variant": f"{row['operator']} {row['variant']}" + (f", rank {row['rank']}" if row["rank"] else ""),
         }
         for row in kept
-        if row["variant"] != against and row["rank"] in shown and _matrix(row) in base
+        if row["variant"] != against
+        and row["rank"] in shown
+        and _matrix(row) in base
+        and not (row["rank"] and row["variant"] in plain_variants)
     ]
     return lines_figure(
         relative,
@@ -154,7 +158,7 @@ def kernels_figure(rows: Iterable[Mapping[str, Any]], *, rank: int = 32, against
         "variant",
         panel="matrix",
         xlabel="rows of x",
-        ylabel=f"times faster than {against}",
+        ylabel="times as fast",
         title=title,
         log_x=True,
         log_y=True,
@@ -213,7 +217,7 @@ def _finish(
     for which, wanted, values in (("x", log_x, [row[x] for row in rows]), ("y", log_y, [row[y] for row in rows] + list(lines.values()))):
         if wanted and min(values) > 0:
             distinct = sorted(set(values)) if which == "x" else []
-            nice_log_axis(axes, which, min(values), max(values), distinct if 2 < len(distinct) <= 8 else ())
+            nice_log_axis(axes, which, min(values), max(values), distinct if 2 <= len(distinct) <= 8 else ())
         else:
             getattr(axes, f"{which}axis").set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
             axes.margins(0.06)
@@ -228,5 +232,7 @@ def _legend(figure: Figure, panels: Sequence[Axes], wanted: bool) -> None:
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             known.setdefault(label, handle)
+    needed = 0.45 + 0.072 * max(len(label) for label in known)
+    columns = max(1, min(4, len(known), int(figure.get_figwidth() / needed)))
     with matplotlib.rc_context(STYLE):
-        figure.legend(list(known.values()), list(known), loc="outside lower center", ncols=min(4, len(known)), labelcolor=INK)
+        figure.legend(list(known.values()), list(known), loc="outside lower center", ncols=columns, labelcolor=INK)
