@@ -117,6 +117,7 @@ def test_matrices_of_one_input_share_their_smoothing_and_others_do_not():
     smooth = {name: record.smooth for name, record in records.items() if record.smooth is not None}
     assert torch.equal(smooth["q"], smooth["k"]) and torch.equal(smooth["q"], smooth["v"])
     assert not torch.equal(smooth["q"], smooth["gate"])
+    assert len({s.data_ptr() for s in smooth.values()}) == 4
     for name, record in records.items():
         assert record.activations == ActivationGrid(4, 64) and isinstance(record.base, UniformWeight) and record.base.symmetric
         assert metrics[name]["relative_error"] < metrics[name]["relative_error_before"]
