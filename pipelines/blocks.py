@@ -221,6 +221,7 @@ class _Stop(Exception):
 
 
 def _to_meta(block: nn.Module) -> None:
+    module: Any
     for module in block.modules():
         if hasattr(module, "rounded"):
             module.rounded.remove()

@@ -32,13 +32,19 @@ def export(
     place = RunDirectory(directory.resolve())
     artifact = last_artifact(directory, stage)
     recipe = resolve(str(place.recipe), file=None, sets=[], options={})
-    checkpoint = checkpoint_of(artifact, _card(directory, artifact))
-    notes: list[str] = []
-    if merge:
-        from .merging import merged
+    card = _card(directory, artifact)
+    if merge and requantize:
+        from .merging import requantized
 
-        checkpoint, notes = merged(checkpoint, artifact, place, recipe, requantize)
-    notes += formats.write(format_, checkpoint, output)
+        with requantized(artifact, recipe, lambda made: checkpoint_of(made, card)) as (checkpoint, notes):
+            notes += formats.write(format_, checkpoint, output)
+    else:
+        checkpoint = checkpoint_of(artifact, card)
+        if merge:
+            from .merging import merged
+
+            checkpoint = merged(checkpoint, artifact)
+        notes = formats.write(format_, checkpoint, output)
     before = _known_perplexity(directory, artifact)
     after = _measure(output, recipe)
     if before is not None and not (merge and requantize) and abs(after / before - 1) > TOLERANCE:

@@ -74,7 +74,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
             raise InputError(f"{model}: no such file; give a .gguf file, a model directory, a Hub id or 'demo'")
         return demo.import_gguf(path)
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (weights_home(path) / "config.json").is_file():
             raise InputError(f"{model}: no config.json, so this is not a Hugging Face model directory")
         return path.resolve()
     if path.is_file() or model.startswith((".", "/", "~")) or model.count("/") != 1:
@@ -82,6 +82,11 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
             f"{model}: no such model directory; give a directory with config.json, a .gguf file, a Hub id (owner/name) or 'demo'"
         )
     return _from_hub(model, revision)
+
+
+def weights_home(directory: Path) -> Path:
+    """Where a model directory keeps config and weights: itself, or `base` where an export put an `adapter` beside it."""
+    return directory / "base" if (directory / "base").is_dir() and (directory / "adapter").is_dir() else directory
 
 
 def _from_hub(model: str, revision: str | None) -> Path:
@@ -124,7 +129,7 @@ def load_tokenizer(directory: Path) -> Any:
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The model with parameters on the meta device and real (computed) buffers, in eval mode."""
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        delattr(config, "quantization_config")
     config._experts_implementation = "eager"  # one linear for each expert and its tokens: what `blocks` can watch
     try:
         with init_empty_weights(include_buffers=False):
@@ -217,6 +222,8 @@ def set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 def source_files(directory: Path) -> dict[str, dict[str, Any]]:
     """safetensors files of a model directory with size and sha256 (cached by path, size and time of change)."""
+    if weights_home(directory) != directory:
+        return {f"{part}/{name}": entry for part in ("base", "adapter") for name, entry in source_files(directory / part).items()}
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from ..artifact import SCHEMA, Artifact, ArtifactWriter, shards_of
 from ..errors import InputError
 from ..formats import detect, read
-from ..models import inspect, load_config, skeleton, source_files, tied_names
+from ..models import inspect, load_config, skeleton, source_files, tied_names, weights_home
 
 DOCUMENTS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
@@ -26,18 +26,19 @@ DOCUMENTS = (
 def fingerprint(directory: Path) -> str:
     """Names the model: every weight file's hash and the config's."""
     files = source_files(directory)
-    config = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
+    config = hashlib.sha256((weights_home(directory) / "config.json").read_bytes()).hexdigest()
     return hashlib.sha256(json.dumps([SCHEMA, config, {n: e["sha256"] for n, e in files.items()}]).encode()).hexdigest()
 
 
 def build_baseline(directory: Path, scratch: Path, final: Path, manifest: dict[str, Any]) -> Artifact:
     """Write the baseline artifact of a local model directory."""
-    documents = {n: (directory / n).read_bytes() for n in DOCUMENTS if (directory / n).is_file()}
-    raw = json.loads((directory / "config.json").read_text())
+    home = weights_home(directory)
+    documents = {n: (home / n).read_bytes() for n in DOCUMENTS if (home / n).is_file()}
+    raw = json.loads((home / "config.json").read_text())
     quantized = raw.pop("quantization_config", None)
     documents["config.json"] = json.dumps(raw, indent=2, sort_keys=True).encode()
     writer = ArtifactWriter(scratch, None)
-    if quantized is not None:
+    if quantized is not None or home != directory:
         _import(writer, directory)
     elif _names_match(directory):
         files = source_files(directory)
@@ -71,11 +72,12 @@ def _names_match(directory: Path) -> bool:
 def _convert(writer: ArtifactWriter, directory: Path) -> None:
     """Load through transformers (which knows every checkpoint layout) and write the tensors by their names in memory."""
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory, dtype="auto", trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise InputError(f"{directory}: transformers cannot load it: {str(error).splitlines()[0]}") from error
+    model, info = loaded
     missing = sorted(set(info["missing_keys"]) - set(tied_names(model)))
     if missing:
         raise InputError(
@@ -86,9 +88,9 @@ def _convert(writer: ArtifactWriter, directory: Path) -> None:
 
 def _import(writer: ArtifactWriter, directory: Path) -> None:
     """A checkpoint that some program quantized: its codes, scales and zeros as they are."""
-    detect(directory)
+    detect(weights_home(directory))
     checkpoint = read(directory)
-    model = skeleton(load_config(directory))
+    model = skeleton(load_config(weights_home(directory)))
     structure = inspect(model, include_head=True)
     for index in range(structure.blocks):
         prefix = f"{structure.prefix}.{index}."

@@ -48,7 +48,7 @@ def _documents(parent: Artifact) -> list[str]:
 
 
 def kernel_binder(
-    backend: str, device: torch.device, backends: Counter[str] | None = None, reasons: dict[str, str] | None = None
+    backend: Any, device: torch.device, backends: Counter[str] | None = None, reasons: dict[str, str] | None = None
 ) -> Binder:
     """Replaces a block's compressed linears by kernel-bound ones; counts the backends and keeps the reasons of what was not bound."""
 
@@ -59,7 +59,7 @@ def kernel_binder(
             old: Any = getattr(owner, leaf, None)
             if not isinstance(old, nn.Module):
                 continue  # an expert inside a fused parameter: already dense
-            bias = old.bias
+            bias: Any = old.bias
             dtype = next((p.dtype for p in model.parameters() if not p.is_meta), torch.float32)
             fused = bind(record, bias.data if bias is not None else None, device=device, dtype=dtype, backend=backend)
             setattr(owner, leaf, fused)
