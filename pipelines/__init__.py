@@ -1,0 +1,15 @@
+"""Pipelines: from a model's name to a compressed, recovered, measured one. `load` gives a run's model as a transformers model."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .loading import load as load
+
+
+def __getattr__(name: str) -> Any:
+    """`load` is imported when asked for: the command line must not wait for torch."""
+    if name == "load":
+        from .loading import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -70,7 +70,9 @@ def _check_teacher(parent: Artifact, context: Context) -> None:
         return
     ours, theirs = (load_config(a.directory).get_text_config().vocab_size for a in (parent, context.teacher))
     if ours != theirs:
-        raise InputError(f"--teacher: its vocabulary has {theirs} tokens, the model's has {ours}; give the dense model that this one was made from")
+        raise InputError(
+            f"--teacher: its vocabulary has {theirs} tokens, the model's has {ours}; give the dense model that this one was made from"
+        )
 
 
 def _cross_entropy() -> Any:
