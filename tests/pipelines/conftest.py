@@ -1,0 +1,32 @@
+"""One finished run that tests may read, never change; and a cache that is not the user's."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from bitmend.pipelines import runner
+
+from .runs import Processes, chosen, processes
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Outside of `cache`, too, nothing is written into the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        directory = tmp_path_factory.mktemp("cache")
+        patch.setenv("BITMEND_CACHE", str(directory))
+        yield directory
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, small_model: Path, small_text: Path) -> Path:
+    """The run directory of CHAIN on the small model, never interrupted."""
+    place = tmp_path_factory.mktemp("finished")
+    runner.run(chosen(place, small_model, small_text), place / "run", device="cpu")
+    return place / "run"
+
+
+@pytest.fixture(scope="session")
+def commands(own_cache: Path, torch_threads: None) -> Iterator[Processes]:
+    with processes() as found:
+        yield found

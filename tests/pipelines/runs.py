@@ -1,0 +1,111 @@
+"""Small real runs for tests, and processes of the command line that end at a chosen step."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from bitmend.pipelines.recipe import Recipe, resolve
+
+CHAIN: list[dict[str, Any]] = [
+    {"prune": {"method": "wanda", "sparsity": 0.3}},
+    {"quantize": {"method": "gptq", "bits": 3, "group_size": 32}},
+    {"decompose": {"method": "qera_exact", "rank": 4}},
+    {"recover": {"method": "lora", "steps": 7, "batch_size": 1, "seq_len": 64, "eval_every": 7}},
+    {"fuse": {"backend": "auto"}},
+]
+TEXTS = {"calibration": {"samples": 4, "seq_len": 64}, "evaluation": {"seq_len": 64, "windows": 6}}
+
+
+def write_recipe(path: Path, stages: list[dict[str, Any]] | None = None, **sections: Any) -> Path:
+    path.write_text(yaml.safe_dump({"stages": CHAIN if stages is None else stages, **TEXTS, **sections}, sort_keys=False))
+    return path
+
+
+def chosen(place: Path, model: Path, text: Path, stages: list[dict[str, Any]] | None = None, **sections: Any) -> Recipe:
+    """A resolved recipe: CHAIN, or other stages, on a model and a text."""
+    path = write_recipe(place / "recipe.yaml", stages, **sections)
+    return resolve(str(path), options={"model": str(model), "data": str(text)})
+
+
+def hashes(run: Path, stages: str = "") -> dict[str, str]:
+    """sha256 of every file of every finished stage (whose number is one of the digits `stages`), by its path in the run."""
+    wanted = f"0[{stages}]-*" if stages else "0*"
+    found = [p for p in run.glob(f"stages/{wanted}/*") if p.is_file() and not p.parent.name.endswith(".metrics")]
+    return {str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
+
+
+def stage_directory(run: Path, address: str) -> Path:
+    rows = json.loads((run / "run.json").read_text())["stages"]
+    return run / "stages" / next(row["name"] for row in rows if row["address"] == address)
+
+
+@dataclass
+class Processes:
+    """Forks a process for each command from one that has imported the program, so that a test may start and kill many."""
+
+    server: subprocess.Popen[str]
+
+    def run(self, arguments: list[str], log: Path, end: dict[str, Any] | None = None) -> int:
+        """Exit code of `pipeline ARGUMENTS`, its output in `log`. `end` {signal, step, path}: the process gets this signal right before
+        the step-th renaming, linking or removing of a file whose path contains `path`."""
+        assert self.server.stdin is not None and self.server.stdout is not None
+        self.server.stdin.write(json.dumps({"arguments": arguments, "log": str(log), "end": end}) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+
+SERVER = """
+import json, os, sys
+import torch
+torch.set_num_threads(1)
+from bitmend.pipelines import cli, data, demo, runner
+from bitmend.pipelines.stages import baseline, fuse, recover
+from transformers import LlamaForCausalLM
+
+def end_at(signal, step, path):
+    left = [step]
+    def counted(plain):
+        def call(*arguments, **options):
+            if any(path in str(a) for a in arguments):
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal)
+            return plain(*arguments, **options)
+        return call
+    for name in ("replace", "rename", "link", "unlink"):
+        setattr(os, name, counted(getattr(os, name)))
+
+for line in sys.stdin:
+    asked = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            log = os.open(asked["log"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+            os.dup2(log, 1), os.dup2(log, 2)
+            if asked["end"]:
+                end_at(**asked["end"])
+            code = cli.main(asked["arguments"])
+            sys.stdout.flush()
+        finally:
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@contextmanager
+def processes() -> Iterator[Processes]:
+    server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        yield Processes(server)
+    finally:
+        assert server.stdin is not None
+        server.stdin.close()
+        server.wait(timeout=60)
