@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +34,8 @@ from .stage_settings import StageSpec, methods
 from .surroundings import Stop, environment, signals
 
 log = logging.getLogger("bitmend")
+PAGE_SECONDS = 10.0
+"""A stage that takes longer is worth a page of its own while the run goes on."""
 
 
 @dataclass
@@ -257,13 +260,15 @@ def _advance(under_way: Run, from_stage: str | None, until_stage: str | None, fo
     scores: list[Any] = []
     windows = under_way.inputs.evaluation()
     for step in steps:
+        began, news = time.monotonic(), step.state(place) != "done"
         artifact = _finish(under_way, step, parent)
         records.append(_measured(under_way, step, artifact, windows, scores))
-        _save_record(under_way, records, windows)
+        if news:
+            _save_record(under_way, records, windows, page=time.monotonic() - began > PAGE_SECONDS)
         parent = artifact
         if step.address == until_stage:
             break
-    return _save_record(under_way, records, windows)
+    return _save_record(under_way, records, windows, page=True)
 
 
 def _finish(under_way: Run, step: Step, parent: Artifact | None) -> Artifact:
@@ -385,8 +390,8 @@ def _measured(under_way: Run, step: Step, artifact: Artifact, windows: Windows, 
     return made
 
 
-def _save_record(under_way: Run, records: list[StageRecord], windows: Windows) -> RunRecord:
-    """record.json and report.html, written anew after every stage."""
+def _save_record(under_way: Run, records: list[StageRecord], windows: Windows, page: bool) -> RunRecord:
+    """record.json, written anew after every stage that was worked on, and report.html, which takes a second to draw."""
     from ..reports import render
 
     place = under_way.directory
@@ -395,7 +400,8 @@ def _save_record(under_way: Run, records: list[StageRecord], windows: Windows) -
     details = {k: v for k, v in windows.protocol.items() if k not in known}
     made = RunRecord(place.path.name, under_way.recipe.model, Protocol(**known, details=details), measure.with_ratios(records), environment)
     write_json(place.path / "record.json", made.to_json())
-    write_bytes(place.path / "report.html", render(made, "html").encode())
+    if page:
+        write_bytes(place.path / "report.html", render(made, "html").encode())
     return made
 
 

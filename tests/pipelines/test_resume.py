@@ -45,7 +45,7 @@ KILLS = [
     ("04-recover", 2),  # a training state is there, one step of it written
     ("04-recover", 5),  # while it is written back
     ("05-fuse", 7),
-    ("report.html", 6),
+    ("report.html", 1),
 ]
 
 

@@ -79,7 +79,7 @@ def test_missing_directories(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such run directory"):
         runner.status(tmp_path / "no")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no run.json"):
+    with pytest.raises(InputError, match=r"no run\.json"):
         runner.resume(tmp_path / "empty")
     place = RunDirectory(tmp_path / "run")
     place.create()

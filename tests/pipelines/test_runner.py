@@ -257,7 +257,7 @@ def test_a_damaged_stage_is_named_and_mended_by_what_the_line_says(
     data[-1] ^= 1
     shard.unlink()
     shard.write_bytes(data)
-    with pytest.raises(InputError, match="sha256 is .* delete .* and run again"):
+    with pytest.raises(InputError, match=r"sha256 is .* delete .* and run again"):
         runner.run(chosen(tmp_path, small_model, small_text), mine)
     shutil.rmtree(place)
     runner.run(chosen(tmp_path, small_model, small_text), mine)
