@@ -47,3 +47,7 @@ clean:
 	rm -rf $(VENV) build bitmend.egg-info
 
 FORCE:
+
+# Reference results of the demo model, into reports/published. Hours; can be stopped and continued.
+publish: venv
+	$(BIN)/python -P -m bitmend.pipelines.publishing compress

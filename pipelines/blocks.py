@@ -90,7 +90,8 @@ class StreamedModel:
             if leaf == "bias" and any(s.module == owner for s in compressed.values()) and self.model.get_submodule(owner).bias is None:
                 self.model.get_submodule(owner).bias = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
         for name, record in stored.items():
-            self.put(compressed[name], record)
+            if self.bind is None or compressed[name].expert is not None:
+                self.put(compressed[name], record)
         if self.bind is not None:
             self._plain[index] = {site.module: self.model.get_submodule(site.module) for site in compressed.values()}
             self.bind(self.model, prefix, stored)

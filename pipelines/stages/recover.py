@@ -38,6 +38,11 @@ SMALL_STATE_BYTES = 200e6
 def recover(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: Context) -> Outcome:
     """Run a recovery method. UsageError when it cannot serve this model, before any work."""
     config, _ = split(spec.method, spec.config)
+    if RECOVER[spec.method].ways.stored_as == "adapter beside the model":
+        fitting = [name for name, row in RECOVER.items() if row.ways.stored_as != "adapter beside the model"]
+        raise UsageError(
+            f"{spec.address}: {spec.method} keeps its parameters beside the model, and artifacts have no place for them yet; choose one of {', '.join(fitting)}"
+        )
     notes = []
     if context.teacher is None and config.loss != "cross_entropy":
         config = replace(config, loss="cross_entropy")
@@ -48,9 +53,12 @@ def recover(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: 
     if reason is not None:
         raise UsageError(f"{spec.address}: {reason}")
     batches, held_out = _texts(context, config)
-    streamed = whole_model(parent, context.device, context.dtype, lambda model, prefix, stored: None)
-    model = streamed.model
-    _install(streamed, records, context)
+
+    def put_in_place(model: nn.Module, prefix: str, stored: dict[str, StoredWeight]) -> None:
+        install(model, {n: r for n, r in records.items() if n.startswith(f"{prefix}.")}, context.dtype)
+
+    streamed = whole_model(parent, context.device, context.dtype, put_in_place)
+    model = streamed.model.requires_grad_(False)
     gradients = Gradients(batches, lambda batch: batch_loss(student_of(model, probe=False), batch, None, _cross_entropy()))
     try:
         attached = attach(spec.method, model, spec.config, seed=context.seed, gradients=gradients)
@@ -107,12 +115,6 @@ def _records(parent: Artifact, context: Context) -> dict[str, StoredWeight]:
         else:
             out[site.name] = StoredWeight(DenseWeight(site.read(parent.tensor(f"{site.module}.{site.parameter}")).contiguous()))
     return {name: record.to(context.device) for name, record in out.items()}
-
-
-def _install(streamed: StreamedModel, records: dict[str, StoredWeight], context: Context) -> None:
-    install(streamed.model, records, context.dtype)
-    for parameter in streamed.model.parameters():
-        parameter.requires_grad_(False)
 
 
 # -- text ------------------------------------------------------------------------------------------------------------------------
