@@ -176,23 +176,28 @@ class StreamedModel:
         )
 
     def _probe(self) -> None:
-        """Learn whether a block returns a tensor or a tuple, by running the first one on a few tokens."""
+        """Learn whether a block returns a tensor or a tuple, by running the first one on a few tokens. InputError when a token sees the
+        one after it: this is then no language model that a perplexity means something for."""
         block = self.load_block(0)
         plain = block.forward
         found: list[int] = []
+        sees: list[bool] = []
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             out = plain(*args, **kwargs)
             found.append(len(out) if isinstance(out, tuple) else 0)
+            sees.append(_looks_ahead(out[0] if isinstance(out, tuple) else out))
             raise _Stop
 
         block.forward = forward  # type: ignore[method-assign]
         try:
             with torch.no_grad():
-                self._forward_until_stop(torch.zeros(1, 4, dtype=torch.long, device=self.device))
+                self._forward_until_stop(torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]], device=self.device))
         finally:
             del block.forward
             self.unload_block(0)
+        if sees[0]:
+            raise InputError(f"{type(self.model).__name__}: its tokens see those after them, so this is not a causal language model")
         self._tuple_size = found[0]
 
     @contextmanager
@@ -215,6 +220,13 @@ class StreamedModel:
         finally:
             for block in self.layers:
                 del block.forward
+
+
+def _looks_ahead(out_2TD: Tensor) -> bool:
+    """Whether the outputs of two texts that differ in their last token differ before it."""
+    one, other = out_2TD[:, :-1].float()
+    slack = 64 * torch.finfo(out_2TD.dtype).eps * float(one.abs().max())
+    return bool(((one - other).abs() > slack).any())
 
 
 class _Stop(Exception):

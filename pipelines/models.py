@@ -117,6 +117,12 @@ def load_config(directory: Path) -> PretrainedConfig:
         raise InputError(f"{directory}: transformers cannot read config.json: {first}") from error
 
 
+def positions(config: PretrainedConfig) -> int | None:
+    """How many tokens the model was made for; None where its config does not say."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def load_tokenizer(directory: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
@@ -180,6 +186,8 @@ def _sites(block: nn.Module, prefix: str, index: int) -> Iterator[Site | Skipped
             yield Site(full, full, "linear", (module.out_features, module.in_features), index)
         elif isinstance(module, Conv1D):
             yield Site(full, full, "conv1d", (module.nf, module.nx), index, transposed=True)
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            yield Skipped(f"{full}.weight", "a convolution, not a matrix product")
         else:
             for parameter, value in module.named_parameters(recurse=False):
                 if value.ndim == 3:

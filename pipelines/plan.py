@@ -10,7 +10,7 @@ import torch
 from ..compress.grids import UniformGrid
 from ..compress.packing import packed_words
 from .errors import InputError
-from .models import Site, Structure, inspect, load_config, resolve_model, skeleton, source_files, tied_names
+from .models import Site, Structure, inspect, load_config, positions, resolve_model, skeleton, source_files, tied_names
 from .recipe import Recipe
 from .rundir import RunDirectory
 from .stage_settings import StageSpec, methods
@@ -65,7 +65,8 @@ def refusals(recipe: Recipe, source: Path) -> list[str]:
     """What a run of this recipe on the model in `source` would be refused for, one line each; empty when nothing is."""
     model = skeleton(load_config(source))
     sizes = _sizes(model, inspect(model, include_head=True), _element_bytes(source))
-    return [*_unused_budget(recipe), *(line for spec in recipe.stages for line in _apply(spec, sizes))]
+    stages = [line for spec in recipe.stages for line in _apply(spec, sizes)]
+    return [*_too_long(recipe, positions(model.config)), *_unused_budget(recipe), *stages]
 
 
 def predict(recipe: Recipe, directory: Path | None = None) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def predict(recipe: Recipe, directory: Path | None = None) -> dict[str, Any]:
     speed = _multiplications_per_second()
     stages = [_row("baseline", None, sizes, _evaluation_seconds(recipe, total, speed))]
     stages[0]["total_bytes"] = sum(entry["bytes"] for entry in source_files(source).values())
-    refused = _unused_budget(recipe)
+    refused = [*_too_long(recipe, positions(model.config)), *_unused_budget(recipe)]
     for spec in recipe.stages:
         refused += _apply(spec, sizes)
         seconds = _seconds(spec, recipe, total, speed) + _evaluation_seconds(recipe, total, speed)
@@ -127,6 +128,17 @@ def _sizes(model: Any, structure: Structure, element: float) -> Sizes:
     total = sum(p.numel() for p in model.parameters())
     rest = (total - sum(weights.values())) * element + sum(len(n) + ENTRY_BYTES for n in others) + (2 * structure.blocks + 1) * SHARD_BYTES
     return Sizes(structure, {n: Size(count * element * 8) for n, count in weights.items()}, rest, weights)
+
+
+def _too_long(recipe: Recipe, limit: int | None) -> list[str]:
+    """Windows beyond the positions that the model knows: an index error, or numbers without meaning."""
+    asked = {"evaluation.seq_len": recipe.evaluation.seq_len, "calibration.seq_len": recipe.calibration.seq_len}
+    asked |= {f"{spec.address}.seq_len": spec.config.seq_len for spec in recipe.stages if spec.name == "recover"}
+    return [
+        f"{key} {length} is above the {limit} positions of this model; --set {key}={limit}"
+        for key, length in asked.items()
+        if limit is not None and length > limit
+    ]
 
 
 def _unused_budget(recipe: Recipe) -> list[str]:

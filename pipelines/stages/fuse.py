@@ -15,6 +15,7 @@ from ...compress.weights import StoredWeight
 from ...kernels.linear import FusedGroup, bind_group
 from ..artifact import Artifact, ArtifactWriter
 from ..blocks import Binder, StreamedModel
+from ..models import positions
 from ..stage_settings import StageSpec
 from .context import Context, Outcome
 
@@ -29,7 +30,7 @@ def fuse(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: Con
     reasons: dict[str, str] = {}
     binder = kernel_binder(spec.config.backend, context.device, backends, reasons)
     model = StreamedModel(parent, context.device, context.dtype, binder)
-    ids = torch.zeros(1, 128, dtype=torch.long)
+    ids = torch.zeros(1, min(128, positions(model.model.config) or 128), dtype=torch.long)
     began = 0.0
     with torch.no_grad():
         hidden = model.embed(ids)
@@ -40,7 +41,7 @@ def fuse(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: Con
             model.run_block(0, hidden)
     seconds = (time.monotonic() - began) / 5 * model.structure.blocks
     notes = [f"{name}: {reason}" for name, reason in sorted(reasons.items())][:10]
-    return Outcome(metrics={"backends": dict(backends), "block_tokens_per_second": 128 / seconds}, notes=notes)
+    return Outcome(metrics={"backends": dict(backends), "block_tokens_per_second": ids.numel() / seconds}, notes=notes)
 
 
 def _documents(parent: Artifact) -> list[str]:
