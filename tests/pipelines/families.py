@@ -1,5 +1,7 @@
 """Tiny randomly initialised models of every family that the walker promises."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(family: str, seed: int = 0) -> Any:
+def tiny_model(family: str, seed: int = 0, **changes: Any) -> Any:
+    """`changes` of the config, e.g. vocab_size."""
     torch.manual_seed(seed)
-    config = CONFIG_MAPPING[family](**{**COMMON, **FAMILIES[family]})
+    config = CONFIG_MAPPING[family](**{**COMMON, **FAMILIES[family], **changes})
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
@@ -33,4 +36,14 @@ def save_tiny(family: str, directory: Path) -> Any:
     """Save the model of a family as a Hugging Face directory and return it."""
     model = tiny_model(family)
     model.save_pretrained(directory)
+    return model
+
+
+def save_speaking(family: str, directory: Path, tokenizer: Path, **changes: Any) -> Any:
+    """The same with the tokenizer of another model directory. Weights are large enough for compression to show."""
+    size = json.loads((tokenizer / "config.json").read_text())["vocab_size"]
+    model = tiny_model(family, vocab_size=size, init_std=0.12, initializer_range=0.12, **changes)
+    model.save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, directory / name)
     return model
