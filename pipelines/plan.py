@@ -1,5 +1,6 @@
 """What a run would do, before any work: bytes, memory, disk, time and refusals. Knows shapes and configs, reads no weights."""
 
+import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,10 +64,15 @@ class Sizes:
 
 def refusals(recipe: Recipe, source: Path) -> list[str]:
     """What a run of this recipe on the model in `source` would be refused for, one line each; empty when nothing is."""
+    imported = "quantization_config" in json.loads((source / "config.json").read_text())
     model = skeleton(load_config(source))
     sizes = _sizes(model, inspect(model, include_head=True), _element_bytes(source))
-    stages = [line for spec in recipe.stages for line in _apply(spec, sizes)]
-    return [*_too_long(recipe, positions(model.config)), *_unused_budget(recipe), *stages]
+    refused = [*_too_long(recipe, positions(model.config)), *_unused_budget(recipe)]
+    for spec in recipe.stages:
+        if spec.name == "recover" and not imported:
+            refused += _cannot_recover(spec, sizes)
+        refused += _apply(spec, sizes)
+    return refused
 
 
 def predict(recipe: Recipe, directory: Path | None = None) -> dict[str, Any]:
@@ -80,9 +86,8 @@ def predict(recipe: Recipe, directory: Path | None = None) -> dict[str, Any]:
     speed = _multiplications_per_second()
     stages = [_row("baseline", None, sizes, _evaluation_seconds(recipe, total, speed))]
     stages[0]["total_bytes"] = sum(entry["bytes"] for entry in source_files(source).values())
-    refused = [*_too_long(recipe, positions(model.config)), *_unused_budget(recipe)]
     for spec in recipe.stages:
-        refused += _apply(spec, sizes)
+        _apply(spec, sizes)
         seconds = _seconds(spec, recipe, total, speed) + _evaluation_seconds(recipe, total, speed)
         stages.append(_row(spec.address, spec.method, sizes, seconds))
     finished = _finished(recipe, source, directory) if directory is not None else []
@@ -94,7 +99,7 @@ def predict(recipe: Recipe, directory: Path | None = None) -> dict[str, Any]:
         "matrices": sum(site.block is not None for site in structure.sites),
         "skipped": [{"name": s.name, "reason": s.reason} for s in structure.skipped],
         "stages": stages,
-        "refusals": refused,
+        "refusals": refusals(recipe, source),
         "peak_bytes": _peak_bytes(recipe, structure, total, element),
         "disk_bytes": round(sum(row["total_bytes"] for row in stages[1:])),
         "seconds": round(sum(row["seconds"] for row in stages)),
@@ -139,6 +144,21 @@ def _too_long(recipe: Recipe, limit: int | None) -> list[str]:
         for key, length in asked.items()
         if limit is not None and length > limit
     ]
+
+
+def _cannot_recover(spec: StageSpec, sizes: Sizes) -> list[str]:
+    """Why the method cannot serve what the stages before it will have made."""
+    from ..recover.methods import refusal
+
+    found = []
+    for site in sizes.structure.sites:
+        if site.block is not None and site.expert is None:
+            size = sizes.of[site.name]
+            double = {"double_quantized"} if "base.absmax_codes" in size.base_names else set()
+            base = "uniform" if "base.scales" in size.base_names else "normal_float" if "base.codes" in size.base_names else "dense"
+            found.append(frozenset({base} | double | ({"masked"} if size.mask else set()) | ({"low_rank"} if size.low_rank else set())))
+    reason = refusal(spec.method, found, spec.config)
+    return [] if reason is None else [f"{spec.address}: {reason}"]
 
 
 def _unused_budget(recipe: Recipe) -> list[str]:

@@ -26,7 +26,7 @@ from ..blocks import StreamedModel
 from ..errors import InputError, UsageError
 from ..loading import whole_model
 from ..logs import bar
-from ..models import Site, load_config
+from ..models import Site, load_config, tied_names
 from ..stage_settings import StageSpec
 from .context import Context, Outcome
 
@@ -64,6 +64,11 @@ def recover(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: 
         attached = attach(spec.method, model, spec.config, seed=context.seed, gradients=gradients)
     except ValueError as error:
         raise UsageError(f"{spec.address}: {error}") from error
+    for name in attached.plain:
+        if name not in parent.index:
+            raise UsageError(
+                f"{spec.address}: {name} is compressed and cannot train as a plain tensor; set head and embeddings to false, or compress without include_head"
+            )
     cache_dense(compressed_linears(model), _cache_budget(config))
     result = _train(spec, model, attached, batches, held_out, config, context)
     if not result.finished:
@@ -248,7 +253,7 @@ def _write(
     blocks = f"{structure.prefix}."
     rest = {n: plain.get(n, parent.tensor(n)) for n in parent.index if not n.startswith(blocks) and not _of_record(n, parent)}
     kept = {n: parent.stored(n) for n in parent.linears if not n.startswith(blocks)}
-    known = set(streamed.model.state_dict())
+    known = set(model.state_dict()) - tied_names(model).keys()
     writer.write_part("rest", {"tensors": {n: t for n, t in rest.items() if n in known}, **shards_of({}, kept)}, kept)
     return [{"name": n, "metrics": {}, "relative_output_error": None} for n in trained if n in parent.linears]
 
