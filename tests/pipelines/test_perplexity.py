@@ -152,7 +152,7 @@ def test_scores_survive_the_disk(tmp_path: Path, windows: Windows) -> None:
     assert found is not None and found[0] == scores and found[1]["evaluation_seconds"] == 1.0
     assert perplexity.load_scores(tmp_path / "b.json") is None
     (tmp_path / "b.json").write_text('{"nll": [1.0]}')
-    with pytest.raises(InputError, match="not a measurement of this program .* delete it and run again"):
+    with pytest.raises(InputError, match=r"not a measurement of this program .* delete it and run again"):
         perplexity.load_scores(tmp_path / "b.json")
 
 
