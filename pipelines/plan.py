@@ -64,8 +64,8 @@ class Sizes:
 
 def refusals(recipe: Recipe, source: Path) -> list[str]:
     """What a run of this recipe on the model in `source` would be refused for, one line each; empty when nothing is."""
-    imported = "quantization_config" in json.loads((source / "config.json").read_text())
     model = skeleton(load_config(source))
+    imported = "quantization_config" in json.loads((source / "config.json").read_text())
     sizes = _sizes(model, inspect(model, include_head=True), _element_bytes(source))
     refused = [*_too_long(recipe, positions(model.config)), *_unused_budget(recipe)]
     for spec in recipe.stages:

@@ -1,0 +1,251 @@
+"""Whatever is wrong: one line that says what and what to do, the right exit code, no traceback, and nothing lost."""
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitmend.pipelines import runner
+from bitmend.pipelines.errors import InputError, OutOfMemoryError, UsageError
+from bitmend.pipelines.inputs import Inputs
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from .families import save_speaking
+from .runs import Processes, chosen, hashes, write_recipe
+
+Damage = Callable[[Path], object]
+
+
+def weights(model: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def config(model: Path, **changes: Any) -> None:
+    found = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(found | changes))
+
+
+def as_pickle(model: Path) -> None:
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+
+
+def as_bert(model: Path) -> None:
+    """A model of blocks whose tokens see each other."""
+    made = CONFIG_MAPPING["bert"](vocab_size=1024, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(made).save_pretrained(model)
+
+
+def as_images(model: Path) -> None:
+    (model / "config.json").write_text(json.dumps({"model_type": "vit", "hidden_size": 32, "num_hidden_layers": 2}))
+
+
+def nan_in(name: str) -> Damage:
+    return lambda model: weights(model, lambda t: t[name].view(-1)[7].fill_(float("nan")))
+
+
+def overflow(model: Path) -> None:
+    weights(model, lambda t: t["model.layers.1.mlp.down_proj.weight"].mul_(3e38).clamp_(-3e38, 3e38))
+
+
+def drop(model: Path) -> None:
+    weights(model, lambda t: t.pop("model.layers.2.mlp.up_proj.weight"))
+
+
+MODELS: dict[str, tuple[Damage, int, str]] = {
+    "no such directory": (shutil.rmtree, 3, r"no such model directory; give a directory with config\.json, a \.gguf file"),
+    "no config": (lambda m: (m / "config.json").unlink(), 3, r"no config\.json, so this is not a Hugging Face model directory"),
+    "a config that is none": (lambda m: (m / "config.json").write_text("{"), 3, r"cannot read config\.json"),
+    "no weights": (lambda m: (m / "model.safetensors").unlink(), 3, r"no \.safetensors file"),
+    "pickle only": (as_pickle, 3, r"pytorch_model\.bin is a pickle file, which is never opened: convert it to safetensors"),
+    "cut short": (lambda m: os.truncate(m / "model.safetensors", 500_000), 3, r"model\.safetensors: not a readable safetensors file"),
+    "not a header": (lambda m: (m / "model.safetensors").write_bytes(b"\xff" * 4000), 3, r"not a readable safetensors file"),
+    "an empty file": (lambda m: (m / "model.safetensors").write_bytes(b""), 3, r"not a readable safetensors file"),
+    "wrong shapes": (lambda m: config(m, intermediate_size=192), 3, r"mlp\.\w+_proj\.weight has shape .* config\.json says"),
+    "a missing tensor": (drop, 3, r"no tensor for model\.layers\.2\.mlp\.up_proj\.weight \(1 missing\)"),
+    "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), 3, r"tokenizer"),
+    "an encoder": (as_bert, 3, r"BertLMHeadModel: its tokens see those after them, so this is not a causal language model"),
+    "an image model": (as_images, 3, r"model type 'vit'"),
+    "an unknown architecture": (lambda m: config(m, model_type="frobnicator"), 3, r"frobnicator"),
+    "NaN in a block": (
+        nan_in("model.layers.2.self_attn.k_proj.weight"), 3, r"model\.layers\.2\.self_attn\.k_proj\.weight holds NaN or Inf; repair",
+    ),
+    "NaN in the embedding": (nan_in("model.embed_tokens.weight"), 3, r"model\.embed_tokens\.weight holds NaN or Inf; repair the checkpoint"),
+    "NaN in the last norm": (nan_in("model.norm.weight"), 3, r"model\.norm\.weight holds NaN or Inf; repair the checkpoint"),
+    "activations that overflow": (overflow, 3, r"model\.layers\.1 puts out NaN or Inf although its weights are finite"),
+}  # fmt: skip
+
+
+def one_line(commands: Processes, arguments: list[str], log: Path) -> tuple[int, str]:
+    """Exit code and the error's line."""
+    code = commands.run(arguments, log)
+    text = log.read_text()
+    assert "Traceback" not in text
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, text
+    return code, lines[0]
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_models(case: str, commands: Processes, small_model: Path, small_text: Path, tmp_path: Path) -> None:
+    damage, expected, words = MODELS[case]
+    model = tmp_path / "model"
+    shutil.copytree(small_model, model)
+    for file in model.iterdir():
+        file.chmod(0o644)
+    damage(model)
+    recipe = write_recipe(tmp_path / "r.yaml", [{"quantize": {"method": "rtn", "group_size": 32}}])
+    arguments = ["run", str(recipe), "-m", str(model), "--data", str(small_text), "-o", str(tmp_path / "run")]
+    code, line = one_line(commands, arguments, tmp_path / "log")
+    assert code == expected, line
+    assert re.search(words, line), line
+    assert str(tmp_path) in line or "layers" in line or "Model" in line or "model" in line
+
+
+SETTINGS: dict[str, tuple[list[str], int, str]] = {
+    "a group size that does not divide": (["--set", "quantize.group_size=48"], 2, r"quantize: model\.layers\.0\.\S+: .*128.*48"),
+    "a pattern that does not divide": (["--set", "prune.pattern=3:6", "--set", "prune.sparsity=0.5"], 2, r"prune: .*in_features 128 is not a multiple of the 6"),
+    "a rank above the matrix": (["--set", "decompose.rank=100"], 2, r"rank 100 is above the smaller dimension 64"),
+    "windows beyond the model": (["--set", "evaluation.seq_len=1024"], 2, r"evaluation\.seq_len 1024 is above the 512 positions of this model"),
+    "an unknown method": (["--set", "quantize.method=gtpq"], 2, r"unknown method 'gtpq'; did you mean 'gptq'\?"),
+    "an unknown key": (["--set", "quantize.bit=3"], 2, r"unknown setting of quantize gptq 'bit'; did you mean 'bits'\?"),
+    "an unknown section": (["--set", "evaluate.windows=3"], 2, r"unknown key 'evaluate'; did you mean 'evaluation'\?"),
+    "an impossible value": (["--set", "quantize.bits=5"], 2, r"quantize.*5"),
+    "a budget nothing spends": (["--budget", "3bpw"], 2, r"--budget 3bpw: no stage of this recipe"),
+    "a method that cannot serve": (["--set", "recover.method=full"], 2, r"recover: full cannot serve this model: the weights are quantized"),
+    "an unknown stage": (["--until", "quantise"], 2, r"did you mean 'quantize'\?"),
+    "a text that is not there": (["--eval", "/no/such/file.txt"], 3, r"/no/such/file\.txt"),
+    "no device": (["--device", "cuda"], 2, r"--device cuda: this torch sees no CUDA device; use --device cpu"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings(case: str, commands: Processes, small_model: Path, small_text: Path, tmp_path: Path) -> None:
+    if case == "no device" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    extra, expected, words = SETTINGS[case]
+    arguments = [
+        "run",
+        str(write_recipe(tmp_path / "r.yaml")),
+        "-m",
+        str(small_model),
+        "--data",
+        str(small_text),
+        "-o",
+        str(tmp_path / "run"),
+    ]
+    code, line = one_line(commands, arguments + extra, tmp_path / "log")
+    assert code == expected, line
+    assert re.search(words, line), line
+    assert not list(tmp_path.glob("run/stages/*")), "refused before any work"
+
+
+def test_text_shorter_than_a_window(commands: Processes, small_model: Path, small_text: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Too short for a window.")
+    recipe = write_recipe(tmp_path / "r.yaml")
+    arguments = ["run", str(recipe), "-m", str(small_model), "--data", str(small_text), "-o", str(tmp_path / "run")]
+    for option in ("--eval", "--calibration", "--train"):
+        code, line = one_line(commands, [*arguments, option, str(tmp_path / "short.txt")], tmp_path / "log")
+        assert code == 3 and "short.txt" in line, line
+        assert re.search(r"\d+ tokens are fewer than one window of 64; give a longer text or set seq_len to at most \d+", line) or (
+            option == "--train" and "give it a source of its own" in line
+        ), line
+        assert not list(tmp_path.glob("run/stages/*")), "refused before any work"
+
+
+def test_refusals_leave_a_finished_run_alone(
+    commands: Processes, finished: Path, small_model: Path, small_text: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = hashes(run)
+    kept = {name: (run / name).read_bytes() for name in ("run.json", "recipe.resolved.yaml", "record.json", "report.html")}
+    arguments = ["run", str(write_recipe(tmp_path / "r.yaml")), "-m", str(small_model), "--data", str(small_text), "-o", str(run)]
+    for extra in (["--set", "quantize.group_size=48"], ["--set", "evaluation.seq_len=9999"], ["--from", "melt"], ["-m", "/no/such"]):
+        code, _ = one_line(commands, arguments + extra, tmp_path / "log")
+        assert code in (2, 3)
+    assert hashes(run) == before and kept == {name: (run / name).read_bytes() for name in kept}
+
+
+@pytest.mark.parametrize(("words", "break_it"), [
+    ("written with run schema 9", lambda run: (run / "run.json").write_text('{"schema": 9}')),
+    ("holds 'notes.txt' but no run.json", lambda run: ((run / "run.json").unlink(missing_ok=True), (run / "notes.txt").write_text("mine"))),
+])  # fmt: skip
+def test_directories_that_are_not_its_own(
+    words: str, break_it: Damage, commands: Processes, small_model: Path, small_text: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    break_it(run)
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    arguments = ["run", str(write_recipe(tmp_path / "r.yaml")), "-m", str(small_model), "--data", str(small_text), "-o", str(run)]
+    code, line = one_line(commands, arguments, tmp_path / "log")
+    assert code == 3 and words in line
+    assert before == {p.name: p.read_bytes() for p in run.iterdir()}
+
+
+@pytest.mark.parametrize(("call", "count"), [("fsync", 1), ("fsync", 12), ("replace", 30), ("fsync", 55), ("link", 1)])
+def test_a_full_disk_loses_nothing(
+    call: str, count: int, small_model: Path, small_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path
+) -> None:
+    """From the count-th writing on there is no space; once there is some, the same command gives what it always gives."""
+    recipe, left, plain = chosen(tmp_path, small_model, small_text), [count], getattr(os, call)
+
+    def full(*arguments: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return plain(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        with pytest.raises(OutOfMemoryError, match="no disk space left; free some and run the same command again") as caught:
+            runner.run(recipe, tmp_path / "run", until_stage="quantize")
+    assert caught.value.exit_code == 5 and "\n" not in str(caught.value)
+    runner.run(recipe, tmp_path / "run", until_stage="quantize")
+    assert hashes(tmp_path / "run", "012") == hashes(finished, "012")
+
+
+def test_no_memory(small_model: Path, small_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitmend.pipelines import stages
+
+    def exhausted(*arguments: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(stages, "perform", exhausted)
+    with pytest.raises(OutOfMemoryError, match=r"out of memory.*calibration\.samples"):
+        runner.run(chosen(tmp_path, small_model, small_text), tmp_path / "run")
+    assert runner.status(tmp_path / "run")["stages"][0]["state"] == "done"
+
+
+def test_nan_that_only_calibration_meets(small_model: Path, small_text: Path, tmp_path: Path) -> None:
+    """The embedding of a token that evaluation never sees is NaN: the layer whose inputs it spoils is named."""
+    save_speaking("llama", tmp_path / "model", small_model, tie_word_embeddings=False)
+    recipe = chosen(tmp_path, tmp_path / "model", small_text, [{"quantize": {"method": "gptq", "group_size": 16}}])
+    inputs = Inputs(recipe, tmp_path / "model")
+    unseen = sorted(set(inputs.calibration().unique().tolist()) - set(inputs.evaluation().ids.unique().tolist()))
+    weights(tmp_path / "model", lambda t: t["model.embed_tokens.weight"][unseen[0]].fill_(float("nan")))
+    with pytest.raises(InputError, match=r"model\.layers\.0\.self_attn\.\w+: .* of its inputs holds NaN or Inf"):
+        runner.run(recipe, tmp_path / "run")
+    assert [row["state"] for row in runner.status(tmp_path / "run")["stages"]] == ["done", "partial"]
+
+
+def test_training_that_diverges_keeps_what_was_before(small_model: Path, small_text: Path, tmp_path: Path) -> None:
+    chain = [
+        {"quantize": {"method": "rtn", "bits": 4, "group_size": 32}},
+        {"recover": {"method": "scales", "steps": 4, "batch_size": 1, "seq_len": 32, "learning_rate": 1e30}},
+    ]
+    with pytest.raises((InputError, UsageError)) as caught:
+        runner.run(chosen(tmp_path, small_model, small_text, chain), tmp_path / "run")
+    assert "recover: model.layers.0" in str(caught.value) and "try a smaller recover.learning_rate" in str(caught.value)
+    runner.last_artifact(tmp_path / "run", "quantize").verify()
