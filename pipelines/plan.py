@@ -242,10 +242,10 @@ def _row(stage: str, method: str | None, sizes: Sizes, seconds: float) -> dict[s
 def _multiplications_per_second() -> float:
     """A short measurement of this machine: float32 multiply-adds a second in matrix products of a model's shape."""
     a, b = torch.randn(512, 1024), torch.randn(1024, 1024)
-    a @ b
+    _ = a @ b
     began = time.monotonic()
     for _ in range(5):
-        a @ b
+        _ = a @ b
     return 5 * 512 * 1024 * 1024 / max(time.monotonic() - began, 1e-9)
 
 
