@@ -82,7 +82,7 @@ def _row_order() -> Tensor | None:
 def pack_int4(base: UniformWeight) -> Int4Weight:
     """Widen to four bits and pack. ValueError says why torch's operator cannot hold this weight.
 
-    The code book is shifted, per group, so that an integer zero point lies at 8 where the levels allow (always below four bits):
+    Codes are shifted, per group, so that an integer zero point lies at 8 where the codes in use allow (always below four bits):
     then no zero has to be rounded to bfloat16 and masked weights are exactly 0."""
     rows, columns = base.shape
     if base.bits > 4:
@@ -94,7 +94,8 @@ def pack_int4(base: UniformWeight) -> Int4Weight:
     if not fitting:
         raise ValueError(f"torch's operator needs groups of a multiple of 32; group_size is {stored}")
     codes, zeros, scales = base.codes_OI().int(), base.zeros_OG(), base.scales.float()
-    shift = (8 - zeros.round()).clamp(0, 16 - (1 << base.bits))
+    grouped = codes.view(rows, base.groups, stored)
+    shift = torch.minimum(torch.maximum(8 - zeros.round(), -grouped.amin(-1)), 15 - grouped.amax(-1))
     codes = codes + shift.int().repeat_interleave(stored, dim=1)
     offsets = (8 - zeros - shift) * scales
     repeat = stored // fitting[0]

@@ -41,10 +41,14 @@ def partial_kernel(
                     levels = tl.load(book_ptr + fragment_codes(words, slot, BITS, BLOCK_N, LANES)).to(DTYPE)
                     acc_NM += tl.dot(levels, x_LM, input_precision="ieee") * scale[:, None]
                 else:
-                    levels = fragment_shifted(words, slot, BITS, DTYPE, SHIFT, BLOCK_N, LANES)
-                    zero = group_zeros(zeros_ptr, offset, n, row_mask, BITS, HAS_ZEROS) + SHIFT
-                    sums = tl.dot(tl.full((BLOCK_N, LANES), 1.0, DTYPE), x_LM, input_precision="ieee")
-                    acc_NM += (tl.dot(levels, x_LM, input_precision="ieee") - sums * zero[:, None]) * scale[:, None]
+                    zero = group_zeros(zeros_ptr, offset, n, row_mask, BITS, HAS_ZEROS)
+                    if tl.float32 == DTYPE:  # nothing to gain from a shift, and no digits to lose to it
+                        levels = fragment_codes(words, slot, BITS, BLOCK_N, LANES).to(tl.float32) - zero[:, None]
+                        acc_NM += tl.dot(levels, x_LM, input_precision="ieee") * scale[:, None]
+                    else:
+                        levels = fragment_shifted(words, slot, BITS, DTYPE, SHIFT, BLOCK_N, LANES)
+                        sums = tl.dot(tl.full((BLOCK_N, LANES), 1.0, DTYPE), x_LM)
+                        acc_NM += (tl.dot(levels, x_LM) - sums * (zero + SHIFT)[:, None]) * scale[:, None]
     else:
         r = (block - blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
         row_mask, row = r < R, N + r

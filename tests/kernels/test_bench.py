@@ -1,0 +1,104 @@
+"""The benchmark: times what is right, refuses what is wrong, says where it ran; and `kernels` needs little to be imported."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from bitmend.kernels import bench
+from bitmend.kernels.timing import Protocol, Timing, time_calls
+
+TINY = bench.Plan((1, 3), (bench.Layer("tiny", 64, 128),), (0, 8), (4,), (None,), stack_blocks=0)
+QUICK = Protocol(1, 3)
+
+
+def test_rows_are_complete_and_written(tmp_path: Path, device: str) -> None:
+    measured = bench.run(device, output=tmp_path, plan=TINY, protocol=QUICK)
+    assert measured["refused"] == []
+    assert {(row["rows"], row["rank"]) for row in measured["rows"]} == {(1, 0), (1, 8), (3, 0), (3, 8)}
+    for rank, needed in (
+        (0, ("torch bfloat16", "dequantize then matmul", "without rank")),
+        (8, ("torch bfloat16", "unfused rank", "fused")),
+    ):
+        variants = {row["variant"] for row in measured["rows"] if row["rank"] == rank}
+        assert all(any(name in variant for variant in variants) for name in needed), variants
+    assert all(row["microseconds"] > 0 and row["spread"] >= 0 and row["resident_bytes"] > 0 for row in measured["rows"])
+    assert {"device_name", "clocks", "torch", "triton", "warm_up", "repeats", "threads", "peak"} <= set(measured["environment"])
+    assert json.loads((tmp_path / "bench-kernels.json").read_text()) == measured
+    table = (tmp_path / "bench-kernels.md").read_text()
+    assert table.count("| W4A16 |") == len(measured["rows"]) and "Refused" not in table
+
+
+def test_a_wrong_operator_is_refused_not_timed(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    plain = bench.variants
+
+    def broken(stored, place):
+        found = plain(stored, place)
+        name = next(n for n in found if n.endswith(("fused", "without rank")))
+        call, kept = found[name]
+        return found | {name: ((lambda x: call(x) * 1.05), kept)}
+
+    monkeypatch.setattr(bench, "variants", broken)
+    measured = bench.run(device, [2], plan=TINY, protocol=QUICK)
+    refused = [row["variant"] for row in measured["refused"]]
+    assert len(refused) == 2 and all(name.endswith(("fused", "without rank")) for name in refused)
+    assert not {row["variant"] for row in measured["rows"]} & set(refused)
+    assert "Refused, since their output is wrong" in bench.markdown(measured)
+
+
+def test_an_output_that_is_not_finite_is_refused() -> None:
+    stored = bench.synthetic(TINY.layers[0], 4, 8, None, torch.device("cpu"))
+    error, allowed = bench.check(stored, lambda x: torch.full((x.shape[0], 64), torch.nan), torch.randn(2, 128).bfloat16(), 2.0)
+    assert not error <= allowed
+
+
+def test_stack_counts_what_every_form_keeps() -> None:
+    plan = replace(TINY, layers=(), ranks=(16,), stack_blocks=1)
+    rows = {row["variant"]: row for row in bench.run("cpu", plan=plan, protocol=QUICK)["rows"]}
+    assert rows["torch float32"]["resident_bytes"] == 2 * rows["torch bfloat16"]["resident_bytes"]
+    assert rows["fused"]["resident_bytes"] < 0.5 * rows["torch bfloat16"]["resident_bytes"]
+
+
+def test_median_and_quartiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([1.0, 2.0, 3.0, 4.0, 100.0])
+    monkeypatch.setattr("bitmend.kernels.timing._cpu_seconds", lambda once: next(seconds))
+    assert time_calls([int], torch.device("cpu"), Protocol(0, 5)) == Timing(3e6, 50.5e6)
+
+
+def test_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench, "PLANS", {"cpu": TINY, "cuda": TINY})
+    monkeypatch.setattr(bench, "Protocol", lambda: QUICK)
+    assert bench.main(["--rows", "2", "--ranks", "8", "--output", str(tmp_path)]) == 0
+    assert "| operator |" in capsys.readouterr().out and (tmp_path / "bench-kernels.md").exists()
+
+
+def test_imports_with_torch_triton_and_the_standard_library_alone(tmp_path: Path) -> None:
+    """A card's machine may have nothing else: every other distribution is hidden from the interpreter."""
+    script = """
+import importlib.abc, sys
+import torch, triton
+ALLOWED = set(sys.stdlib_module_names) | {name.split(".")[0] for name in sys.modules} | {"bitmend", "torch", "triton", "torchgen"}
+class Closed(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] not in ALLOWED:
+            raise ModuleNotFoundError(f"hidden: {name}", name=name)
+sys.meta_path.insert(0, Closed())
+for forbidden in ("scipy", "transformers", "pydantic"):
+    assert forbidden not in ALLOWED, forbidden
+import bitmend.kernels.bench, bitmend.kernels.linear, bitmend.kernels.weight_only_matmul_up
+from bitmend.kernels.bench import DEMO, synthetic
+from bitmend.kernels.linear import bind
+print(bind(synthetic(DEMO[1], 4, 8, None, torch.device("cpu")))(torch.zeros(1, 576)).shape)
+"""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(p for p in (str(Path(bench.__file__).parents[2]), os.environ.get("PYTHONPATH", "")) if p)
+    }
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([1, 192])" in done.stdout
