@@ -1,0 +1,61 @@
+"""The compressed model writes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from bitmend.pipelines import runner
+from bitmend.pipelines.errors import InputError
+from bitmend.pipelines.generate import generate
+from bitmend.pipelines.loading import load
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .runs import Processes, stage_directory
+
+PROMPT = "The city of"
+
+
+def test_the_baseline_writes_what_transformers_writes(finished: Path, small_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(small_model)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    model = AutoModelForCausalLM.from_pretrained(small_model)
+    with torch.no_grad():
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    pieces = list(generate(stage_directory(finished, "baseline"), PROMPT, max_new_tokens=12, device="cpu"))
+    assert "".join(pieces) == tokenizer.decode(expected, skip_special_tokens=True)
+    assert len(pieces) > 1, "it comes piece by piece"
+
+
+def test_a_fused_run_writes_and_repeats_itself(finished: Path) -> None:
+    first, again = ("".join(generate(finished, PROMPT, max_new_tokens=16, device="cpu")) for _ in range(2))
+    assert first == again and len(first.strip()) > 10
+
+
+def test_sampling_follows_its_seed(finished: Path) -> None:
+    def written(seed: int) -> str:
+        return "".join(generate(finished, PROMPT, max_new_tokens=16, temperature=1.5, seed=seed, device="cpu"))
+
+    assert written(1) == written(1) != written(2)
+
+
+def test_the_loaded_model_is_the_measured_one(finished: Path) -> None:
+    model = load(finished)
+    tokenizer = AutoTokenizer.from_pretrained(stage_directory(finished, "fuse"))
+    ids = tokenizer("A short text to be scored by the model as it runs.", return_tensors="pt").input_ids
+    dense = load(stage_directory(finished, "recover"))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-3, atol=1e-2)
+    artifact = runner.last_artifact(finished)
+    kinds = {type(model.get_submodule(name)).__name__ for name in artifact.linears}
+    assert "Linear" not in kinds, "it runs on the kernels"
+
+
+def test_what_is_no_run_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no config\.json"):
+        list(generate(tmp_path, PROMPT, device="cpu"))
+
+
+def test_the_command(commands: Processes, finished: Path, tmp_path: Path) -> None:
+    assert commands.run(["generate", str(finished), PROMPT, "--max-new-tokens", "8", "-q"], tmp_path / "log") == 0
+    expected = "".join(generate(finished, PROMPT, max_new_tokens=8, device="cpu"))
+    assert (tmp_path / "log").read_text().strip() == expected.strip()
