@@ -56,7 +56,7 @@ def _pruned(pattern: str, shown: str) -> list[Row]:
     return [Row(f"{method}, {shown}", ({"prune": {"method": method, **settings}},)) for method in ("magnitude", "wanda", "sparsegpt")]
 
 
-COMPRESS = [Row("baseline", ()), *_pruned("unstructured", "50 %"), *_pruned("2:4", "2:4"), *_quantized(3), *_quantized(4), *_quantized(2)]
+COMPRESS = [*_pruned("unstructured", "50 %"), *_pruned("2:4", "2:4"), *_quantized(3), *_quantized(4), *_quantized(2)]
 TABLES = {"compress": (COMPRESS, "Pruning and quantization of the demo model")}
 SETTINGS = {"calibration": {"samples": 32, "seq_len": 512}, "evaluation": {"seq_len": 512, "windows": 16}}
 
@@ -82,6 +82,7 @@ def publish(name: str, directory: Path, only: str | None = None) -> list[Path]:
         series="name",
     )
     notes = [
+        f"Baseline: {found[0]['baseline_perplexity']:.2f}." if found else "",
         f"Made by `make publish`; calibration {SETTINGS['calibration']['samples']} × {SETTINGS['calibration']['seq_len']} tokens of the demo text; {cpu_name()}, 2 cores shared with other work: seconds are an upper bound."
     ]
     return published.write(name, shown, COLUMNS, protocol, figure, title=title, notes=notes)
@@ -100,6 +101,7 @@ def _measure(row: Row, directory: Path) -> RunRecord:
 
 def _numbers(record: RunRecord) -> dict[str, Any]:
     last = record.stages[-1]
+    baseline = {"baseline_perplexity": record.stages[0].perplexity}
     fields = (
         "perplexity",
         "perplexity_ratio",
@@ -112,7 +114,7 @@ def _numbers(record: RunRecord) -> dict[str, Any]:
         "seconds",
         "peak_bytes",
     )
-    return {field: getattr(last, field) for field in fields}
+    return baseline | {field: getattr(last, field) for field in fields}
 
 
 def main() -> None:
