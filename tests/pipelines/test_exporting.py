@@ -79,7 +79,7 @@ def test_an_export_that_measures_otherwise_is_refused(finished: Path, tmp_path: 
         return type(checkpoint)(**{**vars(checkpoint), "tensors": tensors})
 
     monkeypatch.setattr(exporting, "checkpoint_of", damaged)
-    with pytest.raises(QualityError, match="reads back with perplexity .* do not use it") as caught:
+    with pytest.raises(QualityError, match=r"reads back with perplexity .* do not use it") as caught:
         exporting.export(finished, "dense", tmp_path / "dense", stage="prune")
     assert caught.value.exit_code == 4
 
