@@ -41,7 +41,8 @@ def as_pickle(model: Path) -> None:
 
 def as_bert(model: Path) -> None:
     """A model of blocks whose tokens see each other."""
-    made = CONFIG_MAPPING["bert"](vocab_size=1024, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    kind: Any = CONFIG_MAPPING["bert"]
+    made = kind(vocab_size=1024, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(made).save_pretrained(model)
 

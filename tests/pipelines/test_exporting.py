@@ -10,14 +10,13 @@ from bitmend.pipelines import exporting, runner
 from bitmend.pipelines.errors import InputError, QualityError, UsageError
 from bitmend.pipelines.loading import opened
 from bitmend.pipelines.recipe import resolve
-from bitmend.reports.record import StageRecord
 from transformers import AutoModelForCausalLM
 
 from .families import save_speaking, tiny_model
 from .runs import chosen
 
 
-def stage(run: Path, name: str) -> StageRecord:
+def stage(run: Path, name: str) -> Any:
     return next(s for s in runner.record(run).stages if s.stage == name)
 
 
@@ -35,7 +34,7 @@ def test_dense_is_what_transformers_loads(finished: Path, tmp_path: Path) -> Non
     assert found["artifact_perplexity"] == stage(finished, "quantize").perplexity
     assert found["total_bytes"] == sum(p.stat().st_size for p in (tmp_path / "dense").glob("*.safetensors"))
     assert any("masks themselves have no place" in note for note in found["notes"])
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     artifact = runner.last_artifact(finished, "quantize")
     for name in artifact.linears:
         assert torch.equal(loaded.get_submodule(name).weight, artifact.stored(name).dense())
@@ -118,6 +117,7 @@ def test_a_quantized_checkpoint_recovers_towards_its_teacher(gptq: Path, small_m
     made = runner.run(recipe, tmp_path / "run")
     assert [s.method for s in made.stages] == [None, "scales", "bind"]
     before, after, fused = made.stages
+    assert before.perplexity is not None and after.perplexity is not None
     assert before.bits_per_weight is not None and before.bits_per_weight < 5, "what came quantized is counted as it is stored"
     assert after.perplexity < before.perplexity
     assert after.total_bytes == before.total_bytes and after.bits_per_weight == before.bits_per_weight

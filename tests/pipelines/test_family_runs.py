@@ -84,7 +84,7 @@ def test_conv1d_is_stored_the_other_way_around(tmp_path: Path, small_model: Path
     stages = [{"quantize": {"method": "rtn", "bits": 8, "group_size": 16}}]
     run("gpt2", tmp_path, small_model, small_text, stages)
     artifact = runner.last_artifact(tmp_path / "run")
-    source = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    source: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
     conv = source.transformer.h[1].mlp.c_fc
     stored = artifact.stored("transformer.h.1.mlp.c_fc")
     assert stored.shape == (256, 64) == tuple(reversed(conv.weight.shape))

@@ -1,6 +1,7 @@
 """The compressed model writes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ PROMPT = "The city of"
 def test_the_baseline_writes_what_transformers_writes(finished: Path, small_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(small_model)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    model = AutoModelForCausalLM.from_pretrained(small_model)
+    model: Any = AutoModelForCausalLM.from_pretrained(small_model)
     with torch.no_grad():
         expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
     pieces = list(generate(stage_directory(finished, "baseline"), PROMPT, max_new_tokens=12, device="cpu"))

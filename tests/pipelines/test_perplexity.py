@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from bitmend.pipelines.data import Windows
 from bitmend.pipelines.errors import InputError
 from bitmend.pipelines.inputs import Inputs
 from bitmend.pipelines.perplexity import Scores, Teacher
-from bitmend.reports.record import StageRecord, paired_difference
+from bitmend.reports.record import paired_difference
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .runs import chosen, stage_directory
@@ -40,7 +41,7 @@ def direct(model: Path, ids_NT: torch.Tensor) -> list[float]:
         return [float(loaded(ids.unsqueeze(0), labels=ids.unsqueeze(0)).loss) for ids in ids_NT]
 
 
-def stages(run: Path) -> dict[str, StageRecord]:
+def stages(run: Path) -> dict[str, Any]:
     return {s.stage: s for s in runner.record(run).stages}
 
 

@@ -137,9 +137,10 @@ def test_until_and_from(performed: list[str], small_model: Path, small_text: Pat
         runner.run(recipe, tmp_path / "run", from_stage="decompose")
     runner.run(recipe, tmp_path / "run", from_stage="quantize", until_stage="quantize")
     assert performed == ["prune", "quantize"]
-    for option in ("from_stage", "until_stage", "force"):
+    unknown: list[dict[str, Any]] = [{option: "melt"} for option in ("from_stage", "until_stage", "force")]
+    for options in unknown:
         with pytest.raises(UsageError, match="no such stage in this recipe; choose one of"):
-            runner.run(recipe, tmp_path / "run", **{option: "melt"})
+            runner.run(recipe, tmp_path / "run", **options)
 
 
 def test_another_protocol_measures_again_and_compresses_nothing(
