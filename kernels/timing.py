@@ -18,8 +18,8 @@ import torch
 
 from .choices import device_name
 
-COLD_BYTES = {"cuda": 256 << 20, "cpu": 64 << 20}  # copies of a weight are visited in turn until this much has passed
-MOST_COPIES = {"cuda": 64, "cpu": 24}
+COLD_BYTES = {"cuda": 256 << 20, "cpu": 16 << 20}  # copies of a weight are visited in turn until this much has passed
+MOST_COPIES = {"cuda": 64, "cpu": 8}
 
 
 @dataclass(frozen=True)
