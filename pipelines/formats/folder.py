@@ -83,9 +83,17 @@ def model_card(card: Mapping[str, Any], notes: Sequence[str], how_to_load: str) 
 
 
 def _listed(protocol: Any) -> list[str]:
-    if isinstance(protocol, Mapping):
-        return [f"- {name.replace('_', ' ')}: {value}" for name, value in protocol.items()]
-    return [str(protocol)]
+    """One line per entry; what is unknown is left out, and line breaks are shown as such."""
+    if not isinstance(protocol, Mapping):
+        return [str(protocol)]
+    lines = []
+    for name, value in protocol.items():
+        if isinstance(value, Mapping):
+            lines += _listed(value)
+        elif value is not None:
+            shown = json.dumps(value, ensure_ascii=False) if isinstance(value, str) and not value.isprintable() else value
+            lines.append(f"- {name.replace('_', ' ')}: {shown}")
+    return lines
 
 
 def _number(value: Any) -> str:

@@ -44,7 +44,7 @@ def test_the_card_says_what_was_done_and_how_it_was_measured():
         "recipe": [{"quantize": {"bits": 3}}],
         "perplexity": 33.123456,
         "baseline_perplexity": 28.7,
-        "protocol": {"seq_len": 512, "windows": 40},
+        "protocol": {"seq_len": 512, "windows": 40, "join": "\n\n", "details": {"documents": 6, "sample_seed": None}},
         "notes": ["made for a test"],
     }
     text = model_card(card, ["a mask was lost"], "load(it)")
@@ -57,6 +57,7 @@ def test_the_card_says_what_was_done_and_how_it_was_measured():
         "load(it)",
     ):
         assert part in text
+    assert '- join: "\\n\\n"' in text and "- documents: 6" in text and "sample" not in text
     assert "- made for a test" in text and "- a mask was lost" in text
 
 
