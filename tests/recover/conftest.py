@@ -1,6 +1,7 @@
 """Tiny random models, every kind of compressed record, and text to train on."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def llama(seed: int = 0, tied: bool = True) -> nn.Module:
+def llama(seed: int = 0, tied: bool = True) -> Any:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -38,13 +39,13 @@ def llama(seed: int = 0, tied: bool = True) -> nn.Module:
     return LlamaForCausalLM(config).eval()
 
 
-def gpt2(seed: int = 0) -> nn.Module:
+def gpt2(seed: int = 0) -> Any:
     torch.manual_seed(seed)
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2)
     return GPT2LMHeadModel(config).eval()
 
 
-MODELS = {"llama": llama, "gpt2": gpt2}
+MODELS: dict[str, Any] = {"llama": llama, "gpt2": gpt2}
 
 
 def mask_of(weight_OI: torch.Tensor, pattern: str) -> torch.Tensor:
@@ -78,8 +79,8 @@ def low_rank_of(error_OI: torch.Tensor, rank: int = 4) -> LowRank:
     return LowRank((u[:, :rank] * s[:rank]).half(), v[:rank].half())
 
 
-def compress(weight_OI: torch.Tensor, kind: str) -> StoredWeight:
-    """A record of the named kind that approximates the matrix."""
+def compress(weight_OI: torch.Tensor, kind: str) -> Any:
+    """A StoredWeight of the named kind that approximates the matrix."""
     weight = weight_OI.float()
     if kind == "dense":
         return StoredWeight(DenseWeight(weight))
@@ -127,9 +128,9 @@ def records(model: nn.Module, kind: str) -> dict[str, StoredWeight]:
     return out
 
 
-def compressed(kind: str, family: str = "llama", seed: int = 0) -> nn.Module:
+def compressed(kind: str, family: str = "llama", seed: int = 0) -> Any:
     """A tiny model whose block linears are CompressedLinears of the kind."""
-    model = MODELS[family](seed)
+    model: Any = MODELS[family](seed)
     install(model, records(model, kind))
     return model
 

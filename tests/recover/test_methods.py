@@ -1,5 +1,7 @@
 """Invariants of every method on every kind: step 0, masks, codes, folding, refusals."""
 
+from typing import Any
+
 import pytest
 import torch
 from bitmend.compress.weights import DenseWeight
@@ -68,7 +70,7 @@ def test_step_0_training_and_folding(name, kind, own):
     with torch.no_grad():
         assert_close(model(ids).logits, start, atol=1e-4, rtol=1e-4)
     config, _ = split(name, SHORT | own)
-    result = train(model, attached, batch, held_out(), None, config, main=RECOVER[name].main)
+    result = train(model, attached, batch, held_out(1), None, config, main=RECOVER[name].main)
     assert result.finished and result.best_loss <= result.start_loss
     one_step(model, attached)
     check_folding(name, kind, model, attached, before)
@@ -96,7 +98,7 @@ def check_folding(name, kind, model, attached, before):
         trained = model(ids).logits
     if attached.stored_form is not None:
         attached.stored_form(True)
-    after = {n: lin.to_stored() for n, lin in compressed_linears(model).items()}
+    after: Any = {n: lin.to_stored() for n, lin in compressed_linears(model).items()}
     for layer, (stored, _) in after.items():
         old = before[layer]
         assert (stored.mask is None) == (old.mask is None)

@@ -59,6 +59,7 @@ def test_what_peft_saves_gives_the_same_logits(tmp_path):
     model = compressed("3-bit")
     attached = attach("prompt_tuning", model, SETTINGS)
     train(model, attached, batch, held_out(), None, split("prompt_tuning", SETTINGS)[0], main="tokens")
+    assert attached.starts_without is not None
     attached.starts_without(False)
     attached.peft.save_pretrained(tmp_path)
     ids = batch(4).ids
@@ -79,6 +80,7 @@ def test_an_adapter_is_stored_and_comes_back_and_a_foreign_one_is_refused():
     model = compressed("3-bit")
     attached = attach("mam_adapter", model, settings)
     train(model, attached, batch, held_out(), None, split("mam_adapter", settings)[0], main="adapters")
+    assert attached.starts_without is not None
     attached.starts_without(False)
     again = attach("mam_adapter", compressed("3-bit"), settings, seed=9)
     load_adapter_(again, adapter_tensors(attached))

@@ -113,6 +113,13 @@ def test_magnitude_and_saliency():
     assert torch.equal(saliency(w, torch.tensor([[2.0, 3.0]])), 0.5 * torch.tensor([[2.0, 3.0]]) * w**2)
 
 
+def _keep(seen):
+    def hook(module, args, y):
+        seen.append((args[0].detach(), y))
+
+    return hook
+
+
 @pytest.mark.parametrize("kind", ["3-bit", "everything"])
 def test_fisher_is_the_mean_squared_gradient_per_sequence(kind):
     model = compressed(kind)
@@ -127,12 +134,9 @@ def test_fisher_is_the_mean_squared_gradient_per_sequence(kind):
     rows = [row for i in (0, 1) for row in batch(i).ids.split(1)][:3]
     for ids in rows:
         seen = []
-        hook = linear.register_forward_hook(
-            lambda m, a, y, s=seen: s.append((a[0].detach(), y.requires_grad_(True) if not y.requires_grad else y))
-        )
+        hook = linear.register_forward_hook(_keep(seen))
         with torch.enable_grad():
-            for parameter in [model.get_input_embeddings().weight]:
-                parameter.requires_grad_(True)
+            model.get_input_embeddings().weight.requires_grad_(True)
             loss = gradients.loss(Batch(ids))
         hook.remove()
         x, y = seen[0]
