@@ -30,3 +30,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, small_model: Path, small_
 def commands(own_cache: Path, torch_threads: None) -> Iterator[Processes]:
     with processes() as found:
         yield found
+
+
+@pytest.fixture
+def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without the second that drawing report.html takes; `finished` has a real one."""
+    monkeypatch.setattr("bitmend.reports.render", lambda record, kind: f"{kind}\n")

@@ -20,6 +20,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from .families import save_speaking
 from .runs import Processes, chosen, hashes, write_recipe
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 Damage = Callable[[Path], object]
 
 

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 from .families import save_speaking, tiny_model
 from .runs import chosen
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 
 def stage(run: Path, name: str) -> Any:
     return next(s for s in runner.record(run).stages if s.stage == name)

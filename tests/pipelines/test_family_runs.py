@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 from .families import FAMILIES, save_speaking
 from .runs import chosen
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 CPU = torch.device("cpu")
 TRAINED: dict[str, dict[str, Any]] = {
     "perp": {"method": "perp", "steps": 2, "batch_size": 1, "seq_len": 32, "loss": "cross_entropy"},

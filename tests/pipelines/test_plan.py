@@ -12,6 +12,8 @@ from bitmend.pipelines.recipe import resolve
 from .families import save_speaking
 from .runs import CHAIN, Processes, chosen, write_recipe
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 WANDA: dict[str, Any] = {"prune": {"method": "wanda", "sparsity": 0.3}}
 QERA: dict[str, Any] = {"decompose": {"method": "qera_exact", "rank": 4}}
 RECIPES: dict[str, list[dict[str, Any]]] = {

@@ -14,6 +14,8 @@ from bitmend.pipelines.recipe import Recipe, resolve
 
 from .runs import CHAIN, chosen, hashes, stage_directory, write_recipe
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 ADDRESSES = ["baseline", "prune", "quantize", "decompose", "recover", "fuse"]
 
 
