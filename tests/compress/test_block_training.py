@@ -78,7 +78,8 @@ def test_masked_weights_stay_exactly_zero_and_the_mask_is_kept(method: str) -> N
     for name, record in records.items():
         keep = given.weights[name].mask_OI()
         assert keep is not None and record.mask is not None
-        assert torch.equal(record.mask_OI(), keep)
+        kept = record.mask_OI()
+        assert kept is not None and torch.equal(kept, keep)
         assert not record.base.dense()[~keep].any()
 
 
@@ -86,8 +87,10 @@ def test_masked_weights_stay_exactly_zero_and_the_mask_is_kept(method: str) -> N
 def test_the_same_seed_gives_the_same_bits(method: str) -> None:
     first, second = solve(method, problem())[0], solve(method, problem())[0]
     for name in first:
-        assert torch.equal(first[name].base.codes, second[name].base.codes)
-        assert torch.equal(first[name].base.scales, second[name].base.scales)
+        one, two = first[name].base, second[name].base
+        assert isinstance(one, UniformWeight) and isinstance(two, UniformWeight)
+        assert torch.equal(one.codes, two.codes)
+        assert torch.equal(one.scales, two.scales)
 
 
 def test_the_first_iterate_is_gptqs() -> None:
@@ -97,7 +100,9 @@ def test_the_first_iterate_is_gptqs() -> None:
     plain = {n: QUANTIZE["gptq"].function(given.weights[n], given.targets[n], given.statistics[n], config)[0] for n in given.weights}
     records, _ = solve("block_training", given, steps=1, learning_rate=0.0, scale_rate=1e-12)
     for name in plain:
-        assert torch.equal(records[name].base.codes_OI(), plain[name].base.codes_OI())
+        found, expected = records[name].base, plain[name].base
+        assert isinstance(found, UniformWeight) and isinstance(expected, UniformWeight)
+        assert torch.equal(found.codes_OI(), expected.codes_OI())
 
 
 def test_stored_start_wants_a_grid() -> None:
