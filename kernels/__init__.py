@@ -1,4 +1,2 @@
-# bitsandbytes and transformers try `import kernels` for the Hub's package of that name; from the repository root that finds
-# this folder. Ours is `bitmend.kernels`: under the bare name it must look as if it were not installed.
-if __name__ == "kernels":
-    raise ModuleNotFoundError("No module named 'kernels'", name="kernels")
+# bitsandbytes and transformers look for the Hub's package `kernels`; started from the repository root they find this folder. It must
+# import cleanly and offer neither a version nor `get_kernel`: both then take it for absent. Ours is `bitmend.kernels`.

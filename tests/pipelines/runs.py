@@ -102,7 +102,7 @@ for line in sys.stdin:
 
 @contextmanager
 def processes() -> Iterator[Processes]:
-    server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen([sys.executable, "-P", "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         yield Processes(server)
     finally:
