@@ -122,8 +122,8 @@ def block_linears(model: nn.Module) -> dict[str, nn.Module]:
 def records(model: nn.Module, kind: str) -> dict[str, StoredWeight]:
     out = {}
     for name, module in block_linears(model).items():
+        assert isinstance(module.weight, torch.Tensor)
         weight = module.weight.detach()
-        assert isinstance(weight, torch.Tensor)
         out[name] = compress(weight.T if isinstance(module, Conv1D) else weight, kind)
     return out
 
