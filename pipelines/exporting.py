@@ -16,10 +16,10 @@ from .artifact import Artifact
 from .errors import InputError, QualityError
 from .formats.checkpoint import Checkpoint, Lazy
 from .inputs import Inputs
+from .ledger import last_artifact, record
 from .models import inspect, load_config, skeleton, tied_names
 from .recipe import Recipe, resolve
 from .rundir import RunDirectory
-from .runner import last_artifact, record
 
 TOLERANCE = 1e-3
 """Largest relative difference between the artifact's perplexity and its export's; formats round factors and scales to 16 bits."""

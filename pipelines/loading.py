@@ -28,7 +28,7 @@ def opened(model: str, revision: str | None = None) -> Iterator[Artifact]:
     if (path / MANIFEST).is_file():
         yield open_artifact(path.resolve())
     elif (path / "run.json").is_file():
-        from .runner import last_artifact
+        from .ledger import last_artifact
 
         yield last_artifact(path)
     else:

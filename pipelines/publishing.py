@@ -83,7 +83,7 @@ def publish(name: str, directory: Path, only: str | None = None) -> list[Path]:
     )
     notes = [
         f"Baseline: {found[0]['baseline_perplexity']:.2f}." if found else "",
-        f"Made by `make publish`; calibration {SETTINGS['calibration']['samples']} × {SETTINGS['calibration']['seq_len']} tokens of the demo text; {cpu_name()}, 2 cores shared with other work: seconds are an upper bound."
+        f"Made by `make publish`; calibration {SETTINGS['calibration']['samples']} × {SETTINGS['calibration']['seq_len']} tokens of the demo text; {cpu_name()}, 2 cores shared with other work: seconds are an upper bound.",
     ]
     return published.write(name, shown, COLUMNS, protocol, figure, title=title, notes=notes)
 

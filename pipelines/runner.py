@@ -2,13 +2,12 @@
 
 key(stage) = hash(parent's key, stage, method, method version, settings, data fingerprint, schema). A stage whose directory is there
 is reused; one that was interrupted goes on where it stopped; a changed setting makes a new directory and leaves the old one.
-Knows the order of things; not what a stage does.
+Knows the order of things; not what a stage does. What a run has left is read in `ledger`, whose functions are offered here as well.
 """
 
 import hashlib
 import json
 import logging
-import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..reports.record import Protocol, RunRecord, StageRecord
 from . import measure, recipe, stages
@@ -26,33 +24,19 @@ from .artifact import MANIFEST, SCHEMA, Artifact, ArtifactWriter, disk_errors, o
 from .data import Windows
 from .errors import InputError, OutOfMemoryError, QualityError, UsageError
 from .inputs import Inputs
+from .ledger import Step, gc, last_artifact, record, status
 from .measure import Peak
 from .models import resolve_model
 from .plan import refusals
 from .rundir import RunDirectory
-from .stage_settings import StageSpec, methods
+from .stage_settings import methods
 from .surroundings import Stop, environment, signals
+
+__all__ = ["Run", "Step", "gc", "last_artifact", "plan_steps", "record", "resume", "run", "run_directory", "status"]
 
 log = logging.getLogger("bitmend")
 PAGE_SECONDS = 10.0
 """A stage that takes longer is worth a page of its own while the run goes on."""
-
-
-@dataclass
-class Step:
-    """One stage of the plan."""
-
-    address: str
-    method: str | None
-    key: str
-    name: str  # directory name
-    settings: dict[str, Any]
-    spec: StageSpec | None = None
-
-    def state(self, directory: RunDirectory) -> str:
-        if directory.artifact(self.name).is_dir():
-            return "done"
-        return "partial" if directory.scratch(self.name).is_dir() else "missing"
 
 
 @dataclass
@@ -108,79 +92,6 @@ def resume(directory: Path, **options: Any) -> RunRecord:
     if not place.recipe.is_file():
         raise InputError(f"{place.recipe}: missing, so nothing says what to resume; run the recipe again with -o {directory}")
     return run(recipe.resolve(str(place.recipe), file=None, sets=[], options={}), directory, **options)
-
-
-def status(directory: Path) -> dict[str, Any]:
-    """What is done, what is under way (finished blocks or steps) and what is missing."""
-    place = RunDirectory(directory.resolve())
-    rows = []
-    for row in place.read()["stages"]:
-        step = Step(row["address"], row["method"], row["key"], row["name"], row["settings"])
-        state = step.state(place)
-        entry = {"stage": step.address, "method": step.method, "state": state, "directory": f"stages/{step.name}"}
-        if state == "partial":
-            entry["finished_parts"] = len(list(place.scratch(step.name).glob("*.part.json")))
-            entry |= _training_step(place.scratch(step.name) / stages.STATE)
-        scores = sorted(place.metrics(step.name).glob("????????.json"), key=lambda p: p.stat().st_mtime)
-        if scores:
-            entry["perplexity"] = _mean_perplexity(scores[-1])
-        rows.append(entry)
-    return {"run": place.path.name, "directory": str(place.path), "stages": rows}
-
-
-def record(directory: Path) -> RunRecord:
-    """The record of a run as last measured. InputError when nothing was measured yet."""
-    place = RunDirectory(directory.resolve())
-    place.read()
-    path = place.path / "record.json"
-    if not path.is_file():
-        raise InputError(f"{directory}: no stage has been measured yet; `pipeline resume {directory}` goes on")
-    return RunRecord.from_json(json.loads(path.read_text()))
-
-
-def last_artifact(directory: Path, stage: str | None = None) -> Artifact:
-    """The artifact of a stage (by address), or the last finished one."""
-    place = RunDirectory(directory.resolve())
-    rows = [row for row in place.read()["stages"] if place.artifact(row["name"]).is_dir()]
-    if stage is not None:
-        rows = [row for row in rows if row["address"] == stage]
-    if not rows:
-        what = f"stage {stage!r}" if stage else "finished stage"
-        raise InputError(f"{directory}: has no {what}; `pipeline status {directory}` lists what there is")
-    return open_artifact(place.artifact(rows[-1]["name"]))
-
-
-def _training_step(path: Path) -> dict[str, int]:
-    """How far a training state has come; nothing where there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {"finished_steps": json.loads((file.metadata() or {})["meta"])["step"]}
-    except (SafetensorError, KeyError, ValueError):
-        return {}
-
-
-def gc(directory: Path) -> dict[str, Any]:
-    """Drop what the last plan does not name: stages of other settings, their metrics, unfinished scratch directories, torn files."""
-    place = RunDirectory(directory.resolve())
-    plan = place.read()["stages"]
-    with place.held():
-        wanted = {row["name"] for row in plan} | {p.name for p in place.stages.glob("teacher-????????")}
-        keep = wanted | {f"{name}.metrics" for name in wanted} | {f"{name}.partial" for name in wanted if not place.artifact(name).is_dir()}
-        dropped, freed = [], 0
-        for path in sorted(place.stages.iterdir()) if place.stages.is_dir() else []:
-            if path.name not in keep:
-                freed += sum(f.stat().st_size for f in path.rglob("*") if f.is_file() and f.stat().st_nlink == 1)
-                shutil.rmtree(path)
-                dropped.append(path.name)
-        for path in [*place.path.glob(".*"), *place.stages.glob("*/.*")]:
-            if re.fullmatch(r"\..+\.\d+", path.name):  # what `write_bytes` was writing when it was killed
-                freed += path.stat().st_size
-                path.unlink()
-                dropped.append(path.name)
-        place.log("gc", dropped=dropped, freed=freed)
-    return {"dropped": dropped, "freed_bytes": freed}
 
 
 def run_directory(chosen: recipe.Recipe) -> Path:
@@ -433,10 +344,3 @@ def _gate(made: RunRecord, limit: float | None) -> None:
         raise QualityError(
             f"{last.stage}: perplexity {last.perplexity:.3f} is {ratio or float('nan'):.3f} times the baseline's, above --max-perplexity-ratio {limit}; the artifacts are kept"
         )
-
-
-def _mean_perplexity(path: Path) -> float | None:
-    from .perplexity import load_scores
-
-    found = load_scores(path)
-    return found[0].perplexity if found else None

@@ -13,8 +13,8 @@ from torch import nn
 
 from . import attach as methods
 from . import bottlenecks, deltas, increments, prompts
+from .run import TrainConfig
 from .site import Gradients, Site, kinds, site_of
-from .train import TrainConfig
 from .trainable import Attached
 
 Refusal = Callable[[frozenset[str], Any], str | None]

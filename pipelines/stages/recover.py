@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from ...compress.weights import DenseWeight, StoredWeight
 from ...recover.linear import CompressedLinear, cache_dense, compressed_linears, install
 from ...recover.methods import RECOVER, Gradients, attach, refusal, split
+from ...recover.run import TrainConfig
 from ...recover.site import kinds
 from ...recover.state import TrainState
 from ...recover.student import Batch, Teacher, student_of
-from ...recover.train import Progress, TrainConfig, TrainingDiverged, TrainResult, batch_loss, train
+from ...recover.train import Progress, TrainingDiverged, TrainResult, batch_loss, train
 from ..artifact import Artifact, ArtifactWriter, shards_of, write_bytes
 from ..blocks import StreamedModel
 from ..errors import InputError, UsageError

@@ -5,8 +5,9 @@ import pytest
 import torch
 from bitmend.recover.linear import compressed_linears
 from bitmend.recover.methods import RECOVER, attach, split
+from bitmend.recover.run import TrainConfig, learning_rate
 from bitmend.recover.student import Batch, student_of, teacher_of
-from bitmend.recover.train import TrainConfig, TrainingDiverged, held_out_loss, learning_rate, train
+from bitmend.recover.train import TrainingDiverged, held_out_loss, train
 
 from .conftest import batch, compressed, gpt2, held_out, llama
 

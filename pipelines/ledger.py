@@ -1,0 +1,113 @@
+"""What a run has left: its plan, its state, its record, its artifacts, and what may be dropped. Knows the directory; runs nothing."""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..reports.record import RunRecord
+from . import stages
+from .artifact import Artifact, open_artifact
+from .errors import InputError
+from .perplexity import load_scores
+from .rundir import RunDirectory
+from .stage_settings import StageSpec
+
+
+@dataclass
+class Step:
+    """One stage of the plan."""
+
+    address: str
+    method: str | None
+    key: str
+    name: str  # directory name
+    settings: dict[str, Any]
+    spec: StageSpec | None = None
+
+    def state(self, directory: RunDirectory) -> str:
+        if directory.artifact(self.name).is_dir():
+            return "done"
+        return "partial" if directory.scratch(self.name).is_dir() else "missing"
+
+
+def status(directory: Path) -> dict[str, Any]:
+    """What is done, what is under way (finished blocks or steps) and what is missing."""
+    place = RunDirectory(directory.resolve())
+    rows = []
+    for row in place.read()["stages"]:
+        step = Step(row["address"], row["method"], row["key"], row["name"], row["settings"])
+        state = step.state(place)
+        entry = {"stage": step.address, "method": step.method, "state": state, "directory": f"stages/{step.name}"}
+        if state == "partial":
+            entry["finished_parts"] = len(list(place.scratch(step.name).glob("*.part.json")))
+            entry |= _training_step(place.scratch(step.name) / stages.STATE)
+        scores = sorted(place.metrics(step.name).glob("????????.json"), key=lambda p: p.stat().st_mtime)
+        if scores:
+            entry["perplexity"] = _mean_perplexity(scores[-1])
+        rows.append(entry)
+    return {"run": place.path.name, "directory": str(place.path), "stages": rows}
+
+
+def _training_step(path: Path) -> dict[str, int]:
+    """How far a training state has come; nothing where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {"finished_steps": json.loads((file.metadata() or {})["meta"])["step"]}
+    except (SafetensorError, KeyError, ValueError):
+        return {}
+
+
+def _mean_perplexity(path: Path) -> float | None:
+    found = load_scores(path)
+    return found[0].perplexity if found else None
+
+
+def record(directory: Path) -> RunRecord:
+    """The record of a run as last measured. InputError when nothing was measured yet."""
+    place = RunDirectory(directory.resolve())
+    place.read()
+    path = place.path / "record.json"
+    if not path.is_file():
+        raise InputError(f"{directory}: no stage has been measured yet; `pipeline resume {directory}` goes on")
+    return RunRecord.from_json(json.loads(path.read_text()))
+
+
+def last_artifact(directory: Path, stage: str | None = None) -> Artifact:
+    """The artifact of a stage (by address), or the last finished one."""
+    place = RunDirectory(directory.resolve())
+    rows = [row for row in place.read()["stages"] if place.artifact(row["name"]).is_dir()]
+    if stage is not None:
+        rows = [row for row in rows if row["address"] == stage]
+    if not rows:
+        what = f"stage {stage!r}" if stage else "finished stage"
+        raise InputError(f"{directory}: has no {what}; `pipeline status {directory}` lists what there is")
+    return open_artifact(place.artifact(rows[-1]["name"]))
+
+
+def gc(directory: Path) -> dict[str, Any]:
+    """Drop what the last plan does not name: stages of other settings, their metrics, unfinished scratch directories, torn files."""
+    place = RunDirectory(directory.resolve())
+    plan = place.read()["stages"]
+    with place.held():
+        wanted = {row["name"] for row in plan} | {p.name for p in place.stages.glob("teacher-????????")}
+        keep = wanted | {f"{name}.metrics" for name in wanted} | {f"{name}.partial" for name in wanted if not place.artifact(name).is_dir()}
+        dropped, freed = [], 0
+        for path in sorted(place.stages.iterdir()) if place.stages.is_dir() else []:
+            if path.name not in keep:
+                freed += sum(f.stat().st_size for f in path.rglob("*") if f.is_file() and f.stat().st_nlink == 1)
+                shutil.rmtree(path)
+                dropped.append(path.name)
+        for path in [*place.path.glob(".*"), *place.stages.glob("*/.*")]:
+            if re.fullmatch(r"\..+\.\d+", path.name):  # what `write_bytes` was writing when it was killed
+                freed += path.stat().st_size
+                path.unlink()
+                dropped.append(path.name)
+        place.log("gc", dropped=dropped, freed=freed)
+    return {"dropped": dropped, "freed_bytes": freed}

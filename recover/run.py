@@ -1,0 +1,126 @@
+"""One training run as data: its settings, its rates, and everything that changes while it goes on and is saved for a resume.
+
+Knows parameters and moments; not batches, losses or the loop.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .losses import LossName
+from .state import AdamW, TrainState
+from .student import Student
+from .trainable import RATES, Attached, Trainable
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Shared by all methods. learning_rate None = the method's default; eval_every None = five times in the run; warmup is in
+    steps (at most a quarter of the run). targets and layers: see `selection.where`. cache_dense keeps rebuilt
+    weights in memory (auto: when they fit)."""
+
+    steps: int = 200
+    learning_rate: float | None = None
+    batch_size: int = 4
+    seq_len: int = 256
+    accumulation: int = 1
+    warmup: int = 10
+    loss: LossName = "distill"
+    temperature: float = 1.0
+    clip: float = 1.0
+    eval_every: int | None = None
+    gradient_checkpointing: bool = False
+    targets: str | tuple[str, ...] = "all"
+    layers: str | tuple[int, ...] = "all"
+    cache_dense: Literal["auto", "always", "never"] = "auto"
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Share of the full rate at a step: linear warm-up, then cosine to 0."""
+    warmup = min(config.warmup, config.steps // 4)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
+
+
+def rates(trainables: Mapping[str, Trainable], config: TrainConfig, main: str | None = None) -> dict[str, float]:
+    """Full learning rate by name. `config.learning_rate` is that of the method's main kind; the others keep their ratio to it."""
+    factor = 1.0 if config.learning_rate is None or main is None else config.learning_rate / RATES[main]
+    return {name: t.rate * factor for name, t in trainables.items()}
+
+
+@dataclass
+class Run:
+    """What changes while training."""
+
+    student: Student
+    attached: Attached
+    optimizer: AdamW
+    rates: dict[str, float]
+    config: TrainConfig
+    step: int = 0
+    start_loss: float = math.nan
+    held_out: float = math.nan
+    best_loss: float = math.inf
+    best_step: int = 0
+    factor: float = 1.0
+    good_step: int = 0
+    tokens: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    rollbacks: list[str] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    good: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def trainables(self) -> dict[str, Trainable]:
+        return self.attached.trainables
+
+    def snapshot(self) -> dict[str, Tensor]:
+        return {name: t.parameter.detach().clone() for name, t in self.trainables.items()} | {
+            f"buffer:{name}": b.clone() for name, b in self._buffers().items()
+        }
+
+    def restore(self, values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, t in self.trainables.items():
+                t.parameter.copy_(values[name])
+                t.parameter.grad = None
+            for name, b in self._buffers().items():
+                b.copy_(values[f"buffer:{name}"])
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {} if self.attached.buffers is None else self.attached.buffers()
+
+    def state(self) -> TrainState:
+        tensors = {f"value.{k}": v for k, v in self.snapshot().items()}
+        for label, group in (("first", self.optimizer.first), ("second", self.optimizer.second), ("best", self.best), ("good", self.good)):
+            tensors |= {f"{label}.{k}": v.clone() for k, v in group.items()}
+        plain = ("step", "start_loss", "held_out", "best_loss", "best_step", "factor", "good_step", "tokens", "history", "rollbacks")
+        meta = {name: getattr(self, name) for name in plain}
+        return TrainState(
+            tensors, meta | {"optimizer_steps": self.optimizer.steps, "history": list(self.history), "rollbacks": list(self.rollbacks)}
+        )
+
+    def load(self, state: TrainState) -> None:
+        """ValueError when the state is of other trainables."""
+        names = {k.removeprefix("value.") for k in state.tensors if k.startswith("value.")}
+        if names != set(self.snapshot()):
+            odd = sorted(names ^ set(self.snapshot()))[:3]
+            raise ValueError(f"the saved training state is of other parameters ({', '.join(odd)}, …); start this stage anew with --force")
+        groups: dict[str, dict[str, Tensor]] = {"value": {}, "first": {}, "second": {}, "best": {}, "good": {}}
+        for key, tensor in state.tensors.items():
+            label, _, name = key.partition(".")
+            groups[label][name] = tensor.clone()
+        self.restore(groups["value"])
+        device = {name: t.parameter.device for name, t in self.trainables.items()}
+        self.optimizer.first = {k: v.to(device[k]) for k, v in groups["first"].items()}
+        self.optimizer.second = {k: v.to(device[k]) for k, v in groups["second"].items()}
+        self.best, self.good = groups["best"], groups["good"]
+        meta = dict(state.meta)
+        self.optimizer.steps = meta.pop("optimizer_steps")
+        for name, value in meta.items():
+            setattr(self, name, list(value) if isinstance(value, list) else value)
