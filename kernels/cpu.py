@@ -23,7 +23,7 @@ from .choices import remembered
 
 CPU = torch.device("cpu")
 GROUP_SIZES = (256, 128, 64, 32)  # what torch's operator accepts
-ROWS_PER_BLOCK = 64  # weights are padded to whole blocks, so that unpacking knows one layout only
+PADDED_ROWS = 64  # weights are padded to whole blocks of any instruction set, so that unpacking knows one layout only
 ROW_BUCKETS = (1, 8, 64, 512)  # a call takes the operator measured at the nearest of these from above
 PACKED_PATIENCE = 3.0  # packed is kept unless a dense matmul of one row is this many times faster
 HALF_PATIENCE = 1.5  # a 16-bit dense weight is kept unless float32 is this many times faster
@@ -49,8 +49,8 @@ class Int4Weight:
 
     def dense_IO(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[I, O], transposed: what the packed operator multiplies with, computed in float32 in few passes."""
-        order, inputs = _row_order(), self.in_features
-        blocks = self.packed.view(-1, inputs, ROWS_PER_BLOCK // 2)
+        (block, order), inputs = row_layout(), self.in_features
+        blocks = self.packed.view(-1, inputs, block // 2)
         codes = torch.cat((blocks & 15, blocks >> 4), dim=-1)
         if order is not None:
             codes = codes[:, :, order]
@@ -65,18 +65,20 @@ class Int4Weight:
 
 
 @cache
-def _row_order() -> Tensor | None:
-    """int64 [64]: where row r of a block stands among torch's (32 low nibbles, 32 high nibbles) of one input, found by packing
-    the row numbers themselves; None where they stand in order. RuntimeError if this torch packs in another way."""
-    rows = torch.arange(ROWS_PER_BLOCK, dtype=torch.int32).unsqueeze(1).expand(-1, 4)
-    low, high = (_pack(part.contiguous(), 2).view(4, -1) for part in (rows % 16, rows // 16))
-    if low.shape[1] != ROWS_PER_BLOCK // 2:
-        raise RuntimeError(f"torch {torch.__version__} packs int4 weights in an unknown shape {tuple(low.shape)}")
-    found = torch.cat(((low & 15) + 16 * (high & 15), (low >> 4) + 16 * (high >> 4)), dim=1).long()
-    order = found[0].argsort()
-    if not all(torch.equal(row[order], torch.arange(ROWS_PER_BLOCK)) for row in found):
-        raise RuntimeError(f"torch {torch.__version__} packs int4 weights in an unknown order")
-    return None if torch.equal(order, torch.arange(ROWS_PER_BLOCK)) else order
+def row_layout() -> tuple[int, Tensor | None]:
+    """(rows of a block, int64 [rows]: where row r of a block stands among its low nibbles followed by its high ones; None: in order),
+    found by packing the row numbers themselves, since it differs between instruction sets (AVX-512: blocks of 64; AVX2: of 32).
+    ValueError if this torch packs in yet another way."""
+    rows = torch.arange(PADDED_ROWS, dtype=torch.int32).unsqueeze(1).expand(-1, 4)
+    low, high = (_pack(part.contiguous(), 2) for part in (rows % 16, rows // 16))
+    for block in (64, 32):
+        a, b = (part.view(-1, 4, block // 2) for part in (low, high))
+        found = torch.cat(((a & 15) + 16 * (b & 15), (a >> 4) + 16 * (b >> 4)), dim=-1).long()
+        expected = torch.arange(PADDED_ROWS).view(-1, 1, block)
+        order = found[0, 0].argsort()
+        if torch.equal(found[..., order], expected.expand_as(found)):
+            return block, None if torch.equal(order, torch.arange(block)) else order
+    raise ValueError(f"torch {torch.__version__} packs int4 weights in an unknown order on {torch.backends.cpu.get_cpu_capability()}")
 
 
 def pack_int4(base: UniformWeight) -> Int4Weight:
@@ -84,6 +86,7 @@ def pack_int4(base: UniformWeight) -> Int4Weight:
 
     Codes are shifted, per group, so that an integer zero point lies at 8 where the codes in use allow (always below four bits):
     then no zero has to be rounded to bfloat16 and masked weights are exactly 0."""
+    row_layout()
     rows, columns = base.shape
     if base.bits > 4:
         raise ValueError(f"torch ships no packed operator for {base.bits}-bit groups on the CPU")
@@ -100,7 +103,7 @@ def pack_int4(base: UniformWeight) -> Int4Weight:
     offsets = (8 - zeros - shift) * scales
     repeat = stored // fitting[0]
     both = torch.stack((scales, offsets), dim=-1).repeat_interleave(repeat, dim=1)
-    padding = -rows % ROWS_PER_BLOCK
+    padding = -rows % PADDED_ROWS
     packed = _pack(F.pad(codes, (0, 0, 0, padding)).contiguous(), 2)
     both = F.pad(both, (0, 0, 0, 0, 0, padding)).transpose(0, 1).to(torch.bfloat16).contiguous()
     return Int4Weight(packed, both, fitting[0], rows)

@@ -75,6 +75,6 @@ def availability() -> str:
     """Whether this torch has the packed operator for the CPU, in words."""
     try:
         cpu.pack_int4(UniformWeight.from_codes(torch.zeros(64, 64, dtype=torch.int64), torch.ones(64, 1), None, 4, 64))
-    except (RuntimeError, AttributeError) as error:
+    except (RuntimeError, ValueError, AttributeError) as error:
         return f"missing: {error}"
     return f"torch's int4 operator, {torch.backends.cpu.get_cpu_capability()}"
