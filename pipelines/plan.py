@@ -2,76 +2,29 @@
 
 import json
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..compress.grids import UniformGrid
-from ..compress.packing import packed_words
 from .errors import InputError
-from .models import Site, Structure, inspect, load_config, positions, resolve_model, skeleton, source_files, tied_names
+from .models import Structure, inspect, load_config, positions, resolve_model, skeleton, source_files
 from .recipe import Recipe
 from .rundir import RunDirectory
+from .sizes import Sizes, apply, dense_sizes
 from .stage_settings import StageSpec, methods
-
-FACTOR_BITS = 16
-ENTRY_BYTES = 70
-"""Of a tensor's entry in a safetensors header, besides its name."""
-SHARD_BYTES = 48
-
-
-@dataclass
-class Size:
-    """Bits that one linear stores, by what stores them, and the tensors they lie in; `compressed` once a stage made a record of it."""
-
-    base: float
-    mask: float = 0
-    low_rank: float = 0
-    base_names: tuple[str, ...] = ("weight",)
-    compressed: bool = False
-
-    @property
-    def bits(self) -> float:
-        return self.base + self.mask + self.low_rank
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        factors = ("low_rank.up", "low_rank.down") if self.low_rank else ()
-        return (*self.base_names, *(("mask",) if self.mask else ()), *factors)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Every matrix by its name, and the bytes of everything else, headers of the files included."""
-
-    structure: Structure
-    of: dict[str, Size]
-    rest_bytes: float
-    weights: dict[str, int] = field(default_factory=dict)
-
-    def total_bytes(self) -> float:
-        headers = sum(len(site) + 1 + len(name) + ENTRY_BYTES for site, size in self.of.items() for name in size.names)
-        return sum(size.bits for size in self.of.values()) / 8 + headers + self.rest_bytes
-
-    def bits_per_weight(self) -> float:
-        """Over the compressed matrices; before any is, over those of the blocks."""
-        compressed = [n for n, size in self.of.items() if size.compressed]
-        over = compressed or [s.name for s in self.structure.sites if s.block is not None]
-        return sum(self.of[n].bits for n in over) / sum(self.weights[n] for n in over)
 
 
 def refusals(recipe: Recipe, source: Path) -> list[str]:
     """What a run of this recipe on the model in `source` would be refused for, one line each; empty when nothing is."""
     model = skeleton(load_config(source))
     imported = "quantization_config" in json.loads((source / "config.json").read_text())
-    sizes = _sizes(model, inspect(model, include_head=True), _element_bytes(source))
+    sizes = dense_sizes(model, inspect(model, include_head=True), _element_bytes(source))
     refused = [*_too_long(recipe, positions(model.config)), *_unused_budget(recipe)]
     for spec in recipe.stages:
         if spec.name == "recover" and not imported:
             refused += _cannot_recover(spec, sizes)
-        refused += _apply(spec, sizes)
+        refused += apply(spec, sizes)
     return refused
 
 
@@ -82,12 +35,12 @@ def predict(recipe: Recipe, directory: Path | None = None) -> dict[str, Any]:
     structure = inspect(model, include_head=True)
     total = sum(p.numel() for p in model.parameters())
     element = _element_bytes(source)
-    sizes = _sizes(model, structure, element)
+    sizes = dense_sizes(model, structure, element)
     speed = _multiplications_per_second()
     stages = [_row("baseline", None, sizes, _evaluation_seconds(recipe, total, speed))]
     stages[0]["total_bytes"] = sum(entry["bytes"] for entry in source_files(source).values())
     for spec in recipe.stages:
-        _apply(spec, sizes)
+        apply(spec, sizes)
         seconds = _seconds(spec, recipe, total, speed) + _evaluation_seconds(recipe, total, speed)
         stages.append(_row(spec.address, spec.method, sizes, seconds))
     finished = _finished(recipe, source, directory) if directory is not None else []
@@ -107,10 +60,6 @@ def predict(recipe: Recipe, directory: Path | None = None) -> dict[str, Any]:
     }
 
 
-def _weights(site: Site) -> int:
-    return site.shape[0] * site.shape[1]
-
-
 def _element_bytes(source: Path) -> float:
     """Of the first matrix's dtype. InputError for a file that cannot be read."""
     from safetensors import SafetensorError, safe_open
@@ -122,17 +71,6 @@ def _element_bytes(source: Path) -> float:
             return torch.empty(0, dtype=shard.get_tensor(name).dtype).element_size()
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{first}: not a readable safetensors file ({error}); download the model again") from error
-
-
-def _sizes(model: Any, structure: Structure, element: float) -> Sizes:
-    """Before any stage: every matrix dense."""
-    weights = {s.name: _weights(s) for s in structure.sites}
-    tied = tied_names(model)
-    plain = {f"{s.module}.{s.parameter}" for s in structure.sites}
-    others = [n for n in model.state_dict() if n not in plain and n not in tied]
-    total = sum(p.numel() for p in model.parameters())
-    rest = (total - sum(weights.values())) * element + sum(len(n) + ENTRY_BYTES for n in others) + (2 * structure.blocks + 1) * SHARD_BYTES
-    return Sizes(structure, {n: Size(count * element * 8) for n, count in weights.items()}, rest, weights)
 
 
 def _too_long(recipe: Recipe, limit: int | None) -> list[str]:
@@ -168,65 +106,6 @@ def _unused_budget(recipe: Recipe) -> list[str]:
     return [
         f"--budget {recipe.budget.text}: no stage of this recipe chooses its bits or ranks by a budget; set quantize.bits and decompose.rank"
     ]
-
-
-def _apply(spec: StageSpec, sizes: Sizes) -> list[str]:
-    """Change the sizes as the stage would; says what it will refuse."""
-    refused: list[str] = []
-    for site in sizes.structure.sites:
-        if (site.block is None and not spec.include_head) or spec.skips(site.name):
-            continue
-        config = spec.config_for(site.name)
-        try:
-            _resize(spec, site, config, sizes.of[site.name])
-        except ValueError as error:
-            refused.append(f"{spec.address}: {site.name}: {error}")
-    return refused[:5] + ([f"{spec.address}: … and {len(refused) - 5} more"] if len(refused) > 5 else [])
-
-
-def _resize(spec: StageSpec, site: Site, config: Any, size: Size) -> None:
-    rows, columns = site.shape
-    if spec.name in ("prune", "quantize", "decompose"):
-        size.compressed = True
-        size.base_names = tuple(n.replace("weight", "base.weight") if n == "weight" else n for n in size.base_names)
-    if spec.name == "prune":
-        size.mask = rows * -(-columns // 8) * 8
-        pattern = getattr(config, "pattern", "unstructured")
-        if ":" in pattern and columns % int(pattern.split(":")[1]):
-            raise ValueError(f"in_features {columns} is not a multiple of the {pattern.split(':')[1]} of pattern {pattern}")
-    elif spec.name == "quantize":
-        _quantized(rows, columns, config, size)
-    elif spec.name == "decompose":
-        rank = getattr(config, "rank", 0)
-        if rank > min(rows, columns):
-            raise ValueError(f"rank {rank} is above the smaller dimension {min(rows, columns)}; choose a smaller one")
-        if hasattr(config, "bits"):
-            _quantized(rows, columns, config, size)
-        size.low_rank = rank * (rows + columns) * (getattr(config, "factor_bits", None) or FACTOR_BITS)
-    elif spec.name == "recover" and methods(spec.name)[spec.method].ways.stored_as == "low-rank pair" and site.expert is None:
-        rank = min(getattr(config, "rank", 0), rows, columns)
-        size.low_rank = size.low_rank or rank * (rows + columns) * FACTOR_BITS
-        size.compressed = True
-
-
-def _quantized(rows: int, columns: int, config: Any, size: Size) -> None:
-    """ValueError when the groups do not divide the row."""
-    bits = getattr(config, "bits", 4)
-    block = getattr(config, "group_size", None) or getattr(config, "block_size", 64)
-    groups = columns // UniformGrid(bits, block).size(columns)
-    codes = rows * packed_words(columns, bits) * 32
-    if hasattr(config, "block_size"):
-        double = getattr(config, "double_quantize", False)
-        size.base = codes + (rows * groups * 8 + -(-rows * groups // 256) * 32 + 32 if double else rows * groups * 32)
-        size.base_names = (
-            "base.codes",
-            *(("base.absmax_codes", "base.absmax_scales", "base.absmax_offset") if double else ("base.absmax",)),
-        )
-        return
-    zeros = 0 if getattr(config, "symmetric", False) else rows * packed_words(groups, bits) * 32
-    index = columns * 32 if getattr(config, "act_order", "") == "full" else 0
-    size.base = codes + rows * groups * 16 + zeros + index
-    size.base_names = ("base.codes", "base.scales", *(("base.zeros",) if zeros else ()), *(("base.group_index",) if index else ()))
 
 
 def _row(stage: str, method: str | None, sizes: Sizes, seconds: float) -> dict[str, Any]:
@@ -266,7 +145,7 @@ def _seconds(spec: StageSpec, recipe: Recipe, parameters: int, speed: float) -> 
 
 def _peak_bytes(recipe: Recipe, structure: Structure, parameters: int, element: float) -> int:
     """Embeddings and head, one block in float32 with second moments and solver copies, hidden states; recovery holds the model."""
-    in_blocks = sum(_weights(s) for s in structure.sites if s.block is not None)
+    in_blocks = sum(s.shape[0] * s.shape[1] for s in structure.sites if s.block is not None)
     widest = max(s.shape[1] for s in structure.sites)
     block = in_blocks / structure.blocks * 4 * 4 + widest * widest * 4 * 4
     tokens = recipe.calibration.samples * recipe.calibration.seq_len
