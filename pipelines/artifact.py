@@ -1,10 +1,10 @@
 """Artifacts: immutable directories of safetensors shards with a manifest, written under a scratch name and then renamed.
 
 Knows files, hashes and records; not what a stage does. Nothing here is pickled. A tensor has the name that the model in memory
-gives it; a compressed linear `L` stores the tensors of its record as `L.base.codes`, `L.low_rank.up`, …
+gives it; a compressed linear `L` stores the tensors of its record as `L.base.codes`, `L.low_rank.up`, … What stands beside the model
+(bottlenecks, virtual tokens) has parts of its own, which every later artifact takes over.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -20,11 +20,15 @@ import safetensors.torch
 from torch import Tensor
 
 from ..compress.weights import StoredWeight, describe, from_tensors, to_tensors
-from .errors import InputError, OutOfMemoryError
+from ..recover.beside import Beside, beside_of
+from .errors import InputError
+from .files import disk_errors, link, sha256, sync_directory, write_bytes, write_json
 
 SCHEMA = 1
 MANIFEST = "artifact.json"
 PARTIAL = ".partial"
+ADAPTER = "adapter-"
+"""Begins the names of parts that hold what recovery keeps beside the model: adapter-00, adapter-01, …"""
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,10 @@ class Artifact:
 
     @cached_property
     def index(self) -> dict[str, str]:
-        """Tensor name → shard file name, from the shards' own headers."""
+        """Name of a tensor of the model → shard file name, from the shards' own headers."""
         out: dict[str, str] = {}
         for name in self.manifest["files"]:
-            if name.endswith(".safetensors"):
+            if name.endswith(".safetensors") and not name.startswith(ADAPTER):
                 with self._open(name) as shard:
                     out |= dict.fromkeys(shard.keys(), name)
         return out
@@ -96,6 +100,20 @@ class Artifact:
             return from_tensors(self.linears[linear], {n.removeprefix(f"{linear}."): t for n, t in tensors.items()})
         except (KeyError, ValueError) as error:
             raise InputError(f"{self.directory}: {linear}: {error}; the artifact does not match its manifest") from error
+
+    @cached_property
+    def beside(self) -> list[Beside]:
+        """What stands beside the model, in the order in which it was trained."""
+        out = []
+        for part, description in sorted(self.manifest.get("beside", {}).items()):
+            file = f"{part}.tensors.safetensors"
+            with self._open(file) as shard:
+                tensors = {name: shard.get_tensor(name).clone() for name in shard.keys()}  # noqa: SIM118
+            try:
+                out.append(beside_of(description, tensors))
+            except (KeyError, TypeError, ValueError) as error:
+                raise InputError(f"{self.directory / file}: {error}; the artifact does not match its manifest") from error
+        return out
 
     def total_bytes(self) -> int:
         """Bytes of all weight shards."""
@@ -186,9 +204,18 @@ class ArtifactWriter:
         for name in files:
             link(self.parent.weights / name, self.scratch / name)
         linears = {n: d for n, d in self.parent.linears.items() if self.parent.manifest["parts"].get(n) == part}
-        marker = {"files": files, "linears": linears, "extra": {}}
+        beside = self.parent.manifest.get("beside", {})
+        marker = {"files": files, "linears": linears, "extra": {"beside": beside[part]} if part in beside else {}}
         write_json(self.scratch / f"{part}.part.json", marker)
         self.finished[part] = marker
+
+    def write_beside(self, beside: Beside) -> None:
+        """One more adapter beside the model, after those of the parent."""
+        part = f"{ADAPTER}{len(self._parents_beside()):02d}"
+        self.write_part(part, {"tensors": beside.tensors}, {}, {"beside": beside.describe()})
+
+    def _parents_beside(self) -> list[str]:
+        return [] if self.parent is None else sorted(self.parent.manifest.get("beside", {}))
 
     def stored(self, part: str, linear: str) -> StoredWeight:
         """The record of a finished part as it lies on disk."""
@@ -199,7 +226,12 @@ class ArtifactWriter:
         return from_tensors(self.finished[part]["linears"][linear], tensors)
 
     def seal(self, final: Path, manifest: Mapping[str, Any], documents: Mapping[str, bytes]) -> Artifact:
-        """Write the manifest, remove the markers, rename scratch → final. `documents` are config and tokenizer files."""
+        """Write the manifest, remove the markers, rename scratch → final. `documents` are config and tokenizer files. What the parent
+        keeps beside the model is taken over."""
+        for part in self._parents_beside():
+            if part not in self.finished:
+                self.copy_part(part)
+        beside = {part: marker["extra"]["beside"] for part, marker in self.finished.items() if "beside" in marker["extra"]}
         files: dict[str, Any] = {}
         linears: dict[str, Any] = {}
         parts: dict[str, str] = {}
@@ -210,7 +242,8 @@ class ArtifactWriter:
         for name, data in documents.items():
             write_bytes(self.scratch / name, data)
             files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        write_json(self.scratch / MANIFEST, {"schema": SCHEMA, **manifest, "files": files, "linears": linears, "parts": parts})
+        described = {"files": files, "linears": linears, "parts": parts, "beside": beside}
+        write_json(self.scratch / MANIFEST, {"schema": SCHEMA, **manifest, **described})
         return settle(self.scratch, final)
 
 
@@ -252,62 +285,3 @@ def _read_marker(marker: Path, directory: Path) -> dict[str, Any] | None:
         if not file.is_file() or file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
             return None
     return part
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Whole or not at all: scratch name, fsync, rename."""
-    with disk_errors(path):
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with scratch.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(scratch, path)
-        except OSError:
-            scratch.unlink(missing_ok=True)  # a full disk gets its space back
-            raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
-
-
-def link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the file system has none."""
-    target.unlink(missing_ok=True)
-    with disk_errors(target):
-        try:
-            os.link(source, target)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
-                raise
-            shutil.copyfile(source, target)
-
-
-def sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-class disk_errors:
-    """Turns 'no space left' into an OutOfMemoryError that names the place; what was finished stays."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutOfMemoryError(
-                f"{self.path}: no disk space left; free some and run the same command again, finished parts are kept"
-            ) from error

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
-from ..compress.statistics import InputStatistics
 from ..compress.weights import StoredWeight
+from ..recover.beside import Tokens
+from ..recover.prompts import cache_argument
 from .artifact import Artifact
 from .errors import InputError
 from .models import Site, Structure, inspect, load_config, set_parameter, skeleton, tied_names
@@ -26,17 +28,24 @@ Binder = Callable[[nn.Module, str, dict[str, StoredWeight]], None]
 
 @dataclass
 class StreamedModel:
-    """An artifact opened for running. `bind` (default: dense effective weights) decides how records become modules."""
+    """An artifact opened for running. `bind` (default: dense effective weights) decides how records become modules.
+
+    What stands beside the model runs with it: bottlenecks hang on a block while it is loaded; virtual tokens enter in `embed` and leave
+    behind the last block (a prompt), or stand before every attention (a prefix). `virtual=False` runs it without its tokens.
+    """
 
     artifact: Artifact
     device: torch.device
     dtype: torch.dtype = torch.float32
     bind: Binder | None = None
+    virtual: bool = True
     model: Any = field(init=False)
     structure: Structure = field(init=False)
     _calls: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(init=False, default_factory=dict)
     _tuple_size: int = field(init=False, default=-1)
     _plain: dict[int, dict[str, nn.Module]] = field(init=False, default_factory=dict)
+    _hooks: dict[int, list[Any]] = field(init=False, default_factory=dict)
+    tokens: Tokens | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.model = skeleton(load_config(self.artifact.directory))
@@ -47,6 +56,14 @@ class StreamedModel:
         self.model.tie_weights()
         for name, buffer in self.model.named_buffers():
             set_parameter(self.model, name, buffer.to(self.device))
+        if self.virtual:
+            found = [t for beside in self.artifact.beside if (t := beside.virtual()) is not None]
+            self.tokens = found[-1].to(self.device, self.dtype) if found else None
+
+    @property
+    def prompt_length(self) -> int:
+        """How many positions of the hidden states between `embed` and the last block are virtual tokens."""
+        return self.tokens.count if self.tokens is not None and self.tokens.kind == "prompt" else 0
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -95,6 +112,7 @@ class StreamedModel:
         if self.bind is not None:
             self._plain[index] = {site.module: self.model.get_submodule(site.module) for site in compressed.values()}
             self.bind(self.model, prefix, stored)
+        self._hooks[index] = [h for beside in self.artifact.beside for h in beside.hang(self.model, f"{prefix}.", self.device, self.dtype)]
         return block
 
     def put(self, site: Site, record: StoredWeight) -> None:
@@ -116,6 +134,8 @@ class StreamedModel:
 
     def unload_block(self, index: int) -> None:
         """Give the block's memory back."""
+        for handle in self._hooks.pop(index, []):
+            handle.remove()
         for name, module in self._plain.pop(index, {}).items():
             self.model.set_submodule(name, module)
         _to_meta(self.layers[index])
@@ -128,8 +148,8 @@ class StreamedModel:
     # -- running -------------------------------------------------------------------------------------------------------------
 
     def embed(self, ids_NT: Tensor) -> Tensor:
-        """Hidden states [N, T, D] that enter the first block; records what every block is called with at this shape."""
-        shape = (ids_NT.shape[0], ids_NT.shape[1])
+        """Hidden states [N, T, D] that enter the first block, [N, P + T, D] with a prompt; records what every block is called with at
+        this shape."""
         ids = ids_NT.to(self.device)
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         entered: list[Tensor] = []
@@ -142,22 +162,39 @@ class StreamedModel:
             return hidden
 
         with self._stand_ins(record), torch.no_grad():
-            self._forward_until_stop(ids)
-        self._calls[shape] = calls
+            self._forward_until_stop(**self._arguments(ids))
+        self._calls[entered[0].shape[0], entered[0].shape[1]] = calls
         return entered[0]
 
+    def _arguments(self, ids_NT: Tensor) -> dict[str, Any]:
+        """What the model is called with: the text, and its virtual tokens."""
+        count, length = ids_NT.shape
+        if self.tokens is None:
+            return {"input_ids": ids_NT, "use_cache": False}
+        if self.tokens.kind == "prompt":
+            embedded = self.model.get_input_embeddings()(ids_NT)
+            return {"inputs_embeds": torch.cat((self.tokens.embeddings(count).to(embedded), embedded), 1), "use_cache": False}
+        seen = torch.ones(count, self.tokens.count + length, dtype=torch.long, device=self.device)
+        cache = {cache_argument(self.model): self.tokens.cache(self.model.config, count)}
+        return {"input_ids": ids_NT, "attention_mask": seen, "use_cache": True, **cache}
+
     def run_block(self, index: int, hidden_NTD: Tensor) -> Tensor:
-        """One loaded block on hidden states of a shape that `embed` has seen."""
+        """One loaded block on hidden states of a shape that `embed` has seen; behind the last one a prompt is cut off."""
         args, kwargs = self.call_of(index, hidden_NTD)
         out = self.layers[index](hidden_NTD, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        out = out[0] if isinstance(out, tuple) else out
+        return out[:, self.prompt_length :] if index == self.structure.blocks - 1 else out
 
     def call_of(self, index: int, hidden_NTD: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What block `index` is called with besides hidden states of this shape."""
         shape = (hidden_NTD.shape[0], hidden_NTD.shape[1])
         if shape not in self._calls:
-            self.embed(torch.zeros(shape, dtype=torch.long))
-        return self._calls[shape][index]
+            self.embed(torch.zeros(shape[0], shape[1] - self.prompt_length, dtype=torch.long))
+        args, kwargs = self._calls[shape][index]
+        if self.tokens is None or self.tokens.kind == "prompt":
+            return args, kwargs
+        fresh = self.tokens.cache(self.model.config, shape[0])  # the block grows it
+        return tuple(_instead(a, fresh) for a in args), {k: _instead(v, fresh) for k, v in kwargs.items()}
 
     def logits(self, hidden_NTD: Tensor) -> Tensor:
         """[N, T, V] from hidden states that leave the last block: the model's own norm, head and soft caps, token by token."""
@@ -166,9 +203,9 @@ class StreamedModel:
         with self._stand_ins(lambda index, hidden, args, kwargs: rows):
             return self.model(ids, use_cache=False).logits.view(*hidden_NTD.shape[:2], -1)
 
-    def _forward_until_stop(self, ids: Tensor) -> None:
+    def _forward_until_stop(self, **arguments: Any) -> None:
         try:
-            self.model(ids, use_cache=False)
+            self.model(**arguments)
         except _Stop:
             return
         raise InputError(
@@ -192,7 +229,8 @@ class StreamedModel:
         block.forward = forward  # type: ignore[method-assign]
         try:
             with torch.no_grad():
-                self._forward_until_stop(torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]], device=self.device))
+                ids = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]], device=self.device)
+                self._forward_until_stop(input_ids=ids, use_cache=False)
         finally:
             del block.forward
             self.unload_block(0)
@@ -220,6 +258,10 @@ class StreamedModel:
         finally:
             for block in self.layers:
                 del block.forward
+
+
+def _instead(value: Any, cache: Any) -> Any:
+    return cache if isinstance(value, Cache) else value
 
 
 def _looks_ahead(out_2TD: Tensor) -> bool:
@@ -258,73 +300,3 @@ def _round_inputs(module: nn.Module, record: StoredWeight) -> None:
         return out + nn.functional.linear(fake_quantize(smoothed, grid.bits, grid.group_size) - smoothed, base.to(x))
 
     module.rounded = module.register_forward_hook(forward)  # type: ignore[assignment]
-
-
-# -- statistics ------------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def collecting(
-    model: StreamedModel,
-    sites: list[Site],
-    needs: frozenset[str],
-    statistics: dict[str, InputStatistics],
-    dense_inputs: dict[str, list[Tensor]] | None = None,
-) -> Iterator[None]:
-    """While open, every call of a site's module adds its input to `statistics[site.name]`; sites that are handed the very same
-    tensor (q, k and v) share one accumulator. `dense_inputs` (site → inputs in call order) pairs with the dense model's."""
-    by_module = {site.module: site for site in sites if site.expert is None}
-    last: list[tuple[Tensor, str]] = []
-    handles = []
-
-    def hook(site: Site) -> Callable[..., None]:
-        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
-            leader = next((name for tensor, name in last if tensor is x), None)
-            if leader is not None:
-                statistics[site.name] = statistics[leader]
-                return
-            del last[:-3]
-            last.append((x, site.name))
-            if site.name not in statistics:
-                statistics[site.name] = InputStatistics(site.shape[1], needs, x.device)
-            paired = dense_inputs[site.name].pop(0) if dense_inputs is not None else None
-            statistics[site.name].update(x, paired)
-
-        return before
-
-    for name, site in by_module.items():
-        handles.append(model.model.get_submodule(name).register_forward_pre_hook(hook(site)))
-    experts = [s for s in sites if s.expert is not None]
-    try:
-        if experts:
-            with _ExpertInputs(model, experts, needs, statistics):
-                yield
-        else:
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _ExpertInputs(torch.overrides.TorchFunctionMode):
-    """Sees every `linear` whose weight is a slice of a fused experts parameter, and gives its input to that expert's statistics.
-
-    Works with the `eager` experts implementation of transformers, which calls one linear for each expert that a token reached.
-    """
-
-    def __init__(self, model: StreamedModel, sites: list[Site], needs: frozenset[str], statistics: dict[str, InputStatistics]):
-        super().__init__()
-        self.needs, self.statistics = needs, statistics
-        self.slices: dict[int, Site] = {}
-        for site in sites:
-            parameter = model.model.get_submodule(site.module)._parameters[site.parameter]
-            self.slices[parameter[site.expert].data_ptr()] = site
-            statistics.setdefault(site.name, InputStatistics(site.shape[1], needs, parameter.device))
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.linear and isinstance(args[1], Tensor):
-            site = self.slices.get(args[1].data_ptr())
-            if site is not None and len(args[0]):
-                self.statistics[site.name].update(args[0])
-        return func(*args, **(kwargs or {}))

@@ -4,31 +4,32 @@ A sublayer is found by its linears: attention enters at q (k, v) and leaves at o
 Legend: T tokens, D model width, H bottleneck.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .linear import CompressedLinear, compressed_linears
+from .beside import PARTS, Beside, Bottleneck, Place, hang, start_tensors
+from .linear import compressed_linears
 from .selection import block_index, roles
 from .site import Site
 from .trainable import Attached, Trainable
 
 At = Literal["attention", "mlp", "both"]
 ENTRIES = {"attention": ({"q", "k", "v"}, "o"), "mlp": ({"gate", "up"}, "down")}
-ACTIVATIONS = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}
 
 
 @dataclass(frozen=True)
 class SerialAdapter:
-    """Houlsby's adapter (arXiv:1902.00751): y + σ(y·W_down)·W_up behind each sublayer."""
+    """Houlsby's adapter (arXiv:1902.00751): y + σ(y·W_down)·W_up behind each sublayer. `targets` chooses sublayers by their linears;
+    `prune_units`: the share of all hidden units dropped after training, those that do least."""
 
     bottleneck: int = 32
     at: At = "both"
     activation: Literal["relu", "gelu", "silu"] = "relu"
+    prune_units: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -39,109 +40,79 @@ class ParallelAdapter:
     at: At = "mlp"
     activation: Literal["relu", "gelu", "silu"] = "relu"
     scaling: float = 4.0
-
-
-class Bottleneck(nn.Module):
-    """s·σ(x·W_down + b)·W_up + b', 0 at the start. down [H, D_in], up [D_out, H]."""
-
-    def __init__(self, width_in: int, width_out: int, bottleneck: int, activation: str, scaling: float, generator: torch.Generator) -> None:
-        super().__init__()
-        if not 0 < bottleneck <= min(width_in, width_out):
-            raise ValueError(
-                f"bottleneck {bottleneck} does not fit a width of {min(width_in, width_out)}; choose 1…{min(width_in, width_out)}"
-            )
-        down = (torch.rand(bottleneck, width_in, generator=generator) * 2 - 1) / math.sqrt(width_in)
-        self.down, self.up = nn.Parameter(down), nn.Parameter(torch.zeros(width_out, bottleneck))
-        self.down_bias, self.up_bias = nn.Parameter(torch.zeros(bottleneck)), nn.Parameter(torch.zeros(width_out))
-        self.activation, self.scaling = ACTIVATIONS[activation], scaling
-
-    def forward(self, x: Tensor) -> Tensor:
-        weights = [p.to(x.dtype) for p in (self.down, self.down_bias, self.up, self.up_bias)]
-        inner = self.activation(nn.functional.linear(x, weights[0], weights[1]))
-        return nn.functional.linear(inner, weights[2], weights[3]) * self.scaling
+    prune_units: float = 0.0
 
 
 @dataclass(frozen=True)
 class Sublayer:
+    """Names of the sublayer and of its first and last linear."""
+
     name: str
-    entry: CompressedLinear
-    exit: CompressedLinear
+    entry: str
+    exit: str
 
 
-def sublayers(site: Site, at: At) -> Iterator[Sublayer]:
-    """Attention and MLP sublayers at the chosen depth whose entry and exit are both compressed linears (whatever `targets` says)."""
-    blocks: dict[int, dict[str, CompressedLinear]] = {}
-    for name, linear in compressed_linears(site.model).items():
-        index = block_index(name, site.place.blocks_name)
-        if index is not None and index in site.place.blocks:
-            blocks.setdefault(index, {})[name] = linear
+def sublayers(names: list[str], chosen: set[str], blocks_name: str, at: At) -> Iterator[Sublayer]:
+    """Attention and MLP sublayers among the linears `names` that have a known entry and exit, and of whose linears some are chosen."""
+    blocks: dict[int, list[str]] = {}
+    for name in names:
+        index = block_index(name, blocks_name)
+        if index is not None:
+            blocks.setdefault(index, []).append(name)
     for index in sorted(blocks):
         for kind, (entry_roles, exit_role) in ENTRIES.items():
             if at in (kind, "both"):
-                entries = [m for n, m in blocks[index].items() if entry_roles & set(roles(n))]
-                exits = [m for n, m in blocks[index].items() if exit_role in roles(n)]
-                if entries and len(exits) == 1:
-                    yield Sublayer(f"{site.place.blocks_name}.{index}.{kind}", entries[0], exits[0])
+                entries = [n for n in blocks[index] if entry_roles & set(roles(n))]
+                exits = [n for n in blocks[index] if exit_role in roles(n)]
+                if entries and len(exits) == 1 and chosen & {*entries, *exits}:
+                    yield Sublayer(f"{blocks_name}.{index}.{kind}", entries[0], exits[0])
 
 
 def serial_adapter(site: Site, config: SerialAdapter) -> Attached:
-    found: dict[str, Bottleneck] = {}
-    handles: list[Any] = []
-    for part in sublayers(site, config.at):
-        width = part.exit.out_features
-        found[part.name] = _made(site, part, width, width, config.bottleneck, config.activation, 1.0)
-        handles.append(part.exit.register_forward_hook(_behind(found[part.name])))
-    return _attached(found, handles)
+    return _attached("serial_adapter", site, config, lambda part: Place(part.exit, None, config.activation))
 
 
 def parallel_adapter(site: Site, config: ParallelAdapter) -> Attached:
-    found: dict[str, Bottleneck] = {}
+    return _attached("parallel_adapter", site, config, lambda part: Place(part.exit, part.entry, config.activation, config.scaling))
+
+
+def _attached(method: str, site: Site, config: SerialAdapter | ParallelAdapter, place_of: Any) -> Attached:
+    linears = compressed_linears(site.model)
+    places: dict[str, Place] = {}
+    adapters: dict[str, Bottleneck] = {}
     handles: list[Any] = []
-    for part in sublayers(site, config.at):
-        adapter = _made(site, part, part.entry.in_features, part.exit.out_features, config.bottleneck, config.activation, config.scaling)
-        found[part.name] = adapter
-        keep, add = _beside(adapter)
-        handles += [part.entry.register_forward_pre_hook(keep), part.exit.register_forward_hook(add)]
-    return _attached(found, handles)
-
-
-def _behind(adapter: Bottleneck) -> Callable[..., Tensor]:
-    def hook(module: nn.Module, args: Any, y: Tensor) -> Tensor:
-        return y + adapter(y)
-
-    return hook
-
-
-def _beside(adapter: Bottleneck) -> tuple[Callable[..., None], Callable[..., Tensor]]:
-    """Hooks that remember the sublayer's input and add to its output."""
-    waiting: list[Tensor] = []
-
-    def keep(module: nn.Module, args: Any) -> None:
-        waiting[:] = [args[0]]
-
-    def add(module: nn.Module, args: Any, y: Tensor) -> Tensor:
-        return y + adapter(waiting.pop()).view(y.shape)
-
-    return keep, add
-
-
-def _made(site: Site, part: Sublayer, width_in: int, width_out: int, bottleneck: int, activation: str, scaling: float) -> Bottleneck:
-    adapter = Bottleneck(width_in, width_out, bottleneck, activation, scaling, site.generator(part.name))
-    return adapter.to(part.exit.base().device)
-
-
-def _attached(found: dict[str, Bottleneck], handles: list[Any]) -> Attached:
-    if not found:
+    for part in sublayers(list(linears), set(site.linears), site.place.blocks_name, config.at):
+        place, width = place_of(part), linears[part.exit].out_features
+        width_in = width if place.entry is None else linears[part.entry].in_features
+        tensors = start_tensors(width_in, width, config.bottleneck, site.generator(part.name))
+        adapters[part.name] = Bottleneck(tensors, place.activation, place.scaling).to(linears[part.exit].base().device)
+        places[part.name] = place
+        handles += hang(site.model, place, adapters[part.name].requires_grad_(True))
+    if not adapters:
         raise ValueError(
-            "no attention or MLP sublayer with a known entry and exit linear at this depth; see recover/selection.py for the names"
+            "no attention or MLP sublayer with a known entry and exit linear is left by targets, layers and at; "
+            "see recover/selection.py for the names"
         )
-    out = {f"{name}.{key}": Trainable(p, "adapters") for name, adapter in found.items() for key, p in adapter.named_parameters()}
+    out = {f"{name}.{key}": Trainable(p, "adapters") for name, adapter in adapters.items() for key, p in adapter.named_parameters()}
 
     def remove() -> None:
         for handle in handles:
             handle.remove()
 
-    return Attached(out, adapter=frozenset(out), remove=remove)
+    def beside() -> Beside:
+        tensors = {f"{name}.{part}": getattr(a, part).detach().clone() for name, a in adapters.items() for part in PARTS}
+        return Beside(method, places, None, tensors)
+
+    whole = {name: [getattr(a, part) for part in PARTS[:3]] for name, a in adapters.items()}
+
+    def prune(on: bool) -> dict[str, int]:
+        for name, parameters in whole.items():
+            for part, parameter in zip(PARTS, parameters, strict=False):
+                setattr(adapters[name], part, parameter)
+        total = sum(a.down.shape[0] for a in adapters.values())
+        return prune_units(adapters, total - round(config.prune_units * total)) if on else {}
+
+    return Attached(out, adapter=frozenset(out), remove=remove, beside=beside, prune=prune if config.prune_units else None)
 
 
 def prune_units(adapters: dict[str, Bottleneck], keep: int) -> dict[str, int]:

@@ -5,12 +5,14 @@ if training could not beat that, the tokens stay off. Legend: B batch, T tokens,
 """
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .beside import TOKENS, Beside, Tokens
 from .bottlenecks import ParallelAdapter, parallel_adapter
 from .site import Site, joined
 from .student import Student, student_of
@@ -49,30 +51,66 @@ class MamAdapter:
 
 
 class Switch:
-    """Runs a model with or without its virtual tokens."""
+    """Runs a model with or without its virtual tokens. `make(batch)` gives them: embeddings [B, P, D], or a fresh cache that holds the
+    prefix."""
 
-    def __init__(self, site: Site, wrapped: Any, kind: Literal["prefix", "prompt"], count: int) -> None:
-        self.wrapped, self.kind, self.count, self.on = wrapped, kind, count, True
-        self.plain = student_of(site.model)
-        model: Any = site.model
-        self.body, self.embed = model.base_model, model.get_input_embeddings()
-        known = inspect.signature(self.body.forward).parameters  # transformers renames the argument from 5.40 on
-        self.cache_argument = "cache" if "cache" in known else "past_key_values"
+    def __init__(self, model: nn.Module, make: Callable[[int], Any], kind: Literal["prefix", "prompt"], count: int) -> None:
+        self.make, self.kind, self.count, self.on = make, kind, count, True
+        self.plain = student_of(model)
+        whole: Any = model
+        self.body, self.embed = whole.base_model, whole.get_input_embeddings()
+        self.cache_argument = cache_argument(self.body)
 
     def hidden(self, ids_BT: Tensor) -> Tensor:
         if not self.on:
             return self.plain.hidden(ids_BT)
         batch, length = ids_BT.shape
-        prompt = self.wrapped.get_prompt(batch_size=batch)
         if self.kind == "prefix":
             seen = torch.ones(batch, self.count + length, dtype=torch.long, device=ids_BT.device)
-            return self.body(input_ids=ids_BT, attention_mask=seen, use_cache=True, **{self.cache_argument: prompt})[0]
+            return self.body(input_ids=ids_BT, attention_mask=seen, use_cache=True, **{self.cache_argument: self.make(batch)})[0]
         embedded = self.embed(ids_BT)
-        joined_BTD = torch.cat((prompt.to(embedded.dtype), embedded), dim=1)
+        joined_BTD = torch.cat((self.make(batch).to(embedded.dtype), embedded), dim=1)
         return self.body(inputs_embeds=joined_BTD, use_cache=False)[0][:, self.count :]
 
     def without(self, off: bool) -> None:
         self.on = not off
+
+    def student(self) -> Student:
+        return Student(self.hidden, self.plain.logits, self.plain.head_parameters)
+
+
+def cache_argument(module: nn.Module) -> str:
+    """What a model calls its cache: transformers renames the argument."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+
+
+def student_with(model: nn.Module, tokens: Tokens) -> Student:
+    """The model with frozen virtual tokens in front."""
+    whole: Any = model
+    make = (lambda batch: tokens.cache(whole.config, batch)) if tokens.kind == "prefix" else tokens.embeddings
+    return Switch(model, make, tokens.kind, tokens.count).student()
+
+
+def peft_settings(tokens: Tokens) -> Any:
+    """peft's config for trained tokens: what the network of p-tuning made is a plain prompt."""
+    from peft import PrefixTuningConfig, PromptTuningConfig
+
+    shared: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": tokens.count, "inference_mode": True}
+    if tokens.kind == "prompt":
+        return PromptTuningConfig(**shared, token_dim=tokens.values.shape[1], num_transformer_submodules=1)
+    _, layers, _, heads, width = tokens.values.shape
+    return PrefixTuningConfig(**shared, num_layers=layers, num_attention_heads=heads, token_dim=heads * width, num_transformer_submodules=1)
+
+
+def wrapped(model: nn.Module, tokens: Tokens) -> Any:
+    """The model inside peft's wrapper, whose `forward` and `generate` put the tokens in front."""
+    from peft import get_peft_model
+
+    settings = peft_settings(tokens)
+    out: Any = get_peft_model(model, settings)  # type: ignore[arg-type]
+    embedding = out.prompt_encoder["default"].embedding
+    embedding.weight = nn.Parameter(tokens.values.reshape(tokens.count, -1).to(embedding.weight), requires_grad=False)
+    return out.eval()
 
 
 def prefix_tuning(site: Site, config: PrefixTuning) -> Attached:
@@ -85,7 +123,7 @@ def prefix_tuning(site: Site, config: PrefixTuning) -> Attached:
     if weight.shape != values.shape:
         raise ValueError(f"peft's prefix holds {tuple(weight.shape)} numbers, this model's keys and values are {tuple(values.shape)}")
     weight.data.copy_(values)
-    return _attached(site, wrapped, "prefix", config.tokens)
+    return _attached("prefix_tuning", site, wrapped, "prefix", config.tokens)
 
 
 def prompt_tuning(site: Site, config: PromptTuning) -> Attached:
@@ -96,7 +134,7 @@ def prompt_tuning(site: Site, config: PromptTuning) -> Attached:
     model: Any = site.model
     rows = model.get_input_embeddings().weight.detach()[_some_text(site, config.tokens)]
     wrapped.prompt_encoder["default"].embedding.weight.data.copy_(rows)
-    return _attached(site, wrapped, "prompt", config.tokens)
+    return _attached("prompt_tuning", site, wrapped, "prompt", config.tokens)
 
 
 def p_tuning(site: Site, config: PTuning) -> Attached:
@@ -104,13 +142,21 @@ def p_tuning(site: Site, config: PTuning) -> Attached:
 
     _check_length(site, config.tokens)
     settings = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=config.tokens, encoder_hidden_size=config.hidden)
-    return _attached(site, _wrap(site, settings), "prompt", config.tokens)
+    return _attached("p_tuning", site, _wrap(site, settings), "prompt", config.tokens)
 
 
 def mam_adapter(site: Site, config: MamAdapter) -> Attached:
     prefix = prefix_tuning(site, PrefixTuning(config.tokens))
     adapter = parallel_adapter(site, ParallelAdapter(config.bottleneck, "mlp", "relu", config.scaling))
-    return joined(prefix, adapter)
+
+    def beside() -> Beside:
+        assert prefix.beside is not None and adapter.beside is not None
+        tokens, around = prefix.beside(), adapter.beside()
+        return replace(around, method="mam_adapter", tokens=tokens.tokens, tensors={**around.tensors, **tokens.tensors})
+
+    out = joined(prefix, adapter)
+    out.beside = beside
+    return out
 
 
 def _wrap(site: Site, settings: Any) -> Any:
@@ -123,15 +169,22 @@ def _wrap(site: Site, settings: Any) -> Any:
     return wrapped
 
 
-def _attached(site: Site, wrapped: Any, kind: Literal["prefix", "prompt"], count: int) -> Attached:
-    switch = Switch(site, wrapped, kind, count)
+def _attached(method: str, site: Site, wrapped: Any, kind: Literal["prefix", "prompt"], count: int) -> Attached:
+    switch = Switch(site.model, lambda batch: wrapped.get_prompt(batch_size=batch), kind, count)
     parameters = dict(wrapped.prompt_encoder["default"].named_parameters())
     for parameter in parameters.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     out = {f"prompt.{name}": Trainable(p, "tokens") for name, p in parameters.items()}
-    student = Student(switch.hidden, switch.plain.logits, switch.plain.head_parameters)
-    return Attached(out, adapter=frozenset(out), run=student, starts_without=switch.without, peft=wrapped)
+
+    def beside() -> Beside:
+        values = wrapped.get_prompt_embedding_to_save("default").float()
+        if kind == "prefix":
+            settings = wrapped.peft_config["default"]
+            values = values.view(count, settings.num_layers, 2, settings.num_attention_heads, -1)
+        return Beside(method, {}, kind, {TOKENS: values.clone()})
+
+    return Attached(out, adapter=frozenset(out), run=switch.student(), starts_without=switch.without, beside=beside)
 
 
 def _some_text(site: Site, count: int) -> Tensor:

@@ -118,6 +118,6 @@ def joined(*parts: Attached) -> Attached:
         trainables = part.trainables | trainables
     first = {
         key: next((v for p in parts if (v := getattr(p, key)) is not None), None)
-        for key in ("before_step", "buffers", "penalty", "run", "peft", "starts_without", "remove", "stored_form")
+        for key in ("before_step", "buffers", "penalty", "run", "beside", "starts_without", "remove", "stored_form", "prune")
     }
     return Attached(trainables, plain, frozenset().union(*(p.adapter for p in parts)), **first)

@@ -3,12 +3,14 @@
 Knows parameters; not models, losses or files.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from .beside import Beside
 
 # Default learning rates by kind of parameter; `scales`, zeros and codes are in relative or grid units.
 RATES: dict[str, float] = {
@@ -68,13 +70,12 @@ class Attached:
     """A method attached to a model.
 
     trainables: name → Trainable, names are stable and unique. plain: model parameter name → storage dtype of what is no part
-    of a compressed linear (norms, embeddings, head). adapter: names of trainables that live beside the records and have to
-    be stored as such. `before_step(step)` may change gates, noise or index sets, and names the entries (bool masks) whose
-    moments start anew; `buffers()` are tensors that a
-    resumed run needs besides the parameters; `penalty()` is added to the loss. `run` is the Student to use
-    (virtual tokens; `peft` is then peft's wrapper, which saves them),
-    `starts_without(True)` switches them off; `remove()` takes hooks off the model
-    again; `stored_form(True)` makes it run as it will be stored where that is more than rounding each value.
+    of a compressed linear (norms, embeddings, head). adapter: names of trainables that live beside the records; `beside()` is what is
+    stored of them. `before_step(step)` may change gates, noise or index sets, and names the entries (bool masks) whose moments start
+    anew; `buffers()` are tensors that a resumed run needs besides the parameters; `penalty()` is added to the loss. `run` is the Student
+    to use (virtual tokens), `starts_without(True)` switches them off; `remove()` takes hooks off the model again; `stored_form(True)`
+    makes it run as it will be stored where that is more than rounding each value. `prune(True)`, after training, drops what the config
+    asks for and says what is left, `prune(False)` puts it back.
     """
 
     trainables: dict[str, Trainable]
@@ -84,31 +85,11 @@ class Attached:
     buffers: Callable[[], dict[str, Tensor]] | None = None
     penalty: Callable[[], Tensor] | None = None
     run: Any = None
-    peft: Any = None
+    beside: Callable[[], Beside] | None = None
     starts_without: Callable[[bool], None] | None = None
     remove: Callable[[], None] | None = None
     stored_form: Callable[[bool], None] | None = None
+    prune: Callable[[bool], dict[str, int]] | None = None
 
     def count(self) -> int:
         return sum(t.parameter.numel() for t in self.trainables.values())
-
-
-def adapter_tensors(attached: Attached) -> dict[str, Tensor]:
-    """What lives beside the records, by name, float32: an artifact stores it with the method's name and config."""
-    return {name: attached.trainables[name].parameter.detach().clone() for name in sorted(attached.adapter)}
-
-
-@torch.no_grad()
-def load_adapter_(attached: Attached, tensors: Mapping[str, Tensor]) -> None:
-    """Put stored tensors into the same method attached anew (same config, same model). ValueError when names or shapes differ."""
-    if set(tensors) != attached.adapter:
-        odd = sorted(set(tensors) ^ attached.adapter)[:3]
-        raise ValueError(
-            f"the stored adapter and this model differ in {', '.join(odd)}, …; was it made with other targets, layers or tokens?"
-        )
-    for name, tensor in tensors.items():
-        parameter = attached.trainables[name].parameter
-        if parameter.shape != tensor.shape:
-            raise ValueError(f"{name}: the stored adapter is {tuple(tensor.shape)}, this model wants {tuple(parameter.shape)}")
-        parameter.copy_(tensor)
-        parameter.requires_grad_(False)

@@ -17,7 +17,8 @@ from ...compress.methods import BlockProblem, Method
 from ...compress.statistics import Fisher, InputStatistics, LayerStatistics
 from ...compress.weights import DenseWeight, StoredWeight
 from ..artifact import Artifact, ArtifactWriter, shards_of
-from ..blocks import StreamedModel, collecting
+from ..blocks import StreamedModel
+from ..collecting import collecting
 from ..errors import InputError, UsageError
 from ..logs import bar
 from ..models import Site, tied_names
@@ -53,7 +54,7 @@ class _Stage:
 def compress(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: Context) -> Outcome:
     """Run one of the compression stages; resumes behind the blocks that `writer` finds finished."""
     row: Method = methods(spec.name)[spec.method]
-    model = StreamedModel(parent, context.device, context.dtype)
+    model = StreamedModel(parent, context.device, context.dtype, virtual=False)
     chosen = [s for s in model.structure.sites if (s.block is not None or spec.include_head) and not spec.skips(s.name)]
     if not chosen:
         raise UsageError(f"{spec.address}: `ignore` leaves no linear layer to compress; name fewer")

@@ -18,9 +18,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "mistral": {"sliding_window": 16},
     "phi3": {},
-    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 32, "hidden_size": 64},
-    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64},
-    "gpt_neox": {},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 32, "hidden_size": 64, "num_key_value_heads": 4},
+    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64, "num_key_value_heads": 4},
+    "gpt_neox": {"num_key_value_heads": 4},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 

@@ -1,13 +1,18 @@
 """A model run block by block is the model."""
 
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from bitmend.compress.statistics import InputStatistics
-from bitmend.pipelines.artifact import Artifact
-from bitmend.pipelines.blocks import StreamedModel, collecting
+from bitmend.pipelines.artifact import Artifact, ArtifactWriter, open_artifact
+from bitmend.pipelines.blocks import StreamedModel
+from bitmend.pipelines.collecting import collecting
+from bitmend.pipelines.perplexity import last_hidden
 from bitmend.pipelines.stages.baseline import build_baseline, fingerprint
+from bitmend.recover.beside import Beside, Place, Tokens, start_tensors
+from bitmend.recover.prompts import student_with, wrapped
 
 from .families import FAMILIES, save_tiny
 
@@ -67,3 +72,86 @@ def test_q_k_v_share_one_second_moment(tmp_path: Path) -> None:
     assert at["q_proj"] is at["k_proj"] is at["v_proj"]
     assert at["gate_proj"] is at["up_proj"]
     assert len({id(s) for s in at.values()}) == 4
+
+
+def with_adapter(artifact: Artifact, beside: Beside, place: Path) -> Artifact:
+    """The artifact with one more adapter beside it."""
+    writer = ArtifactWriter(place.with_suffix(".partial"), artifact)
+    writer.write_part("all", {"tensors": {n: artifact.tensor(n) for n in artifact.index}}, {})
+    writer.write_beside(beside)
+    documents = {"config.json": (artifact.directory / "config.json").read_bytes()}
+    return writer.seal(place, {"key": "k", "parent": None, "stage": {"name": "recover"}}, documents)
+
+
+def tokens_for(model: Any, kind: Literal["prefix", "prompt"], count: int = 3) -> Tokens:
+    """Virtual tokens as a model's own text would make them, louder."""
+    ids = torch.arange(5, 5 + count).view(1, -1)
+    with torch.no_grad():
+        if kind == "prompt":
+            return Tokens(kind, 2 * model.get_input_embeddings()(ids)[0])
+        pairs = [torch.stack((layer.keys[0], layer.values[0])) for layer in model(ids, use_cache=True).past_key_values.layers]
+    return Tokens(kind, 2 * torch.stack(pairs).permute(3, 0, 1, 2, 4))
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_virtual_tokens_a_streamed_model_is_the_whole_one(family: str, kind: Literal["prefix", "prompt"], tmp_path: Path) -> None:
+    """Twice, since attention grows a cache; every window sees the tokens, and no position of a text is lost."""
+    model = save_tiny(family, tmp_path / "source")
+    tokens = tokens_for(model, kind)
+    kept = Beside(f"{kind}_tuning", tokens=kind, tensors={"tokens": tokens.values})
+    made = with_adapter(baseline(tmp_path / "source", tmp_path), kept, tmp_path / "r")
+    streamed, student = StreamedModel(made, CPU), student_with(model, tokens)
+    for seed in (1, 2):
+        ids = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            expected = student.logits(student.hidden(ids))
+            hidden = last_hidden(streamed, ids)
+            assert hidden.shape[:2] == ids.shape
+            torch.testing.assert_close(streamed.logits(hidden), expected, rtol=1e-5, atol=1e-5)
+            without = StreamedModel(made, CPU, virtual=False)
+            torch.testing.assert_close(without.logits(last_hidden(without, ids)), model(ids).logits, rtol=1e-5, atol=1e-5)
+            assert float((expected - model(ids).logits).abs().max()) > 1e-2
+            theirs = wrapped(save_tiny(family, tmp_path / "again"), tokens)
+            logits = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -ids.shape[1] :]
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bottlenecks_hang_on_their_blocks_only_while_those_are_loaded(tmp_path: Path) -> None:
+    """Two adapters, one on top of the other; a later artifact takes both over."""
+    model = save_tiny("llama", tmp_path / "source")
+    made = baseline(tmp_path / "source", tmp_path)
+    places = [{"attention": ("o_proj", None)}, {"attention": ("o_proj", "q_proj"), "mlp": ("down_proj", "gate_proj")}]
+    for index, chosen in enumerate(places):
+        kept = _bottlenecks(model, chosen, index)
+        kept.hang(model)
+        made = with_adapter(made, kept, tmp_path / f"r{index}")
+    streamed, ids = StreamedModel(made, CPU), torch.arange(3, 27).view(1, -1)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(streamed.logits(last_hidden(streamed, ids)), model(ids).logits, rtol=1e-5, atol=1e-5)
+        plain = StreamedModel(open_artifact(tmp_path / "b"), CPU)
+        assert float((plain.logits(last_hidden(plain, ids)) - model(ids).logits).abs().max()) > 1e-2
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in streamed.model.modules())
+    writer = ArtifactWriter(tmp_path / "n.partial", made)
+    writer.copy_part("all")
+    after = writer.seal(tmp_path / "n", {"key": "n", "parent": "k", "stage": {"name": "fuse"}}, {})
+    assert [b.describe() for b in after.beside] == [b.describe() for b in made.beside] and len(after.beside) == 2
+    assert (tmp_path / "n" / "adapter-01.tensors.safetensors").stat().st_nlink == 2
+    after.verify()
+    assert after.total_bytes() == made.total_bytes() > open_artifact(tmp_path / "b").total_bytes()
+    assert set(after.index) == set(open_artifact(tmp_path / "b").index), "adapters are no tensors of the model"
+
+
+def _bottlenecks(model: Any, chosen: dict[str, tuple[str, str | None]], seed: int) -> Beside:
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    found: dict[str, Place] = {}
+    width = model.config.hidden_size
+    for index in range(model.config.num_hidden_layers):
+        for kind, (exit_, entry) in chosen.items():
+            name, owner = f"model.layers.{index}.{kind}", f"model.layers.{index}.{'mlp' if kind == 'mlp' else 'self_attn'}"
+            started = start_tensors(width, width, 4, generator)
+            tensors |= {f"{name}.{part}": t + 0.3 * torch.randn(t.shape, generator=generator) for part, t in started.items()}
+            found[name] = Place(f"{owner}.{exit_}", entry and f"{owner}.{entry}", "gelu", 2.0)
+    return Beside("parallel_adapter", found, None, tensors)

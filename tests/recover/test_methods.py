@@ -11,7 +11,6 @@ from bitmend.recover.methods import RECOVER, attach, refusal, split
 from bitmend.recover.site import Gradients, kinds
 from bitmend.recover.student import student_of
 from bitmend.recover.train import as_stored, batch_loss, train
-from bitmend.recover.trainable import adapter_tensors, load_adapter_
 from torch.testing import assert_close
 
 from .conftest import KINDS, batch, compress, compressed, held_out, llama
@@ -112,8 +111,8 @@ def check_folding(name, kind, model, attached, before):
     new = install(twin, {n: s for n, (s, _) in after.items()})
     for layer, (_, bias) in after.items():
         new[layer].bias = None if bias is None else torch.nn.Parameter(bias)
-    if attached.adapter:
-        load_adapter_(attach(name, twin, SHORT | CONFIGS[name][0]), adapter_tensors(attached))
+    if attached.beside is not None:
+        attached.beside().hang(twin)
     with torch.no_grad():
         logits = twin(ids).logits
     # a last bit may flip an activation's rounding; dora's row magnitudes are folded into scales of 11 significant bits

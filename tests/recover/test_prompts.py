@@ -1,11 +1,14 @@
 """Methods with virtual tokens: the start is the model without them, and what cannot help stays off."""
 
+import json
+
 import pytest
 import torch
+from bitmend.recover.beside import beside_of
 from bitmend.recover.methods import RECOVER, attach, split
+from bitmend.recover.prompts import student_with, wrapped
 from bitmend.recover.student import student_of
 from bitmend.recover.train import held_out_loss, train
-from bitmend.recover.trainable import adapter_tensors, load_adapter_
 
 from .conftest import batch, compressed, held_out
 
@@ -53,21 +56,26 @@ def test_prefix_starts_from_the_models_own_keys_and_values():
         assert torch.allclose(attached.run.hidden(text[:, 4:]), whole, atol=1e-4)
 
 
-def test_what_peft_saves_gives_the_same_logits(tmp_path):
-    from peft import PeftModel
-
-    model = compressed("3-bit")
-    attached = attach("prompt_tuning", model, SETTINGS)
-    train(model, attached, batch, held_out(), None, split("prompt_tuning", SETTINGS)[0], main="tokens")
-    assert attached.starts_without is not None
+@pytest.mark.parametrize("name", TOKENS)
+def test_what_is_kept_gives_the_same_logits_on_a_fresh_model_and_in_pefts_wrapper(name):
+    own = SETTINGS | ({"bottleneck": 8} if name == "mam_adapter" else {"hidden": 8} if name == "p_tuning" else {})
+    model, ids = compressed("3-bit"), batch(4).ids
+    attached = attach(name, model, own)
+    train(model, attached, batch, held_out(), None, split(name, own)[0], main=RECOVER[name].main)
+    assert attached.starts_without is not None and attached.beside is not None
     attached.starts_without(False)
-    attached.peft.save_pretrained(tmp_path)
-    ids = batch(4).ids
+    made = attached.beside()
+    kept = beside_of(json.loads(json.dumps(made.describe())), made.tensors)
+    fresh = compressed("3-bit")
+    kept.hang(fresh)
+    tokens = kept.virtual()
+    assert tokens is not None and tokens.count == 4
     with torch.no_grad():
-        ours = attached.run.logits(attached.run.hidden(ids))
-        loaded = PeftModel.from_pretrained(compressed("3-bit"), tmp_path)
-        theirs = loaded(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -ids.shape[1] :]
-    assert torch.allclose(ours, theirs, atol=1e-4)
+        ours = attached.run.hidden(ids)
+        assert torch.allclose(student_with(fresh, tokens).hidden(ids), ours, atol=1e-5)
+        theirs = wrapped(fresh, tokens)(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -ids.shape[1] :]
+    assert torch.allclose(attached.run.logits(ours), theirs, atol=1e-4)
+    assert set(made.describe()["bottlenecks"]) == ({f"model.layers.{i}.mlp" for i in (0, 1)} if name == "mam_adapter" else set())
 
 
 def test_more_tokens_than_positions_are_refused():
@@ -75,19 +83,11 @@ def test_more_tokens_than_positions_are_refused():
         attach("prompt_tuning", compressed("3-bit", "gpt2"), SETTINGS | {"tokens": 64})
 
 
-def test_an_adapter_is_stored_and_comes_back_and_a_foreign_one_is_refused():
-    settings = SETTINGS | {"bottleneck": 8}
-    model = compressed("3-bit")
-    attached = attach("mam_adapter", model, settings)
-    train(model, attached, batch, held_out(), None, split("mam_adapter", settings)[0], main="adapters")
-    assert attached.starts_without is not None
-    attached.starts_without(False)
-    again = attach("mam_adapter", compressed("3-bit"), settings, seed=9)
-    load_adapter_(again, adapter_tensors(attached))
-    ids = batch(4).ids
-    with torch.no_grad():
-        assert torch.equal(again.run.hidden(ids), attached.run.hidden(ids))
-    with pytest.raises(ValueError, match="this model wants"):
-        load_adapter_(attach("mam_adapter", compressed("3-bit"), settings | {"tokens": 3}), adapter_tensors(attached))
-    with pytest.raises(ValueError, match="other targets, layers"):
-        load_adapter_(attach("prefix_tuning", compressed("3-bit"), SETTINGS), adapter_tensors(attached))
+def test_a_kept_adapter_whose_tensors_do_not_fit_is_refused():
+    attached = attach("serial_adapter", compressed("3-bit"), {"bottleneck": 8})
+    assert attached.beside is not None
+    kept = attached.beside()
+    short = {n: t for n, t in kept.tensors.items() if not n.endswith("0.mlp.up")}
+    for tensors in (short, kept.tensors | {"model.layers.0.mlp.up": torch.zeros(3, 8)}):
+        with pytest.raises(ValueError, match=r"'model\.layers\.0\.mlp\.up' of the adapter serial_adapter is missing or not \[32, 8\]"):
+            beside_of(kept.describe(), tensors)

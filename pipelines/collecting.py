@@ -1,0 +1,115 @@
+"""What enters every matrix while a model runs block by block, experts of a mixture included: statistics, and who reads the same.
+
+Knows modules and their inputs; not what the statistics are for.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..compress.statistics import InputStatistics
+from .blocks import StreamedModel
+from .models import Site
+
+
+@contextmanager
+def collecting(
+    model: StreamedModel,
+    sites: list[Site],
+    needs: frozenset[str],
+    statistics: dict[str, InputStatistics],
+    dense_inputs: dict[str, list[Tensor]] | None = None,
+) -> Iterator[None]:
+    """While open, every call of a site's module adds its input to `statistics[site.name]`; sites that are handed the very same
+    tensor (q, k and v) share one accumulator. `dense_inputs` (site → inputs in call order) pairs with the dense model's."""
+    by_module = {site.module: site for site in sites if site.expert is None}
+    last: list[tuple[Tensor, str]] = []
+    handles = []
+
+    def hook(site: Site) -> Callable[..., None]:
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            leader = next((name for tensor, name in last if tensor is x), None)
+            if leader is not None:
+                statistics[site.name] = statistics[leader]
+                return
+            del last[:-3]
+            last.append((x, site.name))
+            if site.name not in statistics:
+                statistics[site.name] = InputStatistics(site.shape[1], needs, x.device)
+            paired = dense_inputs[site.name].pop(0) if dense_inputs is not None else None
+            statistics[site.name].update(x, paired)
+
+        return before
+
+    for name, site in by_module.items():
+        handles.append(model.model.get_submodule(name).register_forward_pre_hook(hook(site)))
+    experts = [s for s in sites if s.expert is not None]
+    for site in experts:
+        statistics.setdefault(site.name, InputStatistics(site.shape[1], needs, model.device))
+    try:
+        with _ExpertInputs(model, experts, lambda site, x: statistics[site.name].update(x)) if experts else nullcontext():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def input_groups(model: StreamedModel, index: int, sites: list[Site], hidden_NTD: Tensor) -> list[list[Site]]:
+    """The sites of a loaded block in the order in which it calls them, those that read the very same tensor together (q, k, v → o →
+    gate, up → down). All experts of one parameter count as one; what no token reaches comes last."""
+    groups: list[list[Site]] = []
+    inputs: list[Tensor | None] = []
+    parameters: dict[tuple[str, str], list[Site]] = {}
+    for site in sites:
+        if site.expert is not None:
+            parameters.setdefault((site.module, site.parameter), []).append(site)
+
+    def called(site: Site, x: Tensor) -> None:
+        place = next((i for i, tensor in enumerate(inputs) if tensor is x), None)
+        if place is None:
+            groups.append([site])
+            inputs.append(x)
+        elif site not in groups[place]:
+            groups[place].append(site)
+
+    def expert_called(site: Site, x: Tensor) -> None:
+        if together := parameters.pop((site.module, site.parameter), None):
+            groups.append(together)
+            inputs.append(None)
+
+    modules = [(model.model.get_submodule(site.module), site) for site in sites if site.expert is None]
+    handles = [m.register_forward_pre_hook(lambda _, args, site=site: called(site, args[0])) for m, site in modules]
+    try:
+        with _ExpertInputs(model, [s for s in sites if s.expert is not None], expert_called) if parameters else nullcontext():
+            model.run_block(index, hidden_NTD)
+    finally:
+        for handle in handles:
+            handle.remove()
+    idle = [site for site in sites if not any(site in group for group in groups)]
+    return [*groups, *([idle] if idle else [])]
+
+
+class _ExpertInputs(torch.overrides.TorchFunctionMode):
+    """Sees every `linear` whose weight is a slice of a fused experts parameter, and hands its site and its input to `seen`.
+
+    Works with the `eager` experts implementation of transformers, which calls one linear for each expert that a token reached.
+    """
+
+    def __init__(self, model: StreamedModel, sites: list[Site], seen: Callable[[Site, Tensor], None]):
+        super().__init__()
+        self.seen = seen
+        self.slices: dict[int, Site] = {}
+        for site in sites:
+            parameter = model.model.get_submodule(site.module)._parameters[site.parameter]
+            self.slices[parameter[site.expert].data_ptr()] = site
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear and isinstance(args[1], Tensor):
+            site = self.slices.get(args[1].data_ptr())
+            if site is not None and len(args[0]):
+                self.seen(site, args[0])
+        return func(*args, **(kwargs or {}))
