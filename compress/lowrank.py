@@ -110,16 +110,23 @@ def shared_factors(errors: Sequence[Tensor], metric: Metric, rank: int) -> tuple
     return list(up.split([len(e) for e in errors])), down
 
 
-def spectrum(error_OI: Tensor, metric: Metric) -> Tensor:
-    """Squared singular values of diag(row)·E·S, float64 [min(O, I)], descending: the error of rank r is the sum past the r-th."""
+def spectrum(error_OI: Tensor, metric: Metric, weights_VO: Tensor | None = None) -> Tensor:
+    """Squared singular values of diag(row)·E·S, float64 [min(O, I)], descending: the error of rank r is the sum past the r-th.
+
+    With weights_VO: [V, min(O, I)], what each singular direction carries when row o of diag(row)·E counts weights[v, o] times; the
+    directions and their order stay those of the metric, so past the r-th lies what the metric's own best term of rank r leaves.
+    """
     weighted = metric.rows(error_OI)
-    if weighted.shape[0] <= weighted.shape[1]:
-        gram = metric.times_moment(weighted) @ weighted.T
+    across = weighted.shape[0] <= weighted.shape[1]
+    scaled = weighted if across else metric.times_root(weighted)
+    gram = metric.times_moment(weighted) @ weighted.T if across else scaled.T @ scaled
+    if weights_VO is None:
+        values = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
     else:
-        scaled = metric.times_root(weighted)
-        gram = scaled.T @ scaled
-    values = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
-    return torch.nn.functional.pad(values, (0, min(error_OI.shape) - len(values)))
+        values, vectors = (part.flip(-1) for part in torch.linalg.eigh(gram))
+        squares_OR = vectors.square() * values.clamp(min=0) if across else (scaled @ vectors).square()
+        values = weights_VO.double() @ squares_OR
+    return torch.nn.functional.pad(values, (0, min(error_OI.shape) - values.shape[-1]))
 
 
 def balance(up_OR: Tensor, down_RI: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ Legend: O out, I in, K settings.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal
@@ -135,29 +135,35 @@ def error_table(
     metric: Metric,
     statistics: LayerStatistics,
     choices: Iterable[Setting],
-    quantizer: Literal["rtn", "gptq"] = "gptq",
+    quantize: Callable[[Grid], StoredWeight],
+    weights_VO: Tensor | None = None,
 ) -> Tensor:
-    """Predicted squared errors ‖(W − Q − L)·S‖² of every setting, float64 [K]; inf where a setting does not fit the matrix.
+    """Predicted squared errors ‖(W − Q − L)·S‖² of every setting, float64 [V, K]; inf where a setting does not fit the matrix.
 
-    One quantization and one spectrum for each grid; the error of rank r with 16-bit factors is the spectrum's tail. On a grid of
-    their own the factors lose, besides, a share of what they catch, which is measured once at the middle one of the ranks.
+    `quantize` makes Q; L is the best term under the metric. Row o's share of the error counts weights_VO[v, o] times in view v
+    (None: one view, all rows alike). One quantization and one spectrum for each grid: the error of rank r with 16-bit factors is
+    the spectrum's tail. On a grid of their own the factors lose, besides, a share of what they catch, measured at the middle one of
+    the ranks: of 8 bits (about 1e-4) at the middle grid only, of 4 bits (some percent) at every grid.
     """
     wanted = list(choices)
-    errors = torch.full((len(wanted),), float("inf"), dtype=torch.float64)
-    for grid, indices in _by_grid(wanted, target_OI):
-        error_OI = target_OI.float() - quantized(target_OI, grid, statistics, quantizer).dense()
-        tail = torch.nn.functional.pad(spectrum(error_OI, metric).flip(0).cumsum(0).flip(0), (0, 1)).cpu()
-        losses: dict[FactorBits, float] = {16: 0.0}
-        coarse: tuple[FactorBits, ...] = (4, 8)
-        for bits in coarse:
-            ranks = sorted({wanted[k].rank for k in indices if wanted[k].rank and wanted[k].factor_bits == bits})
-            if not ranks:
+    fitting = [setting for setting in wanted if setting.fits(*target_OI.shape)]
+    grids = list(dict.fromkeys(setting.grid for setting in fitting))
+    errors_VK = torch.full((1 if weights_VO is None else len(weights_VO), len(wanted)), float("inf"), dtype=torch.float64)
+    coarse: float | None = None
+    for grid in sorted(grids, key=lambda grid: abs(grids.index(grid) - len(grids) // 2)):
+        error_OI = target_OI.float() - quantize(grid).dense()
+        spectrum_VR = torch.atleast_2d(spectrum(error_OI, metric, weights_VO))
+        tail_VR = torch.nn.functional.pad(spectrum_VR.flip(1).cumsum(1).flip(1), (0, 1)).cpu()
+        lost = {16: 0.0, 8: coarse, 4: None}
+        for k, setting in enumerate(wanted):
+            if setting.grid != grid or not setting.fits(*target_OI.shape):
                 continue
-            losses[bits] = _share_lost(error_OI, metric, statistics, FactorForm(bits), ranks[len(ranks) // 2], tail)
-        for k in indices:
-            rank = wanted[k].rank
-            errors[k] = tail[rank] + (losses[wanted[k].factor_bits] * (tail[0] - tail[rank]) if rank else 0.0)
-    return errors
+            if setting.rank and lost[setting.factor_bits] is None:
+                lost[setting.factor_bits] = _share_lost(error_OI, metric, statistics, fitting, setting.factor_bits)
+            share = lost[setting.factor_bits] or 0.0
+            errors_VK[:, k] = tail_VR[:, setting.rank] + share * (tail_VR[:, 0] - tail_VR[:, setting.rank])
+        coarse = lost[8]
+    return errors_VK
 
 
 def costs_bytes(shapes: Iterable[tuple[int, int]], choices: Iterable[Setting]) -> list[list[int]]:
@@ -166,35 +172,24 @@ def costs_bytes(shapes: Iterable[tuple[int, int]], choices: Iterable[Setting]) -
     return [[s.stored_bytes(*shape) if s.fits(*shape) else 0 for s in wanted] for shape in shapes]
 
 
-def overrides(chosen: Mapping[str, Setting]) -> dict[str, dict[str, dict[str, Any]]]:
-    """The choice as per-matrix settings of the stages: {"quantize": {name: {bits, group_size}}, "decompose": {name: {rank,
-    factor_bits}}}. A matrix without a term is left out of "decompose"."""
-    quantize, decompose = {}, {}
-    for name, setting in chosen.items():
-        grid = setting.grid
-        size = {"group_size": grid.group_size} if grid.kind == "uniform" else {"block_size": grid.group_size}
-        kind = {"symmetric": grid.symmetric} if grid.kind == "uniform" else {"double_quantize": grid.double_quantized}
-        quantize[name] = {"bits": grid.bits} | size | kind
-        if setting.rank:
-            decompose[name] = {"rank": setting.rank, "factor_bits": setting.factor_bits}
-    return {"quantize": quantize, "decompose": decompose}
+def overrides(setting: Setting) -> dict[str, dict[str, Any]]:
+    """A setting as settings of the stages, by stage; a stage that it leaves out (no mask, no term) is left out."""
+    grid = setting.grid
+    size = {"group_size": grid.group_size} if grid.kind == "uniform" else {"block_size": grid.group_size}
+    kind = {"symmetric": grid.symmetric} if grid.kind == "uniform" else {"double_quantize": grid.double_quantized}
+    stages: dict[str, dict[str, Any]] = {"quantize": {"bits": grid.bits} | size | kind}
+    if grid.pattern != "dense":
+        stages["prune"] = {"pattern": grid.pattern, "sparsity": grid.sparsity}
+    if setting.rank:
+        stages["decompose"] = {"rank": setting.rank, "factor_bits": setting.factor_bits}
+    return stages
 
 
-def _by_grid(wanted: list[Setting], target_OI: Tensor) -> Iterator[tuple[Grid, list[int]]]:
-    rows, columns = target_OI.shape
-    found: dict[Grid, list[int]] = {}
-    for k, setting in enumerate(wanted):
-        if setting.fits(rows, columns):
-            found.setdefault(setting.grid, []).append(k)
-    return iter(found.items())
-
-
-def _share_lost(error_OI: Tensor, metric: Metric, statistics: LayerStatistics, form: FactorForm, rank: int, tail: Tensor) -> float:
-    """What rounding the factors costs, as a share of the squared error they catch."""
-    caught = float(tail[0] - tail[rank])
-    if caught <= 0:
-        return 0.0
-    up, down = best_low_rank(error_OI, metric, rank)
+def _share_lost(error_OI: Tensor, metric: Metric, statistics: LayerStatistics, choices: list[Setting], bits: FactorBits) -> float:
+    """What rounding the factors costs, as a share of the squared error that they catch at the middle one of the ranks."""
+    ranks = sorted({setting.rank for setting in choices if setting.rank and setting.factor_bits == bits})
     feedback = factor_of(statistics.inputs, 0.01, True) if metric.moment_II is not None else None
-    stored = store_factors(up, down, form, error_OI, metric, feedback)
-    return max(squared_error(error_OI - stored.dense(), metric) - float(tail[rank]), 0.0) / caught
+    up, down = best_low_rank(error_OI, metric, ranks[len(ranks) // 2])
+    stored = store_factors(up, down, FactorForm(bits), error_OI, metric, feedback)
+    whole, left, rounded = (squared_error(error_OI - term, metric) for term in (0.0, up @ down, stored.dense()))
+    return max(rounded - left, 0.0) / (whole - left) if whole > left else 0.0

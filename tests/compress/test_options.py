@@ -59,7 +59,7 @@ def test_predicted_errors_are_those_of_the_records(shape, quantizer):
     target, found = matrix(*shape), statistics(shape[1], shape[0])
     metric = Metric(moment_II=found.inputs.second_moment_II)
     choices = settings(bits=(2, 4), group_sizes=(32, 64), ranks=(0, 4, 16), factor_bits=(16, 4), sparsities=(("dense", 0.0), ("2:4", 0.5)))
-    predicted = error_table(target, metric, found, choices, quantizer)
+    predicted = error_table(target, metric, found, choices, lambda grid: quantized(target, grid, found, quantizer))[0]
     for setting, error in zip(choices, predicted.tolist(), strict=True):
         record = quantized(target, setting.grid, found, quantizer)
         if setting.rank:
@@ -72,8 +72,9 @@ def test_predicted_errors_are_those_of_the_records(shape, quantizer):
 def test_settings_that_do_not_fit_are_infinitely_bad():
     target, found = matrix(40, 192), statistics(192, 40)
     choices = [Setting(Grid("uniform", 4, 128)), Setting(Grid("uniform", 4, 64), 41), Setting(Grid("uniform", 4, 64), 40)]
-    errors = error_table(target, Metric(moment_II=found.inputs.second_moment_II), found, choices, "rtn")
-    assert errors.isinf().tolist() == [True, True, False]
+    metric = Metric(moment_II=found.inputs.second_moment_II)
+    errors = error_table(target, metric, found, choices, lambda grid: quantized(target, grid, found, "rtn"))
+    assert errors.isinf().tolist() == [[True, True, False]]
     assert costs_bytes([(40, 192)], choices)[0][:2] == [0, 0]
     for function in (lambda: choices[0].grid.stored_bits(40, 192), lambda: blank(choices[0].grid, 40, 192)):
         with pytest.raises(ValueError, match="192 columns are not a multiple of group size 128"):
@@ -90,7 +91,11 @@ def test_joint_choice_beats_every_uniform_setting_of_at_most_its_bytes():
     found = [statistics(s[1], s[0], seed) for seed, s in enumerate(shapes)]
     targets = [matrix(*s, seed) * 3.0**seed for seed, s in enumerate(shapes)]
     choices = settings(bits=(2, 3, 4), group_sizes=(32, 64), ranks=(0, 8), factor_bits=(16, 4))
-    losses = torch.stack([error_table(t, loss_metric(f), f, choices, "rtn") for t, f in zip(targets, found, strict=True)])
+    tables = [
+        error_table(t, loss_metric(f), f, choices, lambda grid, t=t, f=f: quantized(t, grid, f, "rtn"))
+        for t, f in zip(targets, found, strict=True)
+    ]
+    losses = torch.cat(tables)
     costs = torch.tensor(costs_bytes(shapes, choices))
     uniform = [k for k in range(len(choices)) if bool(torch.isfinite(losses[:, k]).all())]
     assert len(uniform) == len(choices)
@@ -105,11 +110,32 @@ def test_joint_choice_beats_every_uniform_setting_of_at_most_its_bytes():
 
 
 def test_choice_goes_back_to_the_stages():
-    chosen = {"a": Setting(Grid("uniform", 3, 64), 8, 4), "b": Setting(Grid("normal_float", 4, 64, double_quantized=True))}
-    assert overrides(chosen) == {
-        "quantize": {"a": {"bits": 3, "group_size": 64, "symmetric": False}, "b": {"bits": 4, "block_size": 64, "double_quantize": True}},
-        "decompose": {"a": {"rank": 8, "factor_bits": 4}},
+    assert overrides(Setting(Grid("uniform", 3, 64), 8, 4)) == {
+        "quantize": {"bits": 3, "group_size": 64, "symmetric": False},
+        "decompose": {"rank": 8, "factor_bits": 4},
     }
+    sparse = Grid("normal_float", 4, 64, double_quantized=True, pattern="2:4", sparsity=0.5)
+    assert overrides(Setting(sparse)) == {
+        "quantize": {"bits": 4, "block_size": 64, "double_quantize": True},
+        "prune": {"pattern": "2:4", "sparsity": 0.5},
+    }
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_views_weigh_the_rows_of_the_same_records(shape):
+    """The slow twin: the records themselves, their errors weighed row by row."""
+    target, found = matrix(*shape), statistics(shape[1], shape[0])
+    moment = found.inputs.second_moment_II.double()
+    weights = torch.stack((torch.ones(shape[0]), torch.rand(shape[0], generator=torch.Generator().manual_seed(5))))
+    choices = settings(bits=(2, 4), group_sizes=(64,), ranks=(0, 4, 16), factor_bits=(16,))
+    table = error_table(target, Metric(moment_II=moment), found, choices, lambda grid: quantized(target, grid, found, "rtn"), weights)
+    for setting, errors in zip(choices, table.T, strict=True):
+        record = quantized(target, setting.grid, found, "rtn")
+        if setting.rank:
+            record = decompose(record, target, found, Decomposition(rank=setting.rank))[0]
+        error = (target - record.dense()).double()
+        by_row = ((error @ moment) * error).sum(1)
+        assert errors.tolist() == pytest.approx((weights.double() @ by_row).tolist(), rel=1e-3), setting
 
 
 def test_loss_metric_weighs_outputs_by_their_gradients():
