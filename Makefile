@@ -48,6 +48,7 @@ clean:
 
 FORCE:
 
-# Reference results of the demo model, into reports/published. Hours; can be stopped and continued.
+# Reference results into reports/published, all tables or TABLE=compress|decompose|recover|grid. Hours; can be stopped and continued.
+TABLE ?= compress decompose recover grid
 publish: venv
-	$(BIN)/python -P -m bitmend.pipelines.publishing compress
+	for table in $(TABLE); do $(BIN)/python -P -m bitmend.pipelines.publishing $$table || exit; done

@@ -1,14 +1,14 @@
-"""Reference results: one command that measures every method on the demo model and writes `reports/published/NAME.{json,md,png,svg}`.
+"""Reference results: one command a table that measures what is missing and writes `reports/published/NAME.{json,md,png,svg}`.
 
-    python -m bitmend.pipelines.publishing compress [-o RUN_DIR] [--only PATTERN]
+    python -m bitmend.pipelines.publishing NAME [-o RUN_DIR] [--only PATTERN] [--model demo|small]
 
-It can be stopped and continued: stages are artifacts of one run directory, rows are kept as they are finished. What is measured is data below.
+Run it from the root of the repository. It can be stopped and continued: stages are artifacts of one run directory for each model, rows are
+kept as they are finished. What is measured is data in `reference`; a row that the program refuses is a row with the reason.
 """
 
 import argparse
+import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,114 +17,130 @@ from ..reports.plots import pareto_figure
 from ..reports.record import RunRecord
 from . import logs, recipe, runner
 from .doctor import cpu_name
+from .errors import InputError, UsageError
+from .perplexity import evaluate
+from .reference import SETTINGS, SMALL, Row, Table, tables
+from .rundir import RunDirectory
+from .settings import dump
 
-COLUMNS = (
-    ("name", "method"), ("bits", "bits"), ("perplexity", "perplexity", "perplexity"), ("bits_per_weight", "bits per weight", "number"),
-    ("total_bytes", "bytes", "bytes"), ("sparsity", "sparsity", "percent"), ("seconds", "seconds", "seconds"), ("peak_bytes", "memory", "bytes"),
+SMALL_MODEL = Path("tests/small_model")
+MEASURED = (
+    ("perplexity", "perplexity", "perplexity"), ("nll_difference", "Δ nats to dense", "exact"), ("nll_difference_stderr", "±", "exact"),
+    ("other_baseline_perplexity", "other text, dense", "perplexity"), ("other_perplexity", "other text", "perplexity"),
+    ("bits_per_weight", "bits per weight", "number"), ("total_bytes", "bytes", "bytes"), ("sparsity", "sparsity", "percent"),
+    ("trainable_parameters", "trained", "exact"), ("seconds", "seconds", "seconds"), ("peak_bytes", "memory", "bytes"),
+    ("verdict", "at equal bytes", "text"),
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Row:
-    """One measurement: what is shown as its name, and the stages (in recipe form) that lead to it."""
-
-    name: str
-    stages: tuple[Mapping[str, Mapping[str, Any]], ...]
-    bits: str = ""
-
-
-def _quantized(bits: int) -> list[Row]:
-    plain = {"bits": bits, "group_size": 64}
-    normal = {"bits": bits, "block_size": 64}
-    rows = {
-        "rtn": {"method": "rtn", **plain},
-        "rtn, clip weighted by the inputs": {"method": "rtn", "clip": "hessian", **plain},
-        "gptq": {"method": "gptq", **plain},
-        "gptq, clip weighted by the inputs": {"method": "gptq", "clip": "hessian", **plain},
-        "gptq, correction 0.5": {"method": "gptq", "correction": 0.5, **plain},
-        "normal_float": {"method": "normal_float", **normal},
-        "gptq_nf": {"method": "gptq_nf", **normal},
-    }
-    if bits < 4:
-        rows["block_training"] = {"method": "block_training", **plain}
-        rows["learned_rounding"] = {"method": "learned_rounding", **plain}
-    return [Row(name, ({"quantize": settings},), str(bits)) for name, settings in rows.items()]
-
-
-def _pruned(pattern: str, shown: str) -> list[Row]:
-    settings = {"sparsity": 0.5, "pattern": pattern}
-    return [Row(f"{method}, {shown}", ({"prune": {"method": method, **settings}},)) for method in ("magnitude", "wanda", "sparsegpt")]
-
-
-COMPRESS = [*_pruned("unstructured", "50 %"), *_pruned("2:4", "2:4"), *_quantized(3), *_quantized(4), *_quantized(2)]
-TABLES = {"compress": (COMPRESS, "Pruning and quantization of the demo model")}
-SETTINGS = {"calibration": {"samples": 32, "seq_len": 512}, "evaluation": {"seq_len": 512, "windows": 16}}
-
-
-def publish(name: str, directory: Path, only: str | None = None) -> list[Path]:
+def publish(name: str, directory: Path, only: str | None = None, model: str | None = None) -> list[Path]:
     """Measure what is missing, then write the table of all rows that are there."""
-    rows, title = TABLES[name]
-    kept = published.Rows(directory / f"{name}.jsonl", ["name", "bits"], {"settings": SETTINGS, "processor": cpu_name()})
-    protocol: Any = None
-    for row in rows:
-        if (only is None or re.search(only, f"{row.name} {row.bits}")) and {"name": row.name, "bits": row.bits} not in kept:
-            record = _measure(row, directory / "run")
-            kept.append({"name": row.name, "bits": row.bits, "protocol": record.protocol.to_json(), **_numbers(record)})
-    done = [kept.get(name=row.name, bits=row.bits) for row in rows if {"name": row.name, "bits": row.bits} in kept]
-    found = [row for row in done if row is not None]
-    protocol = found[0]["protocol"] if found else None
+    table = tables()[name]
+    keys = ["model", "name", *table.tags]
+    kept = published.Rows(directory / f"{name}.jsonl", keys, {"settings": SETTINGS, "processor": cpu_name()})
+    for row in table.rows:
+        wanted = (only is None or re.search(only, _label(row, table))) and model in (None, row.model)
+        if wanted and _identity(row) not in kept:
+            kept.append(_identity(row) | _measure(row, directory / row.model, table.other_text))
+    return write(name, table, kept)
+
+
+def write(name: str, table: Table, kept: published.Rows) -> list[Path]:
+    """The files of the table, from the rows that were measured."""
+    found = [row for row in (kept.get(**_identity(row)) for row in table.rows) if row is not None]
     shown = [{k: v for k, v in row.items() if k != "protocol"} for row in found]
+    for row in shown:
+        row["verdict"] = _verdict(row, shown, table)
     figure = pareto_figure(
-        [r | {"label": f"{r['name']} {r['bits']}".strip()} for r in shown if r["bits"]],
-        x="bits_per_weight",
-        y="perplexity",
-        label="label",
-        series="name",
+        [r | {"label": " ".join(str(r[key]) for key in ("name", *table.tags)).strip()} for r in shown if r.get("perplexity")],
+        x=table.x, y="perplexity", label=None if len(shown) > 40 else "label", series="name", panel=table.panel,
+    )  # fmt: skip
+    columns = [("model", "model", "text"), ("name", "method", "text"), *((tag, tag, "text") for tag in table.tags), *MEASURED]
+    columns = [c for c in columns if any(r.get(c[0]) not in (None, "") for r in shown)]
+    protocols = {row["model"]: row["protocol"] for row in found if row.get("protocol")}
+    return published.write(name, shown, columns, protocols, figure, title=table.title, notes=[*table.notes, *_notes(name, found, table)])
+
+
+def _notes(name: str, found: list[dict[str, Any]], table: Table) -> list[str]:
+    dense = {row["model"]: row["baseline_perplexity"] for row in found if row.get("baseline_perplexity")}
+    notes = [f"{model}: dense perplexity {value:.2f}." for model, value in dense.items()]
+    texts = ", ".join(f"{model} {s['calibration']['samples']} × {s['calibration']['seq_len']}" for model, s in SETTINGS.items())
+    notes.append(f"Calibration tokens: {texts}. Seconds and memory are those of the last stage alone.")
+    notes.append(
+        f"Made by `make publish TABLE={name}`: {len(found)} of {len(table.rows)} rows; {cpu_name()}, 2 cores shared with other work: seconds are an upper bound."
     )
-    notes = [
-        f"Baseline: {found[0]['baseline_perplexity']:.2f}." if found else "",
-        f"Made by `make publish`; calibration {SETTINGS['calibration']['samples']} × {SETTINGS['calibration']['seq_len']} tokens of the demo text; {cpu_name()}, 2 cores shared with other work: seconds are an upper bound.",
-    ]
-    return published.write(name, shown, COLUMNS, protocol, figure, title=title, notes=notes)
+    return notes
 
 
-def _measure(row: Row, directory: Path) -> RunRecord:
+def _verdict(row: dict[str, Any], rows: list[dict[str, Any]], table: Table) -> str:
+    """Whether another row of the same model (and kind) has at most as many bytes and a lower perplexity."""
+    if not row.get("perplexity"):
+        return row.get("refused", "")
+    same = [r for r in rows if r["model"] == row["model"] and r.get("kind") == row.get("kind") and r.get("perplexity")]
+    better = [r for r in same if r["total_bytes"] <= row["total_bytes"] * 1.001 and r["perplexity"] < row["perplexity"]]
+    if not better:
+        return "on the Pareto line"
+    best = min(better, key=lambda r: r["perplexity"])
+    label = ", ".join(str(best[key]) for key in ("name", *table.tags) if key not in ("kind", "seed"))
+    return f"loses {math.log(row['perplexity'] / best['perplexity']):.3f} nats to {label}"
+
+
+def _label(row: Row, table: Table) -> str:
+    return " ".join(str(part) for part in (row.model, row.name, *(row.tags[tag] for tag in table.tags)))
+
+
+def _identity(row: Row) -> dict[str, Any]:
+    return {"model": row.model, "name": row.name, **row.tags}
+
+
+def _measure(row: Row, directory: Path, other_text: bool) -> dict[str, Any]:
     settings = directory.parent / "row.yaml"
     settings.parent.mkdir(parents=True, exist_ok=True)
-    from .settings import dump
+    document = {"name": "published", "seed": row.seed, **SETTINGS[row.model], "stages": [dict(stage) for stage in row.stages]}
+    settings.write_text(dump(document))
+    options = {"model": "demo", "profile": "demo"}
+    if row.model == SMALL:
+        if not SMALL_MODEL.is_dir():
+            raise InputError(f"{SMALL_MODEL}: no such directory; run this from the root of the repository")
+        options = {"model": str(SMALL_MODEL / "model"), "data": str(SMALL_MODEL / "text.jsonl"), "profile": "standard"}
+    try:
+        numbers = _numbers(runner.run(recipe.resolve(str(settings), options=options), directory, page=False))
+    except UsageError as error:
+        return {"refused": f"refused: {error}"}
+    return numbers | (_on_other_text(directory, row.model) if other_text else {})
 
-    settings.write_text(
-        dump({"name": "published", "model": "demo", "profile": "demo", **SETTINGS, "stages": [dict(stage) for stage in row.stages]})
-    )
-    return runner.run(recipe.resolve(str(settings)), directory)
+
+def _on_other_text(directory: Path, model: str) -> dict[str, Any]:
+    """Perplexity of the last stage and of the baseline on Python's own manual, which every Python has."""
+    from pydoc_data.topics import topics
+
+    manual = directory.parent / "manual.txt"
+    manual.write_text("\n\n".join(topics[name] for name in sorted(topics)))
+    stages = RunDirectory(directory).read()["stages"]
+    protocol = {"eval_source": str(manual), **SETTINGS[model]["evaluation"]}
+    found = [evaluate(str(directory / "stages" / stages[place]["name"]), **protocol)["perplexity"] for place in (0, -1)]
+    return {"other_baseline_perplexity": found[0], "other_perplexity": found[1]}
 
 
 def _numbers(record: RunRecord) -> dict[str, Any]:
-    last = record.stages[-1]
-    baseline = {"baseline_perplexity": record.stages[0].perplexity}
+    first, last = record.stages[0], record.stages[-1]
     fields = (
-        "perplexity",
-        "perplexity_ratio",
-        "nll_difference",
-        "nll_difference_stderr",
-        "kl_to_baseline",
-        "bits_per_weight",
-        "total_bytes",
-        "sparsity",
-        "seconds",
-        "peak_bytes",
-    )
-    return baseline | {field: getattr(last, field) for field in fields}
+        "perplexity", "nll_difference", "nll_difference_stderr", "kl_to_baseline", "top1_agreement", "gap_closed", "bits_per_weight",
+        "total_bytes", "sparsity", "seconds", "peak_bytes", "trainable_parameters",
+    )  # fmt: skip
+    numbers = {field: getattr(last, field) for field in fields}
+    return numbers | {"baseline_perplexity": first.perplexity, "protocol": record.protocol.to_json()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=sorted(TABLES))
+    parser.add_argument("name", choices=sorted(tables()))
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/published"))
-    parser.add_argument("--only", help="a regular expression on 'NAME BITS'")
+    parser.add_argument("--only", help="a regular expression on 'MODEL METHOD TAGS', as in 'demo gptq 3'")
+    parser.add_argument("--model", choices=sorted(SETTINGS), help="only the rows of this model")
     given = parser.parse_args()
     logs.setup()
-    for path in publish(given.name, given.output.resolve(), given.only):
+    for path in publish(given.name, given.output.resolve(), given.only, given.model):
         print(path)
 
 

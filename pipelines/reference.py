@@ -1,0 +1,217 @@
+"""What `make publish` measures: the rows of the reference tables, as data. Knows names and settings; `publishing` measures them.
+
+A row is a model, the stages that lead to it in recipe form, and what identifies it in its table. Rows of one model share a run
+directory, so a stage that many of them begin with is done once.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Stage = Mapping[str, Mapping[str, Any]]
+
+SMALL = "small"
+DEMO = "demo"
+SETTINGS: dict[str, dict[str, Any]] = {
+    DEMO: {"calibration": {"samples": 32, "seq_len": 512}, "evaluation": {"seq_len": 512, "windows": 16}},
+    SMALL: {"calibration": {"samples": 64, "seq_len": 128}, "evaluation": {"seq_len": 128, "windows": 64}},
+}
+"""Text of the rows, by model: the demo text, or that of tests/small_model."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """`tags` are columns that tell rows of one name apart: bits, rank, kind, seed."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    tags: Mapping[str, Any] = field(default_factory=dict)
+    model: str = DEMO
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """`tags` in the order of the columns; `panel` and `series` say how the figure is drawn."""
+
+    title: str
+    rows: Sequence[Row]
+    tags: tuple[str, ...]
+    panel: str | None = None
+    x: str = "bits_per_weight"
+    notes: tuple[str, ...] = ()
+    other_text: bool = False
+    """Measure on text of another kind too, so that an adaptation to the training text is told from a recovery."""
+
+
+def _quantize(bits: int, method: str = "gptq", **settings: Any) -> Stage:
+    size = "block_size" if method in ("normal_float", "gptq_nf", "nf4") else "group_size"
+    return {"quantize": {"method": method, "bits": bits, size: 64, **settings}}
+
+
+def _prune(method: str = "wanda", pattern: str = "unstructured") -> Stage:
+    return {"prune": {"method": method, "sparsity": 0.5, "pattern": pattern}}
+
+
+# -- compress --------------------------------------------------------------------------------------------------------------------
+
+
+def _grids(bits: int) -> list[Row]:
+    named: dict[str, Stage] = {
+        "rtn": _quantize(bits, "rtn"),
+        "rtn, clip weighted by the inputs": _quantize(bits, "rtn", clip="hessian"),
+        "gptq": _quantize(bits),
+        "gptq, clip weighted by the inputs": _quantize(bits, clip="hessian"),
+        "gptq, correction 0.5": _quantize(bits, correction=0.5),
+        "normal_float": _quantize(bits, "normal_float"),
+        "gptq_nf": _quantize(bits, "gptq_nf"),
+    }
+    if bits < 4:
+        named["block_training"] = _quantize(bits, "block_training")
+        named["learned_rounding"] = _quantize(bits, "learned_rounding")
+    return [Row(name, (stage,), {"bits": bits}) for name, stage in named.items()]
+
+
+def _masks(pattern: str, shown: str) -> list[Row]:
+    return [Row(method, (_prune(method, pattern),), {"bits": shown}) for method in ("magnitude", "wanda", "sparsegpt")]
+
+
+COMPRESS = Table(
+    "Pruning and quantization of the demo model",
+    [*_masks("unstructured", "50 %"), *_masks("2:4", "2:4"), *_grids(3), *_grids(4), *_grids(2)],
+    ("bits",),
+)
+
+# -- decompose -------------------------------------------------------------------------------------------------------------------
+
+_ROUND, _FEEDBACK, _BOOK = "rtn", "gptq", "normal_float"
+PRESETS: dict[str, tuple[str, str]] = {
+    "loftq": ("loftq", _ROUND),
+    "lq_lora": ("lq_lora", _BOOK),
+    "zeroquant_v2": ("zeroquant_v2", _ROUND),
+    "lqer": ("lqer", _ROUND),
+    "qera_approx": ("qera_approx", _ROUND),
+    "qera_exact": ("qera_exact", _ROUND),
+    "eora": ("eora", _FEEDBACK),
+    "cloq": ("cloq", _FEEDBACK),
+    "caldera": ("caldera", _FEEDBACK),
+    "srr": ("srr", _FEEDBACK),
+    "best": ("best", _FEEDBACK),
+}
+"""Preset → its method and the quantizer before it, as its paper has them (eora is the exact step on GPTQ's codes)."""
+STRONGEST = ("eora", "cloq", "srr", "best")
+
+
+def _decomposed(preset: str, bits: int, rank: int, model: str) -> Row:
+    tags = {"bits": bits, "rank": rank}
+    if preset == "svdquant":
+        return Row(preset, ({"decompose": {"method": preset, "bits": bits, "rank": rank}},), tags, model)
+    method, quantizer = PRESETS[preset]
+    return Row(preset, (_quantize(bits, quantizer), {"decompose": {"method": method, "rank": rank}}), tags, model)
+
+
+def _plain(bits: int, group_size: int, model: str) -> Row:
+    return Row(f"gptq, group {group_size}, no factors", (_quantize(bits, group_size=group_size),), {"bits": bits, "rank": 0}, model)
+
+
+DECOMPOSE = Table(
+    "Decomposition: presets against plain GPTQ, by total bits per weight",
+    [
+        *(_plain(bits, group, DEMO) for bits, group in ((3, 64), (3, 32), (4, 64), (2, 64), (2, 32))),
+        *(_decomposed(preset, 3, rank, DEMO) for rank in (8, 32) for preset in (*PRESETS, "svdquant")),
+        *(_decomposed(preset, 2, rank, DEMO) for rank in (8, 32) for preset in STRONGEST),
+        *(_plain(bits, group, SMALL) for bits in (2, 3, 4) for group in (64, 32)),
+        *(
+            _decomposed(preset, bits, rank, SMALL)
+            for bits in (2, 3, 4)
+            for rank in (4, 8, 16, 32, 64)
+            for preset in (*PRESETS, *(("svdquant",) if bits == 4 else ()))
+        ),
+    ],
+    ("bits", "rank"),
+    panel="model",
+)
+
+# -- recover ---------------------------------------------------------------------------------------------------------------------
+
+KINDS: dict[str, tuple[Stage, ...]] = {
+    "50 % pruned": (_prune(),),
+    "2:4": (_prune(pattern="2:4"),),
+    "3-bit": (_quantize(3),),
+    "2:4 + 4-bit": (_prune(pattern="2:4"), _quantize(4)),
+    "LQ": (_quantize(3), {"decompose": {"method": "qera_exact", "rank": 8}}),
+}
+_BUDGET = {DEMO: {"steps": 50, "batch_size": 4, "seq_len": 256}, SMALL: {"steps": 50, "batch_size": 8, "seq_len": 128}}
+_FOUR: dict[str, dict[str, Any]] = {
+    "perp, norms": {"method": "perp", "biases": False},
+    "perp, norms and biases": {"method": "perp"},
+    "lora": {"method": "lora", "rank": 8, "norms": True},
+    "dora": {"method": "dora", "rank": 8},
+}
+_GRID_FOUR = {**{k: v for k, v in _FOUR.items() if k != "perp, norms and biases"}, "scales, norms": {"method": "scales", "norms": True}}
+
+
+def _recovered(name: str, kind: str, settings: Mapping[str, Any], model: str, seed: int = 0) -> Row:
+    return Row(name, (*KINDS[kind], {"recover": {**_BUDGET[model], **settings}}), {"kind": kind, "seed": seed}, model, seed)
+
+
+def _untouched(kind: str, model: str) -> Row:
+    return Row("not recovered", KINDS[kind], {"kind": kind, "seed": 0}, model)
+
+
+def _recover_rows() -> list[Row]:
+    from ..recover.methods import RECOVER
+
+    small = [_untouched(kind, SMALL) for kind in KINDS]
+    small += [_recovered(name, kind, {"method": name}, SMALL) for kind in KINDS for name in RECOVER]
+    small += [_recovered(name, kind, settings, SMALL, 1) for kind in KINDS for name, settings in _GRID_FOUR.items()]
+    demo = []
+    for kind in ("50 % pruned", "3-bit", "LQ"):
+        chosen = _FOUR if kind == "50 % pruned" else _GRID_FOUR
+        demo += [_untouched(kind, DEMO), *(_recovered(name, kind, settings, DEMO) for name, settings in chosen.items())]
+    return [*small, *demo]
+
+
+RECOVER_NOTE = "Every row trains on the same number of tokens, by distillation from the dense model."
+
+
+# -- grid ------------------------------------------------------------------------------------------------------------------------
+
+
+def _trained(steps: int, method: str = "scales", **settings: Any) -> Stage:
+    return {"recover": {**_BUDGET[DEMO], "method": method, "norms": True, "steps": steps, **settings}}
+
+
+def _grid_rows(bits: int) -> list[Row]:
+    start, tags = _quantize(bits), {"bits": bits}
+    rival = (_quantize(bits, group_size=128), {"decompose": {"method": "best", "rank": 4}})
+    rows = {
+        "gptq": (start,),
+        "gptq, group 32": (_quantize(bits, group_size=32),),
+        "gptq, group 128, best rank 4": rival,
+        "gptq, norms 60": (start, _trained(60, "perp", biases=False)),
+        "gptq, scales and norms 60": (start, _trained(60)),
+        "gptq, group 128, best rank 4, factors and norms 60": (*rival, _trained(60, "lora", rank=4)),
+        "learned_rounding": (_quantize(bits, "learned_rounding"),),
+        "block_training": (_quantize(bits, "block_training"),),
+        "block_training, scales and norms 60": (_quantize(bits, "block_training"), _trained(60)),
+        "block_training, scales and norms 300": (_quantize(bits, "block_training"), _trained(300)),
+    }
+    return [Row(name, stages, tags) for name, stages in rows.items()]
+
+
+GRID = Table(
+    "Training what the quantizer stores, against spending bytes on groups, bits and factors",
+    [*_grid_rows(3), *_grid_rows(2), *_grid_rows(4)],
+    ("bits",),
+    notes=("The number behind a method counts its steps of 1,024 tokens, trained by distillation from the dense model.",),
+    other_text=True,
+)
+
+
+def tables() -> dict[str, Table]:
+    """All reference tables by name; `recover` reads its methods from their registry."""
+    recover = Table(
+        "Recovery: every method on every kind of compressed model", _recover_rows(), ("kind", "seed"), panel="kind", notes=(RECOVER_NOTE,)
+    )
+    return {"compress": COMPRESS, "decompose": DECOMPOSE, "recover": recover, "grid": GRID}

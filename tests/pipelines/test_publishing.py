@@ -1,0 +1,53 @@
+"""The reference tables: every row is a recipe that resolves, a killed measurement goes on, and a row that loses says so."""
+
+import json
+from pathlib import Path
+
+import pytest
+from bitmend.pipelines import publishing
+from bitmend.pipelines.recipe import resolve
+from bitmend.pipelines.reference import SMALL, Row, Table, tables
+from bitmend.pipelines.settings import dump
+from bitmend.reports import published
+
+
+@pytest.mark.parametrize("name", sorted(tables()))
+def test_every_row_resolves_and_no_two_share_an_identity(name: str, tmp_path: Path) -> None:
+    table = tables()[name]
+    for stages in {json.dumps(row.stages): row.stages for row in table.rows}.values():
+        (tmp_path / "row.yaml").write_text(dump({"stages": [dict(stage) for stage in stages]}))
+        assert len(resolve(str(tmp_path / "row.yaml")).stages) == len(stages)
+    identities = [json.dumps({"model": row.model, "name": row.name, **row.tags}) for row in table.rows]
+    assert len(set(identities)) == len(identities)
+
+
+@pytest.fixture
+def table() -> Table:
+    stages = ({"quantize": {"method": "rtn", "bits": 4, "group_size": 32}},)
+    refused = ({"quantize": {"method": "rtn", "bits": 4, "group_size": 7}},)
+    return Table("Two rows", [Row("rtn", stages, {"bits": 4}, SMALL), Row("odd groups", refused, {"bits": 4}, SMALL)], ("bits",))
+
+
+def test_rows_are_measured_once_and_a_refusal_is_a_row(
+    table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.setattr(publishing, "tables", lambda: {"two": table})
+    monkeypatch.setattr(published, "DIRECTORY", tmp_path / "published")
+    written = publishing.publish("two", tmp_path / "runs")
+    first, second = published.read("two", tmp_path / "published")["rows"]
+    assert first["perplexity"] > first["baseline_perplexity"] > 1
+    assert "not a multiple" in second["refused"] and second["verdict"] == second["refused"]
+    assert {path.suffix for path in written} == {".json", ".md", ".png", ".svg"}
+    monkeypatch.setattr(publishing, "_measure", lambda *_: pytest.fail("a finished row was measured again"))
+    publishing.publish("two", tmp_path / "runs")
+
+
+def test_a_row_that_loses_at_equal_bytes_says_to_whom(table: Table) -> None:
+    def row(name: str, total_bytes: int, perplexity: float) -> dict[str, object]:
+        return {"model": SMALL, "name": name, "bits": 4, "total_bytes": total_bytes, "perplexity": perplexity}
+
+    rows = [row("small", 90, 11.0), row("good", 100, 10.0), row("bad", 100, 20.0)]
+    verdicts = [publishing._verdict(r, rows, table) for r in rows]
+    assert verdicts[:2] == ["on the Pareto line"] * 2
+    assert verdicts[2] == "loses 0.693 nats to good, 4"
