@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .factors import FactorForm, store_factors
 from .feedback import InverseFactor, factor_of
-from .grids import Clip
+from .grids import Clip, clip_needs
 from .lowrank import Metric, best_low_rank, check_rank, spectrum, squared_error
 from .metrics import MetricName, metric_of
 from .requantize import is_quantized, requantize
@@ -105,8 +105,7 @@ class Problem:
 def needs(config: Decomposition) -> frozenset[str]:
     wanted = {"plain": set(), "absmean": {"absmean"}, "diagonal": {"norms"}, "fisher": {"fisher"}, "second_moment": {"second_moment"}}
     gptq = {"second_moment"} if config.requantize and config.quantizer == "gptq" else set()
-    clip = {"norms"} if config.requantize and config.clip == "hessian" else set()
-    return frozenset(wanted[config.metric] | gptq | clip)
+    return frozenset(wanted[config.metric] | gptq) | (clip_needs(config.clip) if config.requantize else frozenset())
 
 
 def decompose(

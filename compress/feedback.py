@@ -85,9 +85,12 @@ def factor_of(inputs: InputStatistics, damp: float, by_diagonal: bool, smooth_I:
 
 
 def feed_back_(
-    weight_IO: Tensor, factor: InverseFactor, open_columns: OpenColumns, periods: tuple[int, ...], block: int = BLOCK
+    weight_IO: Tensor, factor: InverseFactor, open_columns: OpenColumns, periods: tuple[int, ...], block: int = BLOCK, pull: float = 0.0
 ) -> tuple[Tensor, float]:
     """Round every column and carry its error on; `weight_IO` is consumed.
+
+    `pull` β > 0 is FOEM's first-order term (arXiv:2507.11017, as its authors' code runs it): when its turn comes a column goes back by
+    the share β of the way that errors have moved it, and β of what is left of that way is not carried on.
 
     A rule that looks at a whole group when it reaches its first column names the group's length among the `periods`: that group then
     holds all the errors of the columns before it, whatever `block` is. Returns (levels [I, O], Σ(error/U_jj)²), the latter being
@@ -95,12 +98,15 @@ def feed_back_(
     """
     count = len(weight_IO)
     levels_IO, errors = torch.empty_like(weight_IO), torch.empty_like(weight_IO[:block])
+    origin_IO = weight_IO.clone() if pull else None
     loss = 0.0
     for start, stop in _blocks(count, periods, block):
         for first, last in _sub_blocks(start, stop, periods):
             error_SO = errors[first - start : last - start]
             scale_SO, round_row = open_columns(first, last, weight_IO)
             unit_SS = factor.unit_II[first:last, first:last]
+            if origin_IO is not None:
+                round_row = _pulled(round_row, origin_IO[first:last], pull)
             _round_columns(weight_IO[first:last], levels_IO[first:last], error_SO, scale_SO, unit_SS, round_row)
             if last < stop:
                 weight_IO[last:stop].addmm_(factor.unit_II[first:last, last:stop].T, error_SO, alpha=-1)
@@ -118,6 +124,17 @@ def _round_columns(weight_SO: Tensor, levels_SO: Tensor, error_SO: Tensor, scale
         torch.addcmul(w, level, scale, value=-1, out=error)
         if i + 1 < len(weight_SO):
             weight_SO[i + 1 :].addr_(unit_SS[i, i + 1 :], error, alpha=-1)
+
+
+def _pulled(round_row: RoundRow, origin_SO: Tensor, pull: float) -> RoundRow:
+    """The rounding of columns that are drawn toward their origin, before the choice and before the error is taken."""
+
+    def round_pulled(i: int, w: Tensor, out: Tensor) -> None:
+        w.lerp_(origin_SO[i], pull)
+        round_row(i, w, out)
+        w.lerp_(origin_SO[i], pull)
+
+    return round_pulled
 
 
 def _blocks(count: int, periods: tuple[int, ...], block: int) -> Iterator[tuple[int, int]]:

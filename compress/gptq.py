@@ -14,7 +14,7 @@ from . import normal_float as nf
 from .feedback import InverseFactor, RoundRow, factor_of, feed_back_
 from .grids import Clip, UniformGrid, check_grid, divide, fit, to_record
 from .masks import finite
-from .rounding import base_target, importance_of, normal_float_record, quantized
+from .rounding import base_target, grid_importance, normal_float_record, quantized, refuse_float_zeros
 from .statistics import LayerStatistics
 from .weights import ActivationGrid, StoredWeight, UniformWeight
 
@@ -26,21 +26,26 @@ class GptqConfig:
     """`act_order` "static_groups": grids fitted beforehand, columns visited by falling mean square, groups contiguous; "none": natural
     order, each grid fitted to the updated weights when its group begins; "full": as "none" over the visiting order, so that
     columns of a group are scattered and a group index is stored. `correction` ∈ [0, 1] moves the target toward what the dense
-    model's inputs would give (GPTAQ, arXiv:2504.02692; 1 is the paper's, smaller is steadier).
+    model's inputs would give (GPTAQ, arXiv:2504.02692; 1 is the paper's, smaller is steadier). `first_order` ∈ [0, 1) draws each column
+    back toward its own value by that share before it is rounded (FOEM, arXiv:2507.11017; 0.1 and 0.2 are its authors').
     """
 
     bits: int = 4
     group_size: int = 64
     symmetric: bool = False
     clip: Clip = "power"
+    float_zeros: bool = False
     act_order: ActOrder = "static_groups"
     damp: float = 0.01
     correction: float = 0.0
+    first_order: float = 0.0
     activations: ActivationGrid | None = None
 
     def __post_init__(self) -> None:
-        check_grid(self.bits, self.group_size, self.clip)
+        check_grid(self.bits, self.group_size, self.clip, self.symmetric, self.float_zeros)
         check_feedback(self.damp, self.correction)
+        if not 0.0 <= self.first_order < 1.0:
+            raise ValueError(f"first_order {self.first_order} must lie in [0, 1)")
         if self.act_order not in get_args(ActOrder):
             raise ValueError(f"act_order {self.act_order!r} is unknown; choose one of {get_args(ActOrder)}")
 
@@ -84,7 +89,7 @@ def corrected_target(weight_OI: Tensor, shift_II: Tensor, factor: InverseFactor,
 
 def gptq_uniform(
     weight_OI: Tensor, factor: InverseFactor, grid: UniformGrid, clip: Clip, static: bool,
-    importance_I: Tensor | None = None, mask_OI: Tensor | None = None, block: int = 128,
+    importance_I: Tensor | None = None, mask_OI: Tensor | None = None, block: int = 128, first_order: float = 0.0,
 ) -> tuple[UniformWeight, float]:  # fmt: skip
     """(record, weighted squared error). `static`: fit all grids now, on groups contiguous in the original order; else each when
     its group begins in the processing order, on the weights as updated until then (a group index is stored if the orders differ)."""
@@ -108,14 +113,16 @@ def gptq_uniform(
         groups = group_I[start:stop]
         return uniform_rounding(scale_GO[groups], zero_GO[groups], grid, None if keep_IO is None else keep_IO[start:stop])
 
-    levels_IO, loss = feed_back_(work_IO, factor, open_columns, periods, block)
-    codes_OI = levels_IO.add_(zero_GO[group_I])[factor.place_I].T
+    levels_IO, loss = feed_back_(work_IO, factor, open_columns, periods, block, first_order)
+    codes_OI = levels_IO.add_(zero_GO[group_I]).round_()[factor.place_I].T
     index_I = None if static or torch.equal(order_I, order_I.sort()[0]) else group_I[factor.place_I]
     return to_record(codes_OI, scale_GO.T, zero_GO.T, grid, index_I), loss
 
 
 def uniform_rounding(scale_SO: Tensor, zero_SO: Tensor, grid: UniformGrid, keep_SO: Tensor | None) -> tuple[Tensor, RoundRow]:
-    """Levels counted from the zero point; a dropped weight has only the level 0."""
+    """Levels counted from the zero point (code − zero); a dropped weight has only the level 0."""
+    if grid.float_zeros:
+        return scale_SO, _float_rounding(list(zip(scale_SO, zero_SO, strict=True)), grid)
     low_SO, high_SO = -zero_SO, grid.top - zero_SO
     if keep_SO is not None:
         low_SO, high_SO = low_SO * keep_SO, high_SO * keep_SO
@@ -127,6 +134,15 @@ def uniform_rounding(scale_SO: Tensor, zero_SO: Tensor, grid: UniformGrid, keep_
         torch.clamp(out.round_(), low, high, out=out)
 
     return scale_SO, round_row
+
+
+def _float_rounding(grids: list[tuple[Tensor, Tensor]], grid: UniformGrid) -> RoundRow:
+    def round_row(i: int, w: Tensor, out: Tensor) -> None:
+        scale, zero = grids[i]
+        torch.div(w, scale, out=out)
+        out.add_(zero).round_().clamp_(0, grid.top).sub_(zero)
+
+    return round_row
 
 
 def gptq_book(
@@ -155,12 +171,16 @@ def gptq_book(
 
 def gptq(weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, config: GptqConfig) -> tuple[StoredWeight, dict[str, float]]:
     """GPTQ on a uniform grid."""
-    grid = UniformGrid(config.bits, config.group_size, config.symmetric)
+    grid = UniformGrid(config.bits, config.group_size, config.symmetric, config.float_zeros)
+    refuse_float_zeros(weight, grid)
     grid.size(target_OI.shape[1])
     base_OI, factor = _problem(weight, target_OI, statistics, config.damp, config.act_order != "none", config.correction)
-    importance_I = importance_of(weight, statistics) if config.clip == "hessian" else None
+    importance_I = grid_importance(weight, statistics, config.clip)
     static = config.act_order == "static_groups"
-    base, loss = gptq_uniform(base_OI, factor, grid, config.clip, static, importance_I, weight.mask_OI())
+    base, loss = gptq_uniform(base_OI, factor, grid, config.clip, static, importance_I, weight.mask_OI(), first_order=config.first_order)
+    if config.first_order:  # not all of a column's error was carried on
+        lost_OI = base_OI - base.dense() if weight.smooth is None else (base_OI - base.dense()) / weight.smooth.float()
+        loss = float(((lost_OI @ statistics.inputs.second_moment_II) * lost_OI).sum())
     return quantized(weight, base, config.activations), feedback_metrics(factor, loss)
 
 

@@ -37,9 +37,10 @@ def requantize(
     if isinstance(base, UniformWeight):
         if quantizer == "gptq":
             order: Literal["static_groups", "full"] = "static_groups" if base.group_index is None else "full"
-            grid = GptqConfig(base.bits, base.group_size, base.symmetric, clip, order, activations=activations)
+            grid = GptqConfig(base.bits, base.group_size, base.symmetric, clip, base.float_zeros, order, activations=activations)
             return gptq(weight, target_OI, statistics, grid)[0]
-        return rtn(weight, target_OI, statistics, RtnConfig(base.bits, base.group_size, base.symmetric, clip, activations))[0]
+        plain = RtnConfig(base.bits, base.group_size, base.symmetric, clip, base.float_zeros, activations)
+        return rtn(weight, target_OI, statistics, plain)[0]
     raise ValueError("a dense weight has no grid to requantize on; quantize it first, or set requantize: false")
 
 

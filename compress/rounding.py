@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import normal_float as nf
-from .grids import Clip, UniformGrid, check_grid, divide, fit, round_to_grid, to_record
+from .grids import Clip, UniformGrid, check_grid, clip_needs, divide, fit, round_to_grid, to_record
 from .masks import finite
 from .packing import pack_codes
 from .statistics import LayerStatistics
@@ -18,16 +18,19 @@ from .weights import ActivationGrid, Base, DenseWeight, NormalFloatWeight, Store
 
 @dataclass(frozen=True)
 class RtnConfig:
-    """`clip` "hessian" weighs the error by the inputs' mean squares; the others need no statistics."""
+    """How a group's grid is found: `clip` "none" takes the whole range, "power" clips it by the plain error, "hessian" by the error
+    weighted with the inputs' mean squares, "joint" searches scale and zero together under that weight. `float_zeros` stores a
+    zero point in 16 bits instead of an integer: no packed format of others carries it, and 0 is not on the grid."""
 
     bits: int = 4
     group_size: int = 64
     symmetric: bool = False
     clip: Clip = "power"
+    float_zeros: bool = False
     activations: ActivationGrid | None = None
 
     def __post_init__(self) -> None:
-        check_grid(self.bits, self.group_size, self.clip)
+        check_grid(self.bits, self.group_size, self.clip, self.symmetric, self.float_zeros)
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Nf4Config:
 
 
 def round_uniform(weight_OI: Tensor, grid: UniformGrid, clip: Clip = "none", importance_I: Tensor | None = None) -> UniformWeight:
-    """The nearest codes of float32 [O, I] on a grid fitted to each group. A 0 stays exactly 0 (it is always on the grid)."""
+    """The nearest codes of float32 [O, I] on a grid fitted to each group. A 0 stays exactly 0 (it is on every grid with integer zeros)."""
     rows, columns = weight_OI.shape
     size = grid.size(columns)
     weight_OGS = weight_OI.reshape(rows, -1, size)
@@ -122,11 +125,22 @@ def importance_of(weight: StoredWeight, statistics: LayerStatistics) -> Tensor:
     return square_I / mean if bool(mean > 0) else torch.ones_like(square_I)
 
 
+def grid_importance(weight: StoredWeight, statistics: LayerStatistics, clip: Clip) -> Tensor | None:
+    """`importance_of` where the grid search weighs by it."""
+    return importance_of(weight, statistics) if clip_needs(clip) else None
+
+
+def refuse_float_zeros(weight: StoredWeight, grid: UniformGrid) -> None:
+    """ValueError for a pruned weight on a grid that has no code for 0."""
+    if grid.float_zeros and weight.mask is not None:
+        raise ValueError("float_zeros leave no code for 0, and the mask removes weights: set float_zeros: false for a pruned model")
+
+
 def rtn(weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, config: RtnConfig) -> tuple[StoredWeight, dict[str, float]]:
     """Round to the nearest code of a uniform grid."""
-    grid = UniformGrid(config.bits, config.group_size, config.symmetric)
-    importance_I = importance_of(weight, statistics) if config.clip == "hessian" else None
-    base = round_uniform(kept(weight, base_target(weight, target_OI)), grid, config.clip, importance_I)
+    grid = UniformGrid(config.bits, config.group_size, config.symmetric, config.float_zeros)
+    refuse_float_zeros(weight, grid)
+    base = round_uniform(kept(weight, base_target(weight, target_OI)), grid, config.clip, grid_importance(weight, statistics, config.clip))
     return quantized(weight, base, config.activations), {}
 
 

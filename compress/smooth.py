@@ -18,7 +18,7 @@ from .factors import FactorForm, store_factors
 from .grids import Clip, UniformGrid, check_grid
 from .lowrank import Metric, best_low_rank, check_rank
 from .requantize import is_quantized, requantize
-from .rounding import round_uniform
+from .rounding import grid_importance, round_uniform
 from .statistics import InputStatistics, LayerStatistics
 from .weights import ActivationGrid, StoredWeight
 
@@ -90,7 +90,8 @@ def part_of(weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics
     plain = replace(weight, low_rank=None, smooth=None, delta=None, activations=activations)
     if not is_quantized(plain):
         grid = UniformGrid(config.bits, config.group_size, config.symmetric)
-        plain = replace(plain, base=round_uniform(target_OI.float(), grid, config.clip))
+        importance_I = grid_importance(plain, statistics, config.clip)
+        plain = replace(plain, base=round_uniform(target_OI.float(), grid, config.clip, importance_I))
     return Part(requantize(plain, target_OI, statistics, config.quantizer, config.clip), target_OI.float(), statistics, config)
 
 

@@ -62,6 +62,10 @@ class UniformWeight:
     def symmetric(self) -> bool:
         return self.zeros is None
 
+    @property
+    def float_zeros(self) -> bool:
+        return self.zeros is not None and self.zeros.is_floating_point()
+
     def codes_OI(self) -> Tensor:
         """uint8 [O, I]."""
         return unpack_codes(self.codes, self.bits, self.in_features)
@@ -149,6 +153,7 @@ class NormalFloatWeight:
 
 Base = DenseWeight | UniformWeight | NormalFloatWeight
 Factor = Tensor | UniformWeight
+ACTIVATION_BITS = (4, 8)
 
 
 @dataclass(frozen=True)
@@ -195,6 +200,19 @@ class ActivationGrid:
 
     bits: int
     group_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.bits not in ACTIVATION_BITS or self.group_size < 1:
+            raise ValueError(
+                f"activations of {self.bits} bits in groups of {self.group_size}; choose one of {ACTIVATION_BITS} bits and groups of at least 1"
+            )
+
+    def divide(self, in_features: int) -> None:
+        """ValueError when the groups do not divide a row."""
+        if in_features % self.group_size:
+            raise ValueError(
+                f"in_features {in_features} is not a multiple of activations.group_size {self.group_size}; choose one that divides it"
+            )
 
 
 @dataclass(frozen=True)

@@ -39,20 +39,23 @@ def layer(rows: int = 24, columns: int = 96, tokens: int = 400, seed: int = 0, d
     return Layer(weight.to(dtype), statistics.second_moment_II.to(dtype), LayerStatistics(statistics))
 
 
-def column_by_column(weight_OI: Tensor, moment_II: Tensor, order: list[int], round_column, damp: float = 0.01) -> Tensor:
-    """After each column the free ones move to where, given all rounded ones, the output error is least."""
+def column_by_column(weight_OI: Tensor, moment_II: Tensor, order: list[int], round_column, damp: float = 0.01, pull: float = 0.0) -> Tensor:
+    """After each column the free ones move to where, given all rounded ones, the output error is least. With `pull` a column first goes
+    back by that share of what it was moved, and that share of the rest is taken off its error."""
     damped = moment_II + damp * moment_II.diagonal().mean() * torch.eye(len(moment_II), dtype=moment_II.dtype)
     weight, out = weight_OI.clone(), torch.zeros_like(weight_OI)
     for step, column in enumerate(order):
         free = torch.tensor(order[step:])
         inverse = torch.linalg.inv(damped[free][:, free])
-        out[:, column] = round_column(step, column, weight)
-        lost = weight[:, column] - out[:, column]
+        moved = (1 - pull) * (weight[:, column] - weight_OI[:, column])
+        value = weight_OI[:, column] + moved
+        out[:, column] = round_column(step, column, weight, value)
+        lost = value - pull * moved - out[:, column]
         weight[:, free] -= lost.unsqueeze(1) * (inverse[0] / inverse[0, 0])
     return out
 
 
-def twin(case: Layer, grid: UniformGrid, act_order: str, clip: Clip = "none", mask: Tensor | None = None) -> Tensor:
+def twin(case: Layer, grid: UniformGrid, act_order: str, clip: Clip = "none", mask: Tensor | None = None, pull: float = 0.0) -> Tensor:
     weight, size = case.weight_OI, grid.size(case.weight_OI.shape[1])
     columns = weight.shape[1]
     order = list(range(columns)) if act_order == "none" else case.moment_II.diagonal().argsort(descending=True, stable=True).tolist()
@@ -60,7 +63,7 @@ def twin(case: Layer, grid: UniformGrid, act_order: str, clip: Clip = "none", ma
     importance = case.moment_II.diagonal()
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def round_column(step: int, column: int, updated: Tensor) -> Tensor:
+    def round_column(step: int, column: int, updated: Tensor, value: Tensor) -> Tensor:
         group = column // size if act_order == "static_groups" else step // size
         if group not in found:
             if act_order == "static_groups":
@@ -69,10 +72,10 @@ def twin(case: Layer, grid: UniformGrid, act_order: str, clip: Clip = "none", ma
                 members, source = torch.tensor(order[step : step + size]), updated
             found[group] = fit(source[:, members].where(keep[:, members], 0), grid, clip, importance[members])
         scale, zero = found[group]
-        value = on_grid(round_to_grid(updated[:, column : column + 1], scale, zero, grid), scale, zero).view(-1)
-        return value.where(keep[:, column], 0)
+        rounded = on_grid(round_to_grid(value.unsqueeze(1), scale, zero, grid), scale, zero).view(-1)
+        return rounded.where(keep[:, column], 0)
 
-    return column_by_column(weight, case.moment_II, order, round_column)
+    return column_by_column(weight, case.moment_II, order, round_column, pull=pull)
 
 
 CASES = [
@@ -106,15 +109,26 @@ def test_blocked_equals_column_by_column(columns, group_size, act_order, masked)
         assert bool((record.dense()[~mask] == 0).all())
 
 
-@pytest.mark.parametrize("clip", ["power", "hessian"])
+@pytest.mark.parametrize("clip", ["power", "hessian", "joint"])
 @pytest.mark.parametrize("act_order", ["none", "static_groups", "full"])
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_clip_searches_see_the_groups_the_twin_sees(clip, act_order, symmetric):
-    case, grid = layer(rows=8, columns=160, seed=3), UniformGrid(4, 32, symmetric)
+@pytest.mark.parametrize(("symmetric", "float_zeros"), [(False, False), (True, False), (False, True)])
+def test_clip_searches_see_the_groups_the_twin_sees(clip, act_order, symmetric, float_zeros):
+    case, grid = layer(rows=8, columns=160, seed=3), UniformGrid(4, 32, symmetric, float_zeros)
     factor = inverse_factor(case.moment_II, 0.01, act_order != "none")
     record, _ = gptq_uniform(case.weight_OI, factor, grid, clip, act_order == "static_groups", case.moment_II.diagonal())
     assert torch.allclose(record.dense(torch.float64), twin(case, grid, act_order, clip), atol=1e-6)
-    assert record.symmetric == symmetric
+    assert (record.symmetric, record.float_zeros) == (symmetric, float_zeros)
+
+
+@pytest.mark.parametrize("act_order", ["none", "static_groups", "full"])
+@pytest.mark.parametrize("float_zeros", [False, True])
+def test_with_a_first_order_term_blocked_equals_column_by_column(act_order, float_zeros):
+    case, grid = layer(rows=8, columns=160, seed=3), UniformGrid(3, 32, False, float_zeros)
+    factor = inverse_factor(case.moment_II, 0.01, act_order != "none")
+    record, _ = gptq_uniform(case.weight_OI, factor, grid, "none", act_order == "static_groups", first_order=0.2)
+    assert torch.allclose(record.dense(torch.float64), twin(case, grid, act_order, pull=0.2), atol=1e-6)
+    plain, _ = gptq_uniform(case.weight_OI, factor, grid, "none", act_order == "static_groups")
+    assert not torch.equal(plain.codes, record.codes)
 
 
 @pytest.mark.parametrize("block", [32, 100, 128, 1000])
@@ -134,9 +148,9 @@ def test_on_a_code_book_blocked_equals_column_by_column(bits):
     codes, _ = gptq_book(case.weight_OI, inverse_factor(case.moment_II, 0.01, True), absmax, bits, mask)
     book = nf.code_book(bits).double()
 
-    def round_column(step: int, column: int, updated: Tensor) -> Tensor:
+    def round_column(step: int, column: int, updated: Tensor, value: Tensor) -> Tensor:
         choices = book * absmax[:, column // 64].unsqueeze(1)
-        nearest = (choices - updated[:, column].unsqueeze(1)).abs().argmin(1, keepdim=True)
+        nearest = (choices - value.unsqueeze(1)).abs().argmin(1, keepdim=True)
         return choices.gather(1, nearest).view(-1).where(mask[:, column], 0)
 
     order = case.moment_II.diagonal().argsort(descending=True, stable=True).tolist()
@@ -319,6 +333,8 @@ def test_gptq_on_normal_float_beats_rounding_and_keeps_the_mask(double_quantize)
         ({"act_order": "yes"}, "act_order 'yes' is unknown"),
         ({"damp": -1.0}, "damp -1.0 must not be negative"),
         ({"correction": 1.5}, r"correction 1.5 must lie in \[0, 1\]"),
+        ({"first_order": 1.0}, r"first_order 1.0 must lie in \[0, 1\)"),
+        ({"symmetric": True, "float_zeros": True}, "a symmetric grid stores no zero points"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):

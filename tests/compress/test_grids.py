@@ -1,5 +1,7 @@
 """Uniform grids: 0 is always on them, nothing inside the range errs by more than half a step, a clip search never makes it worse."""
 
+from itertools import product
+
 import pytest
 import torch
 from bitmend.compress.grids import UniformGrid, fit, min_max, on_grid, round_to_grid, search_clip, to_record
@@ -47,16 +49,59 @@ def test_a_clip_search_is_never_worse_than_the_whole_range(grid, seed, shift):
     assert bool((lost(weighted, 2.0, importance) <= lost(min_max(weight, grid), 2.0, importance) * slack).all())
 
 
+KINDS = ({}, {"symmetric": True}, {"float_zeros": True})
+
+
+@settings(max_examples=60, deadline=None)
+@given(bits=st.sampled_from((2, 3, 4, 8)), kind=st.sampled_from(KINDS), seed=st.integers(0, 2**20), shift=st.floats(-2, 2))
+def test_every_search_is_at_least_as_good_as_the_one_it_begins_with(bits, kind, seed, shift):
+    grid, weight = UniformGrid(bits, -1, **kind), groups(seed, shift=shift)
+    importance = torch.rand(32, generator=torch.Generator().manual_seed(seed)) ** 4
+
+    def lost(clip):
+        scale, zero = fit(weight, grid, clip, importance)
+        assert torch.equal(scale, scale.half().float()) and torch.equal(zero, zero.half().float())
+        codes = round_to_grid(weight, scale, zero, grid)
+        assert bool((codes >= 0).all() and (codes <= grid.top).all())
+        return ((on_grid(codes, scale, zero) - weight).square() * importance).sum(-1)
+
+    slack = 1 + 1e-5
+    joint, hessian = lost("joint"), lost("hessian")
+    assert bool((joint <= hessian * slack).all())
+    assert bool((hessian <= lost("power") * slack).all() and (hessian <= lost("none") * slack).all())
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_the_joint_search_comes_near_trying_everything(bits):
+    grid, weight = UniformGrid(bits, -1), groups(4, rows=40, columns=64)
+    importance = torch.rand(64, generator=torch.Generator().manual_seed(1)) ** 4
+
+    def lost(scale, zero):
+        return ((on_grid(round_to_grid(weight, scale, zero, grid), scale, zero) - weight).square() * importance).sum(-1)
+
+    whole, _ = min_max(weight, grid)
+    tried = [
+        lost(whole * share, torch.full_like(whole, float(zero)))
+        for share in torch.linspace(0.3, 1.1, 80).tolist()
+        for zero in range(1, grid.top + 1)
+    ]
+    least = torch.stack(tried).amin(0)
+    joint, clipped = (lost(*fit(weight, grid, clip, importance)) for clip in ("joint", "hessian"))
+    assert joint.sum() < 1.02 * least.sum()
+    assert joint.sum() < 0.95 * clipped.sum()
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_all_groups_at_once_equal_one_by_one(symmetric):
     grid = UniformGrid(3, 16, symmetric)
     weight = groups(3, rows=40, columns=96).view(40, 6, 16)
     importance = torch.rand(6, 16)
-    scale, zero = search_clip(weight, grid, importance, power=2.0)
-    for group in range(6):
-        one_scale, one_zero = search_clip(weight[:, group], grid, importance[group], power=2.0)
-        assert torch.equal(scale[:, group], one_scale)
-        assert torch.equal(zero[:, group], one_zero)
+    for clip in ("hessian", "joint"):
+        scale, zero = fit(weight, grid, clip, importance)
+        for group in range(6):
+            one_scale, one_zero = fit(weight[:, group], grid, clip, importance[group])
+            assert torch.equal(scale[:, group], one_scale)
+            assert torch.equal(zero[:, group], one_zero)
 
 
 def test_chunks_of_rows_change_nothing(monkeypatch):
@@ -79,10 +124,11 @@ def test_a_one_sided_group_uses_all_codes_but_0():
 
 @pytest.mark.parametrize("weight", [torch.zeros(2, 8), torch.full((2, 8), 1e-30), torch.full((2, 8), 3e7)])
 def test_scales_stay_storable(weight):
-    for symmetric in (False, True):
-        scale, zero = fit(weight, UniformGrid(4, -1, symmetric), "power")
-        assert bool((scale > 0).all() and torch.isfinite(scale.half()).all())
-        assert bool(torch.isfinite(on_grid(round_to_grid(weight, scale, zero, UniformGrid(4, -1, symmetric)), scale, zero)).all())
+    for kind, clip in product(KINDS, ("power", "joint")):
+        grid = UniformGrid(4, -1, **kind)
+        scale, zero = fit(weight, grid, clip, torch.ones(8))
+        assert bool((scale > 0).all() and torch.isfinite(scale.half()).all() and torch.isfinite(zero).all())
+        assert bool(torch.isfinite(on_grid(round_to_grid(weight, scale, zero, grid), scale, zero)).all())
 
 
 def test_the_record_says_what_the_grid_says():
@@ -93,6 +139,16 @@ def test_the_record_says_what_the_grid_says():
     assert torch.equal(record.dense(), on_grid(codes, scale, zero).view(4, 24))
     assert not record.symmetric
     assert to_record(codes.view(4, 24), scale.squeeze(-1), zero.squeeze(-1), UniformGrid(3, 8, symmetric=True)).symmetric
+
+
+def test_a_record_with_float_zeros_holds_them_in_sixteen_bits():
+    grid, weight = UniformGrid(3, 8, float_zeros=True), groups(1, rows=4, columns=24, shift=0.3).view(4, 3, 8)
+    scale, zero = fit(weight, grid, "joint", torch.ones(3, 8))
+    codes = round_to_grid(weight, scale, zero, grid)
+    record = to_record(codes.view(4, 24), scale.squeeze(-1), zero.squeeze(-1), grid)
+    assert torch.equal(record.dense(), on_grid(codes, scale, zero).view(4, 24))
+    assert record.float_zeros and record.zeros is not None and record.zeros.dtype == torch.float16
+    assert record.stored_bits() == 4 * 32 * 3 + 4 * 3 * (16 + 16)
 
 
 def test_what_cannot_be_is_refused():
