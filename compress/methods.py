@@ -13,6 +13,7 @@ from .block import BlockProblem
 from .block_training import BlockTrainingConfig, LearnedRoundingConfig, block_needs, block_training, learned_rounding
 from .decompose import Decomposition, decompose, needs
 from .gptq import GptqConfig, GptqNormalFloatConfig, gptq, gptq_nf
+from .grids import clip_needs
 from .masks import MagnitudeConfig, WandaConfig, magnitude, wanda
 from .rounding import Nf4Config, NormalFloatConfig, RtnConfig, nf4, normal_float, rtn
 from .smooth import SvdQuantConfig, svdquant
@@ -59,23 +60,23 @@ DECOMPOSE: Mapping[str, Method] = {
 }
 
 
-def _clip_needs(config: Any) -> frozenset[str]:
-    return frozenset({"norms"}) if config.clip == "hessian" else frozenset()
-
-
 def _feedback_needs(config: Any) -> frozenset[str]:
     """Methods that carry errors on: a correction toward the dense model's inputs needs them beside the compressed ones."""
     return frozenset({"second_moment", "cross_moment"} if getattr(config, "correction", 0.0) else {"second_moment"})
 
 
+def _magnitude_needs(config: Any) -> frozenset[str]:
+    return frozenset({"norms"} if config.allocation == "outliers" else ())
+
+
 PRUNE: Mapping[str, Method] = {
-    "magnitude": Method(MagnitudeConfig, magnitude),
+    "magnitude": Method(MagnitudeConfig, magnitude, needs=_magnitude_needs),
     "wanda": Method(WandaConfig, wanda, needs=lambda config: frozenset({"norms"})),
     "sparsegpt": Method(SparseGptConfig, sparsegpt, needs=_feedback_needs),
 }
 
 QUANTIZE: Mapping[str, Method] = {
-    "rtn": Method(RtnConfig, rtn, needs=_clip_needs),
+    "rtn": Method(RtnConfig, rtn, needs=lambda config: clip_needs(config.clip)),
     "gptq": Method(GptqConfig, gptq, needs=_feedback_needs),
     "gptq_nf": Method(GptqNormalFloatConfig, gptq_nf, needs=_feedback_needs),
     "nf4": Method(Nf4Config, nf4),

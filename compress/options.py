@@ -37,6 +37,7 @@ class Grid:
     double_quantized: bool = False
     pattern: str = "dense"
     sparsity: float = 0.0
+    float_zeros: bool = False
 
     def groups(self, columns: int) -> int | None:
         """Groups in a row; None when they do not divide it (or the pattern does not)."""
@@ -52,7 +53,7 @@ class Grid:
         codes = 32 * rows * packed_words(columns, self.bits)
         mask = 0 if self.pattern == "dense" else 8 * rows * -(-columns // 8)
         if self.kind == "uniform":
-            zeros = 0 if self.symmetric else 32 * rows * packed_words(groups, self.bits)
+            zeros = 0 if self.symmetric else 16 * rows * groups if self.float_zeros else 32 * rows * packed_words(groups, self.bits)
             return codes + 16 * rows * groups + zeros + mask
         if not self.double_quantized:
             return codes + 32 * rows * groups + mask
@@ -108,7 +109,8 @@ def blank(grid: Grid, rows: int, columns: int) -> StoredWeight:
     if groups is None:
         raise ValueError(f"{columns} columns are not a multiple of group size {grid.group_size} or of pattern {grid.pattern}")
     if grid.kind == "uniform":
-        zeros = None if grid.symmetric else torch.zeros(rows, packed_words(groups, grid.bits), dtype=torch.int32)
+        packed = torch.zeros(rows, packed_words(groups, grid.bits), dtype=torch.int32)
+        zeros = None if grid.symmetric else torch.zeros(rows, groups).half() if grid.float_zeros else packed
         return StoredWeight(UniformWeight(codes, torch.zeros(rows, groups).half(), zeros, grid.bits, columns // groups, columns))
     absmax = None if grid.double_quantized else torch.zeros(rows, groups)
     return StoredWeight(NormalFloatWeight(codes, grid.bits, columns // groups, columns, absmax))
@@ -119,15 +121,17 @@ def quantized(target_OI: Tensor, grid: Grid, statistics: LayerStatistics, quanti
     rows, columns = target_OI.shape
     record = blank(grid, rows, columns)
     if grid.pattern != "dense":
-        norm_I = statistics.inputs.norm_I
-        if ":" in grid.pattern:
-            kept, of = (int(part) for part in grid.pattern.split(":"))
-            mask_OI = pattern_mask(target_OI.abs() * norm_I, kept, of)
-        else:
-            mask_OI = wanda_mask(target_OI, norm_I, grid.sparsity)
-        record = record.with_mask(mask_OI)
+        record = record.with_mask(mask_on(target_OI, statistics.inputs.norm_I, grid))
     on_device = record.to(target_OI.device) if target_OI.device.type != "cpu" else record
     return requantize(on_device, target_OI, statistics, quantizer)
+
+
+def mask_on(target_OI: Tensor, norm_I: Tensor, grid: Grid) -> Tensor:
+    """Wanda's mask of the grid's pattern, bool [O, I]."""
+    if ":" in grid.pattern:
+        kept, of = (int(part) for part in grid.pattern.split(":"))
+        return pattern_mask(target_OI.abs() * norm_I, kept, of)
+    return wanda_mask(target_OI, norm_I, grid.sparsity)
 
 
 def error_table(

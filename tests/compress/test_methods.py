@@ -203,6 +203,18 @@ def test_a_group_that_does_not_divide_is_refused_with_those_that_do(name):
         row.function(StoredWeight(DenseWeight(WEIGHT)), WEIGHT, statistics(NEEDS - {"fisher"}), configured(row, **{size: 80}))
 
 
+@pytest.mark.parametrize("name", ["rtn", "gptq"])
+@pytest.mark.parametrize("clip", ["none", "power", "hessian", "joint"])
+def test_float_zeros_err_less_and_are_refused_under_a_mask(name, clip):
+    settings = {"bits": 3, "clip": clip, "group_size": 32}
+    integer, floating = (run(QUANTIZE[name], float_zeros=choice, **settings)[0] for choice in (False, True))
+    assert isinstance(floating.base, UniformWeight) and floating.base.float_zeros
+    assert output_error(floating.dense()) < output_error(integer.dense())
+    start = StoredWeight(DenseWeight(WEIGHT.where(MASK, 0))).with_mask(MASK)
+    with pytest.raises(ValueError, match="set float_zeros: false for a pruned model"):
+        run(QUANTIZE[name], start, float_zeros=True)
+
+
 def test_correction_asks_for_the_dense_inputs():
     for name in ("gptq", "gptq_nf"):
         row = QUANTIZE[name]
