@@ -1,41 +1,44 @@
-"""Binds a prepared weight to the CPU: torch's packed int4 operator with the low-rank term in float32 beside it.
+"""Binds a prepared weight to the CPU: a packed form with the low-rank term in float32 beside it.
 
 Knows prepared weights and measured choices; not modules.
 Legend: M tokens, O out, I in.
 """
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
-from ..compress.weights import UniformWeight
+from ..compress.weights import ActivationGrid, DenseWeight, UniformWeight
 from . import cpu
-from .operators import FrozenProduct, LowRankSegments, Operator, rounded, tensor_bytes
+from .cpu_int4 import pack_int4
+from .cpu_wide import HalfWeight, pack_bytes
+from .operators import DenseOperator, FrozenProduct, LowRankSegments, Operator, present, rounded
 from .prepare import Prepared
 
-NAME = "cpu-int4"
+NAMES = ("cpu-int4", "cpu-int8")
 
 
+@dataclass
 class PackedOperator:
-    """y = int4(Q(x / smooth)[columns]) + up·(down·x) + bias; the product by the operator measured fastest for the rows of the call."""
+    """y = packed(Q(x / smooth)[columns]) + up·(down·x) + bias; the product by the way measured fastest for the rows of the call."""
 
-    def __init__(self, prepared: Prepared, weight: cpu.Int4Weight, dtype: torch.dtype) -> None:
-        self.weight, self.dtype = weight, dtype
-        self.columns, self.activations, self.bias = prepared.columns, prepared.activations, prepared.bias
-        self.smooth = prepared.smooth
-        self.low_rank = LowRankSegments(prepared) if prepared.down is not None else None
-        self._by_bucket: dict[int, str] = {}
+    weight: cpu.PackedWeight
+    dtype: torch.dtype
+    columns: Tensor | None = None
+    smooth: Tensor | None = None
+    activations: ActivationGrid | None = None
+    low_rank: LowRankSegments | None = None
+    bias: Tensor | None = None
+    _by_bucket: dict[int, cpu.Product] = field(default_factory=dict)
 
     def __call__(self, x_MI: Tensor) -> Tensor:
         inner = x_MI if self.smooth is None else x_MI / self.smooth.to(x_MI.dtype)
-        if self.activations is not None:
-            inner = rounded(inner, self.activations)
+        inner = rounded(inner, self.activations)
         if self.columns is not None:
             inner = inner[:, self.columns]
-        product = self._product(x_MI.shape[0])
-        if torch.is_grad_enabled() and inner.requires_grad:
-            y = FrozenProduct.apply(inner, lambda x: product(x, self.weight), self.weight.dense)
-        else:
-            y = product(inner, self.weight)
+        product, trains = self._product(x_MI.shape[0]), torch.is_grad_enabled() and inner.requires_grad
+        y = FrozenProduct.apply(inner, product, self.weight.dense) if trains else product(inner)
         if self.low_rank is None and self.bias is None:
             return y.to(x_MI.dtype)
         y = y.float()
@@ -43,38 +46,54 @@ class PackedOperator:
             y = self.low_rank.add_(y, x_MI.float())
         return (y if self.bias is None else y + self.bias).to(x_MI.dtype)
 
-    def _product(self, rows: int):
+    def _product(self, rows: int) -> cpu.Product:
         size = cpu.bucket(rows)
         if size not in self._by_bucket:
-            self._by_bucket[size] = cpu.packed_operator(self.weight, rows, self.dtype)["choice"]
-        return cpu.PACKED_OPERATORS[self._by_bucket[size]]
+            choice = cpu.product_for(self.weight, rows, self.dtype)["choice"]
+            self._by_bucket[size] = self.weight.products(cpu.half_pays, size)[choice]
+        return self._by_bucket[size]
 
-    def resident_bytes(self) -> int:
-        low_rank = 0 if self.low_rank is None else self.low_rank.resident_bytes()
-        return self.weight.resident_bytes() + low_rank + tensor_bytes(self.columns, self.smooth, self.bias)
+    def rows(self, ids: Tensor) -> Tensor:
+        return self.weight.rows(ids)
+
+    def tensors(self) -> list[Tensor]:
+        return present(*self.weight.tensors(), self.columns, self.smooth, self.bias, *(self.low_rank.tensors() if self.low_rank else ()))
 
 
-def operator_for(prepared: Prepared, place: torch.device, dtype: torch.dtype, forced: bool) -> tuple[Operator, str]:
-    """(operator, reason). ValueError says why the packed operator cannot hold the weight, or that it loses too much to a dense one."""
+def operator_for(prepared: Prepared, place: torch.device, dtype: torch.dtype, wanted: str) -> tuple[Operator, str, str]:
+    """(operator, backend, reason). `wanted`: one of NAMES, or "auto". ValueError says why the weight cannot be packed, or that packing
+    loses too much to a dense one."""
     if not isinstance(prepared.base, UniformWeight):
         raise ValueError(f"torch ships no packed operator for a {type(prepared.base).__name__} on the CPU")
-    weight = cpu.pack_int4(prepared.base)
-    measured = cpu.resident_form(weight, dtype)
-    if measured["choice"] != "int4" and not forced:
+    as_bytes = wanted == "cpu-int8" or (wanted == "auto" and prepared.base.bits > 4)
+    weight = pack_bytes(prepared.base) if as_bytes else pack_int4(prepared.base)
+    measured = cpu.resident_form(weight, dtype) if wanted == "auto" else {"choice": "packed", "reason": "asked for"}
+    if measured["choice"] != "packed":
         raise ValueError(measured["reason"])
-    return PackedOperator(prepared, weight, dtype), measured["reason"]
+    low_rank = LowRankSegments(prepared) if prepared.down is not None else None
+    operator = PackedOperator(weight, dtype, prepared.columns, prepared.smooth, prepared.activations, low_rank, prepared.bias)
+    return operator, NAMES[as_bytes], measured["reason"]
 
 
-def dense_dtype(shape: tuple[int, int], dtype: torch.dtype) -> tuple[torch.dtype, str]:
-    """(dtype to keep a dense matrix in, why)."""
-    measured = cpu.dense_form(*shape, dtype)
-    return (torch.bfloat16 if measured["choice"] == "bfloat16" else torch.float32), measured["reason"]
+def dense_operator(prepared: Prepared, dtype: torch.dtype) -> tuple[Operator, str]:
+    """(operator, why in this form): a matrix in 16 bits, or in float32 where that is much faster. A matrix stored in 16 bits keeps its
+    type; one that was computed takes the model's, or float16 (three bits more than bfloat16) where nothing in it is out of range."""
+    dense = DenseOperator(prepared, torch.float32)
+    stored = prepared.base.weight.dtype if isinstance(prepared.base, DenseWeight) and prepared.down is None else torch.float32
+    halves = [form for form in (stored, dtype) if form.itemsize == 2]
+    in_range = float(dense.weight.abs().max()) < torch.finfo(torch.float16).max if dense.weight.numel() else True
+    half = halves[0] if halves else torch.float16 if in_range else torch.bfloat16
+    measured = cpu.dense_form(*prepared.shape, half, dtype)
+    if measured["choice"] == "float32":
+        return dense, measured["reason"]
+    kept = HalfWeight(dense.weight.to(half))
+    return PackedOperator(kept, dtype, None, dense.smooth, dense.activations, dense.low_rank, dense.bias), measured["reason"]
 
 
 def availability() -> str:
     """Whether this torch has the packed operator for the CPU, in words."""
     try:
-        cpu.pack_int4(UniformWeight.from_codes(torch.zeros(64, 64, dtype=torch.int64), torch.ones(64, 1), None, 4, 64))
+        pack_int4(UniformWeight.from_codes(torch.zeros(64, 64, dtype=torch.int64), torch.ones(64, 1), None, 4, 64))
     except (RuntimeError, ValueError, AttributeError) as error:
         return f"missing: {error}"
     return f"torch's int4 operator, {torch.backends.cpu.get_cpu_capability()}"

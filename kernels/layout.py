@@ -78,8 +78,16 @@ class TiledWeight:
         zeros = float(1 << (self.bits - 1)) if self.zeros is None else self.zeros.to(compute).t()[:, group]
         return ((self.codes_OI().to(compute) - zeros) * scales).to(dtype)
 
+    def rows(self, ids: Tensor) -> "TiledWeight":
+        """The weight of those outputs, ids int64 [N]."""
+        zeros = None if self.zeros is None else self.zeros[:, ids]
+        return replace(self, codes=self.codes[ids], scales=self.scales[:, ids], zeros=zeros)
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.codes, self.scales, self.zeros, self.book) if t is not None]
+
     def resident_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.codes, self.scales, self.zeros, self.book) if t is not None)
+        return sum(t.numel() * t.element_size() for t in self.tensors())
 
     def to(self, device: torch.device | str) -> "TiledWeight":
         moved = {k: None if (t := getattr(self, k)) is None else t.to(device) for k in ("codes", "scales", "zeros", "book")}

@@ -7,8 +7,8 @@ Knows records and operators; not models, stages or files.
 Legend: M tokens, O out, I in, R rank.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,11 @@ from ..compress.weights import DenseWeight, StoredWeight
 from . import cpu_linear, triton_linear
 from .checks import RANK_LIMIT
 from .choices import device_name, entries
-from .operators import DenseOperator, Operator, ReferenceOperator
+from .operators import DenseOperator, Operator, ReferenceOperator, storage_bytes
 from .prepare import Prepared, join, prepare
 
-Backend = Literal["auto", "triton", "cpu-int4", "dense", "reference"]
-BACKENDS = ("auto", "triton", "cpu-int4", "dense", "reference")
+Backend = Literal["auto", "triton", "cpu-int4", "cpu-int8", "dense", "reference"]
+BACKENDS = ("auto", "triton", "cpu-int4", "cpu-int8", "dense", "reference")
 
 
 class FusedLinear(nn.Module):
@@ -29,9 +29,9 @@ class FusedLinear(nn.Module):
 
     backend: the operator's name; reason: why it was taken."""
 
-    def __init__(self, operator: Operator, backend: str, reason: str, shape: tuple[int, int]) -> None:
+    def __init__(self, operator: Operator, backend: str, reason: str, shape: tuple[int, int], device: torch.device) -> None:
         super().__init__()
-        self.operator, self.backend, self.reason = operator, backend, reason
+        self.operator, self.backend, self.reason, self.device = operator, backend, reason, device
         self.out_features, self.in_features = shape
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,9 +39,16 @@ class FusedLinear(nn.Module):
             raise ValueError(f"x has {x.shape[-1]} features in its last dimension; this linear expects {self.in_features}")
         return self.operator(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
 
+    def bound_tensors(self) -> list[Tensor]:
+        """Everything that the operator keeps: no parameters, so that nothing trains or moves them."""
+        return self.operator.tensors()
+
     def resident_bytes(self) -> int:
-        """Bytes of every tensor that the operator keeps."""
-        return self.operator.resident_bytes()
+        return storage_bytes(self.bound_tensors())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        stays(self.device, fn)
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, backend={self.backend}, {self.resident_bytes()} bytes"
@@ -86,8 +93,11 @@ class FusedGroup(nn.Module):
             self._pending = None
         return out
 
+    def bound_tensors(self) -> list[Tensor]:
+        return [tensor for member in self.linears() for tensor in member.bound_tensors()]
+
     def resident_bytes(self) -> int:
-        return sum(member.resident_bytes() for member in self.linears())
+        return storage_bytes(self.bound_tensors())
 
     def linears(self) -> list[FusedLinear]:
         return [member for member in self.members if isinstance(member, FusedLinear)]
@@ -102,7 +112,7 @@ class GroupPart(nn.Module):
     def __init__(self, group: FusedGroup, index: int) -> None:
         super().__init__()
         self.group, self.index = [group], index  # in a list: the group is not this module's child, or it would be counted once a member
-        self.out_features = group.sizes[index]
+        self.device, self.in_features, self.out_features = group.linears()[0].device, group.linears()[0].in_features, group.sizes[index]
 
     @property
     def backend(self) -> str:
@@ -115,9 +125,35 @@ class GroupPart(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.group[0].part(self.index, x)
 
+    def bound_tensors(self) -> list[Tensor]:
+        """The group's, shared by all its members."""
+        return self.group[0].bound_tensors()
+
     def resident_bytes(self) -> int:
         """The group's bytes, counted at its first member."""
         return self.group[0].resident_bytes() if self.index == 0 else 0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        stays(self.device, fn)
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        group = self.group[0]
+        place = f"{self.index + 1} of {len(group.sizes)}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, backend={self.backend}, {place} that read one input"
+
+
+def stays(device: torch.device, fn: Callable[[Tensor], Tensor]) -> None:
+    """What `.to` and its kin may do to a bound module: another dtype of the model is no matter; another device, RuntimeError."""
+    place = fn(torch.empty(0, device=device)).device
+    if place.type != device.type:
+        raise RuntimeError(f"bound to the kernels of {device} and cannot move to {place}; load the model again for {place.type!r}")
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters, buffers and bound tensors, memory that several share counted once."""
+    bound: list[Any] = [module for module in model.modules() if hasattr(module, "bound_tensors")]
+    return storage_bytes([*model.parameters(), *model.buffers(), *(tensor for module in bound for tensor in module.bound_tensors())])
 
 
 def bind(
@@ -135,13 +171,13 @@ def bind(
     place = _check(device, dtype, backend, [bias], [stored])
     stored, bias = stored.to(place), None if bias is None else bias.detach().to(place)
     if backend == "reference":
-        return FusedLinear(ReferenceOperator(stored, bias), "reference", "asked for", stored.shape)
+        return FusedLinear(ReferenceOperator(stored, bias), "reference", "asked for", stored.shape, place)
     try:
         prepared = prepare(stored, bias)
     except ValueError as error:
         if backend not in ("auto", "dense"):
             raise ValueError(f"backend {backend!r} cannot hold this weight: {error}; take 'auto', 'dense' or 'reference'") from error
-        return _bind_whole(stored, bias, dtype, str(error))
+        return _bind_whole(stored, bias, place, dtype, str(error))
     return _bind_prepared(prepared, place, dtype, backend)
 
 
@@ -164,7 +200,7 @@ def bind_group(
         if backend == "reference":
             raise ValueError("the reference computes each member by its definition")
         prepared = [prepare(stored.to(place), None if bias is None else bias.detach().to(place)) for stored, bias in members]
-        packed_by_cpu = place.type == "cpu" and backend in ("auto", "cpu-int4")
+        packed_by_cpu = place.type == "cpu" and backend in ("auto", *cpu_linear.NAMES)
         joined = join(prepared, widen=packed_by_cpu, rank_limit=None if packed_by_cpu or backend == "dense" else RANK_LIMIT)
     except ValueError as error:
         alone = [bind(stored, bias, device=place, dtype=dtype, backend=backend) for stored, bias in members]
@@ -177,6 +213,7 @@ def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
     place = torch.device(device)
     backends = {"reference": "plain torch", "dense": "a dense matrix and torch's matmul"}
     backends["cpu-int4"] = cpu_linear.availability() if place.type == "cpu" else "only on the CPU"
+    backends["cpu-int8"] = "bytes widened to float32 by chunks" if place.type == "cpu" else "only on the CPU"
     backends["triton"] = triton_linear.availability(place)
     return {"device": device_name(place), "torch": torch.__version__, "backends": backends, "choices": entries(place)}
 
@@ -184,30 +221,31 @@ def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
 def _bind_prepared(prepared: Prepared, place: torch.device, dtype: torch.dtype, backend: Backend) -> FusedLinear:
     if backend == "dense" or (backend == "auto" and isinstance(prepared.base, DenseWeight)):
         reason = "asked for" if backend == "dense" else "the weight is stored dense"
-        return _dense(prepared, dtype, reason)
+        return _dense(prepared, place, dtype, reason)
     packed = triton_linear if backend == "triton" or (backend == "auto" and place.type == "cuda") else cpu_linear
     try:
-        operator, reason = packed.operator_for(prepared, place, dtype, forced=backend != "auto")
+        operator, name, reason = packed.operator_for(prepared, place, dtype, backend)
     except ValueError as error:
         if backend != "auto":
             raise ValueError(f"backend {backend!r} cannot hold this weight: {error}; take 'auto' or 'dense'") from error
-        return _dense(prepared, dtype, str(error))
-    return FusedLinear(operator, packed.NAME, reason, prepared.shape)
+        return _dense(prepared, place, dtype, str(error))
+    return FusedLinear(operator, name, reason, prepared.shape, place)
 
 
-def _dense(prepared: Prepared, dtype: torch.dtype, reason: str) -> FusedLinear:
-    place = prepared.base.weight.device if isinstance(prepared.base, DenseWeight) else prepared.base.codes.device
-    form, measured = cpu_linear.dense_dtype(prepared.shape, dtype) if place.type == "cpu" else (dtype, f"kept in {dtype}")
-    return FusedLinear(DenseOperator(prepared, form), "dense", f"{reason}; {measured}", prepared.shape)
+def _dense(prepared: Prepared, place: torch.device, dtype: torch.dtype, reason: str) -> FusedLinear:
+    if place.type == "cpu":
+        operator, form = cpu_linear.dense_operator(prepared, dtype)
+    else:
+        operator, form = DenseOperator(prepared, dtype), f"kept in {dtype}"
+    return FusedLinear(operator, "dense", f"{reason}; {form}", prepared.shape, place)
 
 
-def _bind_whole(stored: StoredWeight, bias: Tensor | None, dtype: torch.dtype, reason: str) -> FusedLinear:
+def _bind_whole(stored: StoredWeight, bias: Tensor | None, place: torch.device, dtype: torch.dtype, reason: str) -> FusedLinear:
     """The effective weight as one matrix; where the base's input is rounded no one matrix will do, and the reference serves."""
     if stored.activations is not None:
-        return FusedLinear(
-            ReferenceOperator(stored, bias), "reference", f"{reason}; its input is rounded, so no single matrix will do", stored.shape
-        )
-    return _dense(prepare(StoredWeight(DenseWeight(stored.dense())), bias), dtype, reason)
+        why = f"{reason}; its input is rounded, so no single matrix will do"
+        return FusedLinear(ReferenceOperator(stored, bias), "reference", why, stored.shape, place)
+    return _dense(prepare(StoredWeight(DenseWeight(stored.dense())), bias), place, dtype, reason)
 
 
 def _check(
@@ -222,8 +260,8 @@ def _check(
         raise ValueError(f"device {place} has no operators; choose cpu or cuda")
     if backend == "triton" and (missing := triton_linear.availability(place)) != triton_linear.AVAILABLE:
         raise ValueError(f"backend 'triton': {missing}")
-    if backend == "cpu-int4" and place.type != "cpu":
-        raise ValueError(f"backend 'cpu-int4' does not run on {place}")
+    if backend in cpu_linear.NAMES and place.type != "cpu":
+        raise ValueError(f"backend {backend!r} does not run on {place}")
     for bias, stored in zip(biases, weights, strict=True):
         if bias is not None and tuple(bias.shape) != (stored.shape[0],):
             raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({stored.shape[0]},)")

@@ -4,7 +4,7 @@ Knows records and tensors; not devices' special operators.
 Legend: M tokens, O out, I in, R rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,9 @@ from .reference import dequantize_activations, quantize_activations
 class Operator(Protocol):
     def __call__(self, x_MI: Tensor) -> Tensor: ...
 
-    def resident_bytes(self) -> int: ...
+    def tensors(self) -> list[Tensor]:
+        """Everything that stays in memory between calls."""
+        ...
 
 
 class ReferenceOperator:
@@ -39,8 +41,8 @@ class ReferenceOperator:
             y = y + F.linear(raw, stored.delta.add_to_(torch.zeros(stored.shape, device=raw.device)))
         return (y if self.bias is None else y + self.bias.float()).to(x_MI.dtype)
 
-    def resident_bytes(self) -> int:
-        return tensor_bytes(self.bias, *to_tensors(self.stored).values())
+    def tensors(self) -> list[Tensor]:
+        return present(self.bias, *to_tensors(self.stored).values())
 
 
 class DenseOperator:
@@ -68,8 +70,12 @@ class DenseOperator:
             y = self.low_rank.add_(y.float(), x_MI.float())
         return y.to(x_MI.dtype)
 
-    def resident_bytes(self) -> int:
-        return tensor_bytes(self.weight, self.bias, self.smooth) + (0 if self.low_rank is None else self.low_rank.resident_bytes())
+    def rows(self, ids: Tensor) -> Tensor:
+        """[N, I] of rows ids int64 [N], in the matrix's dtype."""
+        return self.weight[ids]
+
+    def tensors(self) -> list[Tensor]:
+        return present(self.weight, self.bias, self.smooth, *(self.low_rank.tensors() if self.low_rank else ()))
 
 
 class LowRankSegments:
@@ -94,8 +100,8 @@ class LowRankSegments:
             y_MO[:, segment.row : segment.row + segment.rows].addmm_(h, up_RO.float())
         return y_MO
 
-    def resident_bytes(self) -> int:
-        return tensor_bytes(self.down, *(up for _, up in self.ups))
+    def tensors(self) -> list[Tensor]:
+        return present(self.down, *(up for _, up in self.ups))
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -128,5 +134,11 @@ def rounded(x_MI: Tensor, activations: ActivationGrid | None) -> Tensor:
     return dequantize_activations(codes, scales, activations.group_size)
 
 
-def tensor_bytes(*tensors: Tensor | None) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+def present(*tensors: Tensor | None) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes behind the tensors, memory that several share counted once."""
+    storages = {(t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in tensors if t.device.type != "meta"}
+    return sum(storages.values())

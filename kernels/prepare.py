@@ -116,8 +116,8 @@ def _contiguous_groups(base: Base) -> tuple[Base, Tensor | None]:
 
 
 def join(parts: Sequence[Prepared], widen: bool, rank_limit: int | None = None) -> Prepared:
-    """Several linears of one input as one. `widen` lets uniform grids of different bits meet at the widest; `rank_limit` bounds the
-    ranks of all members together. ValueError says what differs or does not fit."""
+    """Several linears of one input as one. `widen` lets uniform grids of different bits meet at the widest, if that has four at most;
+    `rank_limit` bounds the ranks of all members together. ValueError says what differs or does not fit."""
     first = parts[0]
     for name in ("columns", "smooth"):
         if not all(_same(getattr(part, name), getattr(first, name)) for part in parts):
@@ -175,7 +175,7 @@ def _join_bases(bases: Sequence[Base], widen: bool) -> Base:
 
 def _join_uniform(members: Sequence[UniformWeight], widen: bool) -> UniformWeight:
     groups, bits = {base.groups for base in members}, max(base.bits for base in members)
-    if len(groups) > 1 or (not widen and len({base.bits for base in members}) > 1):
+    if len(groups) > 1 or (len({base.bits for base in members}) > 1 and not (widen and bits <= 4)):
         raise ValueError(f"the members' grids differ: {[f'{base.bits} bits group {base.group_size}' for base in members]}")
     scales = torch.cat([base.scales for base in members])
     if all(base.symmetric and base.bits == bits for base in members):

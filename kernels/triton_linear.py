@@ -12,7 +12,7 @@ from torch import Tensor
 from ..compress.weights import ActivationGrid, DenseWeight
 from .checks import RANK_LIMIT
 from .layout import TiledWeight, tile
-from .operators import Operator, rounded, tensor_bytes
+from .operators import Operator, present, rounded
 from .prepare import Prepared
 
 NAME = "triton"
@@ -52,8 +52,12 @@ class TritonOperator:
             codes, scales, self.weight, h, self.up, self.bias, group_size=grid.group_size, segments=self.segments, dtype=x_MI.dtype
         )
 
-    def resident_bytes(self) -> int:
-        return self.weight.resident_bytes() + tensor_bytes(self.columns, self.smooth, self.bias, self.down, self.up)
+    def rows(self, ids: Tensor) -> Tensor:
+        """float32 [N, I] of rows ids int64 [N] of the weight alone."""
+        return self.weight.rows(ids).dense()
+
+    def tensors(self) -> list[Tensor]:
+        return present(*self.weight.tensors(), self.columns, self.smooth, self.bias, self.down, self.up)
 
 
 def factors(prepared: Prepared) -> tuple[Tensor | None, Tensor | None, tuple[tuple[int, int, int, int], ...] | None]:
@@ -71,8 +75,8 @@ def factors(prepared: Prepared) -> tuple[Tensor | None, Tensor | None, tuple[tup
     return torch.nn.functional.pad(down, (0, 0, 0, padding)).contiguous(), up_OR, segments
 
 
-def operator_for(prepared: Prepared, place: torch.device, dtype: torch.dtype, forced: bool) -> tuple[Operator, str]:
-    """(operator, reason). ValueError says why the kernels cannot hold the weight."""
+def operator_for(prepared: Prepared, place: torch.device, dtype: torch.dtype, wanted: str) -> tuple[Operator, str, str]:
+    """(operator, backend, reason). ValueError says why the kernels cannot hold the weight."""
     missing = availability(place)
     if missing != AVAILABLE:
         raise ValueError(f"triton: {missing}")
@@ -83,14 +87,14 @@ def operator_for(prepared: Prepared, place: torch.device, dtype: torch.dtype, fo
         raise ValueError(f"rank {ranks} is over the kernels' limit of {RANK_LIMIT}")
     weight = tile(prepared.base)
     if prepared.activations is None:
-        return TritonOperator(prepared, weight, False), "weight-only: codes are dequantized in registers"
+        return TritonOperator(prepared, weight, False), NAME, "weight-only: codes are dequantized in registers"
     why_not = _integer_refusal(prepared, weight)
     reason = (
         f"W{weight.bits}A{prepared.activations.bits} on the integer unit"
         if not why_not
         else f"input rounded apart, then weight-only: {why_not}"
     )
-    return TritonOperator(prepared, weight, not why_not), reason
+    return TritonOperator(prepared, weight, not why_not), NAME, reason
 
 
 def _integer_refusal(prepared: Prepared, weight: TiledWeight) -> str:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from bitmend.compress.grids import UniformGrid, min_max, round_to_grid, to_record
 from bitmend.compress.weights import LowRank, NormalFloatWeight, UniformWeight
+from bitmend.kernels import choices, cpu
 from torch import Tensor
 
 
@@ -25,6 +26,14 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Packed forms are always kept, so that the timings of a busy machine decide nothing."""
+    monkeypatch.setattr(cpu, "PACKED_PATIENCE", 1e9)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("patient")))
+    choices.forget()
 
 
 @pytest.fixture

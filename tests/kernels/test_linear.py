@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from bitmend.compress.weights import ActivationGrid, DenseWeight, LowRank, SparseDelta, StoredWeight, UniformWeight
-from bitmend.kernels import choices, cpu
-from bitmend.kernels.linear import Backend, bind, bind_group, describe
+from bitmend.kernels.linear import Backend, bind, bind_group, describe, resident_bytes
 from bitmend.kernels.operators import rounded
-from torch import Tensor
+from bitmend.kernels.table import bind_table
+from torch import Tensor, nn
 
 Maker = Callable[..., Any]
 
@@ -124,7 +124,7 @@ NOT_IN_TRITON = {
 FALLBACKS = {
     "4 bits": ("cpu-int4", "one row"),
     "act-order": ("cpu-int4", "one row"),
-    "8 bits": ("dense", "8-bit groups"),
+    "8 bits": ("cpu-int8", "one row"),
     "nf4": ("dense", "NormalFloatWeight"),
     "group of 24": ("dense", "group_size is 24"),
     "delta": ("dense", "sparse delta"),
@@ -134,17 +134,25 @@ FALLBACKS = {
 }
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("kind", FALLBACKS)
-def test_what_a_cpu_cannot_pack_is_said(kind: str, make: Callable[[str], StoredWeight], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "PACKED_PATIENCE", 1e9)  # so that the timings of a busy machine decide nothing here
-    choices.forget()
-    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+def test_what_a_cpu_cannot_pack_is_said(kind: str, make: Callable[[str], StoredWeight]) -> None:
     module, (backend, reason) = bind(make(kind)), FALLBACKS[kind]
     assert module.backend == backend and reason in module.reason
     if backend not in ("dense", "reference"):
         return
     with pytest.raises(ValueError, match="cpu-int4"):
         bind(make(kind), backend="cpu-int4")
+
+
+@pytest.mark.parametrize("kind", ["8 bits", "4 bits"])
+def test_bytes_when_asked_for(kind: str, make: Callable[[str], StoredWeight]) -> None:
+    stored, x = make(kind), torch.randn(3, 192)
+    module = bind(stored, backend="cpu-int8")
+    assert module.backend == "cpu-int8"
+    assert_close(module(x), by_definition(stored, None, x), 1e-6)
+    with pytest.raises(ValueError, match="8-bit groups"):
+        bind(make("8 bits"), backend="cpu-int4")
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -210,6 +218,7 @@ def test_members_that_differ_are_bound_one_by_one(uniform: Maker, normal_float: 
             assert_close(y, by_definition(weight, None, x))
 
 
+@pytest.mark.usefixtures("patient")
 def test_different_bits_meet_at_four_on_a_cpu(uniform: Maker) -> None:
     weights = [StoredWeight(uniform(64, 192, bits)) for bits in (2, 3, 4)] + [StoredWeight(uniform(64, 192, 3, 64, True))]
     group = bind_group([(w, None) for w in weights])
@@ -217,6 +226,12 @@ def test_different_bits_meet_at_four_on_a_cpu(uniform: Maker) -> None:
     assert group.joined
     for y, weight in zip(group(x), weights, strict=True):
         assert_close(y, by_definition(weight, None, x))
+
+
+@pytest.mark.usefixtures("patient")
+def test_eight_bits_and_four_stay_apart(uniform: Maker) -> None:
+    group = bind_group([(StoredWeight(uniform(64, 192, bits)), None) for bits in (4, 8)])
+    assert not group.joined and "grids differ" in group.reason and group.backend == "cpu-int4+cpu-int8"
 
 
 def test_parts_stand_where_linears_stood(uniform: Maker) -> None:
@@ -237,6 +252,40 @@ def test_parts_stand_where_linears_stood(uniform: Maker) -> None:
         x = torch.randn(2, 192)
         assert_close(parts[2](x), by_definition(weights[2], None, x))
     assert sum(part.resident_bytes() for part in parts) == group.resident_bytes()
+
+
+def test_a_bound_module_stays_where_it_was_made(uniform: Maker) -> None:
+    group = bind_group([(StoredWeight(uniform(64, 192)), None) for _ in range(2)])
+    table, head = bind_table(StoredWeight(uniform(64, 192, 8)))
+    model = nn.Sequential(nn.Linear(3, 3), *group.parts(), head, table)
+    model.to("cpu").half()
+    assert model[0].weight.dtype == torch.float16
+    for module in model[1:]:
+        with pytest.raises(RuntimeError, match="load the model again for 'meta'"):
+            module.to("meta")
+
+
+@pytest.mark.usefixtures("patient")
+def test_bytes_of_a_model_count_shared_memory_once(uniform: Maker) -> None:
+    group = bind_group([(StoredWeight(uniform(64, 192)), None) for _ in range(2)])
+    table, head = bind_table(StoredWeight(uniform(64, 192, 8)))
+    plain = nn.Linear(3, 3)
+    expected = group.resident_bytes() + head.resident_bytes() + 4 * 12
+    assert resident_bytes(nn.Sequential(plain, *group.parts(), head, table)) == expected
+    assert 64 * 192 < head.resident_bytes() < 1.1 * 64 * 192
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("kind", ["4 bits, no rank", "8 bits", "odd rows", "dense", "nf4", "masked", "smooth", "act-order"])
+def test_a_table_gives_rows_and_its_head_the_products(kind: str, device: str, make: Callable[[str], StoredWeight]) -> None:
+    stored = make(kind)
+    dense = stored.dense(torch.float64)
+    embedding, head = bind_table(stored, device=device, scale=torch.tensor(1.5))
+    ids, x = torch.randint(0, dense.shape[0], (2, 5)), torch.randn(3, 192)
+    assert embedding(ids.to(device)).shape == (2, 5, 192)
+    assert_close(embedding(ids.to(device)), 1.5 * dense[ids])
+    assert_close(head(x.to(device)), x.double() @ dense.t())
+    assert resident_bytes(nn.Sequential(embedding, head)) == head.resident_bytes() == embedding.resident_bytes()
 
 
 def test_refusals_name_the_argument(uniform: Maker) -> None:
@@ -260,7 +309,7 @@ def test_refusals_name_the_argument(uniform: Maker) -> None:
 def test_describe_says_what_is_here_and_what_was_measured(uniform: Maker) -> None:
     bind(StoredWeight(uniform(64, 192)))(torch.zeros(1, 192))
     said = describe("cpu")
-    assert set(said["backends"]) == {"reference", "dense", "cpu-int4", "triton"} and "threads" in said["device"]
-    measured = said["choices"]["form 64x192 group 64 float32"]
-    assert measured["choice"] in ("int4", "bfloat16", "float32") and "one row" in measured["reason"]
+    assert set(said["backends"]) == {"reference", "dense", "cpu-int4", "cpu-int8", "triton"} and "threads" in said["device"]
+    measured = said["choices"]["form 64x192 int4 group 64 float32"]
+    assert measured["choice"] in ("packed", "dense") and "one row" in measured["reason"]
     assert said["backends"]["triton"] == "fused kernels" or torch.cuda.is_available(), "the interpreter counts as a device"
