@@ -4,7 +4,12 @@ Knows a table of bytes and a table of losses; what a setting is, and what it cos
 Legend: M matrices, K settings, N settings left after the dominated ones are gone, of all matrices together.
 """
 
+import ctypes
+import os
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,10 +135,28 @@ def _solve(
     relaxed: Any = milp(objective_N / largest, integrality=np.zeros(count), **program)
     optimum = max(float(relaxed.fun or 0.0), 1e-12)  # the solver stops at an absolute gap of 1e-6 too: let the optimum be about 1,000
     options = {"mip_rel_gap": gap, "time_limit": time_limit_s}
-    result: Any = milp(objective_N / largest * (1e3 / optimum), integrality=np.ones(count), options=options, **program)
+    with _silent():
+        result: Any = milp(objective_N / largest * (1e3 / optimum), integrality=np.ones(count), options=options, **program)
     if result.x is None:
         if result.status == 2:
             most = 0.0 if removed is None else sum(removed[matrix_N == m].max() for m in range(matrix_N[-1] + 1))
             raise ValueError(f"no choice removes {least_sparsity:,.0f} weights; the settings allow {most:,.0f} at most")
         raise RuntimeError(f"no allocation was found within {time_limit_s:g} s ({result.message}); allow more time or fewer settings")
     return _Solution(np.flatnonzero(result.x > 0.5), float(result.mip_gap or 0.0))
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """HiGHS writes some notes to file descriptor 1 whatever it is told; they would lie between a command's results."""
+    flush = ctypes.CDLL(None).fflush if os.name == "posix" else lambda stream: None
+    sys.stdout.flush()
+    flush(None)
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

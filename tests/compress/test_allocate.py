@@ -80,6 +80,22 @@ def test_impossible_sparsity_says_what_the_settings_allow():
         choose(costs, losses, costs.sum(), removed, 31)
 
 
+def test_the_solver_writes_nothing_to_stdout(capfd):
+    """HiGHS leaves a note there for this program, among others."""
+    generator = np.random.default_rng(2)
+    size, bits = (
+        np.array([16384, 8192, 8192, 16384, 32768, 32768, 32768] * 4),
+        np.array([2.47, 2.7, 3.5, 3.8, 4.7, 2.8, 3.0, 3.9, 4.1, 5.0]),
+    )
+    costs = np.round(size[:, None] * bits / 8).astype(int)
+    losses = generator.lognormal(0, 1, (28, 1)) * 4.0**-bits * generator.lognormal(0, 0.1, (28, 10))
+    share = np.linspace(0.7, 0.99, 12)[4]
+    print("before")
+    choose(costs, losses, int(costs.min(1).sum() * (1 - share) + costs.max(1).sum() * share))
+    print("after")
+    assert capfd.readouterr().out == "before\nafter\n"
+
+
 def test_seven_billion_parameters_and_432_settings_keep_budget_and_gap():
     """224 matrices as a 7B model has them: losses fall four-fold a bit, with matrices of very different sensitivity."""
     generator = np.random.default_rng(0)
