@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..compress.weights import StoredWeight
-from ..recover.beside import Tokens
-from ..recover.prompts import cache_argument
+from ..recover.beside import Tokens, cache_argument
 from .artifact import Artifact
 from .errors import InputError
 from .models import Site, Structure, inspect, load_config, set_parameter, skeleton, tied_names
@@ -102,9 +101,10 @@ class StreamedModel:
                 if full not in tensors:
                     raise InputError(f"{self.artifact.directory}: no tensor {full!r}; the checkpoint is incomplete")
                 set_parameter(self.model, full, tensors[full].to(self.device, self._running(tensors[full])))
+        linears = {s.module for s in self.structure.of_block(index) if s.expert is None}
         for name, tensor in tensors.items():  # biases that recovery created where the architecture has none
             owner, _, leaf = name.rpartition(".")
-            if leaf == "bias" and any(s.module == owner for s in compressed.values()) and self.model.get_submodule(owner).bias is None:
+            if leaf == "bias" and owner in linears and self.model.get_submodule(owner).bias is None:
                 self.model.get_submodule(owner).bias = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
         for name, record in stored.items():
             if self.bind is None or compressed[name].expert is not None:

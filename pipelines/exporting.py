@@ -81,6 +81,7 @@ def checkpoint_of(artifact: Artifact, card: dict[str, Any]) -> Checkpoint:
         transposed=frozenset(s.module if s.expert is None else f"{s.module}.{s.parameter}" for s in structure.sites if s.transposed),
         tied=tied,
         card=card,
+        beside=tuple(artifact.beside),
     )
 
 

@@ -14,10 +14,12 @@ from .models import resolve_model
 
 
 def whole_model(artifact: Artifact, device: torch.device, dtype: torch.dtype, bind: Binder | None = None) -> StreamedModel:
-    """Every block loaded; `.model` is the transformers model, in eval mode, without gradients."""
+    """Every block loaded; `.model` is the transformers model, in eval mode, without gradients, virtual tokens in front."""
     streamed = StreamedModel(artifact, device, dtype, bind)
     for index in range(streamed.structure.blocks):
         streamed.load_block(index)
+    if streamed.tokens is not None:
+        streamed.tokens.stand_before(streamed.model)
     return streamed
 
 
@@ -56,6 +58,7 @@ def binder_of(artifact: Artifact, device: torch.device) -> Binder | None:
 
 def load(directory: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
     """A run's or a stage's model as a plain `transformers` model on the kernels of this device: `generate`, `lm-eval --model hf`.
+    What stands beside the model is part of it; virtual tokens take no place in its logits.
 
     Raises InputError for what is no artifact. The tokenizer lies in the artifact's directory (`AutoTokenizer.from_pretrained`).
     """

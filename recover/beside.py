@@ -5,6 +5,7 @@ arguments of a forward pass. Knows modules by name; not how anything was trained
 Legend: B batch, T tokens, P virtual tokens, D model width, H bottleneck, L layers, K key-value heads, W head width.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -51,11 +52,73 @@ class Tokens:
         """A fresh transformers cache that holds the prefix; attention grows it, so every forward pass wants its own."""
         from transformers import DynamicCache
 
-        cache: Any = DynamicCache(config=config)
+        return self.fill_(DynamicCache(config=config), batch)
+
+    def fill_(self, cache: Any, batch: int) -> Any:
         for layer, pair in enumerate(self.values.permute(1, 2, 3, 0, 4)):
             keys, values = pair.unsqueeze(1).expand(2, batch, *pair.shape[1:])
             cache.update(keys, values, layer)
         return cache
+
+    def stand_before(self, model: nn.Module) -> list[Any]:
+        """Put the tokens in front of whatever the model is called with, generation with a cache included; its logits are those of the
+        text alone. Returns the hooks' handles."""
+        whole: Any = model
+        body: nn.Module = whole.get_decoder()
+        front = _Front(self, whole.get_input_embeddings(), whole.config, cache_argument(body))
+        return [body.register_forward_pre_hook(front.before, with_kwargs=True), body.register_forward_hook(front.behind, with_kwargs=True)]
+
+
+@dataclass
+class _Front:
+    """Changes the arguments of a model's body: the first call of a text gets the tokens, later ones (whose cache holds them) the places
+    behind them. peft's own `generate` does not know the name under which transformers hands on its cache."""
+
+    tokens: Tokens
+    embeddings: nn.Module
+    config: Any
+    cache_name: str
+    first: bool = False
+    lent: bool = False
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+        name = next((n for n in ("cache", "past_key_values") if given.get(n) is not None), self.cache_name)
+        cache, count = given.get(name), self.tokens.count
+        text = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+        self.first = cache is None or not cache.get_seq_length()
+        self.lent = cache is None and not given.get("use_cache")
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.dim() != 2:
+                raise ValueError("virtual tokens need a mask of the text's tokens [B, T]; generate with a dynamic cache")
+            given["attention_mask"] = torch.cat((mask.new_ones(len(mask), count), mask), 1)
+        if positions is not None:
+            given["position_ids"] = positions = positions + count
+        if self.first and self.tokens.kind == "prefix":
+            filled = self.tokens.cache(self.config, len(text)) if cache is None else self.tokens.fill_(cache, len(text))
+            given |= {name: filled, "use_cache": True}
+        elif self.first:
+            embedded = self.embeddings(text) if given.get("input_ids") is not None else text
+            given |= {"input_ids": None, "inputs_embeds": torch.cat((self.tokens.embeddings(len(text)).to(embedded), embedded), 1)}
+            if positions is not None:
+                front = torch.arange(count, device=positions.device).expand(*positions.shape[:-1], count)
+                given["position_ids"] = torch.cat((front, positions), -1)
+        return (), given
+
+    def behind(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+        if self.first and self.tokens.kind == "prompt":
+            out["last_hidden_state"] = out[0][:, self.tokens.count :]
+        if self.lent:  # nobody asked for the cache that brought the prefix
+            for name in ("cache", "past_key_values"):
+                if out.get(name) is not None:
+                    out[name] = None
+        return out
+
+
+def cache_argument(module: nn.Module) -> str:
+    """What a model calls its cache: transformers renames the argument."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from torch import nn
 
 from . import attach as methods
 from . import bottlenecks, deltas, increments, prompts
+from .fits import misfit
+from .linear import CompressedLinear, compressed_linears
 from .run import TrainConfig
 from .site import Gradients, Site, kinds, site_of
 from .trainable import Attached
@@ -233,12 +235,14 @@ def refusal(name: str, found: Iterable[frozenset[str]], config: Any) -> str | No
 def attach(name: str, model: nn.Module, config: Any, *, seed: int = 0, gradients: Gradients | None = None) -> Attached:
     """Put a method on a model whose compressed linears are installed. ValueError for a refusal or when nothing is left to train."""
     shared, own = split(name, config)
+    linears = compressed_linears(model)
+    reason = misfit(own, shared, model, {n: lin.stored.shape for n, lin in linears.items()}, low_rank_of(linears))
+    if reason is not None:
+        raise ValueError(f"{name}: {reason}")
     site = site_of(model, shared.targets, shared.layers, seed, shared.steps, gradients)
     row = RECOVER[name]
     if "fisher" in row.needs and gradients is None:
         raise ValueError(f"{name} selects by gradients: pass `gradients`")
-    if shared.gradient_checkpointing and name in ("prefix_tuning", "mam_adapter"):
-        raise ValueError(f"{name} grows a cache in forward, which recomputing would grow twice: set gradient_checkpointing=false")
     reason = refusal(name, [kinds(linear.stored) for linear in site.linears.values()], config)
     if reason is not None:
         raise ValueError(reason)
@@ -246,3 +250,7 @@ def attach(name: str, model: nn.Module, config: Any, *, seed: int = 0, gradients
     if not attached.trainables:
         raise ValueError(f"{name}: targets {shared.targets!r} and layers {shared.layers!r} leave no trainable parameter")
     return attached
+
+
+def low_rank_of(linears: Mapping[str, CompressedLinear]) -> frozenset[str]:
+    return frozenset(name for name, linear in linears.items() if linear.stored.low_rank is not None)

@@ -4,7 +4,6 @@ They change what the model sees, so step 0 cannot equal the compressed model: th
 if training could not beat that, the tokens stay off. Legend: B batch, T tokens, P virtual tokens, D model, L layers.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .beside import TOKENS, Beside, Tokens
+from .beside import TOKENS, Beside, Tokens, cache_argument
 from .bottlenecks import ParallelAdapter, parallel_adapter
 from .site import Site, joined
 from .student import Student, student_of
@@ -79,18 +78,6 @@ class Switch:
         return Student(self.hidden, self.plain.logits, self.plain.head_parameters)
 
 
-def cache_argument(module: nn.Module) -> str:
-    """What a model calls its cache: transformers renames the argument."""
-    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
-
-
-def student_with(model: nn.Module, tokens: Tokens) -> Student:
-    """The model with frozen virtual tokens in front."""
-    whole: Any = model
-    make = (lambda batch: tokens.cache(whole.config, batch)) if tokens.kind == "prefix" else tokens.embeddings
-    return Switch(model, make, tokens.kind, tokens.count).student()
-
-
 def peft_settings(tokens: Tokens) -> Any:
     """peft's config for trained tokens: what the network of p-tuning made is a plain prompt."""
     from peft import PrefixTuningConfig, PromptTuningConfig
@@ -102,21 +89,9 @@ def peft_settings(tokens: Tokens) -> Any:
     return PrefixTuningConfig(**shared, num_layers=layers, num_attention_heads=heads, token_dim=heads * width, num_transformer_submodules=1)
 
 
-def wrapped(model: nn.Module, tokens: Tokens) -> Any:
-    """The model inside peft's wrapper, whose `forward` and `generate` put the tokens in front."""
-    from peft import get_peft_model
-
-    settings = peft_settings(tokens)
-    out: Any = get_peft_model(model, settings)  # type: ignore[arg-type]
-    embedding = out.prompt_encoder["default"].embedding
-    embedding.weight = nn.Parameter(tokens.values.reshape(tokens.count, -1).to(embedding.weight), requires_grad=False)
-    return out.eval()
-
-
 def prefix_tuning(site: Site, config: PrefixTuning) -> Attached:
     from peft import PrefixTuningConfig
 
-    _check_length(site, config.tokens)
     values = _own_keys_and_values(site, config.tokens)
     wrapped = _wrap(site, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=config.tokens))
     weight = wrapped.prompt_encoder["default"].embedding.weight
@@ -129,7 +104,6 @@ def prefix_tuning(site: Site, config: PrefixTuning) -> Attached:
 def prompt_tuning(site: Site, config: PromptTuning) -> Attached:
     from peft import PromptTuningConfig
 
-    _check_length(site, config.tokens)
     wrapped = _wrap(site, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=config.tokens))
     model: Any = site.model
     rows = model.get_input_embeddings().weight.detach()[_some_text(site, config.tokens)]
@@ -140,7 +114,6 @@ def prompt_tuning(site: Site, config: PromptTuning) -> Attached:
 def p_tuning(site: Site, config: PTuning) -> Attached:
     from peft import PromptEncoderConfig
 
-    _check_length(site, config.tokens)
     settings = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=config.tokens, encoder_hidden_size=config.hidden)
     return _attached("p_tuning", site, _wrap(site, settings), "prompt", config.tokens)
 
@@ -205,9 +178,3 @@ def _own_keys_and_values(site: Site, count: int) -> Tensor:
     cache = model.base_model(input_ids=_some_text(site, count).unsqueeze(0), use_cache=True).past_key_values
     pairs = [torch.stack((layer.keys[0], layer.values[0])) for layer in cache.layers]
     return torch.stack(pairs).permute(3, 0, 1, 2, 4).reshape(count, -1).float()
-
-
-def _check_length(site: Site, count: int) -> None:
-    limit = getattr(getattr(site.model, "config", None), "max_position_embeddings", None)
-    if count < 1 or (limit is not None and count >= limit):
-        raise ValueError(f"{count} virtual tokens do not fit a model of {limit} positions; choose a number from 1 to {(limit or 0) - 1}")

@@ -81,6 +81,15 @@ def where(model: nn.Module, targets: str | Sequence[str] = "all", layers: str | 
     return Where(_targets(targets), frozenset(_depth(layers, len(blocks))), name, layers == "all")
 
 
+def chosen_linears(place: Where, names: list[str], targets: object, layers: object) -> list[str]:
+    """Those of the linears that `targets` and `layers` choose. ValueError when that is none of some."""
+    chosen = [name for name in names if place.linear(name)]
+    if names and not chosen:
+        known = sorted({role for name in names for role in roles(name)}, key=ROLES.index)
+        raise ValueError(f"targets {targets!r} and layers {layers!r} leave none of {len(names)} linears; this model's roles are {known}")
+    return chosen
+
+
 def _targets(targets: str | Sequence[str]) -> frozenset[str] | re.Pattern[str] | None:
     if targets == "all":
         return None

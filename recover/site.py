@@ -45,12 +45,7 @@ def site_of(
     """ValueError when the choice leaves no compressed linear."""
     place = selection.where(model, targets, layers)
     every = compressed_linears(model)
-    chosen = {name: linear for name, linear in every.items() if place.linear(name)}
-    if every and not chosen:
-        known = sorted({role for name in every for role in selection.roles(name)})
-        raise ValueError(
-            f"targets {targets!r} and layers {layers!r} leave none of {len(every)} compressed linears; this model's roles are {known}"
-        )
+    chosen = {name: every[name] for name in selection.chosen_linears(place, list(every), targets, layers)}
     return Site(model, place, chosen, seed, steps, gradients)
 
 

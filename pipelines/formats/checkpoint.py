@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...compress.weights import NormalFloatWeight, StoredWeight, UniformWeight
+from ...recover.beside import Beside
 from ..errors import InputError, UsageError
 
 T = TypeVar("T")
@@ -51,6 +52,7 @@ class Checkpoint:
     tied: alias → source, both state-dict names ({"lm_head.weight": "model.embed_tokens.weight"}); an alias is not in
         `tensors`. A source may be the `.weight` of a compressed linear.
     card: what the model card says: `title`, `recipe`, `perplexity`, `baseline_perplexity`, `protocol`, `notes`.
+    beside: what stands beside the model: bottlenecks, virtual tokens.
     """
 
     config: dict[str, Any]
@@ -60,6 +62,7 @@ class Checkpoint:
     transposed: frozenset[str] = frozenset()
     tied: Mapping[str, str] = field(default_factory=dict)
     card: Mapping[str, Any] = field(default_factory=dict)
+    beside: tuple[Beside, ...] = ()
 
     def with_linears(self, linears: Mapping[str, StoredWeight]) -> "Checkpoint":
         return replace(self, linears=linears)

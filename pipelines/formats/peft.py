@@ -1,7 +1,7 @@
-"""A low-rank term as a PEFT LoRA directory: DIR/base in any format, DIR/adapter beside it.
+"""A low-rank term or virtual tokens as a PEFT directory: DIR/base in any format, DIR/adapter beside it.
 
 Each module's scaling is 1: lora_alpha equals r, per module where ranks differ. Knows adapters; the base is another format's business.
-Legend: O out, I in, R rank.
+Legend: O out, I in, R rank, P virtual tokens, L layers, K key-value heads, W head width, D model width.
 """
 
 from collections import Counter
@@ -14,12 +14,15 @@ from typing import Any
 from torch import Tensor
 
 from ...compress.weights import DenseWeight, LowRank, StoredWeight, UniformWeight
+from ...recover.beside import TOKENS, Beside, Tokens
+from ...recover.prompts import peft_settings
 from ..errors import InputError, UsageError
 from .checkpoint import Checkpoint, Lazy
 from .naming import expert_parameter
 from .shards import Stored, fresh_directory, open_directory, read_json, save, write_json
 
 PREFIX = "base_model.model."
+VIRTUAL = {"PREFIX_TUNING": "prefix_tuning", "PROMPT_TUNING": "prompt_tuning", "P_TUNING": "p_tuning"}
 BASE, ADAPTER = "base", "adapter"
 WriteBase = Callable[..., list[str]]
 
@@ -27,9 +30,9 @@ CARD = """---
 library_name: peft
 ---
 
-# Low-rank term
+# {title}
 
-The term that bitmend fitted on top of the compressed model in `../{base}`; its scaling is 1 everywhere.
+{about}
 
 ```python
 from peft import PeftModel
@@ -44,8 +47,23 @@ def has_low_rank(checkpoint: Checkpoint) -> bool:
     return any(record.low_rank is not None for record in checkpoint.linears.values())
 
 
+ABOUT = {
+    "Low-rank term": "The term that bitmend fitted on top of the compressed model in `../{base}`; its scaling is 1 everywhere.",
+    "Virtual tokens": "What bitmend trained in front of the text for the compressed model in `../{base}`.",
+}
+
+
 def write(checkpoint: Checkpoint, directory: Path, write_base: WriteBase, **options: Any) -> list[str]:
-    """DIR/base by `write_base` (a format's `write`, with its options) and DIR/adapter. UsageError without a low-rank term."""
+    """DIR/base by `write_base` (a format's `write`, with its options) and DIR/adapter. UsageError without a low-rank term or virtual
+    tokens, and for what PEFT does not know."""
+    tokens = _tokens(checkpoint)
+    if tokens is not None:
+        with fresh_directory(directory) as scratch:
+            notes = write_base(replace(checkpoint, beside=()), scratch / BASE, **options)
+            config = {**peft_settings(tokens).to_dict(), "base_model_name_or_path": f"../{BASE}"}
+            values = {"prompt_embeddings": tokens.values.reshape(tokens.count, -1).contiguous()}
+            _write_adapter(scratch / ADAPTER, config, values, "Virtual tokens")
+        return [*notes, f"{tokens.count} virtual tokens are in {ADAPTER}/, to be loaded by PEFT on top of {BASE}/"]
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for name, record in checkpoint.linears.items():
         if record.low_rank is not None and record.low_rank.rank > 0:
@@ -56,16 +74,34 @@ def write(checkpoint: Checkpoint, directory: Path, write_base: WriteBase, **opti
     with fresh_directory(directory) as scratch:
         base = checkpoint.with_linears(Lazy({name: partial(_without, checkpoint.linears, name) for name in checkpoint.linears}))
         notes = write_base(base, scratch / BASE, **options)
-        adapter = scratch / ADAPTER
-        adapter.mkdir()
-        write_json(adapter / "adapter_config.json", adapter_config({name: down.shape[0] for name, (_, down) in factors.items()}))
-        save(adapter / "adapter_model.safetensors", _named(factors))
-        (adapter / "README.md").write_text(CARD.format(base=BASE), encoding="utf-8")
+        config = adapter_config({name: down.shape[0] for name, (_, down) in factors.items()})
+        _write_adapter(scratch / ADAPTER, config, _named(factors), "Low-rank term")
     if quantized:
         notes.append(
             f"{quantized} low-rank terms had quantized factors; a PEFT adapter stores them as floating point, the values are the same"
         )
     return [*notes, f"the low-rank term of {len(factors)} linears is in {ADAPTER}/, to be loaded by PEFT on top of {BASE}/"]
+
+
+def _write_adapter(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], title: str) -> None:
+    directory.mkdir()
+    write_json(directory / "adapter_config.json", config)
+    save(directory / "adapter_model.safetensors", dict(tensors))
+    (directory / "README.md").write_text(CARD.format(title=title, about=ABOUT[title].format(base=BASE), base=BASE), encoding="utf-8")
+
+
+def _tokens(checkpoint: Checkpoint) -> Tokens | None:
+    """The virtual tokens beside the model. UsageError for bottlenecks, and for tokens together with a low-rank term."""
+    for beside in checkpoint.beside:
+        if beside.bottlenecks:
+            raise UsageError(
+                f"{beside.method} keeps bottlenecks beside the model, which merge into nothing and which no format here has a place for: "
+                "run them with bitmend.pipelines.load(RUN_DIR) or `pipeline generate`, or export an earlier --stage"
+            )
+    found = [tokens for beside in checkpoint.beside if (tokens := beside.virtual()) is not None]
+    if found and has_low_rank(checkpoint):
+        raise UsageError("PEFT runs a low-rank term or virtual tokens, not both; --format dense --merge folds the low-rank term in")
+    return found[-1] if found else None
 
 
 def adapter_config(ranks: Mapping[str, int]) -> dict[str, Any]:
@@ -81,14 +117,17 @@ def adapter_config(ranks: Mapping[str, int]) -> dict[str, Any]:
 
 
 def read(directory: Path, read_base: Callable[[Path], Checkpoint]) -> Checkpoint:
-    """DIR/base by `read_base` with the factors of DIR/adapter in its records. InputError for adapters of another kind."""
+    """DIR/base by `read_base` with the factors of DIR/adapter in its records, or its virtual tokens beside it. InputError for adapters
+    of another kind."""
     base, adapter = read_base(directory / BASE), directory / ADAPTER
     config = read_json(adapter / "adapter_config.json")
-    _check_config(adapter, config)
     file = adapter / "adapter_model.safetensors"
     if not file.is_file() and (adapter / "adapter_model.bin").is_file():
         raise InputError(f"{adapter / 'adapter_model.bin'} is a pickle file, which can run code when opened; only safetensors are read")
     stored = open_directory(adapter)
+    if config.get("peft_type") in VIRTUAL:
+        return replace(base, beside=(_read_tokens(config, _entry(stored, "prompt_embeddings", file).load(), file),))
+    _check_config(adapter, config)
     modules = sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in stored})
     linears: dict[str, Callable[[], StoredWeight]] = {name: partial(base.linears.__getitem__, name) for name in base.linears}
     tensors: dict[str, Callable[[], Tensor]] = {name: partial(base.tensors.__getitem__, name) for name in base.tensors}
@@ -104,10 +143,21 @@ def read(directory: Path, read_base: Callable[[Path], Checkpoint]) -> Checkpoint
     return replace(base, linears=Lazy(linears), tensors=Lazy(tensors))
 
 
+def _read_tokens(config: Mapping[str, Any], values: Tensor, file: Path) -> Beside:
+    """A prompt [P, D] or a prefix [P, L·2·K·W] as PEFT saves what it trained, p-tuning's network already run."""
+    method = VIRTUAL[config["peft_type"]]
+    if method != "prefix_tuning":
+        return Beside(method, tokens="prompt", tensors={TOKENS: values})
+    layers, heads = config.get("num_layers"), config.get("num_attention_heads")
+    if not layers or not heads or values.shape[1] % (2 * layers * heads):
+        raise InputError(f"{file}: {list(values.shape)} values are no keys and values of {layers} layers of {heads} heads")
+    return Beside(method, tokens="prefix", tensors={TOKENS: values.view(len(values), layers, 2, heads, -1)})
+
+
 def _check_config(adapter: Path, config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("modules_to_save"):
         raise InputError(
-            f"{adapter}: only plain LoRA adapters are read, without DoRA and modules_to_save (this one: {config.get('peft_type')})"
+            f"{adapter}: only virtual tokens and plain LoRA adapters are read, without DoRA and modules_to_save (this one: {config.get('peft_type')})"
         )
     if config.get("bias", "none") != "none":
         raise InputError(f"{adapter}: the adapter replaces biases (bias {config['bias']!r}); merge it with PEFT first")

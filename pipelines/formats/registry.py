@@ -51,10 +51,11 @@ def detect(directory: Path) -> str:
 
 
 def write(name: str, checkpoint: Checkpoint, directory: Path, **options: Any) -> list[str]:
-    """Export in format `name`; a low-rank term goes to DIR/adapter with the rest in DIR/base. UsageError for an unknown name."""
+    """Export in format `name`; a low-rank term or virtual tokens go to DIR/adapter with the rest in DIR/base. UsageError for an unknown
+    name, and for what has no place."""
     if name not in FORMATS:
         raise UsageError(f"unknown format {name!r}; known are {', '.join(FORMATS)}")
-    if peft.has_low_rank(checkpoint):
+    if checkpoint.beside or peft.has_low_rank(checkpoint):
         return peft.write(checkpoint, directory, FORMATS[name].write, **options)
     return FORMATS[name].write(checkpoint, directory, **options)
 

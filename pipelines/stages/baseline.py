@@ -101,6 +101,8 @@ def _import(writer: ArtifactWriter, directory: Path) -> None:
     linears = {n: checkpoint.linears[n] for n in checkpoint.linears if not n.startswith(blocks)}
     tensors = {n: checkpoint.tensors[n] for n in checkpoint.tensors if not n.startswith(blocks) and n not in tied}
     writer.write_part("rest", {"tensors": tensors, **shards_of({}, linears)}, linears)
+    for beside in checkpoint.beside:
+        writer.write_beside(beside)
 
 
 def _write_model(writer: ArtifactWriter, model: torch.nn.Module, linears: dict[str, Any]) -> None:

@@ -5,77 +5,115 @@ training state's file; what trains and how is `recover/`.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 from ...compress.weights import DenseWeight, StoredWeight
-from ...recover.linear import CompressedLinear, cache_dense, compressed_linears, install
+from ...recover.linear import cache_dense, compressed_linears, install
+from ...recover.losses import Objective
+from ...recover.memory import training_memory
+from ...recover.merge import stored_loss
 from ...recover.methods import RECOVER, Gradients, attach, refusal, split
 from ...recover.run import TrainConfig
 from ...recover.site import kinds
 from ...recover.state import TrainState
-from ...recover.student import Batch, Teacher, student_of
+from ...recover.student import Batch, Student, student_of
 from ...recover.train import Progress, TrainingDiverged, TrainResult, batch_loss, train
-from ..artifact import Artifact, ArtifactWriter, shards_of, write_bytes
+from ...recover.trainable import Attached
+from ..artifact import Artifact, ArtifactWriter
 from ..blocks import StreamedModel
 from ..errors import InputError, UsageError
+from ..files import write_bytes
 from ..loading import whole_model
 from ..logs import bar
-from ..models import Site, load_config, tied_names
+from ..models import load_config, set_parameter
 from ..stage_settings import StageSpec
 from .context import Context, Outcome
+from .teacher import streamed_teacher
+from .writing import Trained, audited, trained, write_model
 
 STATE = "training.safetensors"
-TEACHER_TOKENS = 16384
 SMALL_STATE_BYTES = 200e6
+SLACK = 1e-6
+"""Of a held-out loss in nats: what the order of a sum may change."""
 
 
 def recover(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: Context) -> Outcome:
-    """Run a recovery method. UsageError when it cannot serve this model, before any work."""
+    """Run a recovery method. UsageError when it cannot serve this model, before any work; QualityError when its audit fails."""
     config, _ = split(spec.method, spec.config)
-    if RECOVER[spec.method].ways.stored_as == "adapter beside the model":
-        fitting = [name for name, row in RECOVER.items() if row.ways.stored_as != "adapter beside the model"]
-        raise UsageError(
-            f"{spec.address}: {spec.method} keeps its parameters beside the model, and artifacts have no place for them yet; choose one of {', '.join(fitting)}"
-        )
     notes = []
     if context.teacher is None and config.loss != "cross_entropy":
         config = replace(config, loss="cross_entropy")
         notes = ["trained on next-token cross-entropy: the model came quantized and no --teacher was given to imitate"]
     _check_teacher(parent, context)
     records = _records(parent, context)
-    reason = refusal(spec.method, [kinds(r) for r in records.values()], spec.config)
-    if reason is not None:
-        raise UsageError(f"{spec.address}: {reason}")
     batches, held_out = _texts(context, config)
 
-    def put_in_place(model: nn.Module, prefix: str, stored: dict[str, StoredWeight]) -> None:
-        install(model, {n: r for n, r in records.items() if n.startswith(f"{prefix}.")}, context.dtype)
-
-    streamed = whole_model(parent, context.device, context.dtype, put_in_place)
+    streamed = whole_model(parent, context.device, context.dtype, InPlace(records, context.device, context.dtype))
     model = streamed.model.requires_grad_(False)
-    gradients = Gradients(batches, lambda batch: batch_loss(student_of(model, probe=False), batch, None, _cross_entropy()))
+    student = student_of(model)
+    gradients = Gradients(batches, lambda batch: batch_loss(student, batch, None, Objective("cross_entropy", 1.0)))
+    attached = _attached(parent, spec, streamed, context.seed, gradients)
+    student = attached.run or student
+    cached = cache_dense(compressed_linears(model), _cache_budget(config))
+    memory = training_memory(model, attached, cached)
+    result = _train(spec, model, student, attached, batches, held_out, config, context)
+    if not result.finished:
+        raise KeyboardInterrupt
+    kept, said = _as_kept(model, student, attached, held_out, result, spec)
+    found = trained(model, attached.plain) if kept is not None else Trained()
+    write_model(parent, writer, streamed, found)
+    if kept is not None and attached.beside is not None:
+        writer.write_beside(attached.beside())
+    audited(parent, writer, spec.address, codes_move=not RECOVER[spec.method].grid_safe)
+    layers = [{"name": n, "metrics": {}, "relative_output_error": None} for n in found.records if n in parent.linears]
+    metrics = _metrics(result) | {"held_out_loss_kept": result.start_loss if kept is None else kept, "memory": memory}
+    return Outcome(layers, metrics, notes + said, attached.count())
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """Puts records into the model as linears that can train; embeddings and head are dense."""
+
+    records: Mapping[str, StoredWeight]
+    device: torch.device
+    dtype: torch.dtype
+
+    def __call__(self, model: nn.Module, prefix: str, records: dict[str, StoredWeight]) -> None:
+        install(model, {n: r for n, r in self.records.items() if n.startswith(f"{prefix}.")}, self.dtype)
+
+    def tables(self, model: Any, records: dict[str, StoredWeight]) -> None:
+        for name, record in records.items():
+            set_parameter(model, name, record.dense(self.dtype).to(self.device))
+        model.tie_weights()
+
+
+def _attached(parent: Artifact, spec: StageSpec, streamed: StreamedModel, seed: int, gradients: Gradients) -> Attached:
+    """The method on the model. UsageError when it cannot be."""
+    found = [kinds(linear.stored) for linear in compressed_linears(streamed.model).values()]
+    reason = refusal(spec.method, found, spec.config)
+    if reason is not None:
+        raise UsageError(f"{spec.address}: {reason}")
     try:
-        attached = attach(spec.method, model, spec.config, seed=context.seed, gradients=gradients)
+        attached = attach(spec.method, streamed.model, spec.config, seed=seed, gradients=gradients)
     except ValueError as error:
         raise UsageError(f"{spec.address}: {error}") from error
+    if attached.run is not None and streamed.tokens is not None:
+        raise UsageError(
+            f"{spec.address}: {spec.method} trains virtual tokens, and an earlier stage has put some in front: use one of them"
+        )
     for name in attached.plain:
         if name not in parent.index:
             raise UsageError(
                 f"{spec.address}: {name} is compressed and cannot train as a plain tensor; set head and embeddings to false, or compress without include_head"
             )
-    cache_dense(compressed_linears(model), _cache_budget(config))
-    result = _train(spec, model, attached, batches, held_out, config, context)
-    if not result.finished:
-        raise KeyboardInterrupt
-    layers = _write(parent, writer, streamed, records, attached)
-    return Outcome(layers, _metrics(result, attached), notes + _notes(result, spec), attached.count())
+    return attached
 
 
 def _check_teacher(parent: Artifact, context: Context) -> None:
@@ -87,12 +125,6 @@ def _check_teacher(parent: Artifact, context: Context) -> None:
         raise InputError(
             f"--teacher: its vocabulary has {theirs} tokens, the model's has {ours}; give the dense model that this one was made from"
         )
-
-
-def _cross_entropy() -> Any:
-    from ...recover.losses import Objective
-
-    return Objective("cross_entropy", 1.0)
 
 
 def _cache_budget(config: TrainConfig) -> float:
@@ -138,59 +170,14 @@ def _texts(context: Context, config: TrainConfig) -> tuple[Callable[[int], Batch
     return batches, held_out
 
 
-@dataclass
-class StreamedTeacher:
-    """The teacher's last hidden states, computed block by block for a run of micro-batches at a time, each micro-batch by itself, so
-    that what a batch gets does not depend on where a run began."""
-
-    model: StreamedModel
-    batches: Callable[[int], Batch]
-    last: int
-    position: int = 0
-    kept: dict[bytes, Tensor] = field(default_factory=dict)
-
-    def hidden(self, ids_BT: Tensor) -> Tensor:
-        key = ids_BT.cpu().numpy().tobytes()
-        if key not in self.kept:
-            self._look_ahead(ids_BT)
-        return self.kept[key]
-
-    def _look_ahead(self, ids_BT: Tensor) -> None:
-        self.kept.clear()
-        wanted = [ids_BT.cpu()]
-        index = next((i for i in range(self.position, self.last) if torch.equal(self.batches(i).ids, wanted[0])), None)
-        if index is not None:
-            count = max(1, TEACHER_TOKENS // ids_BT.numel())
-            wanted = [self.batches(i).ids for i in range(index, min(index + count, self.last))]
-            self.position = index
-        with torch.no_grad():
-            hidden = [self.model.embed(ids) for ids in wanted]
-            for block in range(self.model.structure.blocks):
-                self.model.load_block(block)
-                hidden = [self.model.run_block(block, h) for h in hidden]
-                self.model.unload_block(block)
-        self.kept = {ids.numpy().tobytes(): h for ids, h in zip(wanted, hidden, strict=True)}
-
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.model.logits(hidden_ND.unsqueeze(0))[0]
-
-
-def _teacher(config: TrainConfig, batches: Callable[[int], Batch], context: Context) -> Teacher | None:
-    if config.loss == "cross_entropy":
-        return None
-    assert context.teacher is not None
-    streamed = StreamedTeacher(StreamedModel(context.teacher, context.device, context.dtype), batches, config.steps * config.accumulation)
-    return Teacher(streamed.hidden, streamed.logits)
-
-
 # -- training --------------------------------------------------------------------------------------------------------------------
 
 
 def _train(
     spec: StageSpec,
     model: nn.Module,
-    attached: Any,
+    student: Student,
+    attached: Attached,
     batches: Callable[[int], Batch],
     held_out: list[Batch],
     config: TrainConfig,
@@ -212,9 +199,10 @@ def _train(
             shown.advance(now.step - seen, loss=now.loss, held_out=now.held_out_perplexity, tokens_s=round(now.tokens_per_second))
             seen = now.step
 
+        teacher = None if config.loss == "cross_entropy" else streamed_teacher(context, batches, config.steps * config.accumulation)
         try:
             return train(
-                model, attached, batches, held_out, _teacher(config, batches, context), config,
+                model, attached, batches, held_out, teacher, config, student=student,
                 main=RECOVER[spec.method].main, resume=_saved(path), save=keep, save_every=every, progress=progress, stop=context.stop,
             )  # fmt: skip
         except TrainingDiverged as error:
@@ -234,76 +222,37 @@ def _saved(path: Any) -> TrainState | None:
         return None  # torn by a full disk or a failing one: training starts again from its first step, which gives the same result
 
 
-# -- writing back ----------------------------------------------------------------------------------------------------------------
+# -- what is kept ----------------------------------------------------------------------------------------------------------------
 
 
-def _write(
-    parent: Artifact, writer: ArtifactWriter, streamed: StreamedModel, records: dict[str, StoredWeight], attached: Any
-) -> list[dict[str, Any]]:
-    model, structure = streamed.model, streamed.structure
-    trained: dict[str, StoredWeight] = {}
-    biases: dict[str, Tensor] = {}
-    for name, linear in compressed_linears(model).items():
-        trained[name], bias = linear.to_stored()
-        if bias is not None:
-            biases[f"{name}.bias"] = bias
-    plain = {n: model.get_parameter(n).detach().to(dtype) for n, dtype in attached.plain.items()}
-    sites = {s.name: s for s in structure.sites}
-    for index in range(structure.blocks):
-        _write_block(parent, writer, structure.prefix, index, sites, trained, plain | biases)
-    blocks = f"{structure.prefix}."
-    rest = {n: plain.get(n, parent.tensor(n)) for n in parent.index if not n.startswith(blocks) and not _of_record(n, parent)}
-    kept = {n: parent.stored(n) for n in parent.linears if not n.startswith(blocks)}
-    known = set(model.state_dict()) - tied_names(model).keys()
-    writer.write_part("rest", {"tensors": {n: t for n, t in rest.items() if n in known}, **shards_of({}, kept)}, kept)
-    return [{"name": n, "metrics": {}, "relative_output_error": None} for n in trained if n in parent.linears]
+def _as_kept(
+    model: nn.Module, student: Student, attached: Attached, held_out: list[Batch], result: TrainResult, spec: StageSpec
+) -> tuple[float | None, list[str]]:
+    """Held-out loss of the very records that go to disk, pruned where that was asked for; None when the model stays as it was, since
+    that would be worse. And what is to be said about it."""
+    notes = [f"rolled back: {text}" for text in result.rollbacks]
+    if not result.improved:
+        as_before = "the model is as it was before this stage"
+        return None, [*notes, f"{spec.method} could not improve the held-out loss {result.start_loss:.4f}; {as_before}"]
+    limit, loss = result.start_loss + SLACK, stored_loss(model, student, held_out)
+    if not loss <= limit:
+        lost = f"rounded to what is stored, the held-out loss is {loss:.4f}, above the {result.start_loss:.4f} of the start"
+        return None, [*notes, f"{lost}; the model is as it was before this stage"]
+    if attached.prune is None:
+        return loss, notes
+    left = attached.prune(True)
+    pruned = stored_loss(model, student, held_out)
+    if not pruned <= limit:
+        attached.prune(False)
+        return loss, [*notes, f"nothing was pruned from the adapters: the held-out loss {loss:.4f} would have become {pruned:.4f}"]
+    gone = sum(count == 0 for count in left.values())
+    return pruned, [
+        *notes,
+        f"adapters pruned to {sum(left.values())} ranks or units ({gone} modules to none): held-out loss {loss:.4f} → {pruned:.4f}",
+    ]
 
 
-def _write_block(
-    parent: Artifact,
-    writer: ArtifactWriter,
-    prefix: str,
-    index: int,
-    sites: dict[str, Site],
-    trained: dict[str, StoredWeight],
-    changed: dict[str, Tensor],
-) -> None:
-    """A linear that was plain and still is one stays a plain tensor."""
-    start = f"{prefix}.{index}."
-    linears: dict[str, StoredWeight] = {}
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in parent.tensors(start).items():
-        if not _of_record(name, parent):
-            tensors[name] = changed.get(name, tensor)
-    for name, bias in changed.items():
-        if name.startswith(start):
-            tensors[name] = bias
-    for name in [n for n in parent.linears if n.startswith(start)]:
-        linears[name] = trained.get(name) or parent.stored(name)
-    for name, record in trained.items():
-        if name.startswith(start) and name not in linears:
-            site = sites[name]
-            parameter = f"{site.module}.{site.parameter}"
-            if _is_plain(record):
-                dense = record.base.dense(tensors[parameter].dtype)
-                tensors[parameter] = dense.T.contiguous() if site.transposed else dense
-            else:
-                linears[name] = record
-                tensors.pop(parameter)
-    writer.write_part(f"block-{index:05d}", shards_of(tensors, linears), linears, {"layers": []})
-
-
-def _is_plain(record: StoredWeight) -> bool:
-    return isinstance(record.base, DenseWeight) and record == StoredWeight(record.base)
-
-
-def _of_record(name: str, parent: Artifact) -> bool:
-    parts = name.split(".")
-    owners = {".".join(parts[:i]) for i in range(1, len(parts))}
-    return bool(owners & parent.linears.keys()) and not name.endswith(".bias")
-
-
-def _metrics(result: TrainResult, attached: Any) -> dict[str, Any]:
+def _metrics(result: TrainResult) -> dict[str, Any]:
     return {
         "held_out_loss_start": result.start_loss,
         "held_out_loss_best": result.best_loss,
@@ -311,15 +260,4 @@ def _metrics(result: TrainResult, attached: Any) -> dict[str, Any]:
         "steps": result.step,
         "tokens": result.tokens,
         "history": result.history,
-        "trained_bytes": sum(t.parameter.numel() * 4 for t in attached.trainables.values()),
     }
-
-
-def _notes(result: TrainResult, spec: StageSpec) -> list[str]:
-    notes = [f"rolled back: {text}" for text in result.rollbacks]
-    if not result.improved:
-        notes.append(f"{spec.method} could not improve the held-out loss {result.start_loss:.4f}; the model is as it was before this stage")
-    return notes
-
-
-__all__ = ["CompressedLinear", "recover"]

@@ -1,0 +1,101 @@
+"""What recovery trained goes back into an artifact, and an audit of what lies there afterwards. Knows artifacts and records; no method."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...compress.weights import DenseWeight, StoredWeight
+from ...recover.linear import compressed_linears
+from ...recover.merge import audit
+from ..artifact import Artifact, ArtifactWriter, shards_of
+from ..blocks import StreamedModel
+from ..errors import QualityError
+from ..models import Structure, tied_names
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a recovery changed: records by linear, and tensors (biases, norms, embeddings) by name."""
+
+    records: dict[str, StoredWeight] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def trained(model: nn.Module, plain: Mapping[str, torch.dtype]) -> Trained:
+    """What stands in a model after training; `plain` are its trained parameters outside of records with their storage dtypes. A bias that
+    was created and never moved is none."""
+    records: dict[str, StoredWeight] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, linear in compressed_linears(model).items():
+        records[name], bias = linear.to_stored()
+        if bias is not None:
+            tensors[f"{name}.bias"] = bias
+    return Trained(records, tensors | {n: model.get_parameter(n).detach().to(dtype) for n, dtype in plain.items()})
+
+
+def write_model(parent: Artifact, writer: ArtifactWriter, streamed: StreamedModel, found: Trained) -> None:
+    """Every part of the artifact: what was trained, and the rest as the parent has it."""
+    for index in range(streamed.structure.blocks):
+        write_block(parent, writer, streamed.structure, index, found)
+    write_rest(parent, writer, streamed, found)
+
+
+def write_rest(parent: Artifact, writer: ArtifactWriter, streamed: StreamedModel, found: Trained) -> None:
+    """Embeddings, last norm, head."""
+    model, blocks = streamed.model, f"{streamed.structure.prefix}."
+    rest = {n: found.tensors.get(n, parent.tensor(n)) for n in parent.index if not n.startswith(blocks) and not _of_record(n, parent)}
+    kept = {n: parent.stored(n) for n in parent.linears if not n.startswith(blocks)}
+    known = set(model.state_dict()) - tied_names(model).keys()
+    writer.write_part("rest", {"tensors": {n: t for n, t in rest.items() if n in known}, **shards_of({}, kept)}, kept)
+
+
+def write_block(
+    parent: Artifact, writer: ArtifactWriter, structure: Structure, index: int, found: Trained, extra: Mapping[str, Any] | None = None
+) -> None:
+    """One block's part. A linear that was plain and still is one stays a plain tensor."""
+    start, part = f"{structure.prefix}.{index}.", f"block-{index:05d}"
+    sites = {s.name: s for s in structure.of_block(index)}
+    linears: dict[str, StoredWeight] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in parent.tensors(start).items():
+        if not _of_record(name, parent):
+            tensors[name] = found.tensors.get(name, tensor)
+    for name, tensor in found.tensors.items():
+        if name.startswith(start) and (name in tensors or bool(tensor.any())):
+            tensors[name] = tensor
+    for name in [n for n in parent.linears if n.startswith(start)]:
+        linears[name] = found.records.get(name) or parent.stored(name)
+    for name, record in found.records.items():
+        if name.startswith(start) and name not in linears:
+            site = sites[name]
+            parameter = f"{site.module}.{site.parameter}"
+            if _is_plain(record):
+                dense = record.base.dense(tensors[parameter].dtype)
+                tensors[parameter] = dense.T.contiguous() if site.transposed else dense
+            else:
+                linears[name] = record
+                tensors.pop(parameter)
+    writer.write_part(part, shards_of(tensors, linears), linears, {"layers": [], **(extra or {})})
+
+
+def _is_plain(record: StoredWeight) -> bool:
+    return isinstance(record.base, DenseWeight) and record == StoredWeight(record.base)
+
+
+def _of_record(name: str, parent: Artifact) -> bool:
+    parts = name.split(".")
+    owners = {".".join(parts[:i]) for i in range(1, len(parts))}
+    return bool(owners & parent.linears.keys()) and not name.endswith(".bias")
+
+
+def audited(parent: Artifact, writer: ArtifactWriter, address: str, codes_move: bool) -> None:
+    """QualityError when a record, read back from disk, has lost its mask, its grid or (unless `codes_move`) its codes."""
+    parts = {name: part for part, marker in writer.finished.items() for name in marker["linears"]}
+    for name in parent.linears:
+        after = {name: writer.stored(parts[name], name)} if name in parts else {}
+        problems = audit({name: parent.stored(name)}, after, codes_move)
+        if problems:
+            raise QualityError(f"{address}: the audit after training found that {problems[0]}; nothing was kept, please report it")
