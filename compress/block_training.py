@@ -1,5 +1,5 @@
-"""Quantization trained block by block: rounding and grid of all matrices of one decoder block, so that the block as a whole does what
-the dense block does.
+"""Quantization trained block by block: rounding and grid of all matrices of one decoder block, so that the block does what the dense
+block does.
 
 `learned_rounding` moves rounding offsets and range multipliers by signed gradient descent (AutoRound, arXiv:2309.05516);
 `block_training` moves the weights themselves, scales and zeros by Adam through a straight-through estimator (EfficientQAT's first
@@ -8,37 +8,46 @@ the start among them, and end in an ordinary grid weight. Knows a block as a fun
 Legend: O out, I in, G groups, N windows, T tokens, D model width.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .block import BlockProblem
+from .block import BlockProblem, Window
 from .gptq import GptqConfig, gptq
-from .grids import Clip, UniformGrid, check_grid
-from .rounding import RtnConfig, base_target, quantized, rtn
-from .weights import ActivationGrid, DenseWeight, StoredWeight, UniformWeight
+from .grids import Clip, UniformGrid, check_grid, clip_needs
+from .latents import Latent
+from .rounding import RtnConfig, quantized, rtn
+from .weights import ActivationGrid, StoredWeight, UniformWeight
 
 Start = Literal["gptq", "rtn", "stored"]
-HALF = 0.499
+Records = dict[str, StoredWeight]
+Metrics = dict[str, dict[str, float]]
+Step = Callable[[float], None]
+EVALUATIONS = 5
+"""How often a training looks at all samples, besides at its start."""
 
 
 @dataclass(frozen=True)
 class LearnedRoundingConfig:
-    """`start` "stored" goes on from the codes of a quantize stage before it. `steps` updates of `batch_size` windows each, at most
-    `window` tokens long; rates fall linearly to 0. `outliers` is the share of largest squared errors that the loss does not see
-    (SignRoundV2). `target`: what the dense block makes of the dense model's states, or of the compressed model's."""
+    """`start` "stored" goes on from the codes of a quantize stage before it. `steps` updates of `batch_size` samples each, the first
+    `seq_len` tokens of them; rates fall linearly to 0. `window`: what trains together and where the error is measured: the matrices of
+    attention and of the MLP one after the other, those of the block, or those of the block seen from behind the next block. `outliers` is
+    the share of largest squared errors that the loss does not see (SignRoundV2). `target`: what the dense block makes of the dense
+    model's states, or of the compressed model's."""
 
     bits: int = 3
     group_size: int = 64
     symmetric: bool = False
     clip: Clip = "power"
+    float_zeros: bool = False
     start: Start = "gptq"
+    window: Window = "block"
     steps: int = 100
     batch_size: int = 4
-    window: int = 512
+    seq_len: int = 512
     learning_rate: float | None = None
     range_rate: float | None = None
     outliers: float = 0.001
@@ -51,16 +60,18 @@ class LearnedRoundingConfig:
 
 @dataclass(frozen=True)
 class BlockTrainingConfig:
-    """Rates are in units of the grid step for weights and zeros, relative for scales."""
+    """As `LearnedRoundingConfig`; rates are in units of the grid step for weights and zeros, relative for scales."""
 
     bits: int = 3
     group_size: int = 64
     symmetric: bool = False
     clip: Clip = "power"
+    float_zeros: bool = False
     start: Start = "gptq"
+    window: Window = "block"
     steps: int = 100
     batch_size: int = 4
-    window: int = 512
+    seq_len: int = 512
     learning_rate: float = 2e-2
     scale_rate: float = 4e-3
     zero_rate: float = 0.0
@@ -73,10 +84,11 @@ class BlockTrainingConfig:
 
 
 def _check(config: Any) -> None:
-    check_grid(config.bits, config.group_size, config.clip)
-    if config.start not in ("gptq", "rtn", "stored"):
-        raise ValueError(f"start {config.start!r} is unknown; choose gptq, rtn or stored")
-    for name in ("steps", "batch_size", "window"):
+    check_grid(config.bits, config.group_size, config.clip, config.symmetric, config.float_zeros)
+    for name, known in (("start", Start), ("window", Window)):
+        if getattr(config, name) not in get_args(known):
+            raise ValueError(f"{name} {getattr(config, name)!r} is unknown; choose one of {get_args(known)}")
+    for name in ("steps", "batch_size", "seq_len"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} {getattr(config, name)} must be at least 1")
     if not 0 <= config.outliers < 1:
@@ -84,132 +96,65 @@ def _check(config: Any) -> None:
 
 
 def block_needs(config: Any) -> frozenset[str]:
-    """GPTQ's start wants second moments."""
-    return frozenset({"second_moment"}) if config.start == "gptq" else frozenset()
+    """GPTQ's start wants second moments, rounding to nearest what its grid search weighs by."""
+    if config.start == "gptq":
+        return frozenset({"second_moment"})
+    return clip_needs(config.clip) if config.start == "rtn" else frozenset()
 
 
-@dataclass
-class Latent:
-    """One matrix on its way: u [O, I] in grid steps around the zero point (codes = round(u + offset) + zero), and how its scales move.
-
-    u holds GPTQ's decisions: where the code is not the nearest one, u lies at the edge of that code's cell. `beside` is what the
-    record adds to its base (low-rank term, delta).
-    """
-
-    start: StoredWeight
-    base: UniformWeight
-    u_OI: Tensor
-    scale_OG: Tensor
-    zero_OG: Tensor
-    keep_OI: Tensor | None
-    beside_OI: Tensor
-    offset_OI: Tensor
-    range_OG: Tensor
-    shift_OG: Tensor
-
-    @classmethod
-    def of(cls, record: StoredWeight, target_OI: Tensor) -> "Latent":
-        base = record.base
-        assert isinstance(base, UniformWeight)
-        scale, zero = base.scales.float(), base.zeros_OG()
-        codes = base.codes_OI().float() - _spread(zero, base)
-        u = codes + (base_target(record, target_OI) / _spread(scale, base) - codes).clamp(-HALF, HALF)
-        beside = replace(record, base=DenseWeight(torch.zeros_like(u)), mask=None).dense()
-        zeros = torch.zeros_like
-        return cls(record, base, u, scale, zero, record.mask_OI(), beside, zeros(u), zeros(scale), zeros(scale))
-
-    def parameters(self) -> list[Tensor]:
-        return [self.offset_OI, self.range_OG, self.shift_OG]
-
-    def effective(self) -> Tensor:
-        """The [O, I] matrix, differentiable: rounding and the zero's rounding are passed straight through."""
-        top = (1 << self.base.bits) - 1
-        zero = _round(self.zero_OG + self.shift_OG).clamp(1, top)
-        columns = _spread(zero, self.base)
-        steps = (_round(self.u_OI + self.offset_OI) + columns).clamp(0, top) - columns
-        weight = steps * _spread(self.scale_OG * (1 + self.range_OG), self.base)
-        if self.keep_OI is not None:
-            weight = weight * self.keep_OI
-        if self.start.smooth is not None:
-            weight = weight / self.start.smooth.float()
-        return weight + self.beside_OI
-
-    @torch.no_grad()
-    def record(self) -> StoredWeight:
-        """The grid weight as it will be stored, scales rounded to their type."""
-        top = (1 << self.base.bits) - 1
-        zero = (self.zero_OG + self.shift_OG).round().clamp(1, top)
-        columns = _spread(zero, self.base)
-        codes = ((self.u_OI + self.offset_OI).round() + columns).clamp(0, top)
-        if self.keep_OI is not None:
-            codes = codes.where(self.keep_OI, columns)
-        scale = (self.scale_OG * (1 + self.range_OG)).to(self.base.scales.dtype)
-        zeros = None if self.base.zeros is None else zero.to(torch.int64)
-        return replace(self.start, base=UniformWeight.from_codes(codes.to(torch.int64), scale, zeros, self.base.bits, self.base.group_size))
-
-
-def _spread(groups_OG: Tensor, base: UniformWeight) -> Tensor:
-    """[O, G] → [O, I]."""
-    return groups_OG.repeat_interleave(base.in_features // base.groups, dim=1)
-
-
-def _round(x: Tensor) -> Tensor:
-    return x + (x.round() - x).detach()
-
-
-def learned_rounding(
-    problem: BlockProblem, configs: Mapping[str, LearnedRoundingConfig]
-) -> tuple[dict[str, StoredWeight], dict[str, dict[str, float]]]:
+def learned_rounding(problem: BlockProblem, configs: Mapping[str, LearnedRoundingConfig]) -> tuple[Records, Metrics]:
     """Offsets within ±½ of a step and ranges within ±½ of themselves, by the sign of their gradients (eq. 3 and 4)."""
     config = next(iter(configs.values()))
-    latents, metrics = _begin(problem, configs)
     rate = config.learning_rate or 1.0 / config.steps
     # a whole scale is far more to lose than one rounding: its steps are a tenth, or what `range_rate` says
     ranges = config.range_rate if config.range_rate is not None else rate / 10
 
-    def step(progress: float) -> None:
-        for latent in latents.values():
-            for parameter, size in ((latent.offset_OI, rate), (latent.range_OG, ranges)):
+    def signed(latents: Sequence[Latent]) -> Step:
+        moved = [pair for latent in latents for pair in ((latent.offset_OI, rate), (latent.range_OG, ranges))]
+
+        def step(progress: float) -> None:
+            for parameter, size in moved:
                 assert parameter.grad is not None
-                parameter.data.sub_(parameter.grad.sign(), alpha=size * (1 - progress)).clamp_(-0.5, 0.5)
+                parameter.data.sub_(parameter.grad.sign_(), alpha=size * (1 - progress)).clamp_(-0.5, 0.5)
 
-    for latent in latents.values():
-        latent.offset_OI.requires_grad_(True)
-        latent.range_OG.requires_grad_(True)
-    return _train(problem, latents, config, step, metrics)
+        for parameter, _ in moved:
+            parameter.requires_grad_(True)
+        return step
+
+    return _trained(problem, configs, signed)
 
 
-def block_training(
-    problem: BlockProblem, configs: Mapping[str, BlockTrainingConfig]
-) -> tuple[dict[str, StoredWeight], dict[str, dict[str, float]]]:
+def block_training(problem: BlockProblem, configs: Mapping[str, BlockTrainingConfig]) -> tuple[Records, Metrics]:
     """Weights, scales and (with zero_rate) zeros of the block by Adam."""
     config = next(iter(configs.values()))
-    latents, metrics = _begin(problem, configs)
-    groups: list[dict[str, Any]] = []
-    for latent in latents.values():
-        movable = [(latent.offset_OI, config.learning_rate), (latent.range_OG, config.scale_rate)]
-        if config.zero_rate and not config.symmetric:
-            movable.append((latent.shift_OG, config.zero_rate))
-        for parameter, rate in movable:
-            if rate:
-                groups.append({"params": [parameter.requires_grad_(True)], "lr": rate, "full": rate})
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
 
-    def step(progress: float) -> None:
-        warmup = min(1.0, (progress * config.steps + 1) / 5)
-        for group in optimizer.param_groups:
-            group["lr"] = group["full"] * warmup * (1 - progress)
-        optimizer.step()
+    def adam(latents: Sequence[Latent]) -> Step:
+        groups: list[dict[str, Any]] = []
+        for latent in latents:
+            movable = [(latent.offset_OI, config.learning_rate), (latent.range_OG, config.scale_rate)]
+            if config.zero_rate and not config.symmetric:
+                movable.append((latent.shift_OG, config.zero_rate))
+            groups += [{"params": [p.requires_grad_(True)], "lr": rate, "full": rate} for p, rate in movable if rate]
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
 
-    return _train(problem, latents, config, step, metrics)
+        def step(progress: float) -> None:
+            warmup = min(1.0, (progress * config.steps + 1) / 5)
+            for group in optimizer.param_groups:
+                group["lr"] = group["full"] * warmup * (1 - progress)
+            optimizer.step()
+
+        return step
+
+    return _trained(problem, configs, adam)
 
 
-def _begin(problem: BlockProblem, configs: Mapping[str, Any]) -> tuple[dict[str, Latent], dict[str, dict[str, float]]]:
+def _begin(problem: BlockProblem, configs: Mapping[str, Any]) -> tuple[dict[str, Latent], Metrics]:
     """Every matrix on its grid, before training."""
     latents, metrics = {}, {}
     for name, config in configs.items():
         record, target, statistics = problem.weights[name], problem.targets[name], problem.statistics[name]
         metrics[name] = {}
+        grid = (config.bits, config.group_size, config.symmetric, config.clip, config.float_zeros)
         if config.start == "stored":
             if not isinstance(record.base, UniformWeight) or record.base.group_index is not None:
                 raise ValueError(
@@ -217,54 +162,75 @@ def _begin(problem: BlockProblem, configs: Mapping[str, Any]) -> tuple[dict[str,
                 )
             record = quantized(record, record.base, config.activations or record.activations)
         elif config.start == "gptq":
-            plain = GptqConfig(config.bits, config.group_size, config.symmetric, config.clip, activations=config.activations)
-            record, metrics[name] = gptq(record, target, statistics, plain)
+            record, metrics[name] = gptq(record, target, statistics, GptqConfig(*grid, activations=config.activations))
         else:
-            plain = RtnConfig(config.bits, config.group_size, config.symmetric, config.clip, activations=config.activations)
-            record, metrics[name] = rtn(record, target, statistics, plain)
+            record, metrics[name] = rtn(record, target, statistics, RtnConfig(*grid, activations=config.activations))
         UniformGrid(config.bits, config.group_size).size(record.shape[1])
         latents[name] = Latent.of(record, target)
     return latents, metrics
 
 
-def _train(
-    problem: BlockProblem, latents: dict[str, Latent], config: Any, step: Callable[[float], None], metrics: dict[str, dict[str, float]]
-) -> tuple[dict[str, StoredWeight], dict[str, dict[str, float]]]:
-    """Updates on random windows; the best of the evaluated iterates, as stored, is returned."""
-    inputs, outputs = _windows(problem, config)
+def _trained(problem: BlockProblem, configs: Mapping[str, Any], stepper: Callable[[Sequence[Latent]], Step]) -> tuple[Records, Metrics]:
+    """The block's records after training its windows in turn, never with a higher loss over all samples than it began with."""
+    config = next(iter(configs.values()))
+    latents, metrics = _begin(problem, configs)
+    problem = _cut(problem, config)
+    records = {name: latent.record() for name, latent in latents.items()}
+    parts = [names for part in problem.parts if (names := [n for n in part if n in latents])] if config.window == "sub_block" else []
+    if len(parts) < 2:
+        records, found = _fit(problem, latents, {}, config, stepper)
+    else:
+        start, found = records, {"block_loss_start": _loss_over_all(problem, _dense(records), config), "best_step": 0.0}
+        for number, names in enumerate(parts):
+            others = {n: problem.targets[n] for later in parts[number + 1 :] for n in later} | _dense(
+                {n: records[n] for earlier in parts[:number] for n in earlier}
+            )
+            fitted, part = _fit(problem, {n: latents[n] for n in names}, others, config, stepper)
+            records, found["best_step"] = records | fitted, found["best_step"] + part["best_step"]
+        found["block_loss_best"] = _loss_over_all(problem, _dense(records), config)
+        if found["block_loss_best"] > found["block_loss_start"]:
+            records, found["block_loss_best"], found["best_step"] = start, found["block_loss_start"], 0.0
+    return records, {name: told | found for name, told in metrics.items()}
+
+
+def _fit(
+    problem: BlockProblem, latents: dict[str, Latent], others: dict[str, Tensor], config: Any, stepper: Callable[[Sequence[Latent]], Step]
+) -> tuple[Records, dict[str, float]]:
+    """Updates of these matrices on random samples, all others as given; the best of the evaluated iterates, as stored, is returned."""
+    step = stepper(list(latents.values()))
     generator = torch.Generator().manual_seed(problem.seed)
     best = {name: latent.record() for name, latent in latents.items()}
-    start = lowest = _loss_over_all(problem, best, inputs, outputs, config)
-    best_step, every = 0, max(1, config.steps // 5)
+    start = lowest = _loss_over_all(problem, others | _dense(best), config)
+    best_step, every = 0, max(1, config.steps // EVALUATIONS)
     for index in range(config.steps):
-        rows = torch.randint(len(inputs), (config.batch_size,), generator=generator)
+        problem.pause()
+        rows = torch.randint(len(problem.inputs_NTD), (config.batch_size,), generator=generator)
         for latent in latents.values():
             for parameter in latent.parameters():
                 parameter.grad = None
         with torch.enable_grad():
-            out = problem.forward({name: latent.effective() for name, latent in latents.items()}, inputs[rows])
-            _loss(out, outputs[rows], config.outliers).backward()
+            out = problem.forward(others | {name: latent.effective() for name, latent in latents.items()}, problem.inputs_NTD[rows])
+            _loss(out, problem.outputs_NTD[rows], config.outliers).backward()
         step(index / config.steps)
         if (index + 1) % every == 0 or index + 1 == config.steps:
             records = {name: latent.record() for name, latent in latents.items()}
-            loss = _loss_over_all(problem, records, inputs, outputs, config)
+            loss = _loss_over_all(problem, others | _dense(records), config)
             if loss < lowest:
                 best, lowest, best_step = records, loss, index + 1
-    share = {"block_loss_start": start, "block_loss_best": lowest, "best_step": float(best_step)}
-    return best, {name: found | share for name, found in metrics.items()}
+    return best, {"block_loss_start": start, "block_loss_best": lowest, "best_step": float(best_step)}
 
 
-def _windows(problem: BlockProblem, config: Any) -> tuple[Tensor, Tensor]:
-    """Inputs and wanted outputs [N, T, D], cut to `window` tokens."""
+def _cut(problem: BlockProblem, config: Any) -> BlockProblem:
+    """Inputs and wanted outputs as the config asks for, the first `seq_len` tokens of each sample (they see no later ones)."""
     inputs, outputs = problem.inputs_NTD, problem.outputs_NTD
     if config.target == "compressed":
         with torch.no_grad():
             outputs = torch.cat([problem.forward(problem.targets, x) for x in inputs.split(config.batch_size)])
-    length = inputs.shape[1]
-    if length <= config.window:
-        return inputs, outputs
-    # windows of a causal block must keep their positions: only the first `window` tokens of each sample are exact
-    return inputs[:, : config.window], outputs[:, : config.window]
+    return replace(problem, inputs_NTD=inputs[:, : config.seq_len], outputs_NTD=outputs[:, : config.seq_len])
+
+
+def _dense(records: Mapping[str, StoredWeight]) -> dict[str, Tensor]:
+    return {name: record.dense() for name, record in records.items()}
 
 
 def _loss(out_BTD: Tensor, wanted_BTD: Tensor, outliers: float) -> Tensor:
@@ -278,9 +244,8 @@ def _loss(out_BTD: Tensor, wanted_BTD: Tensor, outliers: float) -> Tensor:
 
 
 @torch.no_grad()
-def _loss_over_all(problem: BlockProblem, records: Mapping[str, StoredWeight], inputs: Tensor, outputs: Tensor, config: Any) -> float:
-    matrices = {name: record.dense() for name, record in records.items()}
+def _loss_over_all(problem: BlockProblem, matrices: dict[str, Tensor], config: Any) -> float:
     total = 0.0
-    for x, wanted in zip(inputs.split(config.batch_size), outputs.split(config.batch_size), strict=True):
+    for x, wanted in zip(problem.inputs_NTD.split(config.batch_size), problem.outputs_NTD.split(config.batch_size), strict=True):
         total += float(_loss(problem.forward(matrices, x), wanted, config.outliers)) * len(x)
-    return total / len(inputs)
+    return total / len(problem.inputs_NTD)

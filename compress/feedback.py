@@ -84,22 +84,28 @@ def factor_of(inputs: InputStatistics, damp: float, by_diagonal: bool, smooth_I:
     return inputs.factors[key]
 
 
+def column_costs(factor: InverseFactor) -> Tensor:
+    """What a column's squared error costs once all later columns have made up for it: 1/U_jj² [I], scaled to a mean of 1."""
+    cost_I = factor.diagonal_I.square().reciprocal()[factor.place_I]
+    return cost_I / cost_I.mean()
+
+
 def feed_back_(
     weight_IO: Tensor, factor: InverseFactor, open_columns: OpenColumns, periods: tuple[int, ...], block: int = BLOCK, pull: float = 0.0
-) -> tuple[Tensor, float]:
-    """Round every column and carry its error on; `weight_IO` is consumed.
+) -> tuple[Tensor, Tensor]:
+    """Round every column and carry its error on; `weight_IO` is left with every column as it was when its turn came.
 
     `pull` β > 0 is FOEM's first-order term (arXiv:2507.11017, as its authors' code runs it): when its turn comes a column goes back by
     the share β of the way that errors have moved it, and β of what is left of that way is not carried on.
 
     A rule that looks at a whole group when it reaches its first column names the group's length among the `periods`: that group then
-    holds all the errors of the columns before it, whatever `block` is. Returns (levels [I, O], Σ(error/U_jj)²), the latter being
-    tr((W − Q)·H·(W − Q)ᵀ) with the damped H.
+    holds all the errors of the columns before it, whatever `block` is. Returns (levels [I, O], Σ(error/U_jj)² of every row [O]), the
+    latter being diag((W − Q)·H·(W − Q)ᵀ) with the damped H.
     """
     count = len(weight_IO)
     levels_IO, errors = torch.empty_like(weight_IO), torch.empty_like(weight_IO[:block])
     origin_IO = weight_IO.clone() if pull else None
-    loss = 0.0
+    loss_O = torch.zeros_like(weight_IO[0])
     for start, stop in _blocks(count, periods, block):
         for first, last in _sub_blocks(start, stop, periods):
             error_SO = errors[first - start : last - start]
@@ -113,8 +119,8 @@ def feed_back_(
         error_SO = errors[: stop - start]
         if stop < count:
             weight_IO[stop:].addmm_(factor.unit_II[start:stop, stop:].T, error_SO, alpha=-1)
-        loss += (error_SO / factor.diagonal_I[start:stop].unsqueeze(1)).square_().sum().item()
-    return levels_IO, loss
+        loss_O += (error_SO / factor.diagonal_I[start:stop].unsqueeze(1)).square_().sum(0)
+    return levels_IO, loss_O
 
 
 def _round_columns(weight_SO: Tensor, levels_SO: Tensor, error_SO: Tensor, scale_SO: Tensor, unit_SS: Tensor, round_row: RoundRow) -> None:

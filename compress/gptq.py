@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from . import normal_float as nf
-from .feedback import InverseFactor, RoundRow, factor_of, feed_back_
-from .grids import Clip, UniformGrid, check_grid, divide, fit, to_record
+from .feedback import BLOCK, InverseFactor, OpenColumns, RoundRow, column_costs, factor_of, feed_back_
+from .grids import Clip, UniformGrid, check_grid, clip_needs, divide, fit, to_record
 from .masks import finite
-from .rounding import base_target, grid_importance, normal_float_record, quantized, refuse_float_zeros
+from .rounding import base_target, normal_float_record, quantized, refuse_float_zeros
 from .statistics import LayerStatistics
 from .weights import ActivationGrid, StoredWeight, UniformWeight
 
@@ -27,7 +27,9 @@ class GptqConfig:
     order, each grid fitted to the updated weights when its group begins; "full": as "none" over the visiting order, so that
     columns of a group are scattered and a group index is stored. `correction` ∈ [0, 1] moves the target toward what the dense
     model's inputs would give (GPTAQ, arXiv:2504.02692; 1 is the paper's, smaller is steadier). `first_order` ∈ [0, 1) draws each column
-    back toward its own value by that share before it is rounded (FOEM, arXiv:2507.11017; 0.1 and 0.2 are its authors').
+    back toward its own value by that share before it is rounded (FOEM, arXiv:2507.11017; 0.1 and 0.2 are its authors'). `clip` hessian
+    and joint weigh a column by what its error costs after later columns have made up for it. `refits`: that often static grids are
+    fitted again, to the weights as the sweep moved them.
     """
 
     bits: int = 4
@@ -39,6 +41,7 @@ class GptqConfig:
     damp: float = 0.01
     correction: float = 0.0
     first_order: float = 0.0
+    refits: int = 0
     activations: ActivationGrid | None = None
 
     def __post_init__(self) -> None:
@@ -46,6 +49,10 @@ class GptqConfig:
         check_feedback(self.damp, self.correction)
         if not 0.0 <= self.first_order < 1.0:
             raise ValueError(f"first_order {self.first_order} must lie in [0, 1)")
+        if self.refits < 0 or (self.refits and self.act_order != "static_groups"):
+            raise ValueError(
+                f"refits {self.refits} needs act_order: static_groups (the other orders fit each grid as its group begins), or 0"
+            )
         if self.act_order not in get_args(ActOrder):
             raise ValueError(f"act_order {self.act_order!r} is unknown; choose one of {get_args(ActOrder)}")
 
@@ -88,35 +95,61 @@ def corrected_target(weight_OI: Tensor, shift_II: Tensor, factor: InverseFactor,
 
 
 def gptq_uniform(
-    weight_OI: Tensor, factor: InverseFactor, grid: UniformGrid, clip: Clip, static: bool,
-    importance_I: Tensor | None = None, mask_OI: Tensor | None = None, block: int = 128, first_order: float = 0.0,
+    weight_OI: Tensor, factor: InverseFactor, grid: UniformGrid, clip: Clip, static: bool, importance_I: Tensor | None = None,
+    mask_OI: Tensor | None = None, block: int = BLOCK, first_order: float = 0.0, refits: int = 0,
 ) -> tuple[UniformWeight, float]:  # fmt: skip
     """(record, weighted squared error). `static`: fit all grids now, on groups contiguous in the original order; else each when
-    its group begins in the processing order, on the weights as updated until then (a group index is stored if the orders differ)."""
-    size = grid.size(weight_OI.shape[1])
-    order_I = factor.order_I
-    work_IO = weight_OI.T[order_I].contiguous()
+    its group begins in the processing order, on the weights as updated until then (a group index is stored if the orders differ).
+    `refits` concern static grids: that often they are fitted again, to the weights as the sweep before had moved them when their turn
+    came; every row keeps the sweep that erred least on it."""
+    size, order_I = grid.size(weight_OI.shape[1]), factor.order_I
     keep_IO = None if mask_OI is None else mask_OI.T[order_I].contiguous()
-    if static:
-        scale_GO, zero_GO = _static_grids(weight_OI, grid, clip, importance_I, mask_OI)
-        group_I, periods = order_I // size, ()
-    else:
-        scale_GO = torch.empty(len(order_I) // size, len(weight_OI), dtype=work_IO.dtype, device=work_IO.device)
-        zero_GO, group_I, periods = torch.empty_like(scale_GO), torch.arange(len(order_I), device=order_I.device) // size, (size,)
+    work_IO = weight_OI.T[order_I].contiguous()
+    if not static:
+        scale_GO, zero_GO, open_columns = _grids_on_the_way(
+            work_IO, grid, clip, keep_IO, None if importance_I is None else importance_I[order_I]
+        )
+        levels_IO, loss_O = feed_back_(work_IO, factor, open_columns, (size,), block, first_order)
+        group_I = torch.arange(len(order_I), device=order_I.device) // size
+        codes_OI = levels_IO.add_(zero_GO[group_I]).round_()[factor.place_I].T
+        index_I = None if torch.equal(order_I, order_I.sort()[0]) else group_I[factor.place_I]
+        return to_record(codes_OI, scale_GO.T, zero_GO.T, grid, index_I), float(loss_O.sum())
+    group_I, moved_OI, best = order_I // size, weight_OI, None
+    for _ in range(refits + 1):
+        scale_GO, zero_GO = _static_grids(moved_OI, grid, clip, importance_I, mask_OI)
+
+        def open_columns(start: int, stop: int, updated_IO: Tensor, scale_GO: Tensor = scale_GO, zero_GO: Tensor = zero_GO):
+            groups = group_I[start:stop]
+            return uniform_rounding(scale_GO[groups], zero_GO[groups], grid, None if keep_IO is None else keep_IO[start:stop])
+
+        levels_IO, loss_O = feed_back_(work_IO, factor, open_columns, (), block, first_order)
+        found = [levels_IO.add_(zero_GO[group_I]).round_(), scale_GO, zero_GO, loss_O]
+        best = found if best is None else [new.where(loss_O < best[3], old) for new, old in zip(found, best, strict=True)]
+        moved_OI, work_IO = work_IO[factor.place_I].T, weight_OI.T[order_I].contiguous()
+    assert best is not None
+    codes_IO, scale_GO, zero_GO, loss_O = best
+    return to_record(codes_IO[factor.place_I].T, scale_GO.T, zero_GO.T, grid), float(loss_O.sum())
+
+
+def _grids_on_the_way(
+    work_IO: Tensor, grid: UniformGrid, clip: Clip, keep_IO: Tensor | None, importance_I: Tensor | None
+) -> tuple[Tensor, Tensor, OpenColumns]:
+    """(scale [G, O], zero [G, O], the rule that fills them): each grid is fitted when its group begins; all in processing order."""
+    size = grid.size(len(work_IO))
+    scale_GO = torch.empty(len(work_IO) // size, work_IO.shape[1], dtype=work_IO.dtype, device=work_IO.device)
+    zero_GO = torch.empty_like(scale_GO)
 
     def open_columns(start: int, stop: int, updated_IO: Tensor) -> tuple[Tensor, RoundRow]:
-        if not static and start % size == 0:
+        group = start // size
+        if start % size == 0:
             columns = slice(start, start + size)
             group_OS = (updated_IO[columns] if keep_IO is None else updated_IO[columns] * keep_IO[columns]).T
-            scale, zero = fit(group_OS, grid, clip, None if importance_I is None else importance_I[order_I[columns]])
-            scale_GO[start // size], zero_GO[start // size] = scale.view(-1), zero.view(-1)
-        groups = group_I[start:stop]
-        return uniform_rounding(scale_GO[groups], zero_GO[groups], grid, None if keep_IO is None else keep_IO[start:stop])
+            scale, zero = fit(group_OS, grid, clip, None if importance_I is None else importance_I[columns])
+            scale_GO[group], zero_GO[group] = scale.view(-1), zero.view(-1)
+        scale_SO, zero_SO = (t[group].expand(stop - start, -1) for t in (scale_GO, zero_GO))
+        return uniform_rounding(scale_SO, zero_SO, grid, None if keep_IO is None else keep_IO[start:stop])
 
-    levels_IO, loss = feed_back_(work_IO, factor, open_columns, periods, block, first_order)
-    codes_OI = levels_IO.add_(zero_GO[group_I]).round_()[factor.place_I].T
-    index_I = None if static or torch.equal(order_I, order_I.sort()[0]) else group_I[factor.place_I]
-    return to_record(codes_OI, scale_GO.T, zero_GO.T, grid, index_I), loss
+    return scale_GO, zero_GO, open_columns
 
 
 def uniform_rounding(scale_SO: Tensor, zero_SO: Tensor, grid: UniformGrid, keep_SO: Tensor | None) -> tuple[Tensor, RoundRow]:
@@ -146,7 +179,7 @@ def _float_rounding(grids: list[tuple[Tensor, Tensor]], grid: UniformGrid) -> Ro
 
 
 def gptq_book(
-    weight_OI: Tensor, factor: InverseFactor, absmax_OG: Tensor, bits: int, mask_OI: Tensor | None = None, block: int = 128
+    weight_OI: Tensor, factor: InverseFactor, absmax_OG: Tensor, bits: int, mask_OI: Tensor | None = None, block: int = BLOCK
 ) -> tuple[Tensor, float]:
     """(codes uint8 [O, I] on the NormalFloat book under the given absmax, weighted squared error)."""
     book = nf.code_book(bits).to(weight_OI)
@@ -165,8 +198,9 @@ def gptq_book(
 
         return scale_SO, round_row
 
-    levels_IO, loss = feed_back_(weight_OI.T[order_I].contiguous(), factor, open_columns, (), block)
-    return torch.bucketize(levels_IO[factor.place_I].T.contiguous(), bounds, out_int32=True).to(torch.uint8), loss
+    levels_IO, loss_O = feed_back_(weight_OI.T[order_I].contiguous(), factor, open_columns, (), block)
+    codes_OI = torch.bucketize(levels_IO[factor.place_I].T.contiguous(), bounds, out_int32=True).to(torch.uint8)
+    return codes_OI, float(loss_O.sum())
 
 
 def gptq(weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, config: GptqConfig) -> tuple[StoredWeight, dict[str, float]]:
@@ -175,9 +209,10 @@ def gptq(weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, c
     refuse_float_zeros(weight, grid)
     grid.size(target_OI.shape[1])
     base_OI, factor = _problem(weight, target_OI, statistics, config.damp, config.act_order != "none", config.correction)
-    importance_I = grid_importance(weight, statistics, config.clip)
-    static = config.act_order == "static_groups"
-    base, loss = gptq_uniform(base_OI, factor, grid, config.clip, static, importance_I, weight.mask_OI(), first_order=config.first_order)
+    importance_I, static = column_costs(factor) if clip_needs(config.clip) else None, config.act_order == "static_groups"
+    base, loss = gptq_uniform(
+        base_OI, factor, grid, config.clip, static, importance_I, weight.mask_OI(), BLOCK, config.first_order, config.refits
+    )
     if config.first_order:  # not all of a column's error was carried on
         lost_OI = base_OI - base.dense() if weight.smooth is None else (base_OI - base.dense()) / weight.smooth.float()
         loss = float(((lost_OI @ statistics.inputs.second_moment_II) * lost_OI).sum())

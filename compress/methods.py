@@ -72,17 +72,17 @@ def _magnitude_needs(config: Any) -> frozenset[str]:
 PRUNE: Mapping[str, Method] = {
     "magnitude": Method(MagnitudeConfig, magnitude, needs=_magnitude_needs),
     "wanda": Method(WandaConfig, wanda, needs=lambda config: frozenset({"norms"})),
-    "sparsegpt": Method(SparseGptConfig, sparsegpt, needs=_feedback_needs),
+    "sparsegpt": Method(SparseGptConfig, sparsegpt, needs=_feedback_needs, version=2),
 }
 
 QUANTIZE: Mapping[str, Method] = {
     "rtn": Method(RtnConfig, rtn, needs=lambda config: clip_needs(config.clip)),
-    "gptq": Method(GptqConfig, gptq, needs=_feedback_needs),
+    "gptq": Method(GptqConfig, gptq, needs=_feedback_needs, version=2),
     "gptq_nf": Method(GptqNormalFloatConfig, gptq_nf, needs=_feedback_needs),
     "nf4": Method(Nf4Config, nf4),
     "normal_float": Method(NormalFloatConfig, normal_float),
-    "learned_rounding": Method(LearnedRoundingConfig, learned_rounding, needs=block_needs, scope="block"),
-    "block_training": Method(BlockTrainingConfig, block_training, needs=block_needs, scope="block"),
+    "learned_rounding": Method(LearnedRoundingConfig, learned_rounding, needs=block_needs, scope="block", version=2),
+    "block_training": Method(BlockTrainingConfig, block_training, needs=block_needs, scope="block", version=2),
 }
 
 __all__ = ["DECOMPOSE", "PRUNE", "QUANTIZE", "BlockProblem", "Method"]

@@ -1,20 +1,23 @@
 """Training a block ends on the grid, inside the mask, and never above its start."""
 
+from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import pytest
 import torch
 from bitmend.compress.block import BlockProblem
+from bitmend.compress.latents import Latent
 from bitmend.compress.methods import QUANTIZE
 from bitmend.compress.statistics import InputStatistics, LayerStatistics
-from bitmend.compress.weights import DenseWeight, StoredWeight, UniformWeight
+from bitmend.compress.weights import DenseWeight, LowRank, StoredWeight, UniformWeight
 from torch import Tensor
 
 METHODS = ("learned_rounding", "block_training")
 
 
 def problem(masked: bool = False, seed: int = 0) -> BlockProblem:
-    """A two-layer perceptron as the block: up [64, 32], down [32, 64], inputs with a few loud channels."""
+    """A two-layer perceptron as the block: up [64, 32], down [32, 64], inputs with a few loud channels; each layer is a sub-block."""
     generator = torch.Generator().manual_seed(seed)
     targets = {"up": torch.randn(64, 32, generator=generator), "down": torch.randn(32, 64, generator=generator)}
     inputs = torch.randn(8, 16, 32, generator=generator) * (1 + 5 * (torch.arange(32) % 7 == 0))
@@ -29,7 +32,7 @@ def problem(masked: bool = False, seed: int = 0) -> BlockProblem:
     if masked:
         weights = {n: s.with_mask(torch.rand(s.shape, generator=generator) > 0.5) for n, s in weights.items()}
     layers = {name: LayerStatistics(found) for name, found in statistics.items()}
-    return BlockProblem(weights, targets, forward, inputs, forward(targets, inputs), layers, seed)
+    return BlockProblem(weights, targets, forward, inputs, forward(targets, inputs), layers, seed, (("up",), ("down",)))
 
 
 def solve(method: str, given: BlockProblem, **settings: Any) -> tuple[dict[str, StoredWeight], dict[str, dict[str, float]]]:
@@ -40,6 +43,68 @@ def solve(method: str, given: BlockProblem, **settings: Any) -> tuple[dict[str, 
 def loss(given: BlockProblem, records: dict[str, StoredWeight]) -> float:
     out = given.forward({n: r.dense() for n, r in records.items()}, given.inputs_NTD)
     return float((out - given.outputs_NTD).square().mean())
+
+
+def latent_of(record: StoredWeight, target: Tensor) -> Latent:
+    """Halfway through a training: everything has moved, and some codes have left the range."""
+    latent, generator = Latent.of(record, target), torch.Generator().manual_seed(5)
+    latent.offset_OI = torch.randn(latent.u_OI.shape, generator=generator)
+    latent.range_OG = torch.randn(latent.scale_OG.shape, generator=generator) * 0.1
+    if not latent.base.symmetric:
+        latent.shift_OG = torch.randn(latent.scale_OG.shape, generator=generator)
+    for parameter in latent.parameters():
+        parameter.requires_grad_(True)
+    return latent
+
+
+@pytest.mark.parametrize("kind", [{}, {"symmetric": True}, {"float_zeros": True}])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_are_those_of_the_straight_through_estimator(kind: dict[str, bool], masked: bool) -> None:
+    """The slow twin rounds by x + (round(x) − x).detach() and leaves the rest to autograd."""
+    if masked and "float_zeros" in kind:
+        return
+    given = problem(masked)
+    record, _ = QUANTIZE["rtn"].function(
+        given.weights["up"], given.targets["up"], given.statistics["up"], QUANTIZE["rtn"].config(bits=2, group_size=16, **kind)
+    )
+    record = replace(record, smooth=torch.rand(32) + 0.5, low_rank=LowRank(torch.randn(64, 2), torch.randn(2, 32)))
+    latent, weights = latent_of(record, given.targets["up"]), torch.randn(64, 32)
+
+    def through(x: Tensor) -> Tensor:
+        return x + (x.round() - x).detach()
+
+    def spread(x: Tensor) -> Tensor:
+        return x.repeat_interleave(16, dim=1)
+
+    def twin() -> Tensor:
+        zero = latent.zero_OG + latent.shift_OG
+        zero = spread(zero if "float_zeros" in kind else through(zero).clamp(1, 3))
+        position = latent.u_OI + latent.offset_OI
+        codes = through(position + zero) if "float_zeros" in kind else through(position) + zero
+        base = (codes.clamp(0, 3) - zero) * spread(latent.scale_OG * (1 + latent.range_OG))
+        keep = record.mask_OI()
+        assert record.smooth is not None and record.low_rank is not None
+        return (base if keep is None else base * keep) / record.smooth + record.low_rank.dense()
+
+    assert torch.allclose(latent.effective(), twin(), atol=1e-6)
+    found, expected = (torch.autograd.grad((matrix() * weights).sum(), latent.parameters()) for matrix in (latent.effective, twin))
+    clamped = (latent.zero_OG + latent.shift_OG).round()
+    free = torch.ones_like(clamped) if "float_zeros" in kind else ((clamped >= 1) & (clamped <= 3)).float()
+    for one, other in zip(found[:2], expected[:2], strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    assert torch.allclose(found[2] * free, expected[2] * free, atol=1e-5)  # outside the twin's clamp stops it, ours draws it back
+
+
+@pytest.mark.parametrize("kind", [{}, {"symmetric": True}, {"float_zeros": True}])
+def test_a_record_is_the_matrix_that_was_trained(kind: dict[str, bool]) -> None:
+    given = problem()
+    config = QUANTIZE["rtn"].config(bits=3, group_size=16, **kind)
+    record, _ = QUANTIZE["rtn"].function(given.weights["up"], given.targets["up"], given.statistics["up"], config)
+    latent = Latent.of(record, given.targets["up"])
+    assert torch.equal(latent.record().dense(), record.dense())
+    assert torch.allclose(latent.effective(), record.dense(), atol=1e-6)
+    latent = latent_of(record, given.targets["up"])
+    assert torch.allclose(latent.record().dense(), latent.effective(), rtol=1e-3, atol=0.05 if "float_zeros" in kind else 2e-3)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -91,6 +156,56 @@ def test_the_same_seed_gives_the_same_bits(method: str) -> None:
         assert isinstance(one, UniformWeight) and isinstance(two, UniformWeight)
         assert torch.equal(one.codes, two.codes)
         assert torch.equal(one.scales, two.scales)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sub_blocks_train_in_turn_and_end_below_their_start(method: str) -> None:
+    given = problem()
+    seen: list[set[str]] = []
+
+    def forward(matrices: dict[str, Tensor], x: Tensor) -> Tensor:
+        seen.append({name for name, matrix in matrices.items() if matrix.requires_grad})
+        return given.forward(matrices, x)
+
+    records, metrics = solve(method, replace(given, forward=forward), window="sub_block", start="rtn", outliers=0.0)
+    assert [part for part, _ in groupby(part for part in seen if part)] == [{"up"}, {"down"}]
+    assert metrics["up"]["block_loss_best"] == pytest.approx(loss(given, records), rel=1e-4)
+    assert metrics["up"]["block_loss_best"] < 0.9 * metrics["up"]["block_loss_start"]
+    whole, _ = solve(method, given, window="block", start="rtn", outliers=0.0)
+    assert loss(given, whole) != loss(given, records)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sub_blocks_keep_the_start_when_training_hurts(method: str) -> None:
+    given = problem()
+    rates = {"learning_rate": 50.0} | ({"range_rate": 0.5} if method == "learned_rounding" else {"scale_rate": 5.0})
+    records, metrics = solve(method, given, steps=4, outliers=0.0, window="sub_block", **rates)
+    assert metrics["up"]["block_loss_best"] == metrics["up"]["block_loss_start"] == pytest.approx(loss(given, records), rel=1e-4)
+
+
+def test_a_training_can_be_ended_between_steps() -> None:
+    calls: list[int] = []
+
+    def pause() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        solve("learned_rounding", replace(problem(), pause=pause))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_float_zeros_end_in_sixteen_bits(method: str) -> None:
+    given = problem()
+    records, metrics = solve(method, given, float_zeros=True, outliers=0.0, **({"zero_rate": 1e-2} if method == "block_training" else {}))
+    for record in records.values():
+        assert isinstance(record.base, UniformWeight) and record.base.zeros is not None
+        assert record.base.zeros.dtype == torch.float16
+    assert loss(given, records) == pytest.approx(metrics["up"]["block_loss_best"], rel=1e-4)
+    assert loss(given, records) < loss(given, solve(method, given, outliers=0.0)[0])
+    with pytest.raises(ValueError, match="set float_zeros: false for a pruned model"):
+        solve(method, problem(masked=True), float_zeros=True)
 
 
 def test_the_first_iterate_is_gptqs() -> None:
