@@ -42,9 +42,12 @@ class HalfWeight:
             found["direct"] = lambda x: F.linear(x.to(self.weight.dtype), self.weight)
         return found
 
-    def multiply(self, x_MI: Tensor, first: int, last: int) -> Tensor:
-        rows = scratch((last - first) * self.shape[1]).view(last - first, -1)
-        return x_MI @ rows.copy_(self.weight[first:last]).t()
+    def widened(self, first: int, last: int) -> Tensor:
+        """float32 [N, I] of rows [first, last), in this thread's scratch: valid until the next chunk."""
+        return scratch((last - first) * self.shape[1]).view(last - first, -1).copy_(self.weight[first:last])
+
+    def finish_(self, y_MO: Tensor, x_MI: Tensor) -> Tensor:
+        return y_MO
 
     def rows(self, ids: Tensor) -> Tensor:
         """float32 [N, I] of rows ids int64 [N]."""
@@ -76,16 +79,18 @@ class ByteWeight:
     def products(self, half_pays: Callable[[torch.dtype], bool], rows: int) -> dict[str, Product]:
         return {"widen": lambda x: widened_matmul(x, self)}
 
-    def multiply(self, x_MI: Tensor, first: int, last: int) -> Tensor:
+    def widened(self, first: int, last: int) -> Tensor:
+        """float32 [N, I] of rows [first, last) as if their zeros were 0, in this thread's scratch: valid until the next chunk."""
+        levels = scratch((last - first) * self.shape[1]).view(last - first, self.scales.shape[1], -1)
+        levels.copy_(self.codes[first:last].view_as(levels)).mul_(self.scales[first:last].float().unsqueeze(-1))
+        return levels.view(last - first, -1)
+
+    def finish_(self, y_MO: Tensor, x_MI: Tensor) -> Tensor:
         """Zeros act on the groups' sums of x, which are far fewer than the weights."""
-        groups = self.scales.shape[1]
-        scales_NG = self.scales[first:last].float()
-        levels = scratch((last - first) * self.shape[1]).view(last - first, groups, -1)
-        levels.copy_(self.codes[first:last].view_as(levels)).mul_(scales_NG.unsqueeze(-1))
-        y = x_MI @ levels.view(last - first, -1).t()
         if self.zeros is None:
-            return y
-        return torch.addmm(y, x_MI.view(x_MI.shape[0], groups, -1).sum(-1), (scales_NG * self.zeros[first:last]).t(), alpha=-1)
+            return y_MO
+        sums_MG = x_MI.view(x_MI.shape[0], self.scales.shape[1], -1).sum(-1)
+        return y_MO.addmm_(sums_MG, (self.scales.float() * self.zeros).t(), alpha=-1)
 
     def rows(self, ids: Tensor) -> Tensor:
         """float32 [N, I] of rows ids int64 [N]."""
@@ -114,10 +119,8 @@ def pack_bytes(base: UniformWeight) -> ByteWeight:
 def widened_matmul(x_MI: Tensor, weight: HalfWeight | ByteWeight) -> Tensor:
     """float32 [M, O]."""
     x, (out, inputs) = x_MI.float().contiguous(), weight.shape
-    step = max(1, CHUNK // inputs)
-    if step >= out:
-        return weight.multiply(x, 0, out)
-    y = x.new_empty(x.shape[0], out)
+    step, y = max(1, CHUNK // inputs), x.new_empty(x.shape[0], out)
     for first in range(0, out, step):
-        y[:, first : first + step] = weight.multiply(x, first, min(first + step, out))
-    return y
+        last = min(first + step, out)
+        torch.mm(x, weight.widened(first, last).t(), out=y[:, first:last])
+    return weight.finish_(y, x)
