@@ -39,16 +39,15 @@ def metric_of(statistics: LayerStatistics, name: MetricName) -> tuple[Metric, di
     return (Metric(column_I=column_I), notes) if bool(column_I.any()) else (Metric(), notes | {"statistics_zero": 1.0})
 
 
-def loss_metric(statistics: LayerStatistics) -> Metric:
-    """The second-order estimate of what an error costs the model's loss, comparable between matrices: ‖√G·E·R^½‖ with R the
-    inputs' second moment and G the mean square of each output's gradient (a Kronecker-factored Fisher matrix, its output side
-    diagonal). G is read off the Fisher diagonal: F_oj ≈ G_o·R_jj, so G_o = row mean of F / mean of diag R."""
-    moment_II = statistics.inputs.second_moment_II
+def gradient_squares(statistics: LayerStatistics) -> Tensor:
+    """G, float64 [O]: the mean square of the loss's gradient at each output, up to one factor for all matrices, so that Σ_o G_o·E‖e_o·x‖² is
+    the second-order estimate of what an error costs the loss (a Kronecker-factored Fisher matrix, its output side diagonal).
+    Read off the Fisher diagonal: F_oj ≈ G_o·R_jj, so G_o = row mean of F / mean of diag R, R the inputs' second moment."""
     if statistics.fisher is None:
-        raise ValueError("the loss metric needs the Fisher diagonal, which was not collected")
-    mean = moment_II.diagonal().double().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    row_O = (statistics.fisher.row_mean_O.double() / mean).sqrt()
-    return Metric(_without_zeros(row_O) if bool(row_O.any()) else None, None, moment_II)
+        raise ValueError("the gradient at the outputs needs the Fisher diagonal, which was not collected")
+    inputs = statistics.inputs
+    mean = inputs.norm_I.double().square().mean() / max(inputs.tokens, 1)
+    return statistics.fisher.row_mean_O.double() / mean.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _fisher(statistics: LayerStatistics) -> tuple[Metric, dict[str, float]]:

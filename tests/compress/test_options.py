@@ -6,7 +6,7 @@ from bitmend.compress.allocate import choose
 from bitmend.compress.decompose import Decomposition, decompose
 from bitmend.compress.factors import FactorForm, store_factors
 from bitmend.compress.lowrank import Metric, best_low_rank, squared_error
-from bitmend.compress.metrics import loss_metric
+from bitmend.compress.metrics import gradient_squares
 from bitmend.compress.options import Grid, Setting, blank, costs_bytes, error_table, overrides, quantized, settings
 from bitmend.compress.statistics import Fisher, InputStatistics, LayerStatistics
 
@@ -92,7 +92,7 @@ def test_joint_choice_beats_every_uniform_setting_of_at_most_its_bytes():
     targets = [matrix(*s, seed) * 3.0**seed for seed, s in enumerate(shapes)]
     choices = settings(bits=(2, 3, 4), group_sizes=(32, 64), ranks=(0, 8), factor_bits=(16, 4))
     tables = [
-        error_table(t, loss_metric(f), f, choices, lambda grid, t=t, f=f: quantized(t, grid, f, "rtn"))
+        error_table(t, Metric(moment_II=f.inputs.second_moment_II), f, choices, lambda grid, t=t, f=f: quantized(t, grid, f, "rtn"))
         for t, f in zip(targets, found, strict=True)
     ]
     losses = torch.cat(tables)
@@ -138,14 +138,12 @@ def test_views_weigh_the_rows_of_the_same_records(shape):
         assert errors.tolist() == pytest.approx((weights.double() @ by_row).tolist(), rel=1e-3), setting
 
 
-def test_loss_metric_weighs_outputs_by_their_gradients():
-    found, error = statistics(128), matrix(96, 128)
-    assert found.fisher is not None
-    moment = found.inputs.second_moment_II
-    weights = found.fisher.row_mean_O / moment.diagonal().mean()
-    slow = sum(w * (row @ moment @ row) for w, row in zip(weights, error, strict=True))
-    assert squared_error(error, loss_metric(found)) == pytest.approx(float(slow), rel=1e-4)
+def test_gradient_squares_come_from_the_fisher_diagonal():
+    """F_oj = G_o·R_jj exactly, where outputs' gradients and inputs do not depend on each other."""
+    found = statistics(128)
+    squares = torch.rand(96, generator=torch.Generator().manual_seed(3)).double()
+    moments = found.inputs.second_moment_II.diagonal().double()
+    known = LayerStatistics(found.inputs, Fisher((squares * moments.mean()).float(), (squares.mean() * moments).float()))
+    assert gradient_squares(known).tolist() == pytest.approx(squares.tolist(), rel=1e-5)
     with pytest.raises(ValueError, match="Fisher diagonal, which was not collected"):
-        loss_metric(LayerStatistics(found.inputs))
-    silent = LayerStatistics(found.inputs, Fisher(torch.zeros(96), torch.zeros(128)))
-    assert squared_error(error, loss_metric(silent)) == pytest.approx(squared_error(error, Metric(moment_II=moment)))
+        gradient_squares(LayerStatistics(found.inputs))
