@@ -18,8 +18,8 @@ from .cpu_wide import HalfWeight
 
 CPU = torch.device("cpu")
 ROW_BUCKETS = (1, 16, 64, 512)  # a call takes the operator measured at the nearest of these from above
-PACKED_PATIENCE = 3.0  # packed is kept unless a dense matmul of one row is this many times faster
-HALF_PATIENCE = 1.5  # a 16-bit dense weight is kept unless float32 is this many times faster
+PACKED_PATIENCE = 8.0  # packed is kept unless a dense matmul of one row, out of the cache, is this many times faster
+HALF_PATIENCE = 4.0  # a 16-bit dense weight is kept unless float32, out of the cache, is this many times faster
 LARGEST = 1 << 25  # elements of a dense matrix made only to be timed
 Product = Callable[[Tensor], Tensor]
 

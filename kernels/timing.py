@@ -24,18 +24,21 @@ MOST_COPIES = {"cuda": 64, "cpu": 8}
 
 @dataclass(frozen=True)
 class Protocol:
-    """warm_up passes over all copies, then `repeats` timed ones."""
+    """warm_up passes over all copies, then `repeats` timed ones; fewer of both, three timed ones at least, where they would take more
+    than `most_seconds`, and where one pass takes longer than that, this one alone."""
 
     warm_up: int = 3
     repeats: int = 11
+    most_seconds: float = 1.0
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds of one call: median over the repeats, and the distance between the quartiles."""
+    """Microseconds of one call: median over `repeats` passes, and the distance between the quartiles (None of fewer than three)."""
 
     microseconds: float
-    spread: float
+    spread: float | None
+    repeats: int
 
 
 def copies_for(resident_bytes: int, device: torch.device) -> int:
@@ -47,18 +50,24 @@ def copies_for(resident_bytes: int, device: torch.device) -> int:
 def time_calls(calls: Sequence[Callable[[], Any]], device: torch.device, protocol: Protocol) -> Timing:
     """Time of one call when all are made in turn; on CUDA as one graph."""
     once = _graph(calls) if device.type == "cuda" else lambda: [call() for call in calls] and None
-    for _ in range(protocol.warm_up):
-        once()
     measure = _cuda_seconds if device.type == "cuda" else _cpu_seconds
     collecting = gc.isenabled()
     gc.disable()
     try:
-        samples = [measure(once) / len(calls) * 1e6 for _ in range(protocol.repeats)]
+        seconds = measure(once)
+        if seconds > protocol.most_seconds:
+            samples = [seconds]
+        else:
+            for _ in range(1, protocol.warm_up):
+                seconds = min(seconds, measure(once))
+            samples = [measure(once) for _ in range(max(3, min(protocol.repeats, int(protocol.most_seconds / max(seconds, 1e-9)))))]
     finally:
         if collecting:
             gc.enable()
-    quartiles = statistics.quantiles(samples, n=4)
-    return Timing(round(statistics.median(samples), 2), round(quartiles[2] - quartiles[0], 2))
+    microseconds = [sample / len(calls) * 1e6 for sample in samples]
+    quartiles = statistics.quantiles(microseconds, n=4) if len(microseconds) > 2 else None
+    spread = None if quartiles is None else round(quartiles[2] - quartiles[0], 2)
+    return Timing(round(statistics.median(microseconds), 2), spread, len(microseconds))
 
 
 def _cpu_seconds(once: Callable[[], Any]) -> float:
@@ -98,7 +107,7 @@ def peaks(device: torch.device, protocol: Protocol) -> dict[str, float]:
     target = torch.empty_like(source)
     copy = time_calls([partial(target.copy_, source)], device, protocol)
     del source, target
-    size, best = (8192 if device.type == "cuda" else 1024), 0.0
+    size, best = (8192 if device.type == "cuda" else 512), 0.0
     for dtype in (torch.bfloat16, torch.float32):
         left = torch.randn(size, size, device=device).to(dtype)
         product = time_calls([partial(torch.mm, left, left)], device, protocol)
@@ -120,6 +129,7 @@ def environment(device: torch.device, protocol: Protocol) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "warm_up": protocol.warm_up,
         "repeats": protocol.repeats,
+        "most_seconds": protocol.most_seconds,
         "peak": peaks(device, protocol),
     }
 

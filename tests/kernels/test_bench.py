@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitmend.kernels import bench
+from bitmend.kernels.journal import Journal
 from bitmend.kernels.timing import Protocol, Timing, time_calls
 
 TINY = bench.Plan((1, 3), (bench.Layer("tiny", 64, 128),), (0, 8), (4,), (None,), stack_blocks=0)
@@ -27,7 +28,10 @@ def test_rows_are_complete_and_written(tmp_path: Path, device: str) -> None:
         variants = {row["variant"] for row in measured["rows"] if row["rank"] == rank}
         assert all(any(name in variant for variant in variants) for name in needed), variants
     assert all(row["microseconds"] > 0 and row["spread"] >= 0 and row["resident_bytes"] > 0 for row in measured["rows"])
-    assert {"device_name", "clocks", "torch", "triton", "warm_up", "repeats", "threads", "peak"} <= set(measured["environment"])
+    assert all(row["repeats"] == 3 for row in measured["rows"])
+    said = {"device_name", "clocks", "clocks_at_the_end", "torch", "triton", "warm_up", "repeats", "most_seconds", "threads", "peak"}
+    assert said <= set(measured["environment"])
+    assert not (tmp_path / "bench-kernels.journal").exists()
     assert json.loads((tmp_path / "bench-kernels.json").read_text()) == measured
     table = (tmp_path / "bench-kernels.md").read_text()
     assert table.count("| W4A16 |") == len(measured["rows"]) and "Refused" not in table
@@ -56,6 +60,7 @@ def test_an_output_that_is_not_finite_is_refused() -> None:
     assert not error <= allowed
 
 
+@pytest.mark.usefixtures("patient")
 def test_stack_counts_what_every_form_keeps() -> None:
     plan = replace(TINY, layers=(), ranks=(16,), stack_blocks=1)
     rows = {row["variant"]: row for row in bench.run("cpu", plan=plan, protocol=QUICK)["rows"]}
@@ -64,9 +69,47 @@ def test_stack_counts_what_every_form_keeps() -> None:
 
 
 def test_median_and_quartiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = iter([1.0, 2.0, 3.0, 4.0, 100.0])
+    """The first pass warms up; the others are sorted by nobody."""
+    seconds = iter([0.05, 1.0, 2.0, 3.0, 4.0, 100.0])
     monkeypatch.setattr("bitmend.kernels.timing._cpu_seconds", lambda once: next(seconds))
-    assert time_calls([int], torch.device("cpu"), Protocol(0, 5)) == Timing(3e6, 50.5e6)
+    assert time_calls([int], torch.device("cpu"), Protocol(1, 5)) == Timing(3e6, 50.5e6, 5)
+
+
+@pytest.mark.parametrize("a_pass, repeats", [(0.1, 10), (0.4, 3), (1.5, 1)])
+def test_what_takes_long_is_repeated_less_and_says_so(a_pass: float, repeats: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    monkeypatch.setattr("bitmend.kernels.timing._cpu_seconds", lambda once: passes.append(1) or a_pass)
+    found = time_calls([int, int], torch.device("cpu"), Protocol(3, 11, most_seconds=1.01))
+    assert found == Timing(a_pass / 2 * 1e6, None if repeats == 1 else 0.0, repeats)
+    assert len(passes) == (1 if repeats == 1 else 3 + repeats)
+
+
+def test_one_that_was_stopped_goes_on(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, timed = bench.time_calls, []
+
+    def stop_at_the_fifth(calls, place, protocol):
+        timed.append(1)
+        if len(timed) == 5:
+            raise KeyboardInterrupt
+        return whole(calls, place, protocol)
+
+    monkeypatch.setattr(bench, "time_calls", stop_at_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(device, [2], tmp_path, plan=TINY, protocol=QUICK)
+    before = (tmp_path / "bench-kernels.journal").read_text()
+    (tmp_path / "bench-kernels.journal").write_text(before + '{"key": "torn')
+    resumed = bench.run(device, [2], tmp_path, plan=TINY, protocol=QUICK)
+    first = json.loads(before.splitlines()[2])
+    assert first["key"] == "W4A16 64x128 rank 0" and resumed["rows"][: len(first["result"]["rows"])] == first["result"]["rows"]
+    assert len(timed) == 5 + len(resumed["rows"]) - len(first["result"]["rows"]), "what was finished was not measured again"
+
+
+def test_rows_measured_otherwise_are_dropped(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j", {"threads": 1})
+    journal.add("a", [1])
+    assert Journal(tmp_path / "j", {"threads": 1})["a"] == [1]
+    assert "a" not in Journal(tmp_path / "j", {"threads": 2})
+    assert len((tmp_path / "j").read_text().splitlines()) == 1
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
