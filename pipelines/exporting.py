@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from ..compress.weights import StoredWeight
-from . import formats, measure, perplexity
+from . import measure, perplexity
 from .artifact import Artifact
 from .errors import InputError, QualityError
+from .export_audit import write_audited
 from .formats.checkpoint import Checkpoint, Lazy
 from .inputs import Inputs
 from .ledger import last_artifact, record
@@ -37,14 +38,14 @@ def export(
         from .merging import requantized
 
         with requantized(artifact, recipe, lambda made: checkpoint_of(made, card)) as (checkpoint, notes):
-            notes += formats.write(format_, checkpoint, output)
+            notes += write_audited(format_, checkpoint, output)
     else:
         checkpoint = checkpoint_of(artifact, card)
         if merge:
             from .merging import merged
 
             checkpoint = merged(checkpoint, artifact)
-        notes = formats.write(format_, checkpoint, output)
+        notes = write_audited(format_, checkpoint, output)
     before = _known_perplexity(directory, artifact)
     after = _measure(output, recipe)
     if before is not None and not (merge and requantize) and abs(after / before - 1) > TOLERANCE:

@@ -30,7 +30,16 @@ def merged(checkpoint: Checkpoint, artifact: Artifact) -> Checkpoint:
         reason = merge_refusal(artifact.stored(name))
         if reason is not None:
             raise UsageError(f"{name}: {reason}; leave --merge out for base and adapter, or add --requantize and see what it costs")
-    return checkpoint.with_linears(Lazy({n: lambda n=n: merge(artifact.stored(n)) for n in artifact.linears}))
+    return checkpoint.with_linears(Lazy({n: lambda n=n: _audited(n, artifact.stored(n)) for n in artifact.linears}))
+
+
+def _audited(name: str, record: StoredWeight) -> StoredWeight:
+    """The record merged. QualityError when mask, grid or codes are not what they were."""
+    made = merge(record)
+    problems = audit({name: record}, {name: made})
+    if problems:
+        raise QualityError(f"--merge: {problems[0]}; nothing was written, please report it")
+    return made
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from . import recovery_plan
 from .errors import InputError
 from .models import Structure, inspect, load_config, positions, resolve_model, skeleton, source_files
 from .recipe import Recipe
@@ -22,8 +23,8 @@ def refusals(recipe: Recipe, source: Path) -> list[str]:
     sizes = dense_sizes(model, inspect(model, include_head=True), _element_bytes(source))
     refused = [*_too_long(recipe, positions(model.config)), *_unused_budget(recipe)]
     for spec in recipe.stages:
-        if spec.name == "recover" and not imported:
-            refused += _cannot_recover(spec, sizes)
+        if spec.name == "recover":
+            refused += recovery_plan.refusals(spec, recipe, model, sizes, imported)
         refused += apply(spec, sizes)
     return refused
 
@@ -39,10 +40,12 @@ def predict(recipe: Recipe, directory: Path | None = None) -> dict[str, Any]:
     speed = _multiplications_per_second()
     stages = [_row("baseline", None, sizes, _evaluation_seconds(recipe, total, speed))]
     stages[0]["total_bytes"] = sum(entry["bytes"] for entry in source_files(source).values())
+    beside = 0
     for spec in recipe.stages:
         apply(spec, sizes)
+        beside += recovery_plan.bytes_beside(spec, model, sizes) if spec.name == "recover" else 0
         seconds = _seconds(spec, recipe, total, speed) + _evaluation_seconds(recipe, total, speed)
-        stages.append(_row(spec.address, spec.method, sizes, seconds))
+        stages.append(_row(spec.address, spec.method, sizes, seconds, beside))
     finished = _finished(recipe, source, directory) if directory is not None else []
     return {
         "recipe": recipe.name,
@@ -84,21 +87,6 @@ def _too_long(recipe: Recipe, limit: int | None) -> list[str]:
     ]
 
 
-def _cannot_recover(spec: StageSpec, sizes: Sizes) -> list[str]:
-    """Why the method cannot serve what the stages before it will have made."""
-    from ..recover.methods import refusal
-
-    found = []
-    for site in sizes.structure.sites:
-        if site.block is not None and site.expert is None:
-            size = sizes.of[site.name]
-            double = {"double_quantized"} if "base.absmax_codes" in size.base_names else set()
-            base = "uniform" if "base.scales" in size.base_names else "normal_float" if "base.codes" in size.base_names else "dense"
-            found.append(frozenset({base} | double | ({"masked"} if size.mask else set()) | ({"low_rank"} if size.low_rank else set())))
-    reason = refusal(spec.method, found, spec.config)
-    return [] if reason is None else [f"{spec.address}: {reason}"]
-
-
 def _unused_budget(recipe: Recipe) -> list[str]:
     """A budget that nothing spends is refused, not ignored."""
     if recipe.budget is None:
@@ -108,12 +96,12 @@ def _unused_budget(recipe: Recipe) -> list[str]:
     ]
 
 
-def _row(stage: str, method: str | None, sizes: Sizes, seconds: float) -> dict[str, Any]:
+def _row(stage: str, method: str | None, sizes: Sizes, seconds: float, beside: int = 0) -> dict[str, Any]:
     return {
         "stage": stage,
         "method": method,
         "bits_per_weight": round(sizes.bits_per_weight(), 4),
-        "total_bytes": round(sizes.total_bytes()),
+        "total_bytes": round(sizes.total_bytes()) + beside,
         "seconds": round(seconds),
     }
 

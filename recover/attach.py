@@ -8,20 +8,22 @@ from typing import Literal
 
 import torch
 
-from .adapters import LoraVariant, Magnitude, MaskedLowRank, PooledPair, Spectrum, start_factors, takes_dense
+from .adapters import LoraVariant, Magnitude, MaskedLowRank, PooledPair, Spectrum, prune_ranks, start_factors, takes_dense
 from .dense import LatentGrid, MaskedDense
 from .scales import RelativeScales
-from .site import Site, joined, train_biases, train_embeddings, train_norms
+from .site import Site, joined, train_biases, train_embeddings, train_factors, train_norms
 from .trainable import Attached, Trainable
 
 
 @dataclass(frozen=True)
 class Lora:
-    """`rank` holds where a linear has no factors yet; existing ones train as they are. Factors are folded (α = R): no scaling."""
+    """`rank` holds where a linear has no factors yet; existing ones train as they are. Factors are folded (α = R): no scaling.
+    `prune_ranks`: the share of all ranks dropped after training, those whose removal costs least; a linear may lose all of its own."""
 
     rank: int = 16
     norms: bool = False
     biases: bool = False
+    prune_ranks: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,19 @@ def lora(site: Site, config: Lora) -> Attached:
             up, down = start_factors(linear.stored.shape, config.rank, site.generator(name))
             device = linear.base().device
             linear.set_low_rank(up.to(device), down.to(device))
-        out |= {f"{name}.{key}": t for key, t in linear.train_low_rank().items()}
-    return joined(Attached(out), *_beside(site, config.norms, config.biases))
+    out |= train_factors(site.linears)
+
+    def prune(on: bool) -> dict[str, int]:
+        pairs = {name: out[f"{name}.up"].parameter.shape[1] for name in site.linears}
+        if not on:
+            for name, linear in site.linears.items():
+                linear.up, linear.down, linear.stored = started[name]
+            return pairs
+        total = sum(pairs.values())
+        return prune_ranks(site.linears, total - round(config.prune_ranks * total))
+
+    started = {name: (linear.up, linear.down, linear.stored) for name, linear in site.linears.items()}
+    return joined(Attached(out, prune=prune if config.prune_ranks else None), *_beside(site, config.norms, config.biases))
 
 
 def dora(site: Site, config: Dora) -> Attached:
@@ -170,8 +183,8 @@ def scales(site: Site, config: Scales) -> Attached:
             reweight = RelativeScales(linear.stored, config.zeros)
             linear.reweight = reweight
             out |= _named(name, reweight.trainables(config.scales))
-        if config.low_rank and linear.up is not None:
-            out |= {f"{name}.{key}": t for key, t in linear.train_low_rank().items()}
+    if config.low_rank:
+        out |= train_factors(site.linears)
     return joined(Attached(out), *_beside(site, config.norms, config.biases))
 
 
@@ -184,8 +197,7 @@ def full(site: Site, config: Full) -> Attached:
     for name, linear in site.linears.items():
         linear.reweight = MaskedDense(linear.stored)
         out |= _named(name, linear.reweight.trainables())
-        if linear.up is not None:
-            out |= {f"{name}.{key}": t for key, t in linear.train_low_rank().items()}
+    out |= train_factors(site.linears)
     biases = train_biases(site, create=False, norms=False) if config.biases else Attached({})
     norms = train_norms(site) if config.norms else Attached({})
     return joined(Attached(out), norms, biases, train_embeddings(site, config.head, config.embeddings))

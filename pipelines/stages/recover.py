@@ -52,7 +52,7 @@ def recover(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: 
         config = replace(config, loss="cross_entropy")
         notes = ["trained on next-token cross-entropy: the model came quantized and no --teacher was given to imitate"]
     _check_teacher(parent, context)
-    records = _records(parent, context)
+    records = records_of(parent, context.device)
     batches, held_out = _texts(context, config)
 
     streamed = whole_model(parent, context.device, context.dtype, InPlace(records, context.device, context.dtype))
@@ -141,7 +141,7 @@ def _cache_budget(config: TrainConfig) -> float:
     return min(free / 3, 2e9)
 
 
-def _records(parent: Artifact, context: Context) -> dict[str, StoredWeight]:
+def records_of(parent: Artifact, device: torch.device) -> dict[str, StoredWeight]:
     """The record of every plain linear in the decoder; a weight that was never compressed is a dense one."""
     structure = StreamedModel(parent, torch.device("cpu")).structure
     out = {}
@@ -152,7 +152,7 @@ def _records(parent: Artifact, context: Context) -> dict[str, StoredWeight]:
             out[site.name] = parent.stored(site.name)
         else:
             out[site.name] = StoredWeight(DenseWeight(site.read(parent.tensor(f"{site.module}.{site.parameter}")).contiguous()))
-    return {name: record.to(context.device) for name, record in out.items()}
+    return {name: record.to(device) for name, record in out.items()}
 
 
 # -- text ------------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from bitmend.pipelines.errors import InputError, UsageError
 from bitmend.pipelines.generate import generate
 from bitmend.pipelines.loading import load
 from bitmend.pipelines.perplexity import evaluate, last_hidden
+from bitmend.pipelines.plan import predict
+from bitmend.pipelines.recipe import resolve
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -47,6 +49,11 @@ def recovered(place: Path, small_model: Path, method: str, *more: dict[str, Any]
     return next(s for s in made.stages if s.stage == "recover")
 
 
+def predicted_bytes(place: Path) -> int:
+    recipe = resolve(str(place / "run" / "recipe.resolved.yaml"))
+    return next(row["total_bytes"] for row in predict(recipe)["stages"] if row["stage"] == "recover")
+
+
 def inodes(place: Path, address: str, pattern: str) -> set[int]:
     return {p.stat().st_ino for p in stage_directory(place / "run", address).glob(pattern)}
 
@@ -61,6 +68,7 @@ def test_what_was_trained_beside_the_model_is_in_the_artifact(method: str, place
     assert held_out_loss(place, before) == pytest.approx(stage.metrics["held_out_loss_start"], abs=1e-4), "the start has no tokens"
     (kept,) = artifact.beside
     assert kept.method == method and artifact.total_bytes() > before.total_bytes()
+    assert predicted_bytes(place) == pytest.approx(artifact.total_bytes(), rel=0.01)
     assert set(artifact.linears) == set(before.linears) and set(artifact.index) == set(before.index)
     assert inodes(place, "recover", "block-*") == inodes(place, "quantize", "block-*"), "the model itself is untouched"
     count = OWN[method].get("tokens")

@@ -145,5 +145,5 @@ def test_a_teacher_of_another_vocabulary_is_refused(gptq: Path, small_model: Pat
     tiny_model("llama", vocab_size=1032).save_pretrained(tmp_path / "teacher")
     chain = [{"recover": {"method": "scales", "steps": 1, "batch_size": 1, "seq_len": 64}}]
     recipe = chosen(tmp_path, gptq, small_text, chain, teacher=str(tmp_path / "teacher"))
-    with pytest.raises(InputError, match="its vocabulary has 1032 tokens, the model's has 1024"):
+    with pytest.raises(UsageError, match="recover: --teacher: its vocabulary has 1032 tokens, the model's has 1024"):
         runner.run(recipe, tmp_path / "run")

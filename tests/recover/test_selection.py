@@ -143,3 +143,41 @@ def test_fisher_is_the_mean_squared_gradient_per_sequence(kind):
         g = torch.autograd.grad(loss, y)[0]
         truth += (g[0].T @ linear.base_input(x[0])).square() / 3
     assert_close(found, truth, atol=1e-7, rtol=1e-3)
+
+
+def test_pruned_ranks_are_the_smallest_singular_values_and_come_back():
+    model = compressed("lq")
+    attached = attach("lora", model, {"prune_ranks": 0.5})
+    linears, ids = compressed_linears(model), batch(0).ids
+    for i, linear in enumerate(linears.values()):
+        assert linear.up is not None
+        linear.up.data *= 1 + 3 * (i == 2)
+    before, whole = model(ids).logits, {n: lin.up @ lin.down for n, lin in linears.items()}
+    assert attached.prune is not None
+    left = attached.prune(True)
+    assert sum(left.values()) == 4 * len(linears) // 2 and max(left.values()) == left[list(linears)[2]] == 4
+    values = torch.cat([torch.linalg.svdvals(w)[:4] for w in whole.values()]).sort(descending=True).values
+    lost = sum(float((whole[n] - (lin.up @ lin.down if lin.up is not None else 0)).square().sum()) for n, lin in linears.items())
+    assert lost == pytest.approx(float(values[sum(left.values()) :].square().sum()), rel=1e-3)
+    for name, linear in linears.items():
+        low_rank = linear.to_stored()[0].low_rank
+        assert (0 if low_rank is None else low_rank.rank) == left[name]
+    assert not torch.equal(model(ids).logits, before)
+    attached.prune(False)
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_pruned_units_are_those_that_do_least_and_come_back():
+    model = compressed("3-bit")
+    attached, ids = attach("serial_adapter", model, {"bottleneck": 8, "prune_units": 0.75}), batch(0).ids
+    for name, t in attached.trainables.items():
+        if name.endswith(".up"):
+            t.parameter.data[:, 0] = 0.1 if name.startswith("model.layers.1") else 0.0
+    before = model(ids).logits
+    assert attached.prune is not None and attached.beside is not None
+    left = attached.prune(True)
+    assert left == {n: (1 if "layers.1" in n else 0) for n in left} and len(left) == 4, "units that tie with the rest go as well"
+    assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-5)
+    assert attached.beside().tensors["model.layers.0.mlp.up"].shape == (32, 0)
+    attached.prune(False)
+    assert torch.equal(model(ids).logits, before)
