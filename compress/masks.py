@@ -22,15 +22,17 @@ _SHORT = 32
 
 @dataclass(frozen=True)
 class MagnitudeConfig:
-    """`pattern` "unstructured" or "N:M" (at most N kept of every M along the input); `allocation` says how matrices share the
-    mean sparsity (compress/sparsity.py), and whoever shares it hands each matrix its own `sparsity`."""
+    """`pattern` "unstructured" or "N:M" (at most N kept of every M along the input); `allocation` says how blocks share the
+    mean sparsity (compress/sparsity.py) and `spread` how far they may lie from it (null: the rule's own), and whoever shares it
+    hands each matrix its own `sparsity`."""
 
     sparsity: float = 0.5
     pattern: str = "unstructured"
     allocation: Allocation = "uniform"
+    spread: float | None = None
 
     def __post_init__(self) -> None:
-        check_pattern(self.sparsity, self.pattern, self.allocation)
+        check_pattern(self.sparsity, self.pattern, self.allocation, self.spread)
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,16 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
     return kept, of
 
 
-def check_pattern(sparsity: float, pattern: str, allocation: str = "uniform") -> None:
-    """ValueError when the three cannot be true together."""
+def check_pattern(sparsity: float, pattern: str, allocation: str = "uniform", spread: float | None = None) -> None:
+    """ValueError when they cannot be true together."""
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(f"sparsity {sparsity} must lie in [0, 1)")
     if allocation not in get_args(Allocation):
         raise ValueError(f"allocation {allocation!r} is unknown; choose one of {get_args(Allocation)}")
+    if spread is not None and not 0.0 <= spread < 1.0:
+        raise ValueError(f"spread {spread} must lie in [0, 1): how far a block's sparsity may lie from the mean")
+    if spread is not None and allocation == "uniform":
+        raise ValueError(f"spread {spread} has nothing to spread under allocation 'uniform'; choose 'depth' or 'outliers'")
     parsed = parse_pattern(pattern)
     if parsed is None:
         return

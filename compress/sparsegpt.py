@@ -25,6 +25,7 @@ class SparseGptConfig:
     sparsity: float = 0.5
     pattern: str = "unstructured"
     allocation: Allocation = "uniform"
+    spread: float | None = None
     damp: float = 0.01
     bits: int | None = None
     group_size: int = 64
@@ -33,7 +34,7 @@ class SparseGptConfig:
     activations: ActivationGrid | None = None
 
     def __post_init__(self) -> None:
-        check_pattern(self.sparsity, self.pattern, self.allocation)
+        check_pattern(self.sparsity, self.pattern, self.allocation, self.spread)
         check_feedback(self.damp, 0.0)
         check_grid(4 if self.bits is None else self.bits, self.group_size, self.clip)
         if self.bits is None and self.activations is not None:

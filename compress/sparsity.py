@@ -1,23 +1,30 @@
-"""How matrices share a mean sparsity: by depth, or by how many outliers they hold (OWL, arXiv:2310.05175).
+"""How layers share a mean sparsity: by depth, or by how many outliers they hold (OWL, arXiv:2310.05175).
 
-Pure functions from numbers to numbers, one per layer; who calls them gives each matrix its own `sparsity`.
+Pure functions from numbers to numbers, one per layer, which in OWL is a decoder block; who calls them gives each matrix its own `sparsity`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 _HIGHEST = 0.99
+SPREAD = {"depth": 0.1, "outliers": 0.08}
+"""What is taken where no spread is asked for; 0.08 is OWL's λ."""
 
 
-def outlier_share(weight_OI: Tensor, input_norm_I: Tensor, multiple: float = 5.0) -> float:
-    """Share of the entries whose |w|·‖x‖ exceeds `multiple` times their mean (OWL, eq. 2)."""
-    score_OI = weight_OI.abs() * input_norm_I
-    return (score_OI > multiple * score_OI.mean()).float().mean().item()
+def outlier_share(matrices: Iterable[tuple[Tensor, Tensor]], multiple: float = 5.0) -> float:
+    """Share of a layer's entries whose |w|·‖x‖ exceeds `multiple` times their mean over the layer (OWL, eq. 2). A layer is any number
+    of matrices, each float [O, I] with the norms of its inputs, float [I]."""
+    scores = [weight_OI.abs() * norm_I for weight_OI, norm_I in matrices]
+    count = sum(score.numel() for score in scores)
+    mean = sum(score.double().sum().item() for score in scores) / count
+    return sum(int((score > multiple * mean).sum()) for score in scores) / count
 
 
-def by_outliers(shares: Sequence[float], mean: float, spread: float = 0.08, sizes: Sequence[int] | None = None) -> list[float]:
+def by_outliers(
+    shares: Sequence[float], mean: float, spread: float = SPREAD["outliers"], sizes: Sequence[int] | None = None
+) -> list[float]:
     """Sparsity per layer: the more outliers, the fewer weights go; values lie within `spread` of the mean before it is restored.
 
     shares are scaled to [0, 2·spread] as in OWL; `sizes` (weights per layer) say what the mean is taken over.
@@ -27,7 +34,7 @@ def by_outliers(shares: Sequence[float], mean: float, spread: float = 0.08, size
     return hold_mean([-value for value in scaled], mean, sizes)
 
 
-def by_depth(layers: int, mean: float, spread: float = 0.1, sizes: Sequence[int] | None = None) -> list[float]:
+def by_depth(layers: int, mean: float, spread: float = SPREAD["depth"], sizes: Sequence[int] | None = None) -> list[float]:
     """Sparsity per layer, rising linearly from mean − spread at the first to mean + spread at the last."""
     steps = [0.0 if layers == 1 else spread * (2 * i / (layers - 1) - 1) for i in range(layers)]
     return hold_mean(steps, mean, sizes)
@@ -47,3 +54,15 @@ def hold_mean(offsets: Sequence[float], mean: float, sizes: Sequence[int] | None
         below = ((offset + middle).clamp(0, _HIGHEST) * weight).sum().item() < mean
         low, high = (middle, high) if below else (low, middle)
     return (offset + high).clamp(0, _HIGHEST).tolist()
+
+
+def whole_columns(sparsities: Sequence[float], shapes: Sequence[tuple[int, int]]) -> list[float]:
+    """The sparsity of each [O, I] matrix moved to a whole number of weights per row, what that adds or takes made up for by the matrices
+    after it: together they drop what was asked for, to half a column of the last."""
+    out, owed = [], 0.0
+    for sparsity, (rows, columns) in zip(sparsities, shapes, strict=True):
+        owed += sparsity * rows * columns
+        dropped = min(max(round(owed / rows), 0), columns - 1)
+        owed -= dropped * rows
+        out.append(dropped / columns)
+    return out

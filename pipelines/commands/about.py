@@ -61,13 +61,20 @@ def doctor(json: o.Json = False, verbose: o.Verbose = False, quiet: o.Quiet = Fa
 
 
 def bench(
-    subject: Annotated[Literal["compress", "decompose", "recover", "kernels"], typer.Argument(help="what to measure")],
+    subject: Annotated[Literal["compress", "decompose", "recover", "kernels", "generate"], typer.Argument(help="what to measure")],
     model: Annotated[
         str | None, typer.Option("-m", "--model", metavar="MODEL", help="whole stages of this model, not synthetic layers")
     ] = None,
     sizes: Annotated[list[int] | None, typer.Option("--size", metavar="N", min=64, help="width of a synthetic layer; repeatable")] = None,
     only: Annotated[list[str] | None, typer.Option("--method", metavar="NAME", help="this method only; repeatable")] = None,
     repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="measurements of each row")] = 3,
+    depths: Annotated[
+        str | None, typer.Option("--depths", metavar="N,N,…", help="compress: time and peak memory of models with so many blocks")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option("--shape", metavar="NAME", help="compress: a model of this shape, made on the spot: 1b (1.1 billion)")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="kernels: every shape, hours on a CPU")] = False,
     device: o.Device = "auto",
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="write JSON, table and plot there")] = None,
     json: o.Json = False,
@@ -80,8 +87,16 @@ def bench(
         raise UsageError(f"{output} is a file; -o takes a directory")
     from .. import benchmarks
 
-    chosen = benchmarks.Options(device, tuple(sizes or benchmarks.SIZES), tuple(only or ()), repeats, model, output)
+    blocks = _numbers(depths) if depths is not None else ()
+    chosen = benchmarks.Options(device, tuple(sizes or benchmarks.SIZES), tuple(only or ()), repeats, model, output, blocks, shape, full)
     o.write(benchmarks.run(subject, chosen), json)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"--depths {text}: expected numbers of blocks, as in 4,8,16,32")
+    return tuple(int(part) for part in parts)
 
 
 def _recipe_file(name: str) -> Path:

@@ -164,8 +164,13 @@ def _dense(linears: Mapping[str, StoredWeight], name: str, dtype: torch.dtype) -
 
 
 def config_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The floating type the config names, float32 where it names none."""
-    name = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32").removeprefix("torch.")
+    """The floating type the checkpoint's config names."""
+    return dtype_of(checkpoint.config)
+
+
+def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
+    """The floating type a config.json names, float32 where it names none."""
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UsageError(f"the model's config says dtype {name!r}, which no weight can have; pass a dtype")

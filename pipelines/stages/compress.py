@@ -2,53 +2,33 @@
 
 For each block: collect what the method needs from the hidden states that the already compressed model below hands in, compress its
 matrices, write them, and run the block *as written* to get the next hidden states. Peak memory is one block and the hidden states.
-Knows the walk and the bookkeeping; the maths is `compress/methods`.
-Legend: N windows, T tokens, D model width, O out, I in.
+Knows the walk and the bookkeeping; one matrix is `matrices`' business, what lies outside the blocks `rest`'s.
+Legend: N windows, T tokens.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...compress.methods import BlockProblem, Method
-from ...compress.statistics import Fisher, InputStatistics, LayerStatistics
-from ...compress.weights import DenseWeight, StoredWeight
+from ...compress.methods import Method
+from ...compress.statistics import InputStatistics
+from ...compress.weights import StoredWeight
 from ..artifact import Artifact, ArtifactWriter, shards_of
 from ..blocks import StreamedModel
-from ..collecting import collecting
+from ..collecting import collecting, input_groups
 from ..errors import InputError, UsageError
 from ..logs import bar
-from ..models import Site, tied_names
+from ..models import Site
 from ..perplexity import batches
 from ..stage_settings import StageSpec, methods
 from .context import Context, Outcome, check_stop
 from .fisher import fisher_diagonal
-
-
-@dataclass
-class _Stage:
-    """One compression stage under way."""
-
-    parent: Artifact
-    writer: ArtifactWriter
-    spec: StageSpec
-    row: Method
-    context: Context
-    model: StreamedModel
-    dense: StreamedModel | None
-    needs: frozenset[str]
-    hidden: list[Tensor] = field(default_factory=list)
-    dense_hidden: list[Tensor] = field(default_factory=list)
-    fisher: Mapping[str, Fisher] = field(default_factory=dict)
-    layers: list[dict[str, Any]] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-
-    @property
-    def propagates(self) -> bool:
-        return bool(self.needs - {"fisher"}) or self.row.scope == "block"
+from .matrices import Stage, solve
+from .rest import said_of_rest, write_rest
+from .shares import shared_sparsity
+from .whole_blocks import solve_block
 
 
 def compress(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: Context) -> Outcome:
@@ -59,9 +39,9 @@ def compress(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context:
     if not chosen:
         raise UsageError(f"{spec.address}: `ignore` leaves no linear layer to compress; name fewer")
     needs = frozenset().union(*(row.needs(spec.config_for(site.name)) for site in chosen))
-    wants_dense = row.inputs == "dense" or "cross_moment" in needs or row.scope == "block"
-    stage = _Stage(parent, writer, spec, row, context, model, None, needs)
-    if (wants_dense and parent.key != context.baseline.key) or "cross_moment" in needs or row.scope == "block":
+    stage = Stage(parent, writer, spec, row, context, model, None, needs, shared_sparsity(spec, chosen, context))
+    wants_dense = row.inputs == "dense" and parent.key != context.baseline.key
+    if wants_dense or "cross_moment" in needs or row.scope == "block":
         stage.dense = StreamedModel(context.baseline, context.device, context.dtype)
     if "fisher" in needs:
         stage.fisher = fisher_diagonal(context)
@@ -72,45 +52,30 @@ def compress(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context:
             _block(stage, index, [s for s in chosen if s.block == index])
             shown.advance()
             check_stop(context)
-    _rest(stage, [s for s in chosen if s.block is None])
-    notes = [f"left alone: {name} ({reason})" for name, reason in _left_alone(stage, chosen).items()]
-    return Outcome(stage.layers, {"calibration_tokens": _tokens(stage)}, notes)
+    write_rest(stage, [s for s in chosen if s.block is None], lambda site: _head_statistics(stage, site))
+    return Outcome(stage.layers, _measured(stage), _notes(stage, chosen))
 
 
-def _embed(stage: _Stage, ids_NT: Tensor) -> None:
+def _embed(stage: Stage, ids_NT: Tensor) -> None:
     parts = list(batches(*ids_NT.shape))
     stage.hidden = [stage.model.embed(ids_NT[part]) for part in parts]
     if stage.dense is not None:
         stage.dense_hidden = [stage.dense.embed(ids_NT[part]) for part in parts]
 
 
-def _block(stage: _Stage, index: int, sites: list[Site]) -> None:
+def _block(stage: Stage, index: int, sites: list[Site]) -> None:
+    """Compress and write one block, unless that was done before, and hand its outputs on."""
     part = f"block-{index:05d}"
     marker = stage.writer.finished.get(part)
-    if marker is not None:
-        stage.layers += marker["extra"]["layers"]
-        if stage.propagates:
-            stage.model.load_block(index)
-            if stage.dense is not None:
-                stage.dense.load_block(index)
-            for site in sites:
-                stage.model.put(site, stage.writer.stored(part, site.name))
-            _advance(stage, index)
-        return
-    stage.model.load_block(index)
-    if stage.dense is not None:
-        stage.dense.load_block(index)
-    with torch.no_grad():
-        statistics = _statistics(stage, index, sites)
-    if stage.row.scope == "block":
-        records, layers = _solve_block(stage, index, sites, statistics)
-    else:
-        records, layers = {}, []
-        for site in sites:
-            records[site.name], layer = _solve(stage, site, statistics)
-            layers.append(layer)
-    _write(stage, index, part, records, layers)
-    stage.layers += layers
+    if marker is None or stage.propagates:
+        stage.model.load_block(index)
+        if stage.dense is not None:
+            stage.dense.load_block(index)
+    if marker is None:
+        records, layers = _solved(stage, index, sites)
+        _write(stage, index, part, records, layers)
+        marker = stage.writer.finished[part]
+    stage.layers += marker["extra"]["layers"]
     if stage.propagates:
         for site in sites:
             stage.model.put(site, stage.writer.stored(part, site.name))
@@ -119,7 +84,27 @@ def _block(stage: _Stage, index: int, sites: list[Site]) -> None:
         stage.model.unload_block(index)
 
 
-def _advance(stage: _Stage, index: int) -> None:
+def _solved(stage: Stage, index: int, sites: list[Site]) -> tuple[dict[str, StoredWeight], list[dict[str, Any]]]:
+    """The block's new records and what is said of each. Truly sequential: group by group, each seeing what those before it became."""
+    if stage.row.scope == "block":
+        with torch.no_grad():
+            statistics = _statistics(stage, index, sites)
+        return solve_block(stage, index, sites, statistics)
+    records: dict[str, StoredWeight] = {}
+    layers: dict[str, dict[str, Any]] = {}
+    with torch.no_grad():
+        groups = input_groups(stage.model, index, sites, stage.hidden[0]) if stage.true_sequential and sites else [sites]
+        for number, group in enumerate(groups, 1):
+            statistics = _statistics(stage, index, group)
+            for site in group:
+                records[site.name], layers[site.name] = solve(stage, site, statistics)
+            if number < len(groups):
+                for site in group:
+                    stage.model.put(site, records[site.name].to("cpu"))  # as it will be read back
+    return {s.name: records[s.name] for s in sites}, [layers[s.name] for s in sites]
+
+
+def _advance(stage: Stage, index: int) -> None:
     """Hidden states of the next block, from the block as it was written."""
     with torch.no_grad():
         stage.hidden = [stage.model.run_block(index, h) for h in stage.hidden]
@@ -129,7 +114,7 @@ def _advance(stage: _Stage, index: int) -> None:
     stage.model.unload_block(index)
 
 
-def _statistics(stage: _Stage, index: int, sites: list[Site]) -> dict[str, InputStatistics]:
+def _statistics(stage: Stage, index: int, sites: list[Site]) -> dict[str, InputStatistics]:
     """Statistics of every site's input. A site no token reached (an idle expert) gets empty ones."""
     needs = stage.needs - {"fisher"}
     statistics: dict[str, InputStatistics] = {}
@@ -151,7 +136,7 @@ def _statistics(stage: _Stage, index: int, sites: list[Site]) -> dict[str, Input
     return statistics
 
 
-def _dense_inputs(stage: _Stage, index: int, sites: list[Site]) -> dict[str, list[Tensor]]:
+def _dense_inputs(stage: Stage, index: int, sites: list[Site]) -> dict[str, list[Tensor]]:
     """Site name → its inputs in the dense model, batch by batch; sites that share a tensor share the list's tensors."""
     assert stage.dense is not None
     out: dict[str, list[Tensor]] = {s.name: [] for s in sites}
@@ -169,109 +154,18 @@ def _dense_inputs(stage: _Stage, index: int, sites: list[Site]) -> dict[str, lis
     return out
 
 
-def _current(stage: _Stage, site: Site) -> StoredWeight:
-    """The site's record in the parent; a plain weight becomes a dense record in its own dtype."""
-    if site.name in stage.parent.linears:
-        return stage.parent.stored(site.name)
-    return StoredWeight(DenseWeight(site.read(stage.parent.tensor(f"{site.module}.{site.parameter}")).contiguous()))
+def _head_statistics(stage: Stage, site: Site) -> InputStatistics:
+    statistics: dict[str, InputStatistics] = {}
+    needs = stage.needs - {"fisher"}
+    if needs:
+        with collecting(stage.model, [site], needs, statistics), torch.no_grad():
+            for h in stage.hidden:
+                for row in h.split(1):
+                    stage.model.logits(row)
+    return statistics.get(site.name) or InputStatistics(site.shape[1], needs, stage.context.device)
 
 
-def _target(stage: _Stage, site: Site) -> Tensor:
-    """The baseline's float32 [O, I] matrix."""
-    baseline = stage.context.baseline
-    if site.name in baseline.linears:
-        return baseline.stored(site.name).dense().to(stage.context.device)
-    return site.read(baseline.tensor(f"{site.module}.{site.parameter}")).to(stage.context.device, torch.float32).contiguous()
-
-
-def _solve(stage: _Stage, site: Site, statistics: Mapping[str, InputStatistics]) -> tuple[StoredWeight, dict[str, Any]]:
-    target_OI, current = _target(stage, site), _current(stage, site).to(stage.context.device)
-    if not bool(torch.isfinite(target_OI).all()):
-        raise InputError(f"{site.name}.{site.parameter} holds NaN or Inf; repair the checkpoint or give another one")
-    config = stage.spec.config_for(site.name)
-    try:
-        record, metrics = stage.row.function(
-            current, target_OI, LayerStatistics(statistics[site.name], stage.fisher.get(site.name)), config
-        )
-    except ValueError as error:
-        raise InputError(f"{site.name}: {error}") from error
-    return record, _layer(site, record, target_OI, statistics[site.name], metrics)
-
-
-def _solve_block(
-    stage: _Stage, index: int, sites: list[Site], statistics: dict[str, InputStatistics]
-) -> tuple[dict[str, StoredWeight], list[dict[str, Any]]]:
-    """Hand the whole block to a method that trains it."""
-    assert stage.dense is not None
-    targets = {s.name: _target(stage, s) for s in sites}
-    sample = torch.cat([h[:0] for h in stage.hidden]) if not stage.hidden else torch.cat(stage.hidden)
-    with torch.no_grad():
-        outputs = torch.cat([stage.dense.run_block(index, h) for h in stage.dense_hidden])
-    layers = {s.name: LayerStatistics(statistics[s.name], stage.fisher.get(s.name)) for s in sites}
-    problem = BlockProblem(
-        {s.name: _current(stage, s) for s in sites},
-        targets,
-        _block_function(stage, index, sites),
-        sample,
-        outputs,
-        layers,
-        stage.context.seed + index,
-    )
-    records, metrics = stage.row.function(problem, {s.name: stage.spec.config_for(s.name) for s in sites})
-    return records, [_layer(s, records[s.name], targets[s.name], statistics[s.name], metrics.get(s.name, {})) for s in sites]
-
-
-def _block_function(stage: _Stage, index: int, sites: list[Site]) -> Any:
-    """(matrices by site name, hidden [B, T, D]) → hidden: the block with those effective weights, differentiable in both."""
-    block, prefix = stage.model.layers[index], f"{stage.model.structure.prefix}.{index}."
-
-    def forward(matrices: dict[str, Tensor], hidden_BTD: Tensor) -> Tensor:
-        parameters: dict[str, Tensor] = {}
-        fused: dict[str, list[Tensor]] = {}
-        for site in sites:
-            matrix = matrices[site.name].T if site.transposed else matrices[site.name]
-            name = f"{site.module}.{site.parameter}".removeprefix(prefix)
-            if site.expert is None:
-                parameters[name] = matrix
-            else:
-                fused.setdefault(name, []).append(matrix)
-        parameters |= {name: torch.stack(parts) for name, parts in fused.items()}
-        args, kwargs = stage.model.call_of(index, hidden_BTD)
-        out = torch.func.functional_call(block, parameters, (hidden_BTD, *args), kwargs)
-        return out[0] if isinstance(out, tuple) else out
-
-    return forward
-
-
-def _layer(site: Site, record: StoredWeight, target_OI: Tensor, statistics: InputStatistics, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    rank = record.low_rank.rank if record.low_rank is not None else None
-    return {
-        "name": site.name,
-        "block": site.block,
-        "relative_output_error": relative_output_error(record.dense().to(target_OI), target_OI, statistics),
-        "bits_per_weight": record.bits_per_weight(),
-        "rank": rank,
-        "sparsity": record.sparsity(),
-        "weights": site.shape[0] * site.shape[1],
-        "metrics": dict(metrics),
-    }
-
-
-def relative_output_error(weight_OI: Tensor, target_OI: Tensor, statistics: InputStatistics) -> float:
-    """√(E‖(W − Ŵ)x‖² / E‖Wx‖²) under the best second moment that was collected: full, diagonal, or none."""
-    difference = target_OI - weight_OI
-    if statistics.moment_sum_II is not None and statistics.tokens:
-        moment = statistics.second_moment_II
-        lost, whole = ((m @ moment).mul_(m).sum().double() for m in (difference, target_OI))
-    elif statistics.tokens:
-        squares = statistics.norm_I.square()
-        lost, whole = ((m.square() * squares).sum().double() for m in (difference, target_OI))
-    else:
-        lost, whole = (m.square().sum().double() for m in (difference, target_OI))
-    return float((lost.clamp(min=0) / whole).sqrt()) if whole > 0 else 0.0
-
-
-def _write(stage: _Stage, index: int, part: str, records: Mapping[str, StoredWeight], layers: list[dict[str, Any]]) -> None:
+def _write(stage: Stage, index: int, part: str, records: Mapping[str, StoredWeight], layers: list[dict[str, Any]]) -> None:
     """One part: this block's new records, and everything else of it as the parent has it."""
     prefix = f"{stage.model.structure.prefix}.{index}."
     kept = {
@@ -288,50 +182,31 @@ def _write(stage: _Stage, index: int, part: str, records: Mapping[str, StoredWei
     stage.writer.write_part(part, shards_of(tensors, linears), linears, {"layers": layers})
 
 
-def _rest(stage: _Stage, head: list[Site]) -> None:
-    """Embeddings, final norm and head: as they are, or the head compressed when asked (tied weights stay tied)."""
-    if "rest" in stage.writer.finished:
-        stage.layers += stage.writer.finished["rest"]["extra"].get("layers", [])
-        return
-    blocks, parent = f"{stage.model.structure.prefix}.", stage.parent
-    records: dict[str, StoredWeight] = {n: parent.stored(n) for n in parent.linears if not n.startswith(blocks)}
-    tied = tied_names(stage.model.model)
-    layers = []
-    for site in head:
-        name = f"{site.module}.weight"
-        stored_as = tied.get(name, name)
-        statistics = _head_statistics(stage, site)
-        target = stage.context.baseline.tensor(stored_as).float()
-        current = records.get(site.name) or StoredWeight(DenseWeight(parent.tensor(stored_as)))
-        found = LayerStatistics(statistics, stage.fisher.get(site.name))
-        records[site.name], metrics = stage.row.function(current, target, found, stage.spec.config_for(site.name))
-        layers.append(_layer(site, records[site.name], target, statistics, metrics))
-    replaced = {tied.get(f"{n}.weight", f"{n}.weight") for n in records}
-    wanted = [n for n in stage.model.model.state_dict() if not n.startswith(blocks) and n not in tied and n not in replaced]
-    tensors = {n: parent.tensor(n) for n in wanted}
-    stage.layers += layers
-    stage.writer.write_part("rest", {"tensors": tensors, **shards_of({}, records)}, records, {"layers": layers})
+def _measured(stage: Stage) -> dict[str, Any]:
+    found: dict[str, Any] = {"calibration_tokens": sum(h.shape[0] * h.shape[1] for h in stage.hidden)}
+    return found | ({"block_sparsity": _by_block(stage)} if stage.sparsity else {})
 
 
-def _head_statistics(stage: _Stage, site: Site) -> InputStatistics:
-    statistics: dict[str, InputStatistics] = {}
-    needs = stage.needs - {"fisher"}
-    if needs:
-        with collecting(stage.model, [site], needs, statistics), torch.no_grad():
-            for h in stage.hidden:
-                for row in h.split(1):
-                    stage.model.logits(row)
-    return statistics.get(site.name) or InputStatistics(site.shape[1], needs, stage.context.device)
+def _by_block(stage: Stage) -> list[float]:
+    """What share of each block's weights was dropped, matrices with a sparsity of their own included."""
+    totals: dict[int, list[float]] = {}
+    for layer in stage.layers:
+        if layer["block"] is not None:
+            sums = totals.setdefault(layer["block"], [0.0, 0.0])
+            sums[0], sums[1] = sums[0] + layer["sparsity"] * layer["weights"], sums[1] + layer["weights"]
+    return [dropped / weights for dropped, weights in totals.values()]
 
 
-def _left_alone(stage: _Stage, chosen: list[Site]) -> dict[str, str]:
+def _notes(stage: Stage, chosen: list[Site]) -> list[str]:
+    """What was left alone and why, and what a reader of the numbers should know."""
     names = {site.name for site in chosen}
-    out = {s.name: s.reason for s in stage.model.structure.skipped}
-    out |= {s.name: "matched by `ignore`" for s in stage.model.structure.sites if s.name not in names and s.block is not None}
-    head = [s.name for s in stage.model.structure.sites if s.block is None and s.name not in names]
-    out |= dict.fromkeys(head, "the output head stays as it is unless include_head is set")
-    return out
-
-
-def _tokens(stage: _Stage) -> int:
-    return sum(h.shape[0] * h.shape[1] for h in stage.hidden)
+    left = {s.name: s.reason for s in stage.model.structure.skipped}
+    left |= {s.name: "matched by `ignore`" for s in stage.model.structure.sites if s.name not in names and s.block is not None}
+    notes = [f"left alone: {name} ({reason})" for name, reason in left.items()]
+    notes += said_of_rest(stage, [site for site in chosen if site.block is None])
+    grid = getattr(stage.spec.config, "activations", None)
+    if grid is not None:
+        notes.append(
+            f"inputs are rounded to {grid.bits} bits, per token in groups of {grid.group_size}: simulated in every perplexity, carried by no export"
+        )
+    return notes

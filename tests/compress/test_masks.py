@@ -5,7 +5,7 @@ import torch
 from bitmend.compress.grids import UniformGrid
 from bitmend.compress.masks import MagnitudeConfig, WandaConfig, keep_highest, magnitude_mask, masked_base, parse_pattern, wanda_mask
 from bitmend.compress.rounding import round_normal_float, round_uniform
-from bitmend.compress.sparsity import by_depth, by_outliers, hold_mean, outlier_share
+from bitmend.compress.sparsity import by_depth, by_outliers, hold_mean, outlier_share, whole_columns
 from bitmend.compress.weights import DenseWeight, UniformWeight
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -142,7 +142,27 @@ def test_depth_rises_and_outliers_are_spared():
 def test_outlier_share_counts_what_stands_out():
     weight = torch.ones(4, 25)
     weight[0, 0] = 1000.0
-    assert outlier_share(weight, torch.ones(25)) == pytest.approx(1 / 100)
+    assert outlier_share([(weight, torch.ones(25))]) == pytest.approx(1 / 100)
     norm = torch.ones(25)
     norm[0] = 1e6
-    assert outlier_share(torch.ones(4, 25), norm) == pytest.approx(4 / 100)
+    assert outlier_share([(torch.ones(4, 25), norm)]) == pytest.approx(4 / 100)
+
+
+def test_all_matrices_of_a_block_are_held_against_one_mean():
+    quiet, loud = torch.ones(4, 25), torch.full((2, 50), 100.0)
+    assert outlier_share([(quiet, torch.ones(25))]) == outlier_share([(loud, torch.ones(50))]) == 0
+    assert outlier_share([(quiet, torch.ones(25)), (loud[:1, :5], torch.ones(5))]) == pytest.approx(5 / 105)
+
+
+@settings(max_examples=80, deadline=None)
+@given(matrices=st.lists(st.tuples(st.floats(0.2, 0.8), st.integers(4, 60)), min_size=1, max_size=12), rows=st.integers(1, 40))
+def test_whole_columns_owe_at_most_half_a_column_in_the_end(matrices, rows):
+    found = whole_columns([sparsity for sparsity, _ in matrices], [(rows, columns) for _, columns in matrices])
+    assert all(0 <= value < 1 and abs(value * c - round(value * c)) < 1e-9 for value, (_, c) in zip(found, matrices, strict=True))
+    owed = sum((sparsity - value) * rows * c for value, (sparsity, c) in zip(found, matrices, strict=True))
+    assert abs(owed) <= rows / 2 + 1e-6
+
+
+def test_whole_columns_of_matrices_that_divide_are_what_was_asked_for():
+    assert whole_columns([0.5, 0.25], [(3, 8), (5, 4)]) == [0.5, 0.25]
+    assert whole_columns([0.5] * 4, [(2, 5)] * 4) == [0.4, 0.6, 0.4, 0.6]

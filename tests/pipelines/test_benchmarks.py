@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitmend.compress.methods import QUANTIZE
 from bitmend.pipelines import benchmarks
 from bitmend.pipelines.benchmarks import Options, run, synthetic_layer
 from bitmend.pipelines.errors import UsageError
@@ -24,7 +25,10 @@ def test_a_size_gives_the_same_layer_every_time() -> None:
 
 def test_compress_measures_every_matrix_method(tmp_path: Path) -> None:
     measured = run("compress", Options(device="cpu", sizes=(64,), repeats=1, output=tmp_path))
-    rows = {row["method"]: row for row in measured["rows"]}
+    rows = {row["method"]: row for row in measured["rows"] if "error" not in row}
+    refused = {row["method"]: row["error"] for row in measured["rows"] if "error" in row}
+    assert set(refused) == {name for name, row in QUANTIZE.items() if row.scope == "block"}
+    assert set(refused.values()) == {"trains whole blocks, not a matrix: measure it with -m MODEL"}
     assert {"magnitude", "wanda", "sparsegpt", "rtn", "gptq", "nf4"} <= set(rows)
     assert all(row["seconds"] > 0 and row["peak_bytes"] >= 0 and 0 < row["relative_output_error"] < 1 for row in rows.values())
     assert rows["gptq"]["relative_output_error"] < rows["rtn"]["relative_output_error"]
@@ -32,6 +36,11 @@ def test_compress_measures_every_matrix_method(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "bench-compress.json").read_text())["rows"] == measured["rows"]
     assert "| gptq" in (tmp_path / "bench-compress.md").read_text()
     assert (tmp_path / "bench-compress.png").stat().st_size > 1000
+
+
+def test_what_does_not_fit_has_a_row_that_says_so() -> None:
+    (row,) = run("compress", Options(device="cpu", sizes=(72,), only=("rtn",), repeats=1))["rows"]
+    assert row["size"] == 72 and "in_features 72 is not a multiple of group_size 64" in row["error"]
 
 
 def test_memory_of_a_row_is_what_it_takes_beyond_what_was_there() -> None:

@@ -1,0 +1,121 @@
+"""One compression stage under way, and what it does with one matrix: where it comes from, what it should imitate, what is said of it.
+
+Knows artifacts and the structure of the model; the maths is `compress/methods`, the order of things `compress`.
+Legend: O out, I in.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...compress.methods import Method
+from ...compress.statistics import Fisher, InputStatistics, LayerStatistics
+from ...compress.weights import DenseWeight, StoredWeight
+from ..artifact import Artifact, ArtifactWriter
+from ..blocks import StreamedModel
+from ..errors import InputError
+from ..models import Site, shared_names
+from ..stage_settings import StageSpec
+from .context import Context
+
+
+@dataclass
+class Stage:
+    """`sparsity` holds, for a pruning stage whose blocks differ, that of each matrix that shares the stage's mean."""
+
+    parent: Artifact
+    writer: ArtifactWriter
+    spec: StageSpec
+    row: Method
+    context: Context
+    model: StreamedModel
+    dense: StreamedModel | None
+    needs: frozenset[str]
+    sparsity: Mapping[str, float] = field(default_factory=dict)
+    hidden: list[Tensor] = field(default_factory=list)
+    dense_hidden: list[Tensor] = field(default_factory=list)
+    fisher: Mapping[str, Fisher] = field(default_factory=dict)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def propagates(self) -> bool:
+        return bool(self.needs - {"fisher"}) or self.row.scope == "block"
+
+    @property
+    def true_sequential(self) -> bool:
+        return self.spec.true_sequential and bool(self.needs - {"fisher"})
+
+    def config_for(self, site: Site) -> Any:
+        """The site's config: its overrides over its block's sparsity over the stage's settings."""
+        config = self.spec.config_for(site.name)
+        sparsity = self.sparsity.get(site.name)
+        return config if sparsity is None else replace(config, sparsity=sparsity)
+
+
+def current(stage: Stage, site: Site) -> StoredWeight:
+    """The site's record in the parent; a plain weight becomes a dense record in its own dtype."""
+    return _matrix(stage, stage.parent, site)
+
+
+def target(stage: Stage, site: Site) -> Tensor:
+    """The baseline's float32 [O, I] matrix."""
+    record = _matrix(stage, stage.context.baseline, site).to(stage.context.device)
+    return record.dense().contiguous()
+
+
+def _matrix(stage: Stage, artifact: Artifact, site: Site) -> StoredWeight:
+    names = shared_names(stage.model.model, f"{site.module}.{site.parameter}") if site.block is None else [f"{site.name}.weight"]
+    linear = next((n for name in names if (n := name.removesuffix(".weight")) in artifact.linears), None)
+    if linear is not None:
+        return artifact.stored(linear)
+    name = names[0] if site.block is None else f"{site.module}.{site.parameter}"
+    return StoredWeight(DenseWeight(site.read(artifact.tensor(name)).contiguous()))
+
+
+def solve(stage: Stage, site: Site, statistics: Mapping[str, InputStatistics]) -> tuple[StoredWeight, dict[str, Any]]:
+    """(the site's new record, what is said of it). InputError names the site and what the method could not use."""
+    target_OI, config = target(stage, site), stage.config_for(site)
+    if not bool(torch.isfinite(target_OI).all()):
+        raise InputError(f"{site.name}.{site.parameter} holds NaN or Inf; repair the checkpoint or give another one")
+    known = LayerStatistics(statistics[site.name], stage.fisher.get(site.name))
+    try:
+        if (grid := getattr(config, "activations", None)) is not None:
+            grid.divide(site.shape[1])
+        record, metrics = stage.row.function(current(stage, site).to(stage.context.device), target_OI, known, config)
+    except ValueError as error:
+        raise InputError(f"{site.name}: {error}") from error
+    return record, described(site, record, target_OI, statistics[site.name], metrics)
+
+
+def described(
+    site: Site, record: StoredWeight, target_OI: Tensor, statistics: InputStatistics, metrics: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a report says of one matrix."""
+    rank = record.low_rank.rank if record.low_rank is not None else None
+    return {
+        "name": site.name,
+        "block": site.block,
+        "relative_output_error": relative_output_error(record.dense().to(target_OI), target_OI, statistics),
+        "bits_per_weight": record.bits_per_weight(),
+        "rank": rank,
+        "sparsity": record.sparsity(),
+        "weights": site.shape[0] * site.shape[1],
+        "metrics": dict(metrics),
+    }
+
+
+def relative_output_error(weight_OI: Tensor, target_OI: Tensor, statistics: InputStatistics) -> float:
+    """√(E‖(W − Ŵ)x‖² / E‖Wx‖²) under the best second moment that was collected: full, diagonal, or none."""
+    difference = target_OI - weight_OI
+    if statistics.moment_sum_II is not None and statistics.tokens:
+        moment = statistics.second_moment_II
+        lost, whole = ((m @ moment).mul_(m).sum().double() for m in (difference, target_OI))
+    elif statistics.tokens:
+        squares = statistics.norm_I.square()
+        lost, whole = ((m.square() * squares).sum().double() for m in (difference, target_OI))
+    else:
+        lost, whole = (m.square().sum().double() for m in (difference, target_OI))
+    return float((lost.clamp(min=0) / whole).sqrt()) if whole > 0 else 0.0
