@@ -7,6 +7,7 @@ gives it; a compressed linear `L` stores the tensors of its record as `L.base.co
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -75,6 +76,12 @@ class Artifact:
     def shape(self, name: str) -> list[int]:
         with self._open(self.index[name]) as shard:
             return shard.get_slice(name).get_shape()
+
+    def stored_bytes(self, name: str) -> int:
+        """Of one tensor's data, which is not read."""
+        with self._open(self.index[name]) as shard:
+            found = shard.get_slice(name)
+            return math.prod(found.get_shape()) * found[:0].element_size()
 
     def tensor(self, name: str) -> Tensor:
         """A fresh, aligned copy, so that arithmetic does not depend on where in a file a tensor lay."""

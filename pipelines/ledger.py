@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from ..reports.record import RunRecord
 from . import stages
 from .artifact import Artifact, open_artifact
+from .error_tables import finished_blocks
 from .errors import InputError
 from .perplexity import load_scores
 from .rundir import RunDirectory
@@ -38,8 +40,8 @@ class Step:
 def status(directory: Path) -> dict[str, Any]:
     """What is done, what is under way (finished blocks or steps) and what is missing."""
     place = RunDirectory(directory.resolve())
-    rows = []
-    for row in place.read()["stages"]:
+    last, rows = place.read(), []
+    for row in last["stages"]:
         step = Step(row["address"], row["method"], row["key"], row["name"], row["settings"])
         state = step.state(place)
         entry = {"stage": step.address, "method": step.method, "state": state, "directory": f"stages/{step.name}"}
@@ -50,7 +52,16 @@ def status(directory: Path) -> dict[str, Any]:
         if scores:
             entry["perplexity"] = _mean_perplexity(scores[-1])
         rows.append(entry)
-    return {"run": place.path.name, "directory": str(place.path), "stages": rows}
+    return {"run": place.path.name, "directory": str(place.path), **_table(place, last), "stages": rows}
+
+
+def _table(place: RunDirectory, last: Mapping[str, Any]) -> dict[str, Any]:
+    """How far the table of a budget is."""
+    if "allocation" not in last:
+        return {}
+    directory = place.path / last["allocation"]
+    made = "chosen" if all(row["key"] for row in last["stages"]) else "not chosen yet"
+    return {"allocation": {"state": made, "finished_blocks": finished_blocks(directory), "directory": last["allocation"]}}
 
 
 def _training_step(path: Path) -> dict[str, int]:
@@ -94,7 +105,8 @@ def last_artifact(directory: Path, stage: str | None = None) -> Artifact:
 def gc(directory: Path) -> dict[str, Any]:
     """Drop what the last plan does not name: stages of other settings, their metrics, unfinished scratch directories, torn files."""
     place = RunDirectory(directory.resolve())
-    plan = place.read()["stages"]
+    last = place.read()
+    plan = last["stages"]
     with place.held():
         wanted = {row["name"] for row in plan} | {p.name for p in place.stages.glob("teacher-????????")}
         keep = wanted | {f"{name}.metrics" for name in wanted} | {f"{name}.partial" for name in wanted if not place.artifact(name).is_dir()}
@@ -104,7 +116,12 @@ def gc(directory: Path) -> dict[str, Any]:
                 freed += sum(f.stat().st_size for f in path.rglob("*") if f.is_file() and f.stat().st_nlink == 1)
                 shutil.rmtree(path)
                 dropped.append(path.name)
-        for path in [*place.path.glob(".*"), *place.stages.glob("*/.*")]:
+        for path in sorted(place.path.glob("allocation/*")):
+            if str(path.relative_to(place.path)) != last.get("allocation"):
+                freed += sum(f.stat().st_size for f in path.iterdir())
+                shutil.rmtree(path)
+                dropped.append(path.name)
+        for path in [*place.path.glob(".*"), *place.stages.glob("*/.*"), *place.path.glob("allocation/*/.*")]:
             if re.fullmatch(r"\..+\.\d+", path.name):  # what `write_bytes` was writing when it was killed
                 freed += path.stat().st_size
                 path.unlink()

@@ -2,18 +2,23 @@
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import recovery_plan
+from . import allocation, recovery_plan
+from .error_tables import finished_blocks
 from .errors import InputError
+from .inputs import Inputs
+from .ledger import Step
 from .models import Structure, inspect, load_config, positions, resolve_model, skeleton, source_files
 from .recipe import Recipe
 from .rundir import RunDirectory
 from .sizes import Sizes, apply, dense_sizes
 from .stage_settings import StageSpec, methods
+from .steps import found_choice, plan_steps
 
 
 def refusals(recipe: Recipe, source: Path) -> list[str]:
@@ -21,12 +26,36 @@ def refusals(recipe: Recipe, source: Path) -> list[str]:
     model = skeleton(load_config(source))
     imported = "quantization_config" in json.loads((source / "config.json").read_text())
     sizes = dense_sizes(model, inspect(model, include_head=True), _element_bytes(source))
-    refused = [*_too_long(recipe, positions(model.config)), *_unused_budget(recipe)]
+    refused, left_open = _too_long(recipe, positions(model.config)), []
+    if recipe.budget is not None:
+        found = allocation.refusals(recipe, sizes)
+        if found:
+            return refused + found
+        left_open = allocation.spent(recipe).addresses
     for spec in recipe.stages:
         if spec.name == "recover":
             refused += recovery_plan.refusals(spec, recipe, model, sizes, imported)
-        refused += apply(spec, sizes)
+        said = apply(spec, sizes)
+        refused += [] if spec.address in left_open else said
     return refused
+
+
+def warnings(recipe: Recipe, source: Path) -> dict[str, str]:
+    """What is done all the same, though it should be said, by the address of the stage: too little calibration text for the widest matrix."""
+    structure = inspect(skeleton(load_config(source)), include_head=True)
+    tokens, found = recipe.calibration.samples * recipe.calibration.seq_len, {}
+    for spec in recipe.stages:
+        needs = getattr(methods(spec.name)[spec.method], "needs", None)
+        sites = [s for s in structure.sites if (s.block is not None or spec.include_head) and not spec.skips(s.name)]
+        if sites and callable(needs) and "second_moment" in needs(spec.config):
+            widest = max(sites, key=lambda site: site.shape[1])
+            if tokens < widest.shape[1]:
+                enough = -(-widest.shape[1] // recipe.calibration.seq_len)
+                found[spec.address] = (
+                    f"{tokens:,} calibration tokens are fewer than the {widest.shape[1]:,} inputs of {widest.name}: what is fitted to its second "
+                    f"moment fits this text alone; --set calibration.samples={enough} would do"
+                )
+    return found
 
 
 def predict(recipe: Recipe, directory: Path | None = None) -> dict[str, Any]:
@@ -40,13 +69,18 @@ def predict(recipe: Recipe, directory: Path | None = None) -> dict[str, Any]:
     speed = _multiplications_per_second()
     stages = [_row("baseline", None, sizes, _evaluation_seconds(recipe, total, speed))]
     stages[0]["total_bytes"] = sum(entry["bytes"] for entry in source_files(source).values())
+    refused = refusals(recipe, source)
+    place = RunDirectory(directory) if directory is not None and (directory / "run.json").is_file() else None
+    inputs = Inputs(recipe, source)
+    steps = plan_steps(recipe, source, inputs, place) if place is not None and not refused else []
+    budget = _allocation(recipe, sizes, inputs, place, steps) if recipe.budget is not None and not refused else None
+    specs = [step.spec for step in steps if step.spec is not None] or recipe.stages
     beside = 0
-    for spec in recipe.stages:
+    for number, spec in enumerate(specs):
         apply(spec, sizes)
         beside += recovery_plan.bytes_beside(spec, model, sizes) if spec.name == "recover" else 0
         seconds = _seconds(spec, recipe, total, speed) + _evaluation_seconds(recipe, total, speed)
-        stages.append(_row(spec.address, spec.method, sizes, seconds, beside))
-    finished = _finished(recipe, source, directory) if directory is not None else []
+        stages.append(_row(spec.address, spec.method, sizes, seconds, beside) | (budget.at_most(number) if budget is not None else {}))
     return {
         "recipe": recipe.name,
         "model": recipe.model,
@@ -54,13 +88,45 @@ def predict(recipe: Recipe, directory: Path | None = None) -> dict[str, Any]:
         "blocks": structure.blocks,
         "matrices": sum(site.block is not None for site in structure.sites),
         "skipped": [{"name": s.name, "reason": s.reason} for s in structure.skipped],
+        **({"allocation": budget.said} if budget is not None else {}),
         "stages": stages,
-        "refusals": refusals(recipe, source),
+        "refusals": refused,
+        "warnings": list(dict.fromkeys(warnings(recipe, source).values())),
         "peak_bytes": _peak_bytes(recipe, structure, total, element),
         "disk_bytes": round(sum(row["total_bytes"] for row in stages[1:])),
         "seconds": round(sum(row["seconds"] for row in stages)),
-        "finished": finished,
+        "finished": [step.address for step in steps if place is not None and step.state(place) == "done"],
     }
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """What is said of a budget, and what the stages from the `first` on take at most; nothing where the choice is made."""
+
+    said: dict[str, Any]
+    first: int
+    limit: dict[str, Any]
+
+    def at_most(self, number: int) -> dict[str, Any]:
+        return self.limit if number >= self.first else {}
+
+
+def _allocation(recipe: Recipe, dense: Sizes, inputs: Inputs, place: RunDirectory | None, steps: list[Step]) -> _Budget:
+    """What the budget chooses from, the range of sizes that the choices span, and whether the table it is chosen by is there."""
+    stages = allocation.spent(recipe)
+    counted = allocation.costs(recipe, stages, dense)
+    smallest, largest = (stages.budget.said(n, counted.weights, counted.rest_bytes) for n in (counted.smallest, counted.largest))
+    limit = min(stages.budget.bytes_for(counted.weights, counted.rest_bytes), counted.largest)
+    blocks, chosen = 0, None
+    if place is not None:
+        directory, chosen = found_choice(recipe, steps[stages.first].key, inputs, place)
+        blocks = finished_blocks(directory)
+    missing = dense.structure.blocks - blocks
+    table = f"will be built for {missing} of {dense.structure.blocks} blocks" if missing else "is there"
+    said = {"budget": stages.budget.text, "settings": len(counted.settings), "matrices": len(counted.sites)}
+    said |= {"smallest": smallest, "largest": largest, "table": table, "chosen": None if chosen is None else chosen.stored}
+    at_most = {"bits_per_weight": round(limit * 8 / counted.weights, 4), "total_bytes": round(limit + counted.rest_bytes)}
+    return _Budget(said, stages.first, {} if chosen is not None else at_most)
 
 
 def _element_bytes(source: Path) -> float:
@@ -84,15 +150,6 @@ def _too_long(recipe: Recipe, limit: int | None) -> list[str]:
         f"{key} {length} is above the {limit} positions of this model; --set {key}={limit}"
         for key, length in asked.items()
         if limit is not None and length > limit
-    ]
-
-
-def _unused_budget(recipe: Recipe) -> list[str]:
-    """A budget that nothing spends is refused, not ignored."""
-    if recipe.budget is None:
-        return []
-    return [
-        f"--budget {recipe.budget.text}: no stage of this recipe chooses its bits or ranks by a budget; set quantize.bits and decompose.rank"
     ]
 
 
@@ -141,14 +198,3 @@ def _peak_bytes(recipe: Recipe, structure: Structure, parameters: int, element: 
     streamed = (parameters - in_blocks) * 4 + block + hidden
     recovery = parameters * 4 * 1.5 if any(s.name == "recover" for s in recipe.stages) else 0
     return round(max(streamed, recovery) + 0.5e9)
-
-
-def _finished(recipe: Recipe, source: Path, directory: Path) -> list[str]:
-    """Stages that an earlier run left and this one would reuse."""
-    from .inputs import Inputs
-    from .runner import plan_steps
-
-    place = RunDirectory(directory)
-    if not (directory / "run.json").is_file():
-        return []
-    return [step.address for step in plan_steps(recipe, source, Inputs(recipe, source)) if step.state(place) == "done"]

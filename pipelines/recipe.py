@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer, ValidationError
 
+from .budget import Allocation, Budget
 from .errors import UsageError
 from .settings import dump, merged, nested, read_mapping, refuse_unknown, split_assignment, unknown
 from .stage_settings import FUSE, STAGES, StageSpec, build, config_keys, methods, validation_message
@@ -37,28 +38,6 @@ PROFILES: dict[str, dict[str, Any]] = {
     "demo": {"calibration": {"samples": 16, "seq_len": 512}, "evaluation": {"seq_len": 512, "windows": 16}},
     "standard": {"calibration": {"samples": 128, "seq_len": 2048}, "evaluation": {"seq_len": 2048, "windows": None}},
 }
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Bits per weight over the compressed linears, or bytes of the whole artifact; exactly one is set."""
-
-    text: str
-    bits_per_weight: float | None = None
-    total_bytes: int | None = None
-
-    @classmethod
-    def parse(cls, given: object) -> "Budget | None":
-        if given is None or isinstance(given, Budget):
-            return given
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(bpw|[kmg]?i?b)\s*", str(given), flags=re.IGNORECASE)
-        if match is None or float(match[1]) <= 0 or match[2].upper() == "IB":
-            raise ValueError("expected bits per weight or bytes, as in 3.0bpw or 60MB")
-        text = f"{match[1]}{match[2]}"
-        if match[2].lower() == "bpw":
-            return cls(text, bits_per_weight=float(match[1]))
-        return cls(text, total_bytes=round(float(match[1]) * _UNITS[match[2].upper()]))
 
 
 class _Section(BaseModel):
@@ -100,6 +79,7 @@ class Recipe(_Section):
     seed: Annotated[int, Field(ge=0)] = 0
     profile: Literal["demo", "standard"] = "standard"
     budget: Annotated[Budget | None, BeforeValidator(Budget.parse), PlainSerializer(lambda budget: budget.text if budget else None)] = None
+    allocation: Allocation = Allocation()
     stages: list[InstanceOf[StageSpec]] = []
     skipped: Annotated[dict[int, str], Field(exclude=True)] = {}
 

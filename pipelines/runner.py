@@ -1,35 +1,35 @@
 """The runner: from a recipe to artifacts, one directory a stage, each measured after it has been read back from disk.
 
-key(stage) = hash(parent's key, stage, method, method version, settings, data fingerprint, schema). A stage whose directory is there
-is reused; one that was interrupted goes on where it stopped; a changed setting makes a new directory and leaves the old one.
-Knows the order of things; not what a stage does. What a run has left is read in `ledger`, whose functions are offered here as well.
+A stage whose directory is there is reused; one that was interrupted goes on where it stopped; a changed setting makes a new directory and
+leaves the old one. A budget is spent when the first of its stages is reached. Knows the order of things; not what a stage does, nor what
+its key is made of (`steps`). What a run has left is read in `ledger`, whose functions are offered here as well.
 """
 
-import hashlib
 import json
 import logging
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..reports.record import Protocol, RunRecord, StageRecord
-from . import measure, recipe, stages
-from .artifact import MANIFEST, SCHEMA, Artifact, ArtifactWriter, disk_errors, open_artifact, settle, write_bytes, write_json
-from .data import Windows
+from ..reports.record import RunRecord, StageRecord
+from . import recipe, stages
+from .artifact import MANIFEST, Artifact, ArtifactWriter, disk_errors, open_artifact, settle, write_json
+from .choosing import spend
 from .errors import InputError, OutOfMemoryError, QualityError, UsageError
 from .inputs import Inputs
 from .ledger import Step, gc, last_artifact, record, status
 from .measure import Peak
 from .models import resolve_model
-from .plan import refusals
+from .plan import refusals, warnings
+from .recording import measured, save_record
 from .rundir import RunDirectory
-from .stage_settings import methods
+from .steps import Run, plan_run, plan_steps, take_up
 from .surroundings import Stop, environment, signals
 
 __all__ = ["Run", "Step", "gc", "last_artifact", "plan_steps", "record", "resume", "run", "run_directory", "status"]
@@ -37,19 +37,6 @@ __all__ = ["Run", "Step", "gc", "last_artifact", "plan_steps", "record", "resume
 log = logging.getLogger("bitmend")
 PAGE_SECONDS = 10.0
 """A stage that takes longer is worth a page of its own while the run goes on."""
-
-
-@dataclass
-class Run:
-    """A run under way, with everything the stages share."""
-
-    recipe: recipe.Recipe
-    directory: RunDirectory
-    device: torch.device
-    dtype: torch.dtype
-    inputs: Inputs
-    stop: Stop
-    steps: list[Step] = field(default_factory=list)
 
 
 def run(
@@ -74,7 +61,7 @@ def run(
         try:
             under_way = _prepare(recipe, place, environment(place, device), stop)
             _check_addresses(under_way, from_stage, until_stage, force)
-            _announce(under_way)
+            take_up(under_way)
             record = _advance(under_way, from_stage, until_stage, force)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise OutOfMemoryError(
@@ -108,8 +95,12 @@ def _prepare(chosen: recipe.Recipe, place: RunDirectory, found: dict[str, Any], 
     if refused:
         raise UsageError(refused[0] + (f" (and {len(refused) - 1} more: --dry-run lists them)" if len(refused) > 1 else ""))
     inputs = Inputs(chosen, source)
-    under_way = Run(chosen, place, torch.device(found["device"]), getattr(torch, found["dtype"]), inputs, stop)
-    under_way.steps = plan_steps(chosen, source, inputs)
+    before = place.read()["stages"]
+    under_way = Run(chosen, place, torch.device(found["device"]), getattr(torch, found["dtype"]), inputs, stop, before)
+    under_way.warnings = warnings(chosen, source)
+    for warning in dict.fromkeys(under_way.warnings.values()):
+        log.warning("%s", warning)
+    plan_run(under_way)
     inputs.evaluation()
     for step in under_way.steps:
         if step.spec is not None and step.spec.name == "recover" and step.state(place) != "done":
@@ -126,60 +117,43 @@ def _check_addresses(under_way: Run, from_stage: str | None, until_stage: str | 
         _need_finished(under_way.directory, under_way.steps, from_stage)
 
 
-def plan_steps(chosen: recipe.Recipe, source: Path, inputs: Inputs) -> list[Step]:
-    """Every stage with its key. Reads text (for fingerprints), no weights beyond their hashes."""
-    from .stages.baseline import fingerprint
-
-    model = fingerprint(source)
-    steps = [Step("baseline", None, model, f"00-baseline-{model[:8]}", {"model": chosen.model})]
-    for number, spec in enumerate(chosen.stages, 1):
-        row = methods(spec.name)[spec.method]
-        settings = spec.settings()
-        identity = [SCHEMA, steps[-1].key, spec.name, spec.method, row.version, settings, chosen.seed, inputs.fingerprint(spec, row)]
-        key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-        steps.append(Step(spec.address, spec.method, key, f"{number:02d}-{spec.address}-{key[:8]}", settings, spec))
-    return steps
-
-
-def _announce(under_way: Run) -> None:
-    """Say which stages a changed setting sends back to work, and why; then make this the plan of record."""
-    place = under_way.directory
-    state = place.read()
-    before = {row["address"]: row for row in state["stages"]}
-    for step in under_way.steps:
-        old = before.get(step.address)
-        if old is not None and old["key"] != step.key and step.state(place) != "done" and place.artifact(old["name"]).is_dir():
-            changes = [f"{k} {old['settings'].get(k)} → {v}" for k, v in step.settings.items() if old["settings"].get(k) != v]
-            if old["method"] != step.method:
-                changes.insert(0, f"method {old['method']} → {step.method}")
-            why = ", ".join(changes) or "a stage before it, its data or the program changed"
-            log.info("%s: %s; it is done again, the earlier result stays in %s", step.address, why, old["name"])
-    write_bytes(place.recipe, under_way.recipe.to_yaml().encode())
-    rows = [{"address": s.address, "method": s.method, "key": s.key, "name": s.name, "settings": s.settings} for s in under_way.steps]
-    place.write({"stages": rows, "model": under_way.recipe.model, "recipe": under_way.recipe.name})
-
-
 # -- going on --------------------------------------------------------------------------------------------------------------------
 
 
 def _advance(under_way: Run, from_stage: str | None, until_stage: str | None, force: str | None) -> RunRecord:
-    place, steps = under_way.directory, under_way.steps
+    place = under_way.directory
     if force is not None:
-        _set_aside(place, steps, force)
+        _set_aside(place, under_way.steps, force)
     parent: Artifact | None = None
     records: list[StageRecord] = []
     scores: list[Any] = []
     windows = under_way.inputs.evaluation()
-    for step in steps:
+    while len(records) < len(under_way.steps):
+        if parent is not None and not under_way.steps[len(records)].key:
+            _spend(under_way, parent)
+        step = under_way.steps[len(records)]
         began, news = time.monotonic(), step.state(place) != "done"
         artifact = _finish(under_way, step, parent)
-        records.append(_measured(under_way, step, artifact, windows, scores))
+        records.append(measured(under_way, step, artifact, windows, scores, records))
         if news:
-            _save_record(under_way, records, windows, page=time.monotonic() - began > PAGE_SECONDS)
+            save_record(under_way, records, windows, page=time.monotonic() - began > PAGE_SECONDS)
         parent = artifact
         if step.address == until_stage:
             break
-    return _save_record(under_way, records, windows, page=True)
+    return save_record(under_way, records, windows, page=True)
+
+
+def _spend(under_way: Run, parent: Artifact) -> None:
+    """Choose for the stages of the budget, and take up the steps that follow from the choice."""
+    place, directory = under_way.directory, under_way.table
+    assert directory is not None
+    place.log("allocation begins", budget=under_way.recipe.settings()["budget"], table=directory.name)
+    with under_way.stop.patient():
+        made = spend(under_way.recipe, parent, directory, _context(under_way, directory))
+    place.log("allocation ends", stored=made.stored, gap=made.gap)
+    log.info("allocation: %s stored of %s%s", made.stored, made.budget, f"; {made.note}" if made.note else "")
+    plan_run(under_way)
+    take_up(under_way)
 
 
 def _finish(under_way: Run, step: Step, parent: Artifact | None) -> Artifact:
@@ -220,7 +194,7 @@ def _make(under_way: Run, step: Step, parent: Artifact | None) -> Artifact:
         return artifact
     with _timed(under_way.device, metrics) as peak, under_way.stop.patient():
         writer = ArtifactWriter(scratch, parent)
-        outcome = stages.perform(step.spec, parent, writer, _context(under_way, step, scratch))
+        outcome = stages.perform(step.spec, parent, writer, _context(under_way, scratch))
     _keep(metrics, outcome, peak)
     documents = {n: (parent.directory / n).read_bytes() for n in parent.manifest["files"] if not n.endswith(".safetensors")}
     return writer.seal(final, manifest, {**documents, **outcome.documents})
@@ -249,7 +223,7 @@ def _keep(metrics: Path, outcome: stages.Outcome, peak: Peak) -> None:
     (metrics / "interrupted.json").unlink(missing_ok=True)
 
 
-def _context(under_way: Run, step: Step, scratch: Path) -> "stages.Context":
+def _context(under_way: Run, scratch: Path) -> "stages.Context":
     place, inputs = under_way.directory, under_way.inputs
     baseline_step = under_way.steps[0]
     baseline = open_artifact(place.artifact(baseline_step.name))
@@ -279,41 +253,6 @@ def _teacher(under_way: Run, baseline: Artifact) -> Artifact | None:
     source = resolve_model(str(under_way.recipe.teacher))
     manifest = {"key": key, "parent": None, "stage": {"name": "teacher", "method": None, "settings": {"model": under_way.recipe.teacher}}}
     return build_baseline(source, under_way.directory.scratch(final.name), final, manifest)
-
-
-def _measured(under_way: Run, step: Step, artifact: Artifact, windows: Windows, scores: list[Any]) -> StageRecord:
-    """Measure an artifact as it lies on disk."""
-    place = under_way.directory
-    metrics, baseline = place.metrics(step.name), under_way.steps[0]
-    teacher = None
-    if scores:
-        opened = open_artifact(place.artifact(baseline.name))
-        teacher = measure.teacher_of(opened, place.metrics(baseline.name), windows, under_way.device, under_way.dtype)
-    bind = stages.binder(step.spec, under_way.device, artifact)
-    found, extra = measure.scores_of(
-        artifact, metrics, windows, teacher, under_way.device, under_way.dtype, bind, f"{step.address}: perplexity, blocks"
-    )
-    size = measure.size_of(artifact)
-    previous = scores[-1] if scores else None
-    scores.append(found)
-    made = measure.stage_record(step.address, step.method, step.settings, metrics, size, found, extra, scores[0], previous)
-    log.info("%s: perplexity %.3f, %.1f MB", step.address, found.perplexity, size["total_bytes"] / 1e6)
-    return made
-
-
-def _save_record(under_way: Run, records: list[StageRecord], windows: Windows, page: bool) -> RunRecord:
-    """record.json, written anew after every stage that was worked on, and report.html, which takes a second to draw."""
-    from ..reports import render
-
-    place = under_way.directory
-    environment = json.loads((place.path / "environment.json").read_text())
-    known = {k: v for k, v in windows.protocol.items() if k in Protocol.__dataclass_fields__}
-    details = {k: v for k, v in windows.protocol.items() if k not in known}
-    made = RunRecord(place.path.name, under_way.recipe.model, Protocol(**known, details=details), measure.with_ratios(records), environment)
-    write_json(place.path / "record.json", made.to_json())
-    if page:
-        write_bytes(place.path / "report.html", render(made, "html").encode())
-    return made
 
 
 def _need_finished(place: RunDirectory, steps: list[Step], address: str) -> None:

@@ -5,7 +5,8 @@ below the baseline is called adaptation to the text's domain.
 """
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, median
@@ -51,7 +52,7 @@ def findings(record: RunRecord) -> list[Finding]:
     sentences = [*_summary(record), *_hurt(found, worst), *_helped(found)]
     if worst is not None:
         sentences += _layers(worst.after)
-    sentences += [*_noise(found), *_adaptation(record), *_expensive_factors(record), *_prediction(record)]
+    sentences += [*_noise(found), *_adaptation(record), *_expensive_factors(record), *_budget(record), *_prediction(record)]
     return sentences + _notes(record.stages)
 
 
@@ -223,6 +224,24 @@ def _expensive_factors(record: RunRecord) -> list[Finding]:
             text = f"{named(after)} added {number(added, 3)} bits per weight, more than a further bit everywhere: compare at equal bytes."
             sentences.append(Finding("bytes", text))
     return sentences
+
+
+def _budget(record: RunRecord) -> list[Finding]:
+    """What a budget was spent on, and what it was expected to cost."""
+    spent = [stage for stage in record.stages if isinstance(stage.metrics.get("allocation"), Mapping)]
+    if not spent:
+        return []
+    stage, facts = spent[-1], spent[-1].metrics["allocation"]
+    given = Counter(layer.metrics["bits"] for layer in stage.layers if "bits" in layer.metrics)
+    bits = ", ".join(f"{count} matrices have {number(size)} bits" for size, count in sorted(given.items()))
+    ranks = [layer.rank for layer in stage.layers if layer.rank and "bits" in layer.metrics]
+    term = f"; {len(ranks)} have a low-rank term, of rank {min(ranks)} to {max(ranks)}" if ranks else ""
+    text = f"The budget {facts.get('budget')} was spent by {named(stage)}, {facts.get('stored')} at the end of the run: {bits}{term}."
+    before = record.stages[max(0, record.stages.index(spent[0]) - 1)]
+    if facts.get("weighting") == "fisher" and stage.nll_difference is not None and is_finite(facts.get("total_loss")):
+        rose = stage.nll_difference - (before.nll_difference or 0.0)
+        text += f" Predicted to cost {number(facts['total_loss'], 3)} nats per token, to second order; on the evaluation text it cost {number(rose, 3)}."
+    return [Finding("allocation", text)]
 
 
 def _prediction(record: RunRecord) -> list[Finding]:

@@ -33,6 +33,7 @@ from .findings import findings, named
 from .record import RunRecord, StageRecord, perplexity_ratio
 from .units import exact, number, percent, ratio, size
 
+LONG = 200
 LABELS = {
     "hurt": "Hurt most",
     "helped": "Helped",
@@ -229,7 +230,9 @@ def _layer_title(stage: StageRecord) -> str:
 
 
 def _listed(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {_text(value)}" for key, value in settings.items() if value is not None)
+    """Settings as words; what names hundreds of matrices is cut short, the other formats have it in full."""
+    texts = {key: _text(value) for key, value in settings.items() if value is not None}
+    return ", ".join(f"{key} {text if len(text) <= LONG else f'{text[:LONG]}… ({len(text):,} characters)'}" for key, text in texts.items())
 
 
 def _text(value: Any) -> str:

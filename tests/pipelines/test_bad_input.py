@@ -124,7 +124,9 @@ SETTINGS: dict[str, tuple[list[str], int, str]] = {
     "an unknown key": (["--set", "quantize.bit=3"], 2, r"unknown setting of quantize gptq 'bit'; did you mean 'bits'\?"),
     "an unknown section": (["--set", "evaluate.windows=3"], 2, r"unknown key 'evaluate'; did you mean 'evaluation'\?"),
     "an impossible value": (["--set", "quantize.bits=5"], 2, r"quantize.*5"),
-    "a budget nothing spends": (["--budget", "3bpw"], 2, r"--budget 3bpw: no stage of this recipe"),
+    "a budget nothing can meet": (["--budget", "1bpw"], 2, r"--budget 1bpw is infeasible: the smallest that the choices of `allocation` can store is 3\.\d+bpw"),
+    "a budget nothing spends": (["--budget", "3bpw", "--set", "quantize.method=none"], 2, r"--budget 3bpw: .*this recipe's quantize: none"),
+    "a choice that is none": (["--budget", "4bpw", "--set", "allocation.bit=3"], 2, r"allocation: unknown key 'bit'; did you mean 'bits'\?"),
     "a method that cannot serve": (["--set", "recover.method=full"], 2, r"recover: full cannot serve this model: the weights are quantized"),
     "an unknown stage": (["--until", "quantise"], 2, r"did you mean 'quantize'\?"),
     "a text that is not there": (["--eval", "/no/such/file.txt"], 3, r"/no/such/file\.txt"),
@@ -241,6 +243,34 @@ def test_nan_that_only_calibration_meets(small_model: Path, small_text: Path, tm
     with pytest.raises(InputError, match=r"model\.layers\.0\.self_attn\.\w+: .* of its inputs holds NaN or Inf"):
         runner.run(recipe, tmp_path / "run")
     assert [row["state"] for row in runner.status(tmp_path / "run")["stages"]] == ["done", "partial"]
+
+
+def test_text_too_short_for_the_widest_matrix(commands: Processes, small_model: Path, small_text: Path, tmp_path: Path) -> None:
+    """Fewer tokens than inputs: it goes through, a number that would do is named before any work and in the report, nothing becomes NaN."""
+    chain = [{"quantize": {"method": "gptq", "group_size": 32, "ignore": "down_proj"}}, {"decompose": {"method": "qera_exact", "rank": 4}}]
+    recipe = write_recipe(tmp_path / "r.yaml", chain, calibration={"samples": 2, "seq_len": 40}, evaluation={"seq_len": 32, "windows": 1})
+    arguments = ["run", str(recipe), "-m", str(small_model), "--data", str(small_text), "-o", str(tmp_path / "run"), "--device", "cpu"]
+    assert commands.run(arguments, tmp_path / "log") == 0
+    text, (_, quantize, decompose) = (tmp_path / "log").read_text(), runner.record(tmp_path / "run").stages
+    for width, enough, stage in ((128, 4, quantize), (256, 7, decompose)):
+        words = rf"80 calibration tokens are fewer than the {width} inputs of model\.layers\.0\.\S+: .*--set calibration\.samples={enough} would do"
+        assert re.search(rf"WARNING.*{words}", text) and any(re.search(words, note) for note in stage.notes)
+    for layer in decompose.layers:
+        assert layer.metrics["tokens_short_of"] == (256 if "down_proj" in layer.name else 128) and layer.metrics["moment_singular"] == 1
+        assert layer.relative_output_error is not None and layer.relative_output_error == layer.relative_output_error
+    assert decompose.perplexity is not None and decompose.perplexity < 100
+
+
+@pytest.mark.parametrize("extra", [["--set", "decompose.method=lq_lora"], ["--budget", "4bpw"]])
+def test_a_loss_that_feels_no_matrix(extra: list[str], commands: Processes, small_model: Path, small_text: Path, tmp_path: Path) -> None:
+    """The last norm is 0, so every logit is, and no gradient comes back: Fisher information of 0."""
+    shutil.copytree(small_model, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").chmod(0o644)
+    weights(tmp_path / "model", lambda t: t["model.norm.weight"].zero_())
+    chain = [{"quantize": {"method": "rtn", "group_size": 32}}, {"decompose": {"rank": 2}}]
+    arguments = ["run", str(write_recipe(tmp_path / "r.yaml", chain)), "-m", str(tmp_path / "model"), "--data", str(small_text)]
+    code, line = one_line(commands, [*arguments, "-o", str(tmp_path / "run"), "--device", "cpu", *extra], tmp_path / "log")
+    assert code == 3 and "Fisher information is 0 everywhere: the loss does not depend on any matrix" in line
 
 
 def test_training_that_diverges_keeps_what_was_before(small_model: Path, small_text: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from bitmend.pipelines import runner
 from bitmend.pipelines.plan import predict, refusals
-from bitmend.pipelines.recipe import resolve
 
 from .families import save_speaking
 from .runs import CHAIN, Processes, chosen, write_recipe
@@ -101,12 +100,6 @@ def test_presets_of_every_kind_can_be_planned(case: str, small_model: Path, smal
     chain = [{"quantize": {"method": "rtn", "group_size": 32}}, {"decompose": {"method": case, "rank": 4}}]
     rows = predict(chosen(tmp_path, small_model, small_text, chain))["stages"]
     assert rows[2]["total_bytes"] > rows[1]["total_bytes"]
-
-
-def test_a_budget_is_spent_or_refused(small_model: Path, small_text: Path, tmp_path: Path) -> None:
-    path = write_recipe(tmp_path / "r.yaml", [{"quantize": {"method": "rtn", "group_size": 32}}])
-    recipe = resolve(str(path), options={"model": str(small_model), "data": str(small_text), "budget": "3bpw"})
-    assert any(line.startswith("--budget 3bpw: no stage of this recipe") for line in predict(recipe)["refusals"])
 
 
 def test_a_dry_run_does_nothing(commands: Processes, small_model: Path, small_text: Path, tmp_path: Path) -> None:

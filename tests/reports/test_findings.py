@@ -146,3 +146,23 @@ def test_changes_skip_stages_without_a_perplexity() -> None:
     found = changes(run(stage("baseline", 20.0), StageRecord("prune"), StageRecord("quantize", perplexity=30.0)).stages)
     assert [(change.before.stage, change.after.stage) for change in found] == [("baseline", "quantize")]
     assert found[0].nats == pytest.approx(math.log(1.5)) and not found[0].is_noise
+
+
+def test_what_a_budget_was_spent_on() -> None:
+    layers = tuple(
+        LayerRecord(f"m.{place}.q", rank=8 * (place > 2), metrics={"bits": bits, "predicted_loss": 1.0, "measured_loss": 1.1})
+        for place, bits in enumerate((2, 3, 3, 3, 4))
+    )
+    facts = {"budget": "3.0bpw", "stored": "2.998bpw", "weighting": "fisher", "total_loss": 0.0712}
+    stages = [
+        stage("baseline", 20.0),
+        stage("prune", 21.0, 20.0, nll_difference=0.05),
+        stage("quantize", 22.0, 21.0, nll_difference=0.12, metrics={"allocation": facts}, layers=layers),
+        stage("decompose", 21.9, 22.0, nll_difference=0.11, metrics={"allocation": facts}, layers=layers, method="qera_exact"),
+    ]
+    text = said(run(*stages), "allocation")
+    assert "The budget 3.0bpw was spent by decompose (qera_exact), 2.998bpw at the end of the run" in text
+    assert "1 matrices have 2 bits, 3 matrices have 3 bits, 1 matrices have 4 bits; 2 have a low-rank term, of rank 8 to 8" in text
+    assert "Predicted to cost 0.0712 nats per token, to second order; on the evaluation text it cost 0.06" in text
+    assert "decompose (qera_exact): predicted loss 5.000, measured 5.500 (10.0 % off), over 5 layers" in text
+    assert "budget" not in said(run(*stages[:2]), "allocation")

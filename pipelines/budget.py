@@ -1,0 +1,104 @@
+"""What a recipe may say about size: a budget in bits per weight or bytes, and the choices that meet it. Knows text and numbers only."""
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+Bits = Literal[2, 3, 4, 8]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bits per weight over the matrices it is spent on, or bytes of the whole artifact; exactly one is set."""
+
+    text: str
+    bits_per_weight: float | None = None
+    total_bytes: int | None = None
+
+    @classmethod
+    def parse(cls, given: object) -> "Budget | None":
+        if given is None or isinstance(given, Budget):
+            return given
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(bpw|[kmg]?i?b)\s*", str(given), flags=re.IGNORECASE)
+        if match is None or float(match[1]) <= 0 or match[2].upper() == "IB":
+            raise ValueError("expected bits per weight or bytes, as in 3.0bpw or 60MB")
+        text = f"{match[1]}{match[2]}"
+        if match[2].lower() == "bpw":
+            return cls(text, bits_per_weight=float(match[1]))
+        return cls(text, total_bytes=round(float(match[1]) * _UNITS[match[2].upper()]))
+
+    def bytes_for(self, weights: int, rest_bytes: float) -> float:
+        """What the matrices it is spent on may store: all of it in bits per weight, or what `rest_bytes` leave of the artifact."""
+        return self.bits_per_weight * weights / 8 if self.bits_per_weight is not None else (self.total_bytes or 0) - rest_bytes
+
+    def said(self, stored_bytes: float, weights: int, rest_bytes: float) -> str:
+        """A size of those matrices in the budget's own unit, rounded up: as a budget it is enough."""
+        if self.bits_per_weight is not None:
+            return f"{_up(stored_bytes * 8 / weights)}bpw"
+        unit = re.sub(r"[0-9.]", "", self.text)
+        return f"{_up((stored_bytes + rest_bytes) / _UNITS[unit.upper()])}{unit}"
+
+
+def _up(value: float) -> str:
+    """Three decimals, rounded up."""
+    return f"{-(-value * 1000 // 1) / 1000:.3f}"
+
+
+def _listed(value: Any) -> Any:
+    """A single value where a list is meant; nothing twice."""
+    return list(dict.fromkeys(value if isinstance(value, (list, tuple)) else [value]))
+
+
+def _texts(value: Any) -> Any:
+    return [str(item) for item in _listed(value)]
+
+
+class Allocation(BaseModel):
+    """What every matrix may be given, and what is minimised. The product of all lists is the table of settings.
+
+    double_quantize counts for NormalFloat methods only; sparsities are "dense", an "N:M" pattern or a share of each row ("0.5"), and
+    need a prune stage, which otherwise does what it says. weighting: which sum of the matrices' errors is least. output: squared output errors as
+    they are; relative: each as a share of its output's energy; fisher: each output weighed by the mean square of the loss's gradient
+    there, which makes the sum an estimate of nats per token.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bits: Annotated[tuple[Bits, ...], BeforeValidator(_listed), Field(min_length=1)] = (2, 3, 4)
+    group_sizes: Annotated[tuple[int, ...], BeforeValidator(_listed), Field(min_length=1)] = (32, 64, 128)
+    double_quantize: Annotated[tuple[bool, ...], BeforeValidator(_listed), Field(min_length=1)] = (False, True)
+    ranks: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_listed), Field(min_length=1)] = (0, 4, 8, 16, 32)
+    factor_bits: Annotated[tuple[Literal[4, 8, 16], ...], BeforeValidator(_listed), Field(min_length=1)] = (16, 8)
+    sparsities: Annotated[tuple[str, ...], BeforeValidator(_texts)] = ()
+    weighting: Literal["output", "relative", "fisher"] = "fisher"
+
+    @field_validator("group_sizes")
+    @classmethod
+    def _sizes(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        for size in sizes:
+            if size != -1 and size < 1:
+                raise ValueError(f"a group size of {size} must be positive, or -1 for one group a row")
+        return sizes
+
+    @field_validator("sparsities")
+    @classmethod
+    def _patterns(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        for text in texts:
+            pattern(text)
+        return texts
+
+
+def pattern(text: str) -> tuple[str, float]:
+    """("dense", 0.0), ("2:4", 0.5) or ("unstructured", 0.5) from how a recipe writes it. ValueError for anything else."""
+    if text == "dense":
+        return "dense", 0.0
+    if match := re.fullmatch(r"([0-9]+):([0-9]+)", text):
+        kept, of = int(match[1]), int(match[2])
+        if 0 < kept < of:
+            return text, 1 - kept / of
+    elif re.fullmatch(r"0?\.[0-9]+", text) and 0 < float(text) < 1:
+        return "unstructured", float(text)
+    raise ValueError(f"sparsity {text!r} is neither dense, nor N:M with 0 < N < M, nor a share such as 0.5")
