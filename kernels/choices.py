@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-VERSION = 1
+VERSION = 2
 log = logging.getLogger(__name__)
 
 

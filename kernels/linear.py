@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..compress.weights import DenseWeight, StoredWeight
 from . import cpu_linear, triton_linear
 from .checks import RANK_LIMIT
-from .choices import device_name, entries
+from .choices import cache_file, device_name, entries
 from .operators import DenseOperator, Operator, ReferenceOperator, storage_bytes
 from .prepare import Prepared, join, prepare
 
@@ -209,13 +209,20 @@ def bind_group(
 
 
 def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What a doctor prints: the device, the backends it has with the reason for each one missing, and every measured choice."""
+    """What a doctor prints: the device, the backends it has with the reason for each one missing, every measured choice, and the file
+    they are kept in (without it they are measured again)."""
     place = torch.device(device)
     backends = {"reference": "plain torch", "dense": "a dense matrix and torch's matmul"}
     backends["cpu-int4"] = cpu_linear.availability() if place.type == "cpu" else "only on the CPU"
     backends["cpu-int8"] = "bytes widened to float32 by chunks" if place.type == "cpu" else "only on the CPU"
     backends["triton"] = triton_linear.availability(place)
-    return {"device": device_name(place), "torch": torch.__version__, "backends": backends, "choices": entries(place)}
+    return {
+        "device": device_name(place),
+        "torch": torch.__version__,
+        "backends": backends,
+        "choices": entries(place),
+        "cache": str(cache_file(place)),
+    }
 
 
 def _bind_prepared(prepared: Prepared, place: torch.device, dtype: torch.dtype, backend: Backend) -> FusedLinear:

@@ -6,24 +6,33 @@ Knows artifacts and modules; not compression methods, not metrics.
 Legend: N windows, T tokens, D model width, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from ..compress.weights import StoredWeight
+from ..compress.weights import DenseWeight, StoredWeight
 from ..recover.beside import Tokens, cache_argument
 from .artifact import Artifact
 from .errors import InputError
 from .models import Site, Structure, inspect, load_config, set_parameter, skeleton, tied_names
 from .rounded_inputs import raw_inputs, round_expert_inputs, round_inputs
 
-Binder = Callable[[nn.Module, str, dict[str, StoredWeight]], None]
-"""Replaces a block's linears by modules that run their records; given the block, its dotted name and the records."""
+
+class Binder(Protocol):
+    """Replaces modules by others that run their records."""
+
+    def __call__(self, model: nn.Module, prefix: str, records: dict[str, StoredWeight]) -> None:
+        """A block's linears, by name."""
+        ...
+
+    def tables(self, model: Any, records: dict[str, StoredWeight]) -> None:
+        """The token embeddings and the head, by the name of their parameter; those it leaves get their dense matrix."""
+        ...
 
 
 @dataclass
@@ -51,12 +60,16 @@ class StreamedModel:
         self.model = skeleton(load_config(self.artifact.directory))
         self.structure = inspect(self.model, include_head=True)
         self._tied = tied_names(self.model)
-        for name, tensor in self.rest().items():
+        tables = self._tables()
+        for name, tensor in self.rest(tables).items():
             set_parameter(self.model, name, tensor.to(self.device, self._running(tensor)))
         self.model.tie_weights()
         for name, buffer in self.model.named_buffers():
             set_parameter(self.model, name, buffer.to(self.device))
-        for head in (s for s in self.structure.sites if s.block is None and "activations" in self.artifact.linears.get(s.name, ())):
+        if self.bind is not None and tables:
+            self.bind.tables(self.model, tables)
+        heads = [s for s in self.structure.sites if s.block is None and "activations" in self.artifact.linears.get(s.name, ())]
+        for head in heads if self.bind is None else ():
             round_inputs(self.model.get_submodule(head.module), self.artifact.stored(head.name).to(self.device))
         if self.virtual:
             found = [t for beside in self.artifact.beside if (t := beside.virtual()) is not None]
@@ -74,35 +87,50 @@ class StreamedModel:
     def _running(self, tensor: Tensor) -> torch.dtype:
         return self.dtype if tensor.is_floating_point() else tensor.dtype
 
-    def rest(self) -> dict[str, Tensor]:
+    def rest(self, without: Collection[str] = ()) -> dict[str, Tensor]:
         """Parameters outside the blocks, tied copies left out, records made dense."""
         blocks = f"{self.structure.prefix}."
         names = [n for n in self.model.state_dict() if not n.startswith(blocks) and n not in self._tied]
-        return {n: self._parameter(n) for n in names}
+        return {n: self._parameter(n) for n in names if n not in without}
 
-    def _parameter(self, name: str) -> Tensor:
+    def _tables(self) -> dict[str, StoredWeight]:
+        """Parameter → record of the token embeddings and the head, for a binder to place; plain ones as dense records."""
+        if self.bind is None or not self.artifact.linears:
+            return {}
+        ends = [m for m in (self.model.get_input_embeddings(), self.model.get_output_embeddings()) if m is not None]
+        names = [n for n, p in self.model.named_parameters() if any(p is m.weight for m in ends)]
+        return {n: self._record(n) or StoredWeight(DenseWeight(self._parameter(n))) for n in names}
+
+    def _record(self, name: str) -> StoredWeight | None:
+        """The record of a parameter, under whichever of its tied names it is stored."""
         shared = [name, *(copy for copy, first in self._tied.items() if first == name)]
         linear = next((n.removesuffix(".weight") for n in shared if n.removesuffix(".weight") in self.artifact.linears), None)
-        if linear is not None:
-            return self.artifact.stored(linear).dense()
+        return None if linear is None else self.artifact.stored(linear)
+
+    def _parameter(self, name: str) -> Tensor:
+        record = self._record(name)
+        if record is not None:
+            return record.dense()
         if name not in self.artifact.index:
             raise InputError(
                 f"{self.artifact.directory}: no tensor {name!r}, which {self.model.config.model_type} needs; the checkpoint is incomplete"
             )
         return self.artifact.tensor(name)
 
-    def load_block(self, index: int) -> nn.Module:
-        """Block `index` with real parameters: plain tensors as stored, records as `bind` says."""
+    def load_block(self, index: int, source: Artifact | None = None, bind: Binder | None = None) -> nn.Module:
+        """Block `index` with real parameters: plain tensors as stored, records as `bind` says. Another `source` may hold the block (a part
+        just written), another `bind` may place it."""
+        artifact, bind = source or self.artifact, bind or self.bind
         block, prefix = self.layers[index], f"{self.structure.prefix}.{index}"
-        stored = {s.name: self.artifact.stored(s.name) for s in self.structure.of_block(index) if s.name in self.artifact.linears}
+        stored = {s.name: artifact.stored(s.name) for s in self.structure.of_block(index) if s.name in artifact.linears}
         compressed = {s.name: s for s in self.structure.of_block(index) if s.name in stored}
         plain = {f"{s.module}.{s.parameter}" for s in compressed.values()}
-        tensors = self.artifact.tensors(f"{prefix}.")
+        tensors = artifact.tensors(f"{prefix}.")
         for name in block.state_dict():
             full = f"{prefix}.{name}"
             if full not in plain:
                 if full not in tensors:
-                    raise InputError(f"{self.artifact.directory}: no tensor {full!r}; the checkpoint is incomplete")
+                    raise InputError(f"{artifact.directory}: no tensor {full!r}; the checkpoint is incomplete")
                 set_parameter(self.model, full, tensors[full].to(self.device, self._running(tensors[full])))
         linears = {s.module for s in self.structure.of_block(index) if s.expert is None}
         for name, tensor in tensors.items():  # biases that recovery created where the architecture has none
@@ -110,11 +138,11 @@ class StreamedModel:
             if leaf == "bias" and owner in linears and self.model.get_submodule(owner).bias is None:
                 self.model.get_submodule(owner).bias = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
         for name, record in stored.items():
-            if self.bind is None or compressed[name].expert is not None:
+            if bind is None or compressed[name].expert is not None:
                 self.put(compressed[name], record)
-        if self.bind is not None:
-            self._plain[index] = {site.module: self.model.get_submodule(site.module) for site in compressed.values()}
-            self.bind(self.model, prefix, stored)
+        if bind is not None:
+            self._plain[index] = {name: self.model.get_submodule(name) for name in linears}
+            bind(self.model, prefix, stored)
         self._hooks[index] = [h for beside in self.artifact.beside for h in beside.hang(self.model, f"{prefix}.", self.device, self.dtype)]
         return block
 

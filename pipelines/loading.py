@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
+from ..kernels.linear import resident_bytes
 from .artifact import MANIFEST, Artifact, open_artifact
+from .binding import KernelBinder
 from .blocks import Binder, StreamedModel
+from .errors import InputError
 from .models import resolve_model
 
 
@@ -49,11 +53,9 @@ def is_fused(artifact: Artifact) -> bool:
 
 def binder_of(artifact: Artifact, device: torch.device) -> Binder | None:
     """The kernels for a fused artifact, dense weights for any other."""
-    from .stages.fuse import kernel_binder
-
     if not is_fused(artifact):
         return None
-    return kernel_binder(artifact.manifest["stage"]["settings"].get("backend", "auto"), device)
+    return KernelBinder(artifact.manifest["stage"]["settings"].get("backend", "auto"), device)
 
 
 def load(directory: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
@@ -62,11 +64,25 @@ def load(directory: str | Path, device: str = "cpu", dtype: torch.dtype | None =
 
     Raises InputError for what is no artifact. The tokenizer lies in the artifact's directory (`AutoTokenizer.from_pretrained`).
     """
-    from .stages.fuse import kernel_binder
-
     with opened(str(directory)) as artifact:
         place = torch.device(device)
         chosen = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
-        model = whole_model(artifact, place, chosen, kernel_binder("auto", place)).model
-    model.config.use_cache = True
-    return model
+        streamed = whole_model(artifact, place, chosen, KernelBinder("auto", place))
+        if (artifact.directory / "generation_config.json").is_file():
+            streamed.model.generation_config = GenerationConfig.from_pretrained(artifact.directory)
+        if artifact.linears:
+            _stay(streamed.model, artifact.directory)
+    streamed.model.config.use_cache = True
+    return streamed.model
+
+
+def _stay(model: Any, directory: Path) -> None:
+    """What transformers would do wrongly with weights that are no parameters: save them, and count them."""
+
+    def refuse(*arguments: Any, **settings: Any) -> None:
+        raise InputError(
+            f"this model is bound to kernels and cannot be saved; its saved form is {directory}, and `pipeline export` writes others"
+        )
+
+    model.save_pretrained = refuse
+    model.get_memory_footprint = lambda return_buffers=True: resident_bytes(model)

@@ -21,13 +21,13 @@ from .settings import refuse_unknown, unknown
 class FuseConfig:
     """`backend` as in kernels.linear: auto takes the fastest that this device has; the others insist."""
 
-    backend: Literal["auto", "triton", "cpu-int4", "dense", "reference"] = "auto"
+    backend: Literal["auto", "triton", "cpu-int4", "cpu-int8", "dense", "reference"] = "auto"
 
 
 @dataclass(frozen=True)
 class FuseMethod:
     config: type = FuseConfig
-    version: int = 1
+    version: int = 2
 
 
 FUSE = {"bind": FuseMethod()}

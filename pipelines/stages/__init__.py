@@ -3,11 +3,12 @@
 import torch
 
 from ..artifact import Artifact, ArtifactWriter
+from ..binding import KernelBinder
 from ..blocks import Binder
 from ..stage_settings import StageSpec
 from .compress import compress
 from .context import Context, Outcome
-from .fuse import fuse, kernel_binder
+from .fuse import fuse
 from .recover import STATE, recover
 
 PERFORM = {"prune": compress, "quantize": compress, "decompose": compress, "recover": recover, "fuse": fuse}
@@ -19,7 +20,7 @@ def perform(spec: StageSpec, parent: Artifact, writer: ArtifactWriter, context: 
 
 def binder(spec: StageSpec | None, device: torch.device, artifact: Artifact) -> Binder | None:
     """How an artifact's records run when it is measured: a fused one through the kernels, all others as dense effective weights."""
-    return kernel_binder(spec.config.backend, device) if spec is not None and spec.name == "fuse" else None
+    return KernelBinder(spec.config.backend, device) if spec is not None and spec.name == "fuse" else None
 
 
 __all__ = ["PERFORM", "STATE", "Context", "Outcome", "binder", "perform"]

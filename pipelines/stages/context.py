@@ -37,6 +37,7 @@ class Outcome:
     metrics: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     trainable_parameters: int | None = None
+    tokens_per_second: float | None = None
     documents: Mapping[str, bytes] = field(default_factory=dict)
 
 

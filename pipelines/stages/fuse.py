@@ -1,135 +1,96 @@
-"""The fuse stage: every compressed linear on the fastest kernel the device has.
+"""The fuse stage: every compressed linear on the fastest kernel the device has, smoothing folded into the norms before it.
 
-The artifact keeps device-neutral tensors, hard-linked to its parent's; which kernel runs is chosen when it is opened, and kept in a
-cache of the device. Knows which modules share an input; the kernels are `kernels/`.
+The artifact keeps device-neutral tensors, hard-linked to its parent's where nothing was folded; which kernel runs is chosen when it
+is opened, and kept in a cache of the device. Knows parts of an artifact; what a fold is is `folding`, how records become modules
+`binding`.
 """
 
-import time
-from collections import Counter
 from typing import Any
 
 import torch
-from torch import nn
 
-from ...compress.weights import StoredWeight
-from ...kernels.linear import FusedGroup, bind_group
-from ..artifact import Artifact, ArtifactWriter
-from ..blocks import Binder, StreamedModel
+from ..artifact import Artifact, ArtifactWriter, shards_of
+from ..binding import KernelBinder
+from ..blocks import StreamedModel
+from ..doctor import memory
+from ..folding import fold_block
+from ..loading import whole_model
 from ..models import positions
+from ..rounded_inputs import raw_inputs
+from ..speed import resident_bytes, tokens_per_second
 from ..stage_settings import StageSpec
-from .context import Context, Outcome
+from .context import Context, Outcome, check_stop
+
+PROMPT_TOKENS = 16
+ROOM = 1.5  # a model is loaded whole to be timed where its weights on disk take this much less than the memory that is free
 
 
 def fuse(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: Context) -> Outcome:
-    """Take the parent over and try its first block through the kernels, so that what cannot run is said now."""
-    for part in sorted(set(parent.manifest["files"]) - set(_documents(parent))):
-        name = part.split(".")[0]
-        if name not in writer.finished:
-            writer.copy_part(name)
-    backends: Counter[str] = Counter()
-    reasons: dict[str, str] = {}
-    binder = kernel_binder(spec.config.backend, context.device, backends, reasons)
-    model = StreamedModel(parent, context.device, context.dtype, binder)
-    ids = torch.zeros(1, min(128, positions(model.model.config) or 128), dtype=torch.long)
-    began = 0.0
-    with torch.no_grad():
-        hidden = model.embed(ids)
+    """Fold what can be folded, take the rest of the parent over, and let the whole model write a few tokens through the kernels, so that
+    what cannot run is said now."""
+    notes: list[str] = []
+    if any("smooth" in description for description in parent.linears.values()):
+        notes += _fold(parent, writer, context)
+    for file in sorted(name for name in parent.manifest["files"] if name.endswith(".safetensors")):
+        part = file.split(".")[0]
+        if part not in writer.finished:
+            writer.copy_part(part)
+    binder = KernelBinder(spec.config.backend, context.device)
+    speed, kept = _write_a_little(parent, binder, context)
+    if speed is None:
+        notes.append(f"speed not measured: {parent.total_bytes() / 1e9:.1f} GB of weights leave too little of this machine's memory")
+    notes += [f"{name}: {reason}" for name, reason in sorted(binder.reasons.items())][:10]
+    return Outcome(metrics={"backends": dict(binder.backends), "resident_bytes": kept}, notes=notes, tokens_per_second=speed)
+
+
+def _fold(parent: Artifact, writer: ArtifactWriter, context: Context) -> list[str]:
+    """Parts of the blocks in which a norm took a smoothing vector up. Proven in float32, on whatever the first tokens' embeddings are."""
+    model = StreamedModel(parent, context.device, torch.float32)
+    vocabulary = model.model.get_input_embeddings().num_embeddings
+    hidden = model.embed(torch.arange(PROMPT_TOKENS).remainder(vocabulary).view(1, -1))
+    notes: list[str] = []
+    folds = 0
+    for index in range(model.structure.blocks):
+        check_stop(context)
+        part, prefix = f"block-{index:05d}", f"{model.structure.prefix}.{index}."
+        if part in writer.finished:
+            notes += writer.finished[part]["extra"].get("notes", [])
+            folds += writer.finished[part]["extra"].get("folds", 0)
+            continue
+        block = model.load_block(index)
+        for module in block.modules():
+            raw_inputs(module)
+        linears = {name: parent.stored(name).to(context.device) for name in parent.linears if name.startswith(prefix)}
+        folded = fold_block(block, prefix, linears, hidden, lambda h, index=index: model.run_block(index, h))
+        model.unload_block(index)
+        linears |= folded.records
+        of_record = tuple(f"{name}." for name in linears)
+        tensors = {n: t for n, t in parent.tensors(prefix).items() if n.endswith(".bias") or not n.startswith(of_record)} | folded.tensors
+        vectors = sum(name.endswith(".weight") for name in folded.tensors)
+        writer.write_part(part, shards_of(tensors, linears), linears, {"notes": list(folded.notes), "folds": vectors})
+        notes += folded.notes
+        folds += vectors
+    return [f"{folds} smoothing vectors folded into the norms before them", *notes]
+
+
+def _write_a_little(parent: Artifact, binder: KernelBinder, context: Context) -> tuple[float | None, int | None]:
+    """(tokens a second, bytes its weights keep) of the whole model on the kernels; its first block alone where memory is short."""
+    free = _free_bytes(context.device)
+    if free is not None and parent.total_bytes() * ROOM > free:
+        model = StreamedModel(parent, context.device, context.dtype, binder)
+        hidden = model.embed(torch.zeros(1, PROMPT_TOKENS, dtype=torch.long))
         model.load_block(0)
         model.run_block(0, hidden)
-        began = time.monotonic()
-        for _ in range(5):
-            model.run_block(0, hidden)
-    seconds = (time.monotonic() - began) / 5 * model.structure.blocks
-    notes = [f"{name}: {reason}" for name, reason in sorted(reasons.items())][:10]
-    return Outcome(metrics={"backends": dict(backends), "block_tokens_per_second": ids.numel() / seconds}, notes=notes)
+        return None, None
+    model: Any = whole_model(parent, context.device, context.dtype, binder).model
+    model.config.use_cache = True
+    room = positions(model.config) or 4 * PROMPT_TOKENS
+    prompt = torch.zeros(1, min(PROMPT_TOKENS, room // 2), dtype=torch.long)
+    return tokens_per_second(model, prompt, min(16, room // 2)), resident_bytes(model)
 
 
-def _documents(parent: Artifact) -> list[str]:
-    return [name for name in parent.manifest["files"] if not name.endswith(".safetensors")]
-
-
-def kernel_binder(
-    backend: Any, device: torch.device, backends: Counter[str] | None = None, reasons: dict[str, str] | None = None
-) -> Binder:
-    """Replaces a block's compressed linears by kernel-bound ones, those that read one input as one product; counts the backends and
-    keeps the reasons of what was not bound."""
-
-    def bind_block(model: nn.Module, prefix: str, records: dict[str, StoredWeight]) -> None:
-        modules = {name: module for name in records if isinstance(module := _find(model, name), nn.Module)}
-        dtype = next((p.dtype for p in model.parameters() if not p.is_meta), torch.float32)
-        for names in _groups(list(modules)):
-            members = [(records[name], _bias(modules[name])) for name in names]
-            group = bind_group(members, device=device, dtype=dtype, backend=backend)
-            shared = SharedInput(group) if group.joined and len(names) > 1 else None
-            for index, name in enumerate(names):
-                linear = group.linears()[0 if group.joined else index]
-                model.set_submodule(name, Member(shared, index) if shared is not None else linear)
-                if backends is not None:
-                    backends[str(linear.backend)] += 1
-                if reasons is not None and linear.backend == "reference":
-                    reasons[name] = linear.reason
-
-    return bind_block
-
-
-# leaves of a block's modules that read the same input, in the order in which they are called
-ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-
-
-def _groups(names: list[str]) -> list[list[str]]:
-    """Names that share an input together, every other name by itself."""
-    groups: dict[tuple[str, int], list[str]] = {}
-    alone: list[list[str]] = []
-    for name in names:
-        owner, _, leaf = name.rpartition(".")
-        place = next((i for i, leaves in enumerate(ONE_INPUT) if leaf in leaves), None)
-        if place is None:
-            alone.append([name])
-        else:
-            groups.setdefault((owner, place), []).append(name)
-    return [sorted(g, key=lambda n: ONE_INPUT[place].index(n.rpartition(".")[2])) for (_, place), g in groups.items()] + alone
-
-
-def _find(model: nn.Module, name: str) -> Any:
-    """The module of that name; None for an expert inside a fused parameter, which is already dense."""
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
-
-
-def _bias(module: Any) -> torch.Tensor | None:
-    return None if module.bias is None else module.bias.data
-
-
-class SharedInput:
-    """One product for several linears of one input: the first that is called computes all, the others take their part when they are
-    handed the very same tensor, else they compute again."""
-
-    def __init__(self, group: FusedGroup) -> None:
-        self.group = group
-        self.x: torch.Tensor | None = None
-        self.parts: list[torch.Tensor | None] = []
-
-    def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        if self.x is not x or self.parts[index] is None:
-            self.x, self.parts = x, list(self.group(x))
-        out = self.parts[index]
-        assert out is not None
-        self.parts[index] = None
-        if all(part is None for part in self.parts):
-            self.x = None
-        return out
-
-
-class Member(nn.Module):
-    """One linear of a group, standing where it stood in the model."""
-
-    def __init__(self, shared: SharedInput, index: int) -> None:
-        super().__init__()
-        self.shared, self.index = shared, index
-        if index == 0:
-            self.group = shared.group  # registered once, so that parameters and devices are seen
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.shared.part(self.index, x)
+def _free_bytes(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = memory()
+    return min(known) if (known := [n for n in (found["limit_bytes"], found["available_bytes"]) if n is not None]) else None

@@ -37,7 +37,9 @@ def test_two_writers_keep_each_others_entries() -> None:
     assert set(choices.entries(CPU)) == {"a", "b"}
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"version": 0}', json.dumps({"version": 1, "device": "another", "entries": {"a": 1}})])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"version": 0}', json.dumps({"version": choices.VERSION, "device": "another", "entries": {"a": 1}})]
+)
 def test_damaged_or_foreign_files_are_measured_anew(content: str) -> None:
     path = choices.cache_file(CPU)
     path.parent.mkdir(parents=True)

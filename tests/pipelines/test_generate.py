@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 from bitmend.pipelines import runner
+from bitmend.pipelines.decoding import decode, graphable
 from bitmend.pipelines.errors import InputError
 from bitmend.pipelines.generate import generate
 from bitmend.pipelines.loading import load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .families import tiny_model
 from .runs import Processes, stage_directory
 
 PROMPT = "The city of"
@@ -49,6 +51,49 @@ def test_the_loaded_model_is_the_measured_one(finished: Path) -> None:
     artifact = runner.last_artifact(finished)
     kinds = {type(model.get_submodule(name)).__name__ for name in artifact.linears}
     assert "Linear" not in kinds, "it runs on the kernels"
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_one_recorded_token_after_another_is_what_generate_writes(finished: Path, warm: bool) -> None:
+    """The loop of the CUDA graph, its recording replaced: by nothing, or by one that runs the step as warming up does."""
+    model = load(finished)
+    ids = AutoTokenizer.from_pretrained(stage_directory(finished, "fuse"))(PROMPT, return_tensors="pt").input_ids
+    recorded = []
+
+    def record(step: Any) -> Any:
+        recorded.append(1)
+        if warm:
+            step()
+        return step
+
+    assert graphable(model, 32) is None
+    with torch.inference_mode():
+        tokens = list(decode(model, ids, 12, lambda logits: int(logits.argmax()), record))
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    assert tokens == expected.tolist() and len(recorded) == 1
+
+
+def test_decoding_ends_with_the_models_end(finished: Path) -> None:
+    model = load(finished)
+    ids = torch.tensor([[1, 2, 3]])
+    first, second, *_ = decode(model, ids, 8, lambda logits: int(logits.argmax()), lambda step: step)
+    model.generation_config.eos_token_id = [second, -1] if second != first else first
+    assert len(list(decode(model, ids, 8, lambda logits: int(logits.argmax()), lambda step: step))) == (2 if second != first else 1)
+
+
+def test_a_cache_that_counts_in_python_takes_no_graph() -> None:
+    assert "StaticSlidingWindowLayer" in str(graphable(tiny_model("gemma3_text"), 32))
+    assert graphable(tiny_model("gpt2"), 32) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_the_graph_writes_what_generate_writes(finished: Path) -> None:
+    model = load(finished, "cuda")
+    ids = torch.tensor([[1, 2, 3]], device="cuda")
+    with torch.inference_mode():
+        tokens = list(decode(model, ids, 12, lambda logits: int(logits.argmax())))
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[0, 3:]
+    assert tokens == expected.tolist()
 
 
 def test_what_is_no_run_is_said(tmp_path: Path) -> None:

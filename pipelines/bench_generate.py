@@ -1,0 +1,113 @@
+"""`pipeline bench generate`: tokens a second and resident bytes of a compressed model against its dense self.
+
+Knows runs and loaded models; how speed is measured is `speed`.
+"""
+
+import logging
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ..kernels.choices import device_name
+from ..kernels.timing import clocks
+from .bench_kernels import short_name
+from .benchmarks import recipe_of
+from .errors import UsageError
+from .speed import measure, reading, resident_bytes
+
+log = logging.getLogger(__name__)
+
+RECIPES: Mapping[str, list[dict[str, Any]]] = {
+    "4 bits, rank 16": [
+        {"quantize": {"method": "rtn", "bits": 4, "group_size": 64}}, {"decompose": {"method": "zeroquant_v2", "rank": 16}}, {"fuse": {}},
+    ],
+    "4 bits, rank 16, 8-bit embeddings": [
+        {"quantize": {"method": "rtn", "bits": 4, "group_size": 64, "include_embeddings": True}},
+        {"decompose": {"method": "zeroquant_v2", "rank": 16}}, {"fuse": {}},
+    ],
+}  # fmt: skip
+"""What writes against the dense model: speed does not depend on how codes and factors were found, so the quickest methods find them."""
+PROMPTS = (32, 512)
+NEW_TOKENS = 32
+PATIENCE = 2.0  # seconds: a model that reads the short prompt more slowly is not asked to read the long one
+TEXT = "The river rises in the hills to the north of the town and flows through a wide valley of fields and woods to the sea. "
+
+
+def generate(device: str, model: str | None, repeats: int, output: Path | None) -> dict[str, Any]:
+    """Tokens a second of compressed and dense models, the same prompt, each model in turn. `model`: a run directory, whose last stage
+    writes against its baseline; or anything that names a model (default: demo), which is compressed first, by RECIPES."""
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    models, words = _models(place, model, (output or Path("runs")) / "bench-generate")
+    speeds = measure(models, words[:, : PROMPTS[0]], NEW_TOKENS, repeats)
+    dense = next(resident_bytes(found) for name, found in models.items() if name == "dense bfloat16")
+    rows = []
+    for name, speed in speeds.items():
+        patient = speed.prompt_seconds <= PATIENCE
+        seconds = {PROMPTS[0]: speed.prompt_seconds, PROMPTS[1]: reading(models[name], words, repeats) if patient else None}
+        rows.append(
+            {"variant": name, "tokens_per_second": speed.tokens_per_second, "spread": max(speed.samples) - min(speed.samples)}
+            | {f"read_{length}_seconds": value for length, value in seconds.items()}
+            | {"resident_bytes": resident_bytes(models[name]), "bfloat16_share": resident_bytes(models[name]) / dense}
+        )
+        log.info("%s: %.1f tokens a second", name, speed.tokens_per_second)
+    measured = {"schema": 1, "bench": "generate", "environment": _environment(place, repeats), "rows": rows}
+    if output is not None:
+        _write_generate(measured, output, model or "demo")
+    return measured
+
+
+def _models(place: torch.device, model: str | None, directory: Path) -> tuple[dict[str, Any], torch.Tensor]:
+    """(name → loaded model, compressed ones first; ids of the long prompt [1, T])."""
+    from . import runner
+    from .loading import load
+    from .models import load_tokenizer
+
+    models: dict[str, Any] = {}
+    if model is not None and (Path(model) / "run.json").is_file():
+        run = Path(model)
+        if not runner.last_artifact(run).linears:
+            raise UsageError(f"{model}: its last stage compressed nothing; bench generate compares a compressed model with its baseline")
+        models["compressed"] = load(run, str(place))
+    else:
+        run = directory
+        for name, stages in RECIPES.items():
+            short = {"calibration": {"samples": 1, "seq_len": 64}, "evaluation": {"seq_len": 256, "windows": 4}}
+            runner.run(recipe_of({"name": "bench-generate", "model": model or "demo", "stages": stages, **short}), run, device=str(place))
+            models[name] = load(run, str(place))
+    baseline = runner.last_artifact(run, "baseline").directory
+    for dtype in (torch.float32, torch.bfloat16):
+        models[f"dense {str(dtype).removeprefix('torch.')}"] = load(baseline, str(place), dtype)
+    ids = load_tokenizer(baseline)(TEXT * 40, return_tensors="pt").input_ids[:, : PROMPTS[1]]
+    return models, ids
+
+
+def _write_generate(measured: Mapping[str, Any], output: Path, model: str) -> None:
+    from ..reports import published
+
+    columns = (
+        ("variant", "model", "text"), ("tokens_per_second", "tokens/s", "number"), ("spread", "spread", "number"),
+        *((f"read_{length}_seconds", f"reads {length} tokens in", "seconds") for length in PROMPTS),
+        ("resident_bytes", "weights in memory", "bytes"), ("bfloat16_share", "of bfloat16", "percent"),
+    )  # fmt: skip
+    notes = [
+        f"{NEW_TOKENS} greedy tokens after a prompt of {PROMPTS[0]}, the time to read the prompt left out; median of the repeats, every model in "
+        "turn; spread: from the slowest to the fastest.",
+        f"– : it took more than {PATIENCE:g} s for {PROMPTS[0]} tokens and was not asked.",
+    ]
+    name = f"generate-{short_name(measured['environment'])}"
+    title = f"{model} writes on {measured['environment']['device_name']}"
+    for path in published.write(name, measured["rows"], columns, measured["environment"], title=title, notes=notes, directory=output):
+        log.info("written: %s", path)
+
+
+def _environment(place: torch.device, repeats: int) -> dict[str, Any]:
+    return {
+        "device": str(place), "device_name": device_name(place), "clocks": clocks(place), "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__,
+        "transformers": transformers.__version__, "warm_up": 1, "repeats": repeats,
+    }  # fmt: skip
