@@ -15,6 +15,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from . import artifact
@@ -139,7 +140,7 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
         delattr(config, "quantization_config")
     config._experts_implementation = "eager"  # one linear for each expert and its tokens: what `blocks` can watch
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except ValueError as error:
         raise InputError(f"model type {config.model_type!r}: {str(error).splitlines()[0]}") from error

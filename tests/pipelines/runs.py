@@ -62,7 +62,7 @@ class Processes:
 
 
 SERVER = """
-import json, os, sys
+import gc, json, os, sys
 import torch
 torch.set_num_threads(1)
 from bitmend.pipelines import cli, data, demo, runner
@@ -82,6 +82,7 @@ def end_at(signal, step, path):
     for name in ("replace", "rename", "link", "unlink"):
         setattr(os, name, counted(getattr(os, name)))
 
+gc.freeze()
 for line in sys.stdin:
     asked = json.loads(line)
     child = os.fork()
@@ -97,6 +98,7 @@ for line in sys.stdin:
         finally:
             os._exit(code)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+gc.unfreeze()
 """
 
 
