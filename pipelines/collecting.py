@@ -3,8 +3,8 @@
 Knows modules and their inputs; not what the statistics are for.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -56,6 +56,46 @@ def collecting(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def collect(
+    model: StreamedModel,
+    index: int,
+    hidden: Sequence[Tensor],
+    sites: list[Site],
+    needs: frozenset[str],
+    statistics: dict[str, InputStatistics],
+    dense_inputs: dict[str, list[Tensor]] | None = None,
+) -> None:
+    """Adds to `statistics` what enters the sites of a loaded block, batch by batch of its hidden states. The first batch shows which
+    input comes last; the others run no further than that, so the product behind it is left out. Experts run to the end."""
+    modules = {site.module: model.model.get_submodule(site.module) for site in sites}
+    called: list[str] = []
+    with collecting(model, sites, needs, statistics, dense_inputs):
+        watched = [m.register_forward_pre_hook(lambda *_, name=name: called.append(name)) for name, m in modules.items()]
+        try:
+            for h in hidden[:1]:
+                model.run_block(index, h)
+        finally:
+            for handle in watched:
+                handle.remove()
+        stops = bool(called) and sorted(called) == sorted(modules) and not any(site.expert is not None for site in sites)
+        ending = modules[called[-1]].register_forward_pre_hook(_stop) if stops else None
+        try:
+            for h in hidden[1:]:
+                with suppress(_Enough):
+                    model.run_block(index, h)
+        finally:
+            if ending is not None:
+                ending.remove()
+
+
+class _Enough(Exception):
+    """Ends a block's forward pass once every wanted input has been seen."""
+
+
+def _stop(*_: Any) -> None:
+    raise _Enough
 
 
 def input_groups(model: StreamedModel, index: int, sites: list[Site], hidden_NTD: Tensor) -> list[list[Site]]:

@@ -30,7 +30,7 @@ from ..compress.weights import DenseWeight, StoredWeight
 from .allocation import Spent
 from .artifact import Artifact, write_bytes
 from .blocks import StreamedModel
-from .collecting import collecting
+from .collecting import collect
 from .errors import InputError
 from .logs import bar
 from .models import Site
@@ -117,9 +117,7 @@ class _Walk:
         row: Method = QUANTIZE[self.stages.quantize.method]
         needs = frozenset({"second_moment"}).union(*(row.needs(self.stages.quantize.config_for(s.name)) for s in sites))
         statistics: dict[str, InputStatistics] = {}
-        with collecting(self.model, sites, needs - {"cross_moment", "fisher"}, statistics):
-            for h in hidden:
-                self.model.run_block(index, h)
+        collect(self.model, index, hidden, sites, needs - {"cross_moment", "fisher"}, statistics)
         out: dict[str, Tensor] = {}
         for site in sites:
             inputs = statistics.get(site.name) or InputStatistics(site.shape[1], frozenset({"second_moment"}), self.context.device)

@@ -59,16 +59,20 @@ def _prune(method: str = "wanda", pattern: str = "unstructured") -> Stage:
 def _grids(bits: int) -> list[Row]:
     named: dict[str, Stage] = {
         "rtn": _quantize(bits, "rtn"),
-        "rtn, clip weighted by the inputs": _quantize(bits, "rtn", clip="hessian"),
-        "gptq": _quantize(bits),
-        "gptq, clip weighted by the inputs": _quantize(bits, clip="hessian"),
-        "gptq, correction 0.5": _quantize(bits, correction=0.5),
+        "rtn, clip hessian": _quantize(bits, "rtn", clip="hessian"),
         "normal_float": _quantize(bits, "normal_float"),
+        "gptq, clip power": _quantize(bits, clip="power"),
+        "gptq, clip hessian": _quantize(bits, clip="hessian"),
         "gptq_nf": _quantize(bits, "gptq_nf"),
     }
     if bits < 4:
-        named["block_training"] = _quantize(bits, "block_training")
-        named["learned_rounding"] = _quantize(bits, "learned_rounding")
+        named |= {
+            "gptq, clip joint": _quantize(bits, clip="joint"),
+            "gptq, clip hessian, correction 0.5": _quantize(bits, clip="hessian", correction=0.5),
+            "gptq, clip hessian, first order 0.25": _quantize(bits, clip="hessian", first_order=0.25),
+            "block_training": _quantize(bits, "block_training"),
+            "learned_rounding": _quantize(bits, "learned_rounding"),
+        }
     return [Row(name, (stage,), {"bits": bits}) for name, stage in named.items()]
 
 

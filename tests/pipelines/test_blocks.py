@@ -8,7 +8,7 @@ import torch
 from bitmend.compress.statistics import InputStatistics
 from bitmend.pipelines.artifact import Artifact, ArtifactWriter, open_artifact
 from bitmend.pipelines.blocks import StreamedModel
-from bitmend.pipelines.collecting import collecting
+from bitmend.pipelines.collecting import collect, collecting
 from bitmend.pipelines.perplexity import last_hidden
 from bitmend.pipelines.stages.baseline import build_baseline, fingerprint
 from bitmend.recover.beside import Beside, Place, Tokens, start_tensors
@@ -58,6 +58,39 @@ def test_every_linear_of_a_block_gets_statistics(family: str, tmp_path: Path) ->
     experts = [s for s in sites if s.expert is not None and s.parameter == "gate_up_proj"]
     if experts:
         assert sum(statistics[s.name].tokens for s in experts) == 2 * ids.numel()  # two experts a token
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_that_stop_at_their_last_input_give_the_statistics_of_whole_ones(family: str, tmp_path: Path) -> None:
+    save_tiny(family, tmp_path / "source")
+    streamed = StreamedModel(baseline(tmp_path / "source", tmp_path), CPU)
+    ids = torch.randint(3, 97, (6, 16), generator=torch.Generator().manual_seed(1))
+    sites, needs = streamed.structure.of_block(0), frozenset({"second_moment"})
+    whole: dict[str, InputStatistics] = {}
+    stopped: dict[str, InputStatistics] = {}
+    with torch.no_grad():
+        hidden = [streamed.embed(part) for part in ids.split(2)]
+        streamed.load_block(0)
+        with collecting(streamed, sites, needs, whole):
+            for h in hidden:
+                streamed.run_block(0, h)
+        collect(streamed, 0, hidden, sites, needs, stopped)
+    assert whole.keys() == stopped.keys()
+    for name, found in whole.items():
+        assert stopped[name].tokens == found.tokens
+        assert torch.equal(stopped[name].second_moment_II, found.second_moment_II)
+
+
+def test_the_product_behind_the_last_input_is_left_out(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source")
+    streamed = StreamedModel(baseline(tmp_path / "source", tmp_path), CPU)
+    finished = []
+    with torch.no_grad():
+        hidden = [streamed.embed(torch.arange(3, 27).view(1, -1))] * 3
+        block = streamed.load_block(0)
+        block.mlp.down_proj.register_forward_hook(lambda *_: finished.append(1))
+        collect(streamed, 0, hidden, streamed.structure.of_block(0), frozenset({"norms"}), {})
+    assert len(finished) == 1
 
 
 def test_q_k_v_share_one_second_moment(tmp_path: Path) -> None:
