@@ -5,8 +5,9 @@ quantization together. Knows one matrix at a time; not models, not files, nor ho
 Legend: O out, I in, R rank.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from .grids import Clip, clip_needs
 from .lowrank import Metric, best_low_rank, check_rank, spectrum, squared_error
 from .metrics import MetricName, metric_of
 from .requantize import is_quantized, requantize
+from .sharing import rows_of
 from .statistics import LayerStatistics
 from .weights import LowRank, StoredWeight
 
@@ -30,7 +32,8 @@ class Decomposition:
     and is visited first. kept_rank: ranks of W taken before Q and held (SRR); null lets
     SRR's criterion choose. factor_bits below 16 puts the factors on a grid; null takes, within the bytes of `rank` at 16 bits,
     whichever of 16, 8 and 4 bits errs least, at the larger rank it allows. stop_when_worse ends the schedule at the first
-    rise; the best iterate is returned either way."""
+    rise; the best iterate is returned either way. shared: matrices that read one input get one right factor, stored once; `rank` is then
+    that of each of them and of all together."""
 
     rank: int = 16
     metric: MetricName = "second_moment"
@@ -44,6 +47,7 @@ class Decomposition:
     factor_bits: Literal[4, 8, 16] | None = 16
     factor_dtype: Literal["float16", "bfloat16"] = "float16"
     stop_when_worse: bool = False
+    shared: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -55,28 +59,62 @@ class Decomposition:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One matrix to decompose: the record without its low-rank term, W, and what the error is measured in."""
+class Part:
+    """One of the matrices that get one right factor: its record without a low-rank term, its target, what is known of it."""
 
     weight: StoredWeight
     target_OI: Tensor
-    metric: Metric
     statistics: LayerStatistics
+
+
+Stored = tuple[StoredWeight, ...]
+"""One record for each part; their low-rank terms have one and the same right factor."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What to decompose, most often one matrix; several that read one input are solved as one matrix, their rows on top of one another.
+    O counts the rows of all parts."""
+
+    parts: tuple[Part, ...]
+    metric: Metric
     config: Decomposition
 
-    def error_OI(self, stored: StoredWeight) -> Tensor:
-        return self.target_OI - stored.dense()
+    @cached_property
+    def target_OI(self) -> Tensor:
+        return torch.cat([part.target_OI.float() for part in self.parts])
 
-    def squared_error(self, stored: StoredWeight) -> float:
+    @property
+    def start(self) -> Stored:
+        return tuple(part.weight for part in self.parts)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.target_OI.shape[0], self.target_OI.shape[1]
+
+    def error_OI(self, stored: Stored) -> Tensor:
+        return self.target_OI - torch.cat([record.dense() for record in stored])
+
+    def squared_error(self, stored: Stored) -> float:
         return squared_error(self.error_OI(stored), self.metric)
 
-    def quantized(self, low_rank: LowRank | None) -> StoredWeight:
-        """Q for W − L, without L."""
-        config, weight = self.config, replace(self.weight, low_rank=low_rank)
-        return replace(requantize(weight, self.target_OI, self.statistics, config.quantizer, config.clip), low_rank=None)
+    def with_term(self, base: Stored, low_rank: LowRank | None) -> Stored:
+        """Every part with its rows of the term."""
+        row, out = 0, []
+        for record in base:
+            rows, row = slice(row, row + record.shape[0]), row + record.shape[0]
+            term = None if low_rank is None else LowRank(rows_of(low_rank.up, rows), low_rank.down)
+            out.append(replace(record, low_rank=term))
+        return tuple(out)
 
-    def solved(self, base: StoredWeight, form: FactorForm, rank: int, held: tuple[Tensor, Tensor] | None = None) -> StoredWeight:
-        """base with the best L for it; `held` factors stay, and `rank` comes on top of theirs."""
+    def quantized(self, low_rank: LowRank | None) -> Stored:
+        """Q for W − L, without L."""
+        held = zip(self.with_term(self.start, low_rank), self.parts, strict=True)
+        found = (requantize(w, part.target_OI, part.statistics, self.config.quantizer, self.config.clip) for w, part in held)
+        return tuple(replace(record, low_rank=None) for record in found)
+
+    def solved(self, base: Stored, form: FactorForm, rank: int, held: tuple[Tensor, Tensor] | None = None) -> tuple[Stored, LowRank]:
+        """base with the best L for it, and that L; `held` factors stay, and `rank` comes on top of theirs."""
         error = self.error_OI(base)
         if held is None:
             up, down = best_low_rank(error, self.metric, rank)
@@ -86,11 +124,12 @@ class Problem:
                 more = best_low_rank(error - up @ down, self.metric, rank)
                 up, down = torch.cat((up, more[0]), 1), torch.cat((down, more[1]), 0)
         feedback = self._feedback() if form.bits < 16 else None
-        return replace(base, low_rank=store_factors(up, down, form, error, self.metric, feedback))
+        low_rank = store_factors(up, down, form, error, self.metric, feedback)
+        return self.with_term(base, low_rank), low_rank
 
     def forms(self) -> list[tuple[FactorForm, int]]:
         """Every form of the factors to try, with its rank, the plain 16-bit one first."""
-        config, (rows, columns) = self.config, self.weight.shape
+        config, (rows, columns) = self.config, self.shape
         if config.factor_bits is not None:
             return [(FactorForm(config.factor_bits, config.factor_dtype), config.rank)]
         budget = FactorForm(16).stored_bits(config.rank, rows, columns)
@@ -99,13 +138,14 @@ class Problem:
         return [ranked[0], *((form, rank) for form, rank in ranked[1:] if rank > config.rank)]
 
     def _feedback(self) -> InverseFactor | None:
-        return factor_of(self.statistics.inputs, 0.01, True) if self.metric.moment_II is not None else None
+        return factor_of(self.parts[0].statistics.inputs, 0.01, True) if self.metric.moment_II is not None else None
 
 
 def needs(config: Decomposition) -> frozenset[str]:
     wanted = {"plain": set(), "absmean": {"absmean"}, "diagonal": {"norms"}, "fisher": {"fisher"}, "second_moment": {"second_moment"}}
     gptq = {"second_moment"} if config.requantize and config.quantizer == "gptq" else set()
-    return frozenset(wanted[config.metric] | gptq) | (clip_needs(config.clip) if config.requantize else frozenset())
+    inputs = {"norms"} if config.shared else set()  # who reads one input is seen by whose statistics are one
+    return frozenset(wanted[config.metric] | gptq | inputs) | (clip_needs(config.clip) if config.requantize else frozenset())
 
 
 def decompose(
@@ -117,49 +157,74 @@ def decompose(
     factor_bits of the result; iterations run; best_iteration (0: nothing beat L = 0, and up is 0); and what `metric_of` says
     of the statistics. ValueError for a rank above min(O, I), non-finite statistics, or a Fisher metric without a Fisher diagonal.
     """
-    check_rank(config.rank, weight.shape)
     metric, notes = metric_of(statistics, config.metric)
-    problem = Problem(replace(weight, low_rank=None), target_OI.float(), metric, statistics, config)
-    before = problem.squared_error(problem.weight)
+    part = Part(replace(weight, low_rank=None), target_OI, statistics)
+    (record,), metrics = _best(Problem((part,), metric, config))
+    return record, metrics | notes
+
+
+def decompose_shared(
+    weights: Mapping[str, StoredWeight], targets: Mapping[str, Tensor], statistics: Mapping[str, LayerStatistics], config: Decomposition
+) -> tuple[dict[str, StoredWeight], dict[str, dict[str, float]]]:
+    """Matrices that read one input (q/k/v, gate/up) with one right factor, which the first of them stores: the error of the stacked matrix
+    in the metric of the input is the sum of theirs, so that its closed form is exact (GlowQ, arXiv:2603.25385). The rank is that of the
+    stack; metrics as `decompose` says, those of the stack. ValueError for the Fisher metric, which weighs the columns of each its own way."""
+    if config.metric == "fisher":
+        raise ValueError("metric: fisher weighs the columns of every matrix its own way, so they cannot share a factor; set shared: false")
+    first, *others = weights
+    metric, notes = metric_of(statistics[first], config.metric)
+    parts = tuple(Part(replace(weights[n], low_rank=None), targets[n], statistics[n]) for n in weights)
+    found, metrics = _best(Problem(parts, metric, config))
+    records = dict(zip(weights, found, strict=True))
+    for name in others:
+        low_rank = records[name].low_rank
+        assert low_rank is not None
+        records[name] = replace(records[name], low_rank=replace(low_rank, shared=first))
+    return records, dict.fromkeys(weights, metrics | notes)
+
+
+def _best(problem: Problem) -> tuple[Stored, dict[str, float]]:
+    """The iterate that errs least, and what `decompose` says of it."""
+    check_rank(problem.config.rank, problem.shape)
+    before = problem.squared_error(problem.start)
     best, least, best_at, last, previous, at = None, before, 0, None, float("inf"), 0
     for at, (last, error) in enumerate(_iterates(problem), 1):
         if error < least:
             best, least, best_at = last, error, at
-        if config.stop_when_worse and error > previous:
+        if problem.config.stop_when_worse and error > previous:
             break
         previous = error
     assert last is not None
     if best is None:
-        best = replace(problem.weight, low_rank=_without_effect(last))
-    total = squared_error(problem.target_OI, metric) or 1.0
-    assert best.low_rank is not None
+        best = tuple(replace(start, low_rank=_without_effect(found)) for start, found in zip(problem.start, last, strict=True))
+    total = squared_error(problem.target_OI, problem.metric) or 1.0
+    assert best[0].low_rank is not None
     return best, {
         "relative_error_before": (before / total) ** 0.5,
         "relative_error": (least / total) ** 0.5,
-        "rank": float(best.low_rank.rank),
-        "factor_bits": float(getattr(best.low_rank.up, "bits", 16)),
+        "rank": float(best[0].low_rank.rank),
+        "factor_bits": float(getattr(best[0].low_rank.up, "bits", 16)),
         "iterations": float(at),
         "best_iteration": float(best_at),
-        **notes,
     }
 
 
-def _iterates(problem: Problem) -> Iterator[tuple[StoredWeight, float]]:
+def _iterates(problem: Problem) -> Iterator[tuple[Stored, float]]:
     """Every Q + L that the schedule visits, with its squared error."""
     config, forms = problem.config, problem.forms()
-    again = config.requantize and is_quantized(problem.weight)
+    again = config.requantize and all(is_quantized(weight) for weight in problem.start)
     (form, rank), low_rank = forms[0], None
     if not again or config.keep_start or config.first == "kept" or len(forms) > 1:
-        tried = [problem.solved(problem.weight, *choice) for choice in forms]
-        errors = [problem.squared_error(stored) for stored in tried]
+        tried = [problem.solved(problem.start, *choice) for choice in forms]
+        errors = [problem.squared_error(stored) for stored, _ in tried]
         chosen = errors.index(min(errors))
-        yield tried[chosen], errors[chosen]
-        (form, rank), low_rank = forms[chosen], tried[chosen].low_rank
+        yield tried[chosen][0], errors[chosen]
+        (form, rank), low_rank = forms[chosen], tried[chosen][1]
     if again:
         yield from _alternating(problem, form, rank, low_rank if config.first == "kept" else None)
 
 
-def _alternating(problem: Problem, form: FactorForm, rank: int, low_rank: LowRank | None) -> Iterator[tuple[StoredWeight, float]]:
+def _alternating(problem: Problem, form: FactorForm, rank: int, low_rank: LowRank | None) -> Iterator[tuple[Stored, float]]:
     """Q for W − L, then L for W − Q, `iterations` times, from the given L, or one of W, or none."""
     config, held = problem.config, None
     kept = _kept_rank(problem, rank) if config.kept_rank is None else config.kept_rank
@@ -169,9 +234,8 @@ def _alternating(problem: Problem, form: FactorForm, rank: int, low_rank: LowRan
     elif config.first == "l":
         low_rank = LowRank(*best_low_rank(problem.target_OI, problem.metric, rank))
     for _ in range(config.iterations):
-        stored = problem.solved(problem.quantized(low_rank), form, rank - kept, held)
+        stored, low_rank = problem.solved(problem.quantized(low_rank), form, rank - kept, held)
         yield stored, problem.squared_error(stored)
-        low_rank = stored.low_rank
 
 
 def _kept_rank(problem: Problem, rank: int) -> int:

@@ -31,10 +31,13 @@ class FactorForm:
 
     def stored_bits(self, rank: int, rows: int, columns: int) -> int:
         """Exactly `LowRank.stored_bits()` of factors of this form."""
+        return self.factor_bits(rows, rank) + self.factor_bits(rank, columns)
+
+    def factor_bits(self, rows: int, columns: int) -> int:
+        """Of one factor of that shape."""
         if self.bits == 16:
-            return 16 * rank * (rows + columns)
-        parts = ((rows, rank), (rank, columns))
-        return sum(32 * n * packed_words(c, self.bits) + 16 * n * (c // _group(c)) for n, c in parts)
+            return 16 * rows * columns
+        return 32 * rows * packed_words(columns, self.bits) + 16 * rows * (columns // _group(columns))
 
     def largest_rank(self, budget_bits: int, rows: int, columns: int) -> int:
         """The largest rank that costs at most the budget; 0 if none does. Above 32, whole multiples of 8: they pack without waste."""

@@ -7,7 +7,7 @@ diag(row)⁻¹·U·Uᵀ·F where U holds the r first eigenvectors of F·R·Fᵀ:
 Legend: O out, I in, R rank, S smaller side, K width of a Krylov basis.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -98,16 +98,6 @@ def best_low_rank(error_OI: Tensor, metric: Metric, rank: int) -> tuple[Tensor, 
     down_RI = left_OR.T @ weighted
     up_OR = left_OR if metric.row_O is None else left_OR / metric.row_O.double().unsqueeze(1)
     return balance(up_OR, down_RI)
-
-
-def shared_factors(errors: Sequence[Tensor], metric: Metric, rank: int) -> tuple[list[Tensor], Tensor]:
-    """One right factor for matrices that read one input (q/k/v, gate/up): ([up_m [O_m, R]], down [R, I]), float32.
-
-    Σ_m ‖E_m − up_m·down‖² in the input's metric is the error of the stacked matrix, so its closed form is exact
-    (GlowQ, arXiv:2603.25385, shares the factor likewise). The metric's row_O, if any, is that of the stack.
-    """
-    up, down = best_low_rank(torch.cat(list(errors)), metric, rank)
-    return list(up.split([len(e) for e in errors])), down
 
 
 def spectrum(error_OI: Tensor, metric: Metric, weights_VO: Tensor | None = None) -> Tensor:

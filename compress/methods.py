@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from .block import BlockProblem
 from .block_training import BlockTrainingConfig, LearnedRoundingConfig, block_needs, block_training, learned_rounding
-from .decompose import Decomposition, decompose, needs
+from .decompose import Decomposition, decompose, decompose_shared, needs
 from .gptq import GptqConfig, GptqNormalFloatConfig, gptq, gptq_nf
 from .grids import clip_needs
 from .masks import MagnitudeConfig, WandaConfig, magnitude, wanda
@@ -25,7 +25,8 @@ from .sparsegpt import SparseGptConfig, sparsegpt
 class Method:
     """`needs` names the statistics (compress/statistics.NEEDS) for a config; `inputs` whose inputs they are taken from:
     the already compressed model below, or the dense one; `version` rises when a fix changes results; `defaults` are the row's
-    own values of the config's fields: a row is `config(**(defaults | what the user set))`."""
+    own values of the config's fields: a row is `config(**(defaults | what the user set))`; `together(weights, targets, statistics,
+    config)`, all by name, solves matrices that read one input at once, where the config says `shared`."""
 
     config: type
     function: Callable[..., Any]
@@ -34,39 +35,40 @@ class Method:
     scope: Literal["matrix", "block"] = "matrix"
     version: int = 1
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    together: Callable[..., Any] | None = None
 
 
 _REFIT: Mapping[str, Any] = {"requantize": True, "quantizer": "gptq"}
 _BEST: Mapping[str, Any] = {"keep_start": True, "first": "kept", "iterations": 2, "factor_bits": None}
 
+
+def _low_rank(**defaults: Any) -> Method:
+    return Method(Decomposition, decompose, needs, defaults=defaults, together=decompose_shared)
+
+
 DECOMPOSE: Mapping[str, Method] = {
-    "loftq": Method(Decomposition, decompose, needs, defaults={"metric": "plain", "requantize": True, "iterations": 5}),
-    "lq_lora": Method(
-        Decomposition,
-        decompose,
-        needs,
-        defaults={"metric": "fisher", "requantize": True, "first": "l", "iterations": 100, "stop_when_worse": True},
-    ),
-    "zeroquant_v2": Method(Decomposition, decompose, needs, defaults={"metric": "plain"}),
-    "lqer": Method(Decomposition, decompose, needs, defaults={"metric": "absmean"}),
-    "qera_approx": Method(Decomposition, decompose, needs, defaults={"metric": "diagonal"}),
-    "qera_exact": Method(Decomposition, decompose, needs),
-    "eora": Method(Decomposition, decompose, needs),
-    "cloq": Method(Decomposition, decompose, needs, defaults=_REFIT),
+    "loftq": _low_rank(metric="plain", requantize=True, iterations=5),
+    "lq_lora": _low_rank(metric="fisher", requantize=True, first="l", iterations=100, stop_when_worse=True),
+    "zeroquant_v2": _low_rank(metric="plain"),
+    "lqer": _low_rank(metric="absmean"),
+    "qera_approx": _low_rank(metric="diagonal"),
+    "qera_exact": _low_rank(),
+    "eora": _low_rank(),
+    "cloq": _low_rank(**_REFIT),
     "svdquant": Method(SvdQuantConfig, svdquant, svdquant_needs, scope="block"),
-    "caldera": Method(Decomposition, decompose, needs, defaults=_REFIT | {"iterations": 20, "factor_bits": 4}),
-    "srr": Method(Decomposition, decompose, needs, defaults=_REFIT | {"kept_rank": None}),
-    "best": Method(Decomposition, decompose, needs, defaults=_REFIT | _BEST),
+    "caldera": _low_rank(**_REFIT, iterations=20, factor_bits=4),
+    "srr": _low_rank(**_REFIT, kept_rank=None),
+    "best": _low_rank(**_REFIT, **_BEST),
 }
+
+
+def _magnitude_needs(config: Any) -> frozenset[str]:
+    return frozenset({"norms"} if config.allocation == "outliers" else ())
 
 
 def _feedback_needs(config: Any) -> frozenset[str]:
     """Methods that carry errors on: a correction toward the dense model's inputs needs them beside the compressed ones."""
     return frozenset({"second_moment", "cross_moment"} if getattr(config, "correction", 0.0) else {"second_moment"})
-
-
-def _magnitude_needs(config: Any) -> frozenset[str]:
-    return frozenset({"norms"} if config.allocation == "outliers" else ())
 
 
 PRUNE: Mapping[str, Method] = {

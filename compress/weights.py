@@ -158,10 +158,14 @@ ACTIVATION_BITS = (4, 8)
 
 @dataclass(frozen=True)
 class LowRank:
-    """up [O, R] · down [R, I]; each factor a floating tensor or itself on a uniform grid (CALDERA)."""
+    """up [O, R] · down [R, I]; each factor a floating tensor or itself on a uniform grid (CALDERA).
+
+    `shared` names the linear that stores this very `down` (GlowQ); it costs nothing here then.
+    """
 
     up: Factor
     down: Factor
+    shared: str | None = None
 
     @property
     def rank(self) -> int:
@@ -176,7 +180,8 @@ class LowRank:
         return (up @ down).to(dtype)
 
     def stored_bits(self) -> int:
-        return sum(f.stored_bits() if isinstance(f, UniformWeight) else _bits(f) for f in (self.up, self.down))
+        own = (self.up, self.down) if self.shared is None else (self.up,)
+        return sum(f.stored_bits() if isinstance(f, UniformWeight) else _bits(f) for f in own)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from ..compress.weights import StoredWeight, describe, from_tensors, to_tensors
+from ..compress.sharing import SHARED, holder_of, own_tensors, settled
+from ..compress.weights import StoredWeight, describe, from_tensors
 from ..recover.beside import Beside, beside_of
 from .errors import InputError
 from .files import disk_errors, link, sha256, sync_directory, write_bytes, write_json
@@ -102,9 +103,8 @@ class Artifact:
 
     def stored(self, linear: str) -> StoredWeight:
         """The record of a compressed linear."""
-        tensors = self.tensors(f"{linear}.")
         try:
-            return from_tensors(self.linears[linear], {n.removeprefix(f"{linear}."): t for n, t in tensors.items()})
+            return _record(self.linears[linear], linear, self.tensors)
         except (KeyError, ValueError) as error:
             raise InputError(f"{self.directory}: {linear}: {error}; the artifact does not match its manifest") from error
 
@@ -185,7 +185,7 @@ class ArtifactWriter:
         extra: Mapping[str, Any] | None = None,
     ) -> None:
         """Write the shards (suffix → tensors) of one part, records included, then its marker; `extra` is kept in the marker."""
-        files = {}
+        linears, files = settled(linears), {}
         for suffix, tensors in shards.items():
             if tensors:
                 name = f"{part}.{suffix}.safetensors"
@@ -224,13 +224,22 @@ class ArtifactWriter:
     def _parents_beside(self) -> list[str]:
         return [] if self.parent is None else sorted(self.parent.manifest.get("beside", {}))
 
+    def view(self, part: str) -> Artifact:
+        """A finished part as it lies on disk, to be read like an artifact that holds nothing else."""
+        marker = self.finished[part]
+        return Artifact(self.scratch, {"key": part, "files": marker["files"], "linears": marker["linears"]})
+
     def stored(self, part: str, linear: str) -> StoredWeight:
         """The record of a finished part as it lies on disk."""
-        tensors: dict[str, Tensor] = {}
-        for name in self.finished[part]["files"]:
-            with safetensors.safe_open(self.scratch / name, framework="pt") as shard:
-                tensors |= {n.removeprefix(f"{linear}."): shard.get_tensor(n).clone() for n in shard.keys() if n.startswith(f"{linear}.")}  # noqa: SIM118
-        return from_tensors(self.finished[part]["linears"][linear], tensors)
+
+        def tensors(prefix: str) -> dict[str, Tensor]:
+            out: dict[str, Tensor] = {}
+            for name in self.finished[part]["files"]:
+                with safetensors.safe_open(self.scratch / name, framework="pt") as shard:
+                    out |= {n: shard.get_tensor(n).clone() for n in shard.keys() if n.startswith(prefix)}  # noqa: SIM118
+            return out
+
+        return _record(self.finished[part]["linears"][linear], linear, tensors)
 
     def seal(self, final: Path, manifest: Mapping[str, Any], documents: Mapping[str, bytes]) -> Artifact:
         """Write the manifest, remove the markers, rename scratch → final. `documents` are config and tokenizer files. What the parent
@@ -266,6 +275,15 @@ def settle(scratch: Path, final: Path) -> Artifact:
     return open_artifact(final)
 
 
+def _record(description: Mapping[str, Any], linear: str, tensors: Callable[[str], Mapping[str, Tensor]]) -> StoredWeight:
+    """A record from its description and the tensors whose names begin with what is asked for; a shared factor lies with its holder."""
+    found = {name.removeprefix(f"{linear}."): tensor for name, tensor in tensors(f"{linear}.").items()}
+    holder = holder_of(description)
+    if holder is not None:
+        found |= {name.removeprefix(f"{holder}."): tensor for name, tensor in tensors(f"{holder}.{SHARED}").items()}
+    return from_tensors(description, found)
+
+
 def shards_of(tensors: Mapping[str, Tensor], linears: Mapping[str, StoredWeight]) -> dict[str, dict[str, Tensor]]:
     """Split a part into `matrices` (codes, masks, dense matrices: what later stages leave alone) and `vectors` (norms, biases,
     scales, zeros, factors: what recovery trains), so that a recovered model shares the former with its parent."""
@@ -273,8 +291,8 @@ def shards_of(tensors: Mapping[str, Tensor], linears: Mapping[str, StoredWeight]
     vectors: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         (matrices if tensor.ndim > 1 else vectors)[name] = tensor
-    for linear, stored in linears.items():
-        for name, tensor in to_tensors(stored).items():
+    for linear, stored in settled(linears).items():
+        for name, tensor in own_tensors(stored).items():
             frozen = name in ("base.codes", "base.weight", "mask", "base.group_index")
             (matrices if frozen else vectors)[f"{linear}.{name}"] = tensor
     return {"matrices": matrices, "vectors": vectors}

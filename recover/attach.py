@@ -11,7 +11,7 @@ import torch
 from .adapters import LoraVariant, Magnitude, MaskedLowRank, PooledPair, Spectrum, prune_ranks, start_factors, takes_dense
 from .dense import LatentGrid, MaskedDense
 from .scales import RelativeScales
-from .site import Site, joined, train_biases, train_embeddings, train_norms
+from .site import Site, joined, train_biases, train_embeddings, train_factors, train_norms
 from .trainable import Attached, Trainable
 
 
@@ -101,8 +101,7 @@ def lora(site: Site, config: Lora) -> Attached:
             up, down = start_factors(linear.stored.shape, config.rank, site.generator(name))
             device = linear.base().device
             linear.set_low_rank(up.to(device), down.to(device))
-    for name, linear in site.linears.items():
-        out |= {f"{name}.{key}": t for key, t in linear.train_low_rank().items()}
+    out |= train_factors(site.linears)
 
     def prune(on: bool) -> dict[str, int]:
         pairs = {name: out[f"{name}.up"].parameter.shape[1] for name in site.linears}
@@ -184,8 +183,8 @@ def scales(site: Site, config: Scales) -> Attached:
             reweight = RelativeScales(linear.stored, config.zeros)
             linear.reweight = reweight
             out |= _named(name, reweight.trainables(config.scales))
-        if config.low_rank and linear.up is not None:
-            out |= {f"{name}.{key}": t for key, t in linear.train_low_rank().items()}
+    if config.low_rank:
+        out |= train_factors(site.linears)
     return joined(Attached(out), *_beside(site, config.norms, config.biases))
 
 
@@ -198,9 +197,7 @@ def full(site: Site, config: Full) -> Attached:
     for name, linear in site.linears.items():
         linear.reweight = MaskedDense(linear.stored)
         out |= _named(name, linear.reweight.trainables())
-    for name, linear in site.linears.items():
-        if linear.up is not None:
-            out |= {f"{name}.{key}": t for key, t in linear.train_low_rank().items()}
+    out |= train_factors(site.linears)
     biases = train_biases(site, create=False, norms=False) if config.biases else Attached({})
     norms = train_norms(site) if config.norms else Attached({})
     return joined(Attached(out), norms, biases, train_embeddings(site, config.head, config.embeddings))

@@ -215,7 +215,7 @@ class CompressedLinear(nn.Module):
             if old is None or not _unchanged(old, self.up, self.down):
                 up = _factor(self.up.detach(), None if old is None else old.up, factor_storage)
                 down = _factor(self.down.detach(), None if old is None else old.down, factor_storage)
-                stored = replace(stored, low_rank=LowRank(up, down))
+                stored = replace(stored, low_rank=LowRank(up, down, None if old is None else old.shared))
         if self.sparse is not None:
             stored = _with_sparse(stored, self.sparse)
         parts: list[Any] = [self.reweight, *self.branches, self.after]

@@ -4,7 +4,7 @@ Legend: none; deals in modules.
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +63,22 @@ def kinds(stored: StoredWeight) -> frozenset[str]:
             out.add("quantized_factors")
     named = {"masked": stored.mask, "smooth": stored.smooth, "activations": stored.activations, "delta": stored.delta}
     return frozenset(out | {name for name, value in named.items() if value is not None})
+
+
+def train_factors(linears: Mapping[str, CompressedLinear]) -> dict[str, Trainable]:
+    """The low-rank pairs of those that have one. A right factor that some of them share is one parameter, under its holder's name."""
+    out: dict[str, Trainable] = {}
+    for name, linear in linears.items():
+        if linear.up is None:
+            continue
+        low_rank = linear.stored.low_rank
+        holder = None if low_rank is None or low_rank.shared is None else linears.get(low_rank.shared)
+        found = linear.train_low_rank()
+        if holder is not None and holder.down is not None:
+            del found["down"]
+            linear.down = holder.down
+        out |= {f"{name}.{key}": t for key, t in found.items()}
+    return out
 
 
 def train_norms(site: Site) -> Attached:

@@ -71,6 +71,7 @@ def write(checkpoint: Checkpoint, directory: Path, write_base: WriteBase, **opti
     if not factors:
         raise UsageError("no linear of this model has a low-rank term, so there is no adapter to write; export the base alone")
     quantized = sum(_is_quantized(record.low_rank) for record in checkpoint.linears.values())
+    again = [n for n in factors if (term := checkpoint.linears[n].low_rank) is not None and term.shared is not None]
     with fresh_directory(directory) as scratch:
         base = checkpoint.with_linears(Lazy({name: partial(_without, checkpoint.linears, name) for name in checkpoint.linears}))
         notes = write_base(base, scratch / BASE, **options)
@@ -80,6 +81,9 @@ def write(checkpoint: Checkpoint, directory: Path, write_base: WriteBase, **opti
         notes.append(
             f"{quantized} low-rank terms had quantized factors; a PEFT adapter stores them as floating point, the values are the same"
         )
+    if again:
+        more = sum(factors[n][1].numel() * factors[n][1].element_size() for n in again)
+        notes.append(f"{len(again)} linears share another's right factor here; a PEFT adapter stores one for each, {more} bytes more")
     return [*notes, f"the low-rank term of {len(factors)} linears is in {ADAPTER}/, to be loaded by PEFT on top of {BASE}/"]
 
 

@@ -17,7 +17,7 @@ from ...compress.statistics import InputStatistics
 from ...compress.weights import StoredWeight
 from ..artifact import Artifact, ArtifactWriter, shards_of
 from ..blocks import StreamedModel
-from ..collecting import collecting, input_groups
+from ..collecting import collect, collecting, input_groups
 from ..errors import InputError, UsageError
 from ..logs import bar
 from ..models import Site
@@ -25,9 +25,10 @@ from ..perplexity import batches
 from ..stage_settings import StageSpec, methods
 from .context import Context, Outcome, check_stop
 from .fisher import fisher_diagonal
-from .matrices import Stage, solve
+from .matrices import Stage
 from .rest import said_of_rest, write_rest
 from .shares import shared_sparsity
+from .together import solve_all
 from .whole_blocks import solve_block
 
 
@@ -96,8 +97,8 @@ def _solved(stage: Stage, index: int, sites: list[Site]) -> tuple[dict[str, Stor
         groups = input_groups(stage.model, index, sites, stage.hidden[0]) if stage.true_sequential and sites else [sites]
         for number, group in enumerate(groups, 1):
             statistics = _statistics(stage, index, group)
-            for site in group:
-                records[site.name], layers[site.name] = solve(stage, site, statistics)
+            found, told = solve_all(stage, group, statistics)
+            records, layers = records | found, layers | told
             if number < len(groups):
                 for site in group:
                     stage.model.put(site, records[site.name].to("cpu"))  # as it will be read back
@@ -123,9 +124,7 @@ def _statistics(stage: Stage, index: int, sites: list[Site]) -> dict[str, InputS
             (stage.dense, stage.dense_hidden) if stage.row.inputs == "dense" and stage.dense is not None else (stage.model, stage.hidden)
         )
         paired = _dense_inputs(stage, index, sites) if "cross_moment" in needs else None
-        with collecting(source, sites, needs, statistics, paired):
-            for h in hidden:
-                source.run_block(index, h)
+        collect(source, index, hidden, sites, needs, statistics, paired)
     for site in sites:
         found = statistics.setdefault(site.name, InputStatistics(site.shape[1], needs, stage.context.device))
         bad = found.non_finite()

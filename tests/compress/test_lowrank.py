@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 import torch
 from bitmend.compress import lowrank
-from bitmend.compress.lowrank import Metric, balance, best_low_rank, shared_factors, spectrum, squared_error
+from bitmend.compress.lowrank import Metric, balance, best_low_rank, spectrum, squared_error
 
 
 def moment(features: int, tokens: int, seed: int = 0) -> torch.Tensor:
@@ -106,17 +106,6 @@ def test_scaled_metric_is_the_metric_of_the_smoothed_matrix():
     error, smooth = noise(24, 32), torch.rand(32) + 0.2
     for metric in (Metric(moment_II=moment(32, 100)), Metric(column_I=torch.rand(32)), Metric()):
         assert squared_error(error * smooth, metric.scaled(smooth)) == pytest.approx(squared_error(error, metric), rel=1e-5)
-
-
-def test_shared_right_factor_is_the_best_of_the_stack_and_worse_than_separate_ones():
-    second = moment(40, 500)
-    metric, errors = Metric(moment_II=second), [noise(24, 40, 1), noise(8, 40, 2), noise(8, 40, 3)]
-    ups, down = shared_factors(errors, metric, 6)
-    assert [tuple(u.shape) for u in ups] == [(24, 6), (8, 6), (8, 6)] and down.shape == (6, 40)
-    shared = sum(squared_error(e - u @ down, metric) for e, u in zip(errors, ups, strict=True))
-    slow = squared_error(torch.cat(errors) - by_root_and_inverse(torch.cat(errors), second, 6), metric)
-    assert shared == pytest.approx(slow, rel=1e-5)
-    assert shared > sum(squared_error(e - torch.mm(*best_low_rank(e, metric, 6)), metric) for e in errors)
 
 
 def test_balanced_factors_have_the_same_product_and_equal_gram_matrices():
