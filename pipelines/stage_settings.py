@@ -128,8 +128,8 @@ def build(name: str, address: str, settings: Mapping[str, Any], soft: frozenset[
     values = dict(getattr(row, "defaults", None) or {}) | {key: value for key, value in written.items() if key in fields}
     config = _validated(row.config, values, address)
     spec = StageSpec(name, address, method, config, **_common({key: written[key] for key in common if key in written}, address))
-    if spec.true_sequential and getattr(row, "scope", "matrix") == "block":
-        raise UsageError(f"{address}.true_sequential: {method} trains a block as a whole, so its matrices have no order; set it to false")
+    if getattr(row, "scope", "matrix") == "block":
+        _refuse_for_blocks(spec)
     for pattern, changes in spec.overrides.items():
         where = f"{address}.overrides[{pattern}]"
         refuse_unknown(f"setting of {name} {method}", changes, fields, where)
@@ -139,6 +139,18 @@ def build(name: str, address: str, settings: Mapping[str, Any], soft: frozenset[
                 f"{where}.allocation: one mean is shared among all blocks; set {address}.allocation, and here the `sparsity` of these matrices"
             )
     return spec
+
+
+def _refuse_for_blocks(spec: StageSpec) -> None:
+    """What a method that trains decoder blocks as a whole cannot do."""
+    if spec.true_sequential:
+        raise UsageError(
+            f"{spec.address}.true_sequential: {spec.method} trains a block as a whole, so its matrices have no order; set it to false"
+        )
+    if spec.include_head:
+        raise UsageError(
+            f"{spec.address}.include_head: {spec.method} trains decoder blocks, and the head is in none; give it a quantize stage of its own"
+        )
 
 
 def _common(written: Mapping[str, Any], address: str) -> dict[str, Any]:
