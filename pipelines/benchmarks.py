@@ -1,6 +1,7 @@
 """`pipeline bench`: seconds, memory and error of the methods, on synthetic layers or, with a model, as whole stages of a run.
 
-compress and decompose solve one random matrix a size, whose inputs have a decaying spectrum and a few outlier channels;
+compress and decompose solve one random matrix a size, whose inputs have a decaying spectrum and a few outlier channels; decompose
+measures the exact step against its published route as well, and allocate the integer program of a budget (`bench_solvers`);
 recover, and every subject given a model, runs real stages through the runner, one row a method. kernels measures itself.
 Legend: O out, I in, T tokens.
 """
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from ..compress.statistics import Fisher, InputStatistics, LayerStatistics
 from ..compress.weights import DenseWeight, StoredWeight
+from . import bench_solvers
 from .doctor import cpu_name
 from .errors import PipelineError, UsageError
 from .recipe import Recipe, resolve
@@ -71,8 +73,10 @@ def run(subject: str, options: Options) -> dict[str, Any]:
 
         return generate(options.device, options.model, options.repeats, options.output)
     device = _device(options)
-    chosen = _chosen(subject, options.only)
-    if options.model is not None or subject == "recover":
+    chosen = _chosen(subject, options.only) if subject != "allocate" else []
+    if subject == "allocate":
+        rows = bench_solvers.allocation(options.repeats)
+    elif options.model is not None or subject == "recover":
         rows = list(_on_model(subject, chosen, options))
     else:
         rows = list(_on_layers(subject, chosen, options, device))
@@ -155,6 +159,10 @@ def _on_layers(subject: str, chosen: Sequence[tuple[str, str]], options: Options
                 continue
             log.info("%s %s, %d × %d: %.3f s", stage, method, size, size, measured["seconds"])
             yield measured
+        if subject == "decompose" and not options.only:
+            weight_OI, known = synthetic_layer(size, frozenset({"second_moment"}), device)
+            moment_II = known.inputs.second_moment_II
+            yield from bench_solvers.exact_steps(weight_OI, moment_II, lambda s: _measured(s, options.repeats, device), options.full)
 
 
 def _layer_row(subject: str, stage: str, method: str, size: int, repeats: int, device: torch.device) -> dict[str, Any]:

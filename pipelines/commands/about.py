@@ -27,8 +27,11 @@ def list_(json: o.Json = False, verbose: o.Verbose = False, quiet: o.Quiet = Fal
 
     recipes = {name: read_mapping(_recipe_file(name)).get("about", "") for name in known_recipes()}
     stages = {stage: {name: _defaults(row) for name, row in methods(stage).items()} for stage in STAGES}
-    shown = stages if json else {stage: _lines(settings) for stage, settings in stages.items()}
-    o.write({"recipes": recipes, **shown, "export_formats": FORMATS}, json)
+    of_stages = {stage: _of_stage(stage) for stage in STAGES if _of_stage(stage)}
+    shown: dict[str, Any] = {stage: _lines(settings) for stage, settings in stages.items()}
+    for stage, settings in of_stages.items():
+        shown[stage] = {"(any method)": " ".join(f"{key}={value}" for key, value in settings.items())} | shown[stage]
+    o.write({"recipes": recipes, **({**stages, "stage_settings": of_stages} if json else shown), "export_formats": FORMATS}, json)
 
 
 def show(
@@ -61,7 +64,9 @@ def doctor(json: o.Json = False, verbose: o.Verbose = False, quiet: o.Quiet = Fa
 
 
 def bench(
-    subject: Annotated[Literal["compress", "decompose", "recover", "kernels", "generate"], typer.Argument(help="what to measure")],
+    subject: Annotated[
+        Literal["compress", "decompose", "allocate", "recover", "kernels", "generate"], typer.Argument(help="what to measure")
+    ],
     model: Annotated[
         str | None, typer.Option("-m", "--model", metavar="MODEL", help="whole stages of this model, not synthetic layers")
     ] = None,
@@ -74,7 +79,7 @@ def bench(
     shape: Annotated[
         str | None, typer.Option("--shape", metavar="NAME", help="compress: a model of this shape, made on the spot: 1b (1.1 billion)")
     ] = None,
-    full: Annotated[bool, typer.Option("--full", help="kernels: every shape, hours on a CPU")] = False,
+    full: Annotated[bool, typer.Option("--full", help="kernels: every shape, hours on a CPU; decompose: slow baselines")] = False,
     device: o.Device = "auto",
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="write JSON, table and plot there")] = None,
     json: o.Json = False,
@@ -109,6 +114,14 @@ def _defaults(row: Any) -> dict[str, Any]:
     """Setting → default of a method."""
     preset = dict(getattr(row, "defaults", None) or {})
     return {item.name: preset.get(item.name, None if item.default is MISSING else item.default) for item in fields(row.config)}
+
+
+def _of_stage(stage: str) -> dict[str, Any]:
+    """Setting → default of what every method of a stage takes besides its own settings."""
+    from ..recipe import STAGES, StageSpec
+
+    defaults = {item.name: item.default if item.default is not MISSING else {} for item in fields(StageSpec)}
+    return {key: list(defaults[key]) if isinstance(defaults[key], tuple) else defaults[key] for key in STAGES[stage][3]}
 
 
 def _lines(settings: dict[str, dict[str, Any]]) -> dict[str, str]:

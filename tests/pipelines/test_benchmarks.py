@@ -1,13 +1,14 @@
 """Benchmarks: the layers are the same every time, rows hold what was measured, files are written, refusals are said."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bitmend.compress.methods import QUANTIZE
-from bitmend.pipelines import benchmarks
+from bitmend.pipelines import bench_solvers, benchmarks
 from bitmend.pipelines.benchmarks import Options, run, synthetic_layer
 from bitmend.pipelines.errors import UsageError
 
@@ -58,6 +59,31 @@ def test_decompose_starts_from_a_quantized_matrix() -> None:
     assert [row["method"] for row in rows] == ["loftq", "qera_exact"]
     assert rows[1]["relative_output_error"] < rows[0]["relative_output_error"]
     assert all(3 < row["bits_per_weight"] < 16 for row in rows)
+
+
+def test_the_exact_step_errs_as_the_square_root_does() -> None:
+    weight_OI, known = synthetic_layer(128, frozenset({"second_moment"}), torch.device("cpu"))
+
+    def measured(solve: Callable[[], None]) -> tuple[list[float], int]:
+        return benchmarks._measured(solve, 1, torch.device("cpu"))
+
+    ours, theirs = bench_solvers.exact_steps(weight_OI, known.inputs.second_moment_II, measured, False)
+    assert ours["relative_output_error"] == pytest.approx(theirs["relative_output_error"], rel=1e-5)
+    assert abs(theirs["error_difference"]) < 1e-5 and theirs["times_slower"] == theirs["seconds"] / ours["seconds"] > 0
+
+
+def test_decompose_ends_with_the_exact_step_and_leaves_slow_baselines_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_solvers, "SQUARE_ROOT_SIDE", 32)
+    monkeypatch.setitem(benchmarks.STAGES, "decompose", ())
+    ours, theirs = run("decompose", Options(device="cpu", sizes=(64,), repeats=1))["rows"]
+    assert ours["method"] == "exact step" and theirs["error"] == "takes minutes above 32: --full measures it"
+
+
+def test_allocate_solves_the_program_of_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_solvers, "SHAPES_7B", bench_solvers.SHAPES_7B[:14])
+    (row,) = run("allocate", Options(device="cpu", repeats=1))["rows"]
+    assert (row["matrices"], row["settings"]) == (14, 432) and row["gap"] <= 1e-3
+    assert 2.75 * 0.98 < row["bits_per_weight"] <= 2.75 and row["loss_to_best_uniform"] < 0.8
 
 
 def test_an_unknown_method_is_refused_with_the_nearest() -> None:
