@@ -384,8 +384,10 @@ def test_list_names_recipes_methods_and_formats(capsys: pytest.CaptureFixture[st
     assert (printed["decompose"]["loftq"]["iterations"], printed["decompose"]["qera_exact"]["iterations"]) == (5, 1)
     assert {"lora", "perp"} <= set(printed["recover"])
     assert {"dense", "gptq", "compressed-tensors"} <= set(printed["export_formats"])
+    assert printed["stage_settings"]["quantize"]["embedding_bits"] == 8 and "true_sequential" in printed["stage_settings"]["decompose"]
     assert cli.main(["list"]) == 0
-    assert "compress_and_recover" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "compress_and_recover" in shown and "include_embeddings=False" in shown
 
 
 def test_show_writes_a_recipe_that_can_be_saved_and_run(
