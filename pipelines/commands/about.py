@@ -64,7 +64,9 @@ def doctor(json: o.Json = False, verbose: o.Verbose = False, quiet: o.Quiet = Fa
 
 
 def bench(
-    subject: Annotated[Literal["compress", "decompose", "recover", "kernels", "generate"], typer.Argument(help="what to measure")],
+    subject: Annotated[
+        Literal["compress", "decompose", "allocate", "recover", "kernels", "generate"], typer.Argument(help="what to measure")
+    ],
     model: Annotated[
         str | None, typer.Option("-m", "--model", metavar="MODEL", help="whole stages of this model, not synthetic layers")
     ] = None,
@@ -77,7 +79,7 @@ def bench(
     shape: Annotated[
         str | None, typer.Option("--shape", metavar="NAME", help="compress: a model of this shape, made on the spot: 1b (1.1 billion)")
     ] = None,
-    full: Annotated[bool, typer.Option("--full", help="kernels: every shape, hours on a CPU")] = False,
+    full: Annotated[bool, typer.Option("--full", help="kernels: every shape, hours on a CPU; decompose: slow baselines")] = False,
     device: o.Device = "auto",
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="write JSON, table and plot there")] = None,
     json: o.Json = False,
