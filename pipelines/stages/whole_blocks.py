@@ -12,7 +12,9 @@ from torch import Tensor
 from ...compress.methods import BlockProblem
 from ...compress.statistics import InputStatistics, LayerStatistics
 from ...compress.weights import StoredWeight
+from ..blocks import StreamedModel
 from ..models import Site
+from .context import check_stop
 from .matrices import Stage, current, described, target
 
 
@@ -22,24 +24,57 @@ def solve_block(
     """Hand the whole block to a method that trains it."""
     assert stage.dense is not None
     targets = {s.name: target(stage, s) for s in sites}
+    behind = _behind(stage, index)
     with torch.no_grad():
-        outputs = torch.cat([stage.dense.run_block(index, h) for h in stage.dense_hidden])
+        outputs = torch.cat([_through(stage.dense, [index, *behind], h) for h in stage.dense_hidden])
     layers = {s.name: LayerStatistics(statistics[s.name], stage.fisher.get(s.name)) for s in sites}
     problem = BlockProblem(
         {s.name: current(stage, s) for s in sites},
         targets,
-        _block_function(stage, index, sites),
+        _block_function(stage, index, sites, behind),
         torch.cat(stage.hidden),
         outputs,
         layers,
         stage.context.seed + index,
+        _parts(stage, index, sites),
+        lambda: check_stop(stage.context),
     )
     records, metrics = stage.row.function(problem, {s.name: stage.config_for(s) for s in sites})
+    for number in behind:
+        stage.model.unload_block(number)
+        stage.dense.unload_block(number)
     return records, [described(s, records[s.name], targets[s.name], statistics[s.name], metrics.get(s.name, {})) for s in sites]
 
 
-def _block_function(stage: Stage, index: int, sites: list[Site]) -> Any:
-    """(matrices by site name, hidden [B, T, D]) → hidden: the block with those effective weights, differentiable in both."""
+def _behind(stage: Stage, index: int) -> list[int]:
+    """The blocks that the error is looked at behind, besides the block itself: the next one with window two_blocks, loaded in both models."""
+    wanted = getattr(stage.spec.config, "window", "block") == "two_blocks" and index + 1 < stage.model.structure.blocks
+    for model in (stage.model, stage.dense) if wanted else ():
+        assert model is not None
+        model.load_block(index + 1)
+    return [index + 1] if wanted else []
+
+
+def _through(model: StreamedModel, blocks: list[int], hidden_BTD: Tensor) -> Tensor:
+    for index in blocks:
+        hidden_BTD = model.run_block(index, hidden_BTD)
+    return hidden_BTD
+
+
+def _parts(stage: Stage, index: int, sites: list[Site]) -> tuple[tuple[str, ...], ...]:
+    """The block's sub-blocks in the order they run in: matrices under one child of the block (its attention, its MLP) are one, and those
+    that are children themselves are one."""
+    prefix, parts = f"{stage.model.structure.prefix}.{index}.", dict[str, tuple[str, ...]]()
+    for site in sites:
+        child, _, rest = site.module.removeprefix(prefix).partition(".")
+        key = child if rest else ""
+        parts[key] = (*parts.get(key, ()), site.name)
+    return tuple(parts.values())
+
+
+def _block_function(stage: Stage, index: int, sites: list[Site], behind: list[int]) -> Any:
+    """(matrices by site name, hidden [B, T, D]) → hidden: the block with those effective weights and the blocks `behind` it, differentiable
+    in both."""
     block, prefix = stage.model.layers[index], f"{stage.model.structure.prefix}.{index}."
 
     def forward(matrices: dict[str, Tensor], hidden_BTD: Tensor) -> Tensor:
@@ -55,6 +90,6 @@ def _block_function(stage: Stage, index: int, sites: list[Site]) -> Any:
         parameters |= {name: torch.stack(parts) for name, parts in fused.items()}
         args, kwargs = stage.model.call_of(index, hidden_BTD)
         out = torch.func.functional_call(block, parameters, (hidden_BTD, *args), kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return _through(stage.model, behind, out[0] if isinstance(out, tuple) else out)
 
     return forward
