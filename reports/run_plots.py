@@ -117,7 +117,7 @@ def allocation(layers: Sequence[LayerRecord]) -> Figure | None:
     panel_title(axes[0], "bits per weight, everything stored")
     if ranked:
         highest = max(layer.rank or 0 for layer in layers)
-        _heat_panel(figure, axes[1], layers, lambda layer: layer.rank, Normalize(0, highest), "rank")
+        _heat_panel(figure, axes[1], layers, lambda layer: layer.rank or 0, Normalize(0, highest), "rank")
         panel_title(axes[1], "rank of the low-rank term")
     return figure
 
@@ -278,6 +278,6 @@ def _color_bar(figure: Figure, axes: Axes, mesh: Any, norm: Normalize) -> None:
     if isinstance(norm, LogNorm):
         nice_log_axis(bar.ax, "x", low, high)
     else:
-        bar.ax.xaxis.set_major_locator(MaxNLocator(5))
+        bar.ax.xaxis.set_major_locator(MaxNLocator(5, integer=low == 0.0))  # ranks, and nothing else, begin at 0
         bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
     bar.ax.tick_params(length=0)

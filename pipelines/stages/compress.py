@@ -31,6 +31,9 @@ from .shares import shared_sparsity
 from .together import solve_all
 from .whole_blocks import solve_block
 
+FEW = 4
+"""Matrices that a note names one by one."""
+
 
 def compress(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: Context) -> Outcome:
     """Run one of the compression stages; resumes behind the blocks that `writer` finds finished."""
@@ -201,7 +204,7 @@ def _notes(stage: Stage, chosen: list[Site]) -> list[str]:
     names = {site.name for site in chosen}
     left = {s.name: s.reason for s in stage.model.structure.skipped}
     left |= {s.name: "matched by `ignore`" for s in stage.model.structure.sites if s.name not in names and s.block is not None}
-    notes = [f"left alone: {name} ({reason})" for name, reason in left.items()]
+    notes = _by_reason(left)
     notes += said_of_rest(stage, [site for site in chosen if site.block is None])
     grid = getattr(stage.spec.config, "activations", None)
     if grid is not None:
@@ -209,3 +212,12 @@ def _notes(stage: Stage, chosen: list[Site]) -> list[str]:
             f"inputs are rounded to {grid.bits} bits, per token in groups of {grid.group_size}: simulated in every perplexity, carried by no export"
         )
     return notes
+
+
+def _by_reason(left: Mapping[str, str]) -> list[str]:
+    """One note for each matrix; of many with one reason the first is named, the others are counted."""
+    names: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        names.setdefault(reason, []).append(name)
+    single = [f"left alone: {name} ({reason})" for reason, found in names.items() if len(found) <= FEW for name in found]
+    return single + [f"left alone: {found[0]} and {len(found) - 1} more ({reason})" for reason, found in names.items() if len(found) > FEW]

@@ -85,6 +85,8 @@ def test_predictions_stand_beside_what_was_measured(spent_run: tuple[Path, RunRe
     facts = made.stages[-1].metrics["allocation"]
     assert facts["gap"] <= 1e-3 and facts["total_loss"] == pytest.approx(sum(row.predicted_loss for row in rows.values()))
     ranked = [row for row in rows.values() if row.setting.rank]
+    left = [note for note in made.stages[-1].notes if "matched by `ignore`" in note]
+    assert len(left) == 1 and f" and {27 - len(ranked)} more" in left[0]
     assert ranked and all(row.predicted_loss < row.predicted_loss_q for row in ranked)
 
 
