@@ -5,10 +5,13 @@ Knows artifacts and checkpoints; the bytes of a format are `formats/`.
 
 import json
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..compress.weights import NormalFloatWeight, StoredWeight, UniformWeight
 from . import demo, measure, perplexity
@@ -77,9 +80,9 @@ def checkpoint_of(artifact: Artifact, card: dict[str, Any]) -> Checkpoint:
         n for n in artifact.index if not any(n.startswith(f"{linear}.") and not n.endswith(".bias") for linear in _owners(n, artifact))
     ]
     table = structure.embeddings.name if structure.embeddings is not None else None
-    tensors = {n: lambda n=n: artifact.tensor(n) for n in names if n not in of_records and n not in tied}
-    if table in artifact.linears:
-        tensors[f"{table}.weight"] = lambda: artifact.stored(str(table)).dense(dtype_of(config))
+    tensors: dict[str, Callable[[], Tensor]] = {n: partial(artifact.tensor, n) for n in names if n not in of_records and n not in tied}
+    if table is not None and table in artifact.linears:
+        tensors[f"{table}.weight"] = lambda: artifact.stored(table).dense(dtype_of(config))
     return Checkpoint(
         config=config,
         linears=Lazy({n: lambda n=n: _loaded(artifact, n) for n in artifact.linears if n != table}),

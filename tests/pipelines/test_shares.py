@@ -1,6 +1,7 @@
 """Blocks that share a mean sparsity: the mean is what was asked for, every method takes part, overrides win, a resumed run is the same."""
 
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,10 @@ def test_the_mean_is_what_was_asked_for(method: str, allocation: str, small_mode
         assert shares == pytest.approx([0.3, 0.4, 0.5, 0.6], abs=0.01)
 
 
+def keep(inputs: dict[str, torch.Tensor], name: str, module: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
+    inputs[name] = args[0].flatten(0, 1)
+
+
 def test_outliers_are_those_of_the_dense_models_inputs(small_model: Path, small_text: Path, tmp_path: Path) -> None:
     """By hand, on the whole model: OWL takes all matrices of a block together, before anything is pruned."""
     recipe = chosen(tmp_path, small_model, small_text, [{"prune": {"method": "magnitude", "allocation": "outliers"}}], **FEW)
@@ -50,7 +55,7 @@ def test_outliers_are_those_of_the_dense_models_inputs(small_model: Path, small_
     inputs: dict[str, torch.Tensor] = {}
     linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in name}
     for name, module in linears.items():
-        module.register_forward_pre_hook(lambda m, args, name=name: inputs.update({name: args[0].flatten(0, 1)}))
+        module.register_forward_pre_hook(partial(keep, inputs, name))
     with torch.no_grad():
         model(Inputs(recipe, small_model).calibration())
     shares = [
