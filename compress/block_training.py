@@ -41,7 +41,7 @@ class LearnedRoundingConfig:
     bits: int = 3
     group_size: int = 64
     symmetric: bool = False
-    clip: Clip = "power"
+    clip: Clip = "hessian"
     float_zeros: bool = False
     start: Start = "gptq"
     window: Window = "block"
@@ -65,7 +65,7 @@ class BlockTrainingConfig:
     bits: int = 3
     group_size: int = 64
     symmetric: bool = False
-    clip: Clip = "power"
+    clip: Clip = "hessian"
     float_zeros: bool = False
     start: Start = "gptq"
     window: Window = "block"

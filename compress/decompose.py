@@ -145,7 +145,9 @@ def needs(config: Decomposition) -> frozenset[str]:
     wanted = {"plain": set(), "absmean": {"absmean"}, "diagonal": {"norms"}, "fisher": {"fisher"}, "second_moment": {"second_moment"}}
     gptq = {"second_moment"} if config.requantize and config.quantizer == "gptq" else set()
     inputs = {"norms"} if config.shared else set()  # who reads one input is seen by whose statistics are one
-    return frozenset(wanted[config.metric] | gptq | inputs) | (clip_needs(config.clip) if config.requantize else frozenset())
+    found = frozenset(wanted[config.metric] | gptq | inputs)
+    has_norms = "second_moment" in found or not config.requantize
+    return found if has_norms else found | clip_needs(config.clip)
 
 
 def decompose(

@@ -84,12 +84,6 @@ def factor_of(inputs: InputStatistics, damp: float, by_diagonal: bool, smooth_I:
     return inputs.factors[key]
 
 
-def column_costs(factor: InverseFactor) -> Tensor:
-    """What a column's squared error costs once all later columns have made up for it: 1/U_jj² [I], scaled to a mean of 1."""
-    cost_I = factor.diagonal_I.square().reciprocal()[factor.place_I]
-    return cost_I / cost_I.mean()
-
-
 def feed_back_(
     weight_IO: Tensor, factor: InverseFactor, open_columns: OpenColumns, periods: tuple[int, ...], block: int = BLOCK, pull: float = 0.0
 ) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ class Method:
     together: Callable[..., Any] | None = None
 
 
-_REFIT: Mapping[str, Any] = {"requantize": True, "quantizer": "gptq"}
+_REFIT: Mapping[str, Any] = {"requantize": True, "quantizer": "gptq", "clip": "hessian"}
 _BEST: Mapping[str, Any] = {"keep_start": True, "first": "kept", "iterations": 2, "factor_bits": None}
 
 

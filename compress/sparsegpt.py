@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .feedback import BLOCK, InverseFactor, RoundRow, column_costs, factor_of, feed_back_
+from .feedback import BLOCK, InverseFactor, RoundRow, factor_of, feed_back_
 from .gptq import check_feedback, feedback_metrics, uniform_rounding
-from .grids import Clip, UniformGrid, check_grid, clip_needs, fit, to_record
+from .grids import Clip, UniformGrid, check_grid, fit, to_record
 from .masks import Allocation, check_pattern, keep_highest, parse_pattern
-from .rounding import base_target, quantized
+from .rounding import base_target, grid_importance, quantized
 from .statistics import LayerStatistics
 from .weights import ActivationGrid, DenseWeight, StoredWeight
 
@@ -30,7 +30,7 @@ class SparseGptConfig:
     bits: int | None = None
     group_size: int = 64
     symmetric: bool = False
-    clip: Clip = "power"
+    clip: Clip = "hessian"
     activations: ActivationGrid | None = None
 
     def __post_init__(self) -> None:
@@ -100,7 +100,7 @@ def sparsegpt(
         raise ValueError("sparsegpt moves the kept weights, which a grid does not allow; prune before quantizing, or set bits here")
     base_OI, factor = base_target(weight, target_OI), factor_of(statistics.inputs, config.damp, False, weight.smooth)
     grid = None if config.bits is None else UniformGrid(config.bits, config.group_size, config.symmetric)
-    importance_I = column_costs(factor) if grid is not None and clip_needs(config.clip) else None
+    importance_I = None if grid is None else grid_importance(weight, statistics, config.clip)
     levels_OI, sweep, loss = sparsegpt_sweep(
         base_OI, factor, config.sparsity, config.pattern, grid, config.clip, importance_I, weight.mask_OI()
     )

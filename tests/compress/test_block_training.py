@@ -114,7 +114,7 @@ def test_lower_loss_than_its_start_on_an_ordinary_grid(method: str, start: str, 
     given = problem()
     plain = {
         n: QUANTIZE[start].function(
-            given.weights[n], given.targets[n], given.statistics[n], QUANTIZE[start].config(bits=bits, group_size=16)
+            given.weights[n], given.targets[n], given.statistics[n], QUANTIZE[start].config(bits=bits, group_size=16, clip="hessian")
         )[0]
         for n in given.weights
     }

@@ -142,7 +142,7 @@ def test_diagonal_presets_truncate_the_scaled_error_of_the_given_q(name):
 def test_cloq_corrects_the_gptq_matrix_exactly():
     target, statistics = matrix(), LayerStatistics(inputs())
     start = uniform(target, 2)
-    base = requantize(start, target, statistics, "gptq").dense()
+    base = requantize(start, target, statistics, "gptq", "hessian").dense()
     best = output_error(target, base + exact_low(target - base, statistics, 8), statistics)
     stored, _ = run("cloq", start, target, statistics, rank=8)
     assert output_error(target, stored.dense(), statistics) == pytest.approx(best, rel=1e-4)
@@ -155,7 +155,7 @@ def test_srr_holds_its_ranks_of_the_weight_and_corrects_with_the_rest():
     kept = exact_low(target, statistics, 5)
     base = round_uniform((target - kept).float(), UniformGrid(2, 64), "power").dense()
     low = kept + exact_low((target - kept - base).float(), statistics, 11)
-    stored, _ = run("srr", start, target, statistics, rank=16, kept_rank=5, quantizer="rtn")
+    stored, _ = run("srr", start, target, statistics, rank=16, kept_rank=5, quantizer="rtn", clip="power")
     assert output_error(target, stored.dense(), statistics) == pytest.approx(output_error(target, base + low, statistics), rel=1e-3)
 
 
