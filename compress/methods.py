@@ -74,12 +74,12 @@ def _feedback_needs(config: Any) -> frozenset[str]:
 PRUNE: Mapping[str, Method] = {
     "magnitude": Method(MagnitudeConfig, magnitude, needs=_magnitude_needs),
     "wanda": Method(WandaConfig, wanda, needs=lambda config: frozenset({"norms"})),
-    "sparsegpt": Method(SparseGptConfig, sparsegpt, needs=_feedback_needs, version=2),
+    "sparsegpt": Method(SparseGptConfig, sparsegpt, needs=_feedback_needs),
 }
 
 QUANTIZE: Mapping[str, Method] = {
     "rtn": Method(RtnConfig, rtn, needs=lambda config: clip_needs(config.clip)),
-    "gptq": Method(GptqConfig, gptq, needs=_feedback_needs, version=2),
+    "gptq": Method(GptqConfig, gptq, needs=_feedback_needs),
     "gptq_nf": Method(GptqNormalFloatConfig, gptq_nf, needs=_feedback_needs),
     "nf4": Method(Nf4Config, nf4),
     "normal_float": Method(NormalFloatConfig, normal_float),

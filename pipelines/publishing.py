@@ -3,7 +3,8 @@
     python -m bitmend.pipelines.publishing NAME [-o RUN_DIR] [--only PATTERN] [--model demo|small]
 
 Run it from the root of the repository. It can be stopped and continued: stages are artifacts of one run directory for each model, rows are
-kept as they are finished. What is measured is data in `reference`; a row that the program refuses is a row with the reason.
+kept as they are finished, and rows that were published before count as long as their methods' versions stand. What is measured is data in
+`reference`; a row that the program refuses is a row with the reason.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from .perplexity import evaluate
 from .reference import SETTINGS, SMALL, Row, Table, tables
 from .rundir import RunDirectory
 from .settings import dump
+from .stage_settings import methods
 
 SMALL_MODEL = Path("tests/small_model")
 MEASURED = (
@@ -37,18 +39,41 @@ def publish(name: str, directory: Path, only: str | None = None, model: str | No
     """Measure what is missing, then write the table of all rows that are there."""
     table = tables()[name]
     keys = ["model", "name", *table.tags]
-    kept = published.Rows(directory / f"{name}.jsonl", keys, {"settings": SETTINGS, "processor": cpu_name()})
+    kept = published.Rows(directory / f"{name}.jsonl", keys, {"settings": SETTINGS})
+    _take_published(name, kept)
     for row in table.rows:
         wanted = (only is None or re.search(only, _label(row, table))) and model in (None, row.model)
-        if wanted and _identity(row) not in kept:
-            kept.append(_identity(row) | _measure(row, directory / row.model, table.other_text))
+        if wanted and not _stands(row, kept):
+            measured = _measure(row, directory / row.model, table.other_text)
+            kept.append(_identity(row) | {"versions": _versions(row), "processor": cpu_name()} | measured)
     return write(name, table, kept)
+
+
+def _take_published(name: str, kept: published.Rows) -> None:
+    """Rows of the table as it was published, where none of this directory's own is there and the settings are the same."""
+    if not (published.DIRECTORY / f"{name}.json").is_file():
+        return
+    table = published.read(name)
+    for row in table["rows"]:
+        if row not in kept and row.get("settings") == SETTINGS[row["model"]]:
+            kept.append(row | {"protocol": table["protocol"].get(row["model"])})
+
+
+def _versions(row: Row) -> dict[str, int]:
+    """Method → its version, of every stage of the row: a row stands as long as these do."""
+    stages = [(name, settings["method"]) for stage in row.stages for name, settings in stage.items()]
+    return {f"{name} {method}": methods(name)[method].version for name, method in stages}
+
+
+def _stands(row: Row, kept: published.Rows) -> bool:
+    found = kept.get(**_identity(row))
+    return found is not None and found["versions"] == _versions(row)
 
 
 def write(name: str, table: Table, kept: published.Rows) -> list[Path]:
     """The files of the table, from the rows that were measured."""
-    found = [row for row in (kept.get(**_identity(row)) for row in table.rows) if row is not None]
-    shown = [{k: v for k, v in row.items() if k != "protocol"} for row in found]
+    found = [row for row in (kept.get(**_identity(row)) for row in table.rows if _stands(row, kept)) if row is not None]
+    shown = [{k: v for k, v in row.items() if k != "protocol"} | {"settings": SETTINGS[row["model"]]} for row in found]
     for row in shown:
         row["verdict"] = _verdict(row, shown, table)
     figure = pareto_figure(
@@ -67,7 +92,7 @@ def _notes(name: str, found: list[dict[str, Any]], table: Table) -> list[str]:
     texts = ", ".join(f"{model} {s['calibration']['samples']} × {s['calibration']['seq_len']}" for model, s in SETTINGS.items())
     notes.append(f"Calibration tokens: {texts}. Seconds and memory are those of the last stage alone.")
     notes.append(
-        f"Made by `make publish TABLE={name}`: {len(found)} of {len(table.rows)} rows; {cpu_name()}, 2 cores shared with other work: seconds are an upper bound."
+        f"Made by `make publish TABLE={name}`: {len(found)} of {len(table.rows)} rows; {', '.join(sorted({row['processor'] for row in found}))}, 2 cores shared with other work: seconds are an upper bound."
     )
     return notes
 

@@ -41,6 +41,16 @@ def test_rows_are_measured_once_and_a_refusal_is_a_row(
     assert {path.suffix for path in written} == {".json", ".md", ".png", ".svg"}
     monkeypatch.setattr(publishing, "_measure", lambda *_: pytest.fail("a finished row was measured again"))
     publishing.publish("two", tmp_path / "runs")
+    publishing.publish("two", tmp_path / "elsewhere")  # what was published counts in another directory, too
+
+
+def test_a_row_of_an_older_method_is_measured_again(table: Table, tmp_path: Path) -> None:
+    row = table.rows[0]
+    kept = published.Rows(tmp_path / "rows.jsonl", ["model", "name", "bits"])
+    kept.append({"model": row.model, "name": row.name, **row.tags, "versions": {"quantize rtn": 0}})
+    assert not publishing._stands(row, kept)
+    kept.append({"model": row.model, "name": row.name, **row.tags, "versions": publishing._versions(row)})
+    assert publishing._stands(row, kept)
 
 
 def test_a_row_that_loses_at_equal_bytes_says_to_whom(table: Table) -> None:
