@@ -22,7 +22,7 @@ from .synthetic import SHAPES, Shape, write_model, write_text
 
 log = logging.getLogger(__name__)
 
-SMALL = Shape(0, 512, 1376, 8, 4, 2048)
+SMALL = Shape(0, 512, 1408, 8, 4, 2048)
 """Of the models that differ in their number of blocks only."""
 TEXTS: dict[str, dict[str, dict[str, int]]] = {
     "depths": {"calibration": {"samples": 16, "seq_len": 256}, "evaluation": {"seq_len": 256, "windows": 4}},

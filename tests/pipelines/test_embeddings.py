@@ -58,7 +58,8 @@ def test_one_matrix_is_stored_once_and_rounded_to_nearest(run: Path, small_model
     assert torch.equal(loaded.get_input_embeddings().weight, base.dense())
     ids = torch.arange(5, 21).view(1, -1)
     with torch.no_grad():
-        torch.testing.assert_close(load(run)(ids).logits, loaded(ids).logits, rtol=0.05, atol=0.05)
+        found, expected_logits = load(run)(ids).logits, loaded(ids).logits
+    assert float((found - expected_logits).norm() / expected_logits.norm()) < 0.02, "the kernels' bfloat16 is all that differs"
     assert "".join(generate(run, "The river", max_new_tokens=2))
 
 

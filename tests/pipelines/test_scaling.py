@@ -2,13 +2,12 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bitmend.pipelines import benchmarks, scaling, synthetic
+from bitmend.pipelines import benchmarks, scaling
 from bitmend.pipelines.benchmarks import Options
 from bitmend.pipelines.errors import UsageError
 from bitmend.pipelines.models import skeleton
@@ -94,6 +93,7 @@ def test_refusals(subject: str, options: Options, words: str) -> None:
         benchmarks.run(subject, options)
 
 
-def test_shapes_differ_in_their_blocks_only() -> None:
-    assert replace(scaling.SMALL, blocks=4) == Shape(4, 512, 1376, 8, 4, 2048)
-    assert synthetic.SHARD_BYTES < 1e9
+@pytest.mark.parametrize("shape", [scaling.SMALL, *SHAPES.values()])
+def test_groups_and_blocks_of_every_default_divide_every_shape(shape: Shape) -> None:
+    assert not [n for n in (shape.width, shape.intermediate, shape.width // shape.heads * shape.kv_heads) if n % 64]
+    assert shape.width % shape.heads == 0 == shape.heads % shape.kv_heads
