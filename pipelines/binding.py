@@ -59,7 +59,7 @@ class KernelBinder:
                     self._put(model, module, table)
                 else:
                     shared = head is not None and module.bias is None and record.activations is None
-                    self._put(model, module, head if shared else self._bind(record, module, dtype))
+                    self._put(model, module, head if shared and head is not None else self._bind(record, module, dtype))
             if not stays:
                 _untie(model)
 

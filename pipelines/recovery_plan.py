@@ -45,14 +45,15 @@ def bytes_beside(spec: StageSpec, model: Any, sizes: Sizes) -> int:
         count += own.tokens * sizes.structure.blocks * 2 * heads * width
     elif virtual_tokens(own):
         count += own.tokens * model.get_input_embeddings().weight.shape[1]
-    if hasattr(own, "bottleneck"):
+    bottleneck = getattr(own, "bottleneck", None)
+    if bottleneck is not None:
         shapes = {s.name: s.shape for s in sizes.structure.sites if s.block is not None and s.expert is None}
         place = where(model, shared.targets, shared.layers)
         chosen = {name for name in shapes if place.linear(name)}
         for part in sublayers(list(shapes), chosen, place.blocks_name, getattr(own, "at", "mlp")):
             width_out = shapes[part.exit][0]
             width_in = width_out if isinstance(own, SerialAdapter) else shapes[part.entry][1]
-            count += own.bottleneck * (width_in + width_out + 1) + width_out
+            count += bottleneck * (width_in + width_out + 1) + width_out
     return 4 * count
 
 

@@ -65,7 +65,8 @@ def _fold(parent: Artifact, writer: ArtifactWriter, context: Context) -> list[st
         model.unload_block(index)
         linears |= folded.records
         of_record = tuple(f"{name}." for name in linears)
-        tensors = {n: t for n, t in parent.tensors(prefix).items() if n.endswith(".bias") or not n.startswith(of_record)} | folded.tensors
+        tensors = {n: t for n, t in parent.tensors(prefix).items() if n.endswith(".bias") or not n.startswith(of_record)}
+        tensors |= folded.tensors
         vectors = sum(name.endswith(".weight") for name in folded.tensors)
         writer.write_part(part, shards_of(tensors, linears), linears, {"notes": list(folded.notes), "folds": vectors})
         notes += folded.notes

@@ -260,7 +260,7 @@ def test_a_bound_module_stays_where_it_was_made(uniform: Maker) -> None:
     model = nn.Sequential(nn.Linear(3, 3), *group.parts(), head, table)
     model.to("cpu").half()
     assert model[0].weight.dtype == torch.float16
-    for module in model[1:]:
+    for module in list(model)[1:]:
         with pytest.raises(RuntimeError, match="load the model again for 'meta'"):
             module.to("meta")
 
