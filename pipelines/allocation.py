@@ -115,7 +115,7 @@ def settings_of(recipe: Recipe, stages: Spent) -> list[Setting]:
     ]
 
 
-_LEFT_ALONE = {"decompose": {"rank": 0}, "prune": {"pattern": "dense", "sparsity": 0.0}}
+_LEFT_ALONE: dict[str, dict[str, Any]] = {"decompose": {"rank": 0}, "prune": {"pattern": "dense", "sparsity": 0.0}}
 """What a matrix that a stage ignores has, in that stage's words."""
 
 

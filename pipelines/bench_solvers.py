@@ -29,7 +29,7 @@ BITS_PER_WEIGHT = 2.75
 def by_square_root(error_OI: Tensor, moment_II: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(up [O, R], down [R, I]) float64: the best low-rank term under the second moment as QERA's and EoRA's code finds it (arXiv:2410.06040,
     theorem 1): S = R^½ by `scipy.linalg.sqrtm`, a full SVD of E·S, and S⁻¹ behind it."""
-    root_II = scipy.linalg.sqrtm(moment_II.double().cpu().numpy()).real
+    root_II = np.real(np.asarray(scipy.linalg.sqrtm(moment_II.double().cpu().numpy())))
     left, values, right = scipy.linalg.svd(error_OI.double().cpu().numpy() @ root_II, full_matrices=False)
     down = scipy.linalg.solve(root_II.T, right[:rank].T).T
     return torch.from_numpy(left[:, :rank] * values[:rank]), torch.from_numpy(down)

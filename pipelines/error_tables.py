@@ -90,8 +90,9 @@ def build(directory: Path, parent: Artifact, stages: Spent, settings: list[Setti
                 shown.advance()
                 check_stop(context)
     parts = [part for file, block in zip(files, sites, strict=True) if (part := _read(file, block)) is not None]
-    errors, energies = ([part[place][name].numpy() for part in parts for name in part[place]] for place in (0, 1))
-    return Table(np.stack(errors), np.stack(energies), sum(part[2] for part in parts))
+    errors = [tensor.numpy() for found, _, _ in parts for tensor in found.values()]
+    energies = [tensor.numpy() for _, found, _ in parts for tensor in found.values()]
+    return Table(np.stack(errors), np.stack(energies), sum(seconds for _, _, seconds in parts))
 
 
 def _read(path: Path, sites: list[Site]) -> tuple[dict[str, Tensor], dict[str, Tensor], float] | None:

@@ -45,9 +45,10 @@ def warnings(recipe: Recipe, source: Path) -> dict[str, str]:
     structure = inspect(skeleton(load_config(source)), include_head=True)
     tokens, found = recipe.calibration.samples * recipe.calibration.seq_len, {}
     for spec in recipe.stages:
-        needs = getattr(methods(spec.name)[spec.method], "needs", None)
+        if spec.name not in ("prune", "quantize", "decompose"):
+            continue
         sites = [s for s in structure.sites if (s.block is not None or spec.include_head) and not spec.skips(s.name)]
-        if sites and callable(needs) and "second_moment" in needs(spec.config):
+        if sites and "second_moment" in methods(spec.name)[spec.method].needs(spec.config):
             widest = max(sites, key=lambda site: site.shape[1])
             if tokens < widest.shape[1]:
                 enough = -(-widest.shape[1] // recipe.calibration.seq_len)
