@@ -237,10 +237,9 @@ def _budget(record: RunRecord) -> list[Finding]:
     ranks = [layer.rank for layer in stage.layers if layer.rank and "bits" in layer.metrics]
     term = f"; {len(ranks)} have a low-rank term, of rank {min(ranks)} to {max(ranks)}" if ranks else ""
     text = f"The budget {facts.get('budget')} was spent by {named(stage)}, {facts.get('stored')} at the end of the run: {bits}{term}."
-    before = record.stages[max(0, record.stages.index(spent[0]) - 1)]
     if facts.get("weighting") == "fisher" and stage.nll_difference is not None and is_finite(facts.get("total_loss")):
-        rose = stage.nll_difference - (before.nll_difference or 0.0)
-        text += f" Predicted to cost {number(facts['total_loss'], 3)} nats per token, to second order; on the evaluation text it cost {number(rose, 3)}."
+        cost = f"{number(facts['total_loss'], 3)} nats per token, to second order; on the evaluation text it cost {number(stage.nll_difference, 3)}"
+        text += f" Against the baseline it was predicted to cost {cost}."
     return [Finding("allocation", text)]
 
 
