@@ -68,6 +68,11 @@ def h_strides(h: Tensor | None) -> tuple[int, int, int, int]:
     return 1, 0, h.stride(0), h.stride(1)
 
 
+def in_order(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The same values with the last dimension contiguous, which the kernels take for granted of `lora_up` and of vectors."""
+    return tuple(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors)
+
+
 def row_bucket(rows: int) -> int:
     """Tuned configurations are shared by calls of up to this many rows: a power of two, 16 at least and 4096 at most."""
     return min(4096, max(16, 1 << (rows - 1).bit_length()))

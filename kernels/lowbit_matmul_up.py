@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import checks, reference
-from .launch import TRITON_DTYPES, h_strides, kernel_dtype, row_bucket, runs_triton, segment_table, segments_or_whole, start
+from .launch import TRITON_DTYPES, h_strides, in_order, kernel_dtype, row_bucket, runs_triton, segment_table, segments_or_whole, start
 from .layout import SLOTS, Segments, TiledWeight
 from .parts import add_bias, add_low_rank, fragment_codes, group_zeros
 from .tuning import Blocks, tuned
@@ -100,6 +100,7 @@ def lowbit_matmul_up(
     checks.ranks_of_segments("h", parts, 0 if h is None else h.shape[-1])
     if not runs_triton(codes.device):
         return reference.lowbit_matmul_up(codes, scales, weight, h, lora_up, bias, group_size=group_size, segments=parts, dtype=dtype)
+    lora_up, bias = in_order(lora_up, bias)
     return _launch(codes.contiguous(), scales.contiguous(), weight, h, lora_up, bias, group_size, parts, kernel_dtype(dtype)).to(dtype)
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import checks, reference
-from .launch import TRITON_DTYPES, kernel_dtype, row_bucket, runs_triton, start
+from .launch import TRITON_DTYPES, in_order, kernel_dtype, row_bucket, runs_triton, start
 from .tuning import Blocks, tuned
 
 GROUP_SIZES = (32, 64, 128)
@@ -86,6 +86,7 @@ def quantize_down(
     if not runs_triton(x.device):
         codes, scales, h = reference.quantize_down(x, smooth, lora_down, bits, group_size)
         return codes, scales, None if h is None else h.unsqueeze(0)
+    (smooth,) = in_order(smooth)
     return _launch(x.to(kernel_dtype(x.dtype)), smooth, lora_down, (1 << (bits - 1)) - 1, group_size)
 
 

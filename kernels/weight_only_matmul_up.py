@@ -14,7 +14,18 @@ import triton
 from torch import Tensor
 
 from . import checks, reference
-from .launch import TRITON_DTYPES, h_strides, kernel_dtype, row_bucket, runs_triton, segment_table, segments_or_whole, shift_for, start
+from .launch import (
+    TRITON_DTYPES,
+    h_strides,
+    in_order,
+    kernel_dtype,
+    row_bucket,
+    runs_triton,
+    segment_table,
+    segments_or_whole,
+    shift_for,
+    start,
+)
 from .layout import SLOTS, Segments, TiledWeight
 from .tuning import Blocks, tuned
 from .weight_only_kernels import finish_kernel, gradient_kernel, large_kernel, partial_kernel
@@ -120,6 +131,7 @@ def forward(
     """The launch itself, arguments checked, nothing recorded for a gradient."""
     if not runs_triton(x.device):
         return reference.weight_only_matmul_up(x, weight, h, up, bias, down_RI=down, segments=segments)
+    up, bias = in_order(up, bias)
     compute = kernel_dtype(x.dtype)
     given, x = x.dtype, x.to(compute)
     if x.shape[0] <= SMALL_ROWS:

@@ -49,10 +49,41 @@ def test_segments_and_no_low_rank(device: str, uniform: Callable[..., UniformWei
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_runs_agree_to_the_bit(device: str, uniform: Callable[..., UniformWeight]) -> None:
-    weight = tile(uniform(70, 192)).to(device)
-    codes, scales, _ = quantize_down(torch.randn(21, 192, device=device))
-    assert torch.equal(lowbit_matmul_up(codes, scales, weight), lowbit_matmul_up(codes, scales, weight))
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("rank", [8, 40, 256])
+@pytest.mark.parametrize("out, inputs, group", [(33, 200, -1), (1, 77, 77), (130, 96, 32)])
+def test_ranks_and_odd_shapes(
+    rank: int, out: int, inputs: int, group: int, device: str, uniform: Callable[..., UniformWeight], within_budget: Callable[..., None]
+) -> None:
+    weight = tile(uniform(out, inputs, 4, group)).to(device)
+    x, down, up = torch.randn(3, inputs), torch.randn(rank, inputs) / inputs**0.5, torch.randn(out, rank) / rank**0.5
+    x, down, up = (t.half().to(device) for t in (x, down, up))
+    codes, scales, h = quantize_down(x, None, down)
+    inner = reference.dequantize_activations(codes, scales, 64, torch.float64)
+    truth = reference.weight_only_matmul_up(inner, weight, x.double() @ down.double().t(), up, compute=torch.float64)
+    eager = inner.half() @ weight.dense(torch.float16).t() + (x @ down.t()) @ up.t()
+    within_budget(lowbit_matmul_up(codes, scales, weight, h, up, dtype=torch.float16), eager, truth)
+
+
+def test_bfloat16_is_rounded_once(device: str, uniform: Callable[..., UniformWeight]) -> None:
+    weight = tile(uniform(40, 128)).to(device)
+    codes, scales, h = quantize_down(torch.randn(5, 128, device=device).bfloat16(), None, torch.randn(8, 128, device=device).bfloat16())
+    up = torch.randn(40, 8, device=device).bfloat16()
+    y = lowbit_matmul_up(codes, scales, weight, h, up, dtype=torch.bfloat16)
+    expected = reference.lowbit_matmul_up(codes, scales, weight, None if h is None else h.sum(0), up)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected, rtol=2**-7, atol=2**-7)
+
+
+def test_strides_do_not_matter_and_runs_agree_to_the_bit(device: str, uniform: Callable[..., UniformWeight]) -> None:
+    weight, up, bias = tile(uniform(70, 192)).to(device), torch.randn(70, 8, device=device), torch.randn(140, device=device)[::2]
+    codes, scales, h = quantize_down(torch.randn(21, 192, device=device), None, torch.randn(8, 192, device=device))
+    assert h is not None
+    first = lowbit_matmul_up(codes, scales, weight, h, up, bias.contiguous())
+    scattered = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in (codes, scales, h)]
+    assert not any(t.is_contiguous() for t in scattered)
+    assert torch.equal(first, lowbit_matmul_up(codes, scales, weight, h, up, bias.contiguous()))
+    assert torch.equal(first, lowbit_matmul_up(scattered[0], scattered[1], weight, scattered[2], up.t().contiguous().t(), bias))
 
 
 def test_refusals_name_the_argument(
@@ -75,5 +106,9 @@ def test_refusals_name_the_argument(
         lowbit_matmul_up(codes, torch.zeros(3, 6, device=device), weight, group_size=24)
     with pytest.raises(TypeError, match=r"dtype is torch\.int8"):
         lowbit_matmul_up(codes, scales, weight, dtype=torch.int8)
+    with pytest.raises(ValueError, match="bias is on meta; expected"):
+        lowbit_matmul_up(codes, scales, weight, bias=torch.zeros(48, device="meta"))
+    with pytest.raises(ValueError, match="lora_up has rank 264"):
+        lowbit_matmul_up(codes, scales, weight, torch.zeros(3, 264, device=device), torch.zeros(48, 264, device=device))
     with pytest.raises(ValueError, match="h has 8 ranks; lora_up and the segments need 16"):
         lowbit_matmul_up(codes, scales, weight, torch.zeros(3, 8, device=device), torch.zeros(48, 16, device=device))

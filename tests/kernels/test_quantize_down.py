@@ -27,6 +27,18 @@ def test_codes_scales_and_h_are_the_references(rows: int, inputs: int, bits: int
     assert not codes[0, :64].any() and scales[0, 0] == 0, "a group of zeros is zeros"
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("rank", [8, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_ranks(rank: int, dtype: torch.dtype, device: str) -> None:
+    x, down = torch.randn(5, 200, device=device).to(dtype), (torch.randn(rank, 200, device=device) / 14).to(dtype)
+    codes, _, h = quantize_down(x, None, down)
+    expected, _, expected_h = reference.quantize_down(x, None, down)
+    assert h is not None and expected_h is not None and h.shape[1:] == (5, rank)
+    torch.testing.assert_close(h.sum(0), expected_h, rtol=1e-5, atol=1e-5)
+    assert int((codes.int() - expected.int()).abs().max()) <= 1
+
+
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_rounding_errs_by_half_a_step(group_size: int, device: str) -> None:
     x = torch.randn(5, 256, device=device)
@@ -39,7 +51,8 @@ def test_rounding_errs_by_half_a_step(group_size: int, device: str) -> None:
 
 def test_strides_do_not_matter_and_runs_agree_to_the_bit(device: str) -> None:
     x, down = torch.randn(192, 40, device=device).half().t(), torch.randn(8, 192, device=device).half()
-    first, again, dense = (quantize_down(value, None, down) for value in (x, x, x.contiguous()))
+    smooth = torch.rand(384, device=device)[::2] + 0.5
+    first, again, dense = (quantize_down(a, s, down) for a, s in ((x, smooth), (x, smooth), (x.contiguous(), smooth.contiguous())))
     for a, b, c in zip(first, again, dense, strict=True):
         assert a is not None and b is not None and c is not None and torch.equal(a, b) and torch.equal(a, c)
 

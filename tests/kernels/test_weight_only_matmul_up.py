@@ -90,6 +90,16 @@ def test_ranks_and_given_h(
         within_budget(weight_only_matmul_up(x, weight, h, up, bias), eager(x, weight, up, down, bias), exact)
 
 
+@pytest.mark.parametrize("rows", [2, SMALL_ROWS + 1])
+def test_bfloat16(rows: int, device: str, uniform: Callable[..., UniformWeight], within_budget: Callable[..., None]) -> None:
+    """In the interpreter, whose bfloat16 products are garbage, it is computed in float32."""
+    weight = tile(uniform(48, 64)).to(device)
+    x, up, down, bias = operands(rows, 48, 64, 8, torch.bfloat16, device)
+    y = weight_only_matmul_up(x, weight, None, up, bias, lora_down=down)
+    assert y.dtype == torch.bfloat16
+    within_budget(y, eager(x, weight, up, down, bias), truth(x, weight, up, down, bias))
+
+
 @pytest.mark.parametrize("rows", [3, SMALL_ROWS + 1])
 def test_segments_read_their_own_ranks(rows: int, device: str, uniform: Callable[..., UniformWeight]) -> None:
     weight = tile(uniform(100, 64)).to(device)
@@ -109,7 +119,8 @@ def test_strides_do_not_matter_and_runs_agree_to_the_bit(rows: int, device: str,
     scattered = torch.randn(192, 2 * rows, device=device).half()[:, ::2].t()
     scattered.copy_(x)
     assert not scattered.is_contiguous()
-    again = weight_only_matmul_up(scattered, weight, None, up, bias, lora_down=down.t().contiguous().t())
+    strided = torch.stack((bias, bias), 1)[:, 0]
+    again = weight_only_matmul_up(scattered, weight, None, up.t().contiguous().t(), strided, lora_down=down.t().contiguous().t())
     assert torch.equal(first, again)
     assert torch.equal(first, weight_only_matmul_up(x, weight, None, up, bias, lora_down=down))
 
