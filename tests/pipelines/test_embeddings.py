@@ -87,7 +87,7 @@ def test_what_lies_on_a_grid_does_not_train_as_plain_numbers(
     settings: dict[str, bool], small_model: Path, small_text: Path, tmp_path: Path
 ) -> None:
     stages = [{"quantize": RTN}, {"recover": {**TRAINED, **settings}}]
-    with pytest.raises(UsageError, match=r"recover: model\.embed_tokens\.weight is compressed and cannot train"):
+    with pytest.raises(UsageError, match="recover: the (head|embeddings?) (is|are) compressed and cannot train"):
         runner.run(chosen(tmp_path, small_model, small_text, stages, **FEW), tmp_path / "run")
 
 

@@ -26,7 +26,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "some layers left out": [{"quantize": {"method": "rtn", "group_size": 32, "ignore": ["down_proj"], "overrides": {"v_proj": {"bits": 8}}}}],
     "factors made by recovery": [
         {"quantize": {"method": "rtn", "bits": 3, "group_size": 32}},
-        {"recover": {"method": "lora", "rank": 8, "steps": 1, "batch_size": 1, "seq_len": 32, "learning_rate": 1e-2}},
+        {"recover": {"method": "lora", "rank": 8, "steps": 8, "batch_size": 2, "seq_len": 64, "learning_rate": 3e-3}},
         {"fuse": {"backend": "auto"}},
     ],
 }  # fmt: skip
