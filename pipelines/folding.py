@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compress.weights import LowRank, StoredWeight, UniformWeight
+from ..compress.weights import StoredWeight, UniformWeight
 
 TOLERANCE = 1e-4  # of what the block adds to its input, in float32
 
@@ -69,7 +69,7 @@ def folded_record(record: StoredWeight) -> StoredWeight:
     values = record.low_rank.factors()[1] * record.smooth.float()
     if dtype == torch.float16 and not bool(torch.isfinite(values.half()).all()):
         dtype = torch.bfloat16
-    return replace(record, smooth=None, low_rank=LowRank(record.low_rank.up, values.to(dtype)))
+    return replace(record, smooth=None, low_rank=replace(record.low_rank, down=values.to(dtype)))
 
 
 def _readers(

@@ -8,8 +8,9 @@ import pytest
 import torch
 from bitmend.compress.grids import UniformGrid
 from bitmend.compress.rounding import round_uniform
+from bitmend.compress.sharing import settled
 from bitmend.compress.weights import ActivationGrid, LowRank, SparseDelta, StoredWeight
-from bitmend.kernels.linear import bind
+from bitmend.kernels.linear import bind, bind_group
 from bitmend.pipelines import runner
 from bitmend.pipelines.blocks import StreamedModel
 from bitmend.pipelines.folding import Folded, fold_block, folded_record
@@ -126,6 +127,16 @@ def test_a_factor_out_of_range_becomes_bfloat16() -> None:
     big = replace(record, low_rank=LowRank(record.low_rank.up, torch.full((8, 32), 6e4).half()), smooth=torch.full((32,), 4.0).half())
     down = folded_record(big).low_rank
     assert down is not None and down.down.dtype == torch.bfloat16 and bool(torch.isfinite(down.down).all())
+
+
+def test_a_shared_factor_stays_shared() -> None:
+    records = pair_of_records()
+    one = records["one"]
+    assert one.low_rank is not None and records["two"].low_rank is not None
+    records["two"] = replace(records["two"], low_rank=LowRank(records["two"].low_rank.up, one.low_rank.down, shared="one"))
+    found = settled(folded(Toy(False), records).records)
+    assert found["two"].low_rank.shared == "one" and torch.equal(found["two"].low_rank.down, found["one"].low_rank.down)
+    assert bind_group([(record, None) for record in found.values()], backend="cpu-int8").joined
 
 
 @pytest.mark.usefixtures("no_pages")
