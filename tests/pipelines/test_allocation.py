@@ -178,6 +178,10 @@ def test_another_budget_reuses_the_table(
     assert counted == [] and runner.status(run)["allocation"] == {
         "state": "chosen", "finished_blocks": 4, "directory": f"allocation/{next(run.glob('allocation/*')).name}",
     }  # fmt: skip
+    (run / "allocation" / "deadbeef").mkdir()
+    (run / "allocation" / "deadbeef" / "block-00000.safetensors").write_bytes(b"of other choices")
+    assert {"deadbeef"} < set(runner.gc(run)["dropped"]) and len(list(run.glob("allocation/*"))) == 1
+    assert hashes(run) == before
 
 
 def test_killed_while_the_table_is_built(
