@@ -105,7 +105,7 @@ def test_bind_multiplies_as_defined(
         assert backend == "triton" and kind in NOT_IN_TRITON, error
         assert NOT_IN_TRITON[kind] in str(error)
         return
-    assert module.reason and module.backend in ("cpu-int4", "triton", "dense", "reference")
+    assert module.reason and module.backend in ("cpu-int4", "cpu-int8", "triton", "dense", "reference")
     assert not (backend == "triton" and kind in NOT_IN_TRITON)
     for shape in ((1, 192), (2, 3, 192), (70, 192)):
         x = torch.randn(shape).to(dtype)

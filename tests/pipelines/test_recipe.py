@@ -208,7 +208,7 @@ def test_common_settings_and_overrides(basic: Path) -> None:
         (["quantize.overrides=3"], "quantize.overrides: expected {REGEX"),
         (["quantize.ignore=['(']"], "quantize.ignore: '(' is not a regular expression"),
         (["quantize.include_head=3"], "quantize.include_head: expected true or false, got 3"),
-        (["fuse.backend=gpu"], "fuse.backend: input should be 'auto', 'triton', 'cpu-int4', 'dense' or 'reference', got 'gpu'"),
+        (["fuse.backend=gpu"], "fuse.backend: input should be 'auto', 'triton', 'cpu-int4', 'cpu-int8', 'dense' or 'reference', got 'gpu'"),
         (["evaluation.seqlen=3"], "evaluation: unknown key 'seqlen'; did you mean 'seq_len'?"),
         (["evaluation.windows=0"], "evaluation.windows: input should be greater than or equal to 1"),
         (["data.evalation=x"], "did you mean 'evaluation'?"),
