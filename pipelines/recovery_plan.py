@@ -28,8 +28,11 @@ def refusals(spec: StageSpec, recipe: Recipe, model: Any, sizes: Sizes, imported
         reason = refusal(spec.method, [kinds for name, kinds in made.items() if place.linear(name)], spec.config)
         found = [] if reason is None else [reason]
     found += _tables(own, sizes) + _tokens(spec, recipe, model)
-    if getattr(shared, "loss", None) != "cross_entropy":
-        found += _teacher(recipe, model)
+    by_block = RECOVER[spec.method].by_block
+    if by_block and imported and recipe.teacher is None:
+        found.append(f"{spec.method} imitates dense blocks, and the model came quantized: give the dense one with --teacher")
+    if recipe.teacher is not None and getattr(shared, "loss", None) != "cross_entropy":
+        found += _teacher_differs(model.config, resolve_model(recipe.teacher), by_block)
     return [f"{spec.address}: {line}" for line in found]
 
 
@@ -93,15 +96,13 @@ def _tokens(spec: StageSpec, recipe: Recipe, model: Any) -> list[str]:
     return found
 
 
-def _teacher(recipe: Recipe, model: Any) -> list[str]:
-    """A teacher must speak the same vocabulary."""
-    if recipe.teacher is None:
-        return []
-    return teacher_differs(model.config, resolve_model(recipe.teacher))
-
-
-def teacher_differs(config: Any, teacher: Path) -> list[str]:
-    ours, theirs = (c.get_text_config().vocab_size for c in (config, load_config(teacher)))
-    if ours == theirs:
-        return []
-    return [f"--teacher: its vocabulary has {theirs} tokens, the model's has {ours}; give the dense model that this one was made from"]
+def _teacher_differs(config: Any, teacher: Path, by_block: bool) -> list[str]:
+    """A teacher must speak the same vocabulary; where it teaches block by block, have the same blocks."""
+    ours, theirs = config.get_text_config(), load_config(teacher).get_text_config()
+    advice = "give the dense model that this one was made from"
+    if ours.vocab_size != theirs.vocab_size:
+        return [f"--teacher: its vocabulary has {theirs.vocab_size} tokens, the model's has {ours.vocab_size}; {advice}"]
+    sizes = [(c.hidden_size, c.num_hidden_layers) for c in (theirs, ours)]
+    if by_block and sizes[0] != sizes[1]:
+        return ["--teacher: width and blocks are {} and {}, the model's {} and {}; {}".format(*sizes[0], *sizes[1], advice)]
+    return []

@@ -52,7 +52,8 @@ def _virtual(own: Any, shared: Any, model: nn.Module) -> str | None:
 
 
 def _bottleneck(own: Any, place: Where, shapes: Shapes, chosen: list[str]) -> str | None:
-    width, at = getattr(own, "bottleneck", None), getattr(own, "at", "mlp")
+    width: int | None = getattr(own, "bottleneck", None)
+    at: Any = getattr(own, "at", "mlp")
     if width is None:
         return None
     found = list(bottlenecks.sublayers(list(shapes), set(chosen), place.blocks_name, at))
@@ -65,10 +66,12 @@ def _bottleneck(own: Any, place: Where, shapes: Shapes, chosen: list[str]) -> st
 
 def _rank(own: Any, shapes: Shapes, chosen: list[str], low_rank: frozenset[str]) -> str | None:
     fixed = isinstance(own, attach.Dora | attach.Lora | increments.Lota | increments.LrQat)
-    if not fixed and not (isinstance(own, attach.Perp) and own.lora != "none"):
+    pairs = (isinstance(own, attach.Perp) and own.lora != "none") or getattr(own, "train", None) in ("mask_lora", "lora")
+    if not fixed and not pairs:
         return None
     for name in chosen:
-        if name not in low_rank or not isinstance(own, attach.Dora | attach.Lora):
+        trains_old = isinstance(own, attach.Dora | attach.Lora) or getattr(own, "train", None) == "lora"
+        if name not in low_rank or not trains_old:
             rows, columns = shapes[name]
             if not 0 < own.rank <= min(rows, columns):
                 return f"rank {own.rank} does not fit {name}, a layer of {rows} × {columns}; choose 1…{min(rows, columns)}"

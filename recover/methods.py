@@ -15,6 +15,7 @@ from . import attach as methods
 from . import bottlenecks, deltas, increments, prompts
 from .fits import misfit
 from .linear import CompressedLinear, compressed_linears
+from .reconstruct import TRAINS, Reconstruct, attach_part
 from .run import TrainConfig
 from .site import Gradients, Site, kinds, site_of
 from .trainable import Attached
@@ -55,7 +56,8 @@ class Ways:
 class Method:
     """`own` is the method's own config and `config` that with TrainConfig's fields in one flat dataclass. main: the kind of parameter
     that `learning_rate` means (trainable.RATES has the defaults). mask_safe: masked weights stay exactly 0. grid_safe: codes stay.
-    serves(kinds, own config) → why it cannot, or None; kinds are those of `site.kinds`."""
+    serves(kinds, own config) → why it cannot, or None; kinds are those of `site.kinds`. by_block: trained block by block
+    (`reconstruct`), with a config that is all its own."""
 
     own: type
     attach: Callable[[Site, Any], Attached]
@@ -67,10 +69,11 @@ class Method:
     serves: Refusal = _anything
     needs: frozenset[str] = frozenset()
     version: int = 1
+    by_block: bool = False
 
     @property
     def config(self) -> type:
-        return _FLAT[self.own]
+        return self.own if self.by_block else _FLAT[self.own]
 
 
 def quantized(kinds: frozenset[str]) -> bool:
@@ -127,6 +130,13 @@ def _from_decomposition(kinds: frozenset[str], config: Any) -> str | None:
     if "low_rank" in kinds:
         return None
     return "it trains the factors of a decomposition, and there are none: put a decompose stage before it, or choose qlora"
+
+
+def _reconstruct(kinds: frozenset[str], config: Reconstruct) -> str | None:
+    if config.train == "weights" and quantized(kinds):
+        return "the weights are quantized: choose train=scales or lora, or quantize with block_training"
+    name, own, _ = TRAINS[config.train]
+    return RECOVER[name].serves(kinds, own(config))
 
 
 def _dora(kinds: frozenset[str], config: Any) -> str | None:
@@ -192,6 +202,15 @@ RECOVER: dict[str, Method] = {
     "diff_pruning": Method(
         deltas.DiffPruning, deltas.diff_pruning, "sparse", "a sparse delta with learned gates", _DELTA, serves=_diff_pruning
     ),
+    "reconstruct": Method(
+        Reconstruct,
+        attach_part,
+        "factors",
+        "what `train` names, block by block towards the dense block's output",
+        Ways("in place, as what it trains", "the same kernels", "the model itself", "in place"),
+        serves=_reconstruct,
+        by_block=True,
+    ),
     "serial_adapter": Method(bottlenecks.SerialAdapter, bottlenecks.serial_adapter, "adapters", "bottlenecks behind sublayers", _BESIDE),
     "parallel_adapter": Method(
         bottlenecks.ParallelAdapter, bottlenecks.parallel_adapter, "adapters", "bottlenecks beside sublayers", _BESIDE
@@ -202,21 +221,23 @@ RECOVER: dict[str, Method] = {
     "p_tuning": Method(prompts.PTuning, prompts.p_tuning, "tokens", "a network that makes input embeddings", _TOKENS),
 }
 _FLAT: dict[type, type] = {}
-_FLAT.update({row.own: flat(row.own) for row in RECOVER.values()})
+_FLAT.update({row.own: flat(row.own) for row in RECOVER.values() if not row.by_block})
 
 
-def split(name: str, config: Any) -> tuple[TrainConfig, Any]:
-    """A flat config (or a mapping of its fields) as (TrainConfig, the method's own). ValueError, with the nearest known name, for an
-    unknown method or field."""
+def split(name: str, config: Any) -> tuple[Any, Any]:
+    """A flat config (or a mapping of its fields) as (TrainConfig, the method's own); a method that trains block by block has one config for
+    both. ValueError, with the nearest known name, for an unknown method or field."""
     if name not in RECOVER:
         raise ValueError(f"unknown recovery method {name!r}{_nearest(name, RECOVER)}; known are {', '.join(RECOVER)}")
     own = RECOVER[name].own
     values = dict(config) if isinstance(config, Mapping) else {f.name: getattr(config, f.name) for f in fields(config)}
     shared, mine = {f.name for f in fields(TrainConfig)}, {f.name for f in fields(own)}
+    shared = set() if RECOVER[name].by_block else shared
     for key in values:
         if key not in shared | mine:
             raise ValueError(f"{name} has no setting {key!r}{_nearest(key, shared | mine)}")
-    return TrainConfig(**{k: v for k, v in values.items() if k in shared}), own(**{k: v for k, v in values.items() if k in mine})
+    mine_only = own(**{k: v for k, v in values.items() if k in mine})
+    return (TrainConfig(**{k: v for k, v in values.items() if k in shared}) if shared else mine_only), mine_only
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

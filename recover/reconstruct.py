@@ -1,139 +1,284 @@
-"""Reconstruction after pruning: train the kept weights of one decoder block so that it does what the dense block does, layer-wise in depth
+"""Reconstruction: train one decoder block so that it does what the dense block does to the same inputs, layer by layer in depth
 (PERP, arXiv:2312.15230, sec. 3.3), attention and MLP together or one after the other (arXiv:2510.14444).
 
-Knows a block as a function (`compress.block.BlockProblem`); its memory is one block, whatever the depth.
-Legend: O out, I in, R rank, N windows, T tokens, D model width.
+What trains is what another method attaches, bounded as there: kept weights, pairs under the mask, norms, biases, scales, factors.
+Knows a block as a function of hidden states; its memory is one block, whatever the depth. Not files, nor where hidden states come from.
+Legend: B batch, T tokens, D model width.
 """
 
-import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..compress.block import BlockProblem
-from ..compress.weights import DenseWeight, StoredWeight
-from .adapters import start_factors
-from .selection import roles
+from . import attach as methods
+from .linear import CompressedLinear, compressed_linears
+from .run import learning_rate, rates
+from .selection import norms, roles, where
+from .site import Site, joined, train_norms
+from .state import AdamW
+from .train import ROLLBACK_FACTOR, as_stored, unusable
+from .trainable import Attached
 
 ATTENTION_ROLES = frozenset({"q", "k", "v", "o"})
+WEIGHT_RATE = 2e-3
+"""Default learning rate of whole weights, in units of their matrix' root mean square."""
 
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """trains: the kept weights themselves, or a MaskLoRA pair of `rank`. window "halves" first fits attention with the MLP as it was
-    before compression, then the MLP behind the fitted attention; "block" fits all at once. Rates are for Adam; weights are trained in units
-    of their matrix' root mean square."""
+    """`train`: mask_lora (a pair of `rank` under the mask), weights (the kept ones), norms, biases, scales, lora; `norms`: those as
+    well. window "block" fits a block at once; "split" first attention with the MLP as it was before compression, then the MLP behind the
+    fitted attention. `steps` are for each window of each block; `samples` windows of `seq_len` tokens of training text."""
 
-    trains: Literal["weights", "mask_lora"] = "mask_lora"
+    train: Literal["mask_lora", "weights", "norms", "biases", "scales", "lora"] = "mask_lora"
+    norms: bool = True
     rank: int = 16
-    window: Literal["block", "halves"] = "halves"
+    window: Literal["block", "split"] = "block"
     steps: int = 100
+    learning_rate: float | None = None
     batch_size: int = 4
-    learning_rate: float = 2e-3
+    seq_len: int = 256
+    samples: int = 64
+    warmup: int = 10
+    clip: float = 1.0
+    targets: str | tuple[str, ...] = "all"
+    layers: str | tuple[int, ...] = "all"
+
+
+TRAINS: dict[str, tuple[str, Callable[[Reconstruct], object], str]] = {
+    "mask_lora": ("perp", lambda c: methods.Perp(norms=False, biases=False, lora="mask_lora", rank=c.rank), "factors"),
+    "weights": ("full", lambda c: methods.Full(norms=False, biases=False), "dense"),
+    "norms": ("perp", lambda c: methods.Perp(norms=True, biases=False), "norms"),
+    "biases": ("bitfit", lambda c: methods.BitFit(), "biases"),
+    "scales": ("scales", lambda c: methods.Scales(norms=False), "scales"),
+    "lora": ("lora", lambda c: methods.Lora(rank=c.rank), "factors"),
+}
+"""train → the method that attaches it, its config, and the kind of parameter that `learning_rate` means."""
+
+
+def attach_part(site: Site, config: Reconstruct) -> Attached:
+    """What `train` names, on the site's linears; norms too where they are asked for."""
+    name, own, _ = TRAINS[config.train]
+    parts = [getattr(methods, name)(site, own(config))]
+    return joined(*parts, *([train_norms(site)] if config.norms and config.train != "norms" else []))
+
+
+@dataclass
+class Block:
+    """One block under training. `forward` runs it as it stands in the model; `pairs` are (input, what the dense block makes of it), all
+    [B, T, D], to train on; `checks` are others, on which the best is chosen; `dense`: the dense block's linears by name; `chosen`: names of
+    the linears that may train; `attach(targets)` puts the method on the linears of those names."""
+
+    model: nn.Module
+    forward: Callable[[Tensor], Tensor]
+    pairs: Sequence[tuple[Tensor, Tensor]]
+    checks: Sequence[tuple[Tensor, Tensor]]
+    dense: Mapping[str, nn.Module]
+    chosen: frozenset[str]
+    attach: Callable[[tuple[str, ...]], Attached]
+    seed: int
+    stop: Callable[[], bool] = field(default=lambda: False)
 
 
 @dataclass(frozen=True)
-class Fit:
-    """One matrix on its way: parameters, and the effective weight as a function of them."""
+class Fitted:
+    """Relative squared errors of the block's output over its checks; `plain` as in Attached; `count` trained numbers; `diverged`: what went wrong."""
 
-    parameters: list[Tensor]
-    weight: Callable[[], Tensor]
+    error_before: float
+    error_after: float
+    plain: dict[str, torch.dtype]
+    count: int
+    diverged: tuple[str, ...] = ()
 
-
-def reconstruct(problem: BlockProblem, configs: Mapping[str, Reconstruct]) -> tuple[dict[str, StoredWeight], dict[str, dict[str, float]]]:
-    """(records, metrics per matrix): masks as they were, output error never above where it began (the best iterate is kept).
-    `configs` names the matrices to train, all with one config. ValueError on a quantized base."""
-    config = next(iter(configs.values()))
-    for name in configs:
-        if not isinstance(problem.weights[name].base, DenseWeight):
-            raise ValueError(f"{name}: reconstruction trains dense weights under their mask; for a grid use block_training")
-    effective = {name: record.dense() for name, record in problem.weights.items()}
-    started = block_error(problem, effective)
-    for group in _windows(list(configs), config.window):
-        rest = dict(effective)
-        if config.window == "halves" and any(_is_attention(n) for n in group):
-            rest |= {n: problem.targets[n] for n in configs if not _is_attention(n)}
-        effective |= _fit(problem, {n: problem.weights[n] for n in group}, {k: v for k, v in rest.items() if k not in group}, config)
-    ended = block_error(problem, effective)
-    better = ended < started
-    records = {
-        name: _record(problem.weights[name], effective[name]) if better and name in configs else problem.weights[name]
-        for name in problem.weights
-    }
-    metrics = {"block_error_before": started, "block_error_after": min(started, ended)}
-    return records, {name: dict(metrics) for name in configs}
+    @property
+    def improved(self) -> bool:
+        return self.error_after < self.error_before
 
 
-def _windows(names: list[str], window: str) -> list[list[str]]:
-    if window == "block":
-        return [names]
+def reconstruct(block: Block, config: Reconstruct) -> Fitted:
+    """Fit the block; where its error did not fall, everything is as it was. KeyboardInterrupt when asked to stop."""
+    linears = compressed_linears(block.model)
+    before = block_error(block)
+    done: list[Attached] = []
+    starts: list[dict[str, Tensor]] = []
+    said: list[str] = []
+    for group, others in _windows(block, linears, config.window):
+        wanted = [name for name in group if name in block.chosen]
+        if not wanted:
+            continue
+        attached = block.attach(tuple(f"{re.escape(name)}$" for name in wanted))
+        attached = _without_norms_of(attached, block, set(others))
+        if not attached.trainables:
+            continue
+        done.append(attached)
+        starts.append(_snapshot(attached))
+        standing = {n: block.dense[n] for n in others} if config.window == "split" and _is_attention(group[0]) else {}
+        with instead(block.model, standing):
+            said += _fit(block, attached, config)
+    with _all_stored(done):
+        after = block_error(block)
+    if not after < before:
+        for attached, start in zip(done, starts, strict=True):
+            _restore(attached, start)
+    plain = {name: dtype for attached in done for name, dtype in attached.plain.items()}
+    return Fitted(before, min(before, after), plain, sum(a.count() for a in done), tuple(said))
+
+
+def _windows(block: Block, linears: Mapping[str, CompressedLinear], window: str) -> list[tuple[list[str], list[str]]]:
+    """(linears of a window, all others) in the order in which they are fitted."""
+    names = list(linears)
     attention = [n for n in names if _is_attention(n)]
-    return [group for group in (attention, [n for n in names if n not in attention]) if group]
+    rest = [n for n in names if n not in attention]
+    if window == "block" or not attention or not rest:
+        return [(names, [])]
+    return [(attention, rest), (rest, attention)]
 
 
 def _is_attention(name: str) -> bool:
     return bool(ATTENTION_ROLES & set(roles(name)))
 
 
+def _without_norms_of(attached: Attached, block: Block, others: set[str]) -> Attached:
+    """A norm belongs to the window of the linear that runs next; the norms of the other window are no part of this one."""
+    if not others or not attached.plain:
+        return attached
+    owner = _next_linear(block)
+    foreign = {name for name in attached.plain if owner.get(name.rpartition(".")[0]) in others}
+    for name in foreign:
+        attached.trainables.pop(name).parameter.requires_grad_(False)
+    return replace(attached, plain={n: d for n, d in attached.plain.items() if n not in foreign})
+
+
 @torch.no_grad()
-def block_error(problem: BlockProblem, effective: Mapping[str, Tensor], size: int = 4) -> float:
-    """Relative squared output error of the block over all windows."""
-    wrong, total = 0.0, 0.0
-    for x, y in zip(problem.inputs_NTD.split(size), problem.outputs_NTD.split(size), strict=True):
-        wrong += float((problem.forward(dict(effective), x) - y).square().sum())
-        total += float(y.square().sum())
-    return wrong / max(total, 1e-30)
+def _next_linear(block: Block) -> dict[str, str]:
+    """Norm → the linear that is called after it in the block."""
+    order: list[str] = []
+    watched = {**compressed_linears(block.model), **{n: block.model.get_submodule(n) for n in norms_loaded(block.model)}}
+    handles = [module.register_forward_pre_hook(lambda m, args, n=name: order.append(n)) for name, module in watched.items()]
+    try:
+        block.forward(block.pairs[0][0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    linears = set(compressed_linears(block.model))
+    return {name: next((n for n in order[i:] if n in linears), "") for i, name in enumerate(order) if name not in linears}
 
 
-def _fit(problem: BlockProblem, records: Mapping[str, StoredWeight], rest: Mapping[str, Tensor], config: Reconstruct) -> dict[str, Tensor]:
-    """Train the matrices of one window with all others fixed; the best of start and five checkpoints."""
-    fits = {name: _start(name, record, config, problem.seed) for name, record in records.items()}
-    parameters = [p for fit in fits.values() for p in fit.parameters]
-    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, betas=(0.9, 0.95))
-    best = {name: record.dense() for name, record in records.items()}
-    best_error = block_error(problem, {**rest, **best})
-    scale = problem.outputs_NTD.square().mean().clamp(min=1e-30)
+def norms_loaded(model: nn.Module) -> list[str]:
+    """Names of the norms that have real values."""
+    return [n for n in norms(model, where(model)) if not any(p.is_meta for p in model.get_submodule(n).parameters())]
+
+
+@contextmanager
+def instead(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within, these modules stand in the model in place of those of the same names."""
+    kept = {name: model.get_submodule(name) for name in modules}
+    for name, module in modules.items():
+        model.set_submodule(name, module)
+    try:
+        yield
+    finally:
+        for name, module in kept.items():
+            model.set_submodule(name, module)
+
+
+@torch.no_grad()
+def block_error(block: Block) -> float:
+    """Mean over the tokens of the checks of the output's relative squared error."""
+    total, count = 0.0, 0
+    for x, y in block.checks:
+        total += float(token_errors(block.forward(x), y).double().sum())
+        count += y.shape[0] * y.shape[1]
+    return total / max(1, count)
+
+
+def token_errors(found_BTD: Tensor, wanted_BTD: Tensor) -> Tensor:
+    """‖found − wanted‖² / ‖wanted‖² of every token, [B, T]: what is above normalises its input, so the few tokens of huge norm that models
+    keep must not decide for all others."""
+    return (found_BTD - wanted_BTD).square().sum(-1) / wanted_BTD.square().sum(-1).clamp(min=1e-30)
+
+
+def _fit(block: Block, attached: Attached, config: Reconstruct) -> list[str]:
+    """Train one window, all others fixed; the trainables end with the best of start and five checkpoints. A loss or a value that turns
+    non-finite: once back to the best with a smaller rate, the second time the window ends there. Returns what went wrong."""
+    optimizer, full, factor, said = AdamW(attached.trainables, betas=(0.9, 0.95)), _rates(attached, config), 1.0, []
+    best, best_error = _snapshot(attached), _stored_error(block, attached)
+    every = max(1, config.steps // 5)
     for step in range(config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, (step + 1) / 5) * (1 - step / config.steps)
-        generator = torch.Generator().manual_seed(problem.seed * 1_000_003 + step)
-        chosen = torch.randint(len(problem.inputs_NTD), (min(config.batch_size, len(problem.inputs_NTD)),), generator=generator)
-        output = problem.forward({**rest, **{name: fit.weight() for name, fit in fits.items()}}, problem.inputs_NTD[chosen])
-        loss = (output - problem.outputs_NTD[chosen]).square().mean() / scale
-        gradients = torch.autograd.grad(loss, parameters)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-        if (step + 1) % max(1, config.steps // 5) == 0 or step + 1 == config.steps:
-            now = {name: fit.weight().detach() for name, fit in fits.items()}
-            error = block_error(problem, {**rest, **now})
-            if error < best_error:
-                best, best_error = now, error
-    return best
+        if block.stop():
+            raise KeyboardInterrupt
+        share = learning_rate(step, config) * factor
+        problem = _step(block, attached, optimizer, {name: rate * share for name, rate in full.items()}, config, step)
+        error = math.inf
+        if problem is None and ((step + 1) % every == 0 or step + 1 == config.steps):
+            error = _stored_error(block, attached)
+            problem = None if math.isfinite(error) else f"step {step + 1}: the block's error is not finite"
+        if problem is not None:
+            _restore(attached, best)
+            optimizer.reset()
+            said.append(problem)
+            factor *= ROLLBACK_FACTOR
+            if len(said) == 2:
+                break
+        elif error < best_error:
+            best, best_error = _snapshot(attached), error
+    _restore(attached, best)
+    return said
 
 
-def _start(name: str, record: StoredWeight, config: Reconstruct, seed: int) -> Fit:
-    start, mask = record.dense(), record.mask_OI()
-    kept = torch.ones_like(start, dtype=torch.bool) if mask is None else mask
-    unit = start[kept].square().mean().sqrt().clamp(min=1e-12)
-    if config.trains == "weights":
-        moved = torch.zeros_like(start).requires_grad_(True)
-        return Fit([moved], lambda: start + (unit * moved).where(kept, 0))
-    generator = torch.Generator().manual_seed(seed * 65_537 + zlib.crc32(name.encode()))
-    up, down = (f.to(start.device).requires_grad_(True) for f in start_factors(record.shape, min(config.rank, *record.shape), generator))
-    gain = unit * start.shape[1] ** 0.5
-    return Fit([up, down], lambda: start + (gain * (up @ down)).where(kept, 0))
+def _step(block: Block, attached: Attached, optimizer: AdamW, now: Mapping[str, float], config: Reconstruct, step: int) -> str | None:
+    """One update on one pair, which depends on (seed, step) alone; what went wrong, or None."""
+    generator = torch.Generator().manual_seed(block.seed * 1_000_003 + step)
+    x, y = block.pairs[int(torch.randint(len(block.pairs), (1,), generator=generator))]
+    parameters = [t.parameter for t in attached.trainables.values()]
+    for parameter in parameters:
+        parameter.grad = None
+    loss = token_errors(block.forward(x), y).mean()
+    torch.autograd.backward(loss)
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip if config.clip > 0 else math.inf))
+    if not math.isfinite(float(loss.detach())) or not math.isfinite(norm):
+        return f"step {step + 1}: the loss is not finite"
+    optimizer.step(now, step / config.steps)
+    return unusable(attached.trainables)
 
 
-def _record(record: StoredWeight, effective_OI: Tensor) -> StoredWeight:
-    """The record whose effective weight is `effective`: what is beside the base stays, the base takes the rest."""
-    assert isinstance(record.base, DenseWeight)
-    beside = replace(record, base=DenseWeight(torch.zeros_like(effective_OI)), mask=None, smooth=None).dense()
-    base = effective_OI - beside
-    if record.smooth is not None:
-        base = base * record.smooth.float()
-    mask = record.mask_OI()
-    return replace(record, base=DenseWeight((base if mask is None else base.where(mask, 0)).to(record.base.weight.dtype)))
+def _stored_error(block: Block, attached: Attached) -> float:
+    with as_stored(attached):
+        return block_error(block)
+
+
+def _snapshot(attached: Attached) -> dict[str, Tensor]:
+    return {name: t.parameter.detach().clone() for name, t in attached.trainables.items()}
+
+
+def _rates(attached: Attached, config: Reconstruct) -> dict[str, float]:
+    """Full learning rate by name; whole weights in units of their matrix' root mean square."""
+    out = rates(attached.trainables, config, TRAINS[config.train][2])
+    for name, t in attached.trainables.items():
+        if t.kind == "dense":
+            kept = t.parameter.detach()
+            rms = float((kept.square().sum() / kept.count_nonzero().clamp(min=1)).sqrt())
+            out[name] = (config.learning_rate or WEIGHT_RATE) * rms
+    return out
+
+
+@torch.no_grad()
+def _restore(attached: Attached, values: Mapping[str, Tensor]) -> None:
+    for name, t in attached.trainables.items():
+        t.parameter.copy_(values[name])
+        t.parameter.grad = None
+
+
+@contextmanager
+def _all_stored(attached: Sequence[Attached]) -> Iterator[None]:
+    if not attached:
+        yield
+        return
+    with as_stored(attached[0]), _all_stored(attached[1:]):
+        yield

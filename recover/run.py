@@ -6,7 +6,7 @@ Knows parameters and moments; not batches, losses or the loop.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -39,7 +39,20 @@ class TrainConfig:
     cache_dense: Literal["auto", "always", "never"] = "auto"
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
+class Schedule(Protocol):
+    """What rates follow from: TrainConfig, or a config of its own."""
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def warmup(self) -> int: ...
+
+    @property
+    def learning_rate(self) -> float | None: ...
+
+
+def learning_rate(step: int, config: Schedule) -> float:
     """Share of the full rate at a step: linear warm-up, then cosine to 0."""
     warmup = min(config.warmup, config.steps // 4)
     if step < warmup:
@@ -47,7 +60,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
 
 
-def rates(trainables: Mapping[str, Trainable], config: TrainConfig, main: str | None = None) -> dict[str, float]:
+def rates(trainables: Mapping[str, Trainable], config: Schedule, main: str | None = None) -> dict[str, float]:
     """Full learning rate by name. `config.learning_rate` is that of the method's main kind; the others keep their ratio to it."""
     factor = 1.0 if config.learning_rate is None or main is None else config.learning_rate / RATES[main]
     return {name: t.rate * factor for name, t in trainables.items()}

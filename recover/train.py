@@ -217,7 +217,7 @@ def _update(run: Run, batches: Callable[[int], Batch], teacher: Teacher | None, 
     share = learning_rate(step, config) * run.factor
     run.optimizer.step({name: rate * share for name, rate in run.rates.items()}, step / config.steps)
     run.history.append({"step": run.step, "loss": total})
-    return total, _unusable(run.trainables)
+    return total, unusable(run.trainables)
 
 
 def batch_loss(student: Student, batch: Batch, teacher: Teacher | None, objective: Objective) -> Tensor:
@@ -233,7 +233,8 @@ def batch_loss(student: Student, batch: Batch, teacher: Teacher | None, objectiv
     return token_loss(hidden, student.logits, targets, guide, objective, [p for p in student.head_parameters if p.requires_grad])
 
 
-def _unusable(trainables: Mapping[str, Trainable]) -> str | None:
+def unusable(trainables: Mapping[str, Trainable]) -> str | None:
+    """The first trained value that cannot be stored, with what is wrong with it."""
     for name, t in trainables.items():
         wrong = t.check(t.parameter.detach()) if t.check is not None else None
         if wrong:

@@ -5,17 +5,15 @@ training state's file; what trains and how is `recover/`.
 """
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from ...compress.weights import DenseWeight, StoredWeight
-from ...recover.linear import cache_dense, compressed_linears, install
+from ...recover.linear import cache_dense, compressed_linears
 from ...recover.losses import Objective
 from ...recover.memory import training_memory
 from ...recover.merge import stored_loss
@@ -32,30 +30,31 @@ from ..errors import InputError, UsageError
 from ..files import write_bytes
 from ..loading import whole_model
 from ..logs import bar
-from ..models import load_config, set_parameter
+from ..models import inspect, load_config, skeleton
 from ..stage_settings import StageSpec
 from .context import Context, Outcome
+from .reconstruct import reconstruct_blocks
 from .teacher import streamed_teacher
-from .writing import Trained, audited, trained, write_model
+from .writing import SLACK, InPlace, Trained, audited, trained, write_model
 
 STATE = "training.safetensors"
 SMALL_STATE_BYTES = 200e6
-SLACK = 1e-6
-"""Of a held-out loss in nats: what the order of a sum may change."""
 
 
 def recover(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: Context) -> Outcome:
     """Run a recovery method. UsageError when it cannot serve this model, before any work; QualityError when its audit fails."""
+    if RECOVER[spec.method].by_block:
+        return reconstruct_blocks(parent, writer, spec, context)
     config, _ = split(spec.method, spec.config)
     notes = []
     if context.teacher is None and config.loss != "cross_entropy":
         config = replace(config, loss="cross_entropy")
         notes = ["trained on next-token cross-entropy: the model came quantized and no --teacher was given to imitate"]
     _check_teacher(parent, context)
-    records = records_of(parent, context.device)
     batches, held_out = _texts(context, config)
 
-    streamed = whole_model(parent, context.device, context.dtype, InPlace(records, context.device, context.dtype))
+    structure = inspect(skeleton(load_config(parent.directory)))
+    streamed = whole_model(parent, context.device, context.dtype, InPlace(parent, structure, context.device, context.dtype))
     model = streamed.model.requires_grad_(False)
     student = student_of(model)
     gradients = Gradients(batches, lambda batch: batch_loss(student, batch, None, Objective("cross_entropy", 1.0)))
@@ -75,23 +74,6 @@ def recover(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: 
     layers = [{"name": n, "metrics": {}, "relative_output_error": None} for n in found.records if n in parent.linears]
     metrics = _metrics(result) | {"held_out_loss_kept": result.start_loss if kept is None else kept, "memory": memory}
     return Outcome(layers, metrics, notes + said, attached.count())
-
-
-@dataclass(frozen=True)
-class InPlace:
-    """Puts records into the model as linears that can train; embeddings and head are dense."""
-
-    records: Mapping[str, StoredWeight]
-    device: torch.device
-    dtype: torch.dtype
-
-    def __call__(self, model: nn.Module, prefix: str, records: dict[str, StoredWeight]) -> None:
-        install(model, {n: r for n, r in self.records.items() if n.startswith(f"{prefix}.")}, self.dtype)
-
-    def tables(self, model: Any, records: dict[str, StoredWeight]) -> None:
-        for name, record in records.items():
-            set_parameter(model, name, record.dense(self.dtype).to(self.device))
-        model.tie_weights()
 
 
 def _attached(parent: Artifact, spec: StageSpec, streamed: StreamedModel, seed: int, gradients: Gradients) -> Attached:
@@ -139,20 +121,6 @@ def _cache_budget(config: TrainConfig) -> float:
     except (OSError, StopIteration):
         return 0
     return min(free / 3, 2e9)
-
-
-def records_of(parent: Artifact, device: torch.device) -> dict[str, StoredWeight]:
-    """The record of every plain linear in the decoder; a weight that was never compressed is a dense one."""
-    structure = StreamedModel(parent, torch.device("cpu")).structure
-    out = {}
-    for site in structure.sites:
-        if site.block is None or site.expert is not None:
-            continue
-        if site.name in parent.linears:
-            out[site.name] = parent.stored(site.name)
-        else:
-            out[site.name] = StoredWeight(DenseWeight(site.read(parent.tensor(f"{site.module}.{site.parameter}")).contiguous()))
-    return {name: record.to(device) for name, record in out.items()}
 
 
 # -- text ------------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""What recovery trained goes back into an artifact, and an audit of what lies there afterwards. Knows artifacts and records; no method."""
+"""From an artifact into a model whose linears can train, and what was trained back into an artifact, audited there.
+
+Knows artifacts and records; no method.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,12 +11,39 @@ import torch
 from torch import Tensor, nn
 
 from ...compress.weights import DenseWeight, StoredWeight
-from ...recover.linear import compressed_linears
+from ...recover.linear import compressed_linears, install
 from ...recover.merge import audit
 from ..artifact import Artifact, ArtifactWriter, shards_of
 from ..blocks import StreamedModel
 from ..errors import QualityError
-from ..models import Structure, tied_names
+from ..models import Site, Structure, set_parameter, tied_names
+
+SLACK = 1e-6
+"""Of a held-out loss in nats: what the order of a sum may change."""
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """A `blocks.Binder`: puts every plain linear of a block (not experts) into the model as one that can train, a weight that was never
+    compressed as a dense record; embeddings and head are dense."""
+
+    artifact: Artifact
+    structure: Structure
+    device: torch.device
+    dtype: torch.dtype
+
+    def __call__(self, model: nn.Module, prefix: str, records: dict[str, StoredWeight]) -> None:
+        sites = [s for s in self.structure.sites if s.expert is None and s.name.startswith(f"{prefix}.")]
+        found = {s.name: records.get(s.name) or self._dense(s) for s in sites}
+        install(model, {name: record.to(self.device) for name, record in found.items()}, self.dtype)
+
+    def _dense(self, site: Site) -> StoredWeight:
+        return StoredWeight(DenseWeight(site.read(self.artifact.tensor(f"{site.module}.{site.parameter}")).contiguous()))
+
+    def tables(self, model: Any, records: dict[str, StoredWeight]) -> None:
+        for name, record in records.items():
+            set_parameter(model, name, record.dense(self.dtype).to(self.device))
+        model.tie_weights()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from bitmend.pipelines.errors import QualityError
 from bitmend.pipelines.exporting import checkpoint_of
 from bitmend.pipelines.loading import whole_model
 from bitmend.pipelines.perplexity import last_hidden
-from bitmend.pipelines.stages.recover import InPlace, records_of
+from bitmend.pipelines.stages.writing import InPlace
 from bitmend.recover.losses import Objective
 from bitmend.recover.methods import RECOVER, attach, refusal
 from bitmend.recover.site import Gradients, kinds
@@ -72,7 +72,7 @@ IDS = torch.randint(3, 97, (2, 16), generator=torch.Generator().manual_seed(1))
 
 
 def serves(method: str, artifact: Artifact) -> bool:
-    return refusal(method, [kinds(r) for r in records_of(artifact, CPU).values()], {}) is None
+    return refusal(method, [kinds(artifact.stored(name)) for name in artifact.linears], {}) is None
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def logits_of(artifact: Artifact) -> torch.Tensor:
 
 def logits_at_step_0(method: str, artifact: Artifact) -> torch.Tensor:
     """Of the model as the stage trains it, the method attached."""
-    place = InPlace(records_of(artifact, CPU), CPU, torch.float32)
+    place = InPlace(artifact, StreamedModel(artifact, CPU).structure, CPU, torch.float32)
     model = whole_model(artifact, CPU, torch.float32, place).model.requires_grad_(False)
     student = student_of(model)
     gradients = Gradients(lambda index: Batch(IDS), lambda batch: batch_loss(student, batch, None, Objective("cross_entropy")))
@@ -156,7 +156,7 @@ def test_the_audit_finds_a_method_that_lies(small_model: Path, tmp_path: Path, m
 
 
 def test_what_loses_by_being_stored_is_not_kept(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[InPlace.__module__], "stored_loss", lambda *arguments: 9.0)
+    monkeypatch.setattr(sys.modules["bitmend.pipelines.stages.recover"], "stored_loss", lambda *arguments: 9.0)
     stage = toy_run(tmp_path, small_model, RTN, {"recover": {"method": "perp", **STEPS}})
     assert any(note.startswith("rounded to what is stored, the held-out loss is 9.0000") for note in stage.notes)
     names = {p.name: p.stat().st_ino for p in stage_directory(tmp_path / "run", "quantize").glob("*.safetensors")}

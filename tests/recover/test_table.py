@@ -2,6 +2,7 @@ from bitmend.recover.methods import RECOVER
 from bitmend.recover.table import KINDS, kinds_table, methods_table
 
 PROMISED = [
+    "reconstruct",
     "lora",
     "perp",
     "scales",
