@@ -109,7 +109,8 @@ def tokenize(
     windows: how many (all if None or if there are fewer); the first ones, or, given a `seed`, a sample in text order.
     bos: `none`; `start` (once, before the text); `window` (before each window, counted in seq_len); `auto`: what the tokenizer does
     to a text of its own accord, except Gemma's, which need it in each window.
-    In the protocol `tokens` and `bytes` count all predicted text, `loss_tokens` that of completions, where only they carry loss.
+    In the protocol `tokens` and `bytes` count all predicted text, `loss_tokens` and `loss_bytes` that of completions, where only they
+    carry loss.
     Raises InputError where the text is shorter than one window, UsageError for a seq_len under 2 or an unknown `bos`.
     """
     if seq_len < 2 or (windows is not None and windows < 1):
@@ -136,6 +137,9 @@ def tokenize(
         "loss_tokens": int(loss_NT[:, 1:].sum()) if completions_only else None,
         "bytes": int((end_byte[predicted] - start_byte[predicted]).sum()),
     }
+    if completions_only:
+        answered = predicted[loss[predicted]]
+        protocol["loss_bytes"] = int((end_byte[answered] - start_byte[answered]).sum())
     return Windows(torch.from_numpy(ids_NT), torch.from_numpy(loss_NT) if completions_only else None, protocol)
 
 

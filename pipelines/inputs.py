@@ -49,7 +49,7 @@ class Inputs:
 
     def training(self, seq_len: int, batch_size: int) -> Callable[[int], tuple[Tensor, Tensor | None]]:
         """index → (ids int64 [batch, seq_len], loss mask or None): a pure function of (seed, index)."""
-        windows = self._windows("train", seq_len, None)
+        windows = self._teaching(self._windows("train", seq_len, None))
         if len(windows.ids) < batch_size:
             raise InputError(
                 f"{self.recipe.data.train}: {len(windows.ids)} windows of {seq_len} tokens are less than one batch of {batch_size}; "
@@ -59,9 +59,21 @@ class Inputs:
 
     def held_out(self, seq_len: int, batch_size: int) -> list[tuple[Tensor, Tensor | None]]:
         """The batches on which recovery chooses its best step: about HELD_OUT_TOKENS tokens."""
-        found = self._windows("held_out", seq_len, max(1, HELD_OUT_TOKENS // seq_len), self.recipe.seed)
+        found = self._teaching(self._windows("held_out", seq_len, max(1, HELD_OUT_TOKENS // seq_len), self.recipe.seed))
         pieces = [slice(start, start + batch_size) for start in range(0, len(found.ids), batch_size)]
         return [(found.ids[piece], None if found.loss is None else found.loss[piece]) for piece in pieces]
+
+    def _teaching(self, windows: data.Windows) -> data.Windows:
+        """Without the windows that hold no token of a completion. InputError when none is left."""
+        if windows.loss is None:
+            return windows
+        kept = windows.loss[:, 1:].any(1)
+        if not bool(kept.any()):
+            raise InputError(
+                f"{self.recipe.data.train}: none of {len(kept)} windows of {windows.ids.shape[1]} tokens holds a token of a completion; "
+                "give longer completions, or a larger recover.seq_len"
+            )
+        return data.Windows(windows.ids[kept], windows.loss[kept], windows.protocol)
 
     def _windows(self, part: str, seq_len: int, count: int | None, seed: int | None = None) -> data.Windows:
         key = f"{part}:{seq_len}:{count}:{seed}"

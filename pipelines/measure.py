@@ -96,7 +96,7 @@ def scores_of(
     began = time.monotonic()
     model = StreamedModel(artifact, device, dtype, bind)
     with bar(label, model.structure.blocks) as shown:
-        scores, hidden = perplexity.score(model, windows.ids, teacher, lambda done, total: shown.advance())
+        scores, hidden = perplexity.score(model, windows, teacher, lambda done, total: shown.advance())
     metrics.mkdir(parents=True, exist_ok=True)
     seconds = time.monotonic() - began
     extra = {

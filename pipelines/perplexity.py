@@ -30,7 +30,9 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Scores:
-    """Per window: mean NLL in nats over its predicted tokens and, against a teacher, mean KL(teacher ‖ model) and top-1 agreement."""
+    """Per window: mean NLL in nats over its predicted tokens and, against a teacher, mean KL(teacher ‖ model) and top-1 agreement.
+    Where only some tokens count, a window's sum is over those, divided by how many of them a window has on average, so that the mean over
+    windows is the mean over counted tokens."""
 
     nll: tuple[float, ...]
     kl: tuple[float, ...] | None
@@ -71,8 +73,14 @@ def last_hidden(model: StreamedModel, ids_NT: Tensor, progress: Progress | None 
     return torch.cat(hidden)
 
 
-def score(model: StreamedModel, ids_NT: Tensor, teacher: Teacher | None = None, progress: Progress | None = None) -> tuple[Scores, Tensor]:
-    """Scores of the model on the windows, and its last hidden states [N, T, D]."""
+def score(
+    model: StreamedModel, windows: Windows, teacher: Teacher | None = None, progress: Progress | None = None
+) -> tuple[Scores, Tensor]:
+    """Scores of the model on the windows' counted tokens, and its last hidden states [N, T, D]. InputError when none counts."""
+    ids_NT, counts_NT = windows.ids, counted(windows)
+    average = float(counts_NT.double().sum(1).mean())
+    if not average:
+        raise InputError("the evaluation windows hold no token of a completion; give more text, or a larger evaluation.windows")
     hidden = last_hidden(model, ids_NT, progress)
     finite_N = torch.isfinite(hidden).flatten(1).all(1)
     if not bool(finite_N.all()):
@@ -83,10 +91,9 @@ def score(model: StreamedModel, ids_NT: Tensor, teacher: Teacher | None = None, 
             sums = torch.zeros(3, dtype=torch.float64)
             for start in range(0, ids_NT.shape[1] - 1, LOGITS_AT_ONCE):
                 span = slice(start, min(start + LOGITS_AT_ONCE, ids_NT.shape[1] - 1))
-                sums += _window_sums(
-                    model, hidden[index : index + 1, span], ids_NT[index, span.start + 1 : span.stop + 1], teacher, index, span
-                )
-            means = (sums / (ids_NT.shape[1] - 1)).tolist()
+                next_T = ids_NT[index, span.start + 1 : span.stop + 1]
+                sums += _window_sums(model, hidden[index : index + 1, span], next_T, counts_NT[index, span], teacher, index, span)
+            means = (sums / average).tolist()
             if not math.isfinite(means[0]):
                 raise InputError(f"{model.artifact.directory.name}: {_first_non_finite(model, ids_NT[index : index + 1])}")
             nll.append(means[0])
@@ -95,14 +102,25 @@ def score(model: StreamedModel, ids_NT: Tensor, teacher: Teacher | None = None, 
     return Scores(tuple(nll), tuple(kl) if teacher else None, tuple(top1) if teacher else None), hidden
 
 
-def _window_sums(model: StreamedModel, hidden_1TD: Tensor, next_T: Tensor, teacher: Teacher | None, index: int, span: slice) -> Tensor:
-    """float64 [3]: NLL, KL and top-1 agreement summed over a span of one window."""
+def counted(windows: Windows) -> Tensor:
+    """bool [N, T − 1]: the predicted tokens that count."""
+    return torch.ones_like(windows.ids[:, 1:], dtype=torch.bool) if windows.loss is None else windows.loss[:, 1:]
+
+
+def _window_sums(
+    model: StreamedModel, hidden_1TD: Tensor, next_T: Tensor, counts_T: Tensor, teacher: Teacher | None, index: int, span: slice
+) -> Tensor:
+    """float64 [3]: NLL, KL and top-1 agreement summed over the counted tokens of a span of one window."""
+    out = torch.zeros(3, dtype=torch.float64)
+    hidden_1TD, next_T = hidden_1TD[:, counts_T.to(hidden_1TD.device)], next_T[counts_T]
+    if not len(next_T):
+        return out
     logits_TV = model.logits(hidden_1TD)[0].float()
     log_p = torch.log_softmax(logits_TV, -1)
-    out = torch.zeros(3, dtype=torch.float64)
     out[0] = -log_p.gather(-1, next_T.to(log_p.device).unsqueeze(-1)).double().sum().cpu()
     if teacher is not None:
-        reference = torch.log_softmax(teacher.logits(teacher.hidden_NTD[index : index + 1, span].to(hidden_1TD))[0].float(), -1)
+        theirs_1TD = teacher.hidden_NTD[index : index + 1, span][:, counts_T].to(hidden_1TD)
+        reference = torch.log_softmax(teacher.logits(theirs_1TD)[0].float(), -1)
         out[1] = torch.nn.functional.kl_div(log_p, reference, log_target=True, reduction="none").sum(-1).double().sum().cpu()
         out[2] = (logits_TV.argmax(-1) == reference.argmax(-1)).double().sum().cpu()
     return out
@@ -170,11 +188,11 @@ def load_hidden(path: Path) -> Tensor | None:
 
 
 def bits_per_byte(scores: Scores, windows: Windows) -> float | None:
-    """Total bits over the UTF-8 bytes of the predicted text; None where the protocol does not know the bytes."""
-    size = windows.protocol.get("bytes")
+    """Total bits over the UTF-8 bytes of the predicted text that counts; None where the protocol does not know the bytes."""
+    size = windows.protocol.get("bytes" if windows.loss is None else "loss_bytes")
     if not size:
         return None
-    tokens = len(scores.nll) * (windows.ids.shape[1] - 1)
+    tokens = int(counted(windows).sum())
     return math.fsum(scores.nll) / len(scores.nll) * tokens / math.log(2) / size
 
 
@@ -202,7 +220,7 @@ def evaluate(
             cut = data.tokenize(documents, tokenizer, seq_len or 512, windows)
         streamed = StreamedModel(found, place, torch.float32, binder_of(found, place))
         with bar("perplexity, blocks", streamed.structure.blocks) as shown:
-            scores, _ = score(streamed, cut.ids, None, lambda done, total: shown.advance())
+            scores, _ = score(streamed, cut, None, lambda done, total: shown.advance())
         return {
             "model": model,
             "perplexity": scores.perplexity,

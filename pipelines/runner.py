@@ -105,6 +105,7 @@ def _prepare(chosen: recipe.Recipe, place: RunDirectory, found: dict[str, Any], 
     for step in under_way.steps:
         if step.spec is not None and step.spec.name == "recover" and step.state(place) != "done":
             inputs.training(step.spec.config.seq_len, step.spec.config.batch_size)
+            inputs.held_out(step.spec.config.seq_len, step.spec.config.batch_size)
     return under_way
 
 

@@ -47,7 +47,7 @@ def stages(run: Path) -> dict[str, Any]:
 
 def test_it_is_what_transformers_computes(baseline: Artifact, windows: Windows, small_model: Path, finished: Path) -> None:
     expected = direct(small_model, windows.ids)
-    scores, _ = perplexity.score(StreamedModel(baseline, CPU), windows.ids)
+    scores, _ = perplexity.score(StreamedModel(baseline, CPU), windows)
     assert scores.nll == pytest.approx(expected, rel=1e-5)
     assert scores.perplexity == pytest.approx(math.exp(sum(expected) / len(expected)), rel=1e-5)
     assert stages(finished)["baseline"].perplexity == scores.perplexity
@@ -55,17 +55,17 @@ def test_it_is_what_transformers_computes(baseline: Artifact, windows: Windows, 
 
 
 def test_long_windows_are_scored_in_spans(baseline: Artifact, windows: Windows, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, _ = perplexity.score(StreamedModel(baseline, CPU), windows.ids)
+    whole, _ = perplexity.score(StreamedModel(baseline, CPU), windows)
     monkeypatch.setattr(perplexity, "LOGITS_AT_ONCE", 17)
     monkeypatch.setattr(perplexity, "TOKENS_AT_ONCE", 64)
-    parts, _ = perplexity.score(StreamedModel(baseline, CPU), windows.ids)
+    parts, _ = perplexity.score(StreamedModel(baseline, CPU), windows)
     assert parts.nll == pytest.approx(whole.nll, rel=1e-6)
 
 
 def test_the_baseline_agrees_with_itself(baseline: Artifact, windows: Windows) -> None:
     model = StreamedModel(baseline, CPU)
-    _, hidden = perplexity.score(model, windows.ids)
-    scores, _ = perplexity.score(StreamedModel(baseline, CPU), windows.ids, Teacher(hidden, model.logits))
+    _, hidden = perplexity.score(model, windows)
+    scores, _ = perplexity.score(StreamedModel(baseline, CPU), windows, Teacher(hidden, model.logits))
     assert scores.kl == pytest.approx([0.0] * len(windows.ids), abs=1e-7)
     assert scores.top1 == (1.0,) * len(windows.ids)
 
