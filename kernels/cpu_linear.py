@@ -30,28 +30,29 @@ class PackedOperator:
     activations: ActivationGrid | None = None
     low_rank: LowRankSegments | None = None
     bias: Tensor | None = None
-    _by_bucket: dict[int, cpu.Product] = field(default_factory=dict)
+    _by_rows: dict[int, cpu.Product] = field(default_factory=dict)
 
     def __call__(self, x_MI: Tensor) -> Tensor:
+        """Few operations besides the product, since a token goes through four of these in every block."""
         inner = x_MI if self.smooth is None else x_MI / self.smooth.to(x_MI.dtype)
-        inner = rounded(inner, self.activations)
+        if self.activations is not None:
+            inner = rounded(inner, self.activations)
         if self.columns is not None:
             inner = inner[:, self.columns]
-        product, trains = self._product(x_MI.shape[0]), torch.is_grad_enabled() and inner.requires_grad
+        product = self._by_rows.get(x_MI.shape[0]) or self._product(x_MI.shape[0])
+        trains = inner.requires_grad and torch.is_grad_enabled()
         y = FrozenProduct.apply(inner, product, self.weight.dense) if trains else product(inner)
-        if self.low_rank is None and self.bias is None:
-            return y.to(x_MI.dtype)
-        y = y.float()
         if self.low_rank is not None:
-            y = self.low_rank.add_(y, x_MI.float())
-        return (y if self.bias is None else y + self.bias).to(x_MI.dtype)
+            y = self.low_rank.add_(y.float(), x_MI.float())
+        if self.bias is not None:
+            y = y.float() + self.bias
+        return y.to(x_MI.dtype)
 
     def _product(self, rows: int) -> cpu.Product:
-        size = cpu.bucket(rows)
-        if size not in self._by_bucket:
-            choice = cpu.product_for(self.weight, rows, self.dtype)["choice"]
-            self._by_bucket[size] = self.weight.products(cpu.half_pays, size)[choice]
-        return self._by_bucket[size]
+        """The way measured fastest for the bucket that so many rows fall into."""
+        choice = cpu.product_for(self.weight, rows, self.dtype)["choice"]
+        self._by_rows[rows] = self.weight.products(cpu.half_pays, cpu.bucket(rows))[choice]
+        return self._by_rows[rows]
 
     def rows(self, ids: Tensor) -> Tensor:
         return self.weight.rows(ids)

@@ -54,6 +54,18 @@ class FusedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, backend={self.backend}, {self.resident_bytes()} bytes"
 
 
+class _Pending:
+    """What a group has computed for x and not yet been asked for. No attribute of the module's own, which each cost it a lookup."""
+
+    __slots__ = ("left", "outputs", "version", "x")
+
+    def __init__(self) -> None:
+        self.x: Tensor | None = None
+        self.version: int | None = None
+        self.outputs: list[Tensor | None] = []
+        self.left = 0
+
+
 class FusedGroup(nn.Module):
     """Linears that read one x: forward returns a tuple, one [..., O_i] per member, in the order they were given.
 
@@ -63,7 +75,7 @@ class FusedGroup(nn.Module):
         super().__init__()
         self.members = nn.ModuleList(members)
         self.sizes, self.reason = list(sizes), reason
-        self._pending: tuple[Tensor, int | None, dict[int, Tensor]] | None = None
+        self._pending = _Pending()
 
     @property
     def backend(self) -> str:
@@ -74,7 +86,7 @@ class FusedGroup(nn.Module):
         return len(self.members) == 1
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        if self.joined:
+        if len(self.members) == 1:
             return self.members[0](x).split(self.sizes, dim=-1)
         return tuple(member(x) for member in self.members)
 
@@ -84,13 +96,16 @@ class FusedGroup(nn.Module):
 
     def part(self, index: int, x: Tensor) -> Tensor:
         """Member `index` of the group's output for x; the others are kept until each has been asked for or x changes."""
-        version = None if x.is_inference() else x._version
-        if self._pending is None or self._pending[0] is not x or self._pending[1] != version or index not in self._pending[2]:
-            self._pending = (x, version, dict(enumerate(self(x))))
-        outputs = self._pending[2]
-        out = outputs.pop(index)
-        if not outputs:
-            self._pending = None
+        pending, version = self._pending, None if x.is_inference() else x._version
+        if pending.x is not x or pending.version != version or pending.outputs[index] is None:
+            pending.x, pending.version, pending.outputs = x, version, list(self.forward(x))
+            pending.left = len(pending.outputs)
+        out = pending.outputs[index]
+        assert out is not None
+        pending.outputs[index] = None
+        pending.left -= 1
+        if pending.left == 0:
+            pending.x = None
         return out
 
     def bound_tensors(self) -> list[Tensor]:
