@@ -39,7 +39,7 @@ def refusals(spec: StageSpec, recipe: Recipe, model: Any, sizes: Sizes, imported
 def bytes_beside(spec: StageSpec, model: Any, sizes: Sizes) -> int:
     """Of the parameters that a method keeps beside the model, in float32."""
     shared, own = split(spec.method, spec.config)
-    if RECOVER[spec.method].ways.stored_as != "adapter beside the model":
+    if "beside the model" not in RECOVER[spec.method].ways.stored_as:
         return 0
     config, count = model.config.get_text_config(), 0
     if isinstance(own, PrefixTuning | MamAdapter):

@@ -66,7 +66,7 @@ def _bottleneck(own: Any, place: Where, shapes: Shapes, chosen: list[str]) -> st
 
 def _rank(own: Any, shapes: Shapes, chosen: list[str], low_rank: frozenset[str]) -> str | None:
     fixed = isinstance(own, attach.Dora | attach.Lora | increments.Lota | increments.LrQat)
-    pairs = (isinstance(own, attach.Perp) and own.lora != "none") or getattr(own, "train", None) in ("mask_lora", "lora")
+    pairs = (isinstance(own, attach.Perp) and own.lora != "none") or getattr(own, "train", None) in ("auto", "mask_lora", "lora")
     if not fixed and not pairs:
         return None
     for name in chosen:

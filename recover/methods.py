@@ -15,7 +15,7 @@ from . import attach as methods
 from . import bottlenecks, deltas, increments, prompts
 from .fits import misfit
 from .linear import CompressedLinear, compressed_linears
-from .reconstruct import TRAINS, Reconstruct, attach_part
+from .reconstruct import TRAINS, Reconstruct, attach_part, resolved
 from .run import TrainConfig
 from .site import Gradients, Site, kinds, site_of
 from .trainable import Attached
@@ -135,7 +135,7 @@ def _from_decomposition(kinds: frozenset[str], config: Any) -> str | None:
 def _reconstruct(kinds: frozenset[str], config: Reconstruct) -> str | None:
     if config.train == "weights" and quantized(kinds):
         return "the weights are quantized: choose train=scales or lora, or quantize with block_training"
-    name, own, _ = TRAINS[config.train]
+    name, own, _ = TRAINS[resolved(config, kinds).train]
     return RECOVER[name].serves(kinds, own(config))
 
 
@@ -143,12 +143,19 @@ def _dora(kinds: frozenset[str], config: Any) -> str | None:
     return "double-quantized absmax cannot take row magnitudes exactly: choose lora" if "double_quantized" in kinds else None
 
 
-_PAIR = Ways("low-rank pair", "low-rank term", "PEFT LoRA directory", "dense unmasked weights")
-_MODEL = Ways("norms, biases, weights in place", "nothing new", "the model itself", "in place")
-_DELTA = Ways("in dense weights; sparse delta beside quantized ones", "refused with a delta", "dense", "kept dense weights")
-_BESIDE = Ways("adapter beside the model", "refused", "refused", "refused")
-_TOKENS = Ways("peft directory beside the model", "refused", "peft directory", "refused")
-_GRID = Ways("scales and codes in place", "the same kernels", "any grid format", "in place")
+_PAIR = Ways("low-rank pair", "low-rank term", "base in any format + PEFT LoRA", "dense unmasked weights; elsewhere refused")
+_MODEL = Ways(
+    "norms, biases, weights in place", "as it was stored", "any format; created biases where the architecture has a place", "in place"
+)
+_DELTA = Ways(
+    "in dense weights; sparse delta beside quantized ones",
+    "a dense matrix where a delta is",
+    "dense; other formats refused with a delta",
+    "kept dense weights; refused on quantized ones",
+)
+_BESIDE = Ways("bottlenecks beside the model", "beside the kernels", "refused: no format has a place for them", "refused")
+_TOKENS = Ways("virtual tokens beside the model", "in front of the kernels", "base in any format + PEFT prompt", "refused")
+_GRID = Ways("scales and codes in place", "as it was stored", "any grid format", "in place")
 
 RECOVER: dict[str, Method] = {
     "lora": Method(methods.Lora, methods.lora, "factors", "up·down", _PAIR),
@@ -164,7 +171,7 @@ RECOVER: dict[str, Method] = {
         methods.dora,
         "factors",
         "up·down and row magnitudes",
-        Ways("magnitudes in the scales and in up", "low-rank term", "PEFT LoRA directory on the rescaled base", "scales or dense rows"),
+        Ways("magnitudes in the scales and in up", "low-rank term", "rescaled base in any format + PEFT LoRA", "scales or dense rows"),
         serves=_dora,
     ),
     "qa_lora": Method(
@@ -172,7 +179,7 @@ RECOVER: dict[str, Method] = {
         methods.qa_lora,
         "factors",
         "a pair on group sums",
-        Ways("float32 zero points", "kernels with float zeros", "dense", "zero points"),
+        Ways("float32 zero points", "kernels with float zeros", "dense; other formats refused", "zero points"),
         mask_safe=False,
         serves=_qa_lora,
     ),
@@ -185,7 +192,7 @@ RECOVER: dict[str, Method] = {
         methods.dequantize_train_requantize,
         "dense",
         "every weight, rounded anew at the end",
-        Ways("fresh codes and scales", "the same kernels", "any grid format", "in place"),
+        Ways("fresh codes and scales", "as it was stored", "any grid format", "in place"),
         grid_safe=False,
         serves=_needs_grid,
     ),
@@ -207,7 +214,7 @@ RECOVER: dict[str, Method] = {
         attach_part,
         "factors",
         "what `train` names, block by block towards the dense block's output",
-        Ways("in place, as what it trains", "the same kernels", "the model itself", "in place"),
+        Ways("as what it trains", "as it was stored", "as what it trains", "as what it trains"),
         serves=_reconstruct,
         by_block=True,
     ),

@@ -20,7 +20,7 @@ from . import attach as methods
 from .linear import CompressedLinear, compressed_linears
 from .run import learning_rate, rates
 from .selection import norms, roles, where
-from .site import Site, joined, train_norms
+from .site import Site, joined, kinds, train_norms
 from .state import AdamW
 from .train import ROLLBACK_FACTOR, as_stored, unusable
 from .trainable import Attached
@@ -32,11 +32,11 @@ WEIGHT_RATE = 2e-3
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """`train`: mask_lora (a pair of `rank` under the mask), weights (the kept ones), norms, biases, scales, lora; `norms`: those as
-    well. window "block" fits a block at once; "split" first attention with the MLP as it was before compression, then the MLP behind the
+    """`train`: mask_lora (a pair of `rank` under the mask), weights (the kept ones), norms, biases, scales, lora; auto is scales on a grid
+    and mask_lora elsewhere; `norms`: those as well. window "block" fits a block at once; "split" first attention with the MLP as it was before compression, then the MLP behind the
     fitted attention. `steps` are for each window of each block; `samples` windows of `seq_len` tokens of training text."""
 
-    train: Literal["mask_lora", "weights", "norms", "biases", "scales", "lora"] = "mask_lora"
+    train: Literal["auto", "mask_lora", "weights", "norms", "biases", "scales", "lora"] = "auto"
     norms: bool = True
     rank: int = 16
     window: Literal["block", "split"] = "block"
@@ -62,8 +62,14 @@ TRAINS: dict[str, tuple[str, Callable[[Reconstruct], object], str]] = {
 """train → the method that attaches it, its config, and the kind of parameter that `learning_rate` means."""
 
 
+def resolved(config: Reconstruct, kinds: frozenset[str]) -> Reconstruct:
+    """`auto` decided by what the linears are made of (`site.kinds`)."""
+    return replace(config, train="mask_lora" if "dense" in kinds else "scales") if config.train == "auto" else config
+
+
 def attach_part(site: Site, config: Reconstruct) -> Attached:
     """What `train` names, on the site's linears; norms too where they are asked for."""
+    config = resolved(config, frozenset().union(*(kinds(linear.stored) for linear in site.linears.values())))
     name, own, _ = TRAINS[config.train]
     parts = [getattr(methods, name)(site, own(config))]
     return joined(*parts, *([train_norms(site)] if config.norms and config.train != "norms" else []))
@@ -104,6 +110,7 @@ class Fitted:
 def reconstruct(block: Block, config: Reconstruct) -> Fitted:
     """Fit the block; where its error did not fall, everything is as it was. KeyboardInterrupt when asked to stop."""
     linears = compressed_linears(block.model)
+    config = resolved(config, frozenset().union(*(kinds(linears[name].stored) for name in block.chosen)))
     before = block_error(block)
     done: list[Attached] = []
     starts: list[dict[str, Tensor]] = []

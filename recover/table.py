@@ -1,8 +1,9 @@
-"""The table of recovery methods for the documentation, written from their rows."""
+"""The tables of recovery methods in recover/README.md, written from their rows: `python -m bitmend.recover.table > recover/README.md`."""
 
 from collections.abc import Iterable
 
 from .methods import RECOVER, refusal
+from .trainable import RATES
 
 COLUMNS = ("method", "trains", "stored as", "fused as", "exported as", "merges into", "mask safe", "grid safe", "learning rate")
 KINDS: dict[str, frozenset[str]] = {
@@ -17,8 +18,6 @@ KINDS: dict[str, frozenset[str]] = {
 
 def methods_table() -> str:
     """Markdown: one row a method, from training to export."""
-    from .trainable import RATES
-
     rows = []
     for name, row in RECOVER.items():
         ways = row.ways
@@ -47,3 +46,33 @@ def _markdown(head: Iterable[str], rows: Iterable[tuple[str, ...]]) -> str:
     head = list(head)
     lines = [head, ["---"] * len(head), *map(list, rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def document() -> str:
+    """The whole of recover/README.md."""
+    return f"""# Recovery methods
+
+Written by `python -m bitmend.recover.table > recover/README.md` from the rows in `recover/methods.py`; a test compares. `pipeline list`
+prints every setting with its default, and every method takes `targets` (`all`, roles q k v o gate up down, or a regex) and `layers` (`all`,
+`first:k`, `middle:k`, `last:k`, or block numbers).
+
+## From training to export
+
+What a plan can know is refused before any work; an export is refused before anything is written. "as it was stored" means that the next
+stages see nothing new.
+
+{methods_table()}
+What every method keeps: masked weights stay exactly 0 and masks are what they were, codes too where the table says so; an audit after
+each recovery, merge and export reads both back from disk and fails the run otherwise. The best held-out values are kept, the start among
+them, in the form in which they are stored; what did not help is not kept at all.
+
+`reconstruct` trains what `train` names (`mask_lora`, `weights`, `norms`, `biases`, `scales`, `lora`; `auto`: scales on a grid, mask_lora
+elsewhere) block by block and needs the memory of one block. Adapters can be pruned after training: `prune_ranks`, `prune_units`.
+
+## Which compressed model each method serves
+
+{kinds_table()}"""
+
+
+if __name__ == "__main__":
+    print(document(), end="")

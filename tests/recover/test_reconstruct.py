@@ -8,7 +8,7 @@ import torch
 from bitmend.recover.linear import compressed_linears, install
 from bitmend.recover.merge import audit
 from bitmend.recover.methods import attach, refusal
-from bitmend.recover.reconstruct import TRAINS, Block, Reconstruct, block_error, reconstruct
+from bitmend.recover.reconstruct import TRAINS, Block, Reconstruct, block_error, reconstruct, resolved
 from bitmend.recover.site import kinds
 
 from .conftest import batch, compress, compressed, llama
@@ -78,8 +78,11 @@ def test_the_error_falls_and_what_must_hold_holds(train: Any, kind: str, window:
     assert (fitted.plain != {}) == (train == "norms")
 
 
-def test_every_trainable_part_has_a_case() -> None:
+def test_every_trainable_part_has_a_case_and_auto_is_one_of_them() -> None:
     assert {train for train, _ in CASES} == set(TRAINS)
+    for kind, train in (("2:4", "mask_lora"), ("3-bit", "scales"), ("nf4-nested", "scales"), ("lq", "scales")):
+        assert resolved(Reconstruct(), kinds(compress(torch.randn(16, 32), kind))).train == train
+        assert refusal("reconstruct", [kinds(compress(torch.randn(16, 32), kind))], {}) is None
 
 
 def test_the_same_seed_gives_the_same_bits_and_the_windows_differ() -> None:

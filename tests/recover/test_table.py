@@ -1,3 +1,6 @@
+from pathlib import Path
+
+from bitmend.recover import table
 from bitmend.recover.methods import RECOVER
 from bitmend.recover.table import KINDS, kinds_table, methods_table
 
@@ -44,3 +47,7 @@ def test_refusals_stand_in_the_table():
     assert cells["full"]["50 % pruned"] == "yes" and cells["full"]["3-bit"] == "refused"
     assert cells["qa_lora"]["2:4 + 4-bit"] == "refused" and cells["scales"]["2:4 + 4-bit"] == "yes"
     assert "put a decompose stage before it" in kinds_table()
+
+
+def test_the_committed_tables_are_these():
+    assert (Path(table.__file__).parent / "README.md").read_text() == table.document()
