@@ -9,10 +9,10 @@ import pytest
 import torch
 from bitmend.compress.packing import pack_codes
 from bitmend.compress.weights import StoredWeight, UniformWeight
-from bitmend.pipelines import merging, runner
+from bitmend.pipelines import merging, runner, sweep
 from bitmend.pipelines.artifact import Artifact
 from bitmend.pipelines.blocks import StreamedModel
-from bitmend.pipelines.errors import QualityError
+from bitmend.pipelines.errors import InputError, QualityError
 from bitmend.pipelines.exporting import checkpoint_of
 from bitmend.pipelines.loading import whole_model
 from bitmend.pipelines.perplexity import last_hidden
@@ -22,10 +22,11 @@ from bitmend.recover.methods import RECOVER, attach, refusal
 from bitmend.recover.site import Gradients, kinds
 from bitmend.recover.student import Batch, student_of
 from bitmend.recover.train import batch_loss
+from bitmend.reports.columns import extra_rows
 
 from .families import save_speaking
-from .runs import stage_directory
-from .toy import CPU, RTN, STEPS, held_out_loss, opened, run, toy_text
+from .runs import stage_directory, write_recipe
+from .toy import CPU, RTN, SECTIONS, STEPS, held_out_loss, opened, run, toy_text
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -170,6 +171,8 @@ def test_the_report_knows_what_training_held(made: dict[str, Artifact], small_mo
     assert memory["dense_bytes"] == 256 * 128 * 4, "one layer, the largest"
     assert memory["trainable_bytes"] == stage.trainable_parameters * 4 * 6
     assert memory["packed_bytes"] + memory["dense_bytes"] + memory["trainable_bytes"] < 4 * 722_048, "below the dense model alone"
+    shown = {path: value for _, path, value in extra_rows([stage])}
+    assert shown["memory: packed bytes"] == memory["packed_bytes"] and shown["memory: trainable bytes"] == memory["trainable_bytes"]
 
 
 def test_merging_is_audited(made: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,3 +187,56 @@ def test_merging_is_audited(made: dict[str, Artifact], monkeypatch: pytest.Monke
     monkeypatch.setattr(merging, "merge", careless)
     with pytest.raises(QualityError, match="--merge: .*the mask is gone; nothing was written"):
         _ = [merging.merged(checkpoint, artifact).linears[n] for n in artifact.linears]
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
+    """The loss of these updates, counted from 0 as they are made, is NaN."""
+    training = sys.modules["bitmend.recover.train"]
+    plain, calls = training.batch_loss, iter(range(1000))
+
+    def loss(*arguments: Any) -> torch.Tensor:
+        value = plain(*arguments)
+        return value * float("nan") if next(calls) in bad else value
+
+    monkeypatch.setattr(training, "batch_loss", loss)
+
+
+def test_a_loss_that_turns_nan_once_costs_a_rollback(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned(monkeypatch, {5})
+    stage = toy_run(tmp_path, small_model, RTN, {"recover": {"method": "perp", **STEPS}})
+    assert "rolled back: step 6: the loss is not finite" in stage.notes
+    assert stage.metrics["held_out_loss_kept"] < stage.metrics["held_out_loss_start"] and stage.metrics["steps"] == 12
+
+
+def test_a_loss_that_turns_nan_twice_ends_the_run_with_what_was_before(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch, {2, 8})
+    with pytest.raises(
+        InputError, match=r"after rolling back once .*; the artifact before it is intact, try a smaller recover.learning_rate"
+    ):
+        toy_run(tmp_path, small_model, RTN, {"recover": {"method": "perp", **STEPS}})
+    opened(tmp_path, "quantize").verify()
+    assert runner.status(tmp_path / "run")["stages"][-1]["state"] != "done"
+
+
+def test_less_text_than_one_batch_is_refused_before_any_work(small_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"\d+ windows of 32 tokens are less than one batch of 900; give more text"):
+        toy_run(tmp_path, small_model, RTN, {"recover": {"method": "perp", **STEPS, "batch_size": 900}})
+    assert not list((tmp_path / "run" / "stages").glob("*"))
+
+
+def test_a_sweep_answers_where_to_spend_parameters(small_model: Path, tmp_path: Path) -> None:
+    """By method and depth, within a budget of trained parameters; what cannot be is a row that says why."""
+    settings = {"method": "lora", "rank": 4, "steps": 1, "batch_size": 4, "seq_len": 32, "loss": "cross_entropy"}
+    recipe = write_recipe(tmp_path / "r.yaml", [RTN, {"recover": settings}], **SECTIONS)
+    options = {"model": str(small_model), "data": str(toy_text(tmp_path / "toy.jsonl"))}
+    over = ["recover.method=lora,serial_adapter,prompt_tuning", "recover.layers=all,last:1"]
+    outcome = sweep.sweep(sweep.combinations(str(recipe), over, options=options), tmp_path / "s", device="cpu", max_trainable=20_000)
+    rows = {(row["recover.method"], row["recover.layers"]): row for row in outcome.rows()}
+    trained = {key: row["trainable_parameters"] for key, row in rows.items()}
+    assert trained["lora", "all"] == 4 * trained["lora", "last:1"] == 4 * 4 * (2 * 256 + 2 * 192 + 3 * 384)
+    assert trained["serial_adapter", "all"] == 4 * trained["serial_adapter", "last:1"]
+    within = {key for key, row in rows.items() if row["within_budget"]}
+    assert within == {key for key, count in trained.items() if count is not None and count <= 20_000}
+    assert "virtual tokens stand in front of the whole model" in rows["prompt_tuning", "last:1"]["error"]
