@@ -104,9 +104,10 @@ def prefix_tuning(site: Site, config: PrefixTuning) -> Attached:
 def prompt_tuning(site: Site, config: PromptTuning) -> Attached:
     from peft import PromptTuningConfig
 
-    wrapped = _wrap(site, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=config.tokens))
     model: Any = site.model
-    rows = model.get_input_embeddings().weight.detach()[_some_text(site, config.tokens)]
+    table = model.get_input_embeddings().weight.detach()
+    wrapped = _wrap(site, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=config.tokens, token_dim=table.shape[1]))
+    rows = table[_some_text(site, config.tokens)]
     wrapped.prompt_encoder["default"].embedding.weight.data.copy_(rows)
     return _attached("prompt_tuning", site, wrapped, "prompt", config.tokens)
 
@@ -114,7 +115,13 @@ def prompt_tuning(site: Site, config: PromptTuning) -> Attached:
 def p_tuning(site: Site, config: PTuning) -> Attached:
     from peft import PromptEncoderConfig
 
-    settings = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=config.tokens, encoder_hidden_size=config.hidden)
+    model: Any = site.model
+    sizes = {
+        "num_virtual_tokens": config.tokens,
+        "encoder_hidden_size": config.hidden,
+        "token_dim": model.get_input_embeddings().weight.shape[1],
+    }
+    settings = PromptEncoderConfig(task_type="CAUSAL_LM", **sizes)
     return _attached("p_tuning", site, _wrap(site, settings), "prompt", config.tokens)
 
 

@@ -1,15 +1,18 @@
 """Methods with virtual tokens: the start is the model without them, and what cannot help stays off."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from bitmend.recover.beside import beside_of
+from bitmend.recover.linear import install
 from bitmend.recover.methods import RECOVER, attach, split
 from bitmend.recover.student import student_of
 from bitmend.recover.train import held_out_loss, train
+from transformers import OPTConfig, OPTForCausalLM
 
-from .conftest import batch, compressed, held_out
+from .conftest import batch, compressed, held_out, records
 
 TOKENS = ("prefix_tuning", "prompt_tuning", "p_tuning", "mam_adapter")
 SETTINGS = {"steps": 6, "loss": "cross_entropy", "eval_every": 2, "warmup": 0, "tokens": 4, "seq_len": 24}
@@ -88,3 +91,17 @@ def test_a_kept_adapter_whose_tensors_do_not_fit_is_refused():
     for tensors in (short, kept.tensors | {"model.layers.0.mlp.up": torch.zeros(3, 8)}):
         with pytest.raises(ValueError, match=r"'model\.layers\.0\.mlp\.up' of the adapter serial_adapter is missing or not \[32, 8\]"):
             beside_of(kept.describe(), tensors)
+
+
+@pytest.mark.parametrize("name", ["prompt_tuning", "p_tuning"])
+def test_tokens_have_the_width_of_the_embeddings(name):
+    """OPT embeds narrower than it computes."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, word_embed_proj_dim=16, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2)
+    model: Any = OPTForCausalLM(OPTConfig(vocab_size=101, max_position_embeddings=64, **sizes)).eval()
+    install(model, records(model, "3-bit"))
+    own = {**SETTINGS, **({"hidden": 8} if name == "p_tuning" else {})}
+    attached = attach(name, model, own)
+    assert attached.beside is not None and attached.beside().tensors["tokens"].shape == (4, 16)
+    with torch.no_grad():
+        assert attached.run.hidden(batch(0).ids).shape[:2] == batch(0).ids.shape
