@@ -35,10 +35,10 @@ PROMISED = [
 
 def test_every_promised_method_is_a_row_of_both_tables():
     assert set(RECOVER) == set(PROMISED)
-    for table in (methods_table(), kinds_table()):
-        lines = [line for line in table.splitlines() if line.startswith("| `")]
+    for text in (methods_table(), kinds_table()):
+        lines = [line for line in text.splitlines() if line.startswith("| `")]
         assert [line.split("`")[1] for line in lines] == list(RECOVER)
-        assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
+        assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
 
 
 def test_refusals_stand_in_the_table():
