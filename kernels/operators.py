@@ -4,6 +4,7 @@ Knows records and tensors; not devices' special operators.
 Legend: M tokens, O out, I in, R rank.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -12,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..compress.weights import ActivationGrid, DenseWeight, StoredWeight, to_tensors
-from .prepare import Prepared, Segment
+from .prepare import Prepared
 from .reference import dequantize_activations, quantize_activations
+
+MOST_BLOCKS = 16  # beyond these, a batch of small products costs more than the segments one by one
 
 
 class Operator(Protocol):
@@ -79,29 +82,67 @@ class DenseOperator:
 
 
 class LowRankSegments:
-    """y[:, rows of a segment] += (x·downᵀ)[:, its ranks]·upᵀ, in float32; the factors are kept in the dtype they are stored in."""
+    """y[:, rows of a segment] += (x·downᵀ)[:, its ranks]·upᵀ, in float32; the factors are kept in the dtype they are stored in.
+
+    A token's time is the number of its operations. So segments of equal ranks are kept as blocks of as many rows as divide all of
+    them, and one row of x meets them in one batched product; and all factors lie in one piece of memory, widened at once."""
 
     def __init__(self, prepared: Prepared) -> None:
         self.down = prepared.down
-        self.ups: list[tuple[Segment, Tensor]] = []
-        for segment, up in zip(prepared.segments, prepared.ups, strict=True):
-            if up is not None:
-                self.ups.append((segment, up.t().contiguous()))  # [R, O]: twice as fast as [O, R] for one row of a float32 product
-        self.whole = len(prepared.segments) == 1
+        pairs = [(segment, up) for segment, up in zip(prepared.segments, prepared.ups, strict=True) if up is not None]
+        self.segments = [segment for segment, _ in pairs]
+        # [R, O]: twice as fast as [O, R] for one row of a float32 product
+        self.ups = [up.t().contiguous() for _, up in pairs]
+        self.factors: Tensor | None = None  # down, then blocks [B, R, rows of a block]
+        self.owners: Tensor | None = None  # int64 [B]: which R of h's ranks each reads, where that is neither all nor its own
+        if self.down is not None and len(pairs) == len(prepared.segments) and len({(u.shape[0], u.dtype) for u in self.ups}) == 1:
+            self._in_blocks(self.down)
+
+    def _in_blocks(self, down_RI: Tensor) -> None:
+        rows, ranks = math.gcd(*(segment.rows for segment in self.segments)), self.segments[0].ranks
+        counts = [segment.rows // rows for segment in self.segments]
+        if sum(counts) > MOST_BLOCKS or self.ups[0].dtype != down_RI.dtype:
+            return
+        blocks = torch.cat([up.view(ranks, -1, rows).transpose(0, 1) for up in self.ups])
+        owners = [segment.rank // ranks for segment, count in zip(self.segments, counts, strict=True) for _ in range(count)]
+        if down_RI.shape[0] > ranks and owners != list(range(down_RI.shape[0] // ranks)):
+            self.owners = torch.tensor(owners, device=down_RI.device)
+        self.factors = torch.cat((down_RI.flatten(), blocks.flatten()))
+        self.down, blocks = self._parts(self.factors, blocks.shape)
+        ends = torch.tensor(counts).cumsum(0).tolist()
+        self.ups = [blocks[end - count : end] for end, count in zip(ends, counts, strict=True)]
+        self.shape = blocks.shape
+
+    def _parts(self, factors: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """(down [R, I], blocks) as views."""
+        assert self.down is not None
+        ranks, inputs = self.down.shape
+        _, inner, rows = shape
+        return factors.as_strided((ranks, inputs), (inputs, 1)), factors.as_strided(shape, (inner * rows, rows, 1), ranks * inputs)
 
     def add_(self, y_MO: Tensor, x_MI: Tensor) -> Tensor:
         if self.down is None:
             return y_MO
+        if self.factors is not None and x_MI.shape[0] == 1:
+            return self._add_to_one(self.factors, y_MO, x_MI)
         h_MR = F.linear(x_MI, self.down.float())
-        if self.whole:
-            return torch.addmm(y_MO, h_MR, self.ups[0][1].float())
-        for segment, up_RO in self.ups:
+        for segment, up in zip(self.segments, self.ups, strict=True):
             h = h_MR[:, segment.rank : segment.rank + segment.ranks]
+            up_RO = up if self.factors is None else up.transpose(0, 1).reshape(segment.ranks, -1)
             y_MO[:, segment.row : segment.row + segment.rows].addmm_(h, up_RO.float())
         return y_MO
 
+    def _add_to_one(self, factors: Tensor, y_1O: Tensor, x_1I: Tensor) -> Tensor:
+        down, blocks = self._parts(factors.float(), self.shape)
+        h_1R, (count, ranks, rows) = F.linear(x_1I, down), self.shape
+        if count == 1:
+            return torch.addmm(y_1O, h_1R, blocks[0])
+        h = h_1R.view(-1, 1, ranks)
+        h = h.expand(count, 1, ranks) if self.owners is None else h.index_select(0, self.owners)
+        return torch.baddbmm(y_1O.view(count, 1, rows), h, blocks).view(1, -1)
+
     def tensors(self) -> list[Tensor]:
-        return present(self.down, *(up for _, up in self.ups))
+        return present(self.down, *self.ups, self.owners)
 
 
 class FrozenProduct(torch.autograd.Function):

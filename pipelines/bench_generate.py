@@ -18,7 +18,7 @@ from ..kernels.timing import clocks
 from .bench_kernels import short_name
 from .benchmarks import recipe_of
 from .errors import UsageError
-from .speed import measure, reading, resident_bytes
+from .speed import measure, resident_bytes
 
 log = logging.getLogger(__name__)
 
@@ -43,15 +43,19 @@ def generate(device: str, model: str | None, repeats: int, output: Path | None) 
     writes against its baseline; or anything that names a model (default: demo), which is compressed first, by RECIPES."""
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     models, words = _models(place, model, (output or Path("runs")) / "bench-generate")
-    speeds = measure(models, words[:, : PROMPTS[0]], NEW_TOKENS, repeats)
+    speeds = {PROMPTS[0]: measure(models, words[:, : PROMPTS[0]], NEW_TOKENS, repeats)}
+    patient = {name: model for name, model in models.items() if speeds[PROMPTS[0]][name].prompt_seconds <= PATIENCE}
+    speeds[PROMPTS[1]] = measure(patient, words, NEW_TOKENS, repeats)
     dense = next(resident_bytes(found) for name, found in models.items() if name == "dense bfloat16")
     rows = []
-    for name, speed in speeds.items():
-        patient = speed.prompt_seconds <= PATIENCE
-        seconds = {PROMPTS[0]: speed.prompt_seconds, PROMPTS[1]: reading(models[name], words, repeats) if patient else None}
+    for name, speed in speeds[PROMPTS[0]].items():
+        seconds: dict[str, float | None] = {}
+        for length, of_length in speeds.items():
+            seconds[f"read_{length}_seconds"] = of_length[name].prompt_seconds if name in of_length else None
+            seconds[f"whole_{length}_seconds"] = of_length[name].whole_seconds if name in of_length else None
         rows.append(
             {"variant": name, "tokens_per_second": speed.tokens_per_second, "spread": max(speed.samples) - min(speed.samples)}
-            | {f"read_{length}_seconds": value for length, value in seconds.items()}
+            | seconds
             | {"resident_bytes": resident_bytes(models[name]), "bfloat16_share": resident_bytes(models[name]) / dense}
         )
         log.info("%s: %.1f tokens a second", name, speed.tokens_per_second)
@@ -91,12 +95,13 @@ def _write_generate(measured: Mapping[str, Any], output: Path, model: str) -> No
 
     columns = (
         ("variant", "model", "text"), ("tokens_per_second", "tokens/s", "number"), ("spread", "spread", "number"),
-        *((f"read_{length}_seconds", f"reads {length} tokens in", "seconds") for length in PROMPTS),
+        *((f"whole_{length}_seconds", f"{length} read, {NEW_TOKENS} written in", "seconds") for length in PROMPTS),
+        *((f"read_{length}_seconds", f"of it {length} read in", "seconds") for length in PROMPTS),
         ("resident_bytes", "weights in memory", "bytes"), ("bfloat16_share", "of bfloat16", "percent"),
     )  # fmt: skip
     notes = [
-        f"{NEW_TOKENS} greedy tokens after a prompt of {PROMPTS[0]}, the time to read the prompt left out; median of the repeats, every model in "
-        "turn; spread: from the slowest to the fastest.",
+        f"Tokens/s: {NEW_TOKENS} greedy tokens after a prompt of {PROMPTS[0]}, the time to read the prompt left out; spread: from the slowest to "
+        "the fastest. Medians of the repeats, every model in turn.",
         f"– : it took more than {PATIENCE:g} s for {PROMPTS[0]} tokens and was not asked.",
     ]
     name = f"generate-{short_name(measured['environment'])}"

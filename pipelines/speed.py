@@ -15,28 +15,29 @@ from torch import Tensor
 
 from ..kernels.linear import resident_bytes
 
-__all__ = ["Speed", "measure", "reading", "resident_bytes", "tokens_per_second"]
+__all__ = ["Speed", "measure", "resident_bytes", "tokens_per_second"]
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians over the repeats: tokens a second once the prompt has been read, and seconds to read it; each with all its samples."""
+    """Medians over the repeats: tokens a second once the prompt has been read, seconds to read it, seconds of both together; `samples`
+    are all the tokens a second."""
 
     tokens_per_second: float
     prompt_seconds: float
+    whole_seconds: float
     samples: tuple[float, ...]
-    prompt_samples: tuple[float, ...]
 
 
 def measure(models: Mapping[str, Any], prompt_1T: Tensor, new_tokens: int, repeats: int) -> dict[str, Speed]:
     """Every model in turn, `repeats` times after one warm-up, so that what else happens on the machine hits all of them alike."""
     for model in models.values():
         _seconds(model, prompt_1T, 2)
-    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    seen: dict[str, list[tuple[float, float, float]]] = {name: [] for name in models}
     for _ in range(repeats):
         for name, model in models.items():
-            first = _seconds(model, prompt_1T, 1)
-            seen[name].append((first, (new_tokens - 1) / max(_seconds(model, prompt_1T, new_tokens) - first, 1e-9)))
+            first, whole = _seconds(model, prompt_1T, 1), _seconds(model, prompt_1T, new_tokens)
+            seen[name].append((first, whole, (new_tokens - 1) / max(whole - first, 1e-9)))
     return {name: _speed(rows) for name, rows in seen.items()}
 
 
@@ -45,15 +46,9 @@ def tokens_per_second(model: Any, prompt_1T: Tensor, new_tokens: int = 16) -> fl
     return measure({"": model}, prompt_1T, new_tokens, 1)[""].tokens_per_second
 
 
-def reading(model: Any, prompt_1T: Tensor, repeats: int) -> float:
-    """Median seconds to read a prompt and write one token, after one warm-up."""
-    _seconds(model, prompt_1T, 1)
-    return statistics.median(_seconds(model, prompt_1T, 1) for _ in range(repeats))
-
-
-def _speed(rows: Sequence[tuple[float, float]]) -> Speed:
-    prompts, rates = zip(*rows, strict=True)
-    return Speed(statistics.median(rates), statistics.median(prompts), rates, prompts)
+def _speed(rows: Sequence[tuple[float, float, float]]) -> Speed:
+    prompts, wholes, rates = zip(*rows, strict=True)
+    return Speed(statistics.median(rates), statistics.median(prompts), statistics.median(wholes), rates)
 
 
 def _seconds(model: Any, prompt_1T: Tensor, new_tokens: int) -> float:
