@@ -62,9 +62,10 @@ def bytes_beside(spec: StageSpec, model: Any, sizes: Sizes) -> int:
 
 def _kinds(size: Size) -> frozenset[str]:
     """As `recover.site.kinds` will find them."""
-    double = {"double_quantized"} if "base.absmax_codes" in size.base_names else set()
+    details = {"double_quantized"} if "base.absmax_codes" in size.base_names else set()
     base = "uniform" if "base.scales" in size.base_names else "normal_float" if "base.codes" in size.base_names else "dense"
-    return frozenset({base} | double | ({"masked"} if size.mask else set()) | ({"low_rank"} if size.low_rank else set()))
+    details |= {"quantized_factors"} if size.low_rank and any(name.endswith(".codes") for name in size.factor_names) else set()
+    return frozenset({base} | details | ({"masked"} if size.mask else set()) | ({"low_rank"} if size.low_rank else set()))
 
 
 def _tables(own: Any, sizes: Sizes) -> list[str]:

@@ -143,6 +143,12 @@ def _dora(kinds: frozenset[str], config: Any) -> str | None:
     return "double-quantized absmax cannot take row magnitudes exactly: choose lora" if "double_quantized" in kinds else None
 
 
+def _svft(kinds: frozenset[str], config: Any) -> str | None:
+    if "quantized_factors" not in kinds:
+        return None
+    return "its term is stacked onto factors that are on a grid: choose lora or scales, or decompose with factor_bits=16"
+
+
 _PAIR = Ways("low-rank pair", "low-rank term", "base in any format + PEFT LoRA", "dense unmasked weights; elsewhere refused")
 _MODEL = Ways(
     "norms, biases, weights in place", "as it was stored", "any format; created biases where the architecture has a place", "in place"
@@ -183,7 +189,7 @@ RECOVER: dict[str, Method] = {
         mask_safe=False,
         serves=_qa_lora,
     ),
-    "svft": Method(methods.Svft, methods.svft, "spectrum", "a sparse matrix between singular vectors", _PAIR),
+    "svft": Method(methods.Svft, methods.svft, "spectrum", "a sparse matrix between singular vectors", _PAIR, serves=_svft),
     "qlora": Method(methods.Lora, methods.lora, "factors", "up·down on a quantized base", _PAIR, serves=_qlora),
     "lq_lora": Method(methods.Lora, methods.lora, "factors", "the factors of lq_lora's decomposition", _PAIR, serves=_from_decomposition),
     "loftq": Method(methods.Lora, methods.lora, "factors", "the factors of loftq's decomposition", _PAIR, serves=_from_decomposition),

@@ -80,6 +80,10 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
     "svdquant's groups": ([{"decompose": {"method": "svdquant", "rank": 4, "group_size": 48}}], "decompose: model.layers.0"),
     "training what is quantized": ([{"quantize": {"method": "rtn", "group_size": 32}}, {"recover": {"method": "full"}}], "recover: full cannot"),
     "scales of nothing": ([{"recover": {"method": "scales"}}], "recover: scales cannot serve this model: it trains a grid"),
+    "svft on 8-bit factors": (
+        [{"quantize": {"method": "rtn", "group_size": 32}}, {"decompose": {"method": "qera_exact", "rank": 4, "factor_bits": 8}}, {"recover": {"method": "svft"}}],
+        "recover: svft cannot serve this model: its term is stacked onto factors that are on a grid",
+    ),
     "factors of nothing": ([{"quantize": {"method": "nf4"}}, {"recover": {"method": "loftq"}}], "put a decompose stage before it"),
     "long batches": ([{"recover": {"method": "lora", "seq_len": 600}}], "recover.seq_len 600 is above the 512 positions"),
 }  # fmt: skip
