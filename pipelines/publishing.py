@@ -78,7 +78,7 @@ def write(name: str, table: Table, kept: published.Rows) -> list[Path]:
         row["verdict"] = _verdict(row, shown, table)
     figure = pareto_figure(
         [r | {"label": " ".join(str(r[key]) for key in ("name", *table.tags)).strip()} for r in shown if r.get("perplexity")],
-        x=table.x, y="perplexity", label=None if len(shown) > 40 else "label", series="name", panel=table.panel,
+        x=table.x, y="perplexity", label=None if table.panel or len(shown) > 40 else "label", series="name", panel=table.panel,
     )  # fmt: skip
     columns = [("model", "model", "text"), ("name", "method", "text"), *((tag, tag, "text") for tag in table.tags), *MEASURED]
     columns = [c for c in columns if any(r.get(c[0]) not in (None, "") for r in shown)]

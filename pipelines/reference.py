@@ -88,6 +88,7 @@ COMPRESS = Table(
     "Pruning and quantization of the demo model",
     [*_masks("unstructured", "50 %"), *_masks("2:4", "2:4"), *_grids(3), *_grids(4), *_grids(2)],
     ("bits",),
+    panel="bits",
     notes=("block_training and learned_rounding: 50 steps of 1,024 tokens a block, a quarter of their default.",),
 )
 

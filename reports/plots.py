@@ -102,7 +102,7 @@ def pareto_figure(
             axes.scatter(
                 *(zip(*chosen, strict=True) if chosen else ((), ())),
                 s=26,
-                marker=MARKERS[index % len(MARKERS)],
+                marker=MARKERS[(index + index // len(PALETTE)) % len(MARKERS)],
                 color=PALETTE[index % len(PALETTE)],
                 edgecolors=PAPER,
                 linewidths=0.6,
