@@ -151,7 +151,8 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MI: Tensor, product: Callable[[Tensor], Tensor], dense: Callable[[torch.dtype], Tensor]) -> Tensor:
         ctx.dense, ctx.dtype = dense, x_MI.dtype
-        return product(x_MI)
+        y_MO = product(x_MI)
+        return y_MO.clone() if y_MO._is_view() else y_MO  # a low-rank term is added to it in place, which autograd forbids for a view
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

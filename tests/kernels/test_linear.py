@@ -191,6 +191,28 @@ def test_group_gives_every_member_its_own(shared_down: bool, backend: Backend, d
             assert_close(y, by_definition(weight, bias, x))
 
 
+@pytest.mark.parametrize("backend", ["auto", "cpu-int4", "dense"])
+@pytest.mark.parametrize("factors", ["own", "shared", "of two dtypes"])
+@pytest.mark.parametrize("outs", [(77,), (64, 64), (96, 32, 32), (77, 40)], ids=str)
+def test_values_and_gradients_by_rows(outs: tuple[int, ...], factors: str, backend: Backend, uniform: Maker, pair: Maker) -> None:
+    """One row takes blocks of equal size in one product, more rows the segments one by one; odd outputs are padded."""
+    pairs = [pair(out, 192, 8) for out in outs]
+    if factors == "shared":
+        pairs = [LowRank(p.up, pairs[0].down) for p in pairs]
+    if factors == "of two dtypes":
+        pairs = [LowRank(p.up, p.down.bfloat16()) for p in pairs]
+    weights = [StoredWeight(uniform(out, 192), low_rank=p) for out, p in zip(outs, pairs, strict=True)]
+    bound = bind_group([(w, None) for w in weights], backend=backend) if len(outs) > 1 else bind(weights[0], backend=backend)
+    for rows in (1, 7, 70):
+        x = torch.randn(rows, 192, requires_grad=True)
+        found = bound(x)
+        y = torch.cat(found, 1) if isinstance(found, tuple) else found
+        assert_close(y.detach(), torch.cat([by_definition(w, None, x.detach()) for w in weights], 1))
+        upstream = torch.randn_like(y)
+        (grad,) = torch.autograd.grad(y, x, upstream)
+        assert_close(grad, upstream.double() @ torch.cat([w.dense(torch.float64) for w in weights]))
+
+
 def test_shared_down_is_kept_once(uniform: Maker, pair: Maker) -> None:
     first, second = pair(64, 192, 16), pair(64, 192, 16)
     apart = bind_group([(StoredWeight(uniform(64, 192), low_rank=p), None) for p in (first, second)], backend="cpu-int4")
