@@ -100,7 +100,8 @@ def _of_scale(subject: str, options: Options) -> dict[str, Any]:
     if options.shape is not None and options.shape not in scaling.SHAPES:
         raise UsageError(f"--shape: {unknown('shape', options.shape, scaling.SHAPES)}")
     chosen = _chosen(subject, options.only or scaling.METHODS[asked])
-    measured: dict[str, Any] = {"schema": 1, "environment": _environment(_device(options), options)}
+    environment = _environment(_device(options), options) | {"repeats": 1, "warm_up": 0}  # whole runs, each in a process of its own
+    measured: dict[str, Any] = {"schema": 1, "environment": environment}
     if options.shape is not None:
         measured |= {"bench": f"compress-shape-{options.shape}"}
         measured["rows"] = scaling.of_shape(options.shape, chosen, options.device, options.output)

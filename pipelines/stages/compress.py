@@ -51,9 +51,10 @@ def compress(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context:
         stage.fisher = fisher_diagonal(context)
     if stage.propagates:
         _embed(stage, context.inputs.calibration())
-    with bar(f"{spec.address} {spec.method}, blocks", model.structure.blocks) as shown:
-        for index in range(model.structure.blocks):
-            _block(stage, index, [s for s in chosen if s.block == index])
+    blocks, behind = model.structure.blocks, any(site.block is None for site in chosen)
+    with bar(f"{spec.address} {spec.method}, blocks", blocks) as shown:
+        for index in range(blocks):
+            _block(stage, index, [s for s in chosen if s.block == index], behind or index + 1 < blocks)
             shown.advance()
             check_stop(context)
     write_rest(stage, [s for s in chosen if s.block is None], lambda site: _head_statistics(stage, site))
@@ -67,8 +68,8 @@ def _embed(stage: Stage, ids_NT: Tensor) -> None:
         stage.dense_hidden = [stage.dense.embed(ids_NT[part]) for part in parts]
 
 
-def _block(stage: Stage, index: int, sites: list[Site]) -> None:
-    """Compress and write one block, unless that was done before, and hand its outputs on."""
+def _block(stage: Stage, index: int, sites: list[Site], followed: bool) -> None:
+    """Compress and write one block, unless that was done before, and hand its outputs on where somebody follows who reads them."""
     part = f"block-{index:05d}"
     marker = stage.writer.finished.get(part)
     if marker is None or stage.propagates:
@@ -80,12 +81,13 @@ def _block(stage: Stage, index: int, sites: list[Site]) -> None:
         _write(stage, index, part, records, layers)
         marker = stage.writer.finished[part]
     stage.layers += marker["extra"]["layers"]
-    if stage.propagates:
+    if stage.propagates and followed:
         for site in sites:
             stage.model.put(site, stage.writer.stored(part, site.name))
         _advance(stage, index)
-    else:
-        stage.model.unload_block(index)
+    for model in (stage.model, stage.dense):
+        if model is not None:
+            model.unload_block(index)
 
 
 def _solved(stage: Stage, index: int, sites: list[Site]) -> tuple[dict[str, StoredWeight], list[dict[str, Any]]]:
@@ -114,8 +116,6 @@ def _advance(stage: Stage, index: int) -> None:
         stage.hidden = [stage.model.run_block(index, h) for h in stage.hidden]
         if stage.dense is not None:
             stage.dense_hidden = [stage.dense.run_block(index, h) for h in stage.dense_hidden]
-            stage.dense.unload_block(index)
-    stage.model.unload_block(index)
 
 
 def _statistics(stage: Stage, index: int, sites: list[Site]) -> dict[str, InputStatistics]:
