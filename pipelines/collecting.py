@@ -50,8 +50,14 @@ def collecting(
     experts = [s for s in sites if s.expert is not None]
     for site in experts:
         statistics.setdefault(site.name, InputStatistics(site.shape[1], needs, model.device))
+    paired = dense_inputs is not None
+
+    def of_expert(site: Site, x: Tensor) -> None:
+        """The tokens that reach an expert differ from the dense model's, so it is paired with itself: nothing to correct toward."""
+        statistics[site.name].update(x, x if paired else None)
+
     try:
-        with _ExpertInputs(model, experts, lambda site, x: statistics[site.name].update(x)) if experts else nullcontext():
+        with _ExpertInputs(model, experts, of_expert) if experts else nullcontext():
             yield
     finally:
         for handle in handles:

@@ -6,7 +6,7 @@ Knows the walk and the bookkeeping; one matrix is `matrices`' business, what lie
 Legend: N windows, T tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -126,7 +126,7 @@ def _statistics(stage: Stage, index: int, sites: list[Site]) -> dict[str, InputS
         source, hidden = (
             (stage.dense, stage.dense_hidden) if stage.row.inputs == "dense" and stage.dense is not None else (stage.model, stage.hidden)
         )
-        paired = _dense_inputs(stage, index, sites) if "cross_moment" in needs else None
+        paired = _dense_inputs(stage, sites, lambda dense, h: dense.run_block(index, h)) if "cross_moment" in needs else None
         collect(source, index, hidden, sites, needs, statistics, paired)
     for site in sites:
         found = statistics.setdefault(site.name, InputStatistics(site.shape[1], needs, stage.context.device))
@@ -138,8 +138,8 @@ def _statistics(stage: Stage, index: int, sites: list[Site]) -> dict[str, InputS
     return statistics
 
 
-def _dense_inputs(stage: Stage, index: int, sites: list[Site]) -> dict[str, list[Tensor]]:
-    """Site name → its inputs in the dense model, batch by batch; sites that share a tensor share the list's tensors."""
+def _dense_inputs(stage: Stage, sites: list[Site], run: Callable[[StreamedModel, Tensor], Any]) -> dict[str, list[Tensor]]:
+    """Site name → its inputs while the dense model's states `run`, batch by batch; sites that share a tensor share the list's tensors."""
     assert stage.dense is not None
     out: dict[str, list[Tensor]] = {s.name: [] for s in sites}
     handles = []
@@ -149,7 +149,7 @@ def _dense_inputs(stage: Stage, index: int, sites: list[Site]) -> dict[str, list
             handles.append(module.register_forward_pre_hook(lambda m, args, name=site.name: out[name].append(args[0])))
     try:
         for h in stage.dense_hidden:
-            stage.dense.run_block(index, h)
+            run(stage.dense, h)
     finally:
         for handle in handles:
             handle.remove()
@@ -160,11 +160,18 @@ def _head_statistics(stage: Stage, site: Site) -> InputStatistics:
     statistics: dict[str, InputStatistics] = {}
     needs = stage.needs - {"fisher"}
     if needs:
-        with collecting(stage.model, [site], needs, statistics), torch.no_grad():
-            for h in stage.hidden:
-                for row in h.split(1):
-                    stage.model.logits(row)
+        with torch.no_grad():
+            paired = _dense_inputs(stage, [site], _window_by_window) if "cross_moment" in needs else None
+            with collecting(stage.model, [site], needs, statistics, paired):
+                for h in stage.hidden:
+                    _window_by_window(stage.model, h)
     return statistics.get(site.name) or InputStatistics(site.shape[1], needs, stage.context.device)
+
+
+def _window_by_window(model: StreamedModel, hidden_NTD: Tensor) -> None:
+    """Through the head, whose logits are too many for all windows at once."""
+    for row in hidden_NTD.split(1):
+        model.logits(row)
 
 
 def _write(stage: Stage, index: int, part: str, records: Mapping[str, StoredWeight], layers: list[dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ from bitmend.pipelines.stages.matrices import relative_output_error
 from safetensors.torch import load_file
 
 from .families import save_speaking, save_tiny
-from .runs import Processes, chosen, hashes, write_recipe
+from .runs import Processes, chosen, hashes, stage_directory, write_recipe
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -138,3 +138,25 @@ def test_methods_that_train_a_whole_block_have_no_order(tmp_path: Path) -> None:
     path = write_recipe(tmp_path / "r.yaml", [{"quantize": {"method": "learned_rounding", "true_sequential": True}}])
     with pytest.raises(UsageError, match="learned_rounding trains a block as a whole, so its matrices have no order"):
         resolve(str(path))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("head", [False, True])
+def test_correction_toward_the_dense_inputs(family: str, head: bool, small_model: Path, tmp_path: Path, small_text: Path) -> None:
+    """Also the head has a dense twin; the first matrices and the experts have nothing to correct toward and stay what they were."""
+    save_speaking(family, tmp_path / "source", small_model)
+    records = []
+    for correction in (0.0, 0.5):
+        place = tmp_path / str(correction)
+        place.mkdir()
+        stage = {"quantize": {"method": "gptq", "bits": 3, "group_size": 16, "correction": correction, "include_head": head}}
+        runner.run(chosen(place, tmp_path / "source", small_text, [stage], **MANY), place / "run")
+        directory = stage_directory(place / "run", "quantize")
+        records.append({k: t for f in sorted(directory.glob("*.matrices.safetensors")) for k, t in load_file(f).items() if k.endswith("codes")})
+    plain, corrected = records
+    changed = {name for name in plain if not torch.equal(plain[name], corrected[name])}
+    assert changed and plain.keys() == corrected.keys()
+    leaves = ("expert", "q_proj", "k_proj", "v_proj", "c_attn")
+    first = {n for n in plain if ("layers.0." in n or "h.0." in n) and any(leaf in n for leaf in leaves)}
+    assert first and not first & changed, "what enters the first block is the dense model's, and experts are paired with themselves"
+    assert any("lm_head" in name for name in changed) == head
