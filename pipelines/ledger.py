@@ -103,7 +103,8 @@ def last_artifact(directory: Path, stage: str | None = None) -> Artifact:
 
 
 def gc(directory: Path) -> dict[str, Any]:
-    """Drop what the last plan does not name: stages of other settings, their metrics, unfinished scratch directories, torn files."""
+    """Drop what the last plan does not name: stages of other settings, their metrics, unfinished scratch directories, a teacher's states,
+    torn files."""
     place = RunDirectory(directory.resolve())
     last = place.read()
     plan = last["stages"]
@@ -116,6 +117,10 @@ def gc(directory: Path) -> dict[str, Any]:
                 freed += sum(f.stat().st_size for f in path.rglob("*") if f.is_file() and f.stat().st_nlink == 1)
                 shutil.rmtree(path)
                 dropped.append(path.name)
+        if place.teacher_states.is_dir():
+            freed += sum(f.stat().st_size for f in place.teacher_states.rglob("*") if f.is_file())
+            shutil.rmtree(place.teacher_states)
+            dropped.append(place.teacher_states.name)
         for path in sorted(place.path.glob("allocation/*")):
             if str(path.relative_to(place.path)) != last.get("allocation"):
                 freed += sum(f.stat().st_size for f in path.iterdir())

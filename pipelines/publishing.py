@@ -123,7 +123,7 @@ def _measure(row: Row, directory: Path, other_text: bool) -> dict[str, Any]:
     settings.parent.mkdir(parents=True, exist_ok=True)
     document = {"name": "published", "seed": row.seed, **SETTINGS[row.model], "stages": [dict(stage) for stage in row.stages]}
     settings.write_text(dump(document))
-    options = {"model": "demo", "profile": "demo"}
+    options = {"model": "demo", "profile": "demo", "budget": row.budget}
     if row.model == SMALL:
         if not SMALL_MODEL.is_dir():
             raise InputError(f"{SMALL_MODEL}: no such directory; run this from the root of the repository")

@@ -28,6 +28,7 @@ class Row:
     tags: Mapping[str, Any] = field(default_factory=dict)
     model: str = DEMO
     seed: int = 0
+    budget: str | None = None
 
 
 @dataclass(frozen=True)
@@ -124,12 +125,31 @@ def _plain(bits: int, group_size: int, model: str) -> Row:
     return Row(f"gptq, group {group_size}, no factors", (_quantize(bits, group_size=group_size),), {"bits": bits, "rank": 0}, model)
 
 
+def _uniform(bits: int, group_size: int, rank: int, factor_bits: int) -> Row:
+    """GPTQ and the exact step with one setting for all matrices: what an allocation of as many bytes has to beat."""
+    stages = (_quantize(bits, group_size=group_size), {"decompose": {"method": "eora", "rank": rank, "factor_bits": factor_bits}})
+    return Row(f"eora, group {group_size}, {factor_bits}-bit factors", stages, {"bits": bits, "rank": rank})
+
+
+def _allocated(budget: str) -> Row:
+    stages = (_quantize(3), {"decompose": {"method": "eora"}})
+    return Row(f"gptq and eora, allocated {budget}", stages, {"bits": "mixed", "rank": "mixed"}, budget=budget)
+
+
+ALLOCATED = [
+    *(_allocated(budget) for budget in ("3.0bpw", "3.5bpw")),
+    *(_uniform(2, *rest) for rest in ((64, 16, 16), (32, 8, 16), (32, 16, 8), (64, 32, 8))),
+    *(_uniform(3, *rest) for rest in ((64, 4, 16), (64, 8, 8), (128, 8, 16), (128, 16, 8))),
+]
+"""Budgets of 3.0 and 3.5 bits per weight, and the uniform settings within about 1 % of them."""
+
 DECOMPOSE = Table(
     "Decomposition: presets against plain GPTQ, by total bits per weight",
     [
         *(_plain(bits, group, DEMO) for bits, group in ((3, 64), (3, 32), (4, 64), (2, 64), (2, 32))),
         *(_decomposed(preset, 3, rank, DEMO) for rank in (8, 32) for preset in (*PRESETS, "svdquant")),
         *(_decomposed(preset, 2, rank, DEMO) for rank in (8, 32) for preset in STRONGEST),
+        *ALLOCATED,
         *(_plain(bits, group, SMALL) for bits in (2, 3, 4) for group in (64, 32)),
         *(
             _decomposed(preset, bits, rank, SMALL)

@@ -2,7 +2,7 @@
 
 Knows files and locks; no models, no maths.
 
-    runs/<name>/{run.json, recipe.resolved.yaml, environment.json, log.jsonl, stages/NN-<stage>-<key8>[.metrics], report.html}
+    runs/<name>/{run.json, recipe.resolved.yaml, environment.json, log.jsonl, stages/NN-<stage>-<key8>[.metrics], teacher-states/, report.html}
 """
 
 import errno
@@ -36,6 +36,10 @@ class RunDirectory:
     @property
     def stages(self) -> Path:
         return self.path / "stages"
+
+    @property
+    def teacher_states(self) -> Path:
+        return self.path / "teacher-states"
 
     @property
     def recipe(self) -> Path:

@@ -232,6 +232,7 @@ def _context(under_way: Run, scratch: Path) -> "stages.Context":
         baseline=baseline,
         teacher=_teacher(under_way, baseline),
         baseline_metrics=place.metrics(baseline_step.name),
+        teacher_states=place.teacher_states,
         scratch=scratch,
         device=under_way.device,
         dtype=under_way.dtype,

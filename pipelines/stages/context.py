@@ -14,12 +14,13 @@ from ..inputs import Inputs
 @dataclass(frozen=True)
 class Context:
     """`teacher` is whom recovery imitates: the baseline, or the model given with --teacher; None when the baseline is itself a quantized
-    checkpoint and no teacher was given. `scratch` is the stage's own directory, where it may keep what makes it resumable; `stop()` says that the user asked to end:
+    checkpoint and no teacher was given. `teacher_states` is where what it computed may be kept for other stages. `scratch` is the stage's own directory, where it may keep what makes it resumable; `stop()` says that the user asked to end:
     a stage then saves what it has and raises KeyboardInterrupt (`check_stop`)."""
 
     baseline: Artifact
     teacher: Artifact | None
     baseline_metrics: Path
+    teacher_states: Path
     scratch: Path
     device: torch.device
     dtype: torch.dtype

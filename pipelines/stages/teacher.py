@@ -1,16 +1,61 @@
-"""The teacher of recovery: its last hidden states, streamed block by block a few batches ahead. Knows artifacts; not the student."""
+"""The teacher of recovery: its last hidden states, streamed block by block a few batches ahead, and kept for the run's other stages.
 
+Knows artifacts; not the student.
+"""
+
+import hashlib
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ...recover.student import Batch, Teacher
 from ..blocks import StreamedModel
+from ..files import write_bytes
 from .context import Context
 
 TEACHER_TOKENS = 16384
+STATE_BYTES = 10**9
+"""Most that the states of all micro-batches may take on disk (a quarter of what is free, if that is less)."""
+
+
+@dataclass
+class StateFiles:
+    """Last hidden states by the tokens they are of, a file each, exactly as they were computed: a combination of a sweep, a second recover
+    stage or a resumed one reads what an earlier one computed. A torn or missing file is computed again."""
+
+    directory: Path
+    left: int = 0
+
+    def __post_init__(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        taken = sum(path.stat().st_size for path in self.directory.parent.glob("*/*.safetensors"))
+        self.left = min(STATE_BYTES - taken, shutil.disk_usage(self.directory).free // 4)
+
+    def read(self, ids_BT: Tensor) -> Tensor | None:
+        try:
+            return load(self._path(ids_BT).read_bytes())["hidden"].to(ids_BT.device)
+        except (OSError, SafetensorError, KeyError):
+            return None
+
+    def write(self, ids_BT: Tensor, hidden_BTD: Tensor) -> None:
+        size = hidden_BTD.numel() * hidden_BTD.element_size()
+        if size <= self.left:
+            write_bytes(self._path(ids_BT), save({"hidden": hidden_BTD.cpu().contiguous()}))
+            self.left -= size
+
+    def has(self, ids_BT: Tensor) -> bool:
+        return self._path(ids_BT).is_file()
+
+    def _path(self, ids_BT: Tensor) -> Path:
+        ids = ids_BT.cpu().contiguous()
+        identity = f"{tuple(ids.shape)}".encode() + ids.numpy().tobytes()
+        return self.directory / f"{hashlib.sha256(identity).hexdigest()[:32]}.safetensors"
 
 
 @dataclass
@@ -21,6 +66,7 @@ class StreamedTeacher:
     model: StreamedModel
     batches: Callable[[int], Batch]
     last: int
+    files: StateFiles
     position: int = 0
     kept: dict[bytes, Tensor] = field(default_factory=dict)
 
@@ -32,11 +78,16 @@ class StreamedTeacher:
 
     def _look_ahead(self, ids_BT: Tensor) -> None:
         self.kept.clear()
+        found = self.files.read(ids_BT)
+        if found is not None:
+            self.kept = {ids_BT.cpu().numpy().tobytes(): found}
+            return
         wanted = [ids_BT.cpu()]
         index = next((i for i in range(self.position, self.last) if torch.equal(self.batches(i).ids, wanted[0])), None)
         if index is not None:
             count = max(1, TEACHER_TOKENS // ids_BT.numel())
-            wanted = [self.batches(i).ids for i in range(index, min(index + count, self.last))]
+            ahead = [self.batches(i).ids for i in range(index + 1, min(index + count, self.last))]
+            wanted += [ids for ids in ahead if not self.files.has(ids)]
             self.position = index
         with torch.no_grad():
             hidden = [self.model.embed(ids) for ids in wanted]
@@ -44,6 +95,8 @@ class StreamedTeacher:
                 self.model.load_block(block)
                 hidden = [self.model.run_block(block, h) for h in hidden]
                 self.model.unload_block(block)
+        for ids, h in zip(wanted, hidden, strict=True):
+            self.files.write(ids, h)
         self.kept = {ids.numpy().tobytes(): h for ids, h in zip(wanted, hidden, strict=True)}
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
@@ -54,5 +107,7 @@ class StreamedTeacher:
 def streamed_teacher(context: Context, batches: Callable[[int], Batch], count: int) -> Teacher:
     """The context's teacher for the first `count` micro-batches."""
     assert context.teacher is not None
-    streamed = StreamedTeacher(StreamedModel(context.teacher, context.device, context.dtype), batches, count)
+    kind = f"{context.teacher.key[:16]}-{context.device.type}-{str(context.dtype).removeprefix('torch.')}"
+    files = StateFiles(context.teacher_states / kind)
+    streamed = StreamedTeacher(StreamedModel(context.teacher, context.device, context.dtype), batches, count, files)
     return Teacher(streamed.hidden, streamed.logits)

@@ -28,7 +28,7 @@ def context(place: Path, source: Path, text: Path, stop: bool = False) -> Contex
         source, place / "b.partial", place / "b", {"key": key, "parent": None, "stage": {"name": "baseline", "method": None}}
     )
     inputs = Inputs(recipe, source)
-    return Context(baseline, baseline, place / "metrics", place, CPU, torch.float32, 0, inputs, lambda: stop)
+    return Context(baseline, baseline, place / "metrics", place / "states", place, CPU, torch.float32, 0, inputs, lambda: stop)
 
 
 def direct(source: Path, ids_NT: torch.Tensor) -> dict[str, torch.Tensor]:
