@@ -63,7 +63,9 @@ def requantized(
         place = Path(scratch)
         dense = _dense_artifact(artifact, place)
         inputs = Inputs(chosen, artifact.directory)
-        context = Context(dense, dense, place, place, place / "q.partial", torch.device("cpu"), torch.float32, chosen.seed, inputs, lambda: False)
+        context = Context(
+            dense, dense, place, place, place / "q.partial", torch.device("cpu"), torch.float32, chosen.seed, inputs, lambda: False
+        )
         writer = ArtifactWriter(place / "q.partial", dense)
         compress(dense, writer, again, context)
         made = writer.seal(place / "q", artifact.manifest | {"key": "requantized"}, _documents(artifact))

@@ -13,8 +13,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from ..reports import published
-from ..reports.plots import pareto_figure
+from ..reports.plots import lines_figure, pareto_figure
 from ..reports.record import RunRecord
 from . import logs, recipe, runner
 from .doctor import cpu_name
@@ -30,7 +32,7 @@ MEASURED = (
     ("perplexity", "perplexity", "perplexity"), ("nll_difference", "Δ nats to dense", "exact"), ("nll_difference_stderr", "±", "exact"),
     ("other_baseline_perplexity", "other text, dense", "perplexity"), ("other_perplexity", "other text", "perplexity"),
     ("bits_per_weight", "bits per weight", "number"), ("total_bytes", "bytes", "bytes"), ("sparsity", "sparsity", "percent"),
-    ("trainable_parameters", "trained", "exact"), ("seconds", "seconds", "seconds"), ("peak_bytes", "memory", "bytes"),
+    ("gap_closed", "gap closed", "percent"), ("trainable_parameters", "trained", "exact"), ("seconds", "seconds", "seconds"), ("peak_bytes", "memory", "bytes"),
     ("verdict", "at equal bytes", "text"),
 )  # fmt: skip
 
@@ -76,14 +78,19 @@ def write(name: str, table: Table, kept: published.Rows) -> list[Path]:
     shown = [{k: v for k, v in row.items() if k != "protocol"} | {"settings": SETTINGS[row["model"]]} for row in found]
     for row in shown:
         row["verdict"] = _verdict(row, shown, table)
-    figure = pareto_figure(
-        [r | {"label": " ".join(str(r[key]) for key in ("name", *table.tags)).strip()} for r in shown if r.get("perplexity")],
-        x=table.x, y="perplexity", label=None if table.panel or len(shown) > 40 else "label", series="name", panel=table.panel,
-    )  # fmt: skip
+    figure = _figure([r for r in shown if r.get("perplexity")], table)
     columns = [("model", "model", "text"), ("name", "method", "text"), *((tag, tag, "text") for tag in table.tags), *MEASURED]
     columns = [c for c in columns if any(r.get(c[0]) not in (None, "") for r in shown)]
     protocols = {row["model"]: row["protocol"] for row in found if row.get("protocol")}
     return published.write(name, shown, columns, protocols, figure, title=table.title, notes=[*table.notes, *_notes(name, found, table)])
+
+
+def _figure(shown: list[dict[str, Any]], table: Table) -> Figure:
+    if table.lines:
+        return lines_figure(shown, table.x, "perplexity", "name", panel=table.panel, log_y=True)
+    labelled = [r | {"label": " ".join(str(r[key]) for key in ("name", *table.tags)).strip()} for r in shown]
+    label = None if table.panel or len(shown) > 40 else "label"
+    return pareto_figure(labelled, x=table.x, y="perplexity", label=label, series="name", panel=table.panel)
 
 
 def _notes(name: str, found: list[dict[str, Any]], table: Table) -> list[str]:
@@ -98,15 +105,15 @@ def _notes(name: str, found: list[dict[str, Any]], table: Table) -> list[str]:
 
 
 def _verdict(row: dict[str, Any], rows: list[dict[str, Any]], table: Table) -> str:
-    """Whether another row of the same model (and kind) has at most as many bytes and a lower perplexity."""
+    """Whether another row of the same model (and the same tags of `table.within`) has at most as many bytes and a lower perplexity."""
     if not row.get("perplexity"):
         return row.get("refused", "")
-    same = [r for r in rows if r["model"] == row["model"] and r.get("kind") == row.get("kind") and r.get("perplexity")]
+    same = [r for r in rows if all(r[key] == row[key] for key in ("model", *table.within)) and r.get("perplexity")]
     better = [r for r in same if r["total_bytes"] <= row["total_bytes"] * 1.001 and r["perplexity"] < row["perplexity"]]
     if not better:
         return "on the Pareto line"
     best = min(better, key=lambda r: r["perplexity"])
-    label = ", ".join(str(best[key]) for key in ("name", *table.tags) if key not in ("kind", "seed"))
+    label = ", ".join(str(best[key]) for key in ("name", *table.tags) if key not in (*table.within, "seed"))
     return f"loses {math.log(row['perplexity'] / best['perplexity']):.3f} nats to {label}"
 
 

@@ -41,6 +41,10 @@ class Table:
     panel: str | None = None
     x: str = "bits_per_weight"
     notes: tuple[str, ...] = ()
+    lines: bool = False
+    """Draw a line for each series instead of points and the Pareto line."""
+    within: tuple[str, ...] = ()
+    """Rows that differ in one of these tags do not compete for bytes."""
     other_text: bool = False
     """Measure on text of another kind too, so that an adaptation to the training text is told from a recovery."""
 
@@ -50,8 +54,8 @@ def _quantize(bits: int, method: str = "gptq", **settings: Any) -> Stage:
     return {"quantize": {"method": method, "bits": bits, size: 64, **settings}}
 
 
-def _prune(method: str = "wanda", pattern: str = "unstructured") -> Stage:
-    return {"prune": {"method": method, "sparsity": 0.5, "pattern": pattern}}
+def _prune(method: str = "wanda", pattern: str = "unstructured", sparsity: float = 0.5) -> Stage:
+    return {"prune": {"method": method, "sparsity": sparsity, "pattern": pattern}}
 
 
 # -- compress --------------------------------------------------------------------------------------------------------------------
@@ -205,6 +209,48 @@ def _recover_rows() -> list[Row]:
 RECOVER_NOTE = "Every row trains on the same number of tokens, by distillation from the dense model."
 
 
+# -- perp ------------------------------------------------------------------------------------------------------------------------
+
+SUBSETS: dict[str, dict[str, Any]] = {
+    "norms": {"method": "perp", "biases": False},
+    "biases": {"method": "perp", "norms": False},
+    "norms and biases": {"method": "perp"},
+    "norms, biases, head": {"method": "perp", "head": True},
+    "mask_lora": {"method": "perp", "norms": False, "biases": False, "lora": "mask_lora"},
+    "scale_lora": {"method": "perp", "norms": False, "biases": False, "lora": "scale_lora"},
+    "norms, biases, mask_lora": {"method": "perp", "lora": "mask_lora"},
+    "all weights": {"method": "full"},
+}
+_RECONSTRUCTED = {"recover": {"method": "reconstruct", "train": "mask_lora", "steps": 50}}
+
+
+def _perp_rows() -> list[Row]:
+    rows = []
+    for sparsity in (0.3, 0.4, 0.5, 0.6, 0.7):
+        start, tags = _prune("magnitude", sparsity=sparsity), {"pattern": "unstructured", "pruned": f"{100 * sparsity:.0f} %"}
+        rows.append(Row("not recovered", (start,), tags, SMALL))
+        rows += [Row(name, (start, {"recover": {**_BUDGET[SMALL], **own}}), tags, SMALL) for name, own in SUBSETS.items()]
+    half, pairs = {"pattern": "unstructured", "pruned": "50 %"}, {"pattern": "2:4", "pruned": "50 %"}
+    rows.append(Row("not recovered", (_prune("magnitude"),), half))
+    for name in ("norms", "norms and biases"):
+        rows.append(Row(f"{name}, 100 steps", (_prune("magnitude"), {"recover": {**_BUDGET[DEMO], **SUBSETS[name], "steps": 100}}), half))
+    rows.append(Row("not recovered", (_prune(pattern="2:4"),), pairs))
+    rows.append(Row("reconstruct mask_lora, 50 steps a block", (_prune(pattern="2:4"), _RECONSTRUCTED), pairs))
+    return rows
+
+
+PERP = Table(
+    "Recovery of pruned models: perplexity by sparsity and by what is trained (PERP, figure 1)",
+    _perp_rows(),
+    ("pattern", "pruned"),
+    panel="model",
+    x="sparsity",
+    within=("pattern", "pruned"),
+    lines=True,
+    notes=("Magnitude pruning; the demo model's 2:4 mask is Wanda's.", RECOVER_NOTE),
+)
+
+
 # -- grid ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +288,11 @@ GRID = Table(
 def tables() -> dict[str, Table]:
     """All reference tables by name; `recover` reads its methods from their registry."""
     recover = Table(
-        "Recovery: every method on every kind of compressed model", _recover_rows(), ("kind", "seed"), panel="kind", notes=(RECOVER_NOTE,)
+        "Recovery: every method on every kind of compressed model",
+        _recover_rows(),
+        ("kind", "seed"),
+        panel="kind",
+        within=("kind",),
+        notes=(RECOVER_NOTE,),
     )
-    return {"compress": COMPRESS, "decompose": DECOMPOSE, "recover": recover, "grid": GRID}
+    return {"compress": COMPRESS, "decompose": DECOMPOSE, "recover": recover, "perp": PERP, "grid": GRID}
