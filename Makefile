@@ -48,7 +48,7 @@ clean:
 
 FORCE:
 
-# Reference results into reports/published, all tables or TABLE=compress|decompose|recover|grid. Hours; can be stopped and continued.
-TABLE ?= compress decompose recover grid
+# Reference results into reports/published, all tables or TABLE=compress|decompose|recover|perp|grid. Hours; can be stopped and continued.
+TABLE ?= compress decompose recover perp grid
 publish: venv
 	for table in $(TABLE); do $(BIN)/python -P -m bitmend.pipelines.publishing $$table || exit; done
