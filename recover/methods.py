@@ -168,7 +168,7 @@ RECOVER: dict[str, Method] = {
     "perp": Method(methods.Perp, methods.perp, "norms", "norms, biases, head, embeddings, pairs under the mask", _MODEL, serves=_perp),
     "scales": Method(methods.Scales, methods.scales, "scales", "group scales (and zeros, norms, biases, factors)", _GRID, serves=_scales),
     "bitfit": Method(methods.BitFit, methods.bitfit, "biases", "biases", _MODEL),
-    "full": Method(methods.Full, methods.full, "dense", "every weight under the mask", _MODEL, serves=_full),
+    "full": Method(methods.Full, methods.full, "dense", "every weight under the mask", _MODEL, serves=_full, version=2),
     "qat": Method(
         methods.Qat, methods.qat, "codes", "codes on the held grid, straight-through", _GRID, grid_safe=False, serves=_needs_grid
     ),
@@ -201,6 +201,7 @@ RECOVER: dict[str, Method] = {
         Ways("fresh codes and scales", "as it was stored", "any grid format", "in place"),
         grid_safe=False,
         serves=_needs_grid,
+        version=2,
     ),
     "lota": Method(
         increments.Lota, increments.lota, "ternary", "ternary increments of the codes", _GRID, grid_safe=False, serves=_needs_uniform
@@ -208,12 +209,12 @@ RECOVER: dict[str, Method] = {
     "lr_qat": Method(
         increments.LrQat, increments.lr_qat, "codes", "low rank inside the rounding", _GRID, grid_safe=False, serves=_needs_uniform
     ),
-    "pafi": Method(deltas.Pafi, deltas.pafi, "sparse", "the smallest kept weights", _DELTA),
+    "pafi": Method(deltas.Pafi, deltas.pafi, "sparse", "the smallest kept weights", _DELTA, version=2),
     "fish_mask": Method(
-        deltas.FishMask, deltas.fish_mask, "sparse", "the most informative kept weights", _DELTA, needs=frozenset({"fisher"})
+        deltas.FishMask, deltas.fish_mask, "sparse", "the most informative kept weights", _DELTA, needs=frozenset({"fisher"}), version=2
     ),
     "diff_pruning": Method(
-        deltas.DiffPruning, deltas.diff_pruning, "sparse", "a sparse delta with learned gates", _DELTA, serves=_diff_pruning
+        deltas.DiffPruning, deltas.diff_pruning, "sparse", "a sparse delta with learned gates", _DELTA, serves=_diff_pruning, version=2
     ),
     "reconstruct": Method(
         Reconstruct,
@@ -222,6 +223,7 @@ RECOVER: dict[str, Method] = {
         "what `train` names, block by block towards the dense block's output",
         Ways("as what it trains", "as it was stored", "as what it trains", "as what it trains"),
         serves=_reconstruct,
+        version=2,
         by_block=True,
     ),
     "serial_adapter": Method(bottlenecks.SerialAdapter, bottlenecks.serial_adapter, "adapters", "bottlenecks behind sublayers", _BESIDE),
