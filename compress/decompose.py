@@ -16,7 +16,7 @@ from torch import Tensor
 from .factors import FactorForm, store_factors
 from .feedback import InverseFactor, factor_of
 from .grids import Clip, clip_needs
-from .lowrank import Metric, best_low_rank, check_rank, spectrum, squared_error
+from .lowrank import Metric, WeightedError, best_low_rank, check_rank, spectrum, squared_error
 from .metrics import MetricName, metric_of
 from .requantize import is_quantized, requantize
 from .sharing import rows_of
@@ -92,11 +92,12 @@ class Problem:
     def shape(self) -> tuple[int, int]:
         return self.target_OI.shape[0], self.target_OI.shape[1]
 
-    def error_OI(self, stored: Stored) -> Tensor:
-        return self.target_OI - torch.cat([record.dense() for record in stored])
+    def error(self, stored: Stored) -> WeightedError:
+        return WeightedError(self.target_OI - torch.cat([record.dense() for record in stored]), self.metric)
 
-    def squared_error(self, stored: Stored) -> float:
-        return squared_error(self.error_OI(stored), self.metric)
+    @cached_property
+    def start_error(self) -> WeightedError:
+        return self.error(self.start)
 
     def with_term(self, base: Stored, low_rank: LowRank | None) -> Stored:
         """Every part with its rows of the term."""
@@ -113,19 +114,20 @@ class Problem:
         found = (requantize(w, part.target_OI, part.statistics, self.config.quantizer, self.config.clip) for w, part in held)
         return tuple(replace(record, low_rank=None) for record in found)
 
-    def solved(self, base: Stored, form: FactorForm, rank: int, held: tuple[Tensor, Tensor] | None = None) -> tuple[Stored, LowRank]:
-        """base with the best L for it, and that L; `held` factors stay, and `rank` comes on top of theirs."""
-        error = self.error_OI(base)
+    def solved(
+        self, base: Stored, error: WeightedError, form: FactorForm, rank: int, held: tuple[Tensor, Tensor] | None = None
+    ) -> "Solved":
+        """base, whose error that is, with the best L for it; `held` factors stay, and `rank` comes on top of theirs."""
         if held is None:
-            up, down = best_low_rank(error, self.metric, rank)
+            up, down = error.best(rank)
         else:
             up, down = held
             if rank:
-                more = best_low_rank(error - up @ down, self.metric, rank)
+                more = best_low_rank(error.error_OI - up @ down, self.metric, rank)
                 up, down = torch.cat((up, more[0]), 1), torch.cat((down, more[1]), 0)
         feedback = self._feedback() if form.bits < 16 else None
-        low_rank = store_factors(up, down, form, error, self.metric, feedback)
-        return self.with_term(base, low_rank), low_rank
+        low_rank = store_factors(up, down, form, error, feedback)
+        return Solved(self.with_term(base, low_rank), low_rank, error.left_by(*low_rank.factors()))
 
     def forms(self) -> list[tuple[FactorForm, int]]:
         """Every form of the factors to try, with its rank, the plain 16-bit one first."""
@@ -139,6 +141,15 @@ class Problem:
 
     def _feedback(self) -> InverseFactor | None:
         return factor_of(self.parts[0].statistics.inputs, 0.01, True) if self.metric.moment_II is not None else None
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Q + L, the L of all parts, and what is left of the squared error."""
+
+    stored: Stored
+    low_rank: LowRank
+    squared_error: float
 
 
 def needs(config: Decomposition) -> frozenset[str]:
@@ -188,17 +199,17 @@ def decompose_shared(
 def _best(problem: Problem) -> tuple[Stored, dict[str, float]]:
     """The iterate that errs least, and what `decompose` says of it."""
     check_rank(problem.config.rank, problem.shape)
-    before = problem.squared_error(problem.start)
+    before = problem.start_error.squared
     best, least, best_at, last, previous, at = None, before, 0, None, float("inf"), 0
-    for at, (last, error) in enumerate(_iterates(problem), 1):
-        if error < least:
-            best, least, best_at = last, error, at
-        if problem.config.stop_when_worse and error > previous:
+    for at, last in enumerate(_iterates(problem), 1):
+        if last.squared_error < least:
+            best, least, best_at = last.stored, last.squared_error, at
+        if problem.config.stop_when_worse and last.squared_error > previous:
             break
-        previous = error
+        previous = last.squared_error
     assert last is not None
     if best is None:
-        best = tuple(replace(start, low_rank=_without_effect(found)) for start, found in zip(problem.start, last, strict=True))
+        best = tuple(replace(start, low_rank=_without_effect(found)) for start, found in zip(problem.start, last.stored, strict=True))
     total = squared_error(problem.target_OI, problem.metric) or 1.0
     assert best[0].low_rank is not None
     return best, {
@@ -211,22 +222,22 @@ def _best(problem: Problem) -> tuple[Stored, dict[str, float]]:
     }
 
 
-def _iterates(problem: Problem) -> Iterator[tuple[Stored, float]]:
-    """Every Q + L that the schedule visits, with its squared error."""
+def _iterates(problem: Problem) -> Iterator[Solved]:
+    """Every Q + L that the schedule visits."""
     config, forms = problem.config, problem.forms()
     again = config.requantize and all(is_quantized(weight) for weight in problem.start)
     (form, rank), low_rank = forms[0], None
     if not again or config.keep_start or config.first == "kept" or len(forms) > 1:
-        tried = [problem.solved(problem.start, *choice) for choice in forms]
-        errors = [problem.squared_error(stored) for stored, _ in tried]
+        tried = [problem.solved(problem.start, problem.start_error, *choice) for choice in forms]
+        errors = [solved.squared_error for solved in tried]
         chosen = errors.index(min(errors))
-        yield tried[chosen][0], errors[chosen]
-        (form, rank), low_rank = forms[chosen], tried[chosen][1]
+        yield tried[chosen]
+        (form, rank), low_rank = forms[chosen], tried[chosen].low_rank
     if again:
         yield from _alternating(problem, form, rank, low_rank if config.first == "kept" else None)
 
 
-def _alternating(problem: Problem, form: FactorForm, rank: int, low_rank: LowRank | None) -> Iterator[tuple[Stored, float]]:
+def _alternating(problem: Problem, form: FactorForm, rank: int, low_rank: LowRank | None) -> Iterator[Solved]:
     """Q for W − L, then L for W − Q, `iterations` times, from the given L, or one of W, or none."""
     config, held = problem.config, None
     kept = _kept_rank(problem, rank) if config.kept_rank is None else config.kept_rank
@@ -236,8 +247,10 @@ def _alternating(problem: Problem, form: FactorForm, rank: int, low_rank: LowRan
     elif config.first == "l":
         low_rank = LowRank(*best_low_rank(problem.target_OI, problem.metric, rank))
     for _ in range(config.iterations):
-        stored, low_rank = problem.solved(problem.quantized(low_rank), form, rank - kept, held)
-        yield stored, problem.squared_error(stored)
+        base = problem.quantized(low_rank)
+        found = problem.solved(base, problem.error(base), form, rank - kept, held)
+        low_rank = found.low_rank
+        yield found
 
 
 def _kept_rank(problem: Problem, rank: int) -> int:

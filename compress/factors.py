@@ -13,7 +13,7 @@ from torch import Tensor
 from .feedback import InverseFactor, inverse_factor
 from .gptq import gptq_uniform
 from .grids import UniformGrid
-from .lowrank import Metric, squared_error
+from .lowrank import WeightedError
 from .packing import packed_words
 from .rounding import round_uniform
 from .weights import LowRank, UniformWeight
@@ -45,26 +45,23 @@ class FactorForm:
         return next((r for r in ranks if self.stored_bits(r, rows, columns) <= budget_bits), 0)
 
 
-def store_factors(
-    up_OR: Tensor, down_RI: Tensor, form: FactorForm, error_OI: Tensor, metric: Metric, inputs: InverseFactor | None = None
-) -> LowRank:
+def store_factors(up_OR: Tensor, down_RI: Tensor, form: FactorForm, error: WeightedError, inputs: InverseFactor | None = None) -> LowRank:
     """Factors of the error as they lie on disk. On a grid, each is rounded with error feedback (`inputs`, of the second moment
     the matrix reads, lets down be too) and the other is solved again for what was rounded; the best of three rounds is kept."""
     if form.bits == 16:
         kind = getattr(torch, form.dtype)
         return LowRank(up_OR.to(kind), down_RI.to(kind))
-    best, least = None, float("inf")
+    best, least, metric = None, float("inf"), error.metric
     for _ in range(_ROUNDS):
         down = _round(down_RI, form.bits, inputs, metric.importance_I())
         seen_RI = down.dense()
         gram_RR = metric.times_moment(seen_RI.double()) @ seen_RI.double().T
-        up_OR = _solve_up(error_OI, seen_RI, gram_RR, metric)
+        up_OR = _solve_up(error, seen_RI, gram_RR)
         up = _round(up_OR, form.bits, inverse_factor(gram_RR.float(), 1e-3, True) if bool(gram_RR.any()) else None, None)
-        stored = LowRank(up, down)
-        error = squared_error(error_OI - stored.dense(), metric)
-        if error < least:
-            best, least = stored, error
-        down_RI = _solve_down(error_OI, up.dense(), metric)
+        left = error.left_by(up.dense(), seen_RI)
+        if left < least:
+            best, least = LowRank(up, down), left
+        down_RI = _solve_down(error, up.dense())
     assert best is not None, "the error or its metric holds NaN"
     return best
 
@@ -81,13 +78,13 @@ def _round(factor_NC: Tensor, bits: int, feedback: InverseFactor | None, importa
     return gptq_uniform(factor_NC.contiguous(), feedback, grid, "power", static=True)[0]
 
 
-def _solve_up(error_OI: Tensor, down_RI: Tensor, gram_RR: Tensor, metric: Metric) -> Tensor:
+def _solve_up(error: WeightedError, down_RI: Tensor, gram_RR: Tensor) -> Tensor:
     """The best up for a given down: E·R·downᵀ·(down·R·downᵀ)⁺; rows do not touch one another, so their weights drop out."""
-    mixed_OR = error_OI.double() @ metric.times_moment(down_RI.double()).T
+    mixed_OR = error.error_OI.double() @ error.metric.times_moment(down_RI.double()).T
     return (mixed_OR @ torch.linalg.pinv(gram_RR, rtol=1e-10, hermitian=True)).float()
 
 
-def _solve_down(error_OI: Tensor, up_OR: Tensor, metric: Metric) -> Tensor:
+def _solve_down(error: WeightedError, up_OR: Tensor) -> Tensor:
     """The best down for a given up: upᵀ·D²·E solved by (upᵀ·D²·up)⁺; columns do not touch one another."""
-    up, weighted = metric.rows(up_OR), metric.rows(error_OI)
-    return (torch.linalg.pinv(up.T @ up, rtol=1e-10, hermitian=True) @ (up.T @ weighted)).float()
+    up = error.metric.rows(up_OR)
+    return (torch.linalg.pinv(up.T @ up, rtol=1e-10, hermitian=True) @ (up.T @ error.weighted_OI)).float()

@@ -76,8 +76,69 @@ class Metric:
 
 def squared_error(error_OI: Tensor, metric: Metric) -> float:
     """‖diag(row)·E·S‖_F², accumulated in float64; the rounding of a nearly singular moment cannot make it negative."""
-    weighted = metric.rows(error_OI)
-    return max((metric.times_moment(weighted) * weighted).sum().item(), 0.0)
+    return WeightedError(error_OI, metric).squared
+
+
+@dataclass(frozen=True)
+class WeightedError:
+    """An error in a metric: what many low-rank terms are solved for and compared by, from one product F·R."""
+
+    error_OI: Tensor
+    metric: Metric
+
+    @cached_property
+    def weighted_OI(self) -> Tensor:
+        """F, float64."""
+        return self.metric.rows(self.error_OI)
+
+    @cached_property
+    def image_OI(self) -> Tensor:
+        """F·R, float64."""
+        return self.metric.times_moment(self.weighted_OI)
+
+    @cached_property
+    def squared_O(self) -> Tensor:
+        """What each row of the error costs, float64 [O]."""
+        return (self.image_OI * self.weighted_OI).sum(1)
+
+    @property
+    def squared(self) -> float:
+        """‖F·S‖²."""
+        return max(self.squared_O.sum().item(), 0.0)
+
+    def left_by(self, up_OR: Tensor, down_RI: Tensor) -> float:
+        """‖(F − diag(row)·up·down)·S‖², by thin products: ‖F·S‖² − 2·⟨F·R·downᵀ, D·up⟩ + ⟨upᵀ·D²·up, down·R·downᵀ⟩."""
+        up, down = self.metric.rows(up_OR), down_RI.double()
+        met = ((self.image_OI @ down.T) * up).sum()
+        own = ((up.T @ up) * (self.metric.times_moment(down) @ down.T)).sum()
+        return max((self.squared_O.sum() - 2 * met + own).item(), 0.0)
+
+    def best(self, rank: int) -> tuple[Tensor, Tensor]:
+        """`best_low_rank` of this error."""
+        check_rank(rank, (self.error_OI.shape[0], self.error_OI.shape[1]))
+        left_OR = self._left_vectors(rank)
+        up_OR = left_OR if self.metric.row_O is None else left_OR / self.metric.row_O.double().unsqueeze(1)
+        return balance(up_OR, left_OR.T @ self.weighted_OI)
+
+    def _left_vectors(self, rank: int) -> Tensor:
+        """The first `rank` eigenvectors of F·R·Fᵀ, float64 [O, R] with orthonormal columns."""
+        weighted_OI, rows, columns = self.weighted_OI, *self.error_OI.shape
+        side = min(rows, columns)
+        if side > KRYLOV_SIDE and 8 * (rank + OVERSAMPLING) <= side:
+            weighted_IO = weighted_OI.T.contiguous()
+            image_OI = vars(self).get("image_OI")  # where it is known already, a product less
+
+            def apply(x_KO: Tensor) -> Tensor:
+                return (self.metric.times_moment(x_KO @ weighted_OI) if image_OI is None else x_KO @ image_OI) @ weighted_IO
+
+            return _krylov(apply, rows, rank, weighted_OI).T
+        if rows <= columns:
+            return torch.linalg.eigh(self.image_OI @ weighted_OI.T).eigenvectors[:, -rank:].flip(1)
+        scaled = self.metric.times_root(weighted_OI)
+        right = torch.linalg.eigh(scaled.T @ scaled).eigenvectors[:, -rank:].flip(1)
+        image = torch.zeros(rows, rank, dtype=torch.float64, device=weighted_OI.device)
+        image[:, : right.shape[1]] = scaled @ right
+        return torch.linalg.qr(image).Q
 
 
 def check_rank(rank: int, shape: tuple[int, int]) -> None:
@@ -92,12 +153,7 @@ def best_low_rank(error_OI: Tensor, metric: Metric, rank: int) -> tuple[Tensor, 
     The closed form of QERA (arXiv:2410.06040, theorem 1), EoRA (arXiv:2410.21271) and CLoQ (arXiv:2501.18475), without their
     square root and inverse. ValueError when rank > min(O, I).
     """
-    check_rank(rank, (error_OI.shape[0], error_OI.shape[1]))
-    weighted = metric.rows(error_OI)
-    left_OR = _left_vectors(weighted, metric, rank)
-    down_RI = left_OR.T @ weighted
-    up_OR = left_OR if metric.row_O is None else left_OR / metric.row_O.double().unsqueeze(1)
-    return balance(up_OR, down_RI)
+    return WeightedError(error_OI, metric).best(rank)
 
 
 def spectrum(error_OI: Tensor, metric: Metric, weights_VO: Tensor | None = None) -> Tensor:
@@ -125,27 +181,6 @@ def balance(up_OR: Tensor, down_RI: Tensor) -> tuple[Tensor, Tensor]:
     right, lower = torch.linalg.qr(down_RI.double().T)
     u, s, vh = torch.linalg.svd(upper @ lower.T)  # R × R only
     return (left @ (u * s.sqrt())).float(), ((vh.T * s.sqrt()).T @ right.T).float()
-
-
-def _left_vectors(weighted_OI: Tensor, metric: Metric, rank: int) -> Tensor:
-    """The first `rank` eigenvectors of F·R·Fᵀ, float64 [O, R] with orthonormal columns."""
-    rows, columns = weighted_OI.shape
-    side = min(rows, columns)
-    if side > KRYLOV_SIDE and 8 * (rank + OVERSAMPLING) <= side:
-        weighted_IO = weighted_OI.T.contiguous()
-
-        def apply(x_KO: Tensor) -> Tensor:
-            return metric.times_moment(x_KO @ weighted_OI) @ weighted_IO
-
-        return _krylov(apply, rows, rank, weighted_OI).T
-    if rows <= columns:
-        gram = metric.times_moment(weighted_OI) @ weighted_OI.T
-        return torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
-    scaled = metric.times_root(weighted_OI)
-    right = torch.linalg.eigh(scaled.T @ scaled).eigenvectors[:, -rank:].flip(1)
-    image = torch.zeros(rows, rank, dtype=torch.float64, device=weighted_OI.device)
-    image[:, : right.shape[1]] = scaled @ right
-    return torch.linalg.qr(image).Q
 
 
 def _krylov(apply: Callable[[Tensor], Tensor], size: int, rank: int, like: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import normal_float
 from .factors import FactorBits, FactorForm, store_factors
 from .feedback import factor_of
-from .lowrank import Metric, best_low_rank, spectrum, squared_error
+from .lowrank import Metric, WeightedError, spectrum
 from .masks import pattern_mask, wanda_mask
 from .packing import packed_words
 from .requantize import requantize
@@ -193,7 +193,8 @@ def _share_lost(error_OI: Tensor, metric: Metric, statistics: LayerStatistics, c
     """What rounding the factors costs, as a share of the squared error that they catch at the middle one of the ranks."""
     ranks = sorted({setting.rank for setting in choices if setting.rank and setting.factor_bits == bits})
     feedback = factor_of(statistics.inputs, 0.01, True) if metric.moment_II is not None else None
-    up, down = best_low_rank(error_OI, metric, ranks[len(ranks) // 2])
-    stored = store_factors(up, down, FactorForm(bits), error_OI, metric, feedback)
-    whole, left, rounded = (squared_error(error_OI - term, metric) for term in (0.0, up @ down, stored.dense()))
+    error = WeightedError(error_OI, metric)
+    up, down = error.best(ranks[len(ranks) // 2])
+    stored = store_factors(up, down, FactorForm(bits), error, feedback)
+    whole, left, rounded = error.squared, error.left_by(up, down), error.left_by(*stored.factors())
     return max(rounded - left, 0.0) / (whole - left) if whole > left else 0.0

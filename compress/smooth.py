@@ -16,7 +16,7 @@ from torch import Tensor
 from .block import BlockProblem
 from .factors import FactorForm, store_factors
 from .grids import Clip, UniformGrid, check_grid
-from .lowrank import Metric, best_low_rank, check_rank
+from .lowrank import Metric, WeightedError, check_rank
 from .requantize import is_quantized, requantize
 from .rounding import grid_importance, round_uniform
 from .statistics import InputStatistics, LayerStatistics
@@ -169,8 +169,8 @@ def _attempt(part: Part, smooth_I: Tensor | None) -> StoredWeight:
 def _term_and_rest(part: Part, smooth_I: Tensor | None, error_OI: Tensor, clip: Clip) -> StoredWeight:
     """The best low-rank term of the smoothed error, and the rest of W on the grid."""
     metric = Metric() if smooth_I is None else Metric(column_I=smooth_I.float())
-    up, down = best_low_rank(error_OI, metric, part.config.rank)
-    term = store_factors(up, down, FactorForm(16, part.config.factor_dtype), error_OI, metric)
+    error = WeightedError(error_OI, metric)
+    term = store_factors(*error.best(part.config.rank), FactorForm(16, part.config.factor_dtype), error)
     held = replace(part.weight, smooth=smooth_I, low_rank=term)
     return requantize(held, part.target_OI, part.statistics, part.config.quantizer, clip)
 

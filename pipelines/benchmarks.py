@@ -160,7 +160,7 @@ def _on_layers(subject: str, chosen: Sequence[tuple[str, str]], options: Options
                 continue
             log.info("%s %s, %d × %d: %.3f s", stage, method, size, size, measured["seconds"])
             yield measured
-        if subject == "decompose" and not options.only:
+        if subject == "decompose" and (not options.only or "qera_exact" in options.only):
             weight_OI, known = synthetic_layer(size, frozenset({"second_moment"}), device)
             moment_II = known.inputs.second_moment_II
             yield from bench_solvers.exact_steps(weight_OI, moment_II, lambda s: _measured(s, options.repeats, device), options.full)

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..compress.gptq import GptqConfig
-from ..compress.lowrank import squared_error
+from ..compress.lowrank import WeightedError
 from ..compress.methods import QUANTIZE, Method
 from ..compress.metrics import gradient_squares, metric_of
 from ..compress.options import Grid, Setting, error_table, mask_on, overrides
@@ -140,7 +140,7 @@ class _Walk:
             )
         except ValueError as error:
             raise InputError(f"{site.name}: {error}") from error
-        energy_V = torch.tensor([squared_error(row.sqrt().unsqueeze(1) * target_OI, metric) for row in weights_VO], dtype=torch.float64)
+        energy_V = (weights_VO @ WeightedError(target_OI, metric).squared_O).clamp(min=0).cpu()
         relative_VK = errors_VK / energy_V.clamp(min=torch.finfo(torch.float64).tiny).unsqueeze(1)
         for v in range(1, len(energy_V)):  # a matrix that the loss does not feel: its errors as they are
             relative_VK[v] = relative_VK[v] if energy_V[v] > 0 else relative_VK[0]

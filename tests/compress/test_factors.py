@@ -5,7 +5,7 @@ import torch
 from bitmend.compress.factors import FactorForm, store_factors
 from bitmend.compress.feedback import inverse_factor
 from bitmend.compress.grids import UniformGrid
-from bitmend.compress.lowrank import Metric, best_low_rank, squared_error
+from bitmend.compress.lowrank import Metric, WeightedError, best_low_rank, squared_error
 from bitmend.compress.rounding import round_uniform
 
 
@@ -22,7 +22,7 @@ def problem(rows: int = 64, columns: int = 128) -> tuple[torch.Tensor, torch.Ten
 def test_a_form_prices_exactly_what_is_stored(rank, bits, shape):
     error, form = torch.randn(*shape), FactorForm(bits)
     up, down = best_low_rank(error, Metric(), rank)
-    assert store_factors(up, down, form, error, Metric()).stored_bits() == form.stored_bits(rank, *shape)
+    assert store_factors(up, down, form, WeightedError(error, Metric())).stored_bits() == form.stored_bits(rank, *shape)
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
@@ -38,8 +38,8 @@ def test_largest_rank_fits_the_budget_and_the_next_does_not(bits):
 def test_sixteen_bits_are_the_factors_rounded():
     error, moment = problem()
     up, down = best_low_rank(error, Metric(moment_II=moment), 8)
-    half = store_factors(up, down, FactorForm(16, "float16"), error, Metric(moment_II=moment))
-    brain = store_factors(up, down, FactorForm(16, "bfloat16"), error, Metric(moment_II=moment))
+    half = store_factors(up, down, FactorForm(16, "float16"), WeightedError(error, Metric(moment_II=moment)))
+    brain = store_factors(up, down, FactorForm(16, "bfloat16"), WeightedError(error, Metric(moment_II=moment)))
     for stored, kind in ((half, torch.float16), (brain, torch.bfloat16)):
         for factor, exact in ((stored.up, up), (stored.down, down)):
             assert isinstance(factor, torch.Tensor) and torch.equal(factor, exact.to(kind))
@@ -53,7 +53,7 @@ def test_rounded_factors_err_less_than_rounding_each_alone(bits, kind):
     metric = {"plain": Metric(), "row_column": Metric(row, column), "moment": Metric(moment_II=moment)}[kind]
     up, down = best_low_rank(error, metric, 16)
     feedback = inverse_factor(moment, 0.01, True) if kind == "moment" else None
-    stored = store_factors(up, down, FactorForm(bits), error, metric, feedback)
+    stored = store_factors(up, down, FactorForm(bits), WeightedError(error, metric), feedback)
     grid = UniformGrid(bits, -1, True), UniformGrid(bits, 64, True)
     naive = round_uniform(up, grid[0], "power").dense() @ round_uniform(down, grid[1], "power").dense()
     floor, ours, alone = (squared_error(error - low, metric) for low in (up @ down, stored.dense(), naive))
@@ -66,4 +66,4 @@ def test_a_zero_error_leaves_zero_factors_on_a_grid():
     error, moment = torch.zeros(16, 64), problem()[1][:64, :64]
     metric = Metric(moment_II=moment)
     up, down = best_low_rank(error, metric, 4)
-    assert not store_factors(up, down, FactorForm(4), error, metric, inverse_factor(moment)).dense().any()
+    assert not store_factors(up, down, FactorForm(4), WeightedError(error, metric), inverse_factor(moment)).dense().any()

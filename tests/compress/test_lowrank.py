@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 import torch
 from bitmend.compress import lowrank
-from bitmend.compress.lowrank import Metric, balance, best_low_rank, spectrum, squared_error
+from bitmend.compress.lowrank import Metric, WeightedError, balance, best_low_rank, spectrum, squared_error
 
 
 def moment(features: int, tokens: int, seed: int = 0) -> torch.Tensor:
@@ -59,12 +59,40 @@ def test_plain_metric_is_the_truncated_svd(shape):
     torch.testing.assert_close(up @ down, (u[:, :6] * s[:6]) @ vh[:6], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(160, 224), (224, 160), (192, 192)])
-@pytest.mark.parametrize("kind", ["plain", "row_column", "moment"])
-def test_krylov_space_errs_as_little_as_the_eigensolve(shape, kind, monkeypatch):
-    error = noise(*shape)
+METRICS = ["plain", "row_column", "moment"]
+
+
+def metric_for(kind: str, shape: tuple[int, int]) -> Metric:
     row, column = torch.rand(shape[0]) + 0.1, torch.rand(shape[1]) + 0.1
-    metric = {"plain": Metric(), "row_column": Metric(row, column), "moment": Metric(moment_II=moment(shape[1], 1000))}[kind]
+    return {"plain": Metric(), "row_column": Metric(row, column), "moment": Metric(moment_II=moment(shape[1], 1000))}[kind]
+
+
+@pytest.mark.parametrize("shape", [(48, 80), (80, 48)])
+@pytest.mark.parametrize("kind", METRICS)
+def test_what_a_term_leaves_is_the_squared_error_of_the_difference(shape, kind):
+    """From thin products; for the best term, for one that does nothing and for one that does harm."""
+    error, metric = noise(*shape), metric_for(kind, shape)
+    known = WeightedError(error, metric)
+    up, down = known.best(7)
+    for term in ((up, down), (up * 0, down), (up * 3, down), (torch.randn(shape[0], 2), torch.randn(2, shape[1]))):
+        assert known.left_by(*term) == pytest.approx(squared_error(error - torch.mm(*term), metric), rel=1e-6)
+    assert known.squared == pytest.approx(known.squared_O.sum().item()) and len(known.squared_O) == shape[0]
+
+
+@pytest.mark.parametrize("kind", METRICS)
+def test_a_known_product_changes_nothing(kind, monkeypatch):
+    """The Krylov space takes F·R where it is there already."""
+    monkeypatch.setattr(lowrank, "KRYLOV_SIDE", 16)
+    error, metric = noise(160, 224), metric_for(kind, (160, 224))
+    known = WeightedError(error, metric)
+    assert known.squared > 0
+    torch.testing.assert_close(torch.mm(*known.best(8)), torch.mm(*best_low_rank(error, metric, 8)), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(160, 224), (224, 160), (192, 192)])
+@pytest.mark.parametrize("kind", METRICS)
+def test_krylov_space_errs_as_little_as_the_eigensolve(shape, kind, monkeypatch):
+    error, metric = noise(*shape), metric_for(kind, shape)
     dense = squared_error(error - torch.mm(*best_low_rank(error, metric, 8)), metric)
     monkeypatch.setattr(lowrank, "KRYLOV_SIDE", 16)
     calls = []

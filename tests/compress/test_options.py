@@ -5,7 +5,7 @@ import torch
 from bitmend.compress.allocate import choose
 from bitmend.compress.decompose import Decomposition, decompose
 from bitmend.compress.factors import FactorForm, store_factors
-from bitmend.compress.lowrank import Metric, best_low_rank, squared_error
+from bitmend.compress.lowrank import Metric, WeightedError, best_low_rank, squared_error
 from bitmend.compress.metrics import gradient_squares
 from bitmend.compress.options import Grid, Setting, blank, costs_bytes, error_table, overrides, quantized, settings
 from bitmend.compress.statistics import Fisher, InputStatistics, LayerStatistics
@@ -48,7 +48,7 @@ def test_bits_of_a_setting_count_the_term():
         record = quantized(target, setting.grid, found, "rtn")
         error = target - record.dense()
         up, down = best_low_rank(error, Metric(), 12)
-        term = store_factors(up, down, FactorForm(bits), error, Metric())
+        term = store_factors(up, down, FactorForm(bits), WeightedError(error, Metric()))
         assert setting.stored_bits(96, 128) == record.stored_bits() + term.stored_bits()
         assert setting.stored_bytes(96, 128) == -(-setting.stored_bits(96, 128) // 8)
 
