@@ -55,8 +55,8 @@ def test_memory_of_a_row_is_what_it_takes_beyond_what_was_there() -> None:
 
 
 def test_decompose_starts_from_a_quantized_matrix() -> None:
-    rows = run("decompose", Options(device="cpu", sizes=(64,), only=("loftq", "qera_exact"), repeats=1))["rows"]
-    assert [row["method"] for row in rows] == ["loftq", "qera_exact"]
+    rows = run("decompose", Options(device="cpu", sizes=(64,), only=("loftq", "eora"), repeats=1))["rows"]
+    assert [row["method"] for row in rows] == ["loftq", "eora"]
     assert rows[1]["relative_output_error"] < rows[0]["relative_output_error"]
     assert all(3 < row["bits_per_weight"] < 16 for row in rows)
 
