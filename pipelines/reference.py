@@ -147,6 +147,18 @@ ALLOCATED = [
 ]
 """Budgets of 3.0 and 3.5 bits per weight, and uniform settings within 1 % of them."""
 
+
+def _sparse(model: str) -> list[Row]:
+    """What 2:4 and 4 bits lose, made up for under the inputs' mean squares (SLiM's metric) and under their full second moment."""
+    start = (_prune(pattern="2:4"), _quantize(4))
+    rows = [Row("2:4, gptq, no factors", start, {"bits": "2:4 + 4", "rank": 0}, model)]
+    for method in ("qera_approx", "qera_exact"):
+        rows.append(
+            Row(f"2:4, gptq, {method}", (*start, {"decompose": {"method": method, "rank": 32}}), {"bits": "2:4 + 4", "rank": 32}, model)
+        )
+    return rows
+
+
 DECOMPOSE = Table(
     "Decomposition: presets against plain GPTQ, by total bits per weight",
     [
@@ -154,6 +166,8 @@ DECOMPOSE = Table(
         *(_decomposed(preset, 3, rank, DEMO) for rank in (8, 32) for preset in (*PRESETS, "svdquant")),
         *(_decomposed(preset, 2, rank, DEMO) for rank in (8, 32) for preset in STRONGEST),
         *ALLOCATED,
+        *_sparse(DEMO),
+        *_sparse(SMALL),
         *(_plain(bits, group, SMALL) for bits in (2, 3, 4) for group in (64, 32)),
         *(
             _decomposed(preset, bits, rank, SMALL)
@@ -189,6 +203,9 @@ def _recovered(name: str, kind: str, settings: Mapping[str, Any], model: str, se
     return Row(name, (*KINDS[kind], {"recover": {**_BUDGET[model], **settings}}), {"kind": kind, "seed": seed}, model, seed)
 
 
+_BEST = (_quantize(3), {"decompose": {"method": "best", "rank": 32}})
+
+
 def _untouched(kind: str, model: str) -> Row:
     return Row("not recovered", KINDS[kind], {"kind": kind, "seed": 0}, model)
 
@@ -203,6 +220,8 @@ def _recover_rows() -> list[Row]:
     for kind in ("50 % pruned", "3-bit", "LQ"):
         chosen = _FOUR if kind == "50 % pruned" else _GRID_FOUR
         demo += [_untouched(kind, DEMO), *(_recovered(name, kind, settings, DEMO) for name, settings in chosen.items())]
+    tags = {"kind": "3-bit, best 32", "seed": 0}
+    demo += [Row("not recovered", _BEST, tags), Row("lora", (*_BEST, {"recover": {**_BUDGET[DEMO], **_FOUR["lora"]}}), tags)]
     return [*small, *demo]
 
 
