@@ -113,7 +113,7 @@ def _from_hub(model: str, revision: str | None) -> Path:
 
 def load_config(directory: Path) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        return AutoConfig.from_pretrained(weights_home(directory), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{directory}: transformers cannot read config.json: {first}") from error
@@ -127,7 +127,7 @@ def positions(config: PretrainedConfig) -> int | None:
 
 def load_tokenizer(directory: Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(weights_home(directory), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"{directory}: no tokenizer that transformers can read ({str(error).splitlines()[0]}); put tokenizer.json beside config.json"

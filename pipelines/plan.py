@@ -11,9 +11,10 @@ import torch
 from . import allocation, recovery_plan
 from .error_tables import finished_blocks
 from .errors import InputError
+from .imported_sizes import imported_sizes
 from .inputs import Inputs
 from .ledger import Step
-from .models import Structure, inspect, load_config, positions, resolve_model, skeleton, source_files
+from .models import Structure, inspect, load_config, positions, resolve_model, skeleton, source_files, weights_home
 from .recipe import Recipe
 from .rundir import RunDirectory
 from .sizes import Sizes, apply, dense_sizes
@@ -24,8 +25,8 @@ from .steps import found_choice, plan_steps
 def refusals(recipe: Recipe, source: Path) -> list[str]:
     """What a run of this recipe on the model in `source` would be refused for, one line each; empty when nothing is."""
     model = skeleton(load_config(source))
-    imported = "quantization_config" in json.loads((source / "config.json").read_text())
-    sizes = dense_sizes(model, inspect(model, include_head=True), _element_bytes(source))
+    imported = "quantization_config" in json.loads((weights_home(source) / "config.json").read_text())
+    sizes = _sizes(source, model, inspect(model, include_head=True))
     refused, left_open = _too_long(recipe, positions(model.config)), []
     if recipe.budget is not None:
         found = allocation.refusals(recipe, sizes)
@@ -66,7 +67,7 @@ def predict(recipe: Recipe, directory: Path | None = None) -> dict[str, Any]:
     structure = inspect(model, include_head=True)
     total = sum(p.numel() for p in model.parameters())
     element = _element_bytes(source)
-    sizes = dense_sizes(model, structure, element)
+    sizes = _sizes(source, model, structure)
     speed = _multiplications_per_second()
     stages = [_row("baseline", None, sizes, _evaluation_seconds(recipe, total, speed))]
     stages[0]["total_bytes"] = sum(entry["bytes"] for entry in source_files(source).values())
@@ -128,6 +129,11 @@ def _allocation(recipe: Recipe, dense: Sizes, inputs: Inputs, place: RunDirector
     said |= {"smallest": smallest, "largest": largest, "table": table, "chosen": None if chosen is None else chosen.stored}
     at_most = {"bits_per_weight": round(limit * 8 / counted.weights, 4), "total_bytes": round(limit + counted.rest_bytes)}
     return _Budget(said, stages.first, {} if chosen is not None else at_most)
+
+
+def _sizes(source: Path, model: Any, structure: Structure) -> Sizes:
+    """Before any stage: dense, or as the program stored it that quantized this checkpoint."""
+    return imported_sizes(source, model, structure) or dense_sizes(model, structure, _element_bytes(source))
 
 
 def _element_bytes(source: Path) -> float:

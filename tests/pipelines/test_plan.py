@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bitmend.pipelines import runner
+from bitmend.pipelines import exporting, runner
 from bitmend.pipelines.plan import predict, refusals
 
 from .families import save_speaking
@@ -44,6 +44,24 @@ def test_bytes_are_predicted(case: str, small_model: Path, small_text: Path, tmp
         assert row["total_bytes"] == pytest.approx(stage.total_bytes, rel=0.01), row
         if stage.bits_per_weight is not None:
             assert row["bits_per_weight"] == pytest.approx(stage.bits_per_weight, rel=0.002), row
+
+
+@pytest.mark.parametrize("format_", ["gptq", "compressed-tensors", "bnb", "adapter beside"])
+def test_bytes_of_a_quantized_checkpoint_are_predicted(format_: str, small_model: Path, small_text: Path, tmp_path: Path) -> None:
+    """Somebody else's checkpoint, as it is imported."""
+    sections = {"calibration": {"samples": 2, "seq_len": 64}, "evaluation": {"seq_len": 32, "windows": 1}}
+    method = {"method": "nf4", "block_size": 64} if format_ == "bnb" else {"method": "rtn", "bits": 4, "group_size": 32}
+    stages = [{"quantize": method}, *([QERA] if format_ == "adapter beside" else [])]
+    runner.run(chosen(tmp_path, small_model, small_text, stages, **sections), tmp_path / "theirs")
+    exporting.export(tmp_path / "theirs", "gptq" if format_ == "adapter beside" else format_, tmp_path / "checkpoint")
+    trained = [{"recover": {"method": "scales", "steps": 1, "batch_size": 1, "seq_len": 32, "loss": "cross_entropy"}}]
+    recipe = chosen(tmp_path, tmp_path / "checkpoint", small_text, trained, **sections)
+    expected = predict(recipe)
+    made = runner.run(recipe, tmp_path / "run")
+    assert expected["refusals"] == [] and len(made.stages) == 2
+    for row, stage in zip(expected["stages"], made.stages, strict=True):
+        assert row["bits_per_weight"] == pytest.approx(stage.bits_per_weight, rel=0.002), row
+    assert expected["stages"][1]["total_bytes"] == pytest.approx(made.stages[1].total_bytes, rel=0.01)
 
 
 def test_the_whole_chain_is_predicted(finished: Path, small_model: Path, small_text: Path, tmp_path: Path) -> None:
