@@ -254,7 +254,10 @@ def _perp_rows() -> list[Row]:
     for name in ("norms", "norms and biases"):
         rows.append(Row(f"{name}, 60 steps", (_prune("magnitude"), {"recover": {**_BUDGET[DEMO], **SUBSETS[name], "steps": 60}}), half))
     rows.append(Row("not recovered", (_prune(pattern="2:4"),), pairs))
-    rows.append(Row("reconstruct mask_lora, 50 steps a block", (_prune(pattern="2:4"), _RECONSTRUCTED), pairs))
+    after = (_prune(pattern="2:4"), _RECONSTRUCTED)
+    rows.append(Row("reconstruct mask_lora, 50 steps a block", after, pairs))
+    trained = {"recover": {**_BUDGET[DEMO], **SUBSETS["mask_lora"]}}
+    rows.append(Row("… and mask_lora, 50 steps", (*after, trained), pairs))
     return rows
 
 
