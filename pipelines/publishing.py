@@ -10,6 +10,7 @@ kept as they are finished, and rows that were published before count as long as 
 import argparse
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,14 @@ def write(name: str, table: Table, kept: published.Rows) -> list[Path]:
 
 
 def _figure(shown: list[dict[str, Any]], table: Table) -> Figure:
+    across = table.x.replace("_", " ")
     if table.lines:
-        return lines_figure(shown, table.x, "perplexity", "name", panel=table.panel, log_y=True)
+        places = Counter((row["model"], row["name"]) for row in {(r["model"], r["name"], r[table.x]): r for r in shown}.values())
+        joined = [row for row in shown if places[row["model"], row["name"]] > 1]  # a single point is no line
+        return lines_figure(joined, table.x, "perplexity", "name", panel=table.panel, xlabel=across, log_y=True)
     labelled = [r | {"label": " ".join(str(r[key]) for key in ("name", *table.tags)).strip()} for r in shown]
     label = None if table.panel or len(shown) > 40 else "label"
-    return pareto_figure(labelled, x=table.x, y="perplexity", label=label, series="name", panel=table.panel)
+    return pareto_figure(labelled, x=table.x, y="perplexity", label=label, series="name", panel=table.panel, xlabel=across)
 
 
 def _notes(name: str, found: list[dict[str, Any]], table: Table) -> list[str]:

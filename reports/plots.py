@@ -234,5 +234,6 @@ def _legend(figure: Figure, panels: Sequence[Axes], wanted: bool) -> None:
             known.setdefault(label, handle)
     needed = 0.45 + 0.072 * max(len(label) for label in known)
     columns = max(1, min(4, len(known), int(figure.get_figwidth() / needed)))
+    figure.set_figheight(figure.get_figheight() + 0.19 * math.ceil(len(known) / columns))  # the panels keep their height
     with matplotlib.rc_context(STYLE):
         figure.legend(list(known.values()), list(known), loc="outside lower center", ncols=columns, labelcolor=INK)
