@@ -39,7 +39,7 @@ CANDIDATES = tuple(
 def _lowbit_kernel(
     x_ptr, x_scales_ptr, codes_ptr, scales_ptr, zeros_ptr, up_ptr, h_ptr, segments_ptr, bias_ptr, y_ptr, M, N, K, x_groups, x_group_size,
     tiles, group_size, segment_count, partials, stride_un, stride_hs, stride_hm, stride_hr, stride_ym,
-    BITS: tl.constexpr, SLOTS: tl.constexpr, LANES: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BITS: tl.constexpr, SLOTS: tl.constexpr, LANES: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LOW_RANK: tl.constexpr,
     DTYPE: tl.constexpr, UP_DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     first_n, first_m = tl.program_id(1) * BLOCK_N, tl.program_id(0) * BLOCK_M
@@ -62,7 +62,7 @@ def _lowbit_kernel(
             acc_NM += tl.dot(weight, x_LM, out_dtype=tl.int32).to(tl.float32) * (scale[:, None] * x_scale[None, :])
     acc_NM = add_low_rank(
         acc_NM, up_ptr, h_ptr, segments_ptr, n, m, N, M, segment_count, partials, stride_un, stride_hs, stride_hm, stride_hr,
-        BLOCK_R, UP_DTYPE, first_n, BLOCK_N,
+        BLOCK_R, UP_DTYPE, first_n, BLOCK_N, HAS_LOW_RANK,
     )  # fmt: skip
     acc_NM = add_bias(acc_NM, bias_ptr, n, N, HAS_BIAS)
     tl.store(y_ptr + m64[:, None] * stride_ym + n[None, :], tl.trans(acc_NM).to(DTYPE), mask=(m < M)[:, None] & row_mask[None, :])
@@ -131,7 +131,7 @@ def _launch(
             codes, scales, weight.codes, weight.scales, weight.zeros, up, h, table, bias, y, rows, out, inputs, scales.shape[1], group_size,
             weight.tiles, weight.group_size, len(segments), partials, 0 if up is None else up.stride(0), stride_hs, stride_hm, stride_hr,
             y.stride(0), BITS=weight.bits, SLOTS=SLOTS[weight.bits], LANES=weight.lanes, HAS_ZEROS=weight.zeros is not None,
-            HAS_BIAS=bias is not None, DTYPE=TRITON_DTYPES[dtype], UP_DTYPE=TRITON_DTYPES[dtype], BLOCK_N=blocks.n, BLOCK_M=blocks.m,
+            HAS_BIAS=bias is not None, HAS_LOW_RANK=up is not None, DTYPE=TRITON_DTYPES[dtype], UP_DTYPE=TRITON_DTYPES[dtype], BLOCK_N=blocks.n, BLOCK_M=blocks.m,
             BLOCK_R=BLOCK_R, num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
 

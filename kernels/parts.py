@@ -45,26 +45,27 @@ def group_zeros(zeros_ptr, offset, rows, mask, BITS: tl.constexpr, HAS_ZEROS: tl
 @triton.jit
 def add_low_rank(
     acc_NM, up_ptr, h_ptr, segments_ptr, n, m, N, M, segment_count, partials, stride_un, stride_hs, stride_hm, stride_hr,
-    BLOCK_R: tl.constexpr, DTYPE: tl.constexpr, first_n, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, DTYPE: tl.constexpr, first_n, BLOCK_N: tl.constexpr, HAS_LOW_RANK: tl.constexpr,
 ):  # fmt: skip
-    """acc + up·hᵀ. h's partial sums are added in order. A row of `segments` (row, rows, rank, ranks) gives its outputs their own
+    """acc + up·hᵀ; acc without a low-rank term (a loop of no rounds would not do: what is not there cannot be compiled). h's partial sums are added in order. A row of `segments` (row, rows, rank, ranks) gives its outputs their own
     slice of h; up [N, ≥ ranks] holds each output's own ranks from column 0."""
-    for index in range(segment_count):
-        row = tl.load(segments_ptr + index * 4)
-        end = row + tl.load(segments_ptr + index * 4 + 1)
-        rank = tl.load(segments_ptr + index * 4 + 2)
-        ranks = tl.load(segments_ptr + index * 4 + 3)
-        if (first_n < end) & (first_n + BLOCK_N > row):
-            for start in range(0, ranks, BLOCK_R):
-                r = start + tl.arange(0, BLOCK_R)
-                h_RM = tl.zeros((BLOCK_R, acc_NM.shape[1]), tl.float32)
-                h_mask = (r < ranks)[:, None] & (m < M)[None, :]
-                for part in range(partials):
-                    pointers = h_ptr + part * stride_hs + (rank + r)[:, None] * stride_hr + m[None, :] * stride_hm
-                    h_RM += tl.load(pointers, mask=h_mask, other=0.0).to(tl.float32)
-                up_mask = ((n >= row) & (n < end))[:, None] & (r < ranks)[None, :]
-                up_NR = tl.load(up_ptr + n[:, None] * stride_un + r[None, :], mask=up_mask, other=0.0)
-                acc_NM += tl.dot(up_NR.to(DTYPE), h_RM.to(DTYPE), input_precision="ieee")
+    if HAS_LOW_RANK:
+        for index in range(segment_count):
+            row = tl.load(segments_ptr + index * 4)
+            end = row + tl.load(segments_ptr + index * 4 + 1)
+            rank = tl.load(segments_ptr + index * 4 + 2)
+            ranks = tl.load(segments_ptr + index * 4 + 3)
+            if (first_n < end) & (first_n + BLOCK_N > row):
+                for start in range(0, ranks, BLOCK_R):
+                    r = start + tl.arange(0, BLOCK_R)
+                    h_RM = tl.zeros((BLOCK_R, acc_NM.shape[1]), tl.float32)
+                    h_mask = (r < ranks)[:, None] & (m < M)[None, :]
+                    for part in range(partials):
+                        pointers = h_ptr + part * stride_hs + (rank + r)[:, None] * stride_hr + m[None, :] * stride_hm
+                        h_RM += tl.load(pointers, mask=h_mask, other=0.0).to(tl.float32)
+                    up_mask = ((n >= row) & (n < end))[:, None] & (r < ranks)[None, :]
+                    up_NR = tl.load(up_ptr + n[:, None] * stride_un + r[None, :], mask=up_mask, other=0.0)
+                    acc_NM += tl.dot(up_NR.to(DTYPE), h_RM.to(DTYPE), input_precision="ieee")
     return acc_NM
 
 

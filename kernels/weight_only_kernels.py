@@ -16,7 +16,7 @@ def partial_kernel(
     x_ptr, codes_ptr, scales_ptr, zeros_ptr, book_ptr, down_ptr, work_ptr, M, N, K, R, stride_xm, stride_xk, stride_dr, stride_dk,
     tiles, tiles_per_split, group_size, blocks_n,
     BITS: tl.constexpr, SLOTS: tl.constexpr, LANES: tl.constexpr, SHIFT: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BOOK: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_DOWN: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """work float32 [S, N + R, BLOCK_M]: this split's share of W·xᵀ, or, for the last blocks, of down·xᵀ.
 
@@ -52,11 +52,14 @@ def partial_kernel(
     else:
         r = (block - blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
         row_mask, row = r < R, N + r
-        for start in range(first * SLOTS * LANES, tl.minimum(last * SLOTS * LANES, K), LANES):
-            k = start + lane
-            x_LM = tl.load(x_ptr + m[None, :] * stride_xm + k[:, None] * stride_xk, mask=(m < M)[None, :] & (k < K)[:, None], other=0.0)
-            down = tl.load(down_ptr + r[:, None] * stride_dr + k[None, :] * stride_dk, mask=row_mask[:, None] & (k < K)[None, :], other=0.0)
-            acc_NM += tl.dot(down.to(DTYPE), x_LM, input_precision="ieee")
+        if HAS_DOWN:
+            for start in range(first * SLOTS * LANES, tl.minimum(last * SLOTS * LANES, K), LANES):
+                k = start + lane
+                mask = (m < M)[None, :] & (k < K)[:, None]
+                x_LM = tl.load(x_ptr + m[None, :] * stride_xm + k[:, None] * stride_xk, mask=mask, other=0.0)
+                mask = row_mask[:, None] & (k < K)[None, :]
+                down = tl.load(down_ptr + r[:, None] * stride_dr + k[None, :] * stride_dk, mask=mask, other=0.0)
+                acc_NM += tl.dot(down.to(DTYPE), x_LM, input_precision="ieee")
     base = work_ptr + split.to(tl.int64) * (N + R) * BLOCK_M
     tl.store(base + row.to(tl.int64)[:, None] * BLOCK_M + m[None, :], acc_NM, mask=row_mask[:, None])
 
@@ -64,7 +67,7 @@ def partial_kernel(
 @triton.jit
 def finish_kernel(
     work_ptr, up_ptr, h_ptr, segments_ptr, bias_ptr, y_ptr, M, N, R, splits, segment_count, partials,
-    stride_un, stride_hs, stride_hm, stride_hr, stride_ym, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr, UP_DTYPE: tl.constexpr,
+    stride_un, stride_hs, stride_hm, stride_hr, stride_ym, HAS_LOW_RANK: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr, UP_DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """The splits in order, the low-rank term, the bias, one write."""
@@ -76,7 +79,7 @@ def finish_kernel(
         acc_NM += tl.load(base + n[:, None] * BLOCK_M + m[None, :], mask=(n < N)[:, None], other=0.0)
     acc_NM = add_low_rank(
         acc_NM, up_ptr, h_ptr, segments_ptr, n, m, N, M, segment_count, partials, stride_un, stride_hs, stride_hm, stride_hr,
-        BLOCK_R, UP_DTYPE, first_n, BLOCK_N,
+        BLOCK_R, UP_DTYPE, first_n, BLOCK_N, HAS_LOW_RANK,
     )  # fmt: skip
     acc_NM = add_bias(acc_NM, bias_ptr, n, N, HAS_BIAS)
     tl.store(y_ptr + m[None, :] * stride_ym + n[:, None], acc_NM.to(DTYPE), mask=(m < M)[None, :] & (n < N)[:, None])
@@ -87,7 +90,8 @@ def large_kernel(
     x_ptr, codes_ptr, scales_ptr, zeros_ptr, book_ptr, up_ptr, h_ptr, segments_ptr, bias_ptr, y_ptr, M, N, K,
     stride_xm, stride_xk, tiles, group_size, segment_count, partials, stride_un, stride_hs, stride_hm, stride_hr, stride_ym,
     BITS: tl.constexpr, SLOTS: tl.constexpr, LANES: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BOOK: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DTYPE: tl.constexpr, UP_DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    HAS_LOW_RANK: tl.constexpr, DTYPE: tl.constexpr, UP_DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One tile of y: weights dequantized to x's dtype, low-rank term and bias before the only write."""
     first_n, first_m = tl.program_id(1) * BLOCK_N, tl.program_id(0) * BLOCK_M
@@ -112,7 +116,7 @@ def large_kernel(
             acc_NM = tl.dot(weight.to(DTYPE), x_LM, acc_NM, input_precision="ieee")
     acc_NM = add_low_rank(
         acc_NM, up_ptr, h_ptr, segments_ptr, n, m, N, M, segment_count, partials, stride_un, stride_hs, stride_hm, stride_hr,
-        BLOCK_R, UP_DTYPE, first_n, BLOCK_N,
+        BLOCK_R, UP_DTYPE, first_n, BLOCK_N, HAS_LOW_RANK,
     )  # fmt: skip
     acc_NM = add_bias(acc_NM, bias_ptr, n, N, HAS_BIAS)
     tl.store(y_ptr + m64[:, None] * stride_ym + n[None, :], tl.trans(acc_NM).to(DTYPE), mask=(m < M)[:, None] & row_mask[None, :])
