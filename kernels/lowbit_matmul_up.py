@@ -59,7 +59,11 @@ def _lowbit_kernel(
             zero = group_zeros(zeros_ptr, offset, n, row_mask, BITS, HAS_ZEROS).to(tl.int32)
             x_scale = tl.load(x_scales_ptr + m64 * x_groups + inside // x_group_size, mask=m < M, other=0.0)
             weight = (fragment_codes(words, slot, BITS, BLOCK_N, LANES) - zero[:, None]).to(tl.int8)
-            acc_NM += tl.dot(weight, x_LM, out_dtype=tl.int32).to(tl.float32) * (scale[:, None] * x_scale[None, :])
+            if LANES >= 32:
+                sums = tl.dot(weight, x_LM, out_dtype=tl.int32).to(tl.float32)
+            else:  # too short for the integer instruction; in float16 with float32 sums as exact: 16 products of 2^15 at most
+                sums = tl.dot(weight.to(tl.float16), x_LM.to(tl.float16))
+            acc_NM += sums * (scale[:, None] * x_scale[None, :])
     acc_NM = add_low_rank(
         acc_NM, up_ptr, h_ptr, segments_ptr, n, m, N, M, segment_count, partials, stride_un, stride_hs, stride_hm, stride_hr,
         BLOCK_R, UP_DTYPE, first_n, BLOCK_N, HAS_LOW_RANK,
