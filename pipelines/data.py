@@ -49,7 +49,7 @@ class Windows:
 def load_text(
     source: str, part: str, *, roles: Iterable[str] | None = None, tokenizer: Any = None, exclude: Exclusion | None = None
 ) -> Documents:
-    """One part of a source: `demo`, a local .txt/.jsonl/.parquet, or a `datasets` id `ID[:CONFIG][:SPLIT]` (alias `wikitext2`).
+    """One part of a source: `demo`, a local .txt/.raw/.md/.jsonl/.parquet, or a `datasets` id `ID[:CONFIG][:SPLIT]` (alias `wikitext2`).
 
     `roles` are all parts that the user draws from this source, for which a file is split; None means `part` alone, which then
     gets all of it. The demo and official splits of data sets do not depend on it. `exclude` is text that must not occur.

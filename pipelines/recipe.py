@@ -45,7 +45,7 @@ class _Section(BaseModel):
 
 
 class Data(_Section):
-    """Where text comes from: `demo`, a .txt/.jsonl/.parquet file or a `datasets` id."""
+    """Where text comes from: `demo`, a .txt/.raw/.md/.jsonl/.parquet file or a `datasets` id."""
 
     calibration: str = "demo"
     train: str = "demo"

@@ -19,7 +19,8 @@ from .splits import PARTS, Document
 log = logging.getLogger(__name__)
 
 ALIASES = {"wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1", "wikitext103": "Salesforce/wikitext:wikitext-103-raw-v1"}
-FILE_ENDINGS = (".txt", ".jsonl", ".parquet")
+PLAIN_TEXT = (".txt", ".raw", ".md")
+FILE_ENDINGS = (*PLAIN_TEXT, ".jsonl", ".parquet")
 SPLITS_OF = {
     "evaluation": ("test", "validation", "valid", "dev", "eval"),
     "held_out": ("validation", "valid", "dev", "eval"),
@@ -60,7 +61,7 @@ def read(source: str, part: str, tokenizer: Any = None) -> Body:
 def _from_file(path: Path, tokenizer: Any) -> Body:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    if path.suffix == ".txt":
+    if path.suffix in PLAIN_TEXT:
         documents, join = _from_plain_text(_utf8(path), path)
     elif path.suffix == ".jsonl":
         documents, join = _from_rows(_json_lines(path), str(path), tokenizer)
@@ -167,7 +168,7 @@ def _load(name: str, config: str | None, split: str | None) -> tuple[Any, list[s
         reason = " ".join((str(error) or type(error).__name__).split())
         raise InputError(
             f"data '{name}'{f' ({config})' if config else ''}: not a local file, and the datasets library cannot load it ({reason[:300]}); "
-            "use 'demo', a .txt, .jsonl or .parquet file, or see that the id is right and the hub can be reached"
+            "use 'demo', a text (.txt, .raw, .md), .jsonl or .parquet file, or see that the id is right and the hub can be reached"
         ) from error
     return loaded, [str(found) for found in loaded]
 

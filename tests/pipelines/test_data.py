@@ -101,10 +101,11 @@ def test_the_same_text_gives_the_same_fingerprint_and_another_text_another(small
 # what a source holds
 
 
-def test_a_text_file_used_whole_is_read_to_the_byte(tmp_path: Path):
+@pytest.mark.parametrize("name", ["wiki.test.txt", "wiki.test.raw"])
+def test_a_text_file_used_whole_is_read_to_the_byte(tmp_path: Path, name: str):
     raw = " \n = First = \n \n Text of the first .\n \n = = Section = = \n more\n \n = Second = \n \n Text of the second .\n"
-    (tmp_path / "wiki.test.raw.txt").write_text(raw, encoding="utf-8", newline="")
-    documents = load_text(str(tmp_path / "wiki.test.raw.txt"), "evaluation")
+    (tmp_path / name).write_text(raw, encoding="utf-8", newline="")
+    documents = load_text(str(tmp_path / name), "evaluation")
     assert documents.text == raw and len(documents.documents) == 2 and documents.join == ""
 
 
