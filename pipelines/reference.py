@@ -62,7 +62,8 @@ def _prune(method: str = "wanda", pattern: str = "unstructured", sparsity: float
 
 
 _SHORT = {"steps": 50, "batch_size": 2}
-"""Of the methods that train a block: a quarter of their default, so that a row takes minutes; the table `grid` has them in full."""
+"""Of the methods that train a block: a quarter of their default, so that a row takes minutes."""
+_SHORT_NOTE = "block_training and learned_rounding: 50 steps of 1,024 tokens a block, a quarter of their default."
 
 
 def _grids(bits: int) -> list[Row]:
@@ -94,7 +95,7 @@ COMPRESS = Table(
     [*_masks("unstructured", "50 %"), *_masks("2:4", "2:4"), *_grids(3), *_grids(4), *_grids(2)],
     ("bits",),
     panel="bits",
-    notes=("block_training and learned_rounding: 50 steps of 1,024 tokens a block, a quarter of their default.",),
+    notes=(_SHORT_NOTE,),
 )
 
 # -- decompose -------------------------------------------------------------------------------------------------------------------
@@ -286,6 +287,7 @@ def _trained(steps: int, method: str = "scales", **settings: Any) -> Stage:
 def _grid_rows(bits: int) -> list[Row]:
     start, tags = _quantize(bits), {"bits": bits}
     rival = (_quantize(bits, group_size=128), {"decompose": {"method": "best", "rank": 4}})
+    rounded = (_quantize(bits, "learned_rounding", **_SHORT),)
     rows = {
         "gptq": (start,),
         "gptq, group 32": (_quantize(bits, group_size=32),),
@@ -293,10 +295,10 @@ def _grid_rows(bits: int) -> list[Row]:
         "gptq, norms 60": (start, _trained(60, "perp", biases=False)),
         "gptq, scales and norms 60": (start, _trained(60)),
         "gptq, group 128, best rank 4, factors and norms 60": (*rival, _trained(60, "lora", rank=4)),
-        "learned_rounding": (_quantize(bits, "learned_rounding"),),
-        "block_training": (_quantize(bits, "block_training"),),
-        "block_training, scales and norms 60": (_quantize(bits, "block_training"), _trained(60)),
-        "block_training, scales and norms 300": (_quantize(bits, "block_training"), _trained(300)),
+        "learned_rounding": rounded,
+        "block_training": (_quantize(bits, "block_training", **_SHORT),),
+        "learned_rounding, scales and norms 60": (*rounded, _trained(60)),
+        "learned_rounding, scales and norms 300": (*rounded, _trained(300)),
     }
     return [Row(name, stages, tags) for name, stages in rows.items()]
 
@@ -305,7 +307,7 @@ GRID = Table(
     "Training what the quantizer stores, against spending bytes on groups, bits and factors",
     [*_grid_rows(3), *_grid_rows(2), *_grid_rows(4)],
     ("bits",),
-    notes=("The number behind a method counts its steps of 1,024 tokens, trained by distillation from the dense model.",),
+    notes=("The number behind a method counts its steps of 1,024 tokens, trained by distillation from the dense model.", _SHORT_NOTE),
     other_text=True,
 )
 
