@@ -150,13 +150,15 @@ ALLOCATED = [
 
 
 def _sparse(model: str) -> list[Row]:
-    """What 2:4 and 4 bits lose, made up for under the inputs' mean squares (SLiM's metric) and under their full second moment."""
-    start = (_prune(pattern="2:4"), _quantize(4))
-    rows = [Row("2:4, gptq, no factors", start, {"bits": "2:4 + 4", "rank": 0}, model)]
-    for method in ("qera_approx", "qera_exact"):
-        rows.append(
-            Row(f"2:4, gptq, {method}", (*start, {"decompose": {"method": method, "rank": 32}}), {"bits": "2:4 + 4", "rank": 32}, model)
-        )
+    """What 2:4 and 4 bits lose, made up for under the inputs' mean squares (SLiM's metric) and under their full second moment; from codes
+    that made up for nothing themselves (SLiM's setting), and from GPTQ's."""
+    pruned, rows = _prune(pattern="2:4"), []
+    for quantizer, solvers in (("rtn", ("qera_approx", "qera_exact")), ("gptq", ("qera_approx", "qera_exact", "best"))):
+        start = (pruned, _quantize(4, quantizer))
+        rows.append(Row(f"2:4, {quantizer}, no factors", start, {"bits": "2:4 + 4", "rank": 0}, model))
+        for method in solvers:
+            stages = (*start, {"decompose": {"method": method, "rank": 32}})
+            rows.append(Row(f"2:4, {quantizer}, {method}", stages, {"bits": "2:4 + 4", "rank": 32}, model))
     return rows
 
 
