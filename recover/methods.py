@@ -164,13 +164,24 @@ _TOKENS = Ways("virtual tokens beside the model", "in front of the kernels", "ba
 _GRID = Ways("scales and codes in place", "as it was stored", "any grid format", "in place")
 
 RECOVER: dict[str, Method] = {
-    "lora": Method(methods.Lora, methods.lora, "factors", "up·down", _PAIR),
-    "perp": Method(methods.Perp, methods.perp, "norms", "norms, biases, head, embeddings, pairs under the mask", _MODEL, serves=_perp),
-    "scales": Method(methods.Scales, methods.scales, "scales", "group scales (and zeros, norms, biases, factors)", _GRID, serves=_scales),
-    "bitfit": Method(methods.BitFit, methods.bitfit, "biases", "biases", _MODEL),
-    "full": Method(methods.Full, methods.full, "dense", "every weight under the mask", _MODEL, serves=_full, version=2),
+    "lora": Method(methods.Lora, methods.lora, "factors", "up·down", _PAIR, version=2),
+    "perp": Method(
+        methods.Perp, methods.perp, "norms", "norms, biases, head, embeddings, pairs under the mask", _MODEL, serves=_perp, version=2
+    ),
+    "scales": Method(
+        methods.Scales, methods.scales, "scales", "group scales (and zeros, norms, biases, factors)", _GRID, serves=_scales, version=2
+    ),
+    "bitfit": Method(methods.BitFit, methods.bitfit, "biases", "biases", _MODEL, version=2),
+    "full": Method(methods.Full, methods.full, "dense", "every weight under the mask", _MODEL, serves=_full, version=3),
     "qat": Method(
-        methods.Qat, methods.qat, "codes", "codes on the held grid, straight-through", _GRID, grid_safe=False, serves=_needs_grid
+        methods.Qat,
+        methods.qat,
+        "codes",
+        "codes on the held grid, straight-through",
+        _GRID,
+        grid_safe=False,
+        serves=_needs_grid,
+        version=2,
     ),
     "dora": Method(
         methods.Dora,
@@ -190,9 +201,13 @@ RECOVER: dict[str, Method] = {
         serves=_qa_lora,
     ),
     "svft": Method(methods.Svft, methods.svft, "spectrum", "a sparse matrix between singular vectors", _PAIR, serves=_svft),
-    "qlora": Method(methods.Lora, methods.lora, "factors", "up·down on a quantized base", _PAIR, serves=_qlora),
-    "lq_lora": Method(methods.Lora, methods.lora, "factors", "the factors of lq_lora's decomposition", _PAIR, serves=_from_decomposition),
-    "loftq": Method(methods.Lora, methods.lora, "factors", "the factors of loftq's decomposition", _PAIR, serves=_from_decomposition),
+    "qlora": Method(methods.Lora, methods.lora, "factors", "up·down on a quantized base", _PAIR, serves=_qlora, version=2),
+    "lq_lora": Method(
+        methods.Lora, methods.lora, "factors", "the factors of lq_lora's decomposition", _PAIR, serves=_from_decomposition, version=2
+    ),
+    "loftq": Method(
+        methods.Lora, methods.lora, "factors", "the factors of loftq's decomposition", _PAIR, serves=_from_decomposition, version=2
+    ),
     "dequantize_train_requantize": Method(
         methods.DequantizeTrainRequantize,
         methods.dequantize_train_requantize,
@@ -201,13 +216,27 @@ RECOVER: dict[str, Method] = {
         Ways("fresh codes and scales", "as it was stored", "any grid format", "in place"),
         grid_safe=False,
         serves=_needs_grid,
-        version=2,
+        version=3,
     ),
     "lota": Method(
-        increments.Lota, increments.lota, "ternary", "ternary increments of the codes", _GRID, grid_safe=False, serves=_needs_uniform
+        increments.Lota,
+        increments.lota,
+        "ternary",
+        "ternary increments of the codes",
+        _GRID,
+        grid_safe=False,
+        serves=_needs_uniform,
+        version=2,
     ),
     "lr_qat": Method(
-        increments.LrQat, increments.lr_qat, "codes", "low rank inside the rounding", _GRID, grid_safe=False, serves=_needs_uniform
+        increments.LrQat,
+        increments.lr_qat,
+        "codes",
+        "low rank inside the rounding",
+        _GRID,
+        grid_safe=False,
+        serves=_needs_uniform,
+        version=2,
     ),
     "pafi": Method(deltas.Pafi, deltas.pafi, "sparse", "the smallest kept weights", _DELTA, version=2),
     "fish_mask": Method(
@@ -223,7 +252,7 @@ RECOVER: dict[str, Method] = {
         "what `train` names, block by block towards the dense block's output",
         Ways("as what it trains", "as it was stored", "as what it trains", "as what it trains"),
         serves=_reconstruct,
-        version=2,
+        version=3,
         by_block=True,
     ),
     "serial_adapter": Method(bottlenecks.SerialAdapter, bottlenecks.serial_adapter, "adapters", "bottlenecks behind sublayers", _BESIDE),

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from .beside import Beside
 
-# Default learning rates by kind of parameter; `scales`, zeros and codes are in relative or grid units.
+# Default learning rates by kind of parameter; scales, zeros and codes are in relative or grid units, norms in units of their gain; beside
+# what trains the weights norms go more slowly, since alone they have more to make up for.
 RATES: dict[str, float] = {
     "scales": 4e-3,
     "zeros": 4e-3,
-    "norms": 4e-3,
+    "norms": 1.6e-2,
+    "norms_beside": 4e-3,
     "biases": 2e-3,
     "factors": 1e-3,
     "magnitudes": 2e-3,
@@ -39,17 +41,19 @@ def _same(value: Tensor) -> Tensor:
 @dataclass
 class Trainable:
     """One parameter being trained. `stored(value)` is the value as it will read back from disk (float32): held-out loss is
-    measured on it. `rule` is how it is updated; `check` names what is wrong with a value, or None."""
+    measured on it. `rule` is how it is updated; `check` names what is wrong with a value, or None. `unit` is the size of what is trained,
+    where that differs from model to model: rates are in it."""
 
     parameter: nn.Parameter
     kind: str
     stored: Callable[[Tensor], Tensor] = _same
     rule: Literal["adamw", "ternary"] = "adamw"
     check: Callable[[Tensor], str | None] | None = None
+    unit: float = 1.0
 
     @property
     def rate(self) -> float:
-        return RATES[self.kind]
+        return RATES[self.kind] * self.unit
 
 
 def through(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -57,12 +61,12 @@ def through(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return _same if dtype == torch.float32 else lambda value: value.to(dtype).float()
 
 
-def master(parameter: nn.Parameter, kind: str) -> Trainable:
+def master(parameter: nn.Parameter, kind: str, unit: float = 1.0) -> Trainable:
     """Make a plain model parameter trainable: float32 while it trains, its own dtype when stored."""
     dtype = parameter.dtype
     parameter.data = parameter.data.float()
     parameter.requires_grad_(True)
-    return Trainable(parameter, kind, through(dtype))
+    return Trainable(parameter, kind, through(dtype), unit=unit)
 
 
 @dataclass

@@ -5,10 +5,11 @@ from bitmend.recover.linear import compressed_linears
 from bitmend.recover.losses import Objective
 from bitmend.recover.methods import RECOVER, attach, refusal, split
 from bitmend.recover.selection import decoder_blocks, norms, roles, where
-from bitmend.recover.site import Gradients
+from bitmend.recover.site import Gradients, gain
 from bitmend.recover.student import Batch, student_of
 from bitmend.recover.train import batch_loss
 from torch.testing import assert_close
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from .conftest import batch, compressed, gpt2, llama
 
@@ -80,6 +81,23 @@ def test_a_choice_that_leaves_nothing_is_refused(settings):
 def test_refusals_name_the_reason(name, settings, kind, words):
     with pytest.raises(ValueError, match=words):
         attach(name, compressed(kind), settings)
+
+
+def test_a_norm_is_trained_in_units_of_its_gain():
+    """One rate for a norm whose weights are hundredths and for one that stores gain − 1."""
+    model = compressed("dense")
+    small, large = model.model.layers[0].input_layernorm, model.model.layers[1].input_layernorm
+    with torch.no_grad():
+        small.weight.mul_(0.03)
+    rates = {name: t.rate for name, t in attach("perp", model, {"biases": False}).trainables.items()}
+    ratio = rates["model.layers.0.input_layernorm.weight"] / rates["model.layers.1.input_layernorm.weight"]
+    assert ratio == pytest.approx(0.03, rel=1e-3) and gain(large) == pytest.approx(1, abs=0.01)
+    beside_one = GemmaRMSNorm(32)
+    torch.nn.init.constant_(beside_one.weight, 1.0)
+    assert gain(beside_one) == pytest.approx(2, abs=0.01)
+    silent = torch.nn.LayerNorm(32)
+    torch.nn.init.zeros_(silent.weight)
+    assert gain(silent) == 1.0
 
 
 def test_unknown_names_are_answered_with_the_nearest():
