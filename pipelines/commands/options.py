@@ -11,7 +11,9 @@ import typer
 Model = Annotated[str | None, typer.Option("-m", "--model", metavar="MODEL", help="demo, a directory, a Hub id or a .gguf file")]
 Revision = Annotated[str | None, typer.Option("--revision", metavar="REV", help="revision of a Hub model")]
 Teacher = Annotated[str | None, typer.Option("--teacher", metavar="MODEL", help="the dense model to recover towards (else the baseline)")]
-Source = Annotated[str | None, typer.Option("--data", metavar="SRC", help="all text: demo, a .txt/.raw/.md/.jsonl/.parquet file or a datasets id")]
+Source = Annotated[
+    str | None, typer.Option("--data", metavar="SRC", help="all text: demo, a .txt/.raw/.md/.jsonl/.parquet file or a datasets id")
+]
 CalibrationSource = Annotated[str | None, typer.Option("--calibration", metavar="SRC", help="text for calibration")]
 TrainSource = Annotated[str | None, typer.Option("--train", metavar="SRC", help="text for recovery")]
 EvalSource = Annotated[str | None, typer.Option("--eval", metavar="SRC", help="text for perplexity")]

@@ -152,7 +152,9 @@ def test_correction_toward_the_dense_inputs(family: str, head: bool, small_model
         stage = {"quantize": {"method": "gptq", "bits": 3, "group_size": 16, "correction": correction, "include_head": head}}
         runner.run(chosen(place, tmp_path / "source", small_text, [stage], **MANY), place / "run")
         directory = stage_directory(place / "run", "quantize")
-        records.append({k: t for f in sorted(directory.glob("*.matrices.safetensors")) for k, t in load_file(f).items() if k.endswith("codes")})
+        records.append(
+            {k: t for f in sorted(directory.glob("*.matrices.safetensors")) for k, t in load_file(f).items() if k.endswith("codes")}
+        )
     plain, corrected = records
     changed = {name for name in plain if not torch.equal(plain[name], corrected[name])}
     assert changed and plain.keys() == corrected.keys()
