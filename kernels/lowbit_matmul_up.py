@@ -135,8 +135,8 @@ def _launch(
             codes, scales, weight.codes, weight.scales, weight.zeros, up, h, table, bias, y, rows, out, inputs, scales.shape[1], group_size,
             weight.tiles, weight.group_size, len(segments), partials, 0 if up is None else up.stride(0), stride_hs, stride_hm, stride_hr,
             y.stride(0), BITS=weight.bits, SLOTS=SLOTS[weight.bits], LANES=weight.lanes, HAS_ZEROS=weight.zeros is not None,
-            HAS_BIAS=bias is not None, HAS_LOW_RANK=up is not None, DTYPE=TRITON_DTYPES[dtype], UP_DTYPE=TRITON_DTYPES[dtype], BLOCK_N=blocks.n, BLOCK_M=blocks.m,
-            BLOCK_R=BLOCK_R, num_warps=blocks.warps, num_stages=blocks.stages,
+            HAS_BIAS=bias is not None, HAS_LOW_RANK=up is not None, DTYPE=TRITON_DTYPES[dtype], UP_DTYPE=TRITON_DTYPES[dtype],
+            BLOCK_N=blocks.n, BLOCK_M=blocks.m, BLOCK_R=BLOCK_R, num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
 
     key = f"lowbit {out}x{inputs} {weight.bits} bits zeros {weight.zeros is not None} group {weight.group_size} rows {row_bucket(rows)}"

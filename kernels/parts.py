@@ -47,8 +47,9 @@ def add_low_rank(
     acc_NM, up_ptr, h_ptr, segments_ptr, n, m, N, M, segment_count, partials, stride_un, stride_hs, stride_hm, stride_hr,
     BLOCK_R: tl.constexpr, DTYPE: tl.constexpr, first_n, BLOCK_N: tl.constexpr, HAS_LOW_RANK: tl.constexpr,
 ):  # fmt: skip
-    """acc + up·hᵀ; acc without a low-rank term (a loop of no rounds would not do: what is not there cannot be compiled). h's partial sums are added in order. A row of `segments` (row, rows, rank, ranks) gives its outputs their own
-    slice of h; up [N, ≥ ranks] holds each output's own ranks from column 0."""
+    """acc + up·hᵀ; acc itself without a low-rank term, where a loop of no rounds would not do: what is not there cannot be compiled.
+    h's partial sums are added in order. A row of `segments` (row, rows, rank, ranks) gives its outputs their own slice of h;
+    up [N, ≥ ranks] holds each output's own ranks from column 0."""
     if HAS_LOW_RANK:
         for index in range(segment_count):
             row = tl.load(segments_ptr + index * 4)

@@ -67,7 +67,8 @@ def partial_kernel(
 @triton.jit
 def finish_kernel(
     work_ptr, up_ptr, h_ptr, segments_ptr, bias_ptr, y_ptr, M, N, R, splits, segment_count, partials,
-    stride_un, stride_hs, stride_hm, stride_hr, stride_ym, HAS_LOW_RANK: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr, UP_DTYPE: tl.constexpr,
+    stride_un, stride_hs, stride_hm, stride_hr, stride_ym,
+    HAS_LOW_RANK: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr, UP_DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """The splits in order, the low-rank term, the bias, one write."""

@@ -184,7 +184,8 @@ def _few_rows(
             x, weight.codes, weight.scales, weight.zeros, weight.book, down, work, rows, out, inputs, ranks, x.stride(0), x.stride(1),
             stride_dr, stride_dk, weight.tiles, per_split, weight.group_size, blocks_n, BITS=weight.bits, SLOTS=SLOTS[weight.bits],
             LANES=weight.lanes, SHIFT=shift_for(x.dtype, weight.bits), HAS_ZEROS=weight.zeros is not None, HAS_BOOK=weight.book is not None,
-            HAS_DOWN=down is not None, DTYPE=TRITON_DTYPES[x.dtype], BLOCK_N=blocks.n, BLOCK_M=block_m, num_warps=blocks.warps, num_stages=blocks.stages,
+            HAS_DOWN=down is not None, DTYPE=TRITON_DTYPES[x.dtype], BLOCK_N=blocks.n, BLOCK_M=block_m, num_warps=blocks.warps,
+            num_stages=blocks.stages,
         )  # fmt: skip
         source = h if ranks == 0 else work[:, out:].transpose(1, 2)
         partials, stride_hs, stride_hm, stride_hr = h_strides(source)
@@ -192,7 +193,8 @@ def _few_rows(
             finish_kernel, (triton.cdiv(out, 64),),
             work, up, source, segment_table(segments, x.device), bias, y, rows, out, ranks, splits, len(segments), partials,
             0 if up is None else up.stride(0), stride_hs, stride_hm, stride_hr, y.stride(0), HAS_LOW_RANK=up is not None,
-            HAS_BIAS=bias is not None, DTYPE=TRITON_DTYPES[x.dtype], UP_DTYPE=TRITON_DTYPES[x.dtype], BLOCK_N=64, BLOCK_M=block_m, BLOCK_R=BLOCK_R,
+            HAS_BIAS=bias is not None, DTYPE=TRITON_DTYPES[x.dtype], UP_DTYPE=TRITON_DTYPES[x.dtype], BLOCK_N=64, BLOCK_M=block_m,
+            BLOCK_R=BLOCK_R,
         )  # fmt: skip
 
     run(tuned(_key("few rows", weight, rows, x.dtype, ranks), x.device, SMALL, run))
@@ -212,7 +214,8 @@ def _many_rows(x: Tensor, weight: TiledWeight, h: Tensor | None, up: Tensor | No
             weight.tiles, weight.group_size, len(segments), partials, 0 if up is None else up.stride(0), stride_hs, stride_hm, stride_hr,
             y.stride(0), BITS=weight.bits, SLOTS=SLOTS[weight.bits], LANES=weight.lanes, HAS_ZEROS=weight.zeros is not None,
             HAS_BOOK=weight.book is not None, HAS_BIAS=bias is not None, HAS_LOW_RANK=up is not None,
-            DTYPE=TRITON_DTYPES[x.dtype], UP_DTYPE=TRITON_DTYPES[x.dtype], BLOCK_N=blocks.n, BLOCK_M=blocks.m, BLOCK_R=BLOCK_R, num_warps=blocks.warps, num_stages=blocks.stages,
+            DTYPE=TRITON_DTYPES[x.dtype], UP_DTYPE=TRITON_DTYPES[x.dtype], BLOCK_N=blocks.n, BLOCK_M=blocks.m, BLOCK_R=BLOCK_R,
+            num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
 
     run(tuned(_key("many rows", weight, rows, x.dtype, 0 if h is None else h.shape[-1]), x.device, LARGE, run))

@@ -155,7 +155,8 @@ def svft(site: Site, config: Svft) -> Attached:
 
 def perp(site: Site, config: Perp) -> Attached:
     parts = [train_norms(site, alone=config.lora == "none")] if config.norms else []
-    parts += [*_beside(site, False, config.biases), train_embeddings(site, config.head, config.embeddings)]
+    parts += [train_biases(site)] if config.biases else []
+    parts.append(train_embeddings(site, config.head, config.embeddings))
     if config.lora != "none":
         parts.append(_retraining_pairs(site, config.lora, config.rank, config.alpha))
     return joined(*parts)

@@ -66,6 +66,9 @@ What every method keeps: masked weights stay exactly 0 and masks are what they w
 each recovery, merge and export reads both back from disk and fails the run otherwise. The best held-out values are kept, the start among
 them, in the form in which they are stored; what did not help is not kept at all.
 
+The learning rate is that of the method's main parameters; what trains beside them keeps its ratio to it (`RATES` in `recover/trainable.py`).
+Scales move relative to themselves, norms in units of their gain (at {RATES["norms_beside"]:g} beside weights or factors), codes in grid steps.
+
 `reconstruct` trains what `train` names (`mask_lora`, `weights`, `norms`, `biases`, `scales`, `lora`; `auto`: scales on a grid, mask_lora
 elsewhere) block by block and needs the memory of one block. Adapters can be pruned after training: `prune_ranks`, `prune_units`.
 
