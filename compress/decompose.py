@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .factors import FactorForm, store_factors
+from .factors import FactorForm, follow_factors, store_factors
 from .feedback import InverseFactor, factor_of
 from .grids import Clip, clip_needs
 from .lowrank import Metric, WeightedError, best_low_rank, check_rank, spectrum, squared_error
@@ -32,7 +32,9 @@ class Decomposition:
     and is visited first. kept_rank: ranks of W taken before Q and held (SRR); null lets
     SRR's criterion choose. factor_bits below 16 puts the factors on a grid; null takes, within the bytes of `rank` at 16 bits,
     whichever of 16, 8 and 4 bits errs least, at the larger rank it allows. stop_when_worse ends the schedule at the first
-    rise; the best iterate is returned either way. shared: matrices that read one input get one right factor, stored once; `rank` is then
+    rise; the best iterate is returned either way. follow: after the first L each new one starts from the factors that are there, in a third of
+    the time, instead of from the closed form. overlap below 1: a new Q is found under the second moment without what the rows of `down`
+    reach, but for that share of it: rounding may err where the next up makes up for it. shared: matrices that read one input get one right factor, stored once; `rank` is then
     that of each of them and of all together."""
 
     rank: int = 16
@@ -47,6 +49,8 @@ class Decomposition:
     factor_bits: Literal[4, 8, 16] | None = 16
     factor_dtype: Literal["float16", "bfloat16"] = "float16"
     stop_when_worse: bool = False
+    follow: bool = False
+    overlap: float = 1.0
     shared: bool = False
 
     def __post_init__(self) -> None:
@@ -56,6 +60,10 @@ class Decomposition:
             raise ValueError(f"iterations {self.iterations} must be at least 1")
         if self.kept_rank is not None and not 0 <= self.kept_rank <= self.rank:
             raise ValueError(f"kept_rank {self.kept_rank} must lie in 0…rank ({self.rank}), or be null")
+        if not 0.0 <= self.overlap <= 1.0:
+            raise ValueError(f"overlap {self.overlap} must lie in [0, 1]")
+        if self.overlap < 1.0 and not (self.requantize and self.quantizer == "gptq" and self.metric == "second_moment"):
+            raise ValueError(f"overlap {self.overlap} needs requantize: true, quantizer: gptq and metric: second_moment; or set overlap: 1")
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,11 @@ class Problem:
     def quantized(self, low_rank: LowRank | None) -> Stored:
         """Q for W − L, without L."""
         held = zip(self.with_term(self.start, low_rank), self.parts, strict=True)
-        found = (requantize(w, part.target_OI, part.statistics, self.config.quantizer, self.config.clip) for w, part in held)
+        beyond = None
+        if self.config.overlap < 1.0 and low_rank is not None and self.metric.moment_II is not None:
+            inputs = self.parts[0].statistics.inputs
+            beyond = LayerStatistics(inputs.with_moment(self.metric.beyond(low_rank.factors()[1], self.config.overlap)))
+        found = (requantize(w, part.target_OI, beyond or part.statistics, self.config.quantizer, self.config.clip) for w, part in held)
         return tuple(replace(record, low_rank=None) for record in found)
 
     def solved(
@@ -127,6 +139,13 @@ class Problem:
                 up, down = torch.cat((up, more[0]), 1), torch.cat((down, more[1]), 0)
         feedback = self._feedback() if form.bits < 16 else None
         low_rank = store_factors(up, down, form, error, feedback)
+        return self._rated(base, error, low_rank)
+
+    def followed(self, base: Stored, error: WeightedError, form: FactorForm, low_rank: LowRank) -> "Solved":
+        """base, whose error that is, with an L for it that starts from the one before."""
+        return self._rated(base, error, follow_factors(low_rank, form, error, self._feedback() if form.bits < 16 else None))
+
+    def _rated(self, base: Stored, error: WeightedError, low_rank: LowRank) -> "Solved":
         return Solved(self.with_term(base, low_rank), low_rank, error.left_by(*low_rank.factors()))
 
     def forms(self) -> list[tuple[FactorForm, int]]:
@@ -248,7 +267,11 @@ def _alternating(problem: Problem, form: FactorForm, rank: int, low_rank: LowRan
         low_rank = LowRank(*best_low_rank(problem.target_OI, problem.metric, rank))
     for _ in range(config.iterations):
         base = problem.quantized(low_rank)
-        found = problem.solved(base, problem.error(base), form, rank - kept, held)
+        error = problem.error(base)
+        if config.follow and low_rank is not None and not kept:
+            found = problem.followed(base, error, form, low_rank)
+        else:
+            found = problem.solved(base, error, form, rank - kept, held)
         low_rank = found.low_rank
         yield found
 

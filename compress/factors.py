@@ -45,17 +45,19 @@ class FactorForm:
         return next((r for r in ranks if self.stored_bits(r, rows, columns) <= budget_bits), 0)
 
 
-def store_factors(up_OR: Tensor, down_RI: Tensor, form: FactorForm, error: WeightedError, inputs: InverseFactor | None = None) -> LowRank:
+def store_factors(
+    up_OR: Tensor, down_RI: Tensor, form: FactorForm, error: WeightedError, inputs: InverseFactor | None = None, rounds: int = _ROUNDS
+) -> LowRank:
     """Factors of the error as they lie on disk. On a grid, each is rounded with error feedback (`inputs`, of the second moment
-    the matrix reads, lets down be too) and the other is solved again for what was rounded; the best of three rounds is kept."""
+    the matrix reads, lets down be too) and the other is solved again for what was rounded; the best of the rounds is kept."""
     if form.bits == 16:
         kind = getattr(torch, form.dtype)
         return LowRank(up_OR.to(kind), down_RI.to(kind))
     best, least, metric = None, float("inf"), error.metric
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         down = _round(down_RI, form.bits, inputs, metric.importance_I())
         seen_RI = down.dense()
-        gram_RR = metric.times_moment(seen_RI.double()) @ seen_RI.double().T
+        gram_RR = _gram(error, seen_RI)
         up_OR = _solve_up(error, seen_RI, gram_RR)
         up = _round(up_OR, form.bits, inverse_factor(gram_RR.float(), 1e-3, True) if bool(gram_RR.any()) else None, None)
         left = error.left_by(up.dense(), seen_RI)
@@ -64,6 +66,19 @@ def store_factors(up_OR: Tensor, down_RI: Tensor, form: FactorForm, error: Weigh
         down_RI = _solve_down(error, up.dense())
     assert best is not None, "the error or its metric holds NaN"
     return best
+
+
+def follow_factors(low_rank: LowRank, form: FactorForm, error: WeightedError, inputs: InverseFactor | None = None) -> LowRank:
+    """Factors of an error from those of one that was much like it: one round of alternating least squares, a step of a subspace iteration."""
+    up_OR = low_rank.factors()[0]
+    down_RI = _solve_down(error, up_OR)
+    if form.bits == 16:
+        up_OR = _solve_up(error, down_RI, _gram(error, down_RI))
+    return store_factors(up_OR, down_RI, form, error, inputs, rounds=1)
+
+
+def _gram(error: WeightedError, down_RI: Tensor) -> Tensor:
+    return error.metric.times_moment(down_RI.double()) @ down_RI.double().T
 
 
 def _group(columns: int) -> int:

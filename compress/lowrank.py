@@ -49,6 +49,15 @@ class Metric:
             return x_NI @ self._root_IK
         return x_NI if self.column_I is None else x_NI * self.column_I.double()
 
+    def beyond(self, down_RI: Tensor, overlap: float) -> Tensor:
+        """R − (1 − overlap)·R·downᵀ·(down·R·downᵀ)⁺·down·R, float32 [I, I]; `overlap` 0 is a Schur complement: what an error costs when the
+        best up for these rows follows it (variable projection, Golub & Pereyra 1973). R itself at 1."""
+        seen_RI = down_RI.double() @ self._moment_II
+        caught_RR = torch.linalg.pinv(seen_RI @ down_RI.double().T, rtol=1e-10, hermitian=True)
+        left_II = self._moment_II - (1 - overlap) * (seen_RI.T @ (caught_RR @ seen_RI))
+        left_II.diagonal().clamp_(min=0.0)
+        return left_II.float()
+
     def scaled(self, scale_I: Tensor) -> "Metric":
         """The metric of E' = E·diag(scale): what the same error costs when the matrix multiplies x/scale."""
         inverse = scale_I.double().reciprocal()

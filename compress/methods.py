@@ -39,11 +39,11 @@ class Method:
 
 
 _REFIT: Mapping[str, Any] = {"requantize": True, "quantizer": "gptq", "clip": "hessian"}
-_BEST: Mapping[str, Any] = {"keep_start": True, "first": "kept", "iterations": 2, "factor_bits": None}
+_BEST: Mapping[str, Any] = {"keep_start": True, "first": "kept", "iterations": 5, "follow": True, "overlap": 0.1, "factor_bits": None}
 
 
-def _low_rank(**defaults: Any) -> Method:
-    return Method(Decomposition, decompose, needs, defaults=defaults, together=decompose_shared)
+def _low_rank(version: int = 1, **defaults: Any) -> Method:
+    return Method(Decomposition, decompose, needs, version=version, defaults=defaults, together=decompose_shared)
 
 
 DECOMPOSE: Mapping[str, Method] = {
@@ -58,7 +58,7 @@ DECOMPOSE: Mapping[str, Method] = {
     "svdquant": Method(SvdQuantConfig, svdquant, svdquant_needs, scope="block"),
     "caldera": _low_rank(**_REFIT, iterations=20, factor_bits=4),
     "srr": _low_rank(**_REFIT, kept_rank=None),
-    "best": _low_rank(**_REFIT, **_BEST),
+    "best": _low_rank(2, **_REFIT, **_BEST),
 }
 
 

@@ -106,6 +106,12 @@ class InputStatistics:
     def cross_moment_II(self) -> Tensor:
         return self._collected(self.cross_sum_II, "cross_moment") / max(self.tokens, 1)
 
+    def with_moment(self, moment_II: Tensor) -> "InputStatistics":
+        """The same inputs under another second moment [I, I], symmetric: only its upper triangle is read. Nothing else is known of them."""
+        other = InputStatistics(self.features, frozenset({"second_moment"}), self.device)
+        other.moment_sum_II, other.tokens = moment_II.float(), 1
+        return other
+
     def _collected(self, tensor: Tensor | None, name: str) -> Tensor:
         if tensor is None:
             raise ValueError(f"{name} was not collected; a method names it in its needs (here {sorted(self.needs)})")

@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 import torch
 from bitmend.compress.decompose import Decomposition, decompose
-from bitmend.compress.factors import FactorForm
+from bitmend.compress.factors import FactorForm, follow_factors
 from bitmend.compress.grids import UniformGrid
-from bitmend.compress.lowrank import Metric, squared_error
+from bitmend.compress.lowrank import Metric, WeightedError, squared_error
 from bitmend.compress.masks import masked_base, pattern_mask
 from bitmend.compress.methods import DECOMPOSE
 from bitmend.compress.requantize import requantize
 from bitmend.compress.rounding import round_normal_float, round_uniform
 from bitmend.compress.statistics import Fisher, InputStatistics, LayerStatistics
-from bitmend.compress.weights import DenseWeight, NormalFloatWeight, StoredWeight, UniformWeight
+from bitmend.compress.weights import DenseWeight, LowRank, NormalFloatWeight, StoredWeight, UniformWeight
 
 EVERYTHING = frozenset({"norms", "absmax", "absmean", "second_moment", "samples"})
 MATRIX_ROWS = [name for name, row in DECOMPOSE.items() if row.scope == "matrix"]
@@ -199,6 +199,34 @@ def test_best_is_never_worse_than_exact_on_the_same_q_and_costs_no_more(bits, sh
     assert output_error(target, best.dense(), statistics) < output_error(target, exact.dense(), statistics)
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("shape", [(96, 128), (192, 64), (64, 192)])
+def test_best_errs_less_than_twenty_rounds_of_caldera_in_as_many_bytes(bits, shape):
+    target, statistics = matrix(*shape), LayerStatistics(inputs(shape[1]))
+    start = requantize(uniform(target, bits), target, statistics, "gptq", "hessian")
+    best, metrics = run("best", start, target, statistics, rank=8)
+    budget = FactorForm(16).stored_bits(8, *shape)
+    caldera, theirs = run("caldera", start, target, statistics, rank=FactorForm(4).largest_rank(budget, *shape))
+    assert best.stored_bits() <= caldera.stored_bits()
+    assert metrics["relative_error"] < theirs["relative_error"] * 1.02
+    held, paid = run("best", start, target, statistics, rank=8, overlap=1.0)
+    assert held.stored_bits() == best.stored_bits() and metrics["relative_error"] < paid["relative_error"]
+
+
+def test_a_followed_term_is_one_round_of_alternating_least_squares():
+    target, statistics = matrix(), LayerStatistics(inputs())
+    metric = Metric(moment_II=statistics.inputs.second_moment_II)
+    start = uniform(target, 3)
+    before, after = WeightedError(target - start.dense(), metric), WeightedError(target - uniform(target * 1.01, 3).dense(), metric)
+    term = LowRank(*before.best(8))
+    found = follow_factors(term, FactorForm(16), after)
+    up, down, s = term.up.double(), found.down.double(), root(statistics.inputs.second_moment_II)
+    assert torch.allclose(down, torch.linalg.lstsq(up, after.error_OI.double()).solution, rtol=1e-2, atol=1e-4)
+    solved = torch.linalg.lstsq((down @ s).T, (after.error_OI.double() @ s).T).solution.T
+    assert torch.allclose(found.up.double(), solved, rtol=1e-2, atol=1e-4)
+    assert after.left_by(*after.best(8)) <= after.left_by(*found.factors()) < after.left_by(*term.factors())
+
+
 def test_order_of_the_metrics_measured_by_the_output():
     target, statistics = matrix(), LayerStatistics(inputs())
     start = uniform(target)
@@ -333,6 +361,17 @@ def test_rows_need_what_their_metric_and_quantizer_read():
     assert needs["lq_lora"] == {"fisher"} and needs["lqer"] == {"absmean"} and needs["qera_approx"] == {"norms"}
     assert all(needs[n] == {"second_moment"} for n in ("qera_exact", "eora", "cloq", "caldera", "srr", "best"))
     assert DECOMPOSE["loftq"].needs(Decomposition(metric="plain", requantize=True, quantizer="gptq")) == {"second_moment"}
+
+
+def test_overlap_is_refused_where_no_second_moment_rounds():
+    for chosen in (
+        {"overlap": 1.5},
+        {"overlap": 0.1},
+        {"overlap": 0.1, "requantize": True},
+        {"overlap": 0.1, "requantize": True, "quantizer": "gptq", "metric": "plain"},
+    ):
+        with pytest.raises(ValueError, match="overlap"):
+            Decomposition(**chosen)
 
 
 def test_same_input_same_bits():

@@ -102,6 +102,20 @@ def test_krylov_space_errs_as_little_as_the_eigensolve(shape, kind, monkeypatch)
     assert krylov == pytest.approx(dense, rel=1e-6)
 
 
+@pytest.mark.parametrize("overlap", [0.0, 0.1, 1.0])
+def test_the_moment_beyond_a_term_weighs_what_the_best_up_leaves(overlap):
+    second, error = moment(48, 400), noise(32, 48)
+    down = noise(6, 48, 5)
+    left = Metric(moment_II=second).beyond(down, overlap)
+    root = np.real(scipy.linalg.sqrtm(second.double().numpy()))
+    weighted, reached = error.double().numpy() @ root, down.double().numpy() @ root
+    up = np.linalg.lstsq(reached.T, weighted.T, rcond=None)[0].T
+    least, whole = np.square(weighted - up @ reached).sum(), np.square(weighted).sum()
+    expected = least + overlap * (whole - least)
+    assert squared_error(error, Metric(moment_II=left)) == pytest.approx(expected, rel=1e-4)
+    assert bool((left.diagonal() >= 0).all())
+
+
 def test_error_past_a_rank_is_read_off_the_spectrum():
     for shape in ((48, 80), (80, 48)):
         error, metric = noise(*shape), Metric(torch.rand(shape[0]) + 0.5, moment_II=moment(shape[1], 500))
