@@ -134,8 +134,9 @@ def place_labels(
     figure.draw_without_rendering()
     scale = 72.0 / figure.dpi
     at = [(*(axes.transData.transform((x, y)) * scale), text) for x, y, text in points]
-    frame = axes.get_window_extent()
-    inside = (frame.x0 * scale, frame.y0 * scale, frame.x1 * scale + 12.0, frame.y1 * scale + 12.0)
+    frame, paper = axes.get_window_extent(), figure.bbox
+    right, top = min(frame.x1 + 12.0 / scale, paper.x1), min(frame.y1 + 12.0 / scale, paper.y1)
+    inside = (frame.x0 * scale, frame.y0 * scale, right * scale, top * scale)
     taken = [(x - 3.5, y - 3.5, x + 3.5, y + 3.5) for x, y, _ in at]
     taken += [(x - 1.0, y - 1.0, x + 1.0, y + 1.0) for x, y in (axes.transData.transform(point) * scale for point in avoid)]
     for index, texts in _together(at):
