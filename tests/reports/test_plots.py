@@ -102,7 +102,14 @@ def test_labels_do_not_cover_each_other_and_points_together_share_one() -> None:
     figure, (axes,) = drawing.new_figure()
     axes.set_xlim(0, 10)
     axes.set_ylim(0, 10)
-    points = [(5.0, 5.0, "first"), (5.0, 5.0, "second"), (5.3, 5.2, "third"), (5.0, 5.9, "fourth"), (9.9, 9.9, "corner"), (10.0, 2.0, "right edge")]
+    points = [
+        (5.0, 5.0, "first"),
+        (5.0, 5.0, "second"),
+        (5.3, 5.2, "third"),
+        (5.0, 5.9, "fourth"),
+        (9.9, 9.9, "corner"),
+        (10.0, 2.0, "right edge"),
+    ]
     drawing.place_labels(axes, points)
     figure.draw_without_rendering()
     assert [text.get_text() for text in axes.texts] == ["first, second", "third", "fourth", "corner", "right edge"]
