@@ -34,8 +34,8 @@ class Decomposition:
     whichever of 16, 8 and 4 bits errs least, at the larger rank it allows. stop_when_worse ends the schedule at the first
     rise; the best iterate is returned either way. follow: after the first L each new one starts from the factors that are there, in a third of
     the time, instead of from the closed form. overlap below 1: a new Q is found under the second moment without what the rows of `down`
-    reach, but for that share of it: rounding may err where the next up makes up for it. shared: matrices that read one input get one right factor, stored once; `rank` is then
-    that of each of them and of all together."""
+    reach, but for that share of it: rounding may err where the next up makes up for it. shared: matrices that read one input get one
+    right factor, stored once; `rank` is then that of each of them and of all together."""
 
     rank: int = 16
     metric: MetricName = "second_moment"
@@ -137,13 +137,11 @@ class Problem:
             if rank:
                 more = best_low_rank(error.error_OI - up @ down, self.metric, rank)
                 up, down = torch.cat((up, more[0]), 1), torch.cat((down, more[1]), 0)
-        feedback = self._feedback() if form.bits < 16 else None
-        low_rank = store_factors(up, down, form, error, feedback)
-        return self._rated(base, error, low_rank)
+        return self._rated(base, error, store_factors(up, down, form, error, self._feedback(form)))
 
     def followed(self, base: Stored, error: WeightedError, form: FactorForm, low_rank: LowRank) -> "Solved":
         """base, whose error that is, with an L for it that starts from the one before."""
-        return self._rated(base, error, follow_factors(low_rank, form, error, self._feedback() if form.bits < 16 else None))
+        return self._rated(base, error, follow_factors(low_rank, form, error, self._feedback(form)))
 
     def _rated(self, base: Stored, error: WeightedError, low_rank: LowRank) -> "Solved":
         return Solved(self.with_term(base, low_rank), low_rank, error.left_by(*low_rank.factors()))
@@ -158,8 +156,11 @@ class Problem:
         ranked = [(form, form.largest_rank(budget, rows, columns)) for form in forms]
         return [ranked[0], *((form, rank) for form, rank in ranked[1:] if rank > config.rank)]
 
-    def _feedback(self) -> InverseFactor | None:
-        return factor_of(self.parts[0].statistics.inputs, 0.01, True) if self.metric.moment_II is not None else None
+    def _feedback(self, form: FactorForm) -> InverseFactor | None:
+        """What the rounding of down feeds its errors back by."""
+        if form.bits == 16 or self.metric.moment_II is None:
+            return None
+        return factor_of(self.parts[0].statistics.inputs, 0.01, True)
 
 
 @dataclass(frozen=True)
