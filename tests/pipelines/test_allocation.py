@@ -77,7 +77,7 @@ def test_the_budget_is_kept_and_spent(spent_run: tuple[Path, RunRecord]) -> None
 
 
 def test_predictions_stand_beside_what_was_measured(spent_run: tuple[Path, RunRecord]) -> None:
-    run, made = spent_run
+    _, made = spent_run
     rows = {row.name: row for row in spent_choice(spent_run).rows}
     for stage, whole in ((made.stages[-2], False), (made.stages[-1], True)):
         assert len(stage.layers) == len(rows) == 28
