@@ -224,7 +224,9 @@ def _recover_rows() -> list[Row]:
         chosen = _FOUR if kind == "50 % pruned" else _GRID_FOUR
         demo += [_untouched(kind, DEMO), *(_recovered(name, kind, settings, DEMO) for name, settings in chosen.items())]
     tags = {"kind": "3-bit, best 32", "seed": 0}
-    demo += [Row("not recovered", _BEST, tags), Row("lora", (*_BEST, {"recover": {**_BUDGET[DEMO], **_FOUR["lora"]}}), tags)]
+    demo.append(Row("not recovered", _BEST, tags))
+    for name, own in (("lora", {}), ("lora, scales", {"scales": True})):
+        demo.append(Row(name, (*_BEST, {"recover": {**_BUDGET[DEMO], **_FOUR["lora"], **own}}), tags))
     return [*small, *demo]
 
 

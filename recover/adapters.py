@@ -87,8 +87,8 @@ class Magnitude(nn.Module):
         weight = linear.base().float()
         if linear.stored.smooth is not None:
             weight = weight / linear.stored.smooth.float()
-        if linear.up is not None and linear.down is not None:
-            weight = weight + linear.up.float() @ linear.down.float()
+        if (pair := linear.pair()) is not None:
+            weight = weight + pair[0] @ pair[1]
         return weight.norm(dim=1)
 
     def row_scale(self) -> Tensor:
@@ -242,9 +242,7 @@ def prune_ranks(linears: dict[str, CompressedLinear], keep: int) -> dict[str, in
     choice of directions loses less (Eckart and Young); on white inputs that is the change of the output. Needs no data.
     """
     turned = {
-        name: singular_pair(linear.up.detach(), linear.down.detach())
-        for name, linear in linears.items()
-        if linear.up is not None and linear.down is not None
+        name: singular_pair(pair[0].detach(), pair[1].detach()) for name, linear in linears.items() if (pair := linear.pair()) is not None
     }
     if not turned:
         raise ValueError("no linear has low-rank factors to prune")
@@ -255,7 +253,7 @@ def prune_ranks(linears: dict[str, CompressedLinear], keep: int) -> dict[str, in
         left[name] = int(kept.sum())
         root = values[kept].sqrt()
         linear.stored = replace(linear.stored, low_rank=None)
-        linear.up = linear.down = None
+        linear.up = linear.down = linear.up_scales = linear.down_scales = None
         if left[name]:
             linear.set_low_rank(up[:, kept] * root, root.unsqueeze(1) * down[kept])
     return left

@@ -17,12 +17,14 @@ from .trainable import Attached, Trainable
 
 @dataclass(frozen=True)
 class Lora:
-    """`rank` holds where a linear has no factors yet; existing ones train as they are. Factors are folded (α = R): no scaling.
+    """`rank` holds where a linear has no factors yet; existing ones train as they are, on a grid by their scales. Factors are folded
+    (α = R): no scaling. `scales`: the group scales of the quantized weights beside them, which costs no byte.
     `prune_ranks`: the share of all ranks dropped after training, those whose removal costs least; a linear may lose all of its own."""
 
     rank: int = 16
     norms: bool = False
     biases: bool = False
+    scales: bool = False
     prune_ranks: float = 0.0
 
 
@@ -102,17 +104,21 @@ def lora(site: Site, config: Lora) -> Attached:
             device = linear.base().device
             linear.set_low_rank(up.to(device), down.to(device))
     out |= train_factors(site.linears)
+    if config.scales:
+        out |= _train_scales(site)
+    own = ("up", "down", "up_scales", "down_scales", "stored")
+    started = {name: {key: getattr(linear, key) for key in own} for name, linear in site.linears.items()}
 
     def prune(on: bool) -> dict[str, int]:
-        pairs = {name: out[f"{name}.up"].parameter.shape[1] for name in site.linears}
+        pairs = {name: before["up"].shape[1] for name, before in started.items()}
         if not on:
             for name, linear in site.linears.items():
-                linear.up, linear.down, linear.stored = started[name]
+                for key, value in started[name].items():
+                    setattr(linear, key, value)
             return pairs
         total = sum(pairs.values())
         return prune_ranks(site.linears, total - round(config.prune_ranks * total))
 
-    started = {name: (linear.up, linear.down, linear.stored) for name, linear in site.linears.items()}
     return joined(Attached(out, prune=prune if config.prune_ranks else None), *_beside(site, config.norms, config.biases))
 
 
@@ -179,12 +185,7 @@ def _retraining_pairs(site: Site, variant: LoraVariant, rank: int, alpha: float)
 
 
 def scales(site: Site, config: Scales) -> Attached:
-    out: dict[str, Trainable] = {}
-    for name, linear in site.linears.items():
-        if config.scales or config.zeros:
-            reweight = RelativeScales(linear.stored, config.zeros)
-            linear.reweight = reweight
-            out |= _named(name, reweight.trainables(config.scales))
+    out = _train_scales(site, config.scales, config.zeros) if config.scales or config.zeros else {}
     if config.low_rank:
         out |= train_factors(site.linears)
     return joined(Attached(out), *_beside(site, config.norms, config.biases))
@@ -215,6 +216,14 @@ def qat(site: Site, config: Qat) -> Attached:
         linear.reweight = LatentGrid(linear.stored)
         out |= _named(name, linear.reweight.trainables())
     return joined(Attached(out), *_beside(site, config.norms, False))
+
+
+def _train_scales(site: Site, scales: bool = True, zeros: bool = False) -> dict[str, Trainable]:
+    out: dict[str, Trainable] = {}
+    for name, linear in site.linears.items():
+        linear.reweight = RelativeScales(linear.stored, zeros)
+        out |= _named(name, linear.reweight.trainables(scales))
+    return out
 
 
 def _beside(site: Site, norms: bool, biases: bool) -> list[Attached]:

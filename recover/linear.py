@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compress import grids
 from ..compress.weights import ActivationGrid, DenseWeight, Factor, LowRank, SparseDelta, StoredWeight, UniformWeight
+from .scales import RelativeScales
 from .trainable import Trainable, through
 
 
@@ -73,6 +73,8 @@ class CompressedLinear(nn.Module):
         self.bias_storage: torch.dtype | None = None if bias is None else bias.dtype
         self.up: nn.Parameter | None = None
         self.down: nn.Parameter | None = None
+        self.up_scales: RelativeScales | None = None
+        self.down_scales: RelativeScales | None = None
         if stored.low_rank is not None:
             self.set_low_rank(*stored.low_rank.factors())
         self.sparse: SparseValues | None = None
@@ -158,8 +160,8 @@ class CompressedLinear(nn.Module):
         x_TI = self.base_input(raw_TI)
         y = RebuiltLinear.apply(x_TI, self, *self.weight_parameters())
         assert isinstance(y, Tensor)
-        if self.up is not None and self.down is not None:
-            y = y + (raw_TI @ self.down.to(self.dtype).T) @ self.up.to(self.dtype).T
+        if (pair := self.pair()) is not None:
+            y = y + (raw_TI @ pair[1].to(self.dtype).T) @ pair[0].to(self.dtype).T
         if self.sparse is not None and not self.inline_sparse:
             y = y + raw_TI @ self._sparse_matrix().T
         for branch in self.branches:
@@ -185,16 +187,31 @@ class CompressedLinear(nn.Module):
     def set_low_rank(self, up_OR: Tensor, down_RI: Tensor) -> None:
         self.up = nn.Parameter(up_OR.detach().float().clone(), requires_grad=False)
         self.down = nn.Parameter(down_RI.detach().float().clone(), requires_grad=False)
+        self.up_scales = self.down_scales = None
+
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        """(up [O, R], down [R, I]) float32 as they are now, differentiable in what trains of them; None without a low-rank term."""
+        if self.up is None or self.down is None:
+            return None
+        return tuple(
+            factor if scales is None else scales.weights(factor, scales.delta)
+            for factor, scales in ((self.up, self.up_scales), (self.down, self.down_scales))
+        )  # type: ignore[return-value]
 
     def train_low_rank(self, storage: torch.dtype = torch.float16) -> dict[str, Trainable]:
-        """The low-rank pair, created by `set_low_rank` or found in the record, as trainables."""
+        """The low-rank pair, created by `set_low_rank` or found in the record, as trainables. Of a factor on a grid the scales train and the
+        codes stay: what one training moves is less than half a step of 4 bits, which rounding would undo."""
         assert self.up is not None and self.down is not None
-        low_rank = self.stored.low_rank
-        known: tuple[Factor | None, Factor | None] = (None, None) if low_rank is None else (low_rank.up, low_rank.down)
-        out = {}
-        for name, parameter, factor in (("up", self.up, known[0]), ("down", self.down, known[1])):
-            parameter.requires_grad_(True)
-            out[name] = Trainable(parameter, "factors", lambda v, f=factor: _factor_values(_factor(v, f, storage)))
+        low_rank, out = self.stored.low_rank, {}
+        for name, parameter in (("up", self.up), ("down", self.down)):
+            factor = None if low_rank is None else getattr(low_rank, name)
+            if isinstance(factor, UniformWeight):
+                scales = RelativeScales(StoredWeight(factor))
+                setattr(self, f"{name}_scales", scales)
+                out[f"{name}_scales"] = scales.trainables()["scales"]
+            else:
+                parameter.requires_grad_(True)
+                out[name] = Trainable(parameter, "factors", through(storage if factor is None else factor.dtype))
         return out
 
     def train_bias(self, storage: torch.dtype | None = None) -> Trainable:
@@ -212,10 +229,9 @@ class CompressedLinear(nn.Module):
         stored = self.stored
         if self.up is not None and self.down is not None:
             old = stored.low_rank
-            if old is None or not _unchanged(old, self.up, self.down):
-                up = _factor(self.up.detach(), None if old is None else old.up, factor_storage)
-                down = _factor(self.down.detach(), None if old is None else old.down, factor_storage)
-                stored = replace(stored, low_rank=LowRank(up, down, None if old is None else old.shared))
+            up = _stored_factor(self.up, self.up_scales, None if old is None else old.up, factor_storage)
+            down = _stored_factor(self.down, self.down_scales, None if old is None else old.down, factor_storage)
+            stored = replace(stored, low_rank=LowRank(up, down, None if old is None else old.shared))
         if self.sparse is not None:
             stored = _with_sparse(stored, self.sparse)
         parts: list[Any] = [self.reweight, *self.branches, self.after]
@@ -272,24 +288,15 @@ def cache_dense(linears: Mapping[str, CompressedLinear], budget_bytes: float) ->
     return size <= budget_bytes
 
 
-def _factor(value: Tensor, like: Factor | None, storage: torch.dtype) -> Factor:
-    """A trained factor in the form its predecessor had: its dtype, or a fresh grid of the same bits and groups."""
-    if like is None:
-        return value.to(storage)
-    if isinstance(like, Tensor):
-        return value.to(like.dtype)
-    if torch.equal(like.dense(), value):
-        return like
-    grid = grids.UniformGrid(like.bits, like.group_size, like.symmetric)
-    size = grid.size(value.shape[1])
-    columns = value.view(value.shape[0], -1, size)
-    scale, zero = grids.min_max(columns, grid)
-    codes = grids.round_to_grid(columns, scale, zero, grid).view(value.shape)
-    return grids.to_record(codes, scale.squeeze(-1), zero.squeeze(-1), grid)
-
-
-def _factor_values(factor: Factor) -> Tensor:
-    return factor.dense() if isinstance(factor, UniformWeight) else factor.float()
+def _stored_factor(value: Tensor, scales: RelativeScales | None, old: Factor | None, storage: torch.dtype) -> Factor:
+    """A factor in its storage form: that of the one before it, or 16 bits."""
+    if scales is not None:
+        folded = scales.fold(scales.stored).base
+        assert isinstance(folded, UniformWeight)
+        return folded
+    if isinstance(old, UniformWeight):
+        return old
+    return value.detach().to(storage if old is None else old.dtype)
 
 
 def _with_sparse(stored: StoredWeight, sparse: SparseValues) -> StoredWeight:
@@ -304,11 +311,6 @@ def merge_delta(stored: StoredWeight, delta: SparseDelta) -> StoredWeight:
     assert isinstance(stored.base, DenseWeight)
     weight = delta.add_to_(stored.base_dense().clone())
     return replace(stored, base=DenseWeight(weight.to(stored.base.weight.dtype)))
-
-
-def _unchanged(old: LowRank, up: Tensor, down: Tensor) -> bool:
-    before = old.factors()
-    return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(before, (up.detach(), down.detach()), strict=True))
 
 
 def _tensors(stored: StoredWeight) -> Iterator[Tensor]:

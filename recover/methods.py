@@ -122,13 +122,19 @@ def _diff_pruning(kinds: frozenset[str], config: Any) -> str | None:
     return "its delta sees the raw input, and this base rounds its own: choose pafi or fish_mask" if "activations" in kinds else None
 
 
-def _qlora(kinds: frozenset[str], config: Any) -> str | None:
-    return None if quantized(kinds) else "it is LoRA on a quantized base, and nothing is quantized: choose lora"
+def _lora(kinds: frozenset[str], config: methods.Lora) -> str | None:
+    return (
+        "scales=true trains a grid, and some of the chosen linears are dense: leave it off" if config.scales and "dense" in kinds else None
+    )
 
 
-def _from_decomposition(kinds: frozenset[str], config: Any) -> str | None:
+def _qlora(kinds: frozenset[str], config: methods.Lora) -> str | None:
+    return _lora(kinds, config) if quantized(kinds) else "it is LoRA on a quantized base, and nothing is quantized: choose lora"
+
+
+def _from_decomposition(kinds: frozenset[str], config: methods.Lora) -> str | None:
     if "low_rank" in kinds:
-        return None
+        return _lora(kinds, config)
     return "it trains the factors of a decomposition, and there are none: put a decompose stage before it, or choose qlora"
 
 
@@ -164,15 +170,15 @@ _TOKENS = Ways("virtual tokens beside the model", "in front of the kernels", "ba
 _GRID = Ways("scales and codes in place", "as it was stored", "any grid format", "in place")
 
 RECOVER: dict[str, Method] = {
-    "lora": Method(methods.Lora, methods.lora, "factors", "up·down", _PAIR, version=2),
+    "lora": Method(methods.Lora, methods.lora, "factors", "up·down", _PAIR, serves=_lora, version=3),
     "perp": Method(
         methods.Perp, methods.perp, "norms", "norms, biases, head, embeddings, pairs under the mask", _MODEL, serves=_perp, version=2
     ),
     "scales": Method(
-        methods.Scales, methods.scales, "scales", "group scales (and zeros, norms, biases, factors)", _GRID, serves=_scales, version=2
+        methods.Scales, methods.scales, "scales", "group scales (and zeros, norms, biases, factors)", _GRID, serves=_scales, version=3
     ),
     "bitfit": Method(methods.BitFit, methods.bitfit, "biases", "biases", _MODEL, version=2),
-    "full": Method(methods.Full, methods.full, "dense", "every weight under the mask", _MODEL, serves=_full, version=3),
+    "full": Method(methods.Full, methods.full, "dense", "every weight under the mask", _MODEL, serves=_full, version=4),
     "qat": Method(
         methods.Qat,
         methods.qat,
@@ -190,6 +196,7 @@ RECOVER: dict[str, Method] = {
         "up·down and row magnitudes",
         Ways("magnitudes in the scales and in up", "low-rank term", "rescaled base in any format + PEFT LoRA", "scales or dense rows"),
         serves=_dora,
+        version=2,
     ),
     "qa_lora": Method(
         methods.QaLora,
@@ -201,12 +208,12 @@ RECOVER: dict[str, Method] = {
         serves=_qa_lora,
     ),
     "svft": Method(methods.Svft, methods.svft, "spectrum", "a sparse matrix between singular vectors", _PAIR, serves=_svft),
-    "qlora": Method(methods.Lora, methods.lora, "factors", "up·down on a quantized base", _PAIR, serves=_qlora, version=2),
+    "qlora": Method(methods.Lora, methods.lora, "factors", "up·down on a quantized base", _PAIR, serves=_qlora, version=3),
     "lq_lora": Method(
-        methods.Lora, methods.lora, "factors", "the factors of lq_lora's decomposition", _PAIR, serves=_from_decomposition, version=2
+        methods.Lora, methods.lora, "factors", "the factors of lq_lora's decomposition", _PAIR, serves=_from_decomposition, version=3
     ),
     "loftq": Method(
-        methods.Lora, methods.lora, "factors", "the factors of loftq's decomposition", _PAIR, serves=_from_decomposition, version=2
+        methods.Lora, methods.lora, "factors", "the factors of loftq's decomposition", _PAIR, serves=_from_decomposition, version=3
     ),
     "dequantize_train_requantize": Method(
         methods.DequantizeTrainRequantize,
@@ -216,7 +223,7 @@ RECOVER: dict[str, Method] = {
         Ways("fresh codes and scales", "as it was stored", "any grid format", "in place"),
         grid_safe=False,
         serves=_needs_grid,
-        version=3,
+        version=4,
     ),
     "lota": Method(
         increments.Lota,
@@ -252,7 +259,7 @@ RECOVER: dict[str, Method] = {
         "what `train` names, block by block towards the dense block's output",
         Ways("as what it trains", "as it was stored", "as what it trains", "as what it trains"),
         serves=_reconstruct,
-        version=3,
+        version=4,
         by_block=True,
     ),
     "serial_adapter": Method(bottlenecks.SerialAdapter, bottlenecks.serial_adapter, "adapters", "bottlenecks behind sublayers", _BESIDE),

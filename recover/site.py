@@ -75,8 +75,8 @@ def train_factors(linears: Mapping[str, CompressedLinear]) -> dict[str, Trainabl
         holder = None if low_rank is None or low_rank.shared is None else linears.get(low_rank.shared)
         found = linear.train_low_rank()
         if holder is not None and holder.down is not None:
-            del found["down"]
-            linear.down = holder.down
+            found = {key: t for key, t in found.items() if not key.startswith("down")}
+            linear.down, linear.down_scales = holder.down, holder.down_scales
         out |= {f"{name}.{key}": t for key, t in found.items()}
     return out
 

@@ -100,6 +100,10 @@ def compress(weight_OI: torch.Tensor, kind: str) -> Any:
     if kind == "lq":
         base = StoredWeight(on_grid(weight, 3))
         return replace(base, low_rank=low_rank_of(weight - base.dense()))
+    if kind == "lq-4-bit":
+        term = compress(weight, "lq").low_rank
+        on_grids = (on_grid(factor.float(), 4, symmetric=True, group_size=size) for factor, size in ((term.up, 4), (term.down, 16)))
+        return replace(compress(weight, "3-bit"), low_rank=LowRank(*on_grids))
     if kind == "2:4+4-bit+lq":
         base = compress(weight, "2:4+4-bit")
         return replace(base, low_rank=low_rank_of(weight - base.dense()))
@@ -111,7 +115,7 @@ def compress(weight_OI: torch.Tensor, kind: str) -> Any:
     raise ValueError(kind)
 
 
-KINDS = ("dense", "pruned", "2:4", "3-bit", "nf4", "nf4-nested", "2:4+4-bit", "act-order", "lq", "2:4+4-bit+lq", "everything")
+KINDS = ("dense", "pruned", "2:4", "3-bit", "nf4", "nf4-nested", "2:4+4-bit", "act-order", "lq", "lq-4-bit", "2:4+4-bit+lq", "everything")
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Module]:

@@ -17,7 +17,7 @@ from .conftest import KINDS, batch, compress, compressed, held_out, llama
 
 SHORT = {"steps": 2, "loss": "cross_entropy", "eval_every": 2}
 CONFIGS = {
-    "lora": [{"rank": 4}, {"rank": 4, "norms": True, "biases": True}],
+    "lora": [{"rank": 4}, {"rank": 4, "norms": True, "biases": True}, {"rank": 4, "scales": True}],
     "dora": [{"rank": 4}],
     "qa_lora": [{"rank": 2}],
     "svft": [{"rank": 8, "width": 2}, {"rank": 0, "pattern": "plain"}],
@@ -36,7 +36,7 @@ CONFIGS |= {
     "parallel_adapter": [{"bottleneck": 8, "at": "both"}],
 }
 TOKENS = ("prefix_tuning", "prompt_tuning", "p_tuning", "mam_adapter")
-FEWER = ("dense", "2:4", "3-bit", "nf4-nested", "2:4+4-bit+lq", "everything")  # what a method's further settings are tried on
+FEWER = ("dense", "2:4", "3-bit", "nf4-nested", "lq-4-bit", "2:4+4-bit+lq", "everything")  # what a method's further settings are tried on
 CASES = [
     (name, kind, own)
     for name, row in RECOVER.items()
@@ -106,6 +106,9 @@ def check_folding(name, kind, model, attached, before):
             assert not bool(stored.base_dense()[~stored.mask_OI()].any())
         if RECOVER[name].grid_safe and not isinstance(old.base, DenseWeight):
             assert torch.equal(stored.base.codes, old.base.codes)
+        if kind == "lq-4-bit" and (RECOVER[name].main == "factors" or name == "scales"):
+            for new_factor, factor in zip((stored.low_rank.up, stored.low_rank.down), (old.low_rank.up, old.low_rank.down), strict=True):
+                assert torch.equal(new_factor.codes, factor.codes) and new_factor.stored_bits() == factor.stored_bits()
     twin = llama()
     twin.load_state_dict({k: v for k, v in model.state_dict().items() if k in twin.state_dict()}, strict=False)
     new = install(twin, {n: s for n, (s, _) in after.items()})
