@@ -225,7 +225,8 @@ def _recover_rows() -> list[Row]:
         demo += [_untouched(kind, DEMO), *(_recovered(name, kind, settings, DEMO) for name, settings in chosen.items())]
     tags = {"kind": "3-bit, best 32", "seed": 0}
     demo.append(Row("not recovered", _BEST, tags))
-    for name, own in (("lora", {}), ("lora, scales", {"scales": True})):
+    beside = {"lora": {}, "lora, scales": {"scales": True}, "lora, scales, biases": {"scales": True, "biases": True}}
+    for name, own in beside.items():
         demo.append(Row(name, (*_BEST, {"recover": {**_BUDGET[DEMO], **_FOUR["lora"], **own}}), tags))
     return [*small, *demo]
 
