@@ -193,10 +193,7 @@ class CompressedLinear(nn.Module):
         """(up [O, R], down [R, I]) float32 as they are now, differentiable in what trains of them; None without a low-rank term."""
         if self.up is None or self.down is None:
             return None
-        return tuple(
-            factor if scales is None else scales.weights(factor, scales.delta)
-            for factor, scales in ((self.up, self.up_scales), (self.down, self.down_scales))
-        )  # type: ignore[return-value]
+        return _moved(self.up, self.up_scales), _moved(self.down, self.down_scales)
 
     def train_low_rank(self, storage: torch.dtype = torch.float16) -> dict[str, Trainable]:
         """The low-rank pair, created by `set_low_rank` or found in the record, as trainables. Of a factor on a grid the scales train and the
@@ -286,6 +283,10 @@ def cache_dense(linears: Mapping[str, CompressedLinear], budget_bytes: float) ->
     for linear in wanted:
         linear.cache(size <= budget_bytes)
     return size <= budget_bytes
+
+
+def _moved(factor: Tensor, scales: RelativeScales | None) -> Tensor:
+    return factor if scales is None else scales.weights(factor, scales.delta)
 
 
 def _stored_factor(value: Tensor, scales: RelativeScales | None, old: Factor | None, storage: torch.dtype) -> Factor:
