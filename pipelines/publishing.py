@@ -93,8 +93,10 @@ def _figure(shown: list[dict[str, Any]], table: Table) -> Figure:
         joined = [row for row in shown if places[row["model"], row["name"]] > 1]  # a single point is no line
         return lines_figure(joined, table.x, "perplexity", "name", panel=table.panel, xlabel=across, log_y=True)
     labelled = [r | {"label": " ".join(str(r[key]) for key in ("name", *table.tags)).strip()} for r in shown]
-    label = None if table.panel or len(shown) > 40 else "label"
-    return pareto_figure(labelled, x=table.x, y="perplexity", label=label, series="name", panel=table.panel, xlabel=across)
+    label, panel = None if table.panel or len(shown) > 40 else "label", table.panel
+    if panel not in (None, "model") and len({row["model"] for row in shown}) > 1:  # perplexities of two models share no axis
+        labelled, panel = [row | {"panel": f"{row['model']}: {row[panel]}"} for row in labelled], "panel"
+    return pareto_figure(labelled, x=table.x, y="perplexity", label=label, series="name", panel=panel, xlabel=across)
 
 
 def _notes(name: str, found: list[dict[str, Any]], table: Table) -> list[str]:

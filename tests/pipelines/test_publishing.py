@@ -1,6 +1,7 @@
 """The reference tables: every row is a recipe that resolves, a killed measurement goes on, and a row that loses says so."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,13 @@ def test_a_row_that_loses_at_equal_bytes_says_to_whom(table: Table) -> None:
     verdicts = [publishing._verdict(r, rows, table) for r in rows]
     assert verdicts[:2] == ["on the Pareto line"] * 2
     assert verdicts[2] == "loses 0.693 nats to good, 4"
+
+
+def test_two_models_share_no_panel(table: Table) -> None:
+    rows = [
+        {"model": model, "name": "rtn", "bits": bits, "bits_per_weight": bits, "perplexity": value}
+        for model, value in (("small", 30.0), ("demo", 20.0))
+        for bits in (3, 4)
+    ]
+    titles = [axes.get_title(loc="left") or axes.get_title() for axes in publishing._figure(rows, replace(table, panel="bits")).axes]
+    assert [title for title in titles if title] == ["small: 3", "small: 4", "demo: 3", "demo: 4"]
