@@ -291,15 +291,15 @@ def _trained(steps: int, method: str = "scales", **settings: Any) -> Stage:
 
 def _grid_rows(bits: int) -> list[Row]:
     start, tags = _quantize(bits), {"bits": bits}
-    rival = (_quantize(bits, group_size=128), {"decompose": {"method": "best", "rank": 4}})
+    rival = (_quantize(bits, group_size=192), {"decompose": {"method": "best", "rank": 4}})
     rounded = (_quantize(bits, "learned_rounding", **_SHORT),)
     rows = {
         "gptq": (start,),
         "gptq, group 32": (_quantize(bits, group_size=32),),
-        "gptq, group 128, best rank 4": rival,
+        "gptq, group 192, best rank 4": rival,
         "gptq, norms 60": (start, _trained(60, "perp", biases=False)),
         "gptq, scales and norms 60": (start, _trained(60)),
-        "gptq, group 128, best rank 4, factors and norms 60": (*rival, _trained(60, "lora", rank=4)),
+        "gptq, group 192, best rank 4, factors and norms 60": (*rival, _trained(60, "lora", rank=4)),
         "learned_rounding": rounded,
         "block_training": (_quantize(bits, "block_training", **_SHORT),),
         "learned_rounding, scales and norms 60": (*rounded, _trained(60)),
