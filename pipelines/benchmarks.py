@@ -30,7 +30,7 @@ from .doctor import cpu_name
 from .errors import PipelineError, UsageError
 from .recipe import Recipe, resolve
 from .settings import unknown
-from .stage_settings import build, methods
+from .stage_settings import StageSpec, build, methods
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def run(subject: str, options: Options) -> dict[str, Any]:
     if subject == "allocate":
         rows = bench_solvers.allocation(options.repeats)
     elif options.model is not None or subject == "recover":
-        rows = list(_on_model(subject, chosen, options))
+        rows = _on_model(subject, chosen, options)
     else:
         rows = list(_on_layers(subject, chosen, options, device))
     measured = {"schema": 1, "bench": subject, "environment": _environment(device, options), "rows": rows}
@@ -250,12 +250,15 @@ def _give_back_freed_memory() -> None:
 # -- stages of a model -----------------------------------------------------------------------------------------------------------
 
 
-def _on_model(subject: str, chosen: Sequence[tuple[str, str]], options: Options) -> Iterator[dict[str, Any]]:
-    """One run a method in a shared run directory; what the methods have in common runs once, finished rows are read back."""
+def _on_model(subject: str, chosen: Sequence[tuple[str, str]], options: Options) -> list[dict[str, Any]]:
+    """One run a method in a shared run directory; what the methods have in common runs once, finished rows are read back. Of recoveries
+    the seconds of a step as well, measured anew by all in turn."""
     from . import runner
 
     model = options.model or "demo"
     place = (options.output or Path("runs")) / f"bench-{subject}"
+    served: dict[str, StageSpec] = {}
+    rows: list[dict[str, Any]] = []
     for stage, method in chosen:
         settings = {"method": method} | ({"steps": RECOVERY_STEPS} if stage == "recover" else {})
         asked = recipe_of({"name": f"bench-{subject}", "model": model, "stages": [*BEFORE[subject], {stage: settings}]})
@@ -263,11 +266,17 @@ def _on_model(subject: str, chosen: Sequence[tuple[str, str]], options: Options)
             record = runner.run(asked, place, device=options.device)
         except PipelineError as error:
             log.warning("%s %s: %s", stage, method, error)
-            yield {"stage": stage, "method": method, "model": model, "error": str(error)}
+            rows.append({"stage": stage, "method": method, "model": model, "error": str(error)})
             continue
-        last = record.stages[-1]
+        last, served[method] = record.stages[-1], asked.stages[-1]
         fields = ("seconds", "peak_bytes", "perplexity", "perplexity_ratio", "bits_per_weight", "total_bytes", "trainable_parameters")
-        yield {"stage": stage, "method": method, "model": model} | {name: getattr(last, name) for name in fields}
+        rows.append({"stage": stage, "method": method, "model": model} | {name: getattr(last, name) for name in fields})
+    if subject == "recover" and served:
+        from .bench_recover import step_seconds
+
+        steps = step_seconds(runner.last_artifact(place, "quantize"), list(served.values()), _device(options), options.repeats)
+        rows = [row | steps.get(row["method"], {}) for row in rows]
+    return rows
 
 
 def recipe_of(document: Mapping[str, Any]) -> Recipe:

@@ -29,6 +29,8 @@ TEXTS: dict[str, dict[str, dict[str, int]]] = {
     "shape": {"calibration": {"samples": 8, "seq_len": 512}, "evaluation": {"seq_len": 512, "windows": 2}},
 }
 METHODS = {"depths": ("gptq",), "shape": ("rtn", "nf4", "gptq")}
+BRIEF: dict[str, dict[str, Any]] = {name: {"steps": 20} for name in ("learned_rounding", "block_training")}
+"""Settings of methods that train a block: their time is that of their steps."""
 Launch = Callable[[Path, Path, str], dict[str, Any]]
 """(recipe file, run directory, device) → {"record", "peak_bytes"} or {"error"}."""
 
@@ -110,7 +112,13 @@ def _run(place: Path, model: Path, kind: str, stage: str, method: str, device: s
     recipe = place / f"{model.name}-{stage}-{method}.yaml"
     text = str(model / "text.jsonl")
     data = {"calibration": text, "train": text, "evaluation": text}
-    settings = {"name": f"bench-{kind}", "model": str(model), "data": data, **TEXTS[kind], "stages": [{stage: {"method": method}}]}
+    settings = {
+        "name": f"bench-{kind}",
+        "model": str(model),
+        "data": data,
+        **TEXTS[kind],
+        "stages": [{stage: {"method": method} | BRIEF.get(method, {})}],
+    }
     recipe.write_text(json.dumps(settings), encoding="utf-8")
     found = launch(recipe, place / f"run-{model.name}-{stage}-{method}", device)
     if "error" in found:

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from bitmend.compress.methods import QUANTIZE
-from bitmend.pipelines import bench_solvers, benchmarks
+from bitmend.pipelines import bench_recover, bench_solvers, benchmarks
 from bitmend.pipelines.benchmarks import Options, run, synthetic_layer
 from bitmend.pipelines.errors import UsageError
+from bitmend.pipelines.ledger import last_artifact
+from bitmend.pipelines.stage_settings import build
 
 
 def test_a_size_gives_the_same_layer_every_time() -> None:
@@ -109,12 +111,28 @@ def test_a_model_runs_whole_stages_and_a_failure_stays_in_its_row(tmp_path: Path
             "r", recipe.model, stages=(StageRecord("baseline"), StageRecord(last.name, last.method, seconds=last.config.steps * 1.0))
         )
 
+    def steps(parent: Any, specs: Any, device: torch.device, repeats: int) -> dict[str, dict[str, float]]:
+        return (
+            {spec.method: {"seconds_per_step": repeats / 2} for spec in specs} if parent == (tmp_path / "bench-recover", "quantize") else {}
+        )
+
+    monkeypatch.setattr(bench_recover, "step_seconds", steps)
     runner: Any = types.ModuleType("bitmend.pipelines.runner")
-    runner.run = fake
+    runner.run, runner.last_artifact = fake, lambda *asked: asked
     monkeypatch.setitem(sys.modules, runner.__name__, runner)
     monkeypatch.setattr(bitmend.pipelines, "runner", runner, raising=False)
     measured = run("recover", Options(device="cpu", only=("lora", "perp"), output=tmp_path))
     assert [row.get("seconds") for row in measured["rows"]] == [benchmarks.RECOVERY_STEPS, None]
+    assert [row.get("seconds_per_step") for row in measured["rows"]] == [1.5, None]
     assert measured["rows"][1]["error"] == "cannot serve this"
     assert asked[0] == ("demo", ["rtn", "lora"], tmp_path / "bench-recover", "cpu")
     assert (tmp_path / "bench-recover.md").is_file()
+
+
+def test_steps_are_timed_in_turn_and_blocks_have_none(finished: Path) -> None:
+    parent = last_artifact(finished, "decompose")
+    names = ("lora", "scales", "fish_mask", "reconstruct")
+    specs = [build("recover", "recover", {"method": name, "batch_size": 1, "seq_len": 32}) for name in names]
+    found = bench_recover.step_seconds(parent, [spec for spec in specs if spec is not None], torch.device("cpu"), 2)
+    assert set(found) == {"lora", "scales", "fish_mask"}
+    assert all(0 <= row["step_spread"] < 60 and row["seconds_per_step"] > 0 for row in found.values())
