@@ -5,7 +5,7 @@ PYTHON ?= python3
 PACKAGES := compress recover kernels pipelines reports
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test proofs check venv interop publish clean FORCE
+.PHONY: demo test proofs check venv interop rivals publish clean FORCE
 
 demo: venv
 	$(BIN)/pipeline run compress_and_recover
@@ -21,6 +21,14 @@ proofs: venv
 interop: venv
 	VENV_INTEROP=$(CURDIR)/.venv-interop bash tests/interop/build.sh
 	$(BIN)/python -P -m pytest -m interop tests/interop
+
+# AutoRound in an environment of its own, for its rows of the grid table.
+rivals: .venv-rivals/.installed
+
+.venv-rivals/.installed: tests/interop/rivals.txt constraints.txt
+	$(PYTHON) -m venv .venv-rivals
+	.venv-rivals/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r tests/interop/rivals.txt
+	touch $@
 
 check: venv
 	$(BIN)/ruff check .

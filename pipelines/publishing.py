@@ -11,6 +11,8 @@ import argparse
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from matplotlib.figure import Figure
 from ..reports import published
 from ..reports.plots import lines_figure, pareto_figure
 from ..reports.record import RunRecord
-from . import logs, recipe, runner
+from . import logs, recipe, rivals, runner
 from .doctor import cpu_name
 from .errors import InputError, UsageError
+from .exporting import export
+from .inputs import Inputs
 from .perplexity import evaluate
 from .reference import SETTINGS, SMALL, Row, Table, tables
 from .rundir import RunDirectory
@@ -62,10 +66,11 @@ def _take_published(name: str, kept: published.Rows) -> None:
             kept.append(row | {"protocol": table["protocol"].get(row["model"])})
 
 
-def _versions(row: Row) -> dict[str, int]:
+def _versions(row: Row) -> dict[str, int | str]:
     """Method → its version, of every stage of the row: a row stands as long as these do."""
     stages = [(name, settings["method"]) for stage in row.stages for name, settings in stage.items()]
-    return {f"{name} {method}": methods(name)[method].version for name, method in stages}
+    theirs = {} if row.rival is None else {row.rival["program"]: rivals.VERSIONS[row.rival["program"]]}
+    return theirs | {f"{name} {method}": methods(name)[method].version for name, method in stages}
 
 
 def _stands(row: Row, kept: published.Rows) -> bool:
@@ -132,20 +137,53 @@ def _identity(row: Row) -> dict[str, Any]:
 
 
 def _measure(row: Row, directory: Path, other_text: bool) -> dict[str, Any]:
-    settings = directory.parent / "row.yaml"
-    settings.parent.mkdir(parents=True, exist_ok=True)
-    document = {"name": "published", "seed": row.seed, **SETTINGS[row.model], "stages": [dict(stage) for stage in row.stages]}
-    settings.write_text(dump(document))
     options = {"model": "demo", "profile": "demo", "budget": row.budget}
     if row.model == SMALL:
         if not SMALL_MODEL.is_dir():
             raise InputError(f"{SMALL_MODEL}: no such directory; run this from the root of the repository")
         options = {"model": str(SMALL_MODEL / "model"), "data": str(SMALL_MODEL / "text.jsonl"), "profile": "standard"}
+    if row.rival is not None:
+        return _measure_rival(row, directory, options, other_text)
     try:
-        numbers = _numbers(runner.run(recipe.resolve(str(settings), options=options), directory, page=False))
+        numbers = _numbers(runner.run(_recipe(row, options, directory), directory, page=False))
     except UsageError as error:
         return {"refused": f"refused: {error}"}
     return numbers | (_on_other_text(directory, row.model) if other_text else {})
+
+
+def _recipe(row: Row, options: Mapping[str, Any], directory: Path) -> recipe.Recipe:
+    settings = directory.parent / "row.yaml"
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    stages = [dict(stage) for stage in row.stages] or [{"fuse": {"backend": "reference"}}]
+    settings.write_text(dump({"name": "published", "seed": row.seed, **SETTINGS[row.model], "stages": stages}))
+    return recipe.resolve(str(settings), options=options)
+
+
+def _measure_rival(row: Row, directory: Path, options: Mapping[str, Any], other_text: bool) -> dict[str, Any]:
+    """What the other program made of the baseline, as it stands or as the row's stages leave it; differences are to the dense model."""
+    assert row.rival is not None
+    dense = directory / "rivals" / "dense"
+    chosen = _recipe(replace(row, stages=()), options, directory)
+    first = runner.run(chosen, directory, until_stage="baseline", page=False).stages[0]
+    if not dense.is_dir():
+        export(directory, "dense", dense, stage="baseline")
+    checkpoint, said = rivals.made(directory / "rivals", dense, Inputs(chosen, dense).calibration(), row.rival)
+    own = checkpoint.parent / "run"
+    record = runner.run(_recipe(row, {**options, "model": str(checkpoint), "teacher": options["model"]}, directory), own, page=False)
+    numbers = _numbers(record)
+    assert first.perplexity is not None
+    ratio = numbers["perplexity"] / first.perplexity
+    numbers |= {"nll_difference": math.log(ratio), "nll_difference_stderr": None, "baseline_perplexity": first.perplexity}
+    if row.stages:
+        before = record.stages[0].perplexity
+        assert before is not None
+        numbers["gap_closed"] = math.log(before / numbers["perplexity"]) / math.log(before / first.perplexity)
+    else:
+        numbers |= {"seconds": said["seconds"], "peak_bytes": said["peak_bytes"], "gap_closed": None}
+    if not other_text:
+        return numbers
+    other = _on_other_text(own, row.model)
+    return numbers | other | {"other_baseline_perplexity": _on_other_text(directory, row.model)["other_baseline_perplexity"]}
 
 
 def _on_other_text(directory: Path, model: str) -> dict[str, Any]:

@@ -29,6 +29,8 @@ class Row:
     model: str = DEMO
     seed: int = 0
     budget: str | None = None
+    rival: Mapping[str, Any] | None = None
+    """What another program quantizes first (`rivals.made`); the stages begin at its checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -289,6 +291,11 @@ def _trained(steps: int, method: str = "scales", **settings: Any) -> Stage:
     return {"recover": {**_BUDGET[DEMO], "method": method, "norms": True, "steps": steps, **settings}}
 
 
+def _auto_round(bits: int) -> Mapping[str, Any]:
+    """Its default steps on as many samples as are its default, cut from our calibration tokens; 1,024 tokens a step."""
+    return {"program": "auto_round", "bits": bits, "group_size": 64, "iterations": 200, "samples": 128, "batch_size": 8}
+
+
 def _grid_rows(bits: int) -> list[Row]:
     start, tags = _quantize(bits), {"bits": bits}
     rival = (_quantize(bits, group_size=192), {"decompose": {"method": "best", "rank": 4}})
@@ -303,16 +310,28 @@ def _grid_rows(bits: int) -> list[Row]:
         "learned_rounding": rounded,
         "block_training": (_quantize(bits, "block_training", **_SHORT),),
         "learned_rounding, scales and norms 60": (*rounded, _trained(60)),
-        "learned_rounding, scales and norms 300": (*rounded, _trained(300)),
     }
-    return [Row(name, stages, tags) for name, stages in rows.items()]
+    if bits < 4:
+        rows["learned_rounding, scales and norms 300"] = (*rounded, _trained(300))
+    theirs = {"AutoRound": (), "AutoRound, scales and norms 60": (_trained(60),)}
+    return [
+        *(Row(name, stages, tags) for name, stages in rows.items()),
+        *(Row(name, stages, tags, rival=_auto_round(bits)) for name, stages in theirs.items()),
+    ]
 
 
+_RIVAL_NOTE = (
+    "AutoRound 0.16.1: 200 steps of 1,024 tokens a block, asymmetric, group 64, its calibration 128 windows of 128 tokens of ours."
+)
 GRID = Table(
     "Training what the quantizer stores, against spending bytes on groups, bits and factors",
     [*_grid_rows(3), *_grid_rows(2), *_grid_rows(4)],
     ("bits",),
-    notes=("The number behind a method counts its steps of 1,024 tokens, trained by distillation from the dense model.", _SHORT_NOTE),
+    notes=(
+        "The number behind a method counts its steps of 1,024 tokens, trained by distillation from the dense model.",
+        _SHORT_NOTE,
+        _RIVAL_NOTE,
+    ),
     other_text=True,
 )
 
