@@ -14,6 +14,7 @@ from . import normal_float as nf
 from .feedback import BLOCK, InverseFactor, OpenColumns, RoundRow, factor_of, feed_back_
 from .grids import Clip, UniformGrid, check_grid, divide, fit, to_record
 from .masks import finite
+from .refit import refit_scales
 from .rounding import base_target, grid_importance, normal_float_record, quantized, refuse_float_zeros
 from .statistics import LayerStatistics
 from .weights import ActivationGrid, StoredWeight, UniformWeight
@@ -27,7 +28,9 @@ class GptqConfig:
     order, each grid fitted to the updated weights when its group begins; "full": as "none" over the visiting order, so that
     columns of a group are scattered and a group index is stored. `correction` ∈ [0, 1] moves the target toward what the dense
     model's inputs would give (GPTAQ, arXiv:2504.02692; 1 is the paper's, smaller is steadier). `first_order` ∈ [0, 1) draws each column
-    back toward its own value by that share before it is rounded (FOEM, arXiv:2507.11017; 0.1 and 0.2 are its authors').
+    back toward its own value by that share before it is rounded (FOEM, arXiv:2507.11017; 0.1 and 0.2 are its authors'). `refit` solves the
+    scales anew for the codes that came out (`refit`), against what the matrix would give for the inputs of the compressed model (0), those
+    of the dense one (1), or between; None leaves them.
 
     `clip` hessian weighs the grid search by the inputs' mean squares: perplexity 41.9 instead of 45.4 at 3 bits and 120 instead of 138 at
     2 (SmolLM2-135M, group 64, 64 × 512 tokens of WikiText-2). Weighing by what is left after later columns made up for an error, 1/U_jj²,
@@ -43,11 +46,14 @@ class GptqConfig:
     damp: float = 0.01
     correction: float = 0.0
     first_order: float = 0.0
+    refit: float | None = None
     activations: ActivationGrid | None = None
 
     def __post_init__(self) -> None:
         check_grid(self.bits, self.group_size, self.clip, self.symmetric, self.float_zeros)
         check_feedback(self.damp, self.correction)
+        if self.refit is not None and not 0.0 <= self.refit <= 1.0:
+            raise ValueError(f"refit {self.refit} must lie in [0, 1], or be null")
         if not 0.0 <= self.first_order < 1.0:
             raise ValueError(f"first_order {self.first_order} must lie in [0, 1)")
         if self.act_order not in get_args(ActOrder):
@@ -201,7 +207,11 @@ def gptq(weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, c
     base_OI, factor = _problem(weight, target_OI, statistics, config.damp, config.act_order != "none", config.correction)
     importance_I, static = grid_importance(weight, statistics, config.clip), config.act_order == "static_groups"
     base, loss = gptq_uniform(base_OI, factor, grid, config.clip, static, importance_I, weight.mask_OI(), BLOCK, config.first_order)
-    if config.first_order:  # not all of a column's error was carried on
+    if config.refit is not None:
+        moment_II = _seen(statistics.inputs.second_moment_II, weight)
+        cross_II = moment_II + config.refit * _shift(weight, statistics) if config.refit else moment_II
+        base = refit_scales(base, base_target(weight, target_OI), moment_II, cross_II, weight.mask_OI())
+    if config.first_order or config.refit is not None:  # the sweep's own sum is not what is lost
         lost_OI = base_OI - base.dense() if weight.smooth is None else (base_OI - base.dense()) / weight.smooth.float()
         loss = float(((lost_OI @ statistics.inputs.second_moment_II) * lost_OI).sum())
     return quantized(weight, base, config.activations), feedback_metrics(factor, loss)
@@ -234,11 +244,21 @@ def _problem(
     base_OI, inputs = base_target(weight, target_OI), statistics.inputs
     factor = factor_of(inputs, damp, by_diagonal, weight.smooth)
     if correction:
-        shift_II = finite(inputs.cross_moment_II, "cross moment") - inputs.second_moment_II
-        if weight.smooth is not None:
-            shift_II = shift_II / (weight.smooth.float().unsqueeze(1) * weight.smooth.float())
-        base_OI = corrected_target(base_OI, shift_II, factor, correction)
+        base_OI = corrected_target(base_OI, _shift(weight, statistics), factor, correction)
     return base_OI, factor
+
+
+def _shift(weight: StoredWeight, statistics: LayerStatistics) -> Tensor:
+    """E[(x_dense − x)·xᵀ] as the base sees its inputs."""
+    inputs = statistics.inputs
+    return _seen(finite(inputs.cross_moment_II, "cross moment") - inputs.second_moment_II, weight)
+
+
+def _seen(moment_II: Tensor, weight: StoredWeight) -> Tensor:
+    """A moment of the inputs as the base sees them: divided by what smooths them."""
+    if weight.smooth is None:
+        return moment_II
+    return moment_II / (weight.smooth.float().unsqueeze(1) * weight.smooth.float())
 
 
 def _static_grids(

@@ -67,8 +67,9 @@ def _magnitude_needs(config: Any) -> frozenset[str]:
 
 
 def _feedback_needs(config: Any) -> frozenset[str]:
-    """Methods that carry errors on: a correction toward the dense model's inputs needs them beside the compressed ones."""
-    return frozenset({"second_moment", "cross_moment"} if getattr(config, "correction", 0.0) else {"second_moment"})
+    """Methods that carry errors on: what leans toward the dense model's inputs needs them beside the compressed ones."""
+    leans = getattr(config, "correction", 0.0) or getattr(config, "refit", None)
+    return frozenset({"second_moment", "cross_moment"} if leans else {"second_moment"})
 
 
 PRUNE: Mapping[str, Method] = {

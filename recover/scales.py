@@ -51,13 +51,12 @@ class RelativeScales(nn.Module):
 
     def pull_back(self, base_OI: Tensor, gradient_OI: Tensor) -> tuple[Tensor, ...]:
         """Gradients of (δ[, ζ]): dδ_g = Σ_{i in g} dW·(W0 − s0ζm), dζ_g = −s·Σ_{i in g} dW·m. `gradient_OI` is used up."""
-        shifted = base_OI if self.zeta is None else self._moved_zero(base_OI, self.zeta)
-        out = (self._group_sum(gradient_OI * shifted),)
         if self.zeta is None:
-            return out
+            return (self._group_sum(gradient_OI.mul_(base_OI)),)
         mask = self.stored.mask_OI()
+        moved = self._group_sum(gradient_OI * self._moved_zero(base_OI, self.zeta))
         masked = gradient_OI if mask is None else gradient_OI.masked_fill_(~mask, 0)
-        return (*out, -self.start_scales() * (1 + self.delta.detach()) * self._group_sum(masked))
+        return moved, -self.start_scales() * (1 + self.delta.detach()) * self._group_sum(masked)
 
     def fold(self, stored: StoredWeight) -> StoredWeight:
         """The record with the trained scales (and zeros) in their storage dtypes; codes and mask untouched.
