@@ -148,7 +148,12 @@ def _measure(row: Row, directory: Path, other_text: bool) -> dict[str, Any]:
         numbers = _numbers(runner.run(_recipe(row, options, directory), directory, page=False))
     except UsageError as error:
         return {"refused": f"refused: {error}"}
-    return numbers | (_on_other_text(directory, row.model) if other_text else {})
+    if other_text:
+        numbers |= {
+            "other_baseline_perplexity": _other_text(directory, row.model, 0),
+            "other_perplexity": _other_text(directory, row.model, -1),
+        }
+    return numbers
 
 
 def _recipe(row: Row, options: Mapping[str, Any], directory: Path) -> recipe.Recipe:
@@ -168,7 +173,7 @@ def _measure_rival(row: Row, directory: Path, options: Mapping[str, Any], other_
     if not dense.is_dir():
         export(directory, "dense", dense, stage="baseline")
     checkpoint, said = rivals.made(directory / "rivals", dense, Inputs(chosen, dense).calibration(), row.rival)
-    own = checkpoint.parent / "run"
+    own = rivals.place_of(directory / "rivals", row.rival) / "run"
     record = runner.run(_recipe(row, {**options, "model": str(checkpoint), "teacher": options["model"]}, directory), own, page=False)
     numbers = _numbers(record)
     assert first.perplexity is not None
@@ -182,20 +187,18 @@ def _measure_rival(row: Row, directory: Path, options: Mapping[str, Any], other_
         numbers |= {"seconds": said["seconds"], "peak_bytes": said["peak_bytes"], "gap_closed": None}
     if not other_text:
         return numbers
-    other = _on_other_text(own, row.model)
-    return numbers | other | {"other_baseline_perplexity": _on_other_text(directory, row.model)["other_baseline_perplexity"]}
+    found = {"other_baseline_perplexity": _other_text(directory, row.model, 0), "other_perplexity": _other_text(own, row.model, -1)}
+    return numbers | found
 
 
-def _on_other_text(directory: Path, model: str) -> dict[str, Any]:
-    """Perplexity of the last stage and of the baseline on Python's own manual, which every Python has."""
+def _other_text(directory: Path, model: str, place: int) -> float:
+    """Perplexity of one of the run's stages on Python's own manual, which every Python has."""
     from pydoc_data.topics import topics
 
     manual = directory.parent / "manual.txt"
     manual.write_text("\n\n".join(topics[name] for name in sorted(topics)))
-    stages = RunDirectory(directory).read()["stages"]
-    protocol = {"eval_source": str(manual), **SETTINGS[model]["evaluation"]}
-    found = [evaluate(str(directory / "stages" / stages[place]["name"]), **protocol)["perplexity"] for place in (0, -1)]
-    return {"other_baseline_perplexity": found[0], "other_perplexity": found[1]}
+    stage = RunDirectory(directory).read()["stages"][place]["name"]
+    return evaluate(str(directory / "stages" / stage), eval_source=str(manual), **SETTINGS[model]["evaluation"])["perplexity"]
 
 
 def _numbers(record: RunRecord) -> dict[str, Any]:

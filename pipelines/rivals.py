@@ -26,7 +26,7 @@ def made(directory: Path, dense: Path, ids_NT: Tensor, asked: Mapping[str, Any])
     dense: a Hugging Face directory in float32; ids: the calibration windows; asked: program, bits, group_size, iterations, samples,
     batch_size. InputError without the environment, or with the program's last words when it fails.
     """
-    place = directory / "-".join(str(value) for value in asked.values())
+    place = place_of(directory, asked)
     said, checkpoint = place / "run.json", place / "checkpoint"
     if not said.is_file():
         python = _interpreter()
@@ -44,6 +44,10 @@ def made(directory: Path, dense: Path, ids_NT: Tensor, asked: Mapping[str, Any])
             f"{said}: made by {asked['program']} {found['version']}, the table is of {VERSIONS[asked['program']]}; `make rivals`, delete {place}"
         )
     return next(checkpoint.rglob("config.json")).parent, found
+
+
+def place_of(directory: Path, asked: Mapping[str, Any]) -> Path:
+    return directory / "-".join(str(value) for value in asked.values())
 
 
 def _interpreter() -> Path:
