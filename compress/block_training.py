@@ -19,6 +19,7 @@ from .block import BlockProblem, Window
 from .gptq import GptqConfig, gptq
 from .grids import Clip, UniformGrid, check_grid, clip_needs
 from .latents import Latent
+from .precision import Matmul, matmuls
 from .rounding import RtnConfig, quantized, rtn
 from .weights import ActivationGrid, StoredWeight, UniformWeight
 
@@ -52,6 +53,7 @@ class LearnedRoundingConfig:
     range_rate: float | None = None
     outliers: float = 0.001
     target: Literal["dense", "compressed"] = "dense"
+    matmul: Matmul = "highest"
     activations: ActivationGrid | None = None
 
     def __post_init__(self) -> None:
@@ -77,6 +79,7 @@ class BlockTrainingConfig:
     zero_rate: float = 0.0
     outliers: float = 0.0
     target: Literal["dense", "compressed"] = "dense"
+    matmul: Matmul = "highest"
     activations: ActivationGrid | None = None
 
     def __post_init__(self) -> None:
@@ -208,7 +211,7 @@ def _fit(
         for latent in latents.values():
             for parameter in latent.parameters():
                 parameter.grad = None
-        with torch.enable_grad():
+        with torch.enable_grad(), matmuls(config.matmul):
             out = problem.forward(others | {name: latent.effective() for name, latent in latents.items()}, problem.inputs_NTD[rows])
             _loss(out, problem.outputs_NTD[rows], config.outliers).backward()
         step(index / config.steps)

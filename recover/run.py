@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from ..compress.precision import Matmul
 from .losses import LossName
 from .state import AdamW, TrainState
 from .student import Student
@@ -21,7 +22,8 @@ from .trainable import RATES, Attached, Trainable
 class TrainConfig:
     """Shared by all methods. learning_rate None = the method's default; eval_every None = five times in the run; warmup is in
     steps (at most a quarter of the run). targets and layers: see `selection.where`. cache_dense keeps rebuilt
-    weights in memory (auto: when they fit)."""
+    weights in memory (auto: when they fit). matmul: how exactly the training multiplies (`precision.Matmul`); what is kept is judged
+    in float32 all the same."""
 
     steps: int = 200
     learning_rate: float | None = None
@@ -37,6 +39,7 @@ class TrainConfig:
     targets: str | tuple[str, ...] = "all"
     layers: str | tuple[int, ...] = "all"
     cache_dense: Literal["auto", "always", "never"] = "auto"
+    matmul: Matmul = "highest"
 
 
 class Schedule(Protocol):

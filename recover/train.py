@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..compress.precision import matmuls
 from .losses import Objective, negative_log_likelihood, token_loss
 from .run import Run, TrainConfig, learning_rate, rates
 from .selection import decoder_blocks
@@ -117,7 +118,6 @@ def train(
     save_every: int = 20,
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
-    compute_dtype: torch.dtype = torch.float32,
 ) -> TrainResult:
     """Train `attached.trainables` for config.steps updates.
 
@@ -132,8 +132,7 @@ def train(
         student or attached.run or student_of(model), attached, AdamW(attached.trainables), rates(attached.trainables, config, main), config
     )
     device = next(iter(attached.trainables.values())).parameter.device
-    autocast = torch.autocast(device.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32)
-    with checkpointed(model, config.gradient_checkpointing), autocast:
+    with checkpointed(model, config.gradient_checkpointing):
         if resume is None:
             _begin(run, held_out)
         else:
@@ -204,10 +203,11 @@ def _update(run: Run, batches: Callable[[int], Batch], teacher: Teacher | None, 
     total = 0.0
     for k in range(config.accumulation):
         batch = batches(step * config.accumulation + k).to(device)
-        loss = batch_loss(run.student, batch, teacher, Objective(config.loss, config.temperature)) / config.accumulation
-        if attached.penalty is not None:
-            loss = loss + attached.penalty() / config.accumulation
-        torch.autograd.backward(loss)
+        with matmuls(config.matmul):
+            loss = batch_loss(run.student, batch, teacher, Objective(config.loss, config.temperature)) / config.accumulation
+            if attached.penalty is not None:
+                loss = loss + attached.penalty() / config.accumulation
+            torch.autograd.backward(loss)
         total += float(loss.detach())
         run.tokens += batch.ids.numel()
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip if config.clip > 0 else math.inf))
@@ -228,7 +228,7 @@ def batch_loss(student: Student, batch: Batch, teacher: Teacher | None, objectiv
     hidden = student.hidden(batch.ids)[:, :-1][positions]
     guide = None
     if teacher is not None and objective.weights[0]:
-        with torch.no_grad():
+        with torch.no_grad(), matmuls("highest"):  # its states are kept, and other stages read them
             guide = (teacher.hidden(batch.ids)[:, :-1][positions], teacher.logits)
     return token_loss(hidden, student.logits, targets, guide, objective, [p for p in student.head_parameters if p.requires_grad])
 

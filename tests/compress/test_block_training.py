@@ -229,3 +229,19 @@ def test_stored_start_wants_a_grid() -> None:
     second, more = solve("block_training", again, start="stored", outliers=0.0)
     assert more["up"]["block_loss_start"] == pytest.approx(metrics["up"]["block_loss_best"], rel=1e-4)
     assert loss(given, second) <= loss(given, first)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_coarser_products_train_the_updates_alone(method: str) -> None:
+    seen: dict[bool, set[str]] = {True: set(), False: set()}
+    given = problem()
+
+    def forward(matrices: dict[str, Tensor], x: Tensor) -> Tensor:
+        seen[torch.is_grad_enabled()].add(torch.get_float32_matmul_precision())
+        return given.forward(matrices, x)
+
+    before = torch.get_float32_matmul_precision()
+    with torch.no_grad():  # as the stage calls it
+        solve(method, replace(given, forward=forward), matmul="medium", steps=5)
+    assert seen == {True: {"medium"}, False: {before}}
+    assert torch.get_float32_matmul_precision() == before

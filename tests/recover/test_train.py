@@ -1,12 +1,13 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from bitmend.recover.linear import compressed_linears
 from bitmend.recover.methods import RECOVER, attach, split
 from bitmend.recover.run import TrainConfig, learning_rate
-from bitmend.recover.student import Batch, student_of, teacher_of
+from bitmend.recover.student import Batch, Teacher, student_of, teacher_of
 from bitmend.recover.train import TrainingDiverged, held_out_loss, train
 
 from .conftest import batch, compressed, gpt2, held_out, llama
@@ -186,3 +187,28 @@ def test_every_method_has_a_rate_and_linears_are_found():
 
     assert all(row.main in RATES for row in RECOVER.values())
     assert len(compressed_linears(compressed("dense"))) == 14
+
+
+@pytest.mark.parametrize("matmul", ["high", "medium"])
+def test_coarser_products_train_the_updates_alone(matmul: str) -> None:
+    """Within an update the precision is what was asked for; the teacher, the held-out loss and what comes after have float32."""
+    seen: dict[str, set[str]] = {"student": set(), "teacher": set(), "held out": set()}
+    model, attached, config = start(steps=4, matmul=matmul)
+    student, told = (
+        student_of(model),
+        torch.randn(*batch(0).ids.shape, model.config.hidden_size, generator=torch.Generator().manual_seed(0)),
+    )
+
+    def hidden(ids: torch.Tensor) -> torch.Tensor:
+        seen["student" if torch.is_grad_enabled() else "held out"].add(torch.get_float32_matmul_precision())
+        return student.hidden(ids)
+
+    def taught(_: torch.Tensor) -> torch.Tensor:
+        seen["teacher"].add(torch.get_float32_matmul_precision())
+        return told
+
+    before = torch.get_float32_matmul_precision()
+    config = replace(config, loss="distill")
+    train(model, attached, batch, held_out(), Teacher(taught, student.logits), config, student=replace(student, hidden=hidden))
+    assert seen == {"student": {matmul}, "teacher": {"highest"}, "held out": {before}}
+    assert torch.get_float32_matmul_precision() == before
