@@ -82,6 +82,7 @@ def _grids(bits: int) -> list[Row]:
             "gptq, clip joint": _quantize(bits, clip="joint"),
             "gptq, clip hessian, correction 0.5": _quantize(bits, clip="hessian", correction=0.5),
             "gptq, clip hessian, first order 0.25": _quantize(bits, clip="hessian", first_order=0.25),
+            "gptq, clip hessian, refit 0.5": _quantize(bits, clip="hessian", refit=0.5),
         }
     if bits == 3:
         named |= {name: _quantize(bits, name, **_SHORT) for name in ("block_training", "learned_rounding")}
