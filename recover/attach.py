@@ -18,13 +18,13 @@ from .trainable import Attached, Trainable
 @dataclass(frozen=True)
 class Lora:
     """`rank` holds where a linear has no factors yet; existing ones train as they are, on a grid by their scales. Factors are folded
-    (α = R): no scaling. `scales`: the group scales of the quantized weights beside them, which costs no byte.
+    (α = R): no scaling. `scales`: the group scales of the quantized weights beside them, which costs no byte (auto: wherever there are any).
     `prune_ranks`: the share of all ranks dropped after training, those whose removal costs least; a linear may lose all of its own."""
 
     rank: int = 16
     norms: bool = False
     biases: bool = False
-    scales: bool = False
+    scales: bool | Literal["auto"] = False
     prune_ranks: float = 0.0
 
 
@@ -105,7 +105,7 @@ def lora(site: Site, config: Lora) -> Attached:
             linear.set_low_rank(up.to(device), down.to(device))
     out |= train_factors(site.linears)
     if config.scales:
-        out |= _train_scales(site)
+        out |= _train_scales(site.on_grids() if config.scales == "auto" else site)
     own = ("up", "down", "up_scales", "down_scales", "stored")
     started = {name: {key: getattr(linear, key) for key in own} for name, linear in site.linears.items()}
 

@@ -123,9 +123,9 @@ def _diff_pruning(kinds: frozenset[str], config: Any) -> str | None:
 
 
 def _lora(kinds: frozenset[str], config: methods.Lora) -> str | None:
-    return (
-        "scales=true trains a grid, and some of the chosen linears are dense: leave it off" if config.scales and "dense" in kinds else None
-    )
+    if config.scales is True and "dense" in kinds:
+        return "scales=true trains a grid, and some of the chosen linears are dense: set scales=auto"
+    return None
 
 
 def _qlora(kinds: frozenset[str], config: methods.Lora) -> str | None:

@@ -5,7 +5,7 @@ Legend: none; deals in modules.
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,11 @@ class Site:
     seed: int
     steps: int
     gradients: Gradients | None = None
+
+    def on_grids(self) -> "Site":
+        """Only the linears whose base is quantized."""
+        kept = {name: linear for name, linear in self.linears.items() if not isinstance(linear.stored.base, DenseWeight)}
+        return replace(self, linears=kept)
 
     def generator(self, name: str, step: int = 0) -> torch.Generator:
         """Randomness that depends on seed, name and step only."""

@@ -17,7 +17,7 @@ from .conftest import KINDS, batch, compress, compressed, held_out, llama
 
 SHORT = {"steps": 2, "loss": "cross_entropy", "eval_every": 2}
 CONFIGS = {
-    "lora": [{"rank": 4}, {"rank": 4, "norms": True, "biases": True}, {"rank": 4, "scales": True}],
+    "lora": [{"rank": 4}, {"rank": 4, "norms": True, "biases": True}, {"rank": 4, "scales": True}, {"rank": 4, "scales": "auto"}],
     "dora": [{"rank": 4}],
     "qa_lora": [{"rank": 2}],
     "svft": [{"rank": 8, "width": 2}, {"rank": 0, "pattern": "plain"}],
@@ -121,3 +121,24 @@ def check_folding(name, kind, model, attached, before):
     # a last bit may flip an activation's rounding; dora's row magnitudes are folded into scales of 11 significant bits
     loose = kind == "everything" or name == "dora"
     assert (logits - trained).abs().max() <= (0.2 if loose else 1e-4)
+
+
+def test_scales_beside_lora_train_wherever_there_is_a_grid():
+    """scales=true is refused where a linear has none, auto leaves that one out; on a quantized model the two are one."""
+
+    def trained(kind: str, scales: object, dense: str = "") -> set[str]:
+        model = compressed(kind)
+        if dense:
+            plain = model.get_submodule(dense)
+            install(model, {dense: compress(plain.stored.dense(), "dense")})
+        attached = attach("lora", model, SHORT | {"rank": 4, "scales": scales})
+        return {name for name in attached.trainables if name.endswith("scales")}
+
+    one = "model.layers.0.mlp.up_proj"
+    everywhere = trained("3-bit", True)
+    assert len(everywhere) == len(compressed_linears(compressed("3-bit"))) and trained("3-bit", "auto") == everywhere
+    assert trained("3-bit", "auto", one) == {name for name in everywhere if not name.startswith(one)}
+    assert trained("dense", "auto") == set()
+    found = [kinds(compress(torch.randn(16, 32), kind)) for kind in ("dense", "3-bit")]
+    assert refusal("lora", found, SHORT | {"scales": "auto"}) is None
+    assert "set scales=auto" in str(refusal("lora", found, SHORT | {"scales": True}))
