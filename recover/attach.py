@@ -63,7 +63,9 @@ class Perp:
 
 @dataclass(frozen=True)
 class Scales:
-    scales: bool = True
+    """`scales` auto: those of the linears that have a grid, where others have none."""
+
+    scales: bool | Literal["auto"] = True
     norms: bool = True
     biases: bool = False
     zeros: bool = False
@@ -185,7 +187,8 @@ def _retraining_pairs(site: Site, variant: LoraVariant, rank: int, alpha: float)
 
 
 def scales(site: Site, config: Scales) -> Attached:
-    out = _train_scales(site, config.scales, config.zeros) if config.scales or config.zeros else {}
+    chosen = site.on_grids() if config.scales == "auto" else site
+    out = _train_scales(chosen, bool(config.scales), config.zeros) if config.scales or config.zeros else {}
     if config.low_rank:
         out |= train_factors(site.linears)
     return joined(Attached(out), *_beside(site, config.norms, config.biases))

@@ -91,7 +91,7 @@ def _needs_grid(kinds: frozenset[str], config: Any) -> str | None:
 def _scales(kinds: frozenset[str], config: methods.Scales) -> str | None:
     if config.zeros and "normal_float" in kinds:
         return "a NormalFloat weight has no zero points: set zeros=false"
-    return _needs_grid(kinds, config)
+    return None if config.scales == "auto" and quantized(kinds) else _needs_grid(kinds, config)
 
 
 def _full(kinds: frozenset[str], config: Any) -> str | None:

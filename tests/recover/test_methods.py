@@ -123,7 +123,8 @@ def check_folding(name, kind, model, attached, before):
     assert (logits - trained).abs().max() <= (0.2 if loose else 1e-4)
 
 
-def test_scales_beside_lora_train_wherever_there_is_a_grid():
+@pytest.mark.parametrize(("method", "own"), [("lora", {"rank": 4}), ("scales", {})])
+def test_scales_train_wherever_there_is_a_grid(method: str, own: dict[str, Any]):
     """scales=true is refused where a linear has none, auto leaves that one out; on a quantized model the two are one."""
 
     def trained(kind: str, scales: object, dense: str = "") -> set[str]:
@@ -131,14 +132,17 @@ def test_scales_beside_lora_train_wherever_there_is_a_grid():
         if dense:
             plain = model.get_submodule(dense)
             install(model, {dense: compress(plain.stored.dense(), "dense")})
-        attached = attach("lora", model, SHORT | {"rank": 4, "scales": scales})
+        attached = attach(method, model, SHORT | own | {"scales": scales})
         return {name for name in attached.trainables if name.endswith("scales")}
 
     one = "model.layers.0.mlp.up_proj"
     everywhere = trained("3-bit", True)
     assert len(everywhere) == len(compressed_linears(compressed("3-bit"))) and trained("3-bit", "auto") == everywhere
     assert trained("3-bit", "auto", one) == {name for name in everywhere if not name.startswith(one)}
-    assert trained("dense", "auto") == set()
     found = [kinds(compress(torch.randn(16, 32), kind)) for kind in ("dense", "3-bit")]
-    assert refusal("lora", found, SHORT | {"scales": "auto"}) is None
-    assert "set scales=auto" in str(refusal("lora", found, SHORT | {"scales": True}))
+    assert refusal(method, found, SHORT | own | {"scales": "auto"}) is None
+    assert "some of the chosen linears are dense" in str(refusal(method, found, SHORT | own | {"scales": True}))
+    if method == "lora":
+        assert trained("dense", "auto") == set()
+    else:
+        assert "quantize first" in str(refusal(method, found[:1], SHORT | {"scales": "auto"}))
