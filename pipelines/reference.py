@@ -315,7 +315,7 @@ def _grid_rows(bits: int) -> list[Row]:
     if bits == 3:
         whole = _quantize(bits, "learned_rounding", matmul="medium")
         ours["learned_rounding, 100 × 2,048"] = (whole,)
-        ours["learned_rounding, 100 × 2,048, scales and norms 300"] = (whole, _trained(300, matmul="medium"))
+        ours["learned_rounding, 100 × 2,048, scales and norms 60"] = (whole, _trained(60, matmul="medium"))
         ours["block_training"] = (_quantize(bits, "block_training", **_SHORT),)
         ours["gptq, norms 60"] = (start, _trained(60, "perp", biases=False))
         ours["gptq, group 192, best rank 4, factors and norms 60"] = (*rival, _trained(60, "lora", rank=4))
@@ -326,9 +326,7 @@ def _grid_rows(bits: int) -> list[Row]:
     ]
 
 
-_COARSE_NOTE = (
-    "learned_rounding of 100 steps of 2,048 tokens is its default; it and the 300 steps behind it multiply with `matmul: medium`."
-)
+_COARSE_NOTE = "learned_rounding of 100 steps of 2,048 tokens is its default; it and the 60 steps behind it multiply with `matmul: medium`."
 _RIVAL_NOTE = (
     "AutoRound 0.16.1: 200 steps of 1,024 tokens a block, asymmetric, group 64, its calibration 128 windows of 128 tokens of ours."
 )
