@@ -142,6 +142,13 @@ def test_more_recovery_is_advised_only_while_a_gap_is_left() -> None:
     assert any("`recover` stage" in tip for tip in suggestions(run(stage("baseline", 20.0), quantized)))
 
 
+@pytest.mark.parametrize(("scales", "advised"), [(False, True), ("auto", False), (True, False)])
+def test_scales_that_train_already_are_not_advised(scales: object, advised: bool) -> None:
+    recovered = stage("recover", 28.0, 33.0, method="lora", settings={"steps": 24, "scales": scales})
+    tips = suggestions(run(stage("baseline", 20.0), stage("quantize", 33.0, 20.0, method="gptq"), recovered))
+    assert any("recover.method=scales" in tip for tip in tips) == advised
+
+
 def test_changes_skip_stages_without_a_perplexity() -> None:
     found = changes(run(stage("baseline", 20.0), StageRecord("prune"), StageRecord("quantize", perplexity=30.0)).stages)
     assert [(change.before.stage, change.after.stage) for change in found] == [("baseline", "quantize")]
