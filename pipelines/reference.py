@@ -334,6 +334,7 @@ GRID = Table(
     "Training what the quantizer stores, against spending bytes on groups, bits and factors",
     [*_grid_rows(3), *_grid_rows(2), *_grid_rows(4)],
     ("bits",),
+    panel="bits",
     notes=(
         "The number behind a method counts its steps of 1,024 tokens, trained by distillation from the dense model.",
         _SHORT_NOTE,
