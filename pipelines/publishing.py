@@ -27,7 +27,8 @@ from .errors import InputError, UsageError
 from .exporting import export
 from .inputs import Inputs
 from .perplexity import evaluate
-from .reference import SETTINGS, SMALL, Row, Table, tables
+from .reference import tables
+from .reference_rows import SETTINGS, SMALL, Row, Table
 from .rundir import RunDirectory
 from .settings import dump
 from .stage_settings import methods

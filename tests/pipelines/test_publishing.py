@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from bitmend.pipelines import publishing
 from bitmend.pipelines.recipe import resolve
-from bitmend.pipelines.reference import SMALL, Row, Table, tables
+from bitmend.pipelines.reference import tables
+from bitmend.pipelines.reference_rows import SMALL, Row, Table
 from bitmend.pipelines.settings import dump
 from bitmend.reports import published
 
