@@ -30,7 +30,7 @@ class GptqConfig:
     model's inputs would give (GPTAQ, arXiv:2504.02692; 1 is the paper's, smaller is steadier). `first_order` ∈ [0, 1) draws each column
     back toward its own value by that share before it is rounded (FOEM, arXiv:2507.11017; 0.1 and 0.2 are its authors'). `refit` solves the
     scales anew for the codes that came out (`refit`), against what the matrix would give for the inputs of the compressed model (0), those
-    of the dense one (1), or between; None leaves them.
+    of the dense one (1), or between; None leaves them. Half way took the demo model's 33.2 at 3 bits to 31.0, all the way to 84.5.
 
     `clip` hessian weighs the grid search by the inputs' mean squares: perplexity 41.9 instead of 45.4 at 3 bits and 120 instead of 138 at
     2 (SmolLM2-135M, group 64, 64 × 512 tokens of WikiText-2). Weighing by what is left after later columns made up for an error, 1/U_jj²,

@@ -149,12 +149,7 @@ def _measure(row: Row, directory: Path, other_text: bool) -> dict[str, Any]:
         numbers = _numbers(runner.run(_recipe(row, options, directory), directory, page=False))
     except UsageError as error:
         return {"refused": f"refused: {error}"}
-    if other_text:
-        numbers |= {
-            "other_baseline_perplexity": _other_text(directory, row.model, 0),
-            "other_perplexity": _other_text(directory, row.model, -1),
-        }
-    return numbers
+    return numbers | (_on_other_text(directory, directory, row.model) if other_text else {})
 
 
 def _recipe(row: Row, options: Mapping[str, Any], directory: Path) -> recipe.Recipe:
@@ -186,10 +181,12 @@ def _measure_rival(row: Row, directory: Path, options: Mapping[str, Any], other_
         numbers["gap_closed"] = math.log(before / numbers["perplexity"]) / math.log(before / first.perplexity)
     else:
         numbers |= {"seconds": said["seconds"], "peak_bytes": said["peak_bytes"], "gap_closed": None}
-    if not other_text:
-        return numbers
-    found = {"other_baseline_perplexity": _other_text(directory, row.model, 0), "other_perplexity": _other_text(own, row.model, -1)}
-    return numbers | found
+    return numbers | (_on_other_text(directory, own, row.model) if other_text else {})
+
+
+def _on_other_text(dense: Path, own: Path, model: str) -> dict[str, float]:
+    """Perplexity of the first stage of one run and of the last one of another (mostly the same) on another text."""
+    return {"other_baseline_perplexity": _other_text(dense, model, 0), "other_perplexity": _other_text(own, model, -1)}
 
 
 def _other_text(directory: Path, model: str, place: int) -> float:
