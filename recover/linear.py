@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compress.precision import summed
 from ..compress.weights import ActivationGrid, DenseWeight, Factor, LowRank, SparseDelta, StoredWeight, UniformWeight
 from .scales import RelativeScales
 from .trainable import Trainable, through
@@ -36,7 +37,8 @@ class RebuiltLinear(torch.autograd.Function):
         if not any(wanted[2:]):
             x_gradient = gradient_TO @ linear.effective(*parameters) if wanted[0] else None
             return (x_gradient, None, *(None for _ in parameters))
-        weight_gradient = gradient_TO.T @ x_TI
+        product = summed if getattr(linear.reweight, "sums_gradient", False) else torch.matmul
+        weight_gradient = product(gradient_TO.T, x_TI)
         x_gradient, found = linear.pull_back(gradient_TO if wanted[0] else None, weight_gradient, parameters, wanted[2:])
         return (x_gradient, None, *found)
 
@@ -61,7 +63,8 @@ class CompressedLinear(nn.Module):
     """Takes the place of nn.Linear (and of GPT-2's Conv1D: records are always [O, I]). Everything starts frozen.
 
     `reweight`, set by a method, maps the dense base to the weight that is used: `weights(base_OI | None, *parameters)`,
-    `fold(stored) -> StoredWeight`, attribute `needs_base`; optional `pull_back(base_OI, gradient_OI)` → gradients of its parameters.
+    `fold(stored) -> StoredWeight`, attribute `needs_base`; optional `pull_back(base_OI, gradient_OI)` → gradients of its parameters, and
+    `sums_gradient`: all of them are sums over the groups of a row.
     `branches` add to the output from (raw x, x of the base); `after` changes the output before the bias.
     """
 

@@ -22,7 +22,8 @@ from .trainable import RATES, Attached, Trainable
 class TrainConfig:
     """Shared by all methods. learning_rate None = the method's default; eval_every None = five times in the run; warmup is in
     steps (at most a quarter of the run). targets and layers: see `selection.where`. cache_dense keeps rebuilt
-    weights in memory (auto: when they fit). matmul: how exactly the training multiplies (`precision.Matmul`); what is kept is judged
+    weights in memory (auto: when they fit). loss: distill imitates the teacher, cross_entropy learns the text, both is half of each.
+    matmul: how exactly the training multiplies (`precision.Matmul`); what is kept is judged
     in float32 all the same."""
 
     steps: int = 200
@@ -39,7 +40,7 @@ class TrainConfig:
     targets: str | tuple[str, ...] = "all"
     layers: str | tuple[int, ...] = "all"
     cache_dense: Literal["auto", "always", "never"] = "auto"
-    matmul: Matmul = "highest"
+    matmul: Matmul = "auto"
 
 
 class Schedule(Protocol):

@@ -20,7 +20,7 @@ HALF_MAX, HALF_TINY = 65504.0, 2.0**-24
 class RelativeScales(nn.Module):
     """W = (W0 − s0·ζ ⊙ mask)·(1 + δ): δ [O, G] moves the scales, ζ [O, G] (in code units, only when `zeros`) the zero points."""
 
-    needs_base = True
+    needs_base, sums_gradient = True, True
 
     def __init__(self, stored: StoredWeight, zeros: bool = False) -> None:
         super().__init__()

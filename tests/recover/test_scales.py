@@ -40,6 +40,24 @@ def test_gradients_are_those_of_autograd(kind, zeros):
 
 
 @pytest.mark.parametrize("kind", GRIDS)
+def test_only_the_gradient_that_is_summed_over_groups_may_be_short(kind, monkeypatch):
+    asked: list[int] = []
+
+    def short(left, right):
+        asked.append(left.shape[0])
+        return left @ right
+
+    monkeypatch.setattr("bitmend.recover.linear.summed", short)
+    stored = compress(W, kind)
+    for reweight, expected in ((RelativeScales(stored), [24]), (LatentGrid(stored), []), (None, [])):
+        linear = CompressedLinear(stored)
+        linear.reweight = reweight
+        linear(torch.randn(5, 32, requires_grad=True)).sum().backward()
+        assert asked == expected
+        asked.clear()
+
+
+@pytest.mark.parametrize("kind", GRIDS)
 def test_a_trained_scale_is_stored_rounded_and_masked_weights_stay_zero(kind):
     stored = compress(W, kind)
     reweight = RelativeScales(stored, zeros=isinstance(stored.base, UniformWeight))
