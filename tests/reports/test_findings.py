@@ -149,6 +149,13 @@ def test_scales_that_train_already_are_not_advised(scales: object, advised: bool
     assert any("recover.method=scales" in tip for tip in tips) == advised
 
 
+@pytest.mark.parametrize(("loss", "advised"), [("distill", True), ("both", False), ("cross_entropy", False)])
+def test_the_text_beside_the_teacher_is_advised_where_only_the_teacher_was_heard(loss: str, advised: bool) -> None:
+    recovered = stage("recover", 28.0, 33.0, method="scales", settings={"steps": 24, "loss": loss})
+    tips = suggestions(run(stage("baseline", 20.0), stage("quantize", 33.0, 20.0, method="gptq"), recovered))
+    assert any("recover.loss=both" in tip for tip in tips) == advised
+
+
 def test_changes_skip_stages_without_a_perplexity() -> None:
     found = changes(run(stage("baseline", 20.0), StageRecord("prune"), StageRecord("quantize", perplexity=30.0)).stages)
     assert [(change.before.stage, change.after.stage) for change in found] == [("baseline", "quantize")]
