@@ -129,33 +129,48 @@ def _grid_rows(bits: int) -> list[Row]:
         "learned_rounding, scales and norms 60": (*rounded, _trained(60)),
     }
     theirs: dict[str, tuple[Stage, ...]] = {"AutoRound": ()}
-    if bits < 4:
-        ours["learned_rounding, scales and norms 300"] = (*rounded, _trained(300))
+    if bits == 2:
+        coarse = quantize(bits, "learned_rounding", **SHORT, matmul="medium")
+        ours["learned_rounding, scales and norms 300, both losses"] = (coarse, _trained(300, loss="both", matmul="medium"))
     if bits == 3:
         whole = quantize(bits, "learned_rounding", matmul="medium")
+        ours["gptq, scales and norms 60, both losses"] = (start, _trained(60, loss="both"))
+        ours["learned_rounding, scales and norms 300"] = (*rounded, _trained(300))
         ours["learned_rounding, 100 × 2,048"] = (whole,)
         ours["learned_rounding, 100 × 2,048, scales and norms 60"] = (whole, _trained(60, matmul="medium"))
+        ours["learned_rounding, 100 × 2,048, scales and norms 300, both losses"] = (whole, _trained(300, loss="both", matmul="medium"))
         ours["block_training"] = (quantize(bits, "block_training", **SHORT),)
         ours["gptq, norms 60"] = (start, _trained(60, "perp", biases=False))
         ours["gptq, group 192, best rank 4, factors and norms 60"] = (*rival, _trained(60, "lora", rank=4))
-        theirs["AutoRound, scales and norms 60"] = (_trained(60),)
+        theirs["AutoRound, scales and norms 60, both losses"] = (_trained(60, loss="both"),)
+    if bits == 4:
+        ours["learned_rounding, scales and norms 60, both losses"] = (*rounded, _trained(60, loss="both"))
     return [
         *(Row(name, stages, tags) for name, stages in ours.items()),
         *(Row(name, stages, tags, rival=_auto_round(bits)) for name, stages in theirs.items()),
     ]
 
 
-_COARSE_NOTE = "learned_rounding of 100 steps of 2,048 tokens is its default; it and the 60 steps behind it multiply with `matmul: medium`."
+_COARSE_NOTE = (
+    "learned_rounding of 100 steps of 2,048 tokens is its default; it, what is trained behind it and the 300 steps at 2 bits multiply with"
+    " `matmul: medium`."
+)
+_LOSSES_NOTE = (
+    "Both losses: half distillation, half cross-entropy with the text. That also teaches the text's kind: of the dense model's own norms,"
+    " trained as long, the last row says how much."
+)
 _RIVAL_NOTE = (
     "AutoRound 0.16.1: 200 steps of 1,024 tokens a block, asymmetric, group 64, its calibration 128 windows of 128 tokens of ours."
 )
+_DENSE = Row("dense, norms 60, both losses", (_trained(60, "perp", biases=False, loss="both"),), {"bits": 32})
 GRID = Table(
     "Training what the quantizer stores, against spending bytes on groups, bits and factors",
-    [*_grid_rows(3), *_grid_rows(2), *_grid_rows(4)],
+    [*_grid_rows(3), *_grid_rows(2), *_grid_rows(4), _DENSE],
     ("bits",),
     panel="bits",
     notes=(
         "The number behind a method counts its steps of 1,024 tokens, trained by distillation from the dense model.",
+        _LOSSES_NOTE,
         SHORT_NOTE,
         _COARSE_NOTE,
         _RIVAL_NOTE,
