@@ -102,6 +102,8 @@ def _figure(shown: list[dict[str, Any]], table: Table) -> Figure:
     label, panel = None if table.panel or len(shown) > 40 else "label", table.panel
     if panel not in (None, "model") and len({row["model"] for row in shown}) > 1:  # perplexities of two models share no axis
         labelled, panel = [row | {"panel": f"{row['model']}: {row[panel]}"} for row in labelled], "panel"
+    shared = Counter(row.get(panel) for row in labelled if panel)  # a point alone in its panel compares with nothing
+    labelled = [row for row in labelled if not panel or shared[row.get(panel)] > 1] or labelled
     return pareto_figure(labelled, x=table.x, y="perplexity", label=label, series="name", panel=panel, xlabel=across)
 
 

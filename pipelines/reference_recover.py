@@ -131,9 +131,7 @@ def _grid_rows(bits: int) -> list[Row]:
     theirs: dict[str, tuple[Stage, ...]] = {"AutoRound": ()}
     if bits == 2:
         coarse = quantize(bits, "learned_rounding", **SHORT, matmul="medium")
-        longer = _trained(300, loss="both", matmul="medium")
-        ours["learned_rounding, scales and norms 300, both losses"] = (coarse, longer)
-        ours["learned_rounding, scales and norms 300 twice, both losses"] = (coarse, longer, longer)
+        ours["learned_rounding, scales and norms 300, both losses"] = (coarse, _trained(300, loss="both", matmul="medium"))
     if bits == 3:
         whole = quantize(bits, "learned_rounding", matmul="medium")
         ours["gptq, scales and norms 60, both losses"] = (start, _trained(60, loss="both"))
