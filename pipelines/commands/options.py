@@ -25,9 +25,9 @@ Seed = Annotated[int | None, typer.Option("--seed", min=0, help="seed of everyth
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="where to compute")]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="a directory that `pipeline run` made")]
 OutputRun = Annotated[Path | None, typer.Option("-o", "--output", metavar="RUN_DIR", help="run directory; default runs/<recipe>")]
-FromStage = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="redo from this stage on")]
+FromStage = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="refuse to run unless all before it is finished")]
 UntilStage = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="stop after this stage")]
-ForceStage = Annotated[str | None, typer.Option("--force", metavar="STAGE", help="redo this stage even if it is finished")]
+ForceStage = Annotated[str | None, typer.Option("--force", metavar="STAGE", help="redo this stage and those after it, finished or not")]
 Gate = Annotated[
     float | None, typer.Option("--max-perplexity-ratio", metavar="X", min=0.0, help="exit 4 if the result is worse than X × baseline")
 ]
