@@ -156,8 +156,8 @@ _COARSE_NOTE = (
     " `matmul: medium`."
 )
 _LOSSES_NOTE = (
-    "Both losses: half distillation, half cross-entropy with the text. That also teaches the text's kind: of the dense model's own norms,"
-    " trained as long, the last row says how much."
+    "Both losses: half distillation, half cross-entropy with the text. That also teaches the text's kind: how much"
+    " of it 60 steps teach the dense model's own norms, the last row says."
 )
 _RIVAL_NOTE = (
     "AutoRound 0.16.1: 200 steps of 1,024 tokens a block, asymmetric, group 64, its calibration 128 windows of 128 tokens of ours."
