@@ -545,7 +545,8 @@ sys.exit(main(["status", "."]))
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_end_in_130_and_one_line(number: signal.Signals, tmp_path: Path) -> None:
-    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs begin deaf to it
+    # as at a terminal: a shell's background job begins deaf to SIGINT, one under nohup to SIGHUP
+    heard = "import signal as s; s.signal(s.SIGINT, s.default_int_handler); s.signal(s.SIGHUP, s.SIG_DFL)\n"
     with subprocess.Popen(
         [sys.executable, "-c", heard + SLEEPER], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
