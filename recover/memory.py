@@ -1,6 +1,6 @@
 """What training holds in memory, counted from its tensors: packed weights, one dense layer, trainable state, everything else.
 
-Activations are not counted: they follow batch_size and seq_len. Knows a model with a method attached; measures no process.
+Activations follow batch_size and seq_len: `activations` predicts them. Knows a model with a method attached; measures no process.
 """
 
 from collections.abc import Iterable
