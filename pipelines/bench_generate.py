@@ -17,6 +17,7 @@ from ..kernels.choices import device_name
 from ..kernels.timing import clocks
 from .bench_kernels import short_name
 from .benchmarks import recipe_of
+from .devices import chosen_device
 from .errors import UsageError
 from .speed import measure, resident_bytes
 
@@ -41,7 +42,7 @@ TEXT = "The river rises in the hills to the north of the town and flows through 
 def generate(device: str, model: str | None, repeats: int, output: Path | None) -> dict[str, Any]:
     """Tokens a second of compressed and dense models, the same prompt, each model in turn. `model`: a run directory, whose last stage
     writes against its baseline; or anything that names a model (default: demo), which is compressed first, by RECIPES."""
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    place = chosen_device(device)
     models, words = _models(place, model, (output or Path("runs")) / "bench-generate")
     speeds = {PROMPTS[0]: measure(models, words[:, : PROMPTS[0]], NEW_TOKENS, repeats)}
     patient = {name: model for name, model in models.items() if speeds[PROMPTS[0]][name].prompt_seconds <= PATIENCE}

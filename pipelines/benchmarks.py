@@ -26,6 +26,7 @@ from torch import Tensor
 from ..compress.statistics import Fisher, InputStatistics, LayerStatistics
 from ..compress.weights import DenseWeight, StoredWeight
 from . import bench_solvers
+from .devices import chosen_device
 from .doctor import cpu_name
 from .errors import PipelineError, UsageError
 from .recipe import Recipe, resolve
@@ -87,7 +88,7 @@ def run(subject: str, options: Options) -> dict[str, Any]:
 
 
 def _device(options: Options) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device)
+    return chosen_device(options.device)
 
 
 def _of_scale(subject: str, options: Options) -> dict[str, Any]:

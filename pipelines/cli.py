@@ -16,7 +16,7 @@ import typer
 
 from . import logs
 from .commands import about, results, runs
-from .errors import PipelineError
+from .errors import PipelineError, is_shortage
 
 # typer brings its own copy of click or uses the installed one; its public exception leads to the family's roots
 _CLICK_USAGE = typer.BadParameter.__mro__[1]
@@ -25,7 +25,6 @@ _CLICK_ERROR = typer.BadParameter.__mro__[2]
 INTERRUPTED = 130
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _NO_SPACE_TEXT = "No space left on device"
-_NO_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
 
 app = typer.Typer(
     help="Compress a language model, recover its quality, run it on fused kernels; perplexity and bytes after every stage.",
@@ -120,7 +119,7 @@ def explain(error: BaseException) -> tuple[int, str]:
             5,
             "no disk space left; finished stages are kept: free some space (`pipeline gc RUN_DIR` helps) and run the same command again",
         )
-    if _has_no_memory(error):
+    if is_shortage(error):
         detail = _one_line(str(error)).split(". ")[0]
         return (
             5,
@@ -142,13 +141,6 @@ def _usage_line(error: Any) -> str:
 
 def _has_no_space(error: BaseException) -> bool:
     return (isinstance(error, OSError) and error.errno in _NO_SPACE) or _NO_SPACE_TEXT in str(error)
-
-
-def _has_no_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-        return True
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return "OutOfMemoryError" in names or (isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY_TEXTS))
 
 
 def _one_line(text: str) -> str:

@@ -42,13 +42,15 @@ VERSION = 1
 """Rises when a fix changes a table."""
 
 
-def table_key(parent_key: str, calibration: str, stages: Spent, settings: list[Setting], weighting: str) -> str:
+def table_key(
+    parent_key: str, calibration: str, stages: Spent, settings: list[Setting], weighting: str, compute: Mapping[str, Any]
+) -> str:
     """Whatever decides the table: another budget has the same one."""
     row: Method = QUANTIZE[stages.quantize.method]
     chosen = {"bits", "group_size", "block_size", "double_quantize"}
     kept = {key: value for key, value in stages.quantize.settings().items() if key not in chosen}
     names = [row.version, kept, weighting == "fisher"]
-    identity = [VERSION, parent_key, calibration, *names, [asdict(setting) for setting in settings]]
+    identity = [VERSION, parent_key, calibration, *names, [asdict(setting) for setting in settings], *([compute] if compute else [])]
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 

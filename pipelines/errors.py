@@ -3,6 +3,8 @@
 The message is one line: what is wrong, with the numbers, and what to do about it.
 """
 
+import errno
+
 
 class PipelineError(Exception):
     """Something the user can mend; shown as one line, without a traceback unless -v."""
@@ -32,3 +34,15 @@ class OutOfMemoryError(PipelineError):
     """No memory or no disk space left; what was finished is kept."""
 
     exit_code = 5
+
+
+_SHORTAGE_TEXTS = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
+"""How torch says on a CPU, and CUDA in a library's words, that an allocation failed: a plain RuntimeError."""
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether memory ran out: the system's, or a device's (torch is not imported for it)."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return "OutOfMemoryError" in names or (isinstance(error, RuntimeError) and any(text in str(error) for text in _SHORTAGE_TEXTS))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..kernels.linear import resident_bytes
 from .decoding import decode, graphable
+from .devices import chosen_device
 from .loading import load, opened
 from .models import load_tokenizer
 
@@ -25,17 +26,16 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     device: str = "auto",
-    **ignored: Any,
 ) -> Iterator[str]:
     """Pieces of text as they come. temperature 0 takes the likeliest token each time. On a GPU the pass of one token is a CUDA graph
     where the model allows."""
     from transformers import TextIteratorStreamer
 
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    place = chosen_device(device)
     with opened(str(run_directory)) as artifact:
         tokenizer = load_tokenizer(artifact.directory)
         virtual = any(beside.virtual() is not None for beside in artifact.beside)
-    model = load(run_directory, place)
+    model = load(run_directory, str(place))
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(place)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     write = _writer(model, ids, max_new_tokens, temperature, streamer, virtual)

@@ -5,10 +5,11 @@ baseline and top-1 agreement with it. Streams the model block by block. Knows no
 Legend: N windows, T tokens, D model width, V vocabulary.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from . import artifact
 from .blocks import StreamedModel
 from .data import Windows
+from .devices import Compute, chosen
 from .errors import InputError
 
 TOKENS_AT_ONCE = 2048
@@ -148,11 +150,17 @@ def _first_non_finite(model: StreamedModel, ids_NT: Tensor) -> str:
 # -- measurements on disk --------------------------------------------------------------------------------------------------------
 
 
-def protocol_key(windows: Windows) -> str:
-    """Eight characters that name an evaluation protocol."""
-    import hashlib
+def evaluated_by(compute: Compute, windows: Windows) -> Windows:
+    """The windows under a protocol that says how they are computed."""
+    return replace(windows, protocol=windows.protocol | {"dtype": compute.dtype_name, "device": compute.device.type})
 
-    return hashlib.sha256(json.dumps(windows.protocol, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+def protocol_key(windows: Windows) -> str:
+    """Eight characters that name an evaluation protocol. A CPU in float32 goes without saying, as it did before a protocol named them."""
+    protocol = dict(windows.protocol)
+    if (protocol.get("dtype", "float32"), protocol.get("device", "cpu")) == ("float32", "cpu"):
+        protocol = {name: value for name, value in protocol.items() if name not in ("dtype", "device")}
+    return hashlib.sha256(json.dumps(protocol, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def save_scores(path: Path, scores: Scores, windows: Windows, extra: dict[str, Any]) -> None:
@@ -197,7 +205,8 @@ def bits_per_byte(scores: Scores, windows: Windows) -> float | None:
 
 
 def evaluate(
-    model: str, *, eval_source: str | None = None, seq_len: int | None = None, windows: int | None = None, device: str = "auto"
+    model: str, *, eval_source: str | None = None, seq_len: int | None = None, windows: int | None = None, device: str = "auto",
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Perplexity of a model or artifact with its protocol, for `pipeline eval`. Inside a run its own text, cut as the run cuts it, unless
     another text, length or number is asked for."""
@@ -206,10 +215,10 @@ def evaluate(
     from .logs import bar
     from .models import load_tokenizer
 
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    recipe = _recipe_of(Path(model))
+    compute = chosen(device, dtype or (recipe.dtype if recipe is not None else "auto"))
     with opened(model) as found:
         tokenizer = load_tokenizer(found.directory)
-        recipe = _recipe_of(Path(model))
         if recipe is not None and eval_source in (None, recipe.data.evaluation):
             from .inputs import Inputs
 
@@ -218,7 +227,8 @@ def evaluate(
         else:
             documents = data.load_text(eval_source or "demo", "evaluation", tokenizer=tokenizer)
             cut = data.tokenize(documents, tokenizer, seq_len or 512, windows)
-        streamed = StreamedModel(found, place, torch.float32, binder_of(found, place))
+        cut = evaluated_by(compute, cut)
+        streamed = StreamedModel(found, compute.device, compute.dtype, binder_of(found, compute.device))
         with bar("perplexity, blocks", streamed.structure.blocks) as shown:
             scores, _ = score(streamed, cut, None, lambda done, total: shown.advance())
         return {

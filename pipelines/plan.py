@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import allocation, recovery_plan
+from .devices import Compute
 from .error_tables import finished_blocks
 from .errors import InputError
 from .imported_sizes import imported_sizes
@@ -20,6 +21,7 @@ from .rundir import RunDirectory
 from .sizes import Sizes, apply, dense_sizes
 from .stage_settings import StageSpec, methods
 from .steps import found_choice, plan_steps
+from .surroundings import compute_of
 
 
 def refusals(recipe: Recipe, source: Path) -> list[str]:
@@ -60,7 +62,7 @@ def warnings(recipe: Recipe, source: Path) -> dict[str, str]:
     return found
 
 
-def predict(recipe: Recipe, directory: Path | None = None) -> dict[str, Any]:
+def predict(recipe: Recipe, directory: Path | None = None, device: str = "auto") -> dict[str, Any]:
     """A JSON-able prediction by stage, and what will be refused. InputError when the model itself cannot be used."""
     source = resolve_model(recipe.model, recipe.revision)
     model = skeleton(load_config(source))
@@ -74,8 +76,9 @@ def predict(recipe: Recipe, directory: Path | None = None) -> dict[str, Any]:
     refused = refusals(recipe, source)
     place = RunDirectory(directory) if directory is not None and (directory / "run.json").is_file() else None
     inputs = Inputs(recipe, source)
-    steps = plan_steps(recipe, source, inputs, place) if place is not None and not refused else []
-    budget = _allocation(recipe, sizes, inputs, place, steps) if recipe.budget is not None and not refused else None
+    compute = compute_of(RunDirectory(directory or Path()), device, recipe.dtype, recipe.deterministic)
+    steps = plan_steps(recipe, source, inputs, compute, place) if place is not None and not refused else []
+    budget = _allocation(recipe, sizes, inputs, compute, place, steps) if recipe.budget is not None and not refused else None
     specs = [step.spec for step in steps if step.spec is not None] or recipe.stages
     beside = 0
     for number, spec in enumerate(specs):
@@ -86,6 +89,8 @@ def predict(recipe: Recipe, directory: Path | None = None) -> dict[str, Any]:
     return {
         "recipe": recipe.name,
         "model": recipe.model,
+        "device": compute.device.type,
+        "dtype": compute.dtype_name,
         "parameters": total,
         "blocks": structure.blocks,
         "matrices": sum(site.block is not None for site in structure.sites),
@@ -113,7 +118,9 @@ class _Budget:
         return self.limit if number >= self.first else {}
 
 
-def _allocation(recipe: Recipe, dense: Sizes, inputs: Inputs, place: RunDirectory | None, steps: list[Step]) -> _Budget:
+def _allocation(
+    recipe: Recipe, dense: Sizes, inputs: Inputs, compute: Compute, place: RunDirectory | None, steps: list[Step]
+) -> _Budget:
     """What the budget chooses from, the range of sizes that the choices span, and whether the table it is chosen by is there."""
     stages = allocation.spent(recipe)
     counted = allocation.costs(recipe, stages, dense)
@@ -121,7 +128,7 @@ def _allocation(recipe: Recipe, dense: Sizes, inputs: Inputs, place: RunDirector
     limit = min(stages.budget.bytes_for(counted.weights, counted.rest_bytes), counted.largest)
     blocks, chosen = 0, None
     if place is not None:
-        directory, chosen = found_choice(recipe, steps[stages.first].key, inputs, place)
+        directory, chosen = found_choice(recipe, steps[stages.first].key, inputs, compute, place)
         blocks = finished_blocks(directory)
     missing = dense.structure.blocks - blocks
     table = f"will be built for {missing} of {dense.structure.blocks} blocks" if missing else "is there"

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer, ValidationError
 
 from .budget import Allocation, Budget
+from .devices import DtypeName
 from .errors import UsageError
 from .settings import dump, merged, nested, read_mapping, refuse_unknown, split_assignment, unknown
 from .stage_settings import FUSE, STAGES, StageSpec, build, config_keys, methods, validation_message
@@ -66,7 +67,8 @@ class Evaluation(_Section):
 
 class Recipe(_Section):
     """Everything that decides a run's results, validated. `stages` holds those that run; `skipped` remembers, by their place
-    in the written list, those with `method: none`, so that addresses survive the round trip through YAML."""
+    in the written list, those with `method: none`, so that addresses survive the round trip through YAML. `dtype`: that of forward passes;
+    `deterministic` false lets a GPU sum in any order, faster, so that a resumed run may differ in its last bits (`devices`)."""
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "recipe"
     about: str = ""
@@ -77,6 +79,8 @@ class Recipe(_Section):
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
     seed: Annotated[int, Field(ge=0)] = 0
+    dtype: DtypeName = "auto"
+    deterministic: bool = True
     profile: Literal["demo", "standard"] = "standard"
     budget: Annotated[Budget | None, BeforeValidator(Budget.parse), PlainSerializer(lambda budget: budget.text if budget else None)] = None
     allocation: Allocation = Allocation()
@@ -166,8 +170,8 @@ def run_directory(recipe: Recipe) -> Path:
 def resolve(
     name_or_path: str, *, file: Path | None = None, sets: list[str] | None = None, options: Mapping[str, Any] | None = None
 ) -> Recipe:
-    """The validated recipe. `options` are the command line's (model, revision, data, calibration, train, eval, seed, profile,
-    budget, teacher; None where not given), `sets` its KEY=VALUE texts. UsageError says which key of which layer is wrong."""
+    """The validated recipe. `options` are the command line's (model, revision, data, calibration, train, eval, seed, dtype,
+    profile, budget, teacher; None where not given), `sets` its KEY=VALUE texts. UsageError says which key of which layer is wrong."""
     path = _recipe_path(name_or_path)
     documents = [(_document(read_mapping(path), str(path)), str(path))]
     if file is not None:

@@ -24,15 +24,15 @@ def measured(
     under_way: Run, step: Step, artifact: Artifact, windows: Windows, scores: list[Any], before: Sequence[StageRecord]
 ) -> StageRecord:
     """Measure an artifact as it lies on disk; `before` are the records of the stages before it."""
-    place = under_way.directory
+    place, device, dtype = under_way.directory, under_way.compute.device, under_way.compute.dtype
     metrics, baseline = place.metrics(step.name), under_way.steps[0]
     teacher = None
     if scores:
         opened = open_artifact(place.artifact(baseline.name))
-        teacher = measure.teacher_of(opened, place.metrics(baseline.name), windows, under_way.device, under_way.dtype)
-    bind = stages.binder(step.spec, under_way.device, artifact)
+        teacher = measure.teacher_of(opened, place.metrics(baseline.name), windows, device, dtype)
+    bind = stages.binder(step.spec, device, artifact)
     found, extra = measure.scores_of(
-        artifact, metrics, windows, teacher, under_way.device, under_way.dtype, bind, f"{step.address}: perplexity, blocks"
+        artifact, metrics, windows, teacher, device, dtype, bind, f"{step.address}: perplexity, blocks"
     )
     size = measure.size_of(artifact)
     previous = scores[-1] if scores else None

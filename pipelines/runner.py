@@ -21,16 +21,19 @@ from ..reports.record import RunRecord, StageRecord
 from . import recipe, stages
 from .artifact import MANIFEST, Artifact, ArtifactWriter, disk_errors, open_artifact, settle, write_json
 from .choosing import spend
-from .errors import InputError, OutOfMemoryError, QualityError, UsageError
+from .devices import Compute, determinism
+from .errors import InputError, QualityError, UsageError
 from .inputs import Inputs
 from .ledger import Step, gc, last_artifact, record, status
 from .measure import Peak
 from .models import resolve_model
+from .perplexity import evaluated_by
 from .plan import refusals, warnings
 from .recording import measured, save_record
 from .rundir import RunDirectory
+from .shortage import shortage
 from .steps import Run, plan_run, plan_steps, take_up
-from .surroundings import Stop, environment, signals
+from .surroundings import Stop, compute_of, signals, write_environment
 
 __all__ = ["Run", "Step", "gc", "last_artifact", "plan_steps", "record", "resume", "run", "run_directory", "status"]
 
@@ -48,9 +51,9 @@ def run(
     force: str | None = None,
     device: str = "auto",
     max_perplexity_ratio: float | None = None,
-    **ignored: Any,
+    page: bool = True,
 ) -> RunRecord:
-    """Run a recipe, or go on with it. Returns the record of all its stages.
+    """Run a recipe, or go on with it. Returns the record of all its stages; `page` draws report.html as well.
 
     Raises UsageError, InputError, OutOfMemoryError; QualityError when the last stage's perplexity is above
     `max_perplexity_ratio` times the baseline's (everything is kept); KeyboardInterrupt on SIGINT and SIGTERM, resumable.
@@ -58,15 +61,13 @@ def run(
     place = RunDirectory((directory or run_directory(recipe)).resolve())
     place.create()
     with place.held(), disk_errors(place.path), signals() as stop:
-        try:
-            under_way = _prepare(recipe, place, environment(place, device), stop)
-            _check_addresses(under_way, from_stage, until_stage, force)
-            take_up(under_way)
-            record = _advance(under_way, from_stage, until_stage, force)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise OutOfMemoryError(
-                f"out of memory: {error or 'the system refused an allocation'}; use a smaller calibration.samples, or another device"
-            ) from error
+        compute = compute_of(place, device, recipe.dtype, recipe.deterministic)
+        under_way = _prepare(recipe, place, compute, stop)
+        _check_addresses(under_way, from_stage, until_stage, force)
+        write_environment(place, compute)
+        take_up(under_way)
+        with determinism(compute):
+            record = _advance(under_way, until_stage, force, page)
         place.log("finished", perplexity=record.stages[-1].perplexity)
     _gate(record, max_perplexity_ratio)
     return record
@@ -88,15 +89,14 @@ def run_directory(chosen: recipe.Recipe) -> Path:
 # -- planning --------------------------------------------------------------------------------------------------------------------
 
 
-def _prepare(chosen: recipe.Recipe, place: RunDirectory, found: dict[str, Any], stop: Stop) -> Run:
+def _prepare(chosen: recipe.Recipe, place: RunDirectory, compute: Compute, stop: Stop) -> Run:
     """Everything that can be refused is refused here, before any work and before anything in the directory changes."""
     source = resolve_model(chosen.model, chosen.revision)
     refused = refusals(chosen, source)
     if refused:
         raise UsageError(refused[0] + (f" (and {len(refused) - 1} more: --dry-run lists them)" if len(refused) > 1 else ""))
     inputs = Inputs(chosen, source)
-    before = place.read()["stages"]
-    under_way = Run(chosen, place, torch.device(found["device"]), getattr(torch, found["dtype"]), inputs, stop, before)
+    under_way = Run(chosen, place, compute, inputs, stop, place.read())
     under_way.warnings = warnings(chosen, source)
     for warning in dict.fromkeys(under_way.warnings.values()):
         log.warning("%s", warning)
@@ -121,27 +121,28 @@ def _check_addresses(under_way: Run, from_stage: str | None, until_stage: str | 
 # -- going on --------------------------------------------------------------------------------------------------------------------
 
 
-def _advance(under_way: Run, from_stage: str | None, until_stage: str | None, force: str | None) -> RunRecord:
+def _advance(under_way: Run, until_stage: str | None, force: str | None, page: bool) -> RunRecord:
     place = under_way.directory
     if force is not None:
         _set_aside(place, under_way.steps, force)
     parent: Artifact | None = None
     records: list[StageRecord] = []
     scores: list[Any] = []
-    windows = under_way.inputs.evaluation()
+    windows = evaluated_by(under_way.compute, under_way.inputs.evaluation())
     while len(records) < len(under_way.steps):
         if parent is not None and not under_way.steps[len(records)].key:
             _spend(under_way, parent)
         step = under_way.steps[len(records)]
         began, news = time.monotonic(), step.state(place) != "done"
-        artifact = _finish(under_way, step, parent)
-        records.append(measured(under_way, step, artifact, windows, scores, records))
+        with shortage(step.address, step.spec, under_way.compute):
+            artifact = _finish(under_way, step, parent)
+            records.append(measured(under_way, step, artifact, windows, scores, records))
         if news:
-            save_record(under_way, records, windows, page=time.monotonic() - began > PAGE_SECONDS)
+            save_record(under_way, records, windows, page=page and time.monotonic() - began > PAGE_SECONDS)
         parent = artifact
         if step.address == until_stage:
             break
-    return save_record(under_way, records, windows, page=True)
+    return save_record(under_way, records, windows, page=page)
 
 
 def _spend(under_way: Run, parent: Artifact) -> None:
@@ -149,7 +150,7 @@ def _spend(under_way: Run, parent: Artifact) -> None:
     place, directory = under_way.directory, under_way.table
     assert directory is not None
     place.log("allocation begins", budget=under_way.recipe.settings()["budget"], table=directory.name)
-    with under_way.stop.patient():
+    with under_way.stop.patient(), shortage("allocation", None, under_way.compute):
         made = spend(under_way.recipe, parent, directory, _context(under_way, directory))
     place.log("allocation ends", stored=made.stored, gap=made.gap)
     log.info("allocation: %s stored of %s%s", made.stored, made.budget, f"; {made.note}" if made.note else "")
@@ -189,11 +190,11 @@ def _make(under_way: Run, step: Step, parent: Artifact | None) -> Artifact:
     if parent is None or step.spec is None:
         from .stages.baseline import build_baseline
 
-        with _timed(under_way.device, metrics) as peak:
+        with _timed(under_way.compute.device, metrics) as peak:
             artifact = build_baseline(under_way.inputs.model, scratch, final, manifest)
         _keep(metrics, stages.Outcome(), peak)
         return artifact
-    with _timed(under_way.device, metrics) as peak, under_way.stop.patient():
+    with _timed(under_way.compute.device, metrics) as peak, under_way.stop.patient():
         writer = ArtifactWriter(scratch, parent)
         outcome = stages.perform(step.spec, parent, writer, _context(under_way, scratch))
     _keep(metrics, outcome, peak)
@@ -234,8 +235,8 @@ def _context(under_way: Run, scratch: Path) -> "stages.Context":
         baseline_metrics=place.metrics(baseline_step.name),
         teacher_states=place.teacher_states,
         scratch=scratch,
-        device=under_way.device,
-        dtype=under_way.dtype,
+        device=under_way.compute.device,
+        dtype=under_way.compute.dtype,
         seed=under_way.recipe.seed,
         inputs=inputs,
         stop=under_way.stop.asked.is_set,

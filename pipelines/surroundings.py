@@ -17,35 +17,42 @@ from typing import Any
 import torch
 
 from .artifact import write_json
-from .errors import UsageError
+from .devices import Compute, chosen_device, chosen_dtype
 from .rundir import RunDirectory
 
 log = logging.getLogger("bitmend")
 
 
-def environment(place: RunDirectory, device: str) -> dict[str, Any]:
-    """environment.json: written at the first start; a later one continues with its threads, device and dtype."""
+def compute_of(place: RunDirectory, device: str, dtype: str, deterministic: bool) -> Compute:
+    """Where and how a run computes: what is asked for, `auto` being what environment.json says it began with. A run that began on a GPU
+    and is continued where there is none goes on on the CPU. UsageError for a device or a dtype that is not there."""
     path = place.path / "environment.json"
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if chosen.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError("--device cuda: this torch sees no CUDA device; use --device cpu")
-    if path.is_file():
-        found = json.loads(path.read_text())
-        if device != "auto" and found["device"] != chosen:
-            found["device"] = chosen
-            write_json(path, found)
-        if found["device"].startswith("cuda") and not torch.cuda.is_available():
-            found["device"] = "cpu"
-    else:
-        import transformers
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    before = str(found.get("device", "auto"))
+    if device == "auto" and not (before.startswith("cuda") and not torch.cuda.is_available()):
+        device = before
+    chosen = chosen_device(device)
+    if dtype == "auto" and before != "auto" and torch.device(before).type == chosen.type:
+        dtype = found["dtype"]
+    return Compute(chosen, chosen_dtype(dtype, chosen), deterministic)
 
-        found = {
-            "device": chosen, "dtype": "float32", "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "platform": platform.platform(), "cores": os.cpu_count(),
-        }  # fmt: skip
-        write_json(path, found)
+
+def write_environment(place: RunDirectory, compute: Compute) -> None:
+    """environment.json: written at the first start; a later one continues with its threads."""
+    import transformers
+
+    path = place.path / "environment.json"
+    found = {
+        "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
+        "transformers": transformers.__version__, "platform": platform.platform(), "cores": os.cpu_count(),
+    }  # fmt: skip
+    found = json.loads(path.read_text()) if path.is_file() else found
+    where = {"device": str(compute.device), "dtype": compute.dtype_name, "deterministic": compute.deterministic}
+    if compute.device.type == "cuda":
+        where["device_name"] = torch.cuda.get_device_name(compute.device)
+    if found | where != found:
+        write_json(path, {**where, **{key: value for key, value in found.items() if key not in (*where, "device_name")}})
     torch.set_num_threads(found["threads"])
-    return found
 
 
 @dataclass

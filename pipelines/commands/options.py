@@ -23,6 +23,10 @@ Profile = Annotated[Literal["demo", "standard"] | None, typer.Option("--profile"
 BudgetText = Annotated[str | None, typer.Option("--budget", metavar="3.0bpw|60MB", help="let the allocation meet this size")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="seed of everything random")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="where to compute")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"] | None,
+    typer.Option("--dtype", help="of forward passes; auto: bfloat16 on a GPU, on a CPU what is faster"),
+]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="a directory that `pipeline run` made")]
 OutputRun = Annotated[Path | None, typer.Option("-o", "--output", metavar="RUN_DIR", help="run directory; default runs/<recipe>")]
 FromStage = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="refuse to run unless all before it is finished")]

@@ -83,6 +83,7 @@ def eval_(
     seq_len: SeqLen = None,
     windows: Windows = None,
     device: o.Device = "auto",
+    dtype: o.Dtype = None,
     json: o.Json = False,
     verbose: o.Verbose = False,
     quiet: o.Quiet = False,
@@ -98,6 +99,7 @@ def eval_(
         seq_len=seq_len or default_seq_len,
         windows=windows or default_windows,
         device=device,
+        dtype=dtype,
     )
     o.write(measured, json)
 

@@ -40,6 +40,7 @@ def run(
     until_stage: o.UntilStage = None,
     force: o.ForceStage = None,
     device: o.Device = "auto",
+    dtype: o.Dtype = None,
     seed: o.Seed = None,
     dry_run: DryRun = False,
     json: o.Json = False,
@@ -53,7 +54,7 @@ def run(
 ) -> None:
     """Run a recipe. The same command again goes on where it stopped; a changed setting redoes that stage and those after it."""
     start(verbose, quiet)
-    given = {"model": model, "data": data, "calibration": calibration, "train": train, "eval": eval_, "seed": seed}
+    given = {"model": model, "data": data, "calibration": calibration, "train": train, "eval": eval_, "seed": seed, "dtype": dtype}
     given |= {"profile": profile, "revision": revision, "budget": budget, "teacher": teacher}
     from ..recipe import resolve, run_directory
 
@@ -61,7 +62,7 @@ def run(
     _check_addresses(resolved, from_stage, until_stage, force)
     directory = output or run_directory(resolved)
     if dry_run:
-        predict(resolved, directory, json)
+        predict(resolved, directory, device, json)
         return
     from .. import runner
 
@@ -121,6 +122,7 @@ def sweep(
     config: o.SettingsFile = None,
     sets: o.Sets = None,
     device: o.Device = "auto",
+    dtype: o.Dtype = None,
     seed: o.Seed = None,
     dry_run: DryRun = False,
     json: o.Json = False,
@@ -133,7 +135,7 @@ def sweep(
 ) -> None:
     """Run a recipe for every combination of settings and compare them; stages that agree run once."""
     start(verbose, quiet)
-    given = {"model": model, "data": data, "calibration": calibration, "train": train, "eval": eval_, "seed": seed}
+    given = {"model": model, "data": data, "calibration": calibration, "train": train, "eval": eval_, "seed": seed, "dtype": dtype}
     from .. import sweep as sweeping
 
     limit = sweeping.trainable_limit(budget)
@@ -165,11 +167,11 @@ def existing(directory: Path) -> None:
         raise InputError(f"{directory}: no such run directory; `pipeline run RECIPE -o {directory}` makes one")
 
 
-def predict(recipe: "Recipe", directory: Path, as_json: bool) -> None:
+def predict(recipe: "Recipe", directory: Path, device: str, as_json: bool) -> None:
     """Print the plan; UsageError names the first refusal."""
     from .. import plan
 
-    predicted: dict[str, Any] = plan.predict(recipe, directory)
+    predicted: dict[str, Any] = plan.predict(recipe, directory, device)
     o.write(predicted, as_json)
     refusals = predicted.get("refusals") or []
     if refusals:

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from bitmend.pipelines import runner, stages
+from bitmend.pipelines.devices import Compute
 from bitmend.pipelines.errors import InputError, QualityError, UsageError
 from bitmend.pipelines.recipe import Recipe, resolve
 
 from .runs import CHAIN, chosen, hashes, stage_directory, write_recipe
 
+HERE = Compute(torch.device("cpu"))
 pytestmark = pytest.mark.usefixtures("no_pages")
 
 ADDRESSES = ["baseline", "prune", "quantize", "decompose", "recover", "fuse"]
@@ -95,7 +98,7 @@ def test_keys_follow_what_decides_the_result(
     change: dict[str, Any], first: str, small_model: Path, small_text: Path, tmp_path: Path
 ) -> None:
     def keys(recipe: Recipe) -> list[str]:
-        return [s.key for s in runner.plan_steps(recipe, small_model, runner.Inputs(recipe, small_model))]
+        return [s.key for s in runner.plan_steps(recipe, small_model, runner.Inputs(recipe, small_model), HERE)]
 
     seed = {"seed": change.pop("seed")} if "seed" in change else {}
     base = chosen(tmp_path, small_model, small_text)
@@ -108,7 +111,7 @@ def test_keys_follow_what_decides_the_result(
 
 def test_other_calibration_text_redoes_what_reads_it(small_model: Path, small_text: Path, tmp_path: Path) -> None:
     def keys(recipe: Recipe) -> list[str]:
-        return [s.key for s in runner.plan_steps(recipe, small_model, runner.Inputs(recipe, small_model))]
+        return [s.key for s in runner.plan_steps(recipe, small_model, runner.Inputs(recipe, small_model), HERE)]
 
     chain = [
         {"quantize": {"method": "rtn", "bits": 4, "group_size": 32, "clip": "power"}},
