@@ -16,7 +16,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Protocol:
-    """How perplexity was measured; two numbers compare only under the same protocol."""
+    """How perplexity was measured; two numbers compare only under the same protocol. `dtype`: that of the forward pass."""
 
     dataset: str | None = None
     split: str | None = None
@@ -27,6 +27,8 @@ class Protocol:
     seq_len: int | None = None
     windows: int | None = None
     tokens: int | None = None
+    dtype: str | None = None
+    device: str | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

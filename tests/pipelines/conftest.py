@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from bitmend.pipelines import runner
 
 from .runs import Processes, chosen, processes
@@ -25,6 +26,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         directory = tmp_path_factory.mktemp("cache")
         patch.setenv("BITMEND_CACHE", str(directory))
         yield directory
+
+
+@pytest.fixture(autouse=True, scope="session")
+def float32_on_a_cpu() -> Iterator[None]:
+    """What `dtype: auto` is on a CPU follows from a measurement; a test's numbers must not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bitmend.pipelines.devices.measured_dtype", lambda: torch.float32)
+        yield
 
 
 @pytest.fixture(scope="session")

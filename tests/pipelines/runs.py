@@ -65,7 +65,8 @@ SERVER = """
 import gc, json, os, sys
 import torch
 torch.set_num_threads(1)
-from bitmend.pipelines import cli, data, demo, runner
+from bitmend.pipelines import cli, data, demo, devices, runner
+devices.measured_dtype = lambda: torch.float32
 from bitmend.pipelines.stages import baseline, fuse, recover
 from transformers import LlamaForCausalLM
 
