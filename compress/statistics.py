@@ -138,6 +138,10 @@ class Fisher:
     column_mean_I: Tensor
     full_OI: Tensor | None = None
 
+    def to(self, device: torch.device) -> "Fisher":
+        full_OI = None if self.full_OI is None else self.full_OI.to(device)
+        return Fisher(self.row_mean_O.to(device), self.column_mean_I.to(device), full_OI)
+
 
 @dataclass(frozen=True)
 class LayerStatistics:

@@ -76,7 +76,8 @@ def build(directory: Path, parent: Artifact, stages: Spent, settings: list[Setti
     if any(_read(file, block) is None for file, block in zip(files, sites, strict=True)):
         directory.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
-        fisher = fisher_diagonal(context) if weighting == "fisher" else {}
+        found = fisher_diagonal(context) if weighting == "fisher" else {}
+        fisher = {name: sums.to(context.device) for name, sums in found.items()}
         ids_NT = context.inputs.calibration()
         hidden = [walk.model.embed(ids_NT[part]) for part in batches(*ids_NT.shape)]
         with torch.no_grad(), bar("allocation: table of errors, blocks", len(files)) as shown:

@@ -48,7 +48,7 @@ def compress(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context:
     if wants_dense or "cross_moment" in needs or row.scope == "block":
         stage.dense = StreamedModel(context.baseline, context.device, context.dtype)
     if "fisher" in needs:
-        stage.fisher = fisher_diagonal(context)
+        stage.fisher = {name: found.to(context.device) for name, found in fisher_diagonal(context).items()}
     if stage.propagates:
         _embed(stage, context.inputs.calibration())
     blocks, behind = model.structure.blocks, any(site.block is None for site in chosen)

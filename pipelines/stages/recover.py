@@ -127,14 +127,14 @@ def _cache_budget(config: TrainConfig) -> float:
 
 
 def _texts(context: Context, config: TrainConfig) -> tuple[Callable[[int], Batch], list[Batch]]:
-    """Micro-batches by number, and the held-out batches."""
+    """Micro-batches by number, and the held-out batches, all where the model is."""
     draw = context.inputs.training(config.seq_len, config.batch_size)
 
     def batches(index: int) -> Batch:
         ids, mask = draw(index)
-        return Batch(ids, mask)
+        return Batch(ids, mask).to(context.device)
 
-    held_out = [Batch(ids, mask) for ids, mask in context.inputs.held_out(config.seq_len, config.batch_size)]
+    held_out = [Batch(ids, mask).to(context.device) for ids, mask in context.inputs.held_out(config.seq_len, config.batch_size)]
     return batches, held_out
 
 

@@ -83,10 +83,10 @@ class StreamedTeacher:
             self.kept = {ids_BT.cpu().numpy().tobytes(): found}
             return
         wanted = [ids_BT.cpu()]
-        index = next((i for i in range(self.position, self.last) if torch.equal(self.batches(i).ids, wanted[0])), None)
+        index = next((i for i in range(self.position, self.last) if torch.equal(self.batches(i).ids, ids_BT)), None)
         if index is not None:
             count = max(1, TEACHER_TOKENS // ids_BT.numel())
-            ahead = [self.batches(i).ids for i in range(index + 1, min(index + count, self.last))]
+            ahead = [self.batches(i).ids.cpu() for i in range(index + 1, min(index + count, self.last))]
             wanted += [ids for ids in ahead if not self.files.has(ids)]
             self.position = index
         with torch.no_grad():

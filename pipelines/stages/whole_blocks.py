@@ -29,7 +29,7 @@ def solve_block(
         outputs = torch.cat([_through(stage.dense, [index, *behind], h) for h in stage.dense_hidden])
     layers = {s.name: LayerStatistics(statistics[s.name], stage.fisher.get(s.name)) for s in sites}
     problem = BlockProblem(
-        {s.name: current(stage, s) for s in sites},
+        {s.name: current(stage, s).to(stage.context.device) for s in sites},
         targets,
         _block_function(stage, index, sites, behind),
         torch.cat(stage.hidden),
