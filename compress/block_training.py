@@ -242,7 +242,7 @@ def _loss(out_BTD: Tensor, wanted_BTD: Tensor, outliers: float) -> Tensor:
     dropped = int(outliers * errors.numel())
     if not dropped:
         return errors.mean()
-    limit = errors.detach().kthvalue(errors.numel() - dropped).values
+    limit = errors.detach().topk(dropped + 1).values[-1]
     return (errors * (errors <= limit)).sum() / (errors.numel() - dropped)
 
 

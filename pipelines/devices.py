@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from .doctor import memory
 from .errors import UsageError
 
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -98,6 +99,14 @@ def _product_seconds(dtype: torch.dtype) -> float:
         torch.nn.functional.linear(x, weight)
         seconds.append(time.perf_counter() - began)
     return min(seconds[1:])
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free now: the card's, or what the system and a container's limit leave. None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = memory()
+    return min((n for n in (found["limit_bytes"], found["available_bytes"]) if n is not None), default=None)
 
 
 @contextmanager

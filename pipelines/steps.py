@@ -25,6 +25,8 @@ from .stage_settings import StageSpec, methods
 from .surroundings import Stop
 
 log = logging.getLogger("bitmend")
+SAME_BITS = {"gradient_checkpointing": False}
+"""Settings that decide memory and time, not results, and the value that stands for all of theirs in a key."""
 
 
 @dataclass
@@ -69,7 +71,8 @@ def _keyed(chosen: Recipe, specs: list[StageSpec], inputs: Inputs, compute: Comp
     for number, spec in enumerate(specs, 1):
         row = methods(spec.name)[spec.method]
         settings = spec.settings()
-        identity = [SCHEMA, steps[-1].key, spec.name, spec.method, row.version, settings, chosen.seed, inputs.fingerprint(spec, row)]
+        decisive = settings | {name: value for name, value in SAME_BITS.items() if name in settings}
+        identity = [SCHEMA, steps[-1].key, spec.name, spec.method, row.version, decisive, chosen.seed, inputs.fingerprint(spec, row)]
         identity += [where] if (where := compute.identity()) else []
         key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
         steps.append(Step(spec.address, spec.method, key, f"{number:02d}-{spec.address}-{key[:8]}", settings, spec))

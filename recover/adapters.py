@@ -84,7 +84,7 @@ class Magnitude(nn.Module):
     def row_norms(self) -> Tensor:
         """float32 [O]."""
         linear = self.linear[0]
-        weight = linear.base().float()
+        weight = linear.stored.base_dense()
         if linear.stored.smooth is not None:
             weight = weight / linear.stored.smooth.float()
         if (pair := linear.pair()) is not None:

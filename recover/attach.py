@@ -103,8 +103,7 @@ def lora(site: Site, config: Lora) -> Attached:
     for name, linear in site.linears.items():
         if linear.up is None:
             up, down = start_factors(linear.stored.shape, config.rank, site.generator(name))
-            device = linear.base().device
-            linear.set_low_rank(up.to(device), down.to(device))
+            linear.set_low_rank(up.to(linear.device), down.to(linear.device))
     out |= train_factors(site.linears)
     if config.scales:
         out |= _train_scales(site.on_grids() if config.scales == "auto" else site)
@@ -145,7 +144,7 @@ def svft(site: Site, config: Svft) -> Attached:
     out: dict[str, Trainable] = {}
     branches = []
     for name, linear in site.linears.items():
-        weight = linear.base().float()
+        weight = linear.stored.base_dense()
         if linear.stored.smooth is not None:
             weight = weight / linear.stored.smooth.float()
         branch = Spectrum(weight, config.rank, config.pattern, config.width, site.generator(name), torch.float16)

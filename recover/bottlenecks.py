@@ -85,7 +85,7 @@ def _attached(method: str, site: Site, config: SerialAdapter | ParallelAdapter, 
         place, width = place_of(part), linears[part.exit].out_features
         width_in = width if place.entry is None else linears[part.entry].in_features
         tensors = start_tensors(width_in, width, config.bottleneck, site.generator(part.name))
-        adapters[part.name] = Bottleneck(tensors, place.activation, place.scaling).to(linears[part.exit].base().device)
+        adapters[part.name] = Bottleneck(tensors, place.activation, place.scaling).to(linears[part.exit].device)
         places[part.name] = place
         handles += hang(site.model, place, adapters[part.name].requires_grad_(True))
     if not adapters:

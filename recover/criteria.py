@@ -87,7 +87,7 @@ class SquaredGradients(nn.Module):
 
     def __init__(self, linear: CompressedLinear) -> None:
         super().__init__()
-        device = linear.base().device
+        device = linear.device
         self.probe = nn.Parameter(torch.zeros(1, device=device))
         self.total = torch.zeros(linear.stored.shape, device=device)
 
@@ -138,7 +138,7 @@ class Selection:
 def select(site: Site, selection: Selection) -> dict[str, Tensor]:
     """Positions by name for a criterion. ValueError when it reads gradients and the site has none."""
     kept = {name: linear.stored.mask_OI() for name, linear in site.linears.items()}
-    weights = {name: linear.base().float() for name, linear in site.linears.items()}
+    weights = {name: linear.stored.base_dense() for name, linear in site.linears.items()}
     if selection.criterion == "magnitude":
         return choose({name: smallest_magnitude(w) for name, w in weights.items()}, kept, selection.share, selection.quota, selection.by)
     if site.gradients is None:

@@ -44,7 +44,7 @@ def _virtual(own: Any, shared: Any, model: nn.Module) -> str | None:
         return (
             f"{own.tokens} virtual tokens and a seq_len of {shared.seq_len} do not fit a model of {limit} positions; choose fewer of either"
         )
-    if isinstance(own, prompts.PrefixTuning | prompts.MamAdapter) and shared.gradient_checkpointing:
+    if isinstance(own, prompts.PrefixTuning | prompts.MamAdapter) and shared.gradient_checkpointing is True:
         return "a prefix grows a cache in forward, which recomputing would grow twice: set gradient_checkpointing=false"
     if (shared.targets, shared.layers) != ("all", "all"):
         return "virtual tokens stand in front of the whole model: leave targets and layers at 'all'"

@@ -89,20 +89,31 @@ class CompressedLinear(nn.Module):
         self.cached = False
         self._cache: Tensor | None = None
 
+    @property
+    def device(self) -> torch.device:
+        return next(_tensors(self.stored)).device
+
     # The matrix ------------------------------------------------------------------------------------------------------
 
     def base(self) -> Tensor:
-        """base ⊙ mask, [O, I] in the compute dtype; never to be written into."""
-        if self._cache is not None:
+        """base ⊙ mask, [O, I] in `base_dtype`; never to be written into."""
+        if self._cache is not None and self._cache.dtype == self.base_dtype:
             return self._cache
         with torch.no_grad():
-            weight = self.stored.base_dense(self.dtype)
+            weight = self.stored.base_dense(self.base_dtype)
         if self.cached:
             self._cache = weight
         return weight
 
     def cache(self, keep: bool) -> None:
         self.cached, self._cache = keep, None
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """The compute dtype; float32 where something trained changes the matrix, which is rounded once, behind the change, as the stored
+        matrix will be: a scale moved by 1/300 does not move a bfloat16 factor."""
+        changes = self.inline_sparse or (self.reweight is not None and self.reweight.needs_base)
+        return torch.float32 if changes else self.dtype
 
     @property
     def inline_sparse(self) -> bool:
@@ -116,13 +127,13 @@ class CompressedLinear(nn.Module):
     def effective(self, *parameters: Tensor) -> Tensor:
         """The matrix that multiplies the base's input, differentiable in `parameters` (the order of `weight_parameters`)."""
         own = parameters[:-1] if self.inline_sparse else parameters
-        if self.reweight is None:
-            weight = self.base()
-        else:
-            weight = self.reweight.weights(self.base() if self.reweight.needs_base else None, *own).to(self.dtype)
+        weight = self.base() if self.reweight is None or self.reweight.needs_base else None
+        if self.reweight is not None:
+            weight = self.reweight.weights(weight, *own)
+        assert weight is not None
         if self.sparse is not None and self.inline_sparse:
-            weight = weight.reshape(-1).index_add(0, self.sparse.index, parameters[-1].to(self.dtype)).view(self.stored.shape)
-        return weight
+            weight = weight.reshape(-1).index_add(0, self.sparse.index, parameters[-1].to(weight.dtype)).view(self.stored.shape)
+        return weight.to(self.dtype)
 
     def pull_back(
         self, gradient_TO: Tensor | None, gradient_OI: Tensor, parameters: list[Tensor], wanted: Any
@@ -217,9 +228,8 @@ class CompressedLinear(nn.Module):
     def train_bias(self, storage: torch.dtype | None = None) -> Trainable:
         """The bias, created as zeros where the linear has none."""
         if self.bias is None:
-            device = next(iter(_tensors(self.stored))).device
-            self.bias = nn.Parameter(torch.zeros(self.out_features, device=device))
-            self.bias_storage = storage or self.dtype
+            self.bias = nn.Parameter(torch.zeros(self.out_features, device=self.device))
+            self.bias_storage = storage or torch.float32
         self.bias.data = self.bias.data.float()
         self.bias.requires_grad_(True)
         return Trainable(self.bias, "biases", through(self.bias_storage or torch.float32))
@@ -245,8 +255,8 @@ class CompressedLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CompressedLinear":
         """Follow the model to another device; the record's dtypes are what is stored and stay."""
-        device = fn(torch.empty(0, device=next(iter(_tensors(self.stored))).device)).device
-        if device != next(iter(_tensors(self.stored))).device:
+        device = fn(torch.empty(0, device=self.device)).device
+        if device != self.device:
             self.stored, self._cache = self.stored.to(device), None
         return super()._apply(fn, recurse)
 
@@ -282,7 +292,7 @@ def install(model: nn.Module, records: Mapping[str, StoredWeight], dtype: torch.
 def cache_dense(linears: Mapping[str, CompressedLinear], budget_bytes: float) -> bool:
     """Keep every base dense when all fit into `budget_bytes`; says whether they do. Results are bit-identical either way."""
     wanted = [lin for lin in linears.values() if not (isinstance(lin.stored.base, DenseWeight) and lin.stored.mask is None)]
-    size = sum(lin.out_features * lin.in_features * lin.dtype.itemsize for lin in wanted)
+    size = sum(lin.out_features * lin.in_features * lin.base_dtype.itemsize for lin in wanted)
     for linear in wanted:
         linear.cache(size <= budget_bytes)
     return size <= budget_bytes

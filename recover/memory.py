@@ -20,7 +20,7 @@ def training_memory(model: nn.Module, attached: Attached, cached: bool) -> dict[
     trainable: the method's parameters in all their copies. rest: embeddings, norms, biases and whatever a method holds frozen."""
     linears = list(compressed_linears(model).values())
     records = {t.data_ptr(): t for linear in linears for t in to_tensors(linear.stored).values()}
-    rebuilt = [linear.out_features * linear.in_features * linear.dtype.itemsize for linear in linears if _is_rebuilt(linear)]
+    rebuilt = [linear.out_features * linear.in_features * linear.base_dtype.itemsize for linear in linears if _is_rebuilt(linear)]
     trainables = {id(t.parameter) for t in attached.trainables.values()}
     others = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in trainables and t.data_ptr() not in records}
     return {

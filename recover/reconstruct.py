@@ -208,7 +208,8 @@ def block_error(block: Block) -> float:
 def token_errors(found_BTD: Tensor, wanted_BTD: Tensor) -> Tensor:
     """‖found − wanted‖² / ‖wanted‖² of every token, [B, T]: what is above normalises its input, so the few tokens of huge norm that models
     keep must not decide for all others."""
-    return (found_BTD - wanted_BTD).square().sum(-1) / wanted_BTD.square().sum(-1).clamp(min=1e-30)
+    wanted_BTD = wanted_BTD.float()
+    return (found_BTD.float() - wanted_BTD).square().sum(-1) / wanted_BTD.square().sum(-1).clamp(min=1e-30)
 
 
 def _fit(block: Block, attached: Attached, config: Reconstruct) -> list[str]:

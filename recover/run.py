@@ -24,7 +24,8 @@ class TrainConfig:
     steps (at most a quarter of the run). targets and layers: see `selection.where`. cache_dense keeps rebuilt
     weights in memory (auto: when they fit). loss: distill imitates the teacher, cross_entropy learns the text, both is half of each.
     matmul: how exactly the training multiplies (`precision.Matmul`); what is kept is judged
-    in float32 all the same."""
+    in float32 all the same. gradient_checkpointing recomputes each block in backward; auto is decided by whoever knows the device's memory
+    (a pipeline's stage), and is off where nobody did."""
 
     steps: int = 200
     learning_rate: float | None = None
@@ -36,7 +37,7 @@ class TrainConfig:
     temperature: float = 1.0
     clip: float = 1.0
     eval_every: int | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
     targets: str | tuple[str, ...] = "all"
     layers: str | tuple[int, ...] = "all"
     cache_dense: Literal["auto", "always", "never"] = "auto"

@@ -6,6 +6,7 @@ Legend: none; deals in modules.
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ def train_norms(site: Site, alone: bool = False) -> Attached:
         module = site.model.get_submodule(name)
         unit = gain(module)
         for part, parameter in module.named_parameters(recurse=False):
-            _plain(out, f"{name}.{part}", parameter, "norms" if alone else "norms_beside", unit)
+            _plain(site, out, f"{name}.{part}", parameter, "norms" if alone else "norms_beside", unit)
     return out
 
 
@@ -117,7 +118,7 @@ def train_biases(site: Site, create: bool = True, norms: bool = True) -> Attache
         module = site.model.get_submodule(name)
         bias = getattr(module, "bias", None)
         if isinstance(bias, nn.Parameter):
-            _plain(out, f"{name}.bias", bias, "norms_beside", gain(module))
+            _plain(site, out, f"{name}.bias", bias, "norms_beside", gain(module))
     return out
 
 
@@ -129,13 +130,35 @@ def train_embeddings(site: Site, head: bool, embeddings: bool) -> Attached:
     for module in [getattr(model, getter)() for wanted, getter in asked if wanted]:
         for parameter in module.parameters(recurse=False) if module is not None and not isinstance(module, CompressedLinear) else []:
             if names[id(parameter)] not in out.trainables:
-                _plain(out, names[id(parameter)], parameter, "embeddings")
+                _plain(site, out, names[id(parameter)], parameter, "embeddings")
     return out
 
 
-def _plain(out: Attached, name: str, parameter: nn.Parameter, kind: str, unit: float = 1.0) -> None:
+def _plain(site: Site, out: Attached, name: str, parameter: nn.Parameter, kind: str, unit: float = 1.0) -> None:
+    """A parameter of the model's own modules, which go on computing in the dtype that it had."""
+    if parameter.dtype != torch.float32:
+        read_in(site.model, parameter, parameter.dtype)
     out.plain[name] = parameter.dtype
     out.trainables[name] = master(parameter, kind, unit)
+
+
+def read_in(model: nn.Module, parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    """Make every module that owns the parameter read it in `dtype` while it runs, differentiably: a plain tensor of the same name hides it."""
+    for module in model.modules():
+        for leaf, own in module._parameters.items():
+            if own is parameter:
+                module.register_forward_pre_hook(partial(_hide, leaf, dtype))
+                module.register_forward_hook(partial(_show, leaf), always_call=True)
+
+
+def _hide(leaf: str, dtype: torch.dtype, module: nn.Module, args: object) -> None:
+    parameter = module._parameters[leaf]
+    assert parameter is not None
+    module.__dict__[leaf] = parameter.to(dtype)
+
+
+def _show(leaf: str, module: nn.Module, args: object, out: object) -> None:
+    module.__dict__.pop(leaf, None)
 
 
 def joined(*parts: Attached) -> Attached:

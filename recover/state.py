@@ -76,6 +76,6 @@ def ternary_step_(value: Tensor, gradient: Tensor, rate: float, progress: float)
     share = min(1.0, rate * max(0.001, 0.05 * (1 - progress / 0.8)))
     size = gradient.abs().view(-1)
     count = max(1, round(share * size.numel()))
-    threshold = size.kthvalue(size.numel() - count + 1).values
+    threshold = size.topk(count).values[-1]
     moves = gradient.sign() * ((gradient.abs() >= threshold) & (gradient != 0))
     value.sub_(moves).clamp_(-1, 1)

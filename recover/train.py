@@ -132,7 +132,7 @@ def train(
         student or attached.run or student_of(model), attached, AdamW(attached.trainables), rates(attached.trainables, config, main), config
     )
     device = next(iter(attached.trainables.values())).parameter.device
-    with checkpointed(model, config.gradient_checkpointing):
+    with checkpointed(model, config.gradient_checkpointing is True):
         if resume is None:
             _begin(run, held_out)
         else:

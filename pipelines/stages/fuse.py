@@ -12,7 +12,7 @@ import torch
 from ..artifact import Artifact, ArtifactWriter, shards_of
 from ..binding import KernelBinder
 from ..blocks import StreamedModel
-from ..doctor import memory
+from ..devices import free_bytes
 from ..folding import fold_block
 from ..loading import whole_model
 from ..models import positions
@@ -76,7 +76,7 @@ def _fold(parent: Artifact, writer: ArtifactWriter, context: Context) -> list[st
 
 def _write_a_little(parent: Artifact, binder: KernelBinder, context: Context) -> tuple[float | None, int | None]:
     """(tokens a second, bytes its weights keep) of the whole model on the kernels; its first block alone where memory is short."""
-    free = _free_bytes(context.device)
+    free = free_bytes(context.device)
     if free is not None and parent.total_bytes() * ROOM > free:
         model = StreamedModel(parent, context.device, context.dtype, binder)
         hidden = model.embed(torch.zeros(1, PROMPT_TOKENS, dtype=torch.long))
@@ -88,10 +88,3 @@ def _write_a_little(parent: Artifact, binder: KernelBinder, context: Context) ->
     room = positions(model.config) or 4 * PROMPT_TOKENS
     prompt = torch.zeros(1, min(PROMPT_TOKENS, room // 2), dtype=torch.long)
     return tokens_per_second(model, prompt, min(16, room // 2)), resident_bytes(model)
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    found = memory()
-    return min(known) if (known := [n for n in (found["limit_bytes"], found["available_bytes"]) if n is not None]) else None

@@ -25,7 +25,7 @@ from ..files import write_json
 from ..logs import bar
 from ..stage_settings import StageSpec
 from .context import Context, Outcome, check_stop
-from .writing import SLACK, InPlace, Trained, audited, trained, write_block, write_rest
+from .writing import SLACK, InPlace, Trained, as_stored_before, audited, trained, write_block, write_rest
 
 UNDONE = "undone.json"
 """In a scratch directory: the whole had become worse (held-out losses before and after), and its parts are being written as the parent has
@@ -119,7 +119,9 @@ def _fitted(walk: _Walk, index: int) -> tuple[Trained, dict[str, Any]]:
     chosen = {n for n in compressed_linears(model.model) if where(model.model, walk.config.targets, walk.config.layers).linear(n)}
 
     def attached(targets: tuple[str, ...]) -> Any:
-        return attach(walk.spec.method, model.model, replace(walk.config, targets=targets, layers=(index,)), seed=context.seed)
+        made = attach(walk.spec.method, model.model, replace(walk.config, targets=targets, layers=(index,)), seed=context.seed)
+        as_stored_before(made, walk.parent)
+        return made
 
     block = Block(
         model.model, lambda h: model.run_block(index, h), pairs, checks, {n: dense.model.get_submodule(m) for n, m in names.items()},

@@ -5,17 +5,20 @@ training state's file; what trains and how is `recover/`.
 """
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from ...recover.activations import training_activation_bytes
 from ...recover.linear import cache_dense, compressed_linears
 from ...recover.losses import Objective
-from ...recover.memory import training_memory
+from ...recover.memory import COPIES, training_memory
 from ...recover.merge import stored_loss
 from ...recover.methods import RECOVER, Gradients, attach, refusal, split
 from ...recover.run import TrainConfig
@@ -26,6 +29,7 @@ from ...recover.train import Progress, TrainingDiverged, TrainResult, batch_loss
 from ...recover.trainable import Attached
 from ..artifact import Artifact, ArtifactWriter
 from ..blocks import StreamedModel
+from ..devices import free_bytes
 from ..errors import InputError, UsageError
 from ..files import write_bytes
 from ..loading import whole_model
@@ -35,10 +39,13 @@ from ..stage_settings import StageSpec
 from .context import Context, Outcome
 from .reconstruct import reconstruct_blocks
 from .teacher import streamed_teacher
-from .writing import SLACK, InPlace, Trained, audited, trained, write_model
+from .writing import SLACK, InPlace, Trained, as_stored_before, audited, trained, write_model
 
 STATE = "training.safetensors"
 SMALL_STATE_BYTES = 200e6
+ROOM = 0.8
+"""The share of the free memory that a training step may take without recomputing its blocks."""
+log = logging.getLogger("bitmend")
 
 
 def recover(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: Context) -> Outcome:
@@ -60,7 +67,8 @@ def recover(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: 
     gradients = Gradients(batches, lambda batch: batch_loss(student, batch, None, Objective("cross_entropy", 1.0)))
     attached = _attached(parent, spec, streamed, context.seed, gradients)
     student = attached.run or student
-    cached = cache_dense(compressed_linears(model), _cache_budget(config))
+    config = replace(config, gradient_checkpointing=checkpoints(parent, config, attached, context))
+    cached = cache_dense(compressed_linears(model), _cache_budget(config, context.device))
     memory = training_memory(model, attached, cached)
     result = _train(spec, model, student, attached, batches, held_out, config, context)
     if not result.finished:
@@ -95,6 +103,7 @@ def _attached(parent: Artifact, spec: StageSpec, streamed: StreamedModel, seed: 
             raise UsageError(
                 f"{spec.address}: {name} is compressed and cannot train as a plain tensor; set head and embeddings to false, or compress without include_head"
             )
+    as_stored_before(attached, parent)
     return attached
 
 
@@ -109,18 +118,41 @@ def _check_teacher(parent: Artifact, context: Context) -> None:
         )
 
 
-def _cache_budget(config: TrainConfig) -> float:
+def checkpoints(parent: Artifact, config: TrainConfig, attached: Attached, context: Context) -> bool:
+    """Whether blocks are recomputed in backward, as asked; auto: where what a step holds besides the weights would not fit into most of
+    the memory that is free now. The bits are the same either way."""
+    free = free_bytes(context.device)
+    if config.gradient_checkpointing != "auto":
+        return config.gradient_checkpointing
+    if free is None or attached.run is not None:  # a prefix's cache grows in forward and cannot be recomputed
+        return False
+    room = ROOM * free - attached.count() * 4 * (COPIES - 1)
+    if _far_below(parent, config, room):
+        return False
+    try:
+        held = training_activation_bytes(skeleton(load_config(parent.directory)), config.batch_size, config.seq_len, context.dtype, False)
+    except ValueError as error:
+        log.info("%s; blocks are recomputed in backward where memory is short: gradient_checkpointing=true", error)
+        return False
+    return held > room
+
+
+def _far_below(parent: Artifact, config: TrainConfig, room: float) -> bool:
+    """Whether several times all that linears read and write, and the logits, fit: then nothing has to be predicted, which takes a second."""
+    model = skeleton(load_config(parent.directory))
+    features = sum(sum(site.shape) for site in inspect(model).sites)
+    vocabulary = model.config.get_text_config().vocab_size
+    return config.batch_size * config.seq_len * 4 * (8 * features + 6 * vocabulary) < room
+
+
+def _cache_budget(config: TrainConfig, device: torch.device) -> float:
     """Bytes that rebuilt dense weights may take: a third of what is free now, or all that is asked for."""
     if config.cache_dense == "never":
         return 0
     if config.cache_dense == "always":
         return float("inf")
-    try:
-        with open("/proc/meminfo") as file:
-            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 0
-    return min(free / 3, 2e9)
+    free = free_bytes(device)
+    return 0 if free is None else min(free / 3, 2e9)
 
 
 # -- text ------------------------------------------------------------------------------------------------------------------------

@@ -81,7 +81,8 @@ def _block_function(stage: Stage, index: int, sites: list[Site], behind: list[in
         parameters: dict[str, Tensor] = {}
         fused: dict[str, list[Tensor]] = {}
         for site in sites:
-            matrix = matrices[site.name].T if site.transposed else matrices[site.name]
+            matrix = matrices[site.name].to(hidden_BTD.dtype)
+            matrix = matrix.T if site.transposed else matrix
             name = f"{site.module}.{site.parameter}".removeprefix(prefix)
             if site.expert is None:
                 parameters[name] = matrix

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...compress.weights import DenseWeight, StoredWeight
 from ...recover.linear import compressed_linears, install
 from ...recover.merge import audit
+from ...recover.trainable import Attached, through
 from ..artifact import Artifact, ArtifactWriter, shards_of
 from ..blocks import StreamedModel
 from ..errors import QualityError
@@ -35,7 +36,11 @@ class InPlace:
     def __call__(self, model: nn.Module, prefix: str, records: dict[str, StoredWeight]) -> None:
         sites = [s for s in self.structure.sites if s.expert is None and s.name.startswith(f"{prefix}.")]
         found = {s.name: records.get(s.name) or self._dense(s) for s in sites}
-        install(model, {name: record.to(self.device) for name, record in found.items()}, self.dtype)
+        linears = install(model, {name: record.to(self.device) for name, record in found.items()}, self.dtype)
+        for site in sites:  # as they are stored: training moves them in float32, whatever the model computes in
+            if linears[site.name].bias is not None:
+                bias = self.artifact.tensor(f"{site.module}.bias").to(self.device)
+                linears[site.name].bias, linears[site.name].bias_storage = nn.Parameter(bias, requires_grad=False), bias.dtype
 
     def _dense(self, site: Site) -> StoredWeight:
         return StoredWeight(DenseWeight(site.read(self.artifact.tensor(f"{site.module}.{site.parameter}")).contiguous()))
@@ -52,6 +57,15 @@ class Trained:
 
     records: dict[str, StoredWeight] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def as_stored_before(attached: Attached, parent: Artifact) -> None:
+    """Plain parameters begin at the values that the artifact stores, not at those that the model computes with, and end in that dtype."""
+    for name in attached.plain:
+        value, trainable = parent.tensor(name), attached.trainables[name]
+        attached.plain[name] = value.dtype
+        trainable.parameter.data = value.to(trainable.parameter.device, torch.float32)
+        trainable.stored = through(value.dtype)
 
 
 def trained(model: nn.Module, plain: Mapping[str, torch.dtype]) -> Trained:

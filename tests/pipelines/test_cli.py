@@ -335,7 +335,7 @@ def test_eval_takes_the_protocol_of_the_run_that_holds_the_artifact(
     ):
         assert cli.main(["eval", model, *options, "--json", "--device", "cpu"]) == 0
         source, seq_len, windows = expected
-        assert calls[-1] == ("evaluate", (model,), {"eval_source": source, "seq_len": seq_len, "windows": windows, "device": "cpu"})
+        assert calls[-1] == ("evaluate", (model,), {"eval_source": source, "seq_len": seq_len, "windows": windows, "device": "cpu", "dtype": None})
         assert json.loads(capsys.readouterr().out) == {"perplexity": 31.25, "protocol": {"windows": 16}, "broken": None}
     assert cli.main(["eval", "demo"]) == 0
     assert "perplexity: 31.25" in capsys.readouterr().out
