@@ -9,15 +9,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
 from .doctor import memory
 from .errors import UsageError
+from .settings import DtypeName
 
-DeviceName = Literal["auto", "cpu", "cuda"]
-DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 AMPERE = (8, 0)
 """The first compute capability that multiplies bfloat16; cards before it take float16."""
 FASTER = 1.25

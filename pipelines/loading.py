@@ -15,6 +15,8 @@ from .binding import KernelBinder
 from .blocks import Binder, StreamedModel
 from .errors import InputError
 from .models import resolve_model
+from .perplexity import run_of
+from .surroundings import compute_of
 
 
 def whole_model(artifact: Artifact, device: torch.device, dtype: torch.dtype, bind: Binder | None = None) -> StreamedModel:
@@ -60,13 +62,14 @@ def binder_of(artifact: Artifact, device: torch.device) -> Binder | None:
 
 def load(directory: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
     """A run's or a stage's model as a plain `transformers` model on the kernels of this device: `generate`, `lm-eval --model hf`.
-    What stands beside the model is part of it; virtual tokens take no place in its logits.
+    What stands beside the model is part of it; virtual tokens take no place in its logits. dtype None is the one that the run was measured
+    in on this kind of device, and what `auto` is elsewhere.
 
     Raises InputError for what is no artifact. The tokenizer lies in the artifact's directory (`AutoTokenizer.from_pretrained`).
     """
     with opened(str(directory)) as artifact:
-        place = torch.device(device)
-        chosen = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+        compute = compute_of(run_of(artifact.directory), device)
+        place, chosen = compute.device, dtype or compute.dtype
         streamed = whole_model(artifact, place, chosen, KernelBinder("auto", place))
         if (artifact.directory / "generation_config.json").is_file():
             streamed.model.generation_config = GenerationConfig.from_pretrained(artifact.directory)

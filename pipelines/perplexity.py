@@ -21,8 +21,10 @@ from torch import Tensor
 from . import artifact
 from .blocks import StreamedModel
 from .data import Windows
-from .devices import Compute, chosen
+from .devices import Compute
 from .errors import InputError
+from .rundir import RunDirectory
+from .surroundings import compute_of
 
 TOKENS_AT_ONCE = 2048
 LOGITS_AT_ONCE = 512
@@ -214,9 +216,11 @@ def evaluate(
     from .loading import binder_of, opened
     from .logs import bar
     from .models import load_tokenizer
+    from .recipe import resolve
 
-    recipe = _recipe_of(Path(model))
-    compute = chosen(device, dtype or (recipe.dtype if recipe is not None else "auto"))
+    run = run_of(Path(model))
+    recipe = None if run is None else resolve(str(run.recipe))
+    compute = compute_of(run, device, dtype or (recipe.dtype if recipe is not None else "auto"))
     with opened(model) as found:
         tokenizer = load_tokenizer(found.directory)
         if recipe is not None and eval_source in (None, recipe.data.evaluation):
@@ -240,12 +244,8 @@ def evaluate(
         }
 
 
-def _recipe_of(place: Path) -> Any:
-    """The recipe of the run that `place` is or lies in, or None."""
-    from .recipe import resolve
-
+def run_of(place: Path) -> RunDirectory | None:
+    """The run that `place` is or lies in, or None."""
     place = place.expanduser().absolute()
-    for directory in (place, *place.parents) if place.is_dir() else ():
-        if (directory / "run.json").is_file() and (written := directory / "recipe.resolved.yaml").is_file():
-            return resolve(str(written))
-    return None
+    found = (RunDirectory(directory) for directory in ((place, *place.parents) if place.is_dir() else ()))
+    return next((run for run in found if (run.path / "run.json").is_file() and run.recipe.is_file()), None)

@@ -76,7 +76,7 @@ def predict(recipe: Recipe, directory: Path | None = None, device: str = "auto")
     refused = refusals(recipe, source)
     place = RunDirectory(directory) if directory is not None and (directory / "run.json").is_file() else None
     inputs = Inputs(recipe, source)
-    compute = compute_of(RunDirectory(directory or Path()), device, recipe.dtype, recipe.deterministic)
+    compute = compute_of(None if directory is None else RunDirectory(directory), device, recipe.dtype, recipe.deterministic)
     steps = plan_steps(recipe, source, inputs, compute, place) if place is not None and not refused else []
     budget = _allocation(recipe, sizes, inputs, compute, place, steps) if recipe.budget is not None and not refused else None
     specs = [step.spec for step in steps if step.spec is not None] or recipe.stages

@@ -15,9 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer, ValidationError
 
 from .budget import Allocation, Budget
-from .devices import DtypeName
 from .errors import UsageError
-from .settings import dump, merged, nested, read_mapping, refuse_unknown, split_assignment, unknown
+from .settings import DtypeName, dump, merged, nested, read_mapping, refuse_unknown, split_assignment, unknown
 from .stage_settings import FUSE, STAGES, StageSpec, build, config_keys, methods, validation_message
 
 __all__ = [

@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import yaml
 
@@ -21,6 +21,9 @@ _SCALARS = (
     ("tag:yaml.org,2002:float", r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$", "-+.0123456789"),
     ("tag:yaml.org,2002:float", r"^(?:[-+]?\.(?:inf|Inf|INF)|\.nan|\.NaN|\.NAN)$", "-+."),
 )
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+"""Of forward passes. Here, since who reads a recipe does not wait for torch."""
 
 
 class _Loader(yaml.SafeLoader):

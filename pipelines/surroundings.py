@@ -23,11 +23,11 @@ from .rundir import RunDirectory
 log = logging.getLogger("bitmend")
 
 
-def compute_of(place: RunDirectory, device: str, dtype: str, deterministic: bool) -> Compute:
+def compute_of(place: RunDirectory | None, device: str, dtype: str = "auto", deterministic: bool = True) -> Compute:
     """Where and how a run computes: what is asked for, `auto` being what environment.json says it began with. A run that began on a GPU
     and is continued where there is none goes on on the CPU. UsageError for a device or a dtype that is not there."""
-    path = place.path / "environment.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
+    path = None if place is None else place.path / "environment.json"
+    found = json.loads(path.read_text()) if path is not None and path.is_file() else {}
     before = str(found.get("device", "auto"))
     if device == "auto" and not (before.startswith("cuda") and not torch.cuda.is_available()):
         device = before

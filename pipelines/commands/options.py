@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ..settings import DtypeName
+
 Model = Annotated[str | None, typer.Option("-m", "--model", metavar="MODEL", help="demo, a directory, a Hub id or a .gguf file")]
 Revision = Annotated[str | None, typer.Option("--revision", metavar="REV", help="revision of a Hub model")]
 Teacher = Annotated[str | None, typer.Option("--teacher", metavar="MODEL", help="the dense model to recover towards (else the baseline)")]
@@ -24,7 +26,7 @@ BudgetText = Annotated[str | None, typer.Option("--budget", metavar="3.0bpw|60MB
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="seed of everything random")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="where to compute")]
 Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"] | None,
+    DtypeName | None,
     typer.Option("--dtype", help="of forward passes; auto: bfloat16 on a GPU, on a CPU what is faster"),
 ]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="a directory that `pipeline run` made")]
