@@ -280,10 +280,9 @@ def _alternating(problem: Problem, form: FactorForm, rank: int, low_rank: LowRan
 def _kept_rank(problem: Problem, rank: int) -> int:
     """SRR's criterion (arXiv:2602.02001): the k for which (energy of W left to the quantizer) × (share of a noise's energy that
     rank r − k cannot reach) is least, both in the metric; the noise stands for the quantization error."""
-    exposed = spectrum(problem.target_OI, problem.metric).flip(0).cumsum(0).flip(0)
     noise = torch.rand(problem.target_OI.shape, generator=torch.Generator().manual_seed(0)).to(problem.target_OI) - 0.5
-    missed = spectrum(noise, problem.metric).flip(0).cumsum(0).flip(0)
-    exposed, missed = (torch.nn.functional.pad(t, (0, 1)) for t in (exposed, missed))
+    spectra = (spectrum(matrix, problem.metric).cpu() for matrix in (problem.target_OI, noise))  # CUDA sums up in no fixed order
+    exposed, missed = (torch.nn.functional.pad(s_R.flip(0).cumsum(0).flip(0), (0, 1)) for s_R in spectra)
     return int((exposed[: rank + 1] * missed[: rank + 1].flip(0)).argmin())
 
 

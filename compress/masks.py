@@ -78,7 +78,8 @@ def keep_highest(score: Tensor, dropped: int) -> Tensor:
     if score.shape[-1] <= _SHORT:
         order = score.argsort(dim=-1, stable=True)[..., :dropped]
         return torch.ones_like(score, dtype=torch.bool).scatter_(-1, order, False)
-    threshold = score.kthvalue(dropped, dim=-1, keepdim=True)[0]  # linear in time, where a sort is not
+    # linear in time, where a sort is not; kthvalue has no deterministic algorithm on CUDA
+    threshold = score.topk(dropped, dim=-1, largest=False, sorted=False).values.amax(-1, keepdim=True)
     gone, tied = score < threshold, score == threshold
     wanted = dropped - gone.sum(-1, keepdim=True)
     if bool((tied.sum(-1, keepdim=True) > wanted).any()):

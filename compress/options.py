@@ -156,8 +156,8 @@ def error_table(
     coarse: float | None = None
     for grid in sorted(grids, key=lambda grid: abs(grids.index(grid) - len(grids) // 2)):
         error_OI = target_OI.float() - quantize(grid).dense()
-        spectrum_VR = torch.atleast_2d(spectrum(error_OI, metric, weights_VO))
-        tail_VR = torch.nn.functional.pad(spectrum_VR.flip(1).cumsum(1).flip(1), (0, 1)).cpu()
+        spectrum_VR = torch.atleast_2d(spectrum(error_OI, metric, weights_VO)).cpu()  # CUDA sums up in no fixed order
+        tail_VR = torch.nn.functional.pad(spectrum_VR.flip(1).cumsum(1).flip(1), (0, 1))
         lost = {16: 0.0, 8: coarse, 4: None}
         for k, setting in enumerate(wanted):
             if setting.grid != grid or not setting.fits(*target_OI.shape):

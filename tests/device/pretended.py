@@ -48,6 +48,7 @@ NOT_DETERMINISTIC = (
 """What `torch.use_deterministic_algorithms` documents as raising on CUDA whatever its arguments; the rest is in `deterministic`."""
 COUNTED = 1024
 """Smaller tensors are not counted: what a column of a matrix costs would take longer to count than to compute."""
+NOTHING = contextlib.nullcontext()
 CUBLAS = ("mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot")
 
 
@@ -132,7 +133,7 @@ class Traits:
         aliases = [r.alias_info for r in func._schema.returns]
         self.in_place = any(a is not None and a.is_write for a in aliases) or func._schema.is_mutable
         self.view = bool(aliases) and all(a is not None for a in aliases)
-        self.random = torch.Tag.nondeterministic_seeded in func.tags and any(a.name == "generator" for a in func._schema.arguments)
+        self.random = torch.Tag.nondeterministic_seeded in func.tags
         self.refused = self.name in NOT_DETERMINISTIC or f"{self.name}.{overload}" in NOT_DETERMINISTIC
         self.sometimes = self.name in ("cumsum", "cumsum_", "bincount", "scatter_reduce", "scatter_reduce_", *CUBLAS)
 
@@ -157,9 +158,9 @@ def met(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         here = isinstance(args[0], OnCard)
     if here and (of.refused or of.sometimes) and torch.are_deterministic_algorithms_enabled():
         deterministic(func, of, args, kwargs)
-    if of.random:
-        kwargs = seeded(func, here, kwargs)
-    with torch._C._DisableTorchDispatch():
+    if of.random and kwargs.get("generator") is not None:
+        refuse_other_generator(func, here, kwargs["generator"])
+    with torch._C._DisableTorchDispatch(), own_numbers() if of.random and here else NOTHING:
         out = func(*args, **kwargs)
     if not here:
         return plain(out) if tensors else out
@@ -217,13 +218,22 @@ def deterministic(func: Any, of: Traits, args: tuple[Any, ...], kwargs: dict[str
         raise RuntimeError(f"{func.name()} does not have a deterministic implementation on CUDA")
 
 
-def seeded(func: Any, here: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The card draws from its own default generator, and neither device from one of the other's."""
-    given = kwargs.get("generator")
-    if given is not None and (given._cdata in ON_CARD) != here:
+def refuse_other_generator(func: Any, here: bool, generator: Any) -> None:
+    if (generator._cdata in ON_CARD) != here:
         expected, found = ("cuda", "cpu") if here else ("cpu", "cuda")
         raise RuntimeError(f"Expected a '{expected}' device type for generator but found '{found}' ({func.name()})")
-    return kwargs | {"generator": card.generator} if here and given is None else kwargs
+
+
+@contextlib.contextmanager
+def own_numbers() -> Iterator[None]:
+    """Within, the card draws from its own default generator instead of the host's."""
+    host = torch.get_rng_state()
+    torch.set_rng_state(card.generator.get_state())
+    try:
+        yield
+    finally:
+        card.generator.set_state(torch.get_rng_state())
+        torch.set_rng_state(host)
 
 
 # -- from one device to the other ------------------------------------------------------------------------------------------------
