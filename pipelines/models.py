@@ -247,8 +247,14 @@ def set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 def source_files(directory: Path) -> dict[str, dict[str, Any]]:
     """safetensors files of a model directory with size and sha256 (cached by path, size and time of change)."""
+    paths = source_paths(directory)
+    return {name: {"sha256": _cached_sha256(path), "bytes": path.stat().st_size} for name, path in paths.items()}
+
+
+def source_paths(directory: Path) -> dict[str, Path]:
+    """Name → safetensors file of a model directory. InputError when there is none, or one is missing."""
     if weights_home(directory) != directory:
-        return {f"{part}/{name}": entry for part in ("base", "adapter") for name, entry in source_files(directory / part).items()}
+        return {f"{part}/{name}": path for part in ("base", "adapter") for name, path in source_paths(directory / part).items()}
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -261,7 +267,7 @@ def source_files(directory: Path) -> dict[str, dict[str, Any]]:
     missing = [n for n in names if not (directory / n).is_file()]
     if missing:
         raise InputError(f"{directory}: {index.name} names {missing[0]}, which is not there; download the model again")
-    return {name: {"sha256": _cached_sha256(directory / name), "bytes": (directory / name).stat().st_size} for name in names}
+    return {name: directory / name for name in names}
 
 
 def _cached_sha256(path: Path) -> str:

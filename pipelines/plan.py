@@ -1,7 +1,8 @@
-"""What a run would do, before any work: bytes, memory, disk, time and refusals. Knows shapes and configs, reads no weights."""
+"""What a run would do, before any work: bytes, memory, disk, time and refusals. Knows shapes and configs, reads no weights; what a stage
+costs on a device is `run_costs`."""
 
+import copy
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from .errors import InputError
 from .imported_sizes import imported_sizes
 from .inputs import Inputs
 from .ledger import Step
-from .models import Structure, inspect, load_config, positions, resolve_model, skeleton, source_files, weights_home
+from .models import Structure, inspect, load_config, positions, resolve_model, skeleton, source_paths, weights_home
 from .recipe import Recipe
+from .run_costs import RunCosts
 from .rundir import RunDirectory
 from .sizes import Sizes, apply, dense_sizes
-from .stage_settings import StageSpec, methods
+from .stage_settings import methods
 from .steps import found_choice, plan_steps
 from .surroundings import compute_of
 
@@ -70,22 +72,24 @@ def predict(recipe: Recipe, directory: Path | None = None, device: str = "auto")
     total = sum(p.numel() for p in model.parameters())
     element = _element_bytes(source)
     sizes = _sizes(source, model, structure)
-    speed = _multiplications_per_second()
-    stages = [_row("baseline", None, sizes, _evaluation_seconds(recipe, total, speed))]
-    stages[0]["total_bytes"] = sum(entry["bytes"] for entry in source_files(source).values())
+    compute = compute_of(None if directory is None else RunDirectory(directory), device, recipe.dtype, recipe.deterministic)
+    costs = RunCosts.of(model, recipe, compute, element)
+    stages = [_row("baseline", None, sizes) | costs.baseline(sizes)]
+    stages[0]["total_bytes"] = sum(path.stat().st_size for path in source_paths(source).values())
     refused = refusals(recipe, source)
     place = RunDirectory(directory) if directory is not None and (directory / "run.json").is_file() else None
     inputs = Inputs(recipe, source)
-    compute = compute_of(None if directory is None else RunDirectory(directory), device, recipe.dtype, recipe.deterministic)
     steps = plan_steps(recipe, source, inputs, compute, place) if place is not None and not refused else []
     budget = _allocation(recipe, sizes, inputs, compute, place, steps) if recipe.budget is not None and not refused else None
     specs = [step.spec for step in steps if step.spec is not None] or recipe.stages
     beside = 0
     for number, spec in enumerate(specs):
+        before = copy.deepcopy(sizes)
         apply(spec, sizes)
         beside += recovery_plan.bytes_beside(spec, model, sizes) if spec.name == "recover" else 0
-        seconds = _seconds(spec, recipe, total, speed) + _evaluation_seconds(recipe, total, speed)
-        stages.append(_row(spec.address, spec.method, sizes, seconds, beside) | (budget.at_most(number) if budget is not None else {}))
+        row = _row(spec.address, spec.method, sizes, beside) | (budget.at_most(number) if budget is not None else {})
+        stages.append(row | (costs.stage(spec, before, sizes, number == 0) if not refused else {}))
+    most = {kind: max(row.get(kind, 0) for row in stages) for kind in ("device_bytes", "host_bytes")}
     return {
         "recipe": recipe.name,
         "model": recipe.model,
@@ -98,10 +102,12 @@ def predict(recipe: Recipe, directory: Path | None = None, device: str = "auto")
         **({"allocation": budget.said} if budget is not None else {}),
         "stages": stages,
         "refusals": refused,
+        "shortages": costs.shortages({spec.address: spec for spec in specs}, stages) if not refused else [],
         "warnings": list(dict.fromkeys(warnings(recipe, source).values())),
-        "peak_bytes": _peak_bytes(recipe, structure, total, element),
+        "peak_bytes": most["device_bytes"],
+        **most,
         "disk_bytes": round(sum(row["total_bytes"] for row in stages[1:])),
-        "seconds": round(sum(row["seconds"] for row in stages)),
+        "seconds": round(sum(row.get("seconds", 0) for row in stages)),
         "finished": [step.address for step in steps if place is not None and step.state(place) == "done"],
     }
 
@@ -118,9 +124,7 @@ class _Budget:
         return self.limit if number >= self.first else {}
 
 
-def _allocation(
-    recipe: Recipe, dense: Sizes, inputs: Inputs, compute: Compute, place: RunDirectory | None, steps: list[Step]
-) -> _Budget:
+def _allocation(recipe: Recipe, dense: Sizes, inputs: Inputs, compute: Compute, place: RunDirectory | None, steps: list[Step]) -> _Budget:
     """What the budget chooses from, the range of sizes that the choices span, and whether the table it is chosen by is there."""
     stages = allocation.spent(recipe)
     counted = allocation.costs(recipe, stages, dense)
@@ -147,7 +151,7 @@ def _element_bytes(source: Path) -> float:
     """Of the first matrix's dtype. InputError for a file that cannot be read."""
     from safetensors import SafetensorError, safe_open
 
-    first = source / next(iter(source_files(source)))
+    first = next(iter(source_paths(source).values()))
     try:
         with safe_open(first, framework="pt") as shard:
             name = max(shard.keys(), key=lambda n: len(shard.get_slice(n).get_shape()))
@@ -167,48 +171,10 @@ def _too_long(recipe: Recipe, limit: int | None) -> list[str]:
     ]
 
 
-def _row(stage: str, method: str | None, sizes: Sizes, seconds: float, beside: int = 0) -> dict[str, Any]:
+def _row(stage: str, method: str | None, sizes: Sizes, beside: int = 0) -> dict[str, Any]:
     return {
         "stage": stage,
         "method": method,
         "bits_per_weight": round(sizes.bits_per_weight(), 4),
         "total_bytes": round(sizes.total_bytes()) + beside,
-        "seconds": round(seconds),
     }
-
-
-def _multiplications_per_second() -> float:
-    """A short measurement of this machine: float32 multiply-adds a second in matrix products of a model's shape."""
-    a, b = torch.randn(512, 1024), torch.randn(1024, 1024)
-    _ = a @ b
-    began = time.monotonic()
-    for _ in range(5):
-        _ = a @ b
-    return 5 * 512 * 1024 * 1024 / max(time.monotonic() - began, 1e-9)
-
-
-def _evaluation_seconds(recipe: Recipe, parameters: int, speed: float) -> float:
-    windows = recipe.evaluation.windows or 160
-    return windows * recipe.evaluation.seq_len * parameters / speed
-
-
-def _seconds(spec: StageSpec, recipe: Recipe, parameters: int, speed: float) -> float:
-    """Passes over the calibration text or training tokens, at the measured speed. Solvers add to it; the order is right."""
-    if spec.name == "recover":
-        tokens = getattr(spec.config, "steps", 0) * getattr(spec.config, "batch_size", 1) * getattr(spec.config, "seq_len", 512)
-        return 4 * tokens * parameters / speed
-    row = methods(spec.name)[spec.method] if spec.name != "fuse" else None
-    passes = 2 if row is not None and row.needs(spec.config) else 0
-    return passes * recipe.calibration.samples * recipe.calibration.seq_len * parameters / speed
-
-
-def _peak_bytes(recipe: Recipe, structure: Structure, parameters: int, element: float) -> int:
-    """Embeddings and head, one block in float32 with second moments and solver copies, hidden states; recovery holds the model."""
-    in_blocks = sum(s.shape[0] * s.shape[1] for s in structure.sites if s.block is not None)
-    widest = max(s.shape[1] for s in structure.sites)
-    block = in_blocks / structure.blocks * 4 * 4 + widest * widest * 4 * 4
-    tokens = recipe.calibration.samples * recipe.calibration.seq_len
-    hidden = tokens * min(s.shape[1] for s in structure.sites) * 4 * 2
-    streamed = (parameters - in_blocks) * 4 + block + hidden
-    recovery = parameters * 4 * 1.5 if any(s.name == "recover" for s in recipe.stages) else 0
-    return round(max(streamed, recovery) + 0.5e9)

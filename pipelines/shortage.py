@@ -29,7 +29,7 @@ def shortage(address: str, spec: StageSpec | None, compute: Compute) -> Iterator
         on_card = isinstance(error, torch.OutOfMemoryError)
         where = "device memory" if on_card else "memory"
         raise OutOfMemoryError(
-            f"{address}: out of {where}: {_wanted(error)}, {_free(compute, on_card)}; {_advice(address, spec)}; what is finished is kept"
+            f"{address}: out of {where}: {_wanted(error)}, {_free(compute, on_card)}; {advice(address, spec)}; what is finished is kept"
         ) from error
 
 
@@ -46,7 +46,7 @@ def _free(compute: Compute, on_card: bool) -> str:
     return "what is free is not known" if available is None else f"{available / 1e9:.2f} GB are free"
 
 
-def _advice(address: str, spec: StageSpec | None) -> str:
+def advice(address: str, spec: StageSpec | None) -> str:
     """Settings that want less, with values."""
     if spec is None or spec.name == "fuse":
         return "use --set calibration.samples or evaluation.seq_len with a smaller number, or a device with more memory"

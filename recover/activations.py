@@ -8,7 +8,7 @@ Legend: B batch, T tokens, O out, I in, D model, E experts.
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +47,17 @@ def training_activations(
     `model` is a causal language model of transformers whose parameters lie on the meta device; it is used up. ValueError where its code
     asks for the value of a number, which a model without bytes cannot answer.
     """
-    full: Any = model.to("meta", dtype).requires_grad_(False).eval()
-    _stand_in(full.base_model, dtype)
+    return step_without_bytes(model, batch, seq_len, dtype, checkpointing, loss, Alive)[0]
+
+
+def step_without_bytes(
+    model: nn.Module, batch: int, seq_len: int, dtype: torch.dtype, checkpointing: bool, loss: LossName, watching: "type[A]"
+) -> "tuple[Activations, A]":
+    """A training step as `training_activations` runs it, seen by a mode of one's own."""
+    full = _on_meta(model, dtype, trained=True)
     logits = head_of(full.get_output_embeddings(), full.config)
     ids_BT = torch.zeros(batch, seq_len, dtype=torch.long, device="meta")
-    with Alive(full) as alive, checkpointed(full, checkpointing):
+    with watching(full) as alive, checkpointed(full, checkpointing):
         try:
             hidden_ND = full.base_model(input_ids=ids_BT, use_cache=False)[0][:, :-1].flatten(0, 1)
             saved = alive.now
@@ -63,7 +69,21 @@ def training_activations(
             raise ValueError(
                 f"{type(model).__name__}: what training it holds cannot be predicted ({str(error).splitlines()[0]})"
             ) from error
-    return Activations(saved, alive.peak)
+    return Activations(saved, alive.peak), alive
+
+
+def forward_without_bytes(model: nn.Module, batch: int, seq_len: int, dtype: torch.dtype, watching: "type[A]") -> "A":
+    """Tokens [B, T] through the blocks without gradients, seen by a mode. Products of matrices and attention are shapes only."""
+    full = _on_meta(model, dtype, trained=False)
+    with watching(full) as alive, torch.no_grad():
+        full.base_model(input_ids=torch.zeros(batch, seq_len, dtype=torch.long, device="meta"), use_cache=False)
+    return alive
+
+
+def _on_meta(model: nn.Module, dtype: torch.dtype, trained: bool) -> Any:
+    full: Any = model.to("meta", dtype).requires_grad_(False).eval()
+    _stand_in(full.base_model, dtype, trained)
+    return full
 
 
 class Alive(TorchDispatchMode):
@@ -96,6 +116,9 @@ class Alive(TorchDispatchMode):
 
     def _gone(self, key: int) -> None:
         self.now -= self._bytes.pop(key)
+
+
+A = TypeVar("A", bound=Alive)
 
 
 class _Fused(TorchFunctionMode):
@@ -142,27 +165,28 @@ class _Frozen(torch.autograd.Function):
         return gradients[0].new_empty(gradients[0].shape[0], ctx.in_features), None
 
 
-def _stand_in(body: nn.Module, dtype: torch.dtype) -> None:
+def _stand_in(body: nn.Module, dtype: torch.dtype, trained: bool) -> None:
     """Every linear and every set of fused experts of the body computes shapes only, and keeps what training it keeps; so does attention."""
     for block in decoder_blocks(body)[1]:
         block.forward = _fused(block.forward)  # type: ignore[method-assign]
     for module in body.modules():
         if isinstance(module, nn.Linear | Conv1D):
             shape = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
-            module.forward = _trained_linear(shape[0], shape[1], module.bias, dtype)  # type: ignore[method-assign]
+            module.forward = _linear(shape[0], shape[1], module.bias, dtype, trained)  # type: ignore[method-assign]
         elif len(fused := [p for p in module.parameters(recurse=False) if p.ndim == 3]) > 1:
             module.forward = _experts(fused[0], fused[-1])  # type: ignore[method-assign]
 
 
-def _trained_linear(out_features: int, in_features: int, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """As `CompressedLinear.forward` with a pair of rank 1: its input is kept once, whatever the rank; the pair itself is `memory`'s."""
+def _linear(out_features: int, in_features: int, bias: Tensor | None, dtype: torch.dtype, trained: bool) -> Callable[[Tensor], Tensor]:
+    """As `CompressedLinear.forward`, `trained` with a pair of rank 1: its input is kept once, whatever the rank; the pair is `memory`'s."""
     up_O1, down_1I = (nn.Parameter(torch.empty(shape, device="meta")) for shape in ((out_features, 1), (1, in_features)))
 
     def forward(x: Tensor) -> Tensor:
         x_NI = x.reshape(-1, in_features).to(dtype)
         y_NO = _Frozen.apply(x_NI, out_features)
         assert isinstance(y_NO, Tensor)
-        y_NO = y_NO + (x_NI @ down_1I.to(dtype).T) @ up_O1.to(dtype).T
+        if trained:
+            y_NO = y_NO + (x_NI @ down_1I.to(dtype).T) @ up_O1.to(dtype).T
         y_NO = y_NO if bias is None else y_NO + bias
         return y_NO.view(*x.shape[:-1], out_features)
 

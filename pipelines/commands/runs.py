@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import logs
-from ..errors import InputError, QualityError, UsageError
+from ..errors import InputError, OutOfMemoryError, QualityError, UsageError
 from . import options as o
 
 if TYPE_CHECKING:
@@ -177,6 +177,8 @@ def predict(recipe: "Recipe", directory: Path, device: str, as_json: bool) -> No
     if refusals:
         more = f" (and {len(refusals) - 1} more above)" if len(refusals) > 1 else ""
         raise UsageError(f"this run would be refused: {refusals[0]}{more}")
+    if shortages := predicted.get("shortages"):
+        raise OutOfMemoryError(f"this run would run out of memory: {shortages[0]}")
 
 
 @contextmanager
