@@ -23,25 +23,30 @@ ELEMENTS = 1 << 18
 @dataclass(frozen=True)
 class Work:
     """`products`: multiply-adds of matrix products by dtype; `factors`: those of eigenvectors, QR and Cholesky, in float64; `passes`: bytes
-    that elementwise operations read and write; `calls`: single operations, however small; `files`: bytes hashed and written or read."""
+    that elementwise operations read and write; `powers`: numbers raised to a power; `calls`: single operations, however small; `files`: bytes
+    hashed and written."""
 
     products: Mapping[torch.dtype, float] = field(default_factory=dict)
     factors: float = 0.0
     passes: float = 0.0
     calls: float = 0.0
     files: float = 0.0
+    powers: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
         dtypes = {**self.products, **other.products}
         products = {dtype: self.products.get(dtype, 0.0) + other.products.get(dtype, 0.0) for dtype in dtypes}
-        mine, theirs = (self.factors, self.passes, self.calls, self.files), (other.factors, other.passes, other.calls, other.files)
-        return Work(products, *(a + b for a, b in zip(mine, theirs, strict=True)))
+        return Work(products, *(a + b for a, b in zip(self.rest, other.rest, strict=True)))
 
     def __mul__(self, times: float) -> "Work":
         products = {dtype: count * times for dtype, count in self.products.items()}
-        return Work(products, self.factors * times, self.passes * times, self.calls * times, self.files * times)
+        return Work(products, *(count * times for count in self.rest))
 
     __rmul__ = __mul__
+
+    @property
+    def rest(self) -> tuple[float, ...]:
+        return self.factors, self.passes, self.calls, self.files, self.powers
 
     def in_products(self, dtype: torch.dtype, count: float) -> "Work":
         return self + Work({dtype: count})
@@ -49,18 +54,19 @@ class Work:
 
 @dataclass(frozen=True)
 class Speeds:
-    """Per second: multiply-adds of products by dtype, multiply-adds of factorizations, bytes of elementwise passes, calls, bytes of files."""
+    """Per second: multiply-adds of products by dtype, multiply-adds of factorizations, bytes of elementwise passes, calls, bytes of files, powers."""
 
     products: Mapping[torch.dtype, float]
     factors: float
     passes: float
     calls: float
     files: float
+    powers: float
 
     def seconds(self, work: Work) -> float:
         products = sum(count / self.products[dtype] for dtype, count in work.products.items())
-        rest = (work.factors / self.factors, work.passes / self.passes, work.calls / self.calls, work.files / self.files)
-        return products + sum(rest)
+        speeds = (self.factors, self.passes, self.calls, self.files, self.powers)
+        return products + sum(count / speed for count, speed in zip(work.rest, speeds, strict=True))
 
 
 def measured(compute: Compute) -> Speeds:
@@ -73,7 +79,8 @@ def measured(compute: Compute) -> Speeds:
     passes = 3 * out.nbytes / _seconds(lambda: torch.add(a, b, out=out), device, 20)
     calls = 1 / _seconds(lambda: few.add_(1.0), device, 200)
     factors = EIGEN * 256**3 / _seconds(lambda: torch.linalg.eigh(square), device, 1)
-    return Speeds(products, factors, passes, calls, _file_bytes_per_second())
+    powers = out.numel() / _seconds(lambda: torch.pow(a, 2.4, out=out), device, 2)
+    return Speeds(products, factors, passes, calls, _file_bytes_per_second(), powers)
 
 
 EIGEN = 9.0

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..recover.activations import Activations
+from ..recover.fits import virtual_tokens
 from ..recover.memory import COPIES
 from ..recover.methods import split
 from ..recover.reconstruct import Reconstruct, resolved
@@ -18,9 +19,11 @@ from .inputs import HELD_OUT_TOKENS
 from .machine import Work
 from .models import Site
 from .sizes import Sizes
-from .stage_costs import DENSE, Needs, Plan
+from .stage_costs import DENSE, OPENED, Needs, Plan
 from .stage_settings import StageSpec
 
+ROOM = 0.8
+"""Of the memory that is free, how much activations may take before blocks are recomputed (`stages/recover.ROOM`)."""
 TEACHER_TOKENS = 16384
 """Of micro-batches that the teacher runs ahead (`stages/teacher.TEACHER_TOKENS`)."""
 F32 = torch.float32
@@ -28,11 +31,10 @@ WHOLE = frozenset({"full", "qat", "dequantize_train_requantize", "diff_pruning"}
 """Methods whose trained values are the matrices themselves."""
 
 
-def recovered(plan: Plan, spec: StageSpec, sizes: Sizes, cached: bool) -> Needs:
-    """A method that trains the whole model. `sizes`: what its parent stores; `cached`: rebuilt matrices are kept."""
+def recovered(plan: Plan, spec: StageSpec, sizes: Sizes, cached: bool, room: float) -> Needs:
+    """A method that trains the whole model. `sizes`: what its parent stores; `cached`: rebuilt matrices are kept; `room`: bytes of the device,
+    by which gradient_checkpointing: auto is decided."""
     anatomy, (config, own) = plan.anatomy, split(spec.method, spec.config)
-    checkpointing = bool(config.gradient_checkpointing) and config.gradient_checkpointing != "auto"
-    step = anatomy.step(config.batch_size, config.seq_len, plan.dtype, checkpointing, config.loss)
     linears = [s for s in anatomy.structure.sites if s.block is not None and s.expert is None]
     trained = trained_numbers(anatomy, spec, own, config, linears, sizes)
     rebuilt = [s.shape[0] * s.shape[1] for s in linears if sizes.of[s.name].compressed]
@@ -42,6 +44,11 @@ def recovered(plan: Plan, spec: StageSpec, sizes: Sizes, cached: bool) -> Needs:
     dense = (sum(rebuilt) if cached else max(rebuilt, default=0)) * plan.itemsize
     passing = max(rebuilt, default=0) * 4.0 * (3 if moved else 1)
     weights = packed + experts * plan.itemsize + plan.outside_bytes + dense + passing + trained * 4.0 * COPIES
+    checkpointing = config.gradient_checkpointing is True
+    step = anatomy.step(config.batch_size, config.seq_len, plan.dtype, checkpointing, config.loss)
+    if config.gradient_checkpointing == "auto" and step.activations.peak > ROOM * (room - weights) and virtual_tokens(own) == 0:
+        checkpointing = True
+        step = anatomy.step(config.batch_size, config.seq_len, plan.dtype, checkpointing, config.loss)
     acting = _acting(plan, step.activations, config, teacher=config.loss != "cross_entropy")
     teacher = 0.0 if config.loss == "cross_entropy" else plan.outside_bytes
     device = weights + teacher + acting
@@ -76,7 +83,7 @@ def _training(plan: Plan, step: Step, config: Any, checkpointing: bool, cached: 
     head = Work({plan.dtype: held * anatomy.vocabulary * anatomy.width}, passes=held * anatomy.vocabulary * 16.0)
     evaluation = plan.pass_of(held, config.seq_len) * anatomy.blocks + head + (Work() if cached else dense * (held / tokens))
     every = config.eval_every or max(1, config.steps // 5)
-    return micro * (config.steps * config.accumulation) + evaluation * (2 + -(-config.steps // every)) + dense
+    return micro * (config.steps * config.accumulation) + evaluation * (2 + -(-config.steps // every)) + dense + OPENED * 3
 
 
 def trained_numbers(anatomy: Anatomy, spec: StageSpec, own: Any, config: Any, linears: list[Site], sizes: Sizes) -> float:
@@ -120,9 +127,8 @@ def reconstructed(plan: Plan, spec: StageSpec, sizes: Sizes) -> Needs:
     every = max(1, config.steps // 5)
     work = micro * (config.steps * windows) + evaluation * (windows * (1 + -(-config.steps // every)) + 2 + 3)
     work += plan.pass_of(tokens, config.seq_len) * 2 + plan.loaded(True) * 4
-    states = plan.hidden_bytes(tokens) * 2 + plan.hidden_bytes(held) * 4
+    states = plan.hidden_bytes(tokens) * 2 + plan.hidden_bytes(held) * 3
     trained = {"weights": weights}.get(trains, sum(config.rank * (s.shape[0] + s.shape[1]) for s in sites))
     acting = step.activations.saved / anatomy.blocks * 1.5 + 3 * 4.0 * max(s.shape[0] * s.shape[1] for s in sites)
-    device = 2 * plan.outside_bytes + states + 2 * plan.block_bytes + trained * 4.0 * COPIES + acting
-    logits = at_once * anatomy.vocabulary * 4.0 * 3
-    return Needs(work * anatomy.blocks, max(device, 2 * plan.outside_bytes + states + logits), plan.anatomy.outside * plan.element)
+    device = 2 * plan.outside_bytes + max(2 * plan.block_bytes + trained * 4.0 * COPIES + acting, at_once * anatomy.vocabulary * 4.0 * 3)
+    return Needs(work * anatomy.blocks + OPENED * 2, device, anatomy.outside * plan.element, states)

@@ -24,6 +24,8 @@ ALL_WINDOWS = 160
 CUDA_HOST_BYTES = 0.6e9
 """Of a process once a CUDA context lies in it; not measured here, the order of what drivers take."""
 DENSE_CACHE_BYTES = 2e9
+SHARE = 0.5
+"""Of what is free, how much hidden states may take (`hidden.SHARE`)."""
 SURE = 1.2
 """A prediction may err by a fifth: what lies above by more than that will not fit."""
 
@@ -60,7 +62,7 @@ class RunCosts:
         if spec.name == "recover":
             if spec.method == "reconstruct":
                 return recovery_costs.reconstructed(self.plan, spec, before)
-            return recovery_costs.recovered(self.plan, spec, before, self._cached(spec, before))
+            return recovery_costs.recovered(self.plan, spec, before, self._cached(spec, before), self.available(device=True))
         return stage_costs.compressed(self.plan, spec, _has_records(before), first, after.total_bytes())
 
     def _evaluation(self, sizes: Sizes, teacher: bool) -> Needs:
@@ -83,13 +85,21 @@ class RunCosts:
         return asked == "always" or (asked == "auto" and rebuilt <= min(self.available(device=True) / 3, DENSE_CACHE_BYTES))
 
     def _said(self, *parts: Needs) -> dict[str, Any]:
-        device, host = max(p.device for p in parts), max(p.host for p in parts)
-        if self.compute.device.type == "cpu":  # one memory
-            device = host = self.base + max(p.device + p.host for p in parts)
-        else:
-            host += self.base
-        seconds = sum(self.speeds.seconds(p.work) for p in parts)
-        return {"device_bytes": round(device), "host_bytes": round(host), "seconds": round(seconds, 1)}
+        placed = [self._placed(part) for part in parts]
+        device, host = (max(bytes_) for bytes_ in zip(*placed, strict=True))
+        return {
+            "device_bytes": round(device),
+            "host_bytes": round(host),
+            "seconds": round(sum(self.speeds.seconds(p.work) for p in parts), 1),
+        }
+
+    def _placed(self, needs: Needs) -> tuple[float, float]:
+        """(device bytes, host bytes) with hidden states where there is room for them; on a CPU both are one memory."""
+        kept = min(needs.hidden, SHARE * max(0.0, self.available(device=True) - self.plan.outside_bytes))
+        if self.compute.device.type == "cpu":
+            return (whole := self.base + needs.device + needs.host + kept), whole
+        spilled = min(needs.hidden - kept, SHARE * self.available(device=False))
+        return needs.device + kept, self.base + needs.host + spilled
 
     def available(self, device: bool) -> float:
         """Bytes that there are for this process: of the card, or of the machine's memory (with what the process has already)."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..compress.grids import STEPS
 from .machine import Work
 
 F32, F64 = torch.float32, torch.float64
@@ -89,7 +90,8 @@ def factor_work(columns: int) -> Work:
 
 def _search(clip: str, rows: int, columns: int) -> Work:
     chunks = max(1.0, rows * columns / CHUNK)
-    return Work(passes=4.0 * FIT[clip] * rows * columns, calls=FIT_CALLS[clip] * chunks)
+    powers = STEPS * rows * columns if clip == "power" else 0
+    return Work(passes=4.0 * FIT[clip] * rows * columns, calls=FIT_CALLS[clip] * chunks, powers=powers)
 
 
 def _sweep(rows: int, columns: int, calls: float = COLUMN_CALLS) -> Work:

@@ -19,8 +19,12 @@ from .solver_costs import Cost, factor_work, solver_cost
 from .stage_settings import StageSpec, methods
 
 F32 = torch.float32
+OPENED = Work(calls=50_000)
+"""A model opened for running: its modules made, its structure found, a block tried."""
 DENSE = 14.0
 """Reads and writes of a weight in float32 while a record is made dense, counted on 3- and 4-bit codes."""
+READ_AHEAD = 2
+"""Blocks of an artifact that lie in host memory: the one that is computed on, and the next."""
 LOGIT_COPIES = 6
 """Of a span's logits in float32 while they are scored beside the teacher's."""
 ATTENTION_SHARE = 2.0
@@ -29,15 +33,17 @@ ATTENTION_SHARE = 2.0
 
 @dataclass(frozen=True)
 class Needs:
-    """`device`: bytes of tensors on the run's device; `host`: bytes of this process besides, on a CPU both are one memory (`total_host`)."""
+    """`device`: bytes of tensors on the run's device; `host`: bytes of this process besides (on a CPU both are one memory); `hidden`: bytes of
+    hidden states, which lie on the device, in host memory or in files, as there is room."""
 
     work: Work
     device: float
     host: float
+    hidden: float = 0.0
 
     def most(self, other: "Needs") -> "Needs":
         """Both one after the other."""
-        return Needs(self.work + other.work, max(self.device, other.device), max(self.host, other.host))
+        return Needs(self.work + other.work, max(self.device, other.device), max(self.host, other.host), max(self.hidden, other.hidden))
 
 
 @dataclass(frozen=True)
@@ -94,11 +100,12 @@ def evaluated(plan: Plan, windows: int, records: bool, teacher: bool) -> Needs:
     work += Work(
         {plan.dtype: models * logits * anatomy.width}, passes=logits * 4.0 * (26 if teacher else 12), calls=tokens / LOGITS_AT_ONCE * 60
     )
+    work += OPENED * models
     hidden = plan.hidden_bytes(tokens)
     span = LOGITS_AT_ONCE * anatomy.vocabulary * 4.0 * (LOGIT_COPIES if teacher else LOGIT_COPIES / 2)
-    walking = 2 * hidden + plan.block_bytes * 2 + plan.running_bytes(seq_len)
-    device = plan.outside_bytes * models + max(walking, hidden + span) + (hidden if teacher else 0)
-    return Needs(work, device, anatomy.outside * plan.element + anatomy.block_parameters * plan.element)
+    walking = plan.block_bytes + plan.running_bytes(seq_len)
+    device = plan.outside_bytes * models + max(walking, span)
+    return Needs(work, device, max(anatomy.outside, READ_AHEAD * anatomy.block_parameters) * plan.element, hidden)
 
 
 def compressed(plan: Plan, spec: StageSpec, records: bool, first: bool, written: float) -> Needs:
@@ -121,16 +128,21 @@ def compressed(plan: Plan, spec: StageSpec, records: bool, first: bool, written:
         work += Work({plan.dtype: -tokens * anatomy.products(last)}) + Work(passes=anatomy.block_parameters * 4 * DENSE)
         work += _statistics(plan, anatomy.inputs(sites), needs, tokens)
     models = (2 if twin else 1) if walks else 1
-    hidden = 2 * plan.hidden_bytes(tokens) * models if walks else 0.0
+    hidden = plan.hidden_bytes(tokens) * (models + (row.scope == "block")) if walks else 0.0
     block = plan.block_bytes * models if walks else 0.0
-    held = plan.outside_bytes * models + hidden + block
+    held = plan.outside_bytes * models + block
     if row.scope == "block" and hasattr(spec.config, "steps"):
         trained = _trained(plan, spec, sites, tokens)
         work, held = work + trained.work, held + kept
         solving = replace(solving, peak=max(solving.peak, trained.peak))
     device = held + max(solving.peak, plan.running_bytes(seq_len) if walks else 0.0)
-    read = anatomy.block_parameters * plan.element
-    whole = Needs(work * anatomy.blocks, device, anatomy.outside * plan.element + 2 * read)
+    read = anatomy.block_parameters * plan.element * (1 if first else 2)
+    whole = Needs(
+        work * anatomy.blocks + OPENED * (2 if twin else 1),
+        device,
+        max(anatomy.outside * plan.element, READ_AHEAD * read) + written / anatomy.blocks,
+        hidden,
+    )
     return _with_rest(plan, spec, whole)
 
 
@@ -217,8 +229,7 @@ def _trained(plan: Plan, spec: StageSpec, sites: list[Site], tokens: float) -> C
     evaluations = 1 + -(-config.steps // every)
     evaluation = plan.pass_of(samples * seq_len, seq_len) * blocks + Work(passes=4 * (DENSE + 30) * weights, calls=80 * len(sites))
     copies = 9.0 if spec.method == "learned_rounding" else 12.0
-    hidden = 2 * plan.hidden_bytes(samples * plan.recipe.calibration.seq_len)
-    peak = 4 * copies * weights + hidden + blocks * between.activations.peak / anatomy.blocks
+    peak = 4 * copies * weights + blocks * 1.4 * between.activations.saved / anatomy.blocks
     work = (step * config.steps + evaluation * evaluations) * parts
     return Cost(work, peak)
 
