@@ -100,7 +100,7 @@ def evaluated(plan: Plan, windows: int, records: bool, teacher: bool) -> Needs:
     work += Work(
         {plan.dtype: models * logits * anatomy.width}, passes=logits * 4.0 * (26 if teacher else 12), calls=tokens / LOGITS_AT_ONCE * 60
     )
-    work += OPENED * models
+    work += OPENED
     hidden = plan.hidden_bytes(tokens)
     span = LOGITS_AT_ONCE * anatomy.vocabulary * 4.0 * (LOGIT_COPIES if teacher else LOGIT_COPIES / 2)
     walking = plan.block_bytes + plan.running_bytes(seq_len)
