@@ -84,6 +84,8 @@ PROTOCOL_TITLES = {
     "seq_len": "window, tokens",
     "windows": "windows",
     "tokens": "predicted tokens",
+    "dtype": "computed in",
+    "device": "computed on",
 }
 
 
@@ -118,6 +120,8 @@ def protocol_line(protocol: Protocol) -> str:
         parts.append(f"{protocol.windows:,} windows of {protocol.seq_len:,} tokens")
     if protocol.tokenizer:
         parts.append(f"tokenizer {protocol.tokenizer}")
+    if protocol.dtype not in (None, "float32"):
+        parts.append(protocol.dtype)
     return ", ".join(part for part in parts if part) or "protocol not recorded"
 
 

@@ -122,7 +122,9 @@ def _entry(run: RunRecord) -> Entry | None:
     peaks = [stage.peak_bytes for stage in run.stages if stage.peak_bytes is not None]
     whole = replace(measured[-1], seconds=math.fsum(taken) if taken else None, peak_bytes=max(peaks, default=None))
     way = " → ".join(_step(stage) for stage in run.stages if stage.stage not in ("baseline", "fuse")) or run.stages[-1].stage
-    protocol = json.dumps({**run.protocol.to_json(), "details": None}, sort_keys=True)
+    known = {**run.protocol.to_json(), "details": None, "device": None}  # the same sums on another device differ by rounding
+    known["dtype"] = known["dtype"] or "float32"  # what was measured before a protocol said so
+    protocol = json.dumps(known, sort_keys=True)
     return Entry(run.run, run.model, way, whole, protocol)
 
 

@@ -27,9 +27,9 @@ class Protocol:
     seq_len: int | None = None
     windows: int | None = None
     tokens: int | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
     dtype: str | None = None
     device: str | None = None
-    details: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return _plain(self, [])

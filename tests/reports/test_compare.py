@@ -53,6 +53,14 @@ def test_runs_of_different_protocols_are_not_judged_against_each_other() -> None
     assert "different protocols" not in compare([runs[0], runs[0]], "table")
 
 
+def test_a_record_from_before_dtypes_was_float32_and_the_device_does_not_matter() -> None:
+    old = made("old", 30.0, 100)
+    now = made("now", 31.0, 100, protocol=replace(PROTOCOL, dtype="float32", device="cuda"))
+    assert "different protocols" not in compare([old, now], "md")
+    halved = made("halved", 31.0, 100, protocol=replace(PROTOCOL, dtype="bfloat16", device="cpu"))
+    assert "different protocols" in compare([old, halved], "md") and "bfloat16" in compare([old, halved], "md")
+
+
 def test_every_format_names_every_run_with_its_numbers() -> None:
     runs = [made("first run", 31.2034, 101_000_000), made("second run", 25.5, 202_000_000), made("never measured", None, None)]
     for format in ("table", "md", "html"):
