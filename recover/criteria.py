@@ -41,12 +41,15 @@ def choose(
     if by == "layer":
         return _whole_matrices(scores, kept, share)
     ranked = {name: _masked(_by_row(s) if by == "channel" else s, kept[name]) for name, s in scores.items()}
+    pick = _best if by == "weight" else _reaching
     if quota == "matrix":
-        found = {name: _best(s, max(1, round(share * s.numel()))) for name, s in ranked.items()}
+        found = {name: pick(s.reshape(-1), max(1, round(share * s.numel()))) for name, s in ranked.items()}
     else:
-        total = sum(s.numel() for s in ranked.values())
-        threshold = _threshold(torch.cat([s.reshape(-1) for s in ranked.values()]), max(1, round(share * total)))
-        found = {name: ((s >= threshold) & (s > -torch.inf)).view(-1).nonzero().squeeze(-1) for name, s in ranked.items()}
+        sizes = [s.numel() for s in ranked.values()]
+        flat = torch.cat([s.reshape(-1) for s in ranked.values()])
+        chosen = torch.zeros_like(flat, dtype=torch.bool)
+        chosen[pick(flat, max(1, round(share * len(flat))))] = True
+        found = {name: part.nonzero().squeeze(-1) for name, part in zip(ranked, chosen.split(sizes), strict=True)}
     return {name: index for name, index in found.items() if len(index)}
 
 
@@ -58,13 +61,22 @@ def _masked(score_OI: Tensor, kept_OI: Tensor | None) -> Tensor:
     return score_OI if kept_OI is None else score_OI.masked_fill(~kept_OI, -torch.inf)
 
 
-def _best(score_OI: Tensor, count: int) -> Tensor:
-    values, index = score_OI.reshape(-1).topk(min(count, score_OI.numel()))
-    return index[values > -torch.inf].sort().values
+def _best(score_N: Tensor, count: int) -> Tensor:
+    """Positions, in order, of exactly `count` best scores, fewer where fewer are above −∞. Of scores that are equal at the border (most are,
+    on a grid) a fixed shuffle chooses: the first ones would all lie in the first rows."""
+    count = min(count, int((score_N > -torch.inf).sum()))
+    if not count:
+        return torch.zeros(0, dtype=torch.int64, device=score_N.device)
+    border = score_N.topk(count).values[-1]
+    above, tied = (score_N > border).nonzero().squeeze(-1), (score_N == border).nonzero().squeeze(-1)
+    drawn = torch.randperm(len(tied), generator=torch.Generator().manual_seed(0))[: count - len(above)]
+    return torch.cat((above, tied[drawn.to(tied.device)])).sort().values
 
 
-def _threshold(flat: Tensor, count: int) -> Tensor:
-    return flat.topk(min(count, flat.numel())).values[-1]
+def _reaching(score_N: Tensor, count: int) -> Tensor:
+    """Positions whose score is at least the `count`-th best: with a score shared by a row, the whole of the row that completes the count."""
+    border = score_N.topk(min(count, len(score_N))).values[-1]
+    return ((score_N >= border) & (score_N > -torch.inf)).nonzero().squeeze(-1)
 
 
 def _whole_matrices(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor | None], share: float) -> dict[str, Tensor]:

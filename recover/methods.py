@@ -245,12 +245,12 @@ RECOVER: dict[str, Method] = {
         serves=_needs_uniform,
         version=2,
     ),
-    "pafi": Method(deltas.Pafi, deltas.pafi, "sparse", "the smallest kept weights", _DELTA, version=2),
+    "pafi": Method(deltas.Pafi, deltas.pafi, "sparse", "the smallest kept weights", _DELTA, version=3),
     "fish_mask": Method(
         deltas.FishMask, deltas.fish_mask, "sparse", "the most informative kept weights", _DELTA, needs=frozenset({"fisher"}), version=2
     ),
     "diff_pruning": Method(
-        deltas.DiffPruning, deltas.diff_pruning, "sparse", "a sparse delta with learned gates", _DELTA, serves=_diff_pruning, version=2
+        deltas.DiffPruning, deltas.diff_pruning, "sparse", "a sparse delta with learned gates", _DELTA, serves=_diff_pruning, version=3
     ),
     "reconstruct": Method(
         Reconstruct,

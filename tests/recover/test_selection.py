@@ -199,3 +199,19 @@ def test_pruned_units_are_those_that_do_least_and_come_back():
     assert attached.beside().tensors["model.layers.0.mlp.up"].shape == (32, 0)
     attached.prune(False)
     assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("quota", ["global", "matrix"])
+def test_of_equal_scores_no_more_are_taken_than_asked_for_and_not_all_in_one_place(quota: str) -> None:
+    """On a grid a third of all weights share the smallest magnitude."""
+    draw = torch.Generator().manual_seed(0)
+    weights = {name: torch.randint(-1, 2, (16, 32), generator=draw).float() for name in ("a", "b")}
+    scores, kept = {name: -w.abs() for name, w in weights.items()}, {"a": None, "b": torch.rand(16, 32, generator=draw) < 0.5}
+    found = choose(scores, kept, 0.05, quota)  # type: ignore[arg-type]
+    assert sum(len(index) for index in found.values()) == round(0.05 * 1024) + (quota == "matrix")
+    for name, index in found.items():
+        assert bool((weights[name].view(-1)[index] == 0).all()) and index.tolist() == sorted(set(index.tolist()))
+        assert kept[name] is None or bool(kept[name].view(-1)[index].all())
+        assert len({position // 32 for position in index.tolist()}) > 5, "rows"
+    again = choose(scores, kept, 0.05, quota)  # type: ignore[arg-type]
+    assert all(torch.equal(found[name], again[name]) for name in found)
