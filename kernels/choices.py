@@ -1,6 +1,6 @@
 """Measured choices and tuned configurations, remembered on disk per device.
 
-One JSON file per device and torch version under $XDG_CACHE_HOME/bitmend (else ~/.cache/bitmend). A damaged or foreign file is
+One JSON file per device and torch version in the cache directory. A damaged or foreign file is
 measured anew, since nothing in it is more than a saving of time. Knows JSON; not what is chosen.
 """
 
@@ -17,13 +17,10 @@ from typing import Any
 
 import torch
 
+from .cache import cache_directory
+
 VERSION = 2
 log = logging.getLogger(__name__)
-
-
-def cache_directory() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "bitmend"
 
 
 @cache

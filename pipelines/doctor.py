@@ -163,7 +163,7 @@ def missing(sections: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _cache_directory() -> Path:
-    from .demo import cache_directory
+    from ..kernels.cache import cache_directory
 
     return cache_directory()
 

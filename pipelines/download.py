@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..kernels.cache import cache_directory
 from .errors import InputError, OutOfMemoryError
 
 log = logging.getLogger(__name__)
@@ -43,14 +44,6 @@ class WheelFile:
     @property
     def name(self) -> str:
         return Path(self.member).name
-
-
-def cache_directory() -> Path:
-    """$BITMEND_CACHE, else $XDG_CACHE_HOME/bitmend, else ~/.cache/bitmend."""
-    own, shared = os.environ.get("BITMEND_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own).expanduser()
-    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "bitmend"
 
 
 @contextmanager

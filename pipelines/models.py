@@ -18,6 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from ..kernels.cache import cache_directory
+from ..recover.selection import decoder_blocks
 from . import artifact
 from .errors import InputError
 
@@ -179,14 +181,10 @@ def _embeddings(model: nn.Module) -> Site | None:
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """InputError when there is no ModuleList of at least one block."""
-    found: list[tuple[str, nn.ModuleList]] = []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
-        if isinstance(module, nn.ModuleList) and not inside and len({type(m) for m in module}) == 1:
-            found.append((name, module))
-    if not found:
-        raise InputError(f"{type(model).__name__}: no list of decoder blocks, so this is not a decoder-only language model")
-    return max(found, key=lambda item: len(item[1]))
+    try:
+        return decoder_blocks(model)
+    except ValueError as error:
+        raise InputError(f"{error}, so this is not a decoder-only language model") from error
 
 
 def _sites(block: nn.Module, prefix: str, index: int) -> Iterator[Site | Skipped]:
@@ -271,7 +269,6 @@ def source_paths(directory: Path) -> dict[str, Path]:
 
 
 def _cached_sha256(path: Path) -> str:
-    from .download import cache_directory
 
     stat = path.stat()
     identity = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"

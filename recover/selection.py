@@ -37,11 +37,16 @@ def roles(name: str) -> tuple[str, ...]:
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """(name, list) of the longest ModuleList whose members are all of one class. ValueError when there is none."""
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len({type(b) for b in m}) == 1]
-    if not lists:
+    """(name, list) of the longest ModuleList whose members are all of one class and that lies in no other one (the experts of a block do).
+    ValueError when there is none."""
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
+        if isinstance(module, nn.ModuleList) and not inside and len({type(block) for block in module}) == 1:
+            found.append((name, module))
+    if not found:
         raise ValueError(f"{type(model).__name__} has no list of decoder blocks")
-    return max(lists, key=lambda pair: len(pair[1]))
+    return max(found, key=lambda pair: len(pair[1]))
 
 
 def block_index(name: str, blocks_name: str) -> int | None:

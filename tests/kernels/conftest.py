@@ -20,7 +20,7 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "kernels-cache"))
+    monkeypatch.setenv("BITMEND_CACHE", str(tmp_path_factory.getbasetemp() / "kernels-cache"))
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def seeded() -> None:
 def patient(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Packed forms are always kept, so that the timings of a busy machine decide nothing."""
     monkeypatch.setattr(cpu, "PACKED_PATIENCE", 1e9)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("patient")))
+    monkeypatch.setenv("BITMEND_CACHE", str(tmp_path_factory.mktemp("patient")))
     choices.forget()
 
 

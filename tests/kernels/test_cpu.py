@@ -104,7 +104,7 @@ def test_what_cannot_be_packed_is_said(uniform: Maker, monkeypatch: pytest.Monke
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("BITMEND_CACHE", str(tmp_path / "bitmend"))
     choices.forget()
 
 

@@ -18,7 +18,7 @@ TINY = bench.Plan((1, 3), (bench.Layer("tiny", 64, 128),), (0, 8), (4,), (None,)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "choices"))
+    monkeypatch.setenv("BITMEND_CACHE", str(tmp_path / "choices"))
     monkeypatch.setattr(bench, "PLANS", {"cpu": TINY, "cpu, full": TINY})
     monkeypatch.setattr(bench, "Protocol", lambda: Protocol(1, 3))
     monkeypatch.setattr(bench_generate, "PROMPTS", (4, 8))

@@ -30,7 +30,7 @@ def patient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Packed forms are kept however slow they are at this size."""
     monkeypatch.setattr("bitmend.kernels.cpu.PACKED_PATIENCE", 1e9)
     monkeypatch.setattr("bitmend.kernels.cpu.HALF_PATIENCE", 1e9)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "choices"))
+    monkeypatch.setenv("BITMEND_CACHE", str(tmp_path / "choices"))
     monkeypatch.setattr("bitmend.kernels.choices._known", {})
 
 

@@ -73,7 +73,7 @@ def test_the_decoder_is_the_longest_list() -> None:
             self.long = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.ModuleList(nn.ReLU() for _ in range(9))) for _ in range(3))
 
     assert find_blocks(Model())[0] == "long", "of one class, and no list inside another"
-    with pytest.raises(InputError, match="Linear: no list of decoder blocks, so this is not a decoder-only language model"):
+    with pytest.raises(InputError, match="Linear has no list of decoder blocks, so this is not a decoder-only language model"):
         find_blocks(nn.Linear(2, 2))
 
 

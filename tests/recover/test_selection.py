@@ -8,6 +8,7 @@ from bitmend.recover.selection import decoder_blocks, norms, roles, where
 from bitmend.recover.site import Gradients, gain
 from bitmend.recover.student import Batch, student_of
 from bitmend.recover.train import batch_loss
+from torch import nn
 from torch.testing import assert_close
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
@@ -31,6 +32,12 @@ from .conftest import batch, compressed, gpt2, llama
 )
 def test_roles(name, expected):
     assert roles(name) == expected
+
+
+def test_experts_in_a_list_are_no_decoder():
+    block = [nn.Sequential(nn.Linear(2, 2), nn.ModuleList(nn.Linear(2, 2) for _ in range(9))) for _ in range(3)]
+    model = nn.ModuleDict({"layers": nn.ModuleList(block)})
+    assert decoder_blocks(model)[0] == "layers"
 
 
 def test_depth_and_targets():
