@@ -13,6 +13,7 @@ import torch
 from ..recover.linear import cache_dense, compressed_linears
 from ..recover.losses import Objective
 from ..recover.methods import RECOVER, attach, split
+from ..recover.selection import decoder_blocks
 from ..recover.site import Gradients
 from ..recover.student import Batch, Teacher, student_of
 from ..recover.train import Progress, batch_loss, train
@@ -23,25 +24,29 @@ from .stage_settings import StageSpec
 from .stages.writing import InPlace
 
 
-def step_seconds(parent: Artifact, specs: Sequence[StageSpec], device: torch.device, repeats: int) -> dict[str, dict[str, float]]:
-    """Method → median seconds of an optimizer step from `parent`, and how far apart the repeats lie. A method that solves block by
-    block has no step of the whole model and is left out."""
+def step_seconds(
+    parent: Artifact, specs: Sequence[StageSpec], device: torch.device, repeats: int, dtype: torch.dtype = torch.float32, blocks: int | None = None
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Method → median seconds of an optimizer step from `parent`, or from its first so many `blocks`, and how far apart the repeats lie. A
+    method that solves block by block has no step of the whole model and is left out."""
     samples: dict[str, list[float]] = {spec.method: [] for spec in specs if not RECOVER[spec.method].by_block}
     for _ in range(repeats):
         for spec in specs:
             if spec.method in samples:
-                samples[spec.method].append(_second_step(parent, spec, device))
+                samples[spec.method].append(_second_step(parent, spec, device, dtype, blocks))
     return {name: {"seconds_per_step": statistics.median(found), "step_spread": max(found) - min(found)} for name, found in samples.items()}
 
 
-def _second_step(parent: Artifact, spec: StageSpec, device: torch.device) -> float:
+def _second_step(parent: Artifact, spec: StageSpec, device: torch.device, dtype: torch.dtype, blocks: int | None) -> float:
     """The first one builds what later ones find; one model is in memory at a time."""
     structure = inspect(skeleton(load_config(parent.directory)))
-    model: Any = whole_model(parent, device, torch.float32, InPlace(parent, structure, device, torch.float32)).model.requires_grad_(False)
+    model: Any = whole_model(parent, device, dtype, InPlace(parent, structure, device, dtype)).model.requires_grad_(False)
+    if blocks is not None:
+        del decoder_blocks(model)[1][blocks:]
     student, (config, _) = student_of(model), split(spec.method, spec.config)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.get_text_config().vocab_size, (config.batch_size, config.seq_len), generator=draw).to(device)
-    states = torch.randn(*ids.shape, model.get_output_embeddings().weight.shape[1], generator=draw).to(device)
+    states = torch.randn(*ids.shape, model.get_output_embeddings().weight.shape[1], generator=draw).to(device, dtype)
 
     def batches(_: int) -> Batch:
         return Batch(ids)

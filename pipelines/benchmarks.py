@@ -48,7 +48,7 @@ RECOVERY_STEPS = 5
 @dataclass(frozen=True)
 class Options:
     """What the command line asked for; `model` None means synthetic layers (recover: the demo model). `depths` (numbers of blocks) and
-    `shape` (a name in synthetic.SHAPES) mean whole runs on models made on the spot."""
+    `shape` (a name in synthetic.SHAPES, with so many of its `blocks`) mean whole runs on models made on the spot."""
 
     device: str = "auto"
     sizes: tuple[int, ...] = SIZES
@@ -59,10 +59,13 @@ class Options:
     depths: tuple[int, ...] = ()
     shape: str | None = None
     full: bool = False
+    blocks: int | None = None
 
 
 def run(subject: str, options: Options) -> dict[str, Any]:
     """Measure, write <output>/bench-<subject>.{json,md,png,svg} where an output directory is named, and return the JSON object."""
+    if options.blocks is not None and options.shape is None:
+        raise UsageError("--blocks says how many blocks of a --shape are made: give it with one")
     if options.depths or options.shape is not None:
         return _of_scale(subject, options)
     if subject == "kernels":
@@ -93,20 +96,18 @@ def _device(options: Options) -> torch.device:
 
 def _of_scale(subject: str, options: Options) -> dict[str, Any]:
     """Time and memory against the number of blocks, or of a model of one shape."""
-    from . import scaling
+    from . import bench_shape, scaling
 
     asked = "depths" if options.depths else "shape"
     if subject != "compress" or options.model is not None or (options.depths and options.shape is not None):
         raise UsageError(f"--{asked} makes models of its own to compress: give it to `bench compress`, alone and without --model")
-    if options.shape is not None and options.shape not in scaling.SHAPES:
-        raise UsageError(f"--shape: {unknown('shape', options.shape, scaling.SHAPES)}")
-    chosen = _chosen(subject, options.only or scaling.METHODS[asked])
     environment = _environment(_device(options), options) | {"repeats": 1, "warm_up": 0}  # whole runs, each in a process of its own
     measured: dict[str, Any] = {"schema": 1, "environment": environment}
     if options.shape is not None:
         measured |= {"bench": f"compress-shape-{options.shape}"}
-        measured["rows"] = scaling.of_shape(options.shape, chosen, options.device, options.output)
+        measured["rows"] = bench_shape.of_shape(options.shape, options.blocks, options.only, options.device, options.output)
     else:
+        chosen = _chosen(subject, options.only or scaling.METHODS)
         measured |= {"bench": "compress-depths", "rows": scaling.by_depth(options.depths, chosen, options.device, options.output)}
         measured["growth"] = scaling.growth(measured["rows"])
     if options.output is not None:

@@ -44,6 +44,7 @@ TEXT_FILE = WheelFile(
 )
 PERMUTATION_SEED = 20240817
 IMPORT_VERSION = 1
+CLEANING_VERSION = 1  # goes up when `wiki` makes other prose of the dump
 SOURCE_NAME = "bitmend-source.json"
 PROBE_TOKENS = 48
 LOGIT_TOLERANCE = 2e-4
@@ -80,11 +81,11 @@ def import_gguf(path: Path) -> Path:
 
 def demo_text(progress: Progress | None = None) -> Path:
     """A jsonl file of Wikipedia articles as prose (`title`, `url`, `text`), made once from a published dump."""
-    from .wiki import CLEANING_VERSION, articles
-
     target = cache_directory() / "text" / f"wikipedia-{TEXT_FILE.sha256[:8]}-v{CLEANING_VERSION}.jsonl"
     if target.exists():
         return target
+    from .wiki import articles
+
     dump = fetch(TEXT_FILE, progress)
     with locked(target):
         if target.exists():

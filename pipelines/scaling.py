@@ -1,7 +1,7 @@
-"""`pipeline bench compress --depths` and `--shape`: whole runs on models made on the spot, each in a process of its own.
+"""`pipeline bench compress --depths`: whole runs on models made on the spot, each in a process of its own.
 
-What is to be seen: seconds grow with the number of blocks, memory does not; and a model of a billion parameters goes through. Peak memory
-is the high-water mark of the process's resident memory, everything included: imports, the model's import, the stage, its measurement.
+What is to be seen: seconds grow with the number of blocks, memory does not. Peak memory is the high-water mark of the process's resident
+memory, everything included: imports, the model's import, the stage, its measurement. What `bench_shape` runs, runs in such processes too.
 """
 
 import json
@@ -18,17 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PipelineError
-from .synthetic import SHAPES, Shape, write_model, write_text
+from .synthetic import Shape, write_model, write_text
 
 log = logging.getLogger(__name__)
 
 SMALL = Shape(0, 512, 1408, 8, 4, 2048)
 """Of the models that differ in their number of blocks only."""
-TEXTS: dict[str, dict[str, dict[str, int]]] = {
-    "depths": {"calibration": {"samples": 16, "seq_len": 256}, "evaluation": {"seq_len": 256, "windows": 4}},
-    "shape": {"calibration": {"samples": 8, "seq_len": 512}, "evaluation": {"seq_len": 512, "windows": 2}},
-}
-METHODS = {"depths": ("gptq",), "shape": ("rtn", "nf4", "gptq")}
+Text = dict[str, dict[str, int]]
+TEXT: Text = {"calibration": {"samples": 16, "seq_len": 256}, "evaluation": {"seq_len": 256, "windows": 4}}
+METHODS = ("gptq",)
 BRIEF: dict[str, dict[str, Any]] = {name: {"steps": 20} for name in ("learned_rounding", "block_training")}
 """Settings of methods that train a block: their time is that of their steps."""
 Launch = Callable[[Path, Path, str], dict[str, Any]]
@@ -40,27 +38,15 @@ def by_depth(
 ) -> list[dict[str, Any]]:
     """A row for each (stage, method) and number of blocks."""
     out = []
-    with _place(output, "depths") as place:
+    with kept_beside(output, "depths") as place:
         for depth in depths:
-            model, parameters = _made(place / f"blocks-{depth}", replace(SMALL, blocks=depth), "depths")
+            model, parameters = made(place / f"blocks-{depth}", replace(SMALL, blocks=depth), TEXT)
             for stage, method in rows:
-                found = _run(place, model, "depths", stage, method, device, launch or in_a_process)
+                found = _run(place, model, stage, method, device, launch or in_a_process)
                 if "seconds" in found:
                     found["seconds_per_block"] = found["seconds"] / depth
                 out.append({"stage": stage, "method": method, "blocks": depth, "parameters": parameters} | found)
                 log.info("%s, %d blocks: %s", method, depth, found)
-    return out
-
-
-def of_shape(name: str, rows: Sequence[tuple[str, str]], device: str, output: Path | None) -> list[dict[str, Any]]:
-    """A row for each (stage, method)."""
-    out = []
-    with _place(output, f"shape-{name}") as place:
-        model, parameters = _made(place / "model", SHAPES[name], "shape")
-        for stage, method in rows:
-            found = _run(place, model, "shape", stage, method, device, in_a_process)
-            out.append({"stage": stage, "method": method, "shape": name, "parameters": parameters} | found)
-            log.info("%s, %s: %s", method, name, found)
     return out
 
 
@@ -88,7 +74,7 @@ def growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _place(output: Path | None, name: str) -> Iterator[Path]:
+def kept_beside(output: Path | None, name: str) -> Iterator[Path]:
     """Where models and runs lie: kept beside the results when these are, else gone in the end."""
     if output is None:
         with tempfile.TemporaryDirectory(prefix="bitmend-") as scratch:
@@ -98,28 +84,28 @@ def _place(output: Path | None, name: str) -> Iterator[Path]:
         yield output / name
 
 
-def _made(directory: Path, shape: Shape, kind: str) -> tuple[Path, int]:
+def made(directory: Path, shape: Shape, text: Text) -> tuple[Path, int]:
+    """A model of this shape with text enough for its calibration, and its number of parameters; written once."""
     done = directory / "parameters.json"
     if not done.is_file():
         parameters = write_model(directory, shape)
-        asked = TEXTS[kind]["calibration"]
+        asked = text["calibration"]
         write_text(directory / "text.jsonl", shape.vocabulary, 8 * asked["samples"] * asked["seq_len"])
         done.write_text(json.dumps(parameters))
     return directory, json.loads(done.read_text())
 
 
-def _run(place: Path, model: Path, kind: str, stage: str, method: str, device: str, launch: Launch) -> dict[str, Any]:
+def recipe_document(model: Path, text: Text, stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """A recipe on what `made` wrote."""
+    source = str(model / "text.jsonl")
+    data = {"calibration": source, "train": source, "evaluation": source}
+    return {"name": "bench", "model": str(model), "data": data, **text, "stages": stages}
+
+
+def _run(place: Path, model: Path, stage: str, method: str, device: str, launch: Launch) -> dict[str, Any]:
     recipe = place / f"{model.name}-{stage}-{method}.yaml"
-    text = str(model / "text.jsonl")
-    data = {"calibration": text, "train": text, "evaluation": text}
-    settings = {
-        "name": f"bench-{kind}",
-        "model": str(model),
-        "data": data,
-        **TEXTS[kind],
-        "stages": [{stage: {"method": method} | BRIEF.get(method, {})}],
-    }
-    recipe.write_text(json.dumps(settings), encoding="utf-8")
+    stages = [{stage: {"method": method} | BRIEF.get(method, {})}]
+    recipe.write_text(json.dumps(recipe_document(model, TEXT, stages)), encoding="utf-8")
     found = launch(recipe, place / f"run-{model.name}-{stage}-{method}", device)
     if "error" in found:
         log.warning("%s %s: %s", stage, method, found["error"])

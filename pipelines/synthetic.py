@@ -26,8 +26,12 @@ class Shape:
     vocabulary: int
 
 
-SHAPES = {"1b": Shape(22, 2048, 5632, 32, 4, 32000)}
-"""1b: 1,100,048,384 parameters, the shape of TinyLlama."""
+SHAPES = {
+    "1b": Shape(22, 2048, 5632, 32, 4, 32_000),
+    "8b": Shape(32, 4096, 14336, 32, 8, 128_256),
+    "70b": Shape(80, 8192, 28672, 64, 8, 128_256),
+}
+"""The shapes of TinyLlama (1,100,048,384 parameters), Llama 3 8B (8,030,261,248) and Llama 3 70B (70,553,706,496)."""
 SHARD_BYTES = 500_000_000
 
 

@@ -15,7 +15,6 @@ import mwparserfromhell
 from mwparserfromhell.nodes import Heading, Tag, Wikilink
 from mwparserfromhell.wikicode import Wikicode
 
-CLEANING_VERSION = 1
 MINIMUM_CHARACTERS = 1500
 DROPPED_TAGS = frozenset(
     {"ref", "references", "table", "gallery", "math", "code", "syntaxhighlight", "source", "timeline", "imagemap", "score"}

@@ -77,8 +77,9 @@ def bench(
         str | None, typer.Option("--depths", metavar="N,N,…", help="compress: time and peak memory of models with so many blocks")
     ] = None,
     shape: Annotated[
-        str | None, typer.Option("--shape", metavar="NAME", help="compress: a model of this shape, made on the spot: 1b (1.1 billion)")
+        str | None, typer.Option("--shape", metavar="NAME", help="compress: a model of this shape, made on the spot: 1b, 8b, 70b")
     ] = None,
+    blocks: Annotated[int | None, typer.Option("--blocks", metavar="N", min=1, help="so many blocks of that shape, not all")] = None,
     full: Annotated[bool, typer.Option("--full", help="kernels: every shape, hours on a CPU; decompose: slow baselines")] = False,
     device: o.Device = "auto",
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="write JSON, table and plot there")] = None,
@@ -92,8 +93,9 @@ def bench(
         raise UsageError(f"{output} is a file; -o takes a directory")
     from .. import benchmarks
 
-    blocks = _numbers(depths) if depths is not None else ()
-    chosen = benchmarks.Options(device, tuple(sizes or benchmarks.SIZES), tuple(only or ()), repeats, model, output, blocks, shape, full)
+    deep = _numbers(depths) if depths is not None else ()
+    widths = tuple(sizes or benchmarks.SIZES)
+    chosen = benchmarks.Options(device, widths, tuple(only or ()), repeats, model, output, deep, shape, full, blocks)
     o.write(benchmarks.run(subject, chosen), json)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.pipelines import benchmarks, scaling
+from bitmend.pipelines import bench_shape, benchmarks, scaling
 from bitmend.pipelines.benchmarks import Options
 from bitmend.pipelines.errors import UsageError
 from bitmend.pipelines.models import skeleton
@@ -15,6 +15,7 @@ from bitmend.pipelines.synthetic import SHAPES, Shape, write_model, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 TINY = Shape(2, 64, 128, 4, 2, 96)
+TEXT = {"calibration": {"samples": 4, "seq_len": 64}, "evaluation": {"seq_len": 64, "windows": 2}}
 
 
 def test_a_model_is_written_in_shards_and_read_by_transformers(tmp_path: Path) -> None:
@@ -39,6 +40,27 @@ def test_1b_is_what_it_says() -> None:
         tie_word_embeddings=False,
     )  # fmt: skip
     assert sum(p.numel() for p in skeleton(config).parameters()) == 1_100_048_384
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("8b", 8_030_261_248), ("70b", 70_553_706_496)])
+def test_larger_shapes_are_llama_3s(name: str, parameters: int) -> None:
+    shape = SHAPES[name]
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.intermediate, num_hidden_layers=shape.blocks,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, tie_word_embeddings=False,
+    )  # fmt: skip
+    assert sum(p.numel() for p in skeleton(config).parameters()) == parameters
+
+
+def test_a_shape_goes_through_quantizers_and_steps_in_processes(tmp_path: Path) -> None:
+    bench = bench_shape.Bench("tiny", TINY, TEXT, "cpu", tmp_path)
+    asked = [("quantize", "rtn"), ("recover", "scales")]
+    rtn, scales = (bench.row(stage, method, bench_shape.in_a_process) for stage, method in asked)
+    assert "error" not in rtn and "error" not in scales
+    assert rtn["seconds_per_block"] == rtn["seconds"] / 2 > 0 and 4 < rtn["bits_per_weight"] < 5
+    assert 100e6 < rtn["host_peak_bytes"] < 1.2e9 and rtn["device_peak_bytes"] is None
+    assert 0 < scales["seconds_per_step"] < 60 and abs(scales["seconds_per_block"]) < scales["seconds_per_step"]
+    assert len(list(tmp_path.glob("run-*"))) == 1, "what rows have in common runs once"
 
 
 def test_a_row_is_a_run_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +108,8 @@ def test_a_process_that_dies_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ("compress", Options(depths=(4,), model="demo"), "alone and without --model"),
     ("compress", Options(depths=(4,), shape="1b"), "alone"),
     ("compress", Options(shape="7b"), "unknown shape '7b'"),
+    ("compress", Options(shape="8b", only=("gtpq",)), "did you mean 'gptq'"),
+    ("compress", Options(blocks=2), "--blocks says how many blocks of a --shape"),
     ("compress", Options(depths=(4,), only=("gtpq",)), "did you mean 'gptq'"),
 ])  # fmt: skip
 def test_refusals(subject: str, options: Options, words: str) -> None:
