@@ -5,7 +5,7 @@ PYTHON ?= python3
 PACKAGES := compress recover kernels pipelines reports
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test proofs check venv interop rivals publish clean FORCE
+.PHONY: demo test proofs check gpu venv interop rivals publish clean FORCE
 
 demo: venv
 	$(BIN)/pipeline run compress_and_recover
@@ -29,6 +29,13 @@ rivals: .venv-rivals/.installed
 	$(PYTHON) -m venv .venv-rivals
 	.venv-rivals/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r tests/interop/rivals.txt
 	touch $@
+
+# What a card has to show, in parts of two minutes that go on in the next call: PART=tests|demo|shape|kernels|train (else all in turn), SECONDS=
+# of each, AGAIN=1 to measure anew, PYTHON= any with torch, Triton and transformers. Nothing is installed: the import map is a link.
+gpu:
+	@mkdir -p runs/gpu/import && ln -sfn $(CURDIR) runs/gpu/import/bitmend
+	@PYTHONPATH=$(CURDIR)/runs/gpu/import$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -P -m bitmend.pipelines.gpu $(PART) \
+		$(if $(SECONDS),--seconds $(SECONDS)) $(if $(AGAIN),--again) $(OPTIONS)
 
 check: venv
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ Legend: M rows of activations, O out, I in, R rank.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 from ..compress.weights import StoredWeight
 from .journal import Journal
 from .quantize_down import quantize_down
+from .rivals import rivals
 from .timing import Protocol, clocks, copies_for, environment, time_calls
 from .variants import DEMO, Layer, Variant, check, site, synthetic, variants
 
@@ -113,16 +114,19 @@ def _measure_layer(
     layer: Layer, bits: int, activation_bits: int | None, rank: int, plan: Plan, place: torch.device, protocol: Protocol, peak: dict[str, float]
 ) -> dict[str, Any]:  # fmt: skip
     rows: list[dict[str, Any]] = []
-    refused: list[dict[str, Any]] = []
     stored = synthetic(layer, bits, rank, activation_bits, place)
-    built = _copies(stored, place)
+    others, reasons = _rivals(stored, place)
+    built = _copies(stored, others, place)
+    what = {"operator": f"W{bits}A{activation_bits or 16}", **asdict(layer)}
+    refused: list[dict[str, Any]] = [what | {"rows": 1, "rank": rank, "variant": name, "reason": reason} for name, reason in reasons.items()]
     for m in plan.rows:
         x = torch.randn(m, layer.inputs, generator=torch.Generator().manual_seed(m)).to(torch.bfloat16).to(place)
-        where = {"operator": f"W{bits}A{activation_bits or 16}", **asdict(layer), "rows": m, "rank": rank}
+        where = what | {"rows": m, "rank": rank}
         for name in built[0]:
             error, allowed = check(stored, built[0][name][0], x, plan.slack)
             if not error <= allowed:
-                refused.append(where | {"variant": name, "relative_error": error, "allowed": allowed})
+                reason = f"errs {error:.3g}, allowed are {allowed:.3g}"
+                refused.append(where | {"variant": name, "relative_error": error, "allowed": allowed, "reason": reason})
                 continue
             timing = time_calls([partial(copy[name][0], x) for copy in built], place, protocol)
             row = where | {"variant": name, **asdict(timing), "resident_bytes": built[0][name][1], "relative_error": error}
@@ -132,10 +136,24 @@ def _measure_layer(
     return {"rows": rows, "refused": refused}
 
 
-def _copies(stored: StoredWeight, place: torch.device) -> list[dict[str, Variant]]:
-    first = variants(stored, place)
+def _rivals(stored: StoredWeight, place: torch.device) -> tuple[dict[str, Callable[[], Variant]], dict[str, str]]:
+    """(others' operators that multiply with this weight here, why the rest does not): each is tried once."""
+    found, reasons = rivals(stored), {}
+    for name, build in found.items():
+        try:
+            build()[0](torch.zeros(1, stored.shape[1], dtype=torch.bfloat16, device=place))
+        except (RuntimeError, ValueError, AssertionError, ImportError) as error:
+            reasons[name] = str(error).strip().split("\n")[0] or type(error).__name__
+    return {name: build for name, build in found.items() if name not in reasons}, reasons
+
+
+def _copies(stored: StoredWeight, others: Mapping[str, Callable[[], Variant]], place: torch.device) -> list[dict[str, Variant]]:
+    def copy() -> dict[str, Variant]:
+        return variants(stored, place) | {name: build() for name, build in others.items()}
+
+    first = copy()
     smallest = min(kept for _, kept in first.values())
-    return [first, *(variants(stored, place) for _ in range(copies_for(smallest, place) - 1))]
+    return [first, *(copy() for _ in range(copies_for(smallest, place) - 1))]
 
 
 def _quantize_row(
@@ -192,9 +210,9 @@ def markdown(measured: dict[str, Any]) -> str:
     if measured["refused"]:
         lines += [
             "",
-            "Refused, since their output is wrong:",
+            "Refused:",
             "",
-            *_table(("operator", "variant", "out", "inputs", "rows", "rank", "relative_error", "allowed"), measured["refused"]),
+            *_table(("operator", "variant", "out", "inputs", "rows", "rank", "reason"), measured["refused"]),
         ]
     return "\n".join(lines) + "\n"
 
@@ -210,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--full", action="store_true", help="every shape (hours on a CPU)")
     parser.add_argument("--rows", type=int, nargs="+", help="numbers of activation rows, instead of the plan's")
-    parser.add_argument("--layers", nargs="+", help="models' sizes to keep: demo, 1B, 7B, 70B")
+    parser.add_argument("--layers", nargs="+", help="models' sizes to keep: demo, 1B, 7B, 70B; or shapes of one's own: 4096x14336")
     parser.add_argument("--ranks", type=int, nargs="+", help="ranks, instead of the plan's")
     parser.add_argument("--output", type=Path, help="directory for bench-kernels.json and bench-kernels.md")
     chosen = parser.parse_args(arguments)
@@ -220,7 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.ranks:
         plan = replace(plan, ranks=tuple(chosen.ranks))
     if chosen.layers:
-        plan = replace(plan, layers=tuple(layer for layer in plan.layers if layer.model in chosen.layers))
+        own = [Layer("own", *map(int, name.split("x"))) for name in chosen.layers if "x" in name]
+        plan = replace(plan, layers=(*(layer for layer in plan.layers if layer.model in chosen.layers), *own))
     measured = run(device, chosen.rows, chosen.output, plan=plan)
     sys.stdout.write(markdown(measured))
     return 1 if measured["refused"] else 0

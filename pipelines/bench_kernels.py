@@ -51,9 +51,10 @@ def write_kernels(measured: Mapping[str, Any], directory: Path) -> list[Path]:
         f"Shares are of what this device was seen to reach: {environment['peak']}.",
     ]
     refused = [
-        f"{r['operator']} {r['variant']} {r['out']} × {r['inputs']}, {r['rows']} rows, rank {r['rank']}" for r in measured["refused"]
+        f"{r['operator']} {r['variant']} {r['out']} × {r['inputs']}, {r['rows']} rows, rank {r['rank']}: {r.get('reason', 'its output is wrong')}"
+        for r in measured["refused"]
     ]
-    notes += [f"Refused, since its output is wrong: {what}." for what in refused]
+    notes += [f"Refused: {what}." for what in refused]
     name = f"kernels-{short_name(environment)}"
     figure = kernels_figure(rows, rank=16, against=against, title=f"Linears on {environment['device_name']}")
     title = f"Kernels on {environment['device_name']}"

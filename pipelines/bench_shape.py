@@ -31,7 +31,10 @@ ROWS = (*(("quantize", name) for name in methods("quantize")), ("decompose", "be
 SETTINGS: dict[str, dict[str, Any]] = {
     **BRIEF, "best": {"rank": 8}, **{name: {"steps": 2, "batch_size": 1, "seq_len": 2048, "loss": "both"} for name in ("scales", "lora")},
 }  # fmt: skip
-BEFORE: dict[str, list[dict[str, Any]]] = {"quantize": [], **{name: [{"quantize": {"method": "gptq"}}] for name in ("decompose", "recover")}}
+BEFORE: dict[str, list[dict[str, Any]]] = {
+    "quantize": [],
+    **{name: [{"quantize": {"method": "gptq"}}] for name in ("decompose", "recover")},
+}
 MODULE = f"{__package__}.bench_shape"
 Launch = Callable[[Sequence[str], Path], dict[str, Any]]
 """(arguments of this module's `main`, the file it answers in) → that file's object, or {"error"}."""

@@ -70,7 +70,7 @@ def recover(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: 
     config = replace(config, gradient_checkpointing=checkpoints(parent, config, attached, context))
     cached = cache_dense(compressed_linears(model), _cache_budget(config, context.device))
     memory = training_memory(model, attached, cached)
-    result = _train(spec, model, student, attached, batches, held_out, config, context)
+    result, speed = _train(spec, model, student, attached, batches, held_out, config, context)
     if not result.finished:
         raise KeyboardInterrupt
     kept, said = _as_kept(model, student, attached, held_out, result, spec)
@@ -80,7 +80,7 @@ def recover(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: 
         writer.write_beside(attached.beside())
     audited(parent, writer, spec.address, codes_move=not RECOVER[spec.method].grid_safe)
     layers = [{"name": n, "metrics": {}, "relative_output_error": None} for n in found.records if n in parent.linears]
-    metrics = _metrics(result) | {"held_out_loss_kept": result.start_loss if kept is None else kept, "memory": memory}
+    metrics = _metrics(result) | {"held_out_loss_kept": result.start_loss if kept is None else kept, "memory": memory, "tokens_per_second": speed}
     return Outcome(layers, metrics, notes + said, attached.count())
 
 
@@ -182,7 +182,8 @@ def _train(
     held_out: list[Batch],
     config: TrainConfig,
     context: Context,
-) -> TrainResult:
+) -> tuple[TrainResult, float]:
+    """What training came to, and its tokens a second since this process took it up."""
     path = context.scratch / STATE
 
     def keep(state: TrainState) -> None:
@@ -192,19 +193,20 @@ def _train(
 
     every = 5 if attached.count() * 4 * 5 < SMALL_STATE_BYTES else 50
     with bar(f"{spec.address} {spec.method}, steps", config.steps) as shown:
-        seen = 0
+        seen, speed = 0, 0.0
 
         def progress(now: Progress) -> None:
-            nonlocal seen
+            nonlocal seen, speed
             shown.advance(now.step - seen, loss=now.loss, held_out=now.held_out_perplexity, tokens_s=round(now.tokens_per_second))
-            seen = now.step
+            seen, speed = now.step, now.tokens_per_second
 
         teacher = None if config.loss == "cross_entropy" else streamed_teacher(context, batches, config.steps * config.accumulation)
         try:
-            return train(
+            result = train(
                 model, attached, batches, held_out, teacher, config, student=student,
                 main=RECOVER[spec.method].main, resume=_saved(path), save=keep, save_every=every, progress=progress, stop=context.stop,
             )  # fmt: skip
+            return result, speed
         except TrainingDiverged as error:
             raise InputError(
                 f"{spec.address}: {error}; the artifact before it is intact, try a smaller {spec.address}.learning_rate"

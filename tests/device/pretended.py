@@ -330,6 +330,24 @@ class Generator(torch.Generator):
     device = property(lambda self: CUDA if self.on_card else CPU)  # type: ignore[assignment]
 
 
+class Clockless:
+    """A stream, an event or a graph: what is recorded runs at once, all of it takes a millisecond."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    wait_stream = record = synchronize = replay = __init__
+
+    def elapsed_time(self, end: Any) -> float:
+        return 1.0
+
+
+UNTIMED: dict[str, Any] = {
+    "Stream": Clockless, "Event": Clockless, "CUDAGraph": Clockless, "current_stream": Clockless,
+    "stream": lambda *_: contextlib.nullcontext(), "graph": lambda *_, **__: contextlib.nullcontext(),
+}  # fmt: skip
+
+
 class Card:
     """Bytes of living tensors, by their storages, and what there is of them."""
 
@@ -395,6 +413,7 @@ class Card:
         return {
             **{name: lambda *_, answer=answer, **__: answer for name, answer in said.items()},
             **{name: lambda *_, ask=ask, **__: ask() for name, ask in asked.items()},
+            **UNTIMED,
             "manual_seed": self.generator.manual_seed,
             "manual_seed_all": self.generator.manual_seed,
             "set_rng_state": lambda state, device=None: self.generator.set_state(state),

@@ -51,7 +51,30 @@ def test_a_wrong_operator_is_refused_not_timed(monkeypatch: pytest.MonkeyPatch, 
     refused = [row["variant"] for row in measured["refused"]]
     assert len(refused) == 2 and all(name.endswith(("fused", "without rank")) for name in refused)
     assert not {row["variant"] for row in measured["rows"]} & set(refused)
-    assert "Refused, since their output is wrong" in bench.markdown(measured)
+    assert "Refused:" in bench.markdown(measured)
+
+
+def test_torchs_int4_multiplies_with_the_same_weights() -> None:
+    """On a card by another operator of the same scales and zeros; the benchmark checks that one there."""
+    stored = bench.synthetic(bench.Layer("own", 128, 256), 4, 0, None, torch.device("cpu"))
+    call, kept = bench.rivals(stored)["torch int4"]()
+    error, allowed = bench.check(stored, call, torch.randn(3, 256).bfloat16(), 2.0)
+    assert 0 < error <= allowed and kept == 128 * 256 // 2 + 128 * 4 * 2 * 2
+    for other in (bench.synthetic(TINY.layers[0], 3, 0, None, torch.device("cpu")), bench.synthetic(TINY.layers[0], 4, 8, None, torch.device("cpu"))):
+        assert bench.rivals(other) == {}
+
+
+def test_an_operator_of_others_that_cannot_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    def none(stored):
+        def build():
+            raise NotImplementedError("no kernel for this card\nwith details")
+
+        return {"theirs": build}
+
+    monkeypatch.setattr(bench, "rivals", none)
+    measured = bench.run(device, [2], plan=replace(TINY, ranks=(0,)), protocol=QUICK)
+    (refused,) = measured["refused"]
+    assert (refused["variant"], refused["reason"]) == ("theirs", "no kernel for this card") and measured["rows"]
 
 
 def test_an_output_that_is_not_finite_is_refused() -> None:
@@ -87,13 +110,13 @@ def test_what_takes_long_is_repeated_less_and_says_so(a_pass: float, repeats: in
 def test_one_that_was_stopped_goes_on(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, timed = bench.time_calls, []
 
-    def stop_at_the_fifth(calls, place, protocol):
+    def stop_in_the_second_piece(calls, place, protocol):
         timed.append(1)
-        if len(timed) == 5:
+        if len(timed) == 6:
             raise KeyboardInterrupt
         return whole(calls, place, protocol)
 
-    monkeypatch.setattr(bench, "time_calls", stop_at_the_fifth)
+    monkeypatch.setattr(bench, "time_calls", stop_in_the_second_piece)
     with pytest.raises(KeyboardInterrupt):
         bench.run(device, [2], tmp_path, plan=TINY, protocol=QUICK)
     before = (tmp_path / "bench-kernels.journal").read_text()
@@ -101,7 +124,7 @@ def test_one_that_was_stopped_goes_on(tmp_path: Path, device: str, monkeypatch: 
     resumed = bench.run(device, [2], tmp_path, plan=TINY, protocol=QUICK)
     first = json.loads(before.splitlines()[2])
     assert first["key"] == "W4A16 64x128 rank 0" and resumed["rows"][: len(first["result"]["rows"])] == first["result"]["rows"]
-    assert len(timed) == 5 + len(resumed["rows"]) - len(first["result"]["rows"]), "what was finished was not measured again"
+    assert len(timed) == 6 + len(resumed["rows"]) - len(first["result"]["rows"]), "what was finished was not measured again"
 
 
 def test_rows_measured_otherwise_are_dropped(tmp_path: Path) -> None:
