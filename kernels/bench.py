@@ -118,7 +118,9 @@ def _measure_layer(
     others, reasons = _rivals(stored, place)
     built = _copies(stored, others, place)
     what = {"operator": f"W{bits}A{activation_bits or 16}", **asdict(layer)}
-    refused: list[dict[str, Any]] = [what | {"rows": 1, "rank": rank, "variant": name, "reason": reason} for name, reason in reasons.items()]
+    refused: list[dict[str, Any]] = [
+        what | {"rows": 1, "rank": rank, "variant": name, "reason": reason} for name, reason in reasons.items()
+    ]
     for m in plan.rows:
         x = torch.randn(m, layer.inputs, generator=torch.Generator().manual_seed(m)).to(torch.bfloat16).to(place)
         where = what | {"rows": m, "rank": rank}

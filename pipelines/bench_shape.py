@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .devices import Compute, chosen_device, determinism
 from .errors import PipelineError, UsageError
 from .scaling import BRIEF, Text, kept_beside, made, peak_resident_bytes, recipe_document
 from .settings import unknown
@@ -117,39 +118,37 @@ def _measured(recipe: str, directory: Path, device: str) -> dict[str, Any]:
     last = asked.stages[-1]
     if last.name == "recover":
         runner.run(asked, directory, device=device, until_stage=asked.stages[-2].address)
-        return _steps(directory, last, _place(device))
+        return _steps(directory, last, chosen_device(device))
     made = runner.run(asked, directory, device=device).stages
     fields = ("seconds", "total_bytes", "bits_per_weight", "perplexity")
     found = {name: getattr(made[-1], name) for name in fields} | {"baseline_perplexity": made[0].perplexity}
-    on_card = _place(device).type == "cuda"
+    on_card = chosen_device(device).type == "cuda"
     return found | {"device_peak_bytes": made[-1].peak_bytes if on_card else None, "host_peak_bytes": peak_resident_bytes()}
 
 
 def _steps(directory: Path, spec: StageSpec, device: torch.device) -> dict[str, Any]:
-    """Seconds of a step, in the run's dtype; a block's are the difference to a step on half of the blocks, what remains is the head's."""
+    """Seconds of a step, in the run's dtype and as deterministic; a block's are the difference to a step on half of the blocks, what remains is the head's."""
     from . import runner
     from .bench_recover import step_seconds
     from .models import inspect, load_config, skeleton
 
     parent = runner.last_artifact(directory, "quantize")
     blocks = inspect(skeleton(load_config(parent.directory))).blocks
-    dtype = getattr(torch, json.loads((directory / "environment.json").read_text())["dtype"])
+    kept = json.loads((directory / "environment.json").read_text())
+    compute = Compute(device, getattr(torch, kept["dtype"]), kept["deterministic"])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    found: dict[str, Any] = step_seconds(parent, [spec], device, 2, dtype)[spec.method]
-    peaks = {"device_peak_bytes": _device_peak(device), "host_peak_bytes": peak_resident_bytes()}
-    if blocks > 1:
-        half = step_seconds(parent, [spec], device, 2, dtype, blocks // 2)[spec.method]
-        found["seconds_per_block"] = (found["seconds_per_step"] - half["seconds_per_step"]) / (blocks - blocks // 2)
+    with determinism(compute):
+        found: dict[str, Any] = step_seconds(parent, [spec], device, 2, compute.dtype)[spec.method]
+        peaks = {"device_peak_bytes": _device_peak(device), "host_peak_bytes": peak_resident_bytes()}
+        if blocks > 1:
+            half = step_seconds(parent, [spec], device, 2, compute.dtype, blocks // 2)[spec.method]
+            found["seconds_per_block"] = (found["seconds_per_step"] - half["seconds_per_step"]) / (blocks - blocks // 2)
     return found | peaks
 
 
 def _device_peak(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-def _place(device: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
 
 if __name__ == "__main__":

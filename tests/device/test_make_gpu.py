@@ -51,9 +51,9 @@ def plan(small_model: Path, small_text: Path, monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(timing, "peaks", lambda device, protocol: {"gigabytes_per_second": 1.0, "teraflops": 1.0})
     monkeypatch.setattr(timing, "MOST_COPIES", {"cuda": 2, "cpu": 2})
     return Plan(
-        model=str(small_model), data=str(small_text), sets=(*SHORT, *STEP, *QUICK), dtypes=("bfloat16",), shape=("tiny", 2),
+        model=str(small_model), data=str(small_text), sets=(*SHORT, *STEP, *QUICK), dtypes=("float32",), shape=("tiny", 2),
         shape_rows=(("quantize", "rtn"), ("recover", "scales")), kernels=("--layers", "64x128", "--ranks", "0", "--rows", "2"),
-        training=(*SHORT, *STEP),
+        training=(*SHORT, *STEP, "dtype=float32"),
     )  # fmt: skip
 
 
@@ -89,8 +89,8 @@ def test_every_part_leaves_rows_and_is_not_run_again(
     said = capsys.readouterr().out
     assert code == 0 and said.startswith("pretended, torch"), said
     assert [found[name]["left"] for name in parts] == [[], [], [], []]
-    assert list(found["demo"]["rows"]) == [f"bfloat16 {name}" for name in ("baseline", "quantize", "decompose", "recover", "fuse")]
-    assert all(row["perplexity"] > 1 and row["dtype"] == "bfloat16" for row in found["demo"]["rows"].values())
+    assert list(found["demo"]["rows"]) == [f"float32 {name}" for name in ("baseline", "quantize", "decompose", "recover", "fuse")]
+    assert all(row["perplexity"] > 1 and row["dtype"] == "float32" for row in found["demo"]["rows"].values())
     rtn, scales = found["shape"]["rows"].values()
     assert rtn["seconds_per_block"] > 0 and rtn["device_peak_bytes"] > 0 and rtn["host_peak_bytes"] > rtn["device_peak_bytes"]
     assert scales["seconds_per_step"] > 0 and scales["device_peak_bytes"] > 0
