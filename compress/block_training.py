@@ -8,14 +8,14 @@ the start among them, and end in an ordinary grid weight. Knows a block as a fun
 Legend: O out, I in, G groups, N windows, T tokens, D model width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .block import BlockProblem, Window
+from .block import BlockProblem, Samples, Window
 from .gptq import GptqConfig, gptq
 from .grids import Clip, UniformGrid, check_grid, clip_needs
 from .latents import Latent
@@ -177,7 +177,8 @@ def _trained(problem: BlockProblem, configs: Mapping[str, Any], stepper: Callabl
     """The block's records after training its windows in turn, never with a higher loss over all samples than it began with."""
     config = next(iter(configs.values()))
     latents, metrics = _begin(problem, configs)
-    problem = _cut(problem, config)
+    if config.target == "compressed":
+        problem = replace(problem, outputs_NTD=problem.keep(_compressed_targets(problem, config.batch_size)))
     records = {name: latent.record() for name, latent in latents.items()}
     parts = [names for part in problem.parts if (names := [n for n in part if n in latents])] if config.window == "sub_block" else []
     if len(parts) < 2:
@@ -212,8 +213,10 @@ def _fit(
             for parameter in latent.parameters():
                 parameter.grad = None
         with torch.enable_grad(), matmuls(config.matmul):
-            out = problem.forward(others | {name: latent.effective() for name, latent in latents.items()}, problem.inputs_NTD[rows])
-            _loss(out, problem.outputs_NTD[rows], config.outliers).backward()
+            out = problem.forward(
+                others | {name: latent.effective() for name, latent in latents.items()}, problem.inputs_NTD[rows][:, : config.seq_len]
+            )
+            _loss(out, problem.outputs_NTD[rows][:, : config.seq_len], config.outliers).backward()
         step(index / config.steps)
         if (index + 1) % every == 0 or index + 1 == config.steps:
             records = {name: latent.record() for name, latent in latents.items()}
@@ -223,13 +226,16 @@ def _fit(
     return best, {"block_loss_start": start, "block_loss_best": lowest, "best_step": float(best_step)}
 
 
-def _cut(problem: BlockProblem, config: Any) -> BlockProblem:
-    """Inputs and wanted outputs as the config asks for, the first `seq_len` tokens of each sample (they see no later ones)."""
-    inputs, outputs = problem.inputs_NTD, problem.outputs_NTD
-    if config.target == "compressed":
-        with torch.no_grad():
-            outputs = torch.cat([problem.forward(problem.targets, x) for x in inputs.split(config.batch_size)])
-    return replace(problem, inputs_NTD=inputs[:, : config.seq_len], outputs_NTD=outputs[:, : config.seq_len])
+@torch.no_grad()
+def _compressed_targets(problem: BlockProblem, batch_size: int) -> Iterator[Tensor]:
+    """What the dense block makes of the compressed model's states."""
+    for part in _batches(problem.inputs_NTD, batch_size):
+        yield problem.forward(problem.targets, problem.inputs_NTD[part])
+
+
+def _batches(samples: Samples, size: int) -> Iterator[slice]:
+    for start in range(0, len(samples), size):
+        yield slice(start, min(start + size, len(samples)))
 
 
 def _dense(records: Mapping[str, StoredWeight]) -> dict[str, Tensor]:
@@ -248,7 +254,9 @@ def _loss(out_BTD: Tensor, wanted_BTD: Tensor, outliers: float) -> Tensor:
 
 @torch.no_grad()
 def _loss_over_all(problem: BlockProblem, matrices: dict[str, Tensor], config: Any) -> float:
+    """Mean over all samples, of their first `seq_len` tokens (they see no later ones)."""
     total = 0.0
-    for x, wanted in zip(problem.inputs_NTD.split(config.batch_size), problem.outputs_NTD.split(config.batch_size), strict=True):
-        total += float(_loss(problem.forward(matrices, x), wanted, config.outliers)) * len(x)
+    for part in _batches(problem.inputs_NTD, config.batch_size):
+        x_BTD, wanted_BTD = (samples[part][:, : config.seq_len] for samples in (problem.inputs_NTD, problem.outputs_NTD))
+        total += float(_loss(problem.forward(matrices, x_BTD), wanted_BTD, config.outliers)) * len(x_BTD)
     return total / len(problem.inputs_NTD)

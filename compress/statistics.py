@@ -20,7 +20,8 @@ _STRIPE = 256
 class InputStatistics:
     """Streaming sums over the rows of x; `second_moment` is E[x xᵀ] and `cross_moment` E[x_dense xᵀ], both float32 [I, I].
 
-    Input norms are always at hand; every other statistic only when it is among the `needs`.
+    Input norms are always at hand; every other statistic only when it is among the `needs`. Memory is taken when the first row arrives: an
+    expert that no token reaches takes none.
     """
 
     features: int
@@ -42,15 +43,17 @@ class InputStatistics:
         unknown = self.needs - NEEDS
         if unknown:
             raise ValueError(f"unknown statistics {sorted(unknown)}; known are {sorted(NEEDS)}")
-        zeros, square = torch.zeros(self.features, device=self.device), (self.features, self.features)
+
+    def _begin(self) -> None:
+        zeros_I, square = torch.zeros(self.features, device=self.device), (self.features, self.features)
         if "second_moment" in self.needs:
             self.moment_sum_II = torch.zeros(square, device=self.device)
         else:
-            self.square_sum_I = zeros.double()
+            self.square_sum_I = zeros_I.double()
         if "absmax" in self.needs:
-            self.max_I = zeros.clone()
+            self.max_I = zeros_I.clone()
         if "absmean" in self.needs:
-            self.abs_sum_I = zeros.double()
+            self.abs_sum_I = zeros_I.double()
         if "cross_moment" in self.needs:
             self.cross_sum_II = torch.zeros(square, device=self.device)
 
@@ -59,6 +62,8 @@ class InputStatistics:
         x_TI = x.detach().reshape(-1, self.features).to(self.device, torch.float32)
         if len(x_TI) == 0:
             return
+        if self.tokens == 0:
+            self._begin()
         if self.square_sum_I is not None:
             self.square_sum_I += x_TI.square().sum(0)
         if self.max_I is not None:
@@ -82,29 +87,26 @@ class InputStatistics:
     @property
     def norm_I(self) -> Tensor:
         """‖x_j‖₂ over all tokens, float32 [I]."""
-        squares_I = self.square_sum_I
-        if squares_I is None:
-            assert self.moment_sum_II is not None
-            squares_I = self.moment_sum_II.diagonal()
-        return squares_I.sqrt().float()
+        squares_I = self.square_sum_I if self.moment_sum_II is None else self.moment_sum_II.diagonal()
+        return torch.zeros(self.features, device=self.device) if squares_I is None else squares_I.sqrt().float()
 
     @property
     def absmax_I(self) -> Tensor:
-        return self._collected(self.max_I, "absmax")
+        return self._collected(self.max_I, "absmax", 1)
 
     @property
     def absmean_I(self) -> Tensor:
-        return (self._collected(self.abs_sum_I, "absmean") / max(self.tokens, 1)).float()
+        return (self._collected(self.abs_sum_I, "absmean", 1) / max(self.tokens, 1)).float()
 
     @property
     def second_moment_II(self) -> Tensor:
         """E[x xᵀ], float32 [I, I], symmetric to the last bit."""
-        upper_II = self._collected(self.moment_sum_II, "second_moment").triu().div_(max(self.tokens, 1))
+        upper_II = self._collected(self.moment_sum_II, "second_moment", 2).triu().div_(max(self.tokens, 1))
         return upper_II + upper_II.triu(1).T
 
     @property
     def cross_moment_II(self) -> Tensor:
-        return self._collected(self.cross_sum_II, "cross_moment") / max(self.tokens, 1)
+        return self._collected(self.cross_sum_II, "cross_moment", 2) / max(self.tokens, 1)
 
     def with_moment(self, moment_II: Tensor) -> "InputStatistics":
         """The same inputs under another second moment [I, I], symmetric: only its upper triangle is read. Nothing else is known of them."""
@@ -112,7 +114,10 @@ class InputStatistics:
         other.moment_sum_II, other.tokens = moment_II.float(), 1
         return other
 
-    def _collected(self, tensor: Tensor | None, name: str) -> Tensor:
+    def _collected(self, tensor: Tensor | None, name: str, dimensions: int) -> Tensor:
+        """The sum; zeros where it was to be collected and no row has arrived."""
+        if tensor is None and name in self.needs:
+            return torch.zeros((self.features,) * dimensions, device=self.device)
         if tensor is None:
             raise ValueError(f"{name} was not collected; a method names it in its needs (here {sorted(self.needs)})")
         return tensor
@@ -120,7 +125,7 @@ class InputStatistics:
     def non_finite(self) -> str | None:
         """The name of the first statistic that holds NaN or Inf, or None."""
         named: Mapping[str, Tensor | None] = {
-            "square_sum": self.norm_I,
+            "square_sum": self.norm_I if self.tokens else None,
             "absmax": self.max_I,
             "absmean": self.abs_sum_I,
             "second_moment": self.moment_sum_II,

@@ -103,10 +103,7 @@ class Artifact:
 
     def stored(self, linear: str) -> StoredWeight:
         """The record of a compressed linear."""
-        try:
-            return _record(self.linears[linear], linear, self.tensors)
-        except (KeyError, ValueError) as error:
-            raise InputError(f"{self.directory}: {linear}: {error}; the artifact does not match its manifest") from error
+        return record_of(self, linear, self.tensors)
 
     @cached_property
     def beside(self) -> list[Beside]:
@@ -273,6 +270,14 @@ def settle(scratch: Path, final: Path) -> Artifact:
     os.rename(scratch, final)
     sync_directory(final.parent)
     return open_artifact(final)
+
+
+def record_of(artifact: Artifact, linear: str, tensors: Callable[[str], Mapping[str, Tensor]]) -> StoredWeight:
+    """The record of a compressed linear from `tensors`, which gives those whose names begin with what is asked for."""
+    try:
+        return _record(artifact.linears[linear], linear, tensors)
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{artifact.directory}: {linear}: {error}; the artifact does not match its manifest") from error
 
 
 def _record(description: Mapping[str, Any], linear: str, tensors: Callable[[str], Mapping[str, Tensor]]) -> StoredWeight:

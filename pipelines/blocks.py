@@ -20,6 +20,7 @@ from ..recover.beside import Tokens, cache_argument
 from .artifact import Artifact
 from .errors import InputError
 from .models import Site, Structure, inspect, load_config, set_parameter, skeleton, tied_names
+from .reading import BlockReader, BlockTensors
 from .rounded_inputs import raw_inputs, round_expert_inputs, round_inputs
 
 
@@ -40,7 +41,8 @@ class StreamedModel:
     """An artifact opened for running. `bind` (default: dense effective weights) decides how records become modules.
 
     What stands beside the model runs with it: bottlenecks hang on a block while it is loaded; virtual tokens enter in `embed` and leave
-    behind the last block (a prompt), or stand before every attention (a prefix). `virtual=False` runs it without its tokens.
+    behind the last block (a prompt), or stand before every attention (a prefix). `virtual=False` runs it without its tokens. A `reader` that
+    keeps its blocks may be shared with whoever else needs them.
     """
 
     artifact: Artifact
@@ -48,6 +50,7 @@ class StreamedModel:
     dtype: torch.dtype = torch.float32
     bind: Binder | None = None
     virtual: bool = True
+    reader: BlockReader = None  # type: ignore[assignment]
     model: Any = field(init=False)
     structure: Structure = field(init=False)
     _calls: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(init=False, default_factory=dict)
@@ -57,6 +60,7 @@ class StreamedModel:
     tokens: Tokens | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        self.reader = self.reader or BlockReader(self.artifact)
         self.model = skeleton(load_config(self.artifact.directory))
         self.structure = inspect(self.model, include_head=True)
         self._tied = tied_names(self.model)
@@ -117,21 +121,40 @@ class StreamedModel:
             )
         return self.artifact.tensor(name)
 
+    def prefix(self, index: int) -> str:
+        """What the names of a block's tensors begin with."""
+        return f"{self.structure.prefix}.{index}."
+
+    def walk(self) -> Iterator[int]:
+        """Each block in turn, loaded while the caller has it; the next one is read meanwhile."""
+        for index in range(self.structure.blocks):
+            self.load_block(index)
+            self.expect(index + 1)
+            yield index
+            self.unload_block(index)
+
+    def expect(self, index: int) -> None:
+        """Begin to read a block that will be loaded; behind the last one there is none."""
+        if index < self.structure.blocks:
+            self.reader.expect(self.prefix(index))
+
     def load_block(self, index: int, source: Artifact | None = None, bind: Binder | None = None) -> nn.Module:
         """Block `index` with real parameters: plain tensors as stored, records as `bind` says. Another `source` may hold the block (a part
         just written), another `bind` may place it."""
-        artifact, bind = source or self.artifact, bind or self.bind
-        block, prefix = self.layers[index], f"{self.structure.prefix}.{index}"
-        stored = {s.name: artifact.stored(s.name) for s in self.structure.of_block(index) if s.name in artifact.linears}
+        bind, block, prefix = bind or self.bind, self.layers[index], f"{self.structure.prefix}.{index}"
+        found = self.reader.block(f"{prefix}.") if source is None else BlockTensors.read(source, f"{prefix}.")
+        stored = {s.name: found.stored(s.name) for s in self.structure.of_block(index) if s.name in found.linears}
         compressed = {s.name: s for s in self.structure.of_block(index) if s.name in stored}
         plain = {f"{s.module}.{s.parameter}" for s in compressed.values()}
-        tensors = artifact.tensors(f"{prefix}.")
+        experts = {f"{s.module}.{s.parameter}" for s in self.structure.of_block(index) if s.expert is not None}
+        tensors = found.tensors
         for name in block.state_dict():
             full = f"{prefix}.{name}"
             if full not in plain:
                 if full not in tensors:
-                    raise InputError(f"{artifact.directory}: no tensor {full!r}; the checkpoint is incomplete")
-                set_parameter(self.model, full, tensors[full].to(self.device, self._running(tensors[full])))
+                    raise InputError(f"{found.artifact.directory}: no tensor {full!r}; the checkpoint is incomplete")
+                own = self.reader.keeps and full in experts  # `put` writes into them
+                set_parameter(self.model, full, tensors[full].to(self.device, self._running(tensors[full]), copy=own))
         linears = {s.module for s in self.structure.of_block(index) if s.expert is None}
         for name, tensor in tensors.items():  # biases that recovery created where the architecture has none
             owner, _, leaf = name.rpartition(".")
@@ -143,13 +166,21 @@ class StreamedModel:
         if bind is not None:
             self._plain[index] = {name: self.model.get_submodule(name) for name in linears}
             bind(self.model, prefix, stored)
+            self._forget_replaced(index)
         self._hooks[index] = [h for beside in self.artifact.beside for h in beside.hang(self.model, f"{prefix}.", self.device, self.dtype)]
         return block
+
+    def _forget_replaced(self, index: int) -> None:
+        """A linear that a binder replaced gives its weight back: it comes home without one."""
+        for name, module in self._plain[index].items():
+            if self.model.get_submodule(name) is not module:
+                _to_meta(module)
 
     def put(self, site: Site, record: StoredWeight) -> None:
         """Make a site compute what `record` says: its effective weight, and its activation rounding if it has one."""
         module = self.model.get_submodule(site.module)
-        dense = record.dense().to(self.device, self.dtype)
+        record = record.to(self.device)
+        dense = record.dense(self.dtype)
         if site.expert is None:
             set_parameter(self.model, f"{site.module}.{site.parameter}", dense.T.contiguous() if site.transposed else dense)
             round_inputs(module, record)
@@ -165,7 +196,7 @@ class StreamedModel:
         round_expert_inputs(module, parameter.data[site.expert], record)
 
     def unload_block(self, index: int) -> None:
-        """Give the block's memory back."""
+        """Give the block's memory back; what a reader keeps stays."""
         for handle in self._hooks.pop(index, []):
             handle.remove()
         for name, module in self._plain.pop(index, {}).items():

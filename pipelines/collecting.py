@@ -3,7 +3,7 @@
 Knows modules and their inputs; not what the statistics are for.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -21,7 +21,7 @@ def collecting(
     sites: list[Site],
     needs: frozenset[str],
     statistics: dict[str, InputStatistics],
-    dense_inputs: dict[str, list[Tensor]] | None = None,
+    dense_inputs: Mapping[str, list[Tensor]] | None = None,
 ) -> Iterator[None]:
     """While open, every call of a site's module adds its input to `statistics[site.name]`; sites that are handed the very same
     tensor (q, k and v) share one accumulator. `dense_inputs` (site → inputs in call order) pairs with the dense model's."""
@@ -49,7 +49,7 @@ def collecting(
         handles.append(model.model.get_submodule(name).register_forward_pre_hook(hook(site)))
     experts = [s for s in sites if s.expert is not None]
     for site in experts:
-        statistics.setdefault(site.name, InputStatistics(site.shape[1], needs, model.device))
+        statistics.setdefault(site.name, InputStatistics(site.shape[1], needs, model.device))  # takes no memory before a token reaches it
     paired = dense_inputs is not None
 
     def of_expert(site: Site, x: Tensor) -> None:
@@ -67,33 +67,46 @@ def collecting(
 def collect(
     model: StreamedModel,
     index: int,
-    hidden: Sequence[Tensor],
+    hidden: Iterable[Tensor],
     sites: list[Site],
     needs: frozenset[str],
     statistics: dict[str, InputStatistics],
-    dense_inputs: dict[str, list[Tensor]] | None = None,
+    dense_inputs: Mapping[str, list[Tensor]] | None = None,
 ) -> None:
     """Adds to `statistics` what enters the sites of a loaded block, batch by batch of its hidden states. The first batch shows which
     input comes last; the others run no further than that, so the product behind it is left out. Experts run to the end."""
     modules = {site.module: model.model.get_submodule(site.module) for site in sites}
     called: list[str] = []
-    with collecting(model, sites, needs, statistics, dense_inputs):
-        watched = [m.register_forward_pre_hook(lambda *_, name=name: called.append(name)) for name, m in modules.items()]
-        try:
-            for h in hidden[:1]:
-                model.run_block(index, h)
-        finally:
-            for handle in watched:
-                handle.remove()
-        stops = bool(called) and sorted(called) == sorted(modules) and not any(site.expert is not None for site in sites)
-        ending = modules[called[-1]].register_forward_pre_hook(_stop) if stops else None
-        try:
-            for h in hidden[1:]:
+    handles = [m.register_forward_pre_hook(lambda *_, name=name: called.append(name)) for name, m in modules.items()]
+    try:
+        with collecting(model, sites, needs, statistics, dense_inputs):
+            for number, h in enumerate(hidden):
                 with suppress(_Enough):
                     model.run_block(index, h)
-        finally:
-            if ending is not None:
-                ending.remove()
+                if number == 0:
+                    while handles:
+                        handles.pop().remove()
+                    if called and sorted(called) == sorted(modules) and not any(site.expert is not None for site in sites):
+                        handles.append(modules[called[-1]].register_forward_pre_hook(_stop))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def dense_inputs_of(model: StreamedModel, sites: list[Site]) -> Iterator[dict[str, list[Tensor]]]:
+    """While open, every call of a site's module in the dense model adds its input under the site's name; experts are left out."""
+    out: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+    handles = [
+        model.model.get_submodule(site.module).register_forward_pre_hook(lambda m, args, name=site.name: out[name].append(args[0]))
+        for site in sites
+        if site.expert is None
+    ]
+    try:
+        yield out
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Enough(Exception):

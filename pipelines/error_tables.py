@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,17 @@ from ..compress.methods import QUANTIZE, Method
 from ..compress.metrics import gradient_squares, metric_of
 from ..compress.options import Grid, Setting, error_table, mask_on, overrides
 from ..compress.statistics import Fisher, InputStatistics, LayerStatistics
-from ..compress.weights import DenseWeight, StoredWeight
+from ..compress.weights import StoredWeight
 from .allocation import Spent
 from .artifact import Artifact, write_bytes
 from .blocks import StreamedModel
 from .collecting import collect
 from .errors import InputError
+from .hidden import HiddenStates, Room
 from .logs import bar
 from .models import Site
-from .perplexity import batches
+from .perplexity import embedded
+from .reading import BlockReader
 from .stages.context import Context, check_stop
 from .stages.fisher import fisher_diagonal
 
@@ -70,7 +73,9 @@ def finished_blocks(directory: Path) -> int:
 
 def build(directory: Path, parent: Artifact, stages: Spent, settings: list[Setting], weighting: str, context: Context) -> Table:
     """Go on with the table in `directory` until it is whole. KeyboardInterrupt between two blocks when the user asks to end."""
-    walk = _Walk(parent, stages, settings, context, StreamedModel(parent, context.device, context.dtype))
+    reader = BlockReader(parent, keeps=True)
+    targets = reader if parent.key == context.baseline.key else BlockReader(context.baseline, keeps=True)
+    walk = _Walk(targets, stages, settings, context, StreamedModel(parent, context.device, context.dtype, reader=reader))
     files = [directory / f"block-{index:05d}.safetensors" for index in range(walk.model.structure.blocks)]
     sites = [stages.sites(walk.model.structure.of_block(index)) for index in range(len(files))]
     if any(_read(file, block) is None for file, block in zip(files, sites, strict=True)):
@@ -79,16 +84,17 @@ def build(directory: Path, parent: Artifact, stages: Spent, settings: list[Setti
         found = fisher_diagonal(context) if weighting == "fisher" else {}
         fisher = {name: sums.to(context.device) for name, sums in found.items()}
         ids_NT = context.inputs.calibration()
-        hidden = [walk.model.embed(ids_NT[part]) for part in batches(*ids_NT.shape)]
+        hidden = embedded(walk.model, ids_NT, Room.measured(context.device, directory))
         with torch.no_grad(), bar("allocation: table of errors, blocks", len(files)) as shown:
-            for index, (file, block) in enumerate(zip(files, sites, strict=True)):
-                walk.model.load_block(index)
-                if _read(file, block) is None:
-                    tensors = walk.block(index, block, hidden, fisher)
-                    write_bytes(file, save(tensors, metadata={"seconds": str(time.monotonic() - began)}))
+            for index in walk.model.walk():
+                targets.expect(walk.model.prefix(index))
+                if _read(files[index], sites[index]) is None:
+                    tensors = walk.block(index, sites[index], hidden, fisher)
+                    write_bytes(files[index], save(tensors, metadata={"seconds": str(time.monotonic() - began)}))
                 if index < len(files) - 1:
-                    hidden = [walk.model.run_block(index, h) for h in hidden]
-                walk.model.unload_block(index)
+                    hidden.through(partial(walk.model.run_block, index))
+                for read in (reader, targets):
+                    read.drop(walk.model.prefix(index))
                 began = time.monotonic()
                 shown.advance()
                 check_stop(context)
@@ -110,13 +116,15 @@ def _read(path: Path, sites: list[Site]) -> tuple[dict[str, Tensor], dict[str, T
 
 @dataclass(frozen=True)
 class _Walk:
-    parent: Artifact
+    """`targets` reads the baseline's blocks."""
+
+    targets: BlockReader
     stages: Spent
     settings: list[Setting]
     context: Context
     model: StreamedModel
 
-    def block(self, index: int, sites: list[Site], hidden: list[Tensor], fisher: Mapping[str, Fisher]) -> dict[str, Tensor]:
+    def block(self, index: int, sites: list[Site], hidden: HiddenStates, fisher: Mapping[str, Fisher]) -> dict[str, Tensor]:
         """Errors and energies of a loaded block's matrices."""
         row: Method = QUANTIZE[self.stages.quantize.method]
         needs = frozenset({"second_moment"}).union(*(row.needs(self.stages.quantize.config_for(s.name)) for s in sites))
@@ -134,7 +142,7 @@ class _Walk:
         return out
 
     def errors(self, site: Site, known: LayerStatistics) -> tuple[Tensor, Tensor]:
-        target_OI = self._matrix(self.context.baseline, site).dense().contiguous()
+        target_OI = self._matrix(self.targets, site).dense().contiguous()
         metric, notes = metric_of(known, "second_moment")
         weights_VO = self.row_weights(known, len(target_OI)).to(target_OI.device)
         try:
@@ -168,13 +176,11 @@ class _Walk:
         if row.scope == "block":  # it starts from GPTQ, and trains what that left
             row, config = QUANTIZE["gptq"], GptqConfig(clip=config.clip)
         changes = wanted | ({"correction": 0.0} if hasattr(config, "correction") else {})
-        record = self._matrix(self.parent, site)
+        record = self._matrix(self.model.reader, site)
         if grid.pattern != "dense":
             record = record.with_mask(mask_on(target_OI, known.inputs.norm_I, grid))
         return row.function(replace(record, low_rank=None), target_OI, known, replace(config, **changes))[0]
 
-    def _matrix(self, artifact: Artifact, site: Site) -> StoredWeight:
-        if site.name in artifact.linears:
-            return artifact.stored(site.name).to(self.context.device)
-        weight = site.read(artifact.tensor(f"{site.module}.{site.parameter}")).contiguous()
-        return StoredWeight(DenseWeight(weight)).to(self.context.device)
+    def _matrix(self, reader: BlockReader, site: Site) -> StoredWeight:
+        assert site.block is not None
+        return reader.block(self.model.prefix(site.block)).matrix(site).to(self.context.device)

@@ -24,6 +24,7 @@ def whole_model(artifact: Artifact, device: torch.device, dtype: torch.dtype, bi
     streamed = StreamedModel(artifact, device, dtype, bind)
     for index in range(streamed.structure.blocks):
         streamed.load_block(index)
+        streamed.expect(index + 1)
     if streamed.tokens is not None:
         streamed.tokens.stand_before(streamed.model)
     return streamed

@@ -22,6 +22,7 @@ from . import perplexity
 from .artifact import Artifact
 from .blocks import Binder, StreamedModel
 from .data import Windows
+from .hidden import Room
 from .logs import bar
 
 
@@ -91,12 +92,12 @@ def scores_of(
     key = perplexity.protocol_key(windows)
     path = metrics / f"{key}.json"
     found = perplexity.load_scores(path)
-    if found is not None and (teacher is not None or perplexity.load_hidden(metrics / f"{key}.hidden.safetensors") is not None):
+    if found is not None and (teacher is not None or perplexity.has_hidden(metrics / f"{key}.hidden.safetensors")):
         return found
     began = time.monotonic()
     model = StreamedModel(artifact, device, dtype, bind)
     with bar(label, model.structure.blocks) as shown:
-        scores, hidden = perplexity.score(model, windows, teacher, lambda done, total: shown.advance())
+        scores, hidden = perplexity.score(model, windows, teacher, lambda done, total: shown.advance(), Room.measured(device, metrics))
     metrics.mkdir(parents=True, exist_ok=True)
     seconds = time.monotonic() - began
     extra = {
@@ -105,17 +106,17 @@ def scores_of(
         "evaluation_tokens": windows.ids.numel(),
     }
     if teacher is None:
-        perplexity.save_hidden(metrics / f"{key}.hidden.safetensors", hidden)
+        hidden.save(metrics / f"{key}.hidden.safetensors")
     perplexity.save_scores(path, scores, windows, extra)
     return scores, extra
 
 
 def teacher_of(baseline: Artifact, metrics: Path, windows: Windows, device: torch.device, dtype: torch.dtype) -> perplexity.Teacher | None:
     """The baseline's kept hidden states under this protocol as a teacher; None before they were measured."""
-    hidden = perplexity.load_hidden(metrics / f"{perplexity.protocol_key(windows)}.hidden.safetensors")
-    if hidden is None:
+    path = metrics / f"{perplexity.protocol_key(windows)}.hidden.safetensors"
+    if not perplexity.has_hidden(path):
         return None
-    return perplexity.Teacher(hidden, StreamedModel(baseline, device, dtype).logits)
+    return perplexity.Teacher(perplexity.hidden_reader(path), StreamedModel(baseline, device, dtype).logits)
 
 
 def size_of(artifact: Artifact) -> dict[str, Any]:

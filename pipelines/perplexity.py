@@ -10,12 +10,12 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from . import artifact
@@ -23,6 +23,7 @@ from .blocks import StreamedModel
 from .data import Windows
 from .devices import Compute
 from .errors import InputError
+from .hidden import HiddenStates, Room
 from .rundir import RunDirectory
 from .surroundings import compute_of
 
@@ -50,60 +51,74 @@ class Scores:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The baseline as a teacher: its last blocks' outputs [N, T, D] for the same windows, and the head that reads them."""
+    """The baseline as a teacher: its last block's outputs for the same windows, read one [T, D] at a time, and the head that reads them."""
 
-    hidden_NTD: Tensor
+    hidden_TD: Callable[[int], Tensor]
     logits: Callable[[Tensor], Tensor]
 
 
-def batches(count: int, seq_len: int, tokens: int = TOKENS_AT_ONCE) -> Iterator[slice]:
-    """Slices over windows that hold about `tokens` tokens each."""
-    size = max(1, tokens // seq_len)
+def batches(count: int, seq_len: int) -> Iterator[slice]:
+    """Slices over windows that hold about TOKENS_AT_ONCE tokens each."""
+    size = max(1, TOKENS_AT_ONCE // seq_len)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
 
-def last_hidden(model: StreamedModel, ids_NT: Tensor, progress: Progress | None = None) -> Tensor:
-    """[N, T, D] hidden states that leave the last block, in the model's dtype on its device; one block in memory at a time."""
-    parts = list(batches(*ids_NT.shape))
-    hidden = [model.embed(ids_NT[part]) for part in parts]
+def embedded(model: StreamedModel, ids_NT: Tensor, room: Room) -> HiddenStates:
+    """The hidden states that enter the first block, in batches of about TOKENS_AT_ONCE tokens."""
+    return HiddenStates.of((model.embed(ids_NT[part]) for part in batches(*ids_NT.shape)), room)
+
+
+def last_states(model: StreamedModel, ids_NT: Tensor, room: Room, progress: Progress | None = None) -> HiddenStates:
+    """The hidden states that leave the last block, in the model's dtype; one block in memory at a time."""
+    states = embedded(model, ids_NT, room)
     with torch.no_grad():
-        for index in range(model.structure.blocks):
-            model.load_block(index)
-            hidden = [model.run_block(index, h) for h in hidden]
-            model.unload_block(index)
+        for index in model.walk():
+            states.through(partial(model.run_block, index))
             if progress is not None:
                 progress(index + 1, model.structure.blocks)
-    return torch.cat(hidden)
+    return states
+
+
+def last_hidden(model: StreamedModel, ids_NT: Tensor) -> Tensor:
+    """The same of a few windows as one [N, T, D]."""
+    return last_states(model, ids_NT, Room(model.device)).whole()
 
 
 def score(
-    model: StreamedModel, windows: Windows, teacher: Teacher | None = None, progress: Progress | None = None
-) -> tuple[Scores, Tensor]:
-    """Scores of the model on the windows' counted tokens, and its last hidden states [N, T, D]. InputError when none counts."""
+    model: StreamedModel, windows: Windows, teacher: Teacher | None = None, progress: Progress | None = None, room: Room | None = None
+) -> tuple[Scores, HiddenStates]:
+    """Scores of the model on the windows' counted tokens, and its last hidden states, which take `room` (default: all there is). InputError
+    when no token counts, or a number is not finite."""
     ids_NT, counts_NT = windows.ids, counted(windows)
     average = float(counts_NT.double().sum(1).mean())
     if not average:
         raise InputError("the evaluation windows hold no token of a completion; give more text, or a larger evaluation.windows")
-    hidden = last_hidden(model, ids_NT, progress)
-    finite_N = torch.isfinite(hidden).flatten(1).all(1)
-    if not bool(finite_N.all()):
-        raise InputError(f"{model.artifact.directory.name}: {_first_non_finite(model, ids_NT[~finite_N.cpu()])}")
-    nll, kl, top1 = [], [], []
+    states = last_states(model, ids_NT, room or Room(model.device), progress)
+    found: list[list[float]] = []
     with torch.no_grad():
-        for index in range(len(ids_NT)):
-            sums = torch.zeros(3, dtype=torch.float64)
-            for start in range(0, ids_NT.shape[1] - 1, LOGITS_AT_ONCE):
-                span = slice(start, min(start + LOGITS_AT_ONCE, ids_NT.shape[1] - 1))
-                next_T = ids_NT[index, span.start + 1 : span.stop + 1]
-                sums += _window_sums(model, hidden[index : index + 1, span], next_T, counts_NT[index, span], teacher, index, span)
-            means = (sums / average).tolist()
-            if not math.isfinite(means[0]):
-                raise InputError(f"{model.artifact.directory.name}: {_first_non_finite(model, ids_NT[index : index + 1])}")
-            nll.append(means[0])
-            kl.append(means[1])
-            top1.append(means[2])
-    return Scores(tuple(nll), tuple(kl) if teacher else None, tuple(top1) if teacher else None), hidden
+        for batch_NTD in states:
+            for hidden_TD in batch_NTD:
+                index = len(found)
+                sums = _window(model, hidden_TD, ids_NT[index], counts_NT[index], teacher, index)
+                means = (sums / average).tolist()
+                if not math.isfinite(means[0]) or not bool(torch.isfinite(hidden_TD).all()):
+                    raise InputError(f"{model.artifact.directory.name}: {_first_non_finite(model, ids_NT[index : index + 1])}")
+                found.append(means)
+    nll, kl, top1 = zip(*found, strict=True)
+    return Scores(nll, kl if teacher else None, top1 if teacher else None), states
+
+
+def _window(model: StreamedModel, hidden_TD: Tensor, ids_T: Tensor, counts_T: Tensor, teacher: Teacher | None, index: int) -> Tensor:
+    """float64 [3]: NLL, KL and top-1 agreement summed over the counted tokens of a window, a span of tokens at a time."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    theirs_TD = None if teacher is None else teacher.hidden_TD(index)
+    for start in range(0, len(ids_T) - 1, LOGITS_AT_ONCE):
+        span = slice(start, min(start + LOGITS_AT_ONCE, len(ids_T) - 1))
+        wanted_T, next_T = counts_T[span], ids_T[span.start + 1 : span.stop + 1]
+        taught = None if teacher is None or theirs_TD is None else (teacher, theirs_TD[span])
+        sums += _span_sums(model, hidden_TD[span], next_T, wanted_T, taught)
+    return sums
 
 
 def counted(windows: Windows) -> Tensor:
@@ -111,19 +126,18 @@ def counted(windows: Windows) -> Tensor:
     return torch.ones_like(windows.ids[:, 1:], dtype=torch.bool) if windows.loss is None else windows.loss[:, 1:]
 
 
-def _window_sums(
-    model: StreamedModel, hidden_1TD: Tensor, next_T: Tensor, counts_T: Tensor, teacher: Teacher | None, index: int, span: slice
-) -> Tensor:
-    """float64 [3]: NLL, KL and top-1 agreement summed over the counted tokens of a span of one window."""
+def _span_sums(model: StreamedModel, hidden_TD: Tensor, next_T: Tensor, counts_T: Tensor, taught: tuple[Teacher, Tensor] | None) -> Tensor:
+    """The same of a span of one window; `taught`: the teacher, and its hidden states of the span."""
     out = torch.zeros(3, dtype=torch.float64)
-    hidden_1TD, next_T = hidden_1TD[:, counts_T.to(hidden_1TD.device)], next_T[counts_T]
+    hidden_1TD, next_T = hidden_TD[counts_T.to(hidden_TD.device)].unsqueeze(0), next_T[counts_T]
     if not len(next_T):
         return out
     logits_TV = model.logits(hidden_1TD)[0].float()
     log_p = torch.log_softmax(logits_TV, -1)
     out[0] = -log_p.gather(-1, next_T.to(log_p.device).unsqueeze(-1)).double().sum().cpu()
-    if teacher is not None:
-        theirs_1TD = teacher.hidden_NTD[index : index + 1, span][:, counts_T].to(hidden_1TD)
+    if taught is not None:
+        teacher, theirs_TD = taught
+        theirs_1TD = theirs_TD[counts_T.to(theirs_TD.device)].unsqueeze(0).to(hidden_1TD)
         reference = torch.log_softmax(teacher.logits(theirs_1TD)[0].float(), -1)
         out[1] = torch.nn.functional.kl_div(log_p, reference, log_target=True, reduction="none").sum(-1).double().sum().cpu()
         out[2] = (logits_TV.argmax(-1) == reference.argmax(-1)).double().sum().cpu()
@@ -137,13 +151,11 @@ def _first_non_finite(model: StreamedModel, ids_NT: Tensor) -> str:
             return f"{name} holds NaN or Inf; repair the checkpoint or give another one"
     with torch.no_grad():
         hidden = model.embed(ids_NT[:1])
-        for index in range(model.structure.blocks):
-            block = model.load_block(index)
-            for name, parameter in block.named_parameters():
+        for index in model.walk():
+            for name, parameter in model.layers[index].named_parameters():
                 if not bool(torch.isfinite(parameter).all()):
                     return f"{model.structure.prefix}.{index}.{name} holds NaN or Inf; repair the checkpoint or give another one"
             hidden = model.run_block(index, hidden)
-            model.unload_block(index)
             if not bool(torch.isfinite(hidden).all()):
                 return f"{model.structure.prefix}.{index} puts out NaN or Inf although its weights are finite; try float32 (--device cpu)"
     return "the logits hold NaN or Inf although all weights are finite; try float32 (--device cpu)"
@@ -183,18 +195,21 @@ def load_scores(path: Path) -> tuple[Scores, dict[str, Any]] | None:
         raise InputError(f"{path}: not a measurement of this program ({error}); delete it and run again") from error
 
 
-def save_hidden(path: Path, hidden_NTD: Tensor) -> None:
-    artifact.write_bytes(path, save({"hidden": hidden_NTD.detach().cpu().contiguous()}))
-
-
-def load_hidden(path: Path) -> Tensor | None:
+def has_hidden(path: Path) -> bool:
+    """Whether `HiddenStates.save` wrote it, and it is whole; a torn one is a cache that is measured again."""
     if not path.is_file():
-        return None
+        return False
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return file.get_tensor("hidden")
+            return "hidden" in file.keys()  # noqa: SIM118
     except safetensors.SafetensorError:
-        return None  # a cache: measured again
+        return False
+
+
+def hidden_reader(path: Path) -> Callable[[int], Tensor]:
+    """window → its [T, D], of a file that is there; nothing else of it is read."""
+    kept = safetensors.safe_open(path, framework="pt").get_slice("hidden")
+    return lambda index: kept[index : index + 1][0]
 
 
 def bits_per_byte(scores: Scores, windows: Windows) -> float | None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,16 @@ def attach_part(site: Site, config: Reconstruct) -> Attached:
     return joined(*parts, *([train_norms(site)] if config.norms and config.train != "norms" else []))
 
 
+class Pairs(Protocol):
+    """(input, wanted output) of batches, which need not all lie in memory: a list is one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> tuple[Tensor, Tensor]: ...
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
 @dataclass
 class Block:
     """One block under training. `forward` runs it as it stands in the model; `pairs` are (input, what the dense block makes of it), all
@@ -83,8 +93,8 @@ class Block:
 
     model: nn.Module
     forward: Callable[[Tensor], Tensor]
-    pairs: Sequence[tuple[Tensor, Tensor]]
-    checks: Sequence[tuple[Tensor, Tensor]]
+    pairs: Pairs
+    checks: Pairs
     dense: Mapping[str, nn.Module]
     chosen: frozenset[str]
     attach: Callable[[tuple[str, ...]], Attached]

@@ -6,7 +6,8 @@ Knows the walk and the bookkeeping; one matrix is `matrices`' business, what lie
 Legend: N windows, T tokens.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ from ...compress.statistics import InputStatistics
 from ...compress.weights import StoredWeight
 from ..artifact import Artifact, ArtifactWriter, shards_of
 from ..blocks import StreamedModel
-from ..collecting import collect, collecting, input_groups
+from ..collecting import collect, collecting, dense_inputs_of, input_groups
 from ..errors import InputError, UsageError
+from ..hidden import Room
 from ..logs import bar
 from ..models import Site
-from ..perplexity import batches
+from ..perplexity import embedded
+from ..reading import BlockReader, BlockTensors
 from ..stage_settings import StageSpec, methods
 from .context import Context, Outcome, check_stop
 from .fisher import fisher_diagonal
@@ -38,19 +41,25 @@ FEW = 4
 def compress(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: Context) -> Outcome:
     """Run one of the compression stages; resumes behind the blocks that `writer` finds finished."""
     row: Method = methods(spec.name)[spec.method]
-    model = StreamedModel(parent, context.device, context.dtype, virtual=False)
+    model = StreamedModel(parent, context.device, context.dtype, virtual=False, reader=BlockReader(parent, keeps=True))
     chosen = [s for s in model.structure.sites if (s.block is not None or spec.include_head) and not spec.skips(s.name)]
     if not chosen:
         raise UsageError(f"{spec.address}: `ignore` leaves no linear layer to compress; name fewer")
     needs = frozenset().union(*(row.needs(spec.config_for(site.name)) for site in chosen))
-    stage = Stage(parent, writer, spec, row, context, model, None, needs, shared_sparsity(spec, chosen, context))
+    targets = model.reader if parent.key == context.baseline.key else BlockReader(context.baseline, keeps=True)
+    sparsity = shared_sparsity(spec, chosen, context)
+    room = Room.measured(context.device, context.scratch)
+    stage = Stage(parent, writer, spec, row, context, model, targets, None, needs, room, sparsity)
     wants_dense = row.inputs == "dense" and parent.key != context.baseline.key
     if wants_dense or "cross_moment" in needs or row.scope == "block":
-        stage.dense = StreamedModel(context.baseline, context.device, context.dtype)
+        stage.dense = StreamedModel(context.baseline, context.device, context.dtype, reader=targets)
     if "fisher" in needs:
         stage.fisher = {name: found.to(context.device) for name, found in fisher_diagonal(context).items()}
     if stage.propagates:
-        _embed(stage, context.inputs.calibration())
+        ids_NT = context.inputs.calibration()
+        stage.hidden = embedded(model, ids_NT, room)
+        if stage.dense is not None:
+            stage.dense_hidden = embedded(stage.dense, ids_NT, room)
     blocks, behind = model.structure.blocks, any(site.block is None for site in chosen)
     with bar(f"{spec.address} {spec.method}, blocks", blocks) as shown:
         for index in range(blocks):
@@ -61,13 +70,6 @@ def compress(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context:
     return Outcome(stage.layers, _measured(stage), _notes(stage, chosen))
 
 
-def _embed(stage: Stage, ids_NT: Tensor) -> None:
-    parts = list(batches(*ids_NT.shape))
-    stage.hidden = [stage.model.embed(ids_NT[part]) for part in parts]
-    if stage.dense is not None:
-        stage.dense_hidden = [stage.dense.embed(ids_NT[part]) for part in parts]
-
-
 def _block(stage: Stage, index: int, sites: list[Site], followed: bool) -> None:
     """Compress and write one block, unless that was done before, and hand its outputs on where somebody follows who reads them."""
     part = f"block-{index:05d}"
@@ -76,18 +78,31 @@ def _block(stage: Stage, index: int, sites: list[Site], followed: bool) -> None:
         stage.model.load_block(index)
         if stage.dense is not None:
             stage.dense.load_block(index)
+    _expect(stage, index + 1)
     if marker is None:
         records, layers = _solved(stage, index, sites)
         _write(stage, index, part, records, layers)
         marker = stage.writer.finished[part]
     stage.layers += marker["extra"]["layers"]
     if stage.propagates and followed:
+        written = BlockTensors.read(stage.writer.view(part), stage.model.prefix(index))
         for site in sites:
-            stage.model.put(site, stage.writer.stored(part, site.name))
+            stage.model.put(site, written.stored(site.name))
         _advance(stage, index)
     for model in (stage.model, stage.dense):
         if model is not None:
             model.unload_block(index)
+    for reader in (stage.model.reader, stage.targets):
+        reader.drop(stage.model.prefix(index))
+
+
+def _expect(stage: Stage, index: int) -> None:
+    """Let a block be read while the one before it is computed on, where it will be needed."""
+    unsolved = f"block-{index:05d}" not in stage.writer.finished
+    if unsolved or stage.propagates:
+        stage.model.expect(index)
+    if index < stage.model.structure.blocks and (unsolved or stage.dense is not None):
+        stage.targets.expect(stage.model.prefix(index))
 
 
 def _solved(stage: Stage, index: int, sites: list[Site]) -> tuple[dict[str, StoredWeight], list[dict[str, Any]]]:
@@ -113,9 +128,9 @@ def _solved(stage: Stage, index: int, sites: list[Site]) -> tuple[dict[str, Stor
 def _advance(stage: Stage, index: int) -> None:
     """Hidden states of the next block, from the block as it was written."""
     with torch.no_grad():
-        stage.hidden = [stage.model.run_block(index, h) for h in stage.hidden]
+        stage.hidden.through(partial(stage.model.run_block, index))
         if stage.dense is not None:
-            stage.dense_hidden = [stage.dense.run_block(index, h) for h in stage.dense_hidden]
+            stage.dense_hidden.through(partial(stage.dense.run_block, index))
 
 
 def _statistics(stage: Stage, index: int, sites: list[Site]) -> dict[str, InputStatistics]:
@@ -126,8 +141,13 @@ def _statistics(stage: Stage, index: int, sites: list[Site]) -> dict[str, InputS
         source, hidden = (
             (stage.dense, stage.dense_hidden) if stage.row.inputs == "dense" and stage.dense is not None else (stage.model, stage.hidden)
         )
-        paired = _dense_inputs(stage, sites, lambda dense, h: dense.run_block(index, h)) if "cross_moment" in needs else None
-        collect(source, index, hidden, sites, needs, statistics, paired)
+        if "cross_moment" in needs and stage.dense is not None:
+            with dense_inputs_of(stage.dense, sites) as paired:
+                collect(
+                    source, index, _behind_dense(stage, paired, partial(stage.dense.run_block, index)), sites, needs, statistics, paired
+                )
+        else:
+            collect(source, index, hidden, sites, needs, statistics)
     for site in sites:
         found = statistics.setdefault(site.name, InputStatistics(site.shape[1], needs, stage.context.device))
         bad = found.non_finite()
@@ -138,22 +158,13 @@ def _statistics(stage: Stage, index: int, sites: list[Site]) -> dict[str, InputS
     return statistics
 
 
-def _dense_inputs(stage: Stage, sites: list[Site], run: Callable[[StreamedModel, Tensor], Any]) -> dict[str, list[Tensor]]:
-    """Site name → its inputs while the dense model's states `run`, batch by batch; sites that share a tensor share the list's tensors."""
-    assert stage.dense is not None
-    out: dict[str, list[Tensor]] = {s.name: [] for s in sites}
-    handles = []
-    for site in sites:
-        if site.expert is None:
-            module = stage.dense.model.get_submodule(site.module)
-            handles.append(module.register_forward_pre_hook(lambda m, args, name=site.name: out[name].append(args[0])))
-    try:
-        for h in stage.dense_hidden:
-            run(stage.dense, h)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return out
+def _behind_dense(stage: Stage, paired: dict[str, list[Tensor]], run: Callable[[Tensor], Any]) -> Iterator[Tensor]:
+    """Every batch of hidden states once the dense model's states of the same text have run, and no longer with those of the batch before."""
+    for h, dense_h in zip(stage.hidden, stage.dense_hidden, strict=True):
+        for inputs in paired.values():
+            inputs.clear()  # also those of sites that read what another one reads
+        run(dense_h)
+        yield h
 
 
 def _head_statistics(stage: Stage, site: Site) -> InputStatistics:
@@ -161,10 +172,14 @@ def _head_statistics(stage: Stage, site: Site) -> InputStatistics:
     needs = stage.needs - {"fisher"}
     if needs:
         with torch.no_grad():
-            paired = _dense_inputs(stage, [site], _window_by_window) if "cross_moment" in needs else None
-            with collecting(stage.model, [site], needs, statistics, paired):
-                for h in stage.hidden:
-                    _window_by_window(stage.model, h)
+            if "cross_moment" in needs and stage.dense is not None:
+                with dense_inputs_of(stage.dense, [site]) as paired, collecting(stage.model, [site], needs, statistics, paired):
+                    for h in _behind_dense(stage, paired, partial(_window_by_window, stage.dense)):
+                        _window_by_window(stage.model, h)
+            else:
+                with collecting(stage.model, [site], needs, statistics):
+                    for h in stage.hidden:
+                        _window_by_window(stage.model, h)
     return statistics.get(site.name) or InputStatistics(site.shape[1], needs, stage.context.device)
 
 
@@ -176,23 +191,14 @@ def _window_by_window(model: StreamedModel, hidden_NTD: Tensor) -> None:
 
 def _write(stage: Stage, index: int, part: str, records: Mapping[str, StoredWeight], layers: list[dict[str, Any]]) -> None:
     """One part: this block's new records, and everything else of it as the parent has it."""
-    prefix = f"{stage.model.structure.prefix}.{index}."
-    kept = {
-        s.name: stage.parent.stored(s.name)
-        for s in stage.model.structure.of_block(index)
-        if s.name in stage.parent.linears and s.name not in records
-    }
+    replaced = [s for s in stage.model.structure.of_block(index) if s.name in records]
+    tensors, kept = stage.model.reader.block(stage.model.prefix(index)).others(replaced)
     linears = kept | dict(records)
-    replaced = {f"{s.module}.{s.parameter}" for s in stage.model.structure.of_block(index) if s.name in records}
-    of_record = tuple(f"{name}." for name in stage.parent.linears if name.startswith(prefix))
-    tensors = {
-        n: t for n, t in stage.parent.tensors(prefix).items() if n not in replaced and (n.endswith(".bias") or not n.startswith(of_record))
-    }
     stage.writer.write_part(part, shards_of(tensors, linears), linears, {"layers": layers})
 
 
 def _measured(stage: Stage) -> dict[str, Any]:
-    found: dict[str, Any] = {"calibration_tokens": sum(h.shape[0] * h.shape[1] for h in stage.hidden)}
+    found: dict[str, Any] = {"calibration_tokens": stage.hidden.tokens}
     return found | ({"block_sparsity": _by_block(stage)} if stage.sparsity else {})
 
 

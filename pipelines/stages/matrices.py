@@ -17,14 +17,17 @@ from ...compress.weights import DenseWeight, StoredWeight
 from ..artifact import Artifact, ArtifactWriter
 from ..blocks import StreamedModel
 from ..errors import InputError
+from ..hidden import HiddenStates, Room
 from ..models import Site, shared_names
+from ..reading import BlockReader
 from ..stage_settings import StageSpec
 from .context import Context
 
 
 @dataclass
 class Stage:
-    """`sparsity` holds, for a pruning stage whose blocks differ, that of each matrix that shares the stage's mean."""
+    """`targets` reads the baseline's blocks: what `model` reads, where the parent is the baseline. `room` is for hidden states. `sparsity`
+    holds, for a pruning stage whose blocks differ, that of each matrix that shares the stage's mean."""
 
     parent: Artifact
     writer: ArtifactWriter
@@ -32,13 +35,18 @@ class Stage:
     row: Method
     context: Context
     model: StreamedModel
+    targets: BlockReader
     dense: StreamedModel | None
     needs: frozenset[str]
+    room: Room
     sparsity: Mapping[str, float] = field(default_factory=dict)
-    hidden: list[Tensor] = field(default_factory=list)
-    dense_hidden: list[Tensor] = field(default_factory=list)
+    hidden: HiddenStates = field(init=False)
+    dense_hidden: HiddenStates = field(init=False)
     fisher: Mapping[str, Fisher] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.hidden, self.dense_hidden = HiddenStates(self.room), HiddenStates(self.room)
 
     @property
     def propagates(self) -> bool:
@@ -57,22 +65,24 @@ class Stage:
 
 def current(stage: Stage, site: Site) -> StoredWeight:
     """The site's record in the parent; a plain weight becomes a dense record in its own dtype."""
-    return _matrix(stage, stage.parent, site)
+    return _matrix(stage, stage.model.reader, site)
 
 
 def target(stage: Stage, site: Site) -> Tensor:
     """The baseline's float32 [O, I] matrix."""
-    record = _matrix(stage, stage.context.baseline, site).to(stage.context.device)
+    record = _matrix(stage, stage.targets, site).to(stage.context.device)
     return record.dense().contiguous()
 
 
-def _matrix(stage: Stage, artifact: Artifact, site: Site) -> StoredWeight:
-    names = shared_names(stage.model.model, f"{site.module}.{site.parameter}") if site.block is None else [f"{site.name}.weight"]
+def _matrix(stage: Stage, reader: BlockReader, site: Site) -> StoredWeight:
+    if site.block is not None:
+        return reader.block(stage.model.prefix(site.block)).matrix(site)
+    artifact = reader.artifact
+    names = shared_names(stage.model.model, f"{site.module}.{site.parameter}")
     linear = next((n for name in names if (n := name.removesuffix(".weight")) in artifact.linears), None)
     if linear is not None:
         return artifact.stored(linear)
-    name = names[0] if site.block is None else f"{site.module}.{site.parameter}"
-    return StoredWeight(DenseWeight(site.read(artifact.tensor(name)).contiguous()))
+    return StoredWeight(DenseWeight(site.read(artifact.tensor(names[0])).contiguous()))
 
 
 def solve(stage: Stage, site: Site, statistics: Mapping[str, InputStatistics]) -> tuple[StoredWeight, dict[str, Any]]:

@@ -8,10 +8,10 @@ Legend: B batch, T tokens, D model width.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...recover.linear import compressed_linears
 from ...recover.methods import attach
@@ -22,6 +22,7 @@ from ..artifact import Artifact, ArtifactWriter
 from ..blocks import StreamedModel
 from ..errors import UsageError
 from ..files import write_json
+from ..hidden import HiddenStates, Room
 from ..logs import bar
 from ..stage_settings import StageSpec
 from .context import Context, Outcome, check_stop
@@ -42,9 +43,9 @@ class _Walk:
     context: Context
     model: StreamedModel
     dense: StreamedModel
-    hidden: list[Tensor]
-    start: list[Tensor]
-    now: list[Tensor]
+    hidden: HiddenStates
+    start: HiddenStates
+    now: HiddenStates
     said: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -66,8 +67,9 @@ def reconstruct_blocks(parent: Artifact, writer: ArtifactWriter, spec: StageSpec
     held_out = [Batch(ids, mask) for ids, mask in context.inputs.held_out(config.seq_len, config.batch_size)]
     for some in (ids[0], *(batch.ids for batch in held_out)):
         dense.embed(some)  # what its blocks are called with, learnt while none of them is loaded
-    began = [model.embed(batch.ids) for batch in held_out]
-    walk = _Walk(parent, writer, spec, context, model, dense, [model.embed(i) for i in ids], began, list(began))
+    room = Room.measured(context.device, context.scratch)
+    hidden, start, now = (HiddenStates.of(map(model.embed, some), room) for some in (ids, *[[batch.ids for batch in held_out]] * 2))
+    walk = _Walk(parent, writer, spec, context, model, dense, hidden, start, now)
     with bar(f"{spec.address} reconstruct, blocks", model.structure.blocks) as shown:
         for index in range(model.structure.blocks):
             _block(walk, index)
@@ -93,7 +95,8 @@ def _block(walk: _Walk, index: int) -> None:
     chosen = index in where(model.model, walk.config.targets, walk.config.layers).blocks
     with torch.no_grad():
         model.load_block(index)
-        walk.start = [model.run_block(index, h) for h in walk.start]
+        model.expect(index + 1)
+        walk.start.through(partial(model.run_block, index))
         model.unload_block(index)
     if part not in walk.writer.finished:
         found, said = _fitted(walk, index) if chosen else (Trained(), {})
@@ -102,8 +105,8 @@ def _block(walk: _Walk, index: int) -> None:
     walk.said += [extra["reconstruct"]] if "reconstruct" in extra else []
     with torch.no_grad():
         model.load_block(index, walk.writer.view(part))
-        walk.hidden = [model.run_block(index, h) for h in walk.hidden]
-        walk.now = [model.run_block(index, h) for h in walk.now]
+        for states in (walk.hidden, walk.now):
+            states.through(partial(model.run_block, index))
         model.unload_block(index)
 
 
@@ -112,7 +115,7 @@ def _fitted(walk: _Walk, index: int) -> tuple[Trained, dict[str, Any]]:
     model, dense, context = walk.model, walk.dense, walk.context
     with torch.no_grad():
         dense.load_block(index)
-        pairs, checks = ([(h, dense.run_block(index, h)) for h in states] for states in (walk.hidden, walk.now))
+        pairs, checks = (states.paired(partial(dense.run_block, index)) for states in (walk.hidden, walk.now))
     model.load_block(index, bind=InPlace(walk.parent, model.structure, context.device, context.dtype))
     model.model.requires_grad_(False)
     names = {s.name: s.module for s in model.structure.of_block(index) if s.expert is None}
@@ -142,7 +145,7 @@ def _said(index: int, fitted: Fitted, names: list[str]) -> dict[str, Any]:
     return {"block": index, "linears": names, "count": fitted.count, "diverged": list(fitted.diverged), **errors}
 
 
-def _loss(model: StreamedModel, hidden: list[Tensor], held_out: list[Batch]) -> float:
+def _loss(model: StreamedModel, hidden: HiddenStates, held_out: list[Batch]) -> float:
     """Mean negative log-likelihood of the held-out tokens that count."""
     total, count = 0.0, 0
     for states, batch in zip(hidden, held_out, strict=True):

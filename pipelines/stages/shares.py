@@ -4,6 +4,8 @@ Knows the baseline and the calibration text. What was found lies in the stage's 
 """
 
 import json
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,9 +16,10 @@ from ..artifact import write_json
 from ..blocks import StreamedModel
 from ..collecting import collecting
 from ..errors import InputError
+from ..hidden import Room
 from ..logs import bar
 from ..models import Site
-from ..perplexity import batches
+from ..perplexity import embedded
 from ..stage_settings import StageSpec
 from .context import Context, check_stop
 
@@ -55,19 +58,16 @@ def _kept_outlier_shares(spec: StageSpec, blocks: dict[int, list[Site]], context
 def outlier_shares(spec: StageSpec, blocks: dict[int, list[Site]], context: Context) -> list[float]:
     """Share of outliers among |w|·‖x‖ of each block's matrices (OWL, arXiv:2310.05175): weights and inputs of the dense model."""
     model = StreamedModel(context.baseline, context.device, context.dtype)
-    ids_NT = context.inputs.calibration()
-    hidden = [model.embed(ids_NT[part]) for part in batches(*ids_NT.shape)]
+    hidden = embedded(model, context.inputs.calibration(), Room.measured(context.device, context.scratch))
     shares = []
     with torch.no_grad(), bar(f"{spec.address} {spec.method}: outliers, blocks", len(blocks)) as shown:
-        for index in range(max(blocks) + 1):
-            model.load_block(index)
+        for index in islice(model.walk(), max(blocks) + 1):
             sites, statistics = blocks.get(index, []), dict[str, InputStatistics]()
             with collecting(model, sites, frozenset({"norms"}), statistics):
-                hidden = [model.run_block(index, h) for h in hidden]
+                hidden.through(partial(model.run_block, index))
             if sites:
                 shares.append(outlier_share([_weight_and_norms(model, site, statistics) for site in sites]))
                 shown.advance()
-            model.unload_block(index)
             check_stop(context)
     return shares
 

@@ -91,10 +91,8 @@ class StreamedTeacher:
             self.position = index
         with torch.no_grad():
             hidden = [self.model.embed(ids) for ids in wanted]
-            for block in range(self.model.structure.blocks):
-                self.model.load_block(block)
+            for block in self.model.walk():
                 hidden = [self.model.run_block(block, h) for h in hidden]
-                self.model.unload_block(block)
         for ids, h in zip(wanted, hidden, strict=True):
             self.files.write(ids, h)
         self.kept = {ids.numpy().tobytes(): h for ids, h in zip(wanted, hidden, strict=True)}

@@ -13,6 +13,7 @@ from ...compress.methods import BlockProblem
 from ...compress.statistics import InputStatistics, LayerStatistics
 from ...compress.weights import StoredWeight
 from ..blocks import StreamedModel
+from ..hidden import HiddenStates
 from ..models import Site
 from .context import check_stop
 from .matrices import Stage, current, described, target
@@ -26,17 +27,18 @@ def solve_block(
     targets = {s.name: target(stage, s) for s in sites}
     behind = _behind(stage, index)
     with torch.no_grad():
-        outputs = torch.cat([_through(stage.dense, [index, *behind], h) for h in stage.dense_hidden])
+        outputs = HiddenStates.of((_through(stage.dense, [index, *behind], h) for h in stage.dense_hidden), stage.room)
     layers = {s.name: LayerStatistics(statistics[s.name], stage.fisher.get(s.name)) for s in sites}
     problem = BlockProblem(
         {s.name: current(stage, s).to(stage.context.device) for s in sites},
         targets,
         _block_function(stage, index, sites, behind),
-        torch.cat(stage.hidden),
-        outputs,
+        stage.hidden.rows(),
+        outputs.rows(),
         layers,
         stage.context.seed + index,
         _parts(stage, index, sites),
+        lambda batches: HiddenStates.of(batches, stage.room).rows(),
         lambda: check_stop(stage.context),
     )
     records, metrics = stage.row.function(problem, {s.name: stage.config_for(s) for s in sites})
