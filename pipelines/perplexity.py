@@ -8,6 +8,7 @@ Legend: N windows, T tokens, D model width, V vocabulary.
 import hashlib
 import json
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -236,7 +237,7 @@ def evaluate(
     run = run_of(Path(model))
     recipe = None if run is None else resolve(str(run.recipe))
     compute = compute_of(run, device, dtype or (recipe.dtype if recipe is not None else "auto"))
-    with opened(model) as found:
+    with opened(model) as found, tempfile.TemporaryDirectory(prefix="bitmend-") as scratch:
         tokenizer = load_tokenizer(found.directory)
         if recipe is not None and eval_source in (None, recipe.data.evaluation):
             from .inputs import Inputs
@@ -249,7 +250,8 @@ def evaluate(
         cut = evaluated_by(compute, cut)
         streamed = StreamedModel(found, compute.device, compute.dtype, binder_of(found, compute.device))
         with bar("perplexity, blocks", streamed.structure.blocks) as shown:
-            scores, _ = score(streamed, cut, None, lambda done, total: shown.advance())
+            room = Room.measured(compute.device, Path(scratch))
+            scores, _ = score(streamed, cut, None, lambda done, total: shown.advance(), room)
         return {
             "model": model,
             "perplexity": scores.perplexity,
