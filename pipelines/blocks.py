@@ -125,17 +125,17 @@ class StreamedModel:
         """What the names of a block's tensors begin with."""
         return f"{self.structure.prefix}.{index}."
 
-    def walk(self) -> Iterator[int]:
-        """Each block in turn, loaded while the caller has it; the next one is read meanwhile."""
-        for index in range(self.structure.blocks):
+    def walk(self, backward: bool = False) -> Iterator[int]:
+        """Each block in turn, from the last one to the first if `backward`, loaded while the caller has it; the next one is read meanwhile."""
+        for index in reversed(range(self.structure.blocks)) if backward else range(self.structure.blocks):
             self.load_block(index)
-            self.expect(index + 1)
+            self.expect(index - 1 if backward else index + 1)
             yield index
             self.unload_block(index)
 
     def expect(self, index: int) -> None:
-        """Begin to read a block that will be loaded; behind the last one there is none."""
-        if index < self.structure.blocks:
+        """Begin to read a block that will be loaded; before the first and behind the last one there is none."""
+        if 0 <= index < self.structure.blocks:
             self.reader.expect(self.prefix(index))
 
     def load_block(self, index: int, source: Artifact | None = None, bind: Binder | None = None) -> nn.Module:

@@ -1,8 +1,14 @@
 """Fisher information of the baseline's matrices: squared gradients of the loss, summed over sequences one at a time.
 
-A gradient is squared, reduced to its row and column means and dropped as soon as it is complete, so the gradients of the whole model
-never lie beside each other. Knows the baseline; what the numbers are for is the methods' business.
+One block is in memory at a time. Forward, what enters each block is kept for as many sequences as there is room for; backward from the head
+down, each block is computed again, its gradients squared, reduced to row and column means and dropped. Knows the baseline; what the numbers
+are for is the methods' business.
+Legend: N sequences, T tokens, D model width, O out, I in.
 """
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -13,75 +19,127 @@ from ...compress.statistics import Fisher
 from ..artifact import write_bytes
 from ..blocks import StreamedModel
 from ..errors import InputError
-from ..logs import track
+from ..hidden import HiddenStates, Room
+from ..logs import bar
 from ..models import Site
+from ..perplexity import LOGITS_AT_ONCE
 from .context import Context, check_stop
 
+VERSION = 2
+"""Of the numbers kept beside the baseline."""
+Sums = dict[str, tuple[Tensor, Tensor]]
+"""Site → Σ over sequences of the squared gradient's row means [O] and column means [I], float64."""
 
-def fisher_diagonal(context: Context, full: frozenset[str] = frozenset()) -> dict[str, Fisher]:
-    """Site name → Fisher (arXiv:2311.12023, section 3.2). Row and column means are kept beside the baseline for the next method;
-    sites in `full` get the whole [O, I] matrix as well (FishMask), which is not kept."""
-    path = context.baseline_metrics / f"fisher-{context.inputs.calibration_fingerprint()[:8]}.safetensors"
-    if path.is_file() and not full:
+
+def fisher_diagonal(context: Context) -> dict[str, Fisher]:
+    """Site name → Fisher (arXiv:2311.12023, section 3.2), on the CPU; kept beside the baseline for the next method."""
+    path = _kept(context)
+    if path.is_file():
         with safe_open(path, framework="pt") as file:
             names = {key.rpartition(".")[0] for key in file.keys()}  # noqa: SIM118
             return {n: Fisher(file.get_tensor(f"{n}.row"), file.get_tensor(f"{n}.column")) for n in names}
-    found = _collect(context, full)
-    if not any(bool(f.row_mean_O.any()) for f in found.values()):
+    sums = _collect(context)
+    if not any(bool(row_O.any()) for row_O, _ in sums.values()):
         raise InputError(
             "Fisher information is 0 everywhere: the loss does not depend on any matrix; check the calibration text and the model"
         )
+    found = {name: Fisher(row_O.float(), column_I.float()) for name, (row_O, column_I) in sums.items()}
     tensors = {f"{n}.{kind}": t for n, f in found.items() for kind, t in (("row", f.row_mean_O), ("column", f.column_mean_I))}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, save(tensors))
     return found
 
 
-def _collect(context: Context, full: frozenset[str]) -> dict[str, Fisher]:
-    model = StreamedModel(context.baseline, context.device, torch.float32)
-    for index in range(model.structure.blocks):
-        model.load_block(index)
-    sites = [s for s in model.structure.sites if s.block is not None]
-    sums = {s.name: _Sums(s, s.name in full) for s in sites}
+def _kept(context: Context) -> Path:
+    place = f"{context.device.type}-{str(_dtype(context)).removeprefix('torch.')}"
+    return context.baseline_metrics / f"fisher-{VERSION}-{context.inputs.calibration_fingerprint()[:8]}-{place}.safetensors"
+
+
+def _dtype(context: Context) -> torch.dtype:
+    """The run's; a mean's gradients underflow in float16, whose range is too small for them."""
+    return torch.float32 if context.dtype == torch.float16 else context.dtype
+
+
+def _collect(context: Context) -> Sums:
+    """Sums on the CPU. They do not depend on how many sequences go together: every sum is over one sequence after the other."""
+    model = StreamedModel(context.baseline, context.device, _dtype(context))
+    sites = [site for site in model.structure.sites if site.block is not None]
+    sums: Sums = {s.name: (torch.zeros(s.shape[0], dtype=torch.float64), torch.zeros(s.shape[1], dtype=torch.float64)) for s in sites}
+    ids_NT = context.inputs.calibration()
+    room = Room.measured(context.device, context.scratch)
+    parts = ids_NT.split(_together(model, ids_NT, room))
+    with bar("Fisher information, blocks there and back", 2 * model.structure.blocks * len(parts)) as shown:
+
+        def step() -> None:
+            shown.advance()
+            check_stop(context)
+
+        for part_NT in parts:
+            entering = _forward(model, part_NT, room, step)
+            gradients = HiddenStates.of(_head_gradients(model, entering.pop(), part_NT), room)
+            for index in model.walk(backward=True):
+                _backward(model, index, entering.pop(), gradients, sums)
+                step()
+    return sums
+
+
+def _together(model: StreamedModel, ids_NT: Tensor, room: Room) -> int:
+    """How many sequences' states, one for each block and their gradients, lie in memory together; one goes to files if it must."""
+    of_one = (model.structure.blocks + 2) * ids_NT.shape[1] * model.model.config.get_text_config().hidden_size * model.dtype.itemsize
+    return max(1, int(min(room.memory_bytes // of_one, len(ids_NT))))
+
+
+def _forward(model: StreamedModel, ids_NT: Tensor, room: Room, step: Callable[[], None]) -> list[HiddenStates]:
+    """What enters each block, and what leaves the last one, sequence by sequence."""
+    states = [HiddenStates.of((model.embed(ids_1T) for ids_1T in ids_NT.split(1)), room)]
+    with torch.no_grad():
+        for index in model.walk():
+            states.append(HiddenStates.of(map(partial(model.run_block, index), states[-1]), room))
+            step()
+    return states
+
+
+def _head_gradients(model: StreamedModel, leaving: HiddenStates, ids_NT: Tensor) -> Iterator[Tensor]:
+    """The mean loss's gradient at what leaves the last block, for each sequence; logits of a span of tokens at a time."""
+    for hidden_1TD, ids_T in zip(leaving, ids_NT, strict=True):
+        leaf_1TD, count = hidden_1TD.detach().requires_grad_(True), len(ids_T) - 1
+        for start in range(0, count, LOGITS_AT_ONCE):
+            stop = min(start + LOGITS_AT_ONCE, count)
+            logits_TV = model.logits(leaf_1TD[:, start:stop])[0].float()
+            loss = nn.functional.cross_entropy(logits_TV, ids_T[start + 1 : stop + 1].to(logits_TV.device), reduction="sum") / count
+            loss.backward()
+        assert leaf_1TD.grad is not None
+        yield leaf_1TD.grad
+
+
+def _backward(model: StreamedModel, index: int, entering: HiddenStates, gradients: HiddenStates, sums: Sums) -> None:
+    """Add a loaded block's squared gradients, and put the gradient at what enters it in the place of that at what leaves it."""
+    sites = model.structure.of_block(index)
+    here: Sums = {site.name: tuple(t.to(model.device) for t in sums[site.name]) for site in sites}  # type: ignore[misc]
     by_parameter: dict[str, list[Site]] = {}
     for site in sites:
         by_parameter.setdefault(f"{site.module}.{site.parameter}", []).append(site)
     for name, members in by_parameter.items():
         parameter = model.model.get_parameter(name)
         parameter.requires_grad_(True)
-        parameter.register_post_accumulate_grad_hook(_consume(members, sums))
-    for ids_T in track(context.inputs.calibration(), "Fisher information, sequences"):
-        logits_TV = model.model(ids_T.unsqueeze(0).to(context.device), use_cache=False).logits[0]
-        nn.functional.cross_entropy(logits_TV[:-1].float(), ids_T[1:].to(context.device)).backward()
-        check_stop(context)
-    return {name: found.fisher() for name, found in sums.items()}
+        parameter.register_post_accumulate_grad_hook(_consume(members, here))
+    for number, (hidden_1TD, gradient_1TD) in enumerate(zip(entering, gradients, strict=True)):
+        leaf_1TD = hidden_1TD.detach().requires_grad_(index > 0)
+        model.run_block(index, leaf_1TD).backward(gradient_1TD)
+        if leaf_1TD.grad is not None:
+            gradients.put(number, leaf_1TD.grad)
+    for name, (row_O, column_I) in here.items():
+        sums[name] = row_O.cpu(), column_I.cpu()
 
 
-class _Sums:
-    """Σ over sequences of squared gradients of one site, reduced."""
-
-    def __init__(self, site: Site, full: bool):
-        rows, columns = site.shape
-        self.row = torch.zeros(rows, dtype=torch.float64)
-        self.column = torch.zeros(columns, dtype=torch.float64)
-        self.full = torch.zeros(rows, columns) if full else None
-
-    def add(self, gradient_OI: Tensor) -> None:
-        squares = gradient_OI.float().square()
-        self.row += squares.mean(1).double().cpu()
-        self.column += squares.mean(0).double().cpu()
-        if self.full is not None:
-            self.full += squares.cpu()
-
-    def fisher(self) -> Fisher:
-        return Fisher(self.row.float(), self.column.float(), self.full)
-
-
-def _consume(members: list[Site], sums: dict[str, _Sums]):
+def _consume(members: list[Site], sums: Sums) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
         assert parameter.grad is not None
         for site in members:
-            sums[site.name].add(site.read(parameter.grad))
+            squares_OI = site.read(parameter.grad).float().square()
+            row_O, column_I = sums[site.name]
+            row_O += squares_OI.mean(1).double()
+            column_I += squares_OI.mean(0).double()
         parameter.grad = None
 
     return hook
