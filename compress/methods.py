@@ -48,7 +48,7 @@ def _low_rank(version: int = 1, **defaults: Any) -> Method:
 
 DECOMPOSE: Mapping[str, Method] = {
     "loftq": _low_rank(metric="plain", requantize=True, iterations=5),
-    "lq_lora": _low_rank(metric="fisher", requantize=True, first="l", iterations=100, stop_when_worse=True),
+    "lq_lora": _low_rank(2, metric="fisher", requantize=True, first="l", iterations=100, stop_when_worse=True),
     "zeroquant_v2": _low_rank(metric="plain"),
     "lqer": _low_rank(metric="absmean"),
     "qera_approx": _low_rank(metric="diagonal"),

@@ -137,15 +137,13 @@ class InputStatistics:
 @dataclass(frozen=True)
 class Fisher:
     """Diagonal Fisher information of one weight: Σ over sequences of squared gradients, as means per row and per column
-    (what LQ-LoRA weights its error with) and, when asked for, in full."""
+    (what LQ-LoRA weights its error with)."""
 
     row_mean_O: Tensor
     column_mean_I: Tensor
-    full_OI: Tensor | None = None
 
     def to(self, device: torch.device) -> "Fisher":
-        full_OI = None if self.full_OI is None else self.full_OI.to(device)
-        return Fisher(self.row_mean_O.to(device), self.column_mean_I.to(device), full_OI)
+        return Fisher(self.row_mean_O.to(device), self.column_mean_I.to(device))
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from .reading import BlockReader
 from .stages.context import Context, check_stop
 from .stages.fisher import fisher_diagonal
 
-VERSION = 1
+VERSION = 2
 """Rises when a fix changes a table."""
 
 

@@ -1,14 +1,17 @@
 """Fisher information against autograd, sequence by sequence."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from bitmend.pipelines import runner
+from bitmend.pipelines import hidden, runner
 from bitmend.pipelines.artifact import Artifact
 from bitmend.pipelines.errors import InputError
+from bitmend.pipelines.hidden import Room
 from bitmend.pipelines.inputs import Inputs
 from bitmend.pipelines.models import inspect
+from bitmend.pipelines.stages import fisher
 from bitmend.pipelines.stages.baseline import build_baseline, fingerprint
 from bitmend.pipelines.stages.context import Context
 from bitmend.pipelines.stages.fisher import fisher_diagonal
@@ -48,8 +51,7 @@ def direct(source: Path, ids_NT: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_squared_gradients(family: str, tmp_path: Path, small_model: Path, small_text: Path) -> None:
     save_speaking(family, tmp_path / "source", small_model)
     given = context(tmp_path, tmp_path / "source", small_text)
-    full_site = inspect(AutoModelForCausalLM.from_pretrained(tmp_path / "source")).sites[0]
-    found = fisher_diagonal(given, frozenset({full_site.name}))
+    found = fisher_diagonal(given)
     sums = direct(tmp_path / "source", given.inputs.calibration())
     sites = inspect(AutoModelForCausalLM.from_pretrained(tmp_path / "source")).sites
     assert set(found) == {site.name for site in sites}
@@ -58,9 +60,50 @@ def test_squared_gradients(family: str, tmp_path: Path, small_model: Path, small
         assert expected.shape == site.shape
         torch.testing.assert_close(found[site.name].row_mean_O, expected.mean(1), rtol=1e-3, atol=1e-12)
         torch.testing.assert_close(found[site.name].column_mean_I, expected.mean(0), rtol=1e-3, atol=1e-12)
-    whole = found[full_site.name].full_OI
-    assert whole is not None
-    torch.testing.assert_close(whole, full_site.read(sums[f"{full_site.module}.{full_site.parameter}"]), rtol=1e-3, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_sums_do_not_depend_on_how_much_fits(
+    family: str, tmp_path: Path, small_model: Path, small_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All sequences together; one at a time, its states in files; and no more than one block is ever loaded."""
+    save_speaking(family, tmp_path / "source", small_model)
+    given = context(tmp_path, tmp_path / "source", small_text)
+    loaded: list[int] = []
+
+    class Watched(fisher.StreamedModel):
+        def run_block(self, index: int, hidden_NTD: torch.Tensor) -> torch.Tensor:
+            loaded.append(sum(not any(p.is_meta for p in block.parameters()) for block in self.layers))
+            return super().run_block(index, hidden_NTD)
+
+    monkeypatch.setattr(fisher, "StreamedModel", Watched)
+    together = fisher._collect(given)
+    calls = len(loaded)
+    monkeypatch.setattr(hidden, "free_bytes", lambda device: 0)
+    assert fisher._together(Watched(given.baseline, CPU), given.inputs.calibration(), Room.measured(CPU, tmp_path)) == 1
+    alone = fisher._collect(given)
+    assert set(loaded) == {1} and len(loaded) == 2 * calls
+    for name, (row_O, column_I) in together.items():
+        assert torch.equal(row_O, alone[name][0]) and torch.equal(column_I, alone[name][1])
+
+
+def test_a_long_text_passes_the_head_in_spans(tmp_path: Path, small_model: Path, small_text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = context(tmp_path, small_model, small_text)
+    whole = fisher._collect(given)
+    monkeypatch.setattr(fisher, "LOGITS_AT_ONCE", 7)
+    for name, (row_O, column_I) in fisher._collect(given).items():
+        torch.testing.assert_close(row_O, whole[name][0], rtol=1e-3, atol=1e-14)
+        torch.testing.assert_close(column_I, whole[name][1], rtol=1e-3, atol=1e-14)
+
+
+def test_in_bfloat16_it_is_about_the_same(tmp_path: Path, small_model: Path, small_text: Path) -> None:
+    given = context(tmp_path, small_model, small_text)
+    exact, rough = fisher_diagonal(given), fisher_diagonal(replace(given, dtype=torch.bfloat16))
+    assert len(list((tmp_path / "metrics").glob("fisher-*"))) == 2, "another dtype has numbers of its own"
+    for name, found in exact.items():
+        ratio = float(rough[name].row_mean_O.sum() / found.row_mean_O.sum())
+        assert 0.9 < ratio < 1.1, name
+    assert fisher._dtype(replace(given, dtype=torch.float16)) == torch.float32
 
 
 def test_it_is_computed_once(tmp_path: Path, small_model: Path, small_text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
