@@ -63,7 +63,7 @@ clean:
 
 FORCE:
 
-# Reference results into reports/published, all tables or TABLE=compress|decompose|recover|perp|grid. Hours; can be stopped and continued.
-TABLE ?= compress decompose recover perp grid
+# Reference results into reports/published, all tables or TABLE=compress|decompose|recover|perp|grid|dtype. Hours; can be stopped and continued.
+TABLE ?= compress decompose recover perp grid dtype
 publish: venv
 	for table in $(TABLE); do $(BIN)/python -P -m bitmend.pipelines.publishing $$table || exit; done

@@ -151,14 +151,14 @@ def _measure(row: Row, directory: Path, other_text: bool) -> dict[str, Any]:
         numbers = _numbers(runner.run(_recipe(row, options, directory), directory, page=False))
     except UsageError as error:
         return {"refused": f"refused: {error}"}
-    return numbers | (_on_other_text(directory, directory, row.model) if other_text else {})
+    return numbers | (_on_other_text(directory, directory, row) if other_text else {})
 
 
 def _recipe(row: Row, options: Mapping[str, Any], directory: Path) -> recipe.Recipe:
     settings = directory.parent / "row.yaml"
     settings.parent.mkdir(parents=True, exist_ok=True)
     stages = [dict(stage) for stage in row.stages] or [{"fuse": {"backend": "reference"}}]
-    settings.write_text(dump({"name": "published", "seed": row.seed, **SETTINGS[row.model], "stages": stages}))
+    settings.write_text(dump({"name": "published", "seed": row.seed, "dtype": row.dtype, **SETTINGS[row.model], "stages": stages}))
     return recipe.resolve(str(settings), options=options)
 
 
@@ -183,22 +183,23 @@ def _measure_rival(row: Row, directory: Path, options: Mapping[str, Any], other_
         numbers["gap_closed"] = math.log(before / numbers["perplexity"]) / math.log(before / first.perplexity)
     else:
         numbers |= {"seconds": said["seconds"], "peak_bytes": said["peak_bytes"], "gap_closed": None}
-    return numbers | (_on_other_text(directory, own, row.model) if other_text else {})
+    return numbers | (_on_other_text(directory, own, row) if other_text else {})
 
 
-def _on_other_text(dense: Path, own: Path, model: str) -> dict[str, float]:
+def _on_other_text(dense: Path, own: Path, row: Row) -> dict[str, float]:
     """Perplexity of the first stage of one run and of the last one of another (mostly the same) on another text."""
-    return {"other_baseline_perplexity": _other_text(dense, model, 0), "other_perplexity": _other_text(own, model, -1)}
+    return {"other_baseline_perplexity": _other_text(dense, row, 0), "other_perplexity": _other_text(own, row, -1)}
 
 
-def _other_text(directory: Path, model: str, place: int) -> float:
+def _other_text(directory: Path, row: Row, place: int) -> float:
     """Perplexity of one of the run's stages on Python's own manual, which every Python has."""
     from pydoc_data.topics import topics
 
     manual = directory.parent / "manual.txt"
     manual.write_text("\n\n".join(topics[name] for name in sorted(topics)))
     stage = RunDirectory(directory).read()["stages"][place]["name"]
-    return evaluate(str(directory / "stages" / stage), eval_source=str(manual), **SETTINGS[model]["evaluation"])["perplexity"]
+    settings = SETTINGS[row.model]["evaluation"] | {"dtype": row.dtype}
+    return evaluate(str(directory / "stages" / stage), eval_source=str(manual), **settings)["perplexity"]
 
 
 def _numbers(record: RunRecord) -> dict[str, Any]:

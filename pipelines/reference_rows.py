@@ -29,6 +29,7 @@ class Row:
     model: str = DEMO
     seed: int = 0
     budget: str | None = None
+    dtype: str = "float32"
     rival: Mapping[str, Any] | None = None
     """What another program quantizes first (`rivals.made`); the stages begin at its checkpoint."""
 
