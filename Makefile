@@ -5,7 +5,7 @@ PYTHON ?= python3
 PACKAGES := compress recover kernels pipelines reports
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test proofs check gpu venv interop rivals publish clean FORCE
+.PHONY: demo test proofs check gpu gpu-packages venv interop rivals publish clean FORCE
 
 demo: venv
 	$(BIN)/pipeline run compress_and_recover
@@ -34,8 +34,13 @@ rivals: .venv-rivals/.installed
 # of each, AGAIN=1 to measure anew, PYTHON= any with torch, Triton and transformers. Nothing is installed: the import map is a link.
 gpu:
 	@mkdir -p runs/gpu/import && ln -sfn $(CURDIR) runs/gpu/import/bitmend
-	@PYTHONPATH=$(CURDIR)/runs/gpu/import$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -P -m bitmend.pipelines.gpu $(PART) \
+	@PYTHONPATH=$(CURDIR)/runs/gpu/import:$(CURDIR)/runs/gpu/packages$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -P -m bitmend.pipelines.gpu $(PART) \
 		$(if $(SECONDS),--seconds $(SECONDS)) $(if $(AGAIN),--again) $(OPTIONS)
+
+# What a GPU machine without a network may lack, fetched where there is one and brought along in runs/gpu/packages.
+gpu-packages:
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade --target runs/gpu/packages --only-binary=:all: \
+		--python-version $(or $(PYTHON_VERSION),3.12) -c constraints.txt pydantic
 
 check: venv
 	$(BIN)/ruff check .

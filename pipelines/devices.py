@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -100,12 +101,20 @@ def _product_seconds(dtype: torch.dtype) -> float:
     return min(seconds[1:])
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free now: the card's, or what the system and a container's limit leave. None where nobody says."""
+def free_bytes(device: torch.device) -> int:
+    """What may still be allocated: on a GPU by its own account, on a CPU what the system says is available, within the control group's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found = memory()
-    return min((n for n in (found["limit_bytes"], found["available_bytes"]) if n is not None), default=None)
+    left = max(0, found["limit_bytes"] - _resident_bytes())
+    return left if found["available_bytes"] is None else min(left, found["available_bytes"])
+
+
+def _resident_bytes() -> int:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return 0
 
 
 @contextmanager

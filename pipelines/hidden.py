@@ -20,7 +20,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from .doctor import memory
+from .devices import free_bytes
 from .errors import InputError
 from .files import disk_errors, write_pieces
 from .reading import in_background
@@ -32,22 +32,6 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """As safetensors calls them."""
 
 Place = Literal["device", "host", "file"]
-
-
-def free_bytes(device: torch.device) -> int:
-    """What may still be allocated: on a GPU by its own account, on a CPU what the system says is available, within the control group's limit."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    found = memory()
-    left = max(0, found["limit_bytes"] - _resident_bytes())
-    return left if found["available_bytes"] is None else min(left, found["available_bytes"])
-
-
-def _resident_bytes() -> int:
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError, ValueError):
-        return 0
 
 
 @dataclass

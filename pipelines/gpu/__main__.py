@@ -74,7 +74,7 @@ def _complete(part: str) -> bool:
     absent = missing(part)
     if absent:
         sys.stdout.write(
-            f"{part}: this Python lacks {', '.join(absent)}: without a network, unpack wheels into a directory and name it in PYTHONPATH\n"
+            f"{part}: this Python lacks {', '.join(absent)}: `make gpu-packages PYTHON_VERSION=3.12`, where there is a network, fetches what is mostly missing into runs/gpu/packages\n"
         )
     return not absent
 

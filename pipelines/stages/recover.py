@@ -124,7 +124,7 @@ def checkpoints(parent: Artifact, config: TrainConfig, attached: Attached, conte
     free = free_bytes(context.device)
     if config.gradient_checkpointing != "auto":
         return config.gradient_checkpointing
-    if free is None or attached.run is not None:  # a prefix's cache grows in forward and cannot be recomputed
+    if attached.run is not None:  # a prefix's cache grows in forward and cannot be recomputed
         return False
     room = ROOM * free - attached.count() * 4 * (COPIES - 1)
     if _far_below(parent, config, room):
@@ -151,8 +151,7 @@ def _cache_budget(config: TrainConfig, device: torch.device) -> float:
         return 0
     if config.cache_dense == "always":
         return float("inf")
-    free = free_bytes(device)
-    return 0 if free is None else min(free / 3, 2e9)
+    return min(free_bytes(device) / 3, 2e9)
 
 
 # -- text ------------------------------------------------------------------------------------------------------------------------
