@@ -24,6 +24,7 @@ from .ledger import last_artifact, record
 from .models import inspect, load_config, skeleton, tied_names
 from .recipe import Recipe, resolve
 from .rundir import RunDirectory
+from .surroundings import compute_of
 
 TOLERANCE = 1e-3
 """Largest relative difference between the artifact's perplexity and its export's; formats round factors and scales to 16 bits."""
@@ -51,8 +52,11 @@ def export(
             checkpoint = merged(checkpoint, artifact)
         notes = write_audited(format_, checkpoint, output)
     notes = [*said, *notes]
+    compute = compute_of(place, "auto", recipe.dtype, recipe.deterministic)
     before = _known_perplexity(directory, artifact)
-    after = _measure(output, recipe)
+    if before is not None and compute.dtype != torch.float32:  # two computations of one model in short floats differ by more than a format may
+        before = _perplexity(artifact, recipe, compute.device)
+    after = _measure(output, recipe, compute.device)
     if before is not None and not (merge and requantize) and abs(after / before - 1) > TOLERANCE:
         raise QualityError(
             f"{output}: reads back with perplexity {after:.4f}, the artifact has {before:.4f}; do not use it, and report this"
@@ -145,21 +149,25 @@ def _known_perplexity(directory: Path, artifact: Artifact) -> float | None:
     return next((s.perplexity for s in record(directory).stages if s.stage == name), None)
 
 
-def _measure(output: Path, recipe: Recipe) -> float:
+def _measure(output: Path, recipe: Recipe, device: torch.device) -> float:
     """Perplexity of what was written, opened as any model would be, under the run's protocol."""
     from .stages.baseline import build_baseline, fingerprint
 
     with tempfile.TemporaryDirectory(prefix="bitmend-") as scratch:
         place = Path(scratch)
         manifest = {"key": fingerprint(output), "parent": None, "stage": {"name": "baseline", "method": None, "settings": {}}}
-        artifact = build_baseline(output, place / "a.partial", place / "a", manifest)
-        windows = Inputs(recipe, artifact.directory).evaluation()
-        scores, _ = measure.scores_of(
-            artifact, place / "metrics", windows, None, torch.device("cpu"), torch.float32, label="export: perplexity, blocks"
-        )
-    if not scores.nll:
+        found = _perplexity(build_baseline(output, place / "a.partial", place / "a", manifest), recipe, device)
+    if found is None:
         raise InputError(f"{output}: nothing to measure it on")
-    return scores.perplexity
+    return found
+
+
+def _perplexity(artifact: Artifact, recipe: Recipe, device: torch.device) -> float | None:
+    """In float32, whatever the run computes in, so that what a format loses stands out."""
+    windows = Inputs(recipe, artifact.directory).evaluation()
+    with tempfile.TemporaryDirectory(prefix="bitmend-") as scratch:
+        scores, _ = measure.scores_of(artifact, Path(scratch), windows, None, device, torch.float32, label="export: perplexity, blocks")
+    return scores.perplexity if scores.nll else None
 
 
 __all__ = ["checkpoint_of", "export", "perplexity"]

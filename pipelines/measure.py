@@ -28,11 +28,13 @@ from .logs import bar
 
 @dataclass
 class Peak:
-    """Peak resident memory of this process, or peak GPU memory, and seconds between `start` and `stop`."""
+    """Seconds in between, the peak of resident memory of this process (`host_bytes`), and that of the device's memory (`bytes`): on a GPU
+    the allocator's, on a CPU the same."""
 
     device: torch.device
     seconds: float = 0.0
     bytes: int = 0
+    host_bytes: int = 0
     _began: float = field(default=0.0, init=False)
     _done: threading.Event = field(default_factory=threading.Event, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
@@ -51,12 +53,11 @@ class Peak:
         assert self._thread is not None
         self._thread.join()
         self.seconds = time.monotonic() - self._began
-        if self.device.type == "cuda":
-            self.bytes = torch.cuda.max_memory_allocated(self.device)
+        self.bytes = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else self.host_bytes
 
     def _sample(self) -> None:
         while True:
-            self.bytes = max(self.bytes, resident_bytes())
+            self.host_bytes = max(self.host_bytes, resident_bytes())
             if self._done.wait(0.05):
                 return
 

@@ -221,6 +221,8 @@ def _timed(device: torch.device, metrics: Path) -> Iterator[Peak]:
 def _keep(metrics: Path, outcome: stages.Outcome, peak: Peak) -> None:
     metrics.mkdir(parents=True, exist_ok=True)
     said = asdict(replace(outcome, documents={}))
+    if peak.device.type == "cuda":
+        said["metrics"]["host_peak_bytes"] = peak.host_bytes
     write_json(metrics / "stage.json", {**said, "seconds": peak.seconds, "peak_bytes": peak.bytes})
     (metrics / "interrupted.json").unlink(missing_ok=True)
 

@@ -44,7 +44,10 @@ def test_a_step_that_does_not_fit_the_card(small_model: Path, small_text: Path, 
 ])  # fmt: skip
 def test_the_host_runs_out(error: Exception, said: str) -> None:
     spec = SimpleNamespace(name="quantize", config=SimpleNamespace(batch_size=8))
-    with pytest.raises(OutOfMemoryError, match="--set quantize.batch_size=4") as told, shortage("quantize", spec, Compute(torch.device("cpu"))):
+    with (
+        pytest.raises(OutOfMemoryError, match="--set quantize.batch_size=4") as told,
+        shortage("quantize", spec, Compute(torch.device("cpu"))),
+    ):
         raise error
     assert str(told.value).startswith(said) and "GB are free" in str(told.value)
 

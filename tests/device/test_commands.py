@@ -1,0 +1,143 @@
+"""Every command that takes --device, on the pretended card, as a user gives it; what is interrupted there ends bit for bit like what is not."""
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bitmend.pipelines import artifact, cli
+from bitmend.pipelines.formats.registry import FORMATS
+
+from ..pipelines.runs import hashes, write_recipe
+from .conftest import FEW, RTN
+from .pretended import pretended_cuda
+
+pytestmark = pytest.mark.usefixtures("card")
+
+recover = importlib.import_module("bitmend.pipelines.stages.recover")  # the name in the package is the stage's function
+GPTQ: dict[str, Any] = {"quantize": {"method": "gptq", "bits": 4, "group_size": 32}}
+TRAINED: dict[str, Any] = {"recover": {"method": "scales", "steps": 2, "batch_size": 1, "seq_len": 16, "eval_every": 1}}
+Command = Callable[..., Any]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """What a command says on stdout, as JSON; it must end well."""
+
+    def run(*arguments: object) -> Any:
+        code = cli.main([*map(str, arguments), "--json"])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        return json.loads(out)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe") / "r.yaml", [GPTQ, TRAINED], **FEW)
+
+
+@pytest.fixture(scope="session")
+def source(two_blocks: Path, small_text: Path) -> list[object]:
+    return ["-m", two_blocks, "--data", small_text]
+
+
+@pytest.fixture(scope="session")
+def finished(recipe: Path, source: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the card, never interrupted."""
+    place = tmp_path_factory.mktemp("finished") / "run"
+    with pretended_cuda():
+        assert cli.main([str(a) for a in ("run", recipe, *source, "-o", place, "--device", "cuda")]) == 0
+    return place
+
+
+def test_a_run_says_where_it_computed(finished: Path) -> None:
+    found = json.loads((finished / "environment.json").read_text())
+    assert (found["device"], found["dtype"], found["device_name"]) == ("cuda", "bfloat16", "pretended")
+
+
+@pytest.fixture
+def cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process goes right after the first block is written, and in the next run after the first training state is."""
+    whole, kept, wrote = artifact.ArtifactWriter.write_part, recover.write_bytes, [0, 0]
+
+    def write_part(self: artifact.ArtifactWriter, *arguments: Any, **options: Any) -> Any:
+        done = whole(self, *arguments, **options)
+        wrote[0] += "block-00000" in arguments
+        if wrote[0] == 1:
+            wrote[0] = 2
+            raise KeyboardInterrupt
+        return done
+
+    def write_bytes(*arguments: Any, **options: Any) -> None:
+        kept(*arguments, **options)
+        wrote[1] += 1
+        if wrote[1] == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(artifact.ArtifactWriter, "write_part", write_part)
+    monkeypatch.setattr(recover, "write_bytes", write_bytes)
+
+
+def test_resumed_is_uninterrupted(
+    finished: Path, recipe: Path, source: list[object], tmp_path: Path, cut_short: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted in quantize's second block and in recover's second step."""
+    monkeypatch.setattr(recover, "SMALL_STATE_BYTES", float("inf"))
+    run = [str(a) for a in ("run", recipe, *source, "-o", tmp_path / "run", "--device", "cuda", "--set", "recover.steps=7")]
+    codes = [cli.main(run), cli.main(["resume", str(tmp_path / "run"), "--device", "cuda"]), cli.main(["resume", str(tmp_path / "run")])]
+    assert codes == [130, 130, 0]
+    assert cli.main([*run[:6], "-o", str(tmp_path / "whole"), *run[8:]]) == 0
+    assert hashes(tmp_path / "run") == hashes(tmp_path / "whole") and len(hashes(tmp_path / "run")) > 10
+    assert hashes(tmp_path / "run", "01") == hashes(finished, "01")
+
+
+def test_eval_and_generate(finished: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token by token, since the pretended card records no graphs."""
+    monkeypatch.setattr("bitmend.pipelines.generate.graphable", lambda model, length: "no graphs here")
+    measured = command("eval", finished, "--device", "cuda", "--windows", 2)
+    record = json.loads((finished / "record.json").read_text())
+    assert measured["perplexity"] == pytest.approx(record["stages"][-1]["perplexity"])
+    assert command("generate", finished, "The river", "--max-new-tokens", 2, "--device", "cuda")
+
+
+def test_sweep_and_dry_run(recipe: Path, source: list[object], tmp_path: Path, command: Command) -> None:
+    sets = ["--set", "recover.method=none", "--device", "cuda"]
+    swept = command("sweep", recipe, *source, "-o", tmp_path / "sweep", "--over", "quantize.bits=3,4", *sets)
+    assert len(swept["runs"]) == 2
+    assert command("run", recipe, *source, "-o", tmp_path / "dry", "--dry-run", *sets)
+
+
+def test_budget(source: list[object], tmp_path: Path, command: Command) -> None:
+    """Fisher information and a table of errors on the card."""
+    few = {"bits": [3, 4], "group_sizes": [32], "ranks": [0, 2], "factor_bits": 16}
+    path = write_recipe(tmp_path / "r.yaml", [RTN, {"decompose": {"method": "qera_exact", "rank": 2}}], allocation=few, **FEW)
+    made = command("run", path, *source, "-o", tmp_path / "run", "--budget", "4.5bpw", "--device", "cuda")
+    assert made["stages"][-1]["bits_per_weight"] <= 4.5
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_export_and_import(name: str, source: list[object], tmp_path: Path, command: Command, finished: Path, recipe: Path) -> None:
+    """What another program's checkpoint becomes is measured on the card; the formats' own bytes are made on the CPU."""
+    run = finished
+    if name == "bnb":
+        path, run = write_recipe(tmp_path / "r.yaml", [{"quantize": {"method": "nf4"}}], **FEW), tmp_path / "nf4"
+        command("run", path, *source, "-o", run, "--device", "cuda")
+    command("export", run, "--format", name, "-o", tmp_path / "out")
+    again = write_recipe(tmp_path / "again.yaml", [{"prune": {"method": "none"}}], **FEW)
+    made = command("run", again, "-m", tmp_path / "out", *source[2:], "-o", tmp_path / "run", "--device", "cuda")
+    before = json.loads((run / "record.json").read_text())["stages"][-1]["perplexity"]
+    assert made["stages"][0]["perplexity"] == pytest.approx(before, rel=0.02)
+
+
+@pytest.mark.parametrize("subject, method", [("compress", "gptq"), ("decompose", "qera_exact")])
+def test_bench_on_layers(subject: str, method: str, command: Command) -> None:
+    (row, *_) = command("bench", subject, "--size", 64, "--repeats", 1, "--method", method, "--device", "cuda")["rows"]
+    assert row["peak_bytes"] > 0
+
+
+def test_bench_recover(two_blocks: Path, small_text: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command("bench", "recover", "-m", two_blocks, "--repeats", 1, "--method", "lora", "--device", "cuda")["rows"]
