@@ -251,6 +251,7 @@ def _iterates(problem: Problem) -> Iterator[Solved]:
         tried = [problem.solved(problem.start, problem.start_error, *choice) for choice in forms]
         errors = [solved.squared_error for solved in tried]
         chosen = errors.index(min(errors))
+        vars(problem).pop("start_error", None)  # its products are not asked for again
         yield tried[chosen]
         (form, rank), low_rank = forms[chosen], tried[chosen].low_rank
     if again:
@@ -274,6 +275,7 @@ def _alternating(problem: Problem, form: FactorForm, rank: int, low_rank: LowRan
         else:
             found = problem.solved(base, error, form, rank - kept, held)
         low_rank = found.low_rank
+        del base, error  # before the next Q is looked for
         yield found
 
 

@@ -55,6 +55,7 @@ def inverse_factor(second_moment_II: Tensor, damp: float = 0.01, by_diagonal: bo
     mean = diagonal_I[~dead_I].mean().item() if live else 1.0
     order_I = diagonal_I.argsort(descending=True, stable=True) if by_diagonal else torch.arange(len(diagonal_I), device=dead_I.device)
     moment_II = second_moment_II[order_I][:, order_I] if by_diagonal else second_moment_II.clone()
+    del second_moment_II, diagonal_I  # a moment is the largest thing there is: gigabytes for a wide input
     moment_II.diagonal().add_(dead_I[order_I].to(moment_II.dtype) * mean)
     used = damp
     while True:
@@ -67,7 +68,7 @@ def inverse_factor(second_moment_II: Tensor, damp: float = 0.01, by_diagonal: bo
     diagonal = upper_II.diagonal().clone()
     place_I = torch.empty_like(order_I)
     place_I[order_I] = torch.arange(len(order_I), device=order_I.device)
-    return InverseFactor(upper_II.div_(diagonal.unsqueeze(1)), diagonal, order_I, place_I, used, len(diagonal_I) - live)
+    return InverseFactor(upper_II.div_(diagonal.unsqueeze(1)), diagonal, order_I, place_I, used, len(order_I) - live)
 
 
 def factor_of(inputs: InputStatistics, damp: float, by_diagonal: bool, smooth_I: Tensor | None = None) -> InverseFactor:
@@ -165,9 +166,12 @@ def _factor(moment_II: Tensor, ridge: float) -> Tensor | None:
     damped_II = moment_II.flip(0, 1)
     damped_II.diagonal().add_(ridge)
     lower_II, info = torch.linalg.cholesky_ex(damped_II)
+    del damped_II
     if int(info) != 0:
         return None
-    upper_II = _invert_upper(lower_II.flip(0, 1).contiguous())
+    upper_II = lower_II.flip(0, 1)
+    del lower_II
+    upper_II = _invert_upper(upper_II)
     return upper_II if bool(torch.isfinite(upper_II).all()) else None
 
 

@@ -31,7 +31,7 @@ def metric_of(statistics: LayerStatistics, name: MetricName) -> tuple[Metric, di
         raise ValueError(f"the calibration statistic {broken} holds NaN or Inf; look at the layers below, or use metric: plain")
     notes = {"tokens_short_of": float(inputs.features)} if inputs.tokens < inputs.features else {}
     if name == "second_moment":
-        moment_II = inputs.second_moment_II
+        moment_II = inputs.second_moment_II.double()
         if not bool((moment_II.diagonal() > 0).any()):
             return Metric(), notes | {"statistics_zero": 1.0}
         return Metric(moment_II=moment_II), notes | ({"moment_singular": 1.0} if _singular(moment_II) else {})
@@ -73,6 +73,6 @@ def _singular(moment_II: Tensor) -> bool:
     scale_I = moment_II.diagonal().double().clamp(min=0).sqrt()
     if not bool((scale_I > 0).all()):
         return True
-    correlation_II = moment_II.double() / scale_I / scale_I.unsqueeze(1)
+    correlation_II = (moment_II.double() / scale_I).div_(scale_I.unsqueeze(1))
     correlation_II.diagonal().sub_(1e-6)
     return bool(torch.linalg.cholesky_ex(correlation_II).info)

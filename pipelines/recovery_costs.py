@@ -60,7 +60,8 @@ def _acting(plan: Plan, activations: Activations, config: Any, teacher: bool) ->
     """The most of: a step's own activations; what waits for backward while the teacher runs ahead through its blocks."""
     if not teacher:
         return activations.peak
-    ahead = max(TEACHER_TOKENS, config.batch_size * config.seq_len)
+    step = config.batch_size * config.seq_len
+    ahead = max(step, min(TEACHER_TOKENS, config.steps * config.accumulation * step))
     running = plan.anatomy.forward(config.batch_size, config.seq_len, plan.dtype).peak
     walking = 2 * plan.hidden_bytes(ahead) + plan.block_bytes * 1.5 + running
     return max(activations.peak + plan.hidden_bytes(ahead), activations.saved + walking)

@@ -24,6 +24,10 @@ ALL_WINDOWS = 160
 CUDA_HOST_BYTES = 0.6e9
 """Of a process once a CUDA context lies in it; not measured here, the order of what drivers take."""
 DENSE_CACHE_BYTES = 2e9
+STAGE_BYTES = 30e6
+"""What a stage adds to the process besides tensors: modules, their code's objects, an allocator's slack; measured on models of 2 and 4 blocks."""
+KERNEL_COPIES, FUSE_ROOM = 1.3, 1.5
+"""Packed for the kernels a record takes somewhat more; `stages/fuse.ROOM`."""
 SHARE = 0.5
 """Of what is free, how much hidden states may take (`hidden.SHARE`)."""
 SURE = 1.2
@@ -75,7 +79,11 @@ class RunCosts:
         speaking = Work(
             {self.plan.dtype: 48.0 * (anatomy.in_blocks + anatomy.outside)}, passes=32 * sizes.total_bytes(), calls=32 * 60 * anatomy.blocks
         )
-        whole = 1.3 * sizes.total_bytes() + self.plan.outside_bytes
+        whole = KERNEL_COPIES * sizes.total_bytes() + self.plan.outside_bytes
+        if sizes.total_bytes() * FUSE_ROOM > self.available(device=True):  # its first block alone
+            whole = (
+                KERNEL_COPIES * (sizes.total_bytes() - anatomy.outside * self.plan.element) / anatomy.blocks + 2 * self.plan.outside_bytes
+            )
         return Needs(speaking + Work(files=sizes.total_bytes()), whole, anatomy.outside * self.plan.element)
 
     def _cached(self, spec: StageSpec, sizes: Sizes) -> bool:
@@ -85,7 +93,7 @@ class RunCosts:
         return asked == "always" or (asked == "auto" and rebuilt <= min(self.available(device=True) / 3, DENSE_CACHE_BYTES))
 
     def _said(self, *parts: Needs) -> dict[str, Any]:
-        placed = [self._placed(part) for part in parts]
+        placed = [self.placed(part) for part in parts]
         device, host = (max(bytes_) for bytes_ in zip(*placed, strict=True))
         return {
             "device_bytes": round(device),
@@ -93,13 +101,14 @@ class RunCosts:
             "seconds": round(sum(self.speeds.seconds(p.work) for p in parts), 1),
         }
 
-    def _placed(self, needs: Needs) -> tuple[float, float]:
+    def placed(self, needs: Needs) -> tuple[float, float]:
         """(device bytes, host bytes) with hidden states where there is room for them; on a CPU both are one memory."""
         kept = min(needs.hidden, SHARE * max(0.0, self.available(device=True) - self.plan.outside_bytes))
         if self.compute.device.type == "cpu":
-            return (whole := self.base + needs.device + needs.host + kept), whole
+            whole = self.base + STAGE_BYTES + needs.device + needs.host + kept
+            return whole, whole
         spilled = min(needs.hidden - kept, SHARE * self.available(device=False))
-        return needs.device + kept, self.base + needs.host + spilled
+        return needs.device + kept, self.base + STAGE_BYTES + needs.host + spilled
 
     def available(self, device: bool) -> float:
         """Bytes that there are for this process: of the card, or of the machine's memory (with what the process has already)."""
