@@ -89,9 +89,13 @@ class Anatomy:
         return _step(self, batch, seq_len, dtype, checkpointing, loss)
 
     def cut(self, blocks: int) -> Any:
-        """A copy of the skeleton with so many blocks."""
-        model = copy.deepcopy(self.model)
-        model.set_submodule(self.structure.prefix, nn.ModuleList(list(model.get_submodule(self.structure.prefix))[:blocks]))
+        """A copy of the skeleton with so many blocks; the others are not copied."""
+        prefix, layers = self.structure.prefix, self.model.get_submodule(self.structure.prefix)
+        self.model.set_submodule(prefix, nn.ModuleList(list(layers)[:blocks]))
+        try:
+            model = copy.deepcopy(self.model)
+        finally:
+            self.model.set_submodule(prefix, layers)
         for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
             config.num_hidden_layers = blocks
         return model

@@ -21,11 +21,9 @@ from .models import Site
 from .sizes import Sizes
 from .stage_costs import DENSE, OPENED, Needs, Plan
 from .stage_settings import StageSpec
+from .stages.recover import ROOM
+from .stages.teacher import TEACHER_TOKENS
 
-ROOM = 0.8
-"""Of the memory that is free, how much activations may take before blocks are recomputed (`stages/recover.ROOM`)."""
-TEACHER_TOKENS = 16384
-"""Of micro-batches that the teacher runs ahead (`stages/teacher.TEACHER_TOKENS`)."""
 F32 = torch.float32
 WHOLE = frozenset({"full", "qat", "dequantize_train_requantize", "diff_pruning"})
 """Methods whose trained values are the matrices themselves."""

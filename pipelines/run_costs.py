@@ -11,6 +11,7 @@ import torch
 from . import doctor, recovery_costs, stage_costs
 from .anatomy import Anatomy
 from .devices import Compute
+from .hidden import SHARE
 from .machine import Speeds, Work, measured
 from .measure import resident_bytes
 from .recipe import Recipe
@@ -18,18 +19,17 @@ from .shortage import advice
 from .sizes import Sizes
 from .stage_costs import Needs, Plan
 from .stage_settings import StageSpec
+from .stages.fuse import ROOM
 
 ALL_WINDOWS = 160
 """Of an evaluation of the whole text: what WikiText-2's test split holds at 2048 tokens, about."""
 CUDA_HOST_BYTES = 0.6e9
 """Of a process once a CUDA context lies in it; not measured here, the order of what drivers take."""
 DENSE_CACHE_BYTES = 2e9
-STAGE_BYTES = 30e6
+STAGE_BYTES = 10e6
 """What a stage adds to the process besides tensors: modules, their code's objects, an allocator's slack; measured on models of 2 and 4 blocks."""
-KERNEL_COPIES, FUSE_ROOM = 1.3, 1.5
-"""Packed for the kernels a record takes somewhat more; `stages/fuse.ROOM`."""
-SHARE = 0.5
-"""Of what is free, how much hidden states may take (`hidden.SHARE`)."""
+KERNEL_COPIES = 1.3
+"""Packed for the kernels a record takes somewhat more."""
 SURE = 1.2
 """A prediction may err by a fifth: what lies above by more than that will not fit."""
 
@@ -80,11 +80,11 @@ class RunCosts:
             {self.plan.dtype: 48.0 * (anatomy.in_blocks + anatomy.outside)}, passes=32 * sizes.total_bytes(), calls=32 * 60 * anatomy.blocks
         )
         whole = KERNEL_COPIES * sizes.total_bytes() + self.plan.outside_bytes
-        if sizes.total_bytes() * FUSE_ROOM > self.available(device=True):  # its first block alone
+        if sizes.total_bytes() * ROOM > self.available(device=True):  # its first block alone
             whole = (
                 KERNEL_COPIES * (sizes.total_bytes() - anatomy.outside * self.plan.element) / anatomy.blocks + 2 * self.plan.outside_bytes
             )
-        return Needs(speaking + Work(files=sizes.total_bytes()), whole, anatomy.outside * self.plan.element)
+        return Needs(speaking + stage_costs.OPENED * 3 + Work(files=sizes.total_bytes()), whole, anatomy.outside * self.plan.element)
 
     def _cached(self, spec: StageSpec, sizes: Sizes) -> bool:
         """Whether recovery will keep rebuilt matrices, as it decides by what is free."""

@@ -79,7 +79,7 @@ def _rounded(config: Any, rows: int, columns: int, feedback: bool) -> Cost:
     return Cost(work, peak, 4.0 * columns**2)
 
 
-FACTOR_PEAK = 6.9
+FACTOR_PEAK = 4.0
 """Square matrices of the input's width that are alive while the factor of its inverse moment is found."""
 
 
@@ -103,8 +103,7 @@ def _decomposed(config: Any, rows: int, columns: int, quantized: bool) -> Cost:
     matrix, rank, moment = 4.0 * rows * columns, config.rank, config.metric == "second_moment"
     again = config.requantize and quantized
     forms = [config.factor_bits] if config.factor_bits is not None else [16, 8, 4]
-    # the factors' own bits are chosen with the first term; rarely 16, where a grid may hold a larger rank
-    later = 16 if config.factor_bits is None else config.factor_bits
+    later = 8 if config.factor_bits is None else config.factor_bits  # chosen with the first term, most often a grid with a larger rank
     work = Work(passes=20 * matrix, calls=60)
     if moment:  # the error before, the matrix itself, and whether the moment is singular
         work += Work({F64: 2.0 * rows * columns**2}, factors=columns**3 / 3)
@@ -119,10 +118,16 @@ def _decomposed(config: Any, rows: int, columns: int, quantized: bool) -> Cost:
     if again:
         rounds = 1 if config.follow else ROUNDS
         term = _followed(rows, columns, rank) if config.follow else _best(rows, columns, rank, moment)
-        each = _requantized(config, rows, columns) + term + _stored(rows, columns, rank, later, rounds)
+        each = (
+            _requantized(config, rows, columns)
+            + term
+            + _stored(rows, columns, rank * 16 // later if config.factor_bits is None else rank, later, rounds)
+        )
         each = each.in_products(F64, float(rows * columns**2) if moment else 0.0) + Work(passes=60 * matrix, calls=100)
         work += each * config.iterations
-    peak = (15.0 if again else 12.0) * matrix + (0.0 if not moment else 11.0 if again else 4.0) * 4 * columns**2
+    squares = 0.0 if not moment else 6.6 if again else 5.0
+    matrices = 12.0 if not moment else 7.2 if not again else 9.6 if config.follow else 12.4
+    peak = matrices * matrix + squares * 4 * columns**2
     return Cost(work, peak, 4.0 * columns**2 if again and config.quantizer == "gptq" else 0.0)
 
 

@@ -23,6 +23,8 @@ OPENED = Work(calls=50_000)
 """A model opened for running: its modules made, its structure found, a block tried."""
 DENSE = 14.0
 """Reads and writes of a weight in float32 while a record is made dense, counted on 3- and 4-bit codes."""
+RUNNING_BYTES = 20e6
+"""Of host memory once products run: what kernels prepare and an allocator keeps, measured on models of 2 and 4 blocks."""
 READ_AHEAD = 2
 """Blocks of an artifact that lie in host memory: the one that is computed on, and the next."""
 LOGIT_COPIES = 6
@@ -81,9 +83,9 @@ class Plan:
         products = Work({self.dtype: tokens * self.anatomy.products(sites) + attention})
         return products + between.work * (tokens / (batch * seq_len))
 
-    def running_bytes(self, seq_len: int) -> float:
+    def running_bytes(self, windows: int, seq_len: int) -> float:
         """What one block holds besides its weights and its input while a batch runs."""
-        return self.anatomy.forward(self.batch(seq_len), seq_len, self.dtype).peak
+        return self.anatomy.forward(min(windows, self.batch(seq_len)), seq_len, self.dtype).peak
 
     def loaded(self, records: bool) -> Work:
         """One block read, and made dense where it holds records."""
@@ -102,8 +104,8 @@ def evaluated(plan: Plan, windows: int, records: bool, teacher: bool) -> Needs:
     )
     work += OPENED
     hidden = plan.hidden_bytes(tokens)
-    span = LOGITS_AT_ONCE * anatomy.vocabulary * 4.0 * (LOGIT_COPIES if teacher else LOGIT_COPIES / 2)
-    walking = plan.block_bytes + plan.running_bytes(seq_len)
+    span = min(LOGITS_AT_ONCE, seq_len) * anatomy.vocabulary * 4.0 * (LOGIT_COPIES if teacher else LOGIT_COPIES / 2)
+    walking = plan.block_bytes + plan.running_bytes(windows, seq_len)
     device = plan.outside_bytes * models + max(walking, span)
     return Needs(work, device, max(anatomy.outside, READ_AHEAD * anatomy.block_parameters) * plan.element, hidden)
 
@@ -135,7 +137,7 @@ def compressed(plan: Plan, spec: StageSpec, records: bool, first: bool, written:
         trained = _trained(plan, spec, sites, tokens)
         work, held = work + trained.work, held + kept
         solving = replace(solving, peak=max(solving.peak, trained.peak))
-    device = held + max(solving.peak, plan.running_bytes(seq_len) if walks else 0.0)
+    device = held + max(solving.peak, plan.running_bytes(plan.recipe.calibration.samples, seq_len) if walks else 0.0)
     read = anatomy.block_parameters * plan.element * (1 if first else 2)
     whole = Needs(
         work * anatomy.blocks + OPENED * (2 if twin else 1),

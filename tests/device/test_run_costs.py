@@ -73,7 +73,10 @@ def test_70b_through_quantize_and_decompose_on_a_card_of_48_gb(tmp_path: Path) -
 
 
 def test_what_will_not_fit_is_said_with_what_would(small_model: Path, small_text: Path, tmp_path: Path) -> None:
-    recipe = chosen(tmp_path, small_model, small_text, [{"recover": {"method": "lora", "rank": 2, "batch_size": 64, "seq_len": 256}}])
+    few = {"calibration": {"samples": 2, "seq_len": 64}}
+    recipe = chosen(
+        tmp_path, small_model, small_text, [{"recover": {"method": "lora", "rank": 2, "batch_size": 64, "seq_len": 256}}], **few
+    )
     with pretended_cuda(total_memory=100 << 20), pytest.raises(OutOfMemoryError) as told:
         command(recipe, tmp_path / "run", "cuda", True)
     code, line = explain(told.value)
@@ -81,7 +84,7 @@ def test_what_will_not_fit_is_said_with_what_would(small_model: Path, small_text
 
 
 def test_a_device_or_dtype_that_is_not_there_is_refused(small_model: Path, small_text: Path, tmp_path: Path) -> None:
-    recipe = chosen(tmp_path, small_model, small_text, [RTN], dtype="bfloat16")
+    recipe = chosen(tmp_path, small_model, small_text, [RTN], dtype="bfloat16", calibration={"samples": 2, "seq_len": 64})
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="--device cuda: this torch sees no CUDA device"):
             plan.predict(recipe, None, "cuda")
