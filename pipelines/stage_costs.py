@@ -142,7 +142,7 @@ def compressed(plan: Plan, spec: StageSpec, records: bool, first: bool, written:
     whole = Needs(
         work * anatomy.blocks + OPENED * (2 if twin else 1),
         device,
-        max(anatomy.outside * plan.element, READ_AHEAD * read) + written / anatomy.blocks,
+        max(anatomy.outside * plan.element, READ_AHEAD * read) + written / anatomy.blocks + walks * RUNNING_BYTES,
         hidden,
     )
     return _with_rest(plan, spec, whole)
@@ -230,7 +230,7 @@ def _trained(plan: Plan, spec: StageSpec, sites: list[Site], tokens: float) -> C
     every = max(1, config.steps // EVALUATIONS)
     evaluations = 1 + -(-config.steps // every)
     evaluation = plan.pass_of(samples * seq_len, seq_len) * blocks + Work(passes=4 * (DENSE + 30) * weights, calls=80 * len(sites))
-    copies = 9.0 if spec.method == "learned_rounding" else 12.0
+    copies = 9.0 if spec.method == "learned_rounding" else 10.0
     peak = 4 * copies * weights + blocks * 1.4 * between.activations.saved / anatomy.blocks
     work = (step * config.steps + evaluation * evaluations) * parts
     return Cost(work, peak)
