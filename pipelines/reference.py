@@ -9,7 +9,7 @@ CHAIN: tuple[tuple[str, Stage], ...] = (
     ("quantize", quantize(4)),
     ("decompose", {"decompose": {"method": "best", "rank": 8, "iterations": 2}}),
     ("recover", {"recover": {"method": "lora", "norms": True, "scales": "auto", "steps": 24, "batch_size": 2, "seq_len": 128, "loss": "both"}}),
-    ("fuse", {"fuse": {"backend": "auto"}}),
+    ("fuse", {"fuse": {"method": "bind", "backend": "auto"}}),
 )
 """The default recipe's stages, its training short."""
 
