@@ -1,4 +1,4 @@
-"""The pretended card, and runs on it that tests go on with: a model of two blocks, few tokens, no pages."""
+"""The pretended card, and runs on it that tests go on with: one or two blocks of the small model, few tokens, no pages."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bitmend.pipelines import inputs, runner
+from bitmend.pipelines import inputs, runner, speed
 from bitmend.pipelines.recipe import resolve
 from bitmend.reports.record import RunRecord
 from safetensors.torch import load_file, save_file
@@ -33,36 +33,45 @@ def card() -> Iterator[Card]:
 
 @pytest.fixture(autouse=True, scope="session")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache that is not the user's; a few held-out tokens instead of thousands, and no report's page."""
+    """A cache that is not the user's; few tokens held out and written, and no report's page."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BITMEND_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(inputs, "HELD_OUT_TOKENS", 64)
+        patch.setattr(speed.tokens_per_second, "__defaults__", (2,))
         patch.setattr("bitmend.reports.render", lambda record, kind: f"{kind}\n")
         yield
 
 
 @pytest.fixture(scope="session")
+def one_block(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cut(small_model, tmp_path_factory.mktemp("one") / "model", 1)
+
+
+@pytest.fixture(scope="session")
 def two_blocks(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first half of the small model."""
-    place = tmp_path_factory.mktemp("two") / "model"
-    shutil.copytree(small_model, place)
-    config = json.loads((place / "config.json").read_text()) | {"num_hidden_layers": 2}
+    return cut(small_model, tmp_path_factory.mktemp("two") / "model", 2)
+
+
+def cut(model: Path, place: Path, blocks: int) -> Path:
+    """The first blocks of the small model."""
+    shutil.copytree(model, place)
+    config = json.loads((place / "config.json").read_text()) | {"num_hidden_layers": blocks}
     (place / "config.json").write_text(json.dumps(config))
     tensors = load_file(place / "model.safetensors")
-    kept = {name: t for name, t in tensors.items() if ".layers." not in name or int(name.split(".")[2]) < 2}
+    kept = {name: t for name, t in tensors.items() if ".layers." not in name or int(name.split(".")[2]) < blocks}
     save_file(kept, place / "model.safetensors", metadata={"format": "pt"})
     return place
 
 
 @pytest.fixture(scope="session")
-def ran(two_blocks: Path, small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Running:
+def ran(one_block: Path, small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Running:
     """Run stages in a named run directory, which keeps what they share with those of another test."""
     places: dict[str, Path] = {}
 
     def run(name: str, stages: list[dict[str, Any]], dtype: str = "auto", model: Path | None = None) -> RunRecord:
         place = places.setdefault(f"{name}-{dtype}", tmp_path_factory.mktemp(name))
         recipe = write_recipe(place / "recipe.yaml", stages, **{**FEW, "dtype": dtype})
-        options = {"model": str(model or two_blocks), "data": str(small_text)}
+        options = {"model": str(model or one_block), "data": str(small_text)}
         return runner.run(resolve(str(recipe), options=options), place / "run", device="cuda")
 
     return run

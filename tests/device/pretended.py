@@ -304,6 +304,15 @@ def from_data(make: Callable[..., Any]) -> Callable[..., Any]:
     return made
 
 
+def on_host(make: Callable[..., Any]) -> Callable[..., Any]:
+    """For what C++ puts together from parts that it makes where it sees the memory, on the CPU."""
+
+    def made(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return moved(make(moved(tensor, False), *args, **kwargs), isinstance(tensor, OnCard))
+
+    return made
+
+
 def on_cuda(device: Any) -> bool:
     return isinstance(device, int) or torch.device(device).type == "cuda"
 
@@ -429,6 +438,8 @@ card = Card()  # the one that is pretended now
 def pretended_cuda(total_memory: int = 80 << 30, capability: tuple[int, int] = (9, 0)) -> Iterator[Card]:
     """torch with one pretended CUDA device."""
     global card
+    with contextlib.suppress(ImportError):
+        importlib.import_module("bitsandbytes")  # which later would find a card, and look for its driver
     before, card = card, Card(total_memory, capability)
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
     with contextlib.ExitStack() as stack:
@@ -441,6 +452,7 @@ def pretended_cuda(total_memory: int = 80 << 30, capability: tuple[int, int] = (
         for name in ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"):
             stack.enter_context(mock.patch.object(torch, name, where_told(getattr(torch, name))))
         stack.enter_context(mock.patch.object(torch, "Generator", Generator))
+        stack.enter_context(mock.patch.object(torch.nn.functional, "one_hot", on_host(torch.nn.functional.one_hot)))
         stack.enter_context(mock.patch.object(threading.Thread, "run", entered(threading.Thread.run)))
         with contextlib.suppress(ImportError):
             timing = importlib.import_module("triton.testing")
@@ -472,8 +484,6 @@ def main() -> None:
     asked = parser.parse_args()
     major, _, minor = asked.capability.partition(".")
     os.environ["TRITON_INTERPRET"] = "1"
-    with contextlib.suppress(ImportError):
-        importlib.import_module("peft")  # it imports bitsandbytes, which would look for a driver
     sys.argv = asked.module
     with pretended_cuda(int(asked.memory_gb * 1e9), (int(major), int(minor or 0))):
         runpy.run_module(asked.module[0], run_name="__main__", alter_sys=True)
