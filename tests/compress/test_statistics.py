@@ -81,3 +81,17 @@ def test_no_tokens_means_zeros_and_not_nan():
     found = InputStatistics(4, INPUT_NEEDS)
     for tensor in (found.norm_I, found.absmean_I, found.absmax_I, found.second_moment_II, found.cross_moment_II):
         assert bool((tensor == 0).all())
+
+
+def test_no_memory_is_taken_before_a_token_arrives() -> None:
+    """A mixture's idle experts: zeros when somebody asks, nothing until then."""
+    idle = InputStatistics(6, frozenset({"second_moment", "cross_moment", "absmax", "absmean"}))
+    idle.update(torch.zeros(0, 6), torch.zeros(0, 6))
+    assert not any(isinstance(value, torch.Tensor) for value in vars(idle).values())
+    assert idle.tokens == 0 and idle.non_finite() is None
+    for found, shape in (
+        (idle.norm_I, (6,)), (idle.absmax_I, (6,)), (idle.absmean_I, (6,)), (idle.second_moment_II, (6, 6)), (idle.cross_moment_II, (6, 6))
+    ):  # fmt: skip
+        assert found.shape == shape and found.dtype == torch.float32 and not found.any()
+    with pytest.raises(ValueError, match="absmax was not collected"):
+        _ = InputStatistics(6, frozenset({"norms"})).absmax_I

@@ -13,6 +13,8 @@ from bitmend.pipelines.artifact import Artifact
 from bitmend.pipelines.blocks import StreamedModel
 from bitmend.pipelines.errors import InputError
 from bitmend.pipelines.reading import BlockReader, in_background
+from bitmend.pipelines.stages.writing import InPlace
+from bitmend.recover.linear import CompressedLinear
 
 from .families import save_speaking
 from .runs import chosen
@@ -112,3 +114,17 @@ def test_what_goes_wrong_in_the_background_is_raised_where_it_is_asked_for(finis
 
     with pytest.raises(InputError, match="torn"):
         in_background(broken).result()
+
+
+def test_a_linear_that_a_binder_replaces_holds_no_weight(finished: Path) -> None:
+    """Also one that was never compressed: it trains as a dense record, and its plain twin waits without parameters until it comes home."""
+    artifact = runner.last_artifact(finished, "baseline")
+    model = StreamedModel(artifact, CPU)
+    plain = dict(model.layers[0].named_modules())
+    model.load_block(0, bind=InPlace(artifact, model.structure, CPU, torch.float32))
+    assert isinstance(model.layers[0].mlp.down_proj, CompressedLinear)
+    assert plain["mlp.down_proj"].weight.is_meta and plain["self_attn.q_proj"].weight.is_meta
+    model.unload_block(0)
+    assert model.layers[0].mlp.down_proj is plain["mlp.down_proj"]
+    model.load_block(0)
+    assert torch.equal(model.layers[0].mlp.down_proj.weight, artifact.tensor("model.layers.0.mlp.down_proj.weight").float())
