@@ -34,7 +34,8 @@ DTYPE = Table(
         "Each row is a run of its own in its dtype, calibration, training and measuring included: 40 % by Wanda, GPTQ in 4 bits, two rounds of "
         "`best` in the bytes of rank 8, 24 steps of 256 tokens on both losses, the kernels.",
         "One artifact measured in both dtypes differs by 0.01 to 0.02 % (small model, quantize and decompose): what differs more between two rows is "
-        "which codes were chosen behind inputs that differ in their last bits, and KL to the dense model says as much of one as of the other.",
+        "which codes were chosen behind inputs that differ in their last bits, and KL to the dense model (0.0154 and 0.0155 nats behind decompose) says as much of one as of the other. "
+        "Another seed of the calibration text moves the float32 row there from 29.09 to 29.21.",
     ),
 )
 
