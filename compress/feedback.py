@@ -171,6 +171,7 @@ def _factor(moment_II: Tensor, ridge: float) -> Tensor | None:
         return None
     upper_II = lower_II.flip(0, 1)
     del lower_II
+    upper_II = upper_II.contiguous()  # by columns, as the factor comes, the inverse would be summed in another order
     upper_II = _invert_upper(upper_II)
     return upper_II if bool(torch.isfinite(upper_II).all()) else None
 
