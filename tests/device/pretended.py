@@ -7,7 +7,8 @@ What is sent to "cuda" becomes an `OnCard`: a tensor that says it is on cuda:0 a
 beside a tensor of the CPU, by the operator's name. Card and host share no memory, no generator and no `.numpy()`. The card counts the bytes
 of living tensors, raises OutOfMemoryError above `total_memory`, and with deterministic algorithms on refuses what CUDA does.
 
-It cannot show what an operator computes on a card, nor races, streams, graphs, alignment or speed: no time taken here means anything.
+It cannot show what an operator computes on a card, nor races, streams, graphs (which repeat nothing here), alignment or speed: no time taken
+here means anything.
 Triton kernels run in Triton's interpreter: TRITON_INTERPRET=1 before anything imports triton.
 """
 
@@ -48,7 +49,6 @@ NOT_DETERMINISTIC = (
 """What `torch.use_deterministic_algorithms` documents as raising on CUDA whatever its arguments; the rest is in `deterministic`."""
 COUNTED = 1024
 """Smaller tensors are not counted: what a column of a matrix costs would take longer to count than to compute."""
-NOTHING = contextlib.nullcontext()
 CUBLAS = ("mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot")
 
 
@@ -146,8 +146,9 @@ def met(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     of, tensors = traits(func), flat(args)
     if kwargs:
         tensors += flat(kwargs.values())
-    here = any(isinstance(t, OnCard) for t in tensors)
-    if here and not of.any_device:
+    on_card = [isinstance(t, OnCard) for t in tensors]
+    here = True in on_card
+    if here and False in on_card and not of.any_device:
         refuse_mixture(func, of, args, tensors)
     device = kwargs.get("device")
     if device is not None and device.type == "cuda":
@@ -158,16 +159,18 @@ def met(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         here = isinstance(args[0], OnCard)
     if here and (of.refused or of.sometimes) and torch.are_deterministic_algorithms_enabled():
         deterministic(func, of, args, kwargs)
-    if of.random and kwargs.get("generator") is not None:
-        refuse_other_generator(func, here, kwargs["generator"])
-    with torch._C._DisableTorchDispatch(), own_numbers() if of.random and here else NOTHING:
-        out = func(*args, **kwargs)
+    out = drawn(func, here, args, kwargs) if of.random else computed(func, args, kwargs)
     if not here:
         return plain(out) if tensors else out
     if of.in_place:
         given = {id(t): t for t in tensors}  # the very tensor that it was given
-        return tree_map_only(torch.Tensor, lambda t: given.get(id(t), t) if id(t) in given else put(t), out)
+        return tree_map_only(torch.Tensor, lambda t: given[id(t)] if id(t) in given else put(t), out)
     return named(out, new=not of.view)
+
+
+def computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with torch._C._DisableTorchDispatch():
+        return func(*args, **kwargs)
 
 
 def flat(values: Any) -> list[torch.Tensor]:
@@ -218,19 +221,18 @@ def deterministic(func: Any, of: Traits, args: tuple[Any, ...], kwargs: dict[str
         raise RuntimeError(f"{func.name()} does not have a deterministic implementation on CUDA")
 
 
-def refuse_other_generator(func: Any, here: bool, generator: Any) -> None:
-    if (generator._cdata in ON_CARD) != here:
+def drawn(func: Any, here: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The card draws from its own default generator instead of the host's, and neither device from one of the other's."""
+    given = kwargs.get("generator")
+    if given is not None and (given._cdata in ON_CARD) != here:
         expected, found = ("cuda", "cpu") if here else ("cpu", "cuda")
         raise RuntimeError(f"Expected a '{expected}' device type for generator but found '{found}' ({func.name()})")
-
-
-@contextlib.contextmanager
-def own_numbers() -> Iterator[None]:
-    """Within, the card draws from its own default generator instead of the host's."""
+    if not here:
+        return computed(func, args, kwargs)
     host = torch.get_rng_state()
     torch.set_rng_state(card.generator.get_state())
     try:
-        yield
+        return computed(func, args, kwargs)
     finally:
         card.generator.set_state(torch.get_rng_state())
         torch.set_rng_state(host)
@@ -490,6 +492,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # under its own name, so that a test which imports this file meets the same class
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     main()

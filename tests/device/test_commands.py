@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from bitmend.pipelines import artifact, cli
+from bitmend.pipelines.bench_recover import step_seconds
 from bitmend.pipelines.formats.registry import FORMATS
+from bitmend.pipelines.ledger import last_artifact
+from bitmend.pipelines.recipe import resolve
 
 from ..pipelines.runs import hashes, write_recipe
 from .conftest import FEW, RTN
@@ -139,5 +143,8 @@ def test_bench_on_layers(subject: str, method: str, command: Command) -> None:
     assert row["peak_bytes"] > 0
 
 
-def test_bench_recover(two_blocks: Path, small_text: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert command("bench", "recover", "-m", two_blocks, "--repeats", 1, "--method", "lora", "--device", "cuda")["rows"]
+def test_bench_of_a_training_step(finished: Path) -> None:
+    """As `bench recover` times it, on what the run quantized."""
+    trained = resolve(str(finished / "recipe.resolved.yaml")).stage("recover")
+    found = step_seconds(last_artifact(finished, "quantize"), [trained], torch.device("cuda"), 1, torch.bfloat16)
+    assert found["scales"]["seconds_per_step"] > 0
