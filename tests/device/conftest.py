@@ -1,5 +1,6 @@
 """The pretended card, and runs on it that tests go on with: one or two blocks of the small model, few tokens, no pages."""
 
+import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from ..pipelines.runs import write_recipe
 from .pretended import Card, pretended_cuda
 
-FEW: dict[str, Any] = {"calibration": {"samples": 2, "seq_len": 16}, "evaluation": {"seq_len": 16, "windows": 2}}
+FEW: dict[str, Any] = {"calibration": {"samples": 2, "seq_len": 16}, "evaluation": {"seq_len": 16, "windows": 1}}
 RTN: dict[str, Any] = {"quantize": {"method": "rtn", "bits": 3, "group_size": 32, "clip": "none"}}
 PARENTS: dict[str, list[dict[str, Any]]] = {
     "quantized": [RTN],
@@ -33,13 +34,23 @@ def card() -> Iterator[Card]:
 
 @pytest.fixture(autouse=True, scope="session")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache that is not the user's; few tokens held out and written, and no report's page."""
+    """A cache that is not the user's; few tokens held out and written, no report's page, and what imports made is no garbage to go over."""
+    gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BITMEND_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(inputs, "HELD_OUT_TOKENS", 64)
+        patch.setattr(inputs, "HELD_OUT_TOKENS", 32)
         patch.setattr(speed.tokens_per_second, "__defaults__", (2,))
         patch.setattr("bitmend.reports.render", lambda record, kind: f"{kind}\n")
         yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def little_text(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A part of it, which is quickly cut into tokens."""
+    place = tmp_path_factory.mktemp("text") / "text.jsonl"
+    place.write_text("\n".join(small_text.read_text().splitlines()[:16]) + "\n")
+    return place
 
 
 @pytest.fixture(scope="session")
@@ -64,14 +75,14 @@ def cut(model: Path, place: Path, blocks: int) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ran(one_block: Path, small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Running:
+def ran(one_block: Path, little_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Running:
     """Run stages in a named run directory, which keeps what they share with those of another test."""
     places: dict[str, Path] = {}
 
     def run(name: str, stages: list[dict[str, Any]], dtype: str = "auto", model: Path | None = None) -> RunRecord:
         place = places.setdefault(f"{name}-{dtype}", tmp_path_factory.mktemp(name))
         recipe = write_recipe(place / "recipe.yaml", stages, **{**FEW, "dtype": dtype})
-        options = {"model": str(model or one_block), "data": str(small_text)}
+        options = {"model": str(model or one_block), "data": str(little_text)}
         return runner.run(resolve(str(recipe), options=options), place / "run", device="cuda")
 
     return run

@@ -45,14 +45,14 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def source(one_block: Path, small_text: Path) -> list[object]:
-    return ["-m", one_block, "--data", small_text]
+def source(one_block: Path, little_text: Path) -> list[object]:
+    return ["-m", one_block, "--data", little_text]
 
 
 @pytest.fixture(scope="session")
-def started(recipe: Path, two_blocks: Path, small_text: Path) -> list[str]:
+def started(recipe: Path, two_blocks: Path, little_text: Path) -> list[str]:
     """A run on the card but for where it goes."""
-    return [str(a) for a in ("run", recipe, "-m", two_blocks, "--data", small_text, "--device", "cuda", "-o")]
+    return [str(a) for a in ("run", recipe, "-m", two_blocks, "--data", little_text, "--device", "cuda", "-o")]
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +102,7 @@ def test_resumed_is_uninterrupted(finished: Path, started: list[str], tmp_path: 
 def test_eval_and_generate(finished: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Token by token, since the pretended card records no graphs."""
     monkeypatch.setattr("bitmend.pipelines.generate.graphable", lambda model, length: "no graphs here")
-    measured = command("eval", finished, "--device", "cuda", "--windows", 2)
+    measured = command("eval", finished, "--device", "cuda")
     record = json.loads((finished / "record.json").read_text())
     assert measured["perplexity"] == pytest.approx(record["stages"][-1]["perplexity"])
     assert command("generate", finished, "The river", "--max-new-tokens", 2, "--device", "cuda")
