@@ -32,7 +32,7 @@ def card() -> Iterator[Card]:
         yield made
 
 
-@pytest.fixture(autouse=True, scope="module")  # not the session: what it patches is put back before other folders' tests
+@pytest.fixture(autouse=True, scope="session")  # before the runs that several tests share; these tests are the last ones (tests/conftest.py)
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache that is not the user's; few tokens held out and written, no report's page, and what imports made is no garbage to go over."""
     gc.freeze()
