@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..compress.precision import summed
 from ..compress.weights import ActivationGrid, DenseWeight, Factor, LowRank, SparseDelta, StoredWeight, UniformWeight
+from ..kernels.reference import fake_quantize
 from .scales import RelativeScales
 from .trainable import Trainable, through
 
@@ -41,6 +42,18 @@ class RebuiltLinear(torch.autograd.Function):
         weight_gradient = product(gradient_TO.T, x_TI)
         x_gradient, found = linear.pull_back(gradient_TO if wanted[0] else None, weight_gradient, parameters, wanted[2:])
         return (x_gradient, None, *found)
+
+
+class RoundedInput(torch.autograd.Function):
+    """x [T, I] rounded as every operator of `kernels` rounds it, bit for bit; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, grid: ActivationGrid) -> Tensor:
+        return fake_quantize(x_TI, grid.bits, grid.group_size)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0], None
 
 
 class SparseValues(nn.Module):
@@ -167,7 +180,11 @@ class CompressedLinear(nn.Module):
         """What the base multiplies: smoothed, and rounded with a straight-through gradient when activations are quantized."""
         if self.stored.smooth is not None:
             x = x / self.stored.smooth.to(x.dtype)
-        return x if self.stored.activations is None else x + (round_activations(x.detach(), self.stored.activations) - x.detach())
+        if self.stored.activations is None:
+            return x
+        rounded = RoundedInput.apply(x, self.stored.activations)
+        assert isinstance(rounded, Tensor)
+        return rounded
 
     def forward(self, x: Tensor) -> Tensor:
         raw_TI = x.reshape(-1, self.in_features).to(self.dtype)
@@ -262,14 +279,6 @@ class CompressedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} → {self.out_features}, {type(self.stored.base).__name__}, {self.stored.bits_per_weight():.2f} bits"
-
-
-def round_activations(x_TI: Tensor, grid: ActivationGrid) -> Tensor:
-    """Dynamic symmetric rounding per token per group; the last group may be short of nothing: I must be a multiple."""
-    top = (1 << (grid.bits - 1)) - 1
-    groups = x_TI.view(x_TI.shape[0], -1, grid.group_size).float()
-    scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12) / top
-    return ((groups / scale).round().clamp(-top, top) * scale).view(x_TI.shape).to(x_TI.dtype)
 
 
 def compressed_linears(model: nn.Module) -> dict[str, CompressedLinear]:

@@ -2,7 +2,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bitmend.compress.weights import DenseWeight, StoredWeight, to_tensors
+from bitmend.compress.weights import ActivationGrid, DenseWeight, StoredWeight, to_tensors
+from bitmend.kernels.operators import ReferenceOperator
+from bitmend.kernels.reference import fake_quantize
 from bitmend.recover.linear import CompressedLinear, cache_dense, compressed_linears, install
 from torch import nn
 from torch.testing import assert_close
@@ -75,3 +77,23 @@ def test_bfloat16_computes_in_bfloat16():
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert x.grad is not None and x.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["3-bit", "everything"])
+def test_training_sees_the_very_rounding_that_serving_has(kind, bits):
+    """Halves included: W4A8 trained under another rounding would be measured under this one."""
+    stored = replace(compress(torch.randn(24, 32), kind), activations=ActivationGrid(bits, 16))
+    linear, serving = CompressedLinear(stored), ReferenceOperator(stored, None)
+    top = 2 ** (bits - 1) - 1
+    halves = torch.arange(32).float().remainder(top) + 0.5  # in steps of the grid, as the largest of each group is `top`
+    x = torch.stack((halves, -halves, halves.flip(0) / 8, torch.randn(32)))
+    x[:, ::16] = top * torch.tensor([1.0, -1.0, 0.125, 1.0]).unsqueeze(1)
+    x = (x if stored.smooth is None else x * stored.smooth).requires_grad_()
+    inner = x.detach() if stored.smooth is None else x.detach() / stored.smooth
+    assert torch.equal(linear.base_input(x), fake_quantize(inner, bits, 16))
+    without_delta = replace(stored, delta=None)
+    assert torch.equal(CompressedLinear(without_delta)(x), ReferenceOperator(without_delta, None)(x.detach()))
+    assert_close(linear(x), serving(x.detach()), atol=1e-5, rtol=1e-6)
+    (gradient,) = torch.autograd.grad(linear.base_input(x).sum(), x)
+    assert torch.equal(gradient, torch.ones_like(x) if stored.smooth is None else (1 / stored.smooth).expand(4, 32))
