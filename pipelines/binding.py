@@ -28,6 +28,7 @@ class KernelBinder:
     device: torch.device
     backends: Counter[str] = field(default_factory=Counter)
     reasons: dict[str, str] = field(default_factory=dict)
+    experts = False
 
     def __call__(self, model: nn.Module, prefix: str, records: dict[str, StoredWeight]) -> None:
         modules = {name: module for name in records if isinstance(module := _find(model, name), nn.Module)}

@@ -17,6 +17,7 @@ from transformers import Cache
 
 from ..compress.weights import DenseWeight, StoredWeight
 from ..recover.beside import Tokens, cache_argument
+from ..recover.experts import put_back
 from .artifact import Artifact
 from .errors import InputError
 from .models import Site, Structure, inspect, load_config, set_parameter, skeleton, tied_names
@@ -25,7 +26,10 @@ from .rounded_inputs import raw_inputs, round_expert_inputs, round_inputs
 
 
 class Binder(Protocol):
-    """Replaces modules by others that run their records."""
+    """Replaces modules by others that run their records. `experts`: fused experts as well, which are dense otherwise."""
+
+    @property
+    def experts(self) -> bool: ...
 
     def __call__(self, model: nn.Module, prefix: str, records: dict[str, StoredWeight]) -> None:
         """A block's linears, by name."""
@@ -56,6 +60,7 @@ class StreamedModel:
     _calls: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(init=False, default_factory=dict)
     _tuple_size: int = field(init=False, default=-1)
     _plain: dict[int, dict[str, nn.Module]] = field(init=False, default_factory=dict)
+    _fused: dict[int, dict[str, nn.Parameter]] = field(init=False, default_factory=dict)
     _hooks: dict[int, list[Any]] = field(init=False, default_factory=dict)
     tokens: Tokens | None = field(init=False, default=None)
 
@@ -161,10 +166,11 @@ class StreamedModel:
             if leaf == "bias" and owner in linears and self.model.get_submodule(owner).bias is None:
                 self.model.get_submodule(owner).bias = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
         for name, record in stored.items():
-            if bind is None or compressed[name].expert is not None:
+            if bind is None or (compressed[name].expert is not None and not bind.experts):
                 self.put(compressed[name], record)
         if bind is not None:
             self._plain[index] = {name: self.model.get_submodule(name) for name in linears}
+            self._fused[index] = {name: _without_bytes(self.model.get_parameter(name)) for name in experts}
             bind(self.model, prefix, stored)
             self._forget_replaced(index)
         self._hooks[index] = [h for beside in self.artifact.beside for h in beside.hang(self.model, f"{prefix}.", self.device, self.dtype)]
@@ -201,6 +207,9 @@ class StreamedModel:
             handle.remove()
         for name, module in self._plain.pop(index, {}).items():
             self.model.set_submodule(name, module)
+        for name, parameter in self._fused.pop(index, {}).items():
+            owner, _, leaf = name.rpartition(".")
+            put_back(self.model.get_submodule(owner), leaf, parameter)
         _to_meta(self.layers[index])
 
     def matrix(self, site: Site) -> Tensor:
@@ -344,4 +353,8 @@ def _to_meta(block: nn.Module) -> None:
         raw_inputs(module)
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+                module._parameters[name] = _without_bytes(parameter)
+
+
+def _without_bytes(parameter: Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)

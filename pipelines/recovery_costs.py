@@ -33,15 +33,15 @@ def recovered(plan: Plan, spec: StageSpec, sizes: Sizes, cached: bool, room: flo
     """A method that trains the whole model. `sizes`: what its parent stores; `cached`: rebuilt matrices are kept; `room`: bytes of the device,
     by which gradient_checkpointing: auto is decided."""
     anatomy, (config, own) = plan.anatomy, split(spec.method, spec.config)
-    linears = [s for s in anatomy.structure.sites if s.block is not None and s.expert is None]
+    linears = [s for s in anatomy.structure.sites if s.block is not None]
     trained = trained_numbers(anatomy, spec, own, config, linears, sizes)
     rebuilt = [s.shape[0] * s.shape[1] for s in linears if sizes.of[s.name].compressed]
     packed = sum(sizes.of[s.name].bits / 8 if sizes.of[s.name].compressed else s.shape[0] * s.shape[1] * plan.element for s in linears)
-    experts = anatomy.in_blocks - sum(s.shape[0] * s.shape[1] for s in linears)
+    others = anatomy.in_blocks - sum(s.shape[0] * s.shape[1] for s in linears)
     moved = any(getattr(own, name, False) for name in ("scales", "zeros")) or spec.method in ("scales", *WHOLE)
     dense = (sum(rebuilt) if cached else max(rebuilt, default=0)) * plan.itemsize
     passing = max(rebuilt, default=0) * 4.0 * (3 if moved else 1)
-    weights = packed + experts * plan.itemsize + plan.outside_bytes + dense + passing + trained * 4.0 * COPIES
+    weights = packed + others * plan.itemsize + plan.outside_bytes + dense + passing + trained * 4.0 * COPIES
     checkpointing = config.gradient_checkpointing is True
     step = anatomy.step(config.batch_size, config.seq_len, plan.dtype, checkpointing, config.loss)
     if config.gradient_checkpointing == "auto" and step.activations.peak > ROOM * (room - weights) and virtual_tokens(own) == 0:
@@ -102,7 +102,7 @@ def trained_numbers(anatomy: Anatomy, spec: StageSpec, own: Any, config: Any, li
     if getattr(own, "norms", False):
         count += sum(m.weight.numel() for n, m in anatomy.model.named_modules() if is_norm(m) and place.holds(n))
     if getattr(own, "biases", False) or spec.method == "bitfit":
-        count += sum(s.shape[0] for s in chosen)
+        count += sum(s.shape[0] for s in chosen if s.expert is None)
     return count
 
 
@@ -112,7 +112,7 @@ def reconstructed(plan: Plan, spec: StageSpec, sizes: Sizes) -> Needs:
     assert isinstance(config, Reconstruct)
     tokens = float(-(-config.samples // config.batch_size) * config.batch_size * config.seq_len)
     at_once, held = float(config.batch_size * config.seq_len), float(max(HELD_OUT_TOKENS, config.batch_size * config.seq_len))
-    sites = [s for s in anatomy.sites() if s.expert is None]
+    sites = anatomy.sites()
     weights = float(sum(s.shape[0] * s.shape[1] for s in sites))
     kinds = frozenset(
         {"uniform"} if any(sizes.of[s.name].compressed and "base.codes" in sizes.of[s.name].base_names for s in sites) else {"dense"}

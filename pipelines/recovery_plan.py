@@ -18,7 +18,7 @@ def refusals(spec: StageSpec, recipe: Recipe, model: Any, sizes: Sizes, imported
     """Why a recover stage cannot be, one line each. `model` is a skeleton, `sizes` what the stages before it will have made; of an
     `imported` checkpoint only shapes are known."""
     shared, own = split(spec.method, spec.config)
-    linears = {s.name: s for s in sizes.structure.sites if s.block is not None and s.expert is None}
+    linears = {s.name: s for s in sizes.structure.sites if s.block is not None}
     made = {name: _kinds(sizes.of[name]) for name in linears}
     shapes = {name: site.shape for name, site in linears.items()}
     reason = misfit(own, shared, model, shapes, frozenset(n for n, kinds in made.items() if "low_rank" in kinds))

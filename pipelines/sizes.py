@@ -170,7 +170,7 @@ def _resize(spec: StageSpec, site: Site, config: Any, size: Size) -> None:
         if hasattr(config, "bits"):
             _quantized(rows, columns, config, size)
         with_factors(size, site.shape, rank, getattr(config, "factor_bits", None) or 16)
-    elif spec.name == "recover" and methods(spec.name)[spec.method].ways.stored_as == "low-rank pair" and site.expert is None:
+    elif spec.name == "recover" and methods(spec.name)[spec.method].ways.stored_as == "low-rank pair":
         if not size.low_rank:
             with_factors(size, site.shape, min(getattr(config, "rank", 0), rows, columns), 16)
         size.compressed = True

@@ -174,38 +174,43 @@ def _stand_in(body: nn.Module, dtype: torch.dtype, trained: bool) -> None:
             shape = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
             module.forward = _linear(shape[0], shape[1], module.bias, dtype, trained)  # type: ignore[method-assign]
         elif len(fused := [p for p in module.parameters(recurse=False) if p.ndim == 3]) > 1:
-            module.forward = _experts(fused[0], fused[-1])  # type: ignore[method-assign]
+            module.forward = _experts(fused[0], fused[-1], dtype, trained)  # type: ignore[method-assign]
 
 
 def _linear(out_features: int, in_features: int, bias: Tensor | None, dtype: torch.dtype, trained: bool) -> Callable[[Tensor], Tensor]:
     """As `CompressedLinear.forward`, `trained` with a pair of rank 1: its input is kept once, whatever the rank; the pair is `memory`'s."""
-    up_O1, down_1I = (nn.Parameter(torch.empty(shape, device="meta")) for shape in ((out_features, 1), (1, in_features)))
+    product = _product(out_features, in_features, dtype, trained)
 
     def forward(x: Tensor) -> Tensor:
-        x_NI = x.reshape(-1, in_features).to(dtype)
-        y_NO = _Frozen.apply(x_NI, out_features)
-        assert isinstance(y_NO, Tensor)
-        if trained:
-            y_NO = y_NO + (x_NI @ down_1I.to(dtype).T) @ up_O1.to(dtype).T
+        y_NO = product(x.reshape(-1, in_features).to(dtype))
         y_NO = y_NO if bias is None else y_NO + bias
         return y_NO.view(*x.shape[:-1], out_features)
 
     return forward
 
 
-def _experts(first: Tensor, last: Tensor) -> Callable[..., Tensor]:
-    """The chosen experts of every token, frozen: `first` [E, 2·I, D] makes gate and up (or [E, I, D] one of them), `last` [E, D, I]."""
-    inner = last.shape[1] * last.shape[2]
+def _product(out_features: int, in_features: int, dtype: torch.dtype, trained: bool) -> Callable[[Tensor], Tensor]:
+    up_O1, down_1I = (nn.Parameter(torch.empty(shape, device="meta")) for shape in ((out_features, 1), (1, in_features)))
+
+    def product(x_NI: Tensor) -> Tensor:
+        y_NO = _Frozen.apply(x_NI, out_features)
+        assert isinstance(y_NO, Tensor)
+        return y_NO + (x_NI @ down_1I.to(dtype).T) @ up_O1.to(dtype).T if trained else y_NO
+
+    return product
+
+
+def _experts(first: Tensor, last: Tensor, dtype: torch.dtype, trained: bool) -> Callable[..., Tensor]:
+    """The chosen experts of every token: `first` [E, 2·I, D] makes gate and up (or [E, I, D] one of them), `last` [E, D, I]. All as one
+    product each, `trained` with a pair."""
 
     def forward(hidden: Tensor, top_index: Tensor, top_weights: Tensor) -> Tensor:
         rows_ND = hidden.reshape(-1, hidden.shape[-1])
         chosen = rows_ND.repeat_interleave(top_index.shape[-1], 0)
-        width = inner // rows_ND.shape[1]
-        made = _Frozen.apply(chosen, first.shape[1] * first.shape[2] // rows_ND.shape[1])
-        assert isinstance(made, Tensor)
+        outer, width = (p.shape[1] * p.shape[2] // rows_ND.shape[1] for p in (first, last))
+        made = _product(outer, rows_ND.shape[1], dtype, trained)(chosen)
         inside = nn.functional.silu(made[:, :width]) * made[:, -width:]
-        out = _Frozen.apply(inside, rows_ND.shape[1])
-        assert isinstance(out, Tensor)
+        out = _product(rows_ND.shape[1], width, dtype, trained)(inside)
         return (out * top_weights.reshape(-1, 1)).view(*rows_ND.shape[:1], -1, rows_ND.shape[1]).sum(1).view(hidden.shape)
 
     return forward

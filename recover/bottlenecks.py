@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .beside import PARTS, Beside, Bottleneck, Place, hang, start_tensors
+from .experts import is_expert
 from .linear import compressed_linears
 from .selection import block_index, roles
 from .site import Site
@@ -77,7 +78,7 @@ def parallel_adapter(site: Site, config: ParallelAdapter) -> Attached:
 
 
 def _attached(method: str, site: Site, config: SerialAdapter | ParallelAdapter, place_of: Any) -> Attached:
-    linears = compressed_linears(site.model)
+    linears = {name: linear for name, linear in compressed_linears(site.model).items() if not is_expert(site.model, name)}
     places: dict[str, Place] = {}
     adapters: dict[str, Bottleneck] = {}
     handles: list[Any] = []

@@ -3,12 +3,13 @@
 Knows module names and shapes; not records, data or files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from . import attach, bottlenecks, increments, prompts
+from .experts import is_expert
 from .selection import Where, chosen_linears, norms, where
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -29,13 +30,33 @@ def misfit(own: Any, shared: Any, model: nn.Module, shapes: Shapes, low_rank: fr
     except ValueError as error:
         return str(error)
     if isinstance(own, VIRTUAL):
-        return _virtual(own, shared, model) or _bottleneck(own, place, shapes, chosen)
+        return _virtual(own, shared, model) or _bottleneck(own, model, place, shapes, chosen)
     return (
         _nothing(own, model, place, chosen)
         or _share(own)
         or _rank(own, shapes, chosen, low_rank)
-        or _bottleneck(own, place, shapes, chosen)
+        or _bottleneck(own, model, place, shapes, chosen)
     )
+
+
+def left_alone(own: Any, shared: Any, model: nn.Module, names: Iterable[str]) -> list[str]:
+    """What of the chosen linears a method cannot reach, one line a reason: the fused experts of a mixture have no place for biases, nor a
+    module of their own that a bottleneck could stand beside."""
+    place = where(model, shared.targets, shared.layers)
+    experts = [name for name in names if place.linear(name) and is_expert(model, name)]
+    if not experts:
+        return []
+    which = f"{experts[0]} and {len(experts) - 1} more expert matrices" if len(experts) > 1 else experts[0]
+    found = []
+    if _trains_biases(own):
+        found.append(f"left alone: the biases of {which} (fused experts have no place for them)")
+    if getattr(own, "bottleneck", None) is not None and getattr(own, "at", "mlp") != "attention":
+        found.append(f"left alone: {which} (no bottleneck can stand beside fused experts)")
+    return found
+
+
+def _trains_biases(own: Any) -> bool:
+    return isinstance(own, attach.BitFit) or getattr(own, "train", None) == "biases" or getattr(own, "biases", False)
 
 
 def _virtual(own: Any, shared: Any, model: nn.Module) -> str | None:
@@ -51,14 +72,16 @@ def _virtual(own: Any, shared: Any, model: nn.Module) -> str | None:
     return None
 
 
-def _bottleneck(own: Any, place: Where, shapes: Shapes, chosen: list[str]) -> str | None:
+def _bottleneck(own: Any, model: nn.Module, place: Where, shapes: Shapes, chosen: list[str]) -> str | None:
     width: int | None = getattr(own, "bottleneck", None)
     at: Any = getattr(own, "at", "mlp")
     if width is None:
         return None
-    found = list(bottlenecks.sublayers(list(shapes), set(chosen), place.blocks_name, at))
+    own_modules = [name for name in shapes if not is_expert(model, name)]
+    found = list(bottlenecks.sublayers(own_modules, set(chosen), place.blocks_name, at))
     if not found:
-        return "targets, layers and at leave no attention or MLP sublayer whose first and last linear are known by name"
+        experts = " (fused experts have no such linears)" if len(own_modules) < len(shapes) else ""
+        return f"targets, layers and at leave no attention or MLP sublayer whose first and last linear are known by name{experts}"
     serial = isinstance(own, bottlenecks.SerialAdapter)
     limit = min(min(shapes[part.exit][0], shapes[part.exit][0] if serial else shapes[part.entry][1]) for part in found)
     return None if 0 < width <= limit else f"bottleneck {width} does not fit a width of {limit}; choose 1…{limit}"
@@ -96,8 +119,11 @@ def _nothing(own: Any, model: nn.Module, place: Where, chosen: list[str]) -> str
         return f"norms, biases, head and embeddings off and lora none {reason}"
     if isinstance(own, attach.Scales) and not (own.scales or own.norms or own.biases or own.zeros or own.low_rank):
         return f"scales, norms, biases, zeros and low_rank off {reason}"
-    if isinstance(own, attach.BitFit) and not own.create and not own.head:
-        names = [*chosen, *norms(model, place)]
-        if all(getattr(model.get_submodule(name), "bias", None) is None for name in names):
-            return f"create=false {reason}: this model has no biases; set create=true"
+    plain = [name for name in chosen if not is_expert(model, name)]
+    if not isinstance(own, attach.BitFit) or own.head:
+        return None
+    if not own.create and all(getattr(model.get_submodule(n), "bias", None) is None for n in (*plain, *norms(model, place))):
+        return f"create=false {reason}: this model has no biases; set create=true"
+    if own.create and chosen and not plain:
+        return f"a choice of fused experts alone {reason}: they have no place for biases"
     return None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..compress.precision import summed
 from ..compress.weights import ActivationGrid, DenseWeight, Factor, LowRank, SparseDelta, StoredWeight, UniformWeight
 from ..kernels.reference import fake_quantize
+from .experts import install_experts, is_expert
 from .scales import RelativeScales
 from .trainable import Trainable, through
 
@@ -286,15 +287,21 @@ def compressed_linears(model: nn.Module) -> dict[str, CompressedLinear]:
 
 
 def install(model: nn.Module, records: Mapping[str, StoredWeight], dtype: torch.dtype = torch.float32) -> dict[str, CompressedLinear]:
-    """Put a CompressedLinear in the place of each named linear (nn.Linear or Conv1D), keeping its bias, and freeze the model."""
+    """Put a CompressedLinear in the place of each named linear (nn.Linear or Conv1D), keeping its bias, and of each expert of a fused
+    parameter (`<parameter>.<number>`), and freeze the model. ValueError where only some experts of a parameter are named."""
     model.requires_grad_(False)
-    out = {}
+    experts = {name: CompressedLinear(stored, None, dtype) for name, stored in records.items() if is_expert(model, name)}
+    out: dict[str, CompressedLinear] = {}
     for name, stored in records.items():
+        if name in experts:
+            out[name] = experts[name]
+            continue
         parent_name, _, last = name.rpartition(".")
         parent = model.get_submodule(parent_name)
         bias = getattr(parent, last).bias
         out[name] = CompressedLinear(stored, bias, dtype)
         setattr(parent, last, out[name])
+    install_experts(model, experts)
     return out
 
 

@@ -30,6 +30,8 @@ ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 def roles(name: str) -> tuple[str, ...]:
     """The roles of a linear by its dotted name; () when the name is unknown (it is then selected by "all" or a regex only)."""
     parent, _, last = name.rpartition(".")
+    if last.isdigit():  # one expert of a fused parameter
+        return roles(parent)
     if last in BY_PARENT:
         attention, mlp = BY_PARENT[last]
         return (attention,) if ATTENTION.search(parent.rpartition(".")[2]) else (mlp,)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..compress.weights import DenseWeight, NormalFloatWeight, StoredWeight, UniformWeight
 from . import selection
+from .experts import is_expert
 from .linear import CompressedLinear, compressed_linears
 from .student import Batch
 from .trainable import Attached, Trainable, master
@@ -109,10 +110,11 @@ def gain(norm: nn.Module) -> float:
 
 
 def train_biases(site: Site, create: bool = True, norms: bool = True) -> Attached:
-    """Biases of the chosen linears (created as 0 where the architecture has none, if `create`) and of the norms."""
+    """Biases of the chosen linears (created as 0 where the architecture has none, if `create`) and of the norms; matrices of fused experts
+    have no place for one."""
     out = Attached({})
     for name, linear in site.linears.items():
-        if linear.bias is not None or create:
+        if linear.bias is not None or (create and not is_expert(site.model, name)):
             out.trainables[f"{name}.bias"] = linear.train_bias()
     for name in selection.norms(site.model, site.place) if norms else []:
         module = site.model.get_submodule(name)

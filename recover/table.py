@@ -54,7 +54,8 @@ def document() -> str:
 
 Written by `python -m bitmend.recover.table > recover/README.md` from the rows in `recover/methods.py`; a test compares. `pipeline list`
 prints every setting with its default, and every method takes `targets` (`all`, roles q k v o gate up down, or a regex) and `layers` (`all`,
-`first:k`, `middle:k`, `last:k`, or block numbers).
+`first:k`, `middle:k`, `last:k`, or block numbers). The fused experts of a mixture are linears like all others, each under its own name
+(`….experts.down_proj.3`, role down), but have no place for biases or bottlenecks: a note in the report names what was left alone.
 
 ## From training to export
 

@@ -33,9 +33,7 @@ from .rest import said_of_rest, write_rest
 from .shares import shared_sparsity
 from .together import solve_all
 from .whole_blocks import solve_block
-
-FEW = 4
-"""Matrices that a note names one by one."""
+from .writing import by_reason
 
 
 def compress(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: Context) -> Outcome:
@@ -190,9 +188,13 @@ def _window_by_window(model: StreamedModel, hidden_NTD: Tensor) -> None:
 
 
 def _write(stage: Stage, index: int, part: str, records: Mapping[str, StoredWeight], layers: list[dict[str, Any]]) -> None:
-    """One part: this block's new records, and everything else of it as the parent has it."""
-    replaced = [s for s in stage.model.structure.of_block(index) if s.name in records]
-    tensors, kept = stage.model.reader.block(stage.model.prefix(index)).others(replaced)
+    """One part: this block's new records, and everything else of it as the parent has it. Experts that share a parameter with a new record
+    get dense ones."""
+    sites, block = stage.model.structure.of_block(index), stage.model.reader.block(stage.model.prefix(index))
+    replaced = [s for s in sites if s.name in records]
+    tensors, kept = block.others(replaced)
+    gone = {(s.module, s.parameter) for s in replaced}
+    kept |= {s.name: block.matrix(s) for s in sites if (s.module, s.parameter) in gone and s.name not in records and s.name not in kept}
     linears = kept | dict(records)
     stage.writer.write_part(part, shards_of(tensors, linears), linears, {"layers": layers})
 
@@ -217,7 +219,7 @@ def _notes(stage: Stage, chosen: list[Site]) -> list[str]:
     names = {site.name for site in chosen}
     left = {s.name: s.reason for s in stage.model.structure.skipped}
     left |= {s.name: "matched by `ignore`" for s in stage.model.structure.sites if s.name not in names and s.block is not None}
-    notes = _by_reason(left)
+    notes = by_reason(left)
     notes += said_of_rest(stage, [site for site in chosen if site.block is None])
     grid = getattr(stage.spec.config, "activations", None)
     if grid is not None:
@@ -225,12 +227,3 @@ def _notes(stage: Stage, chosen: list[Site]) -> list[str]:
             f"inputs are rounded to {grid.bits} bits, per token in groups of {grid.group_size}: simulated in every perplexity, carried by no export"
         )
     return notes
-
-
-def _by_reason(left: Mapping[str, str]) -> list[str]:
-    """One note for each matrix; of many with one reason the first is named, the others are counted."""
-    names: dict[str, list[str]] = {}
-    for name, reason in left.items():
-        names.setdefault(reason, []).append(name)
-    single = [f"left alone: {name} ({reason})" for reason, found in names.items() if len(found) <= FEW for name in found]
-    return single + [f"left alone: {found[0]} and {len(found) - 1} more ({reason})" for reason, found in names.items() if len(found) > FEW]

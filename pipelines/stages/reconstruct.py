@@ -12,8 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
-from ...recover.linear import compressed_linears
+from ...compress.weights import DenseWeight, StoredWeight
+from ...recover.linear import CompressedLinear, compressed_linears
 from ...recover.methods import attach
 from ...recover.reconstruct import Block, Fitted, Reconstruct, reconstruct
 from ...recover.selection import where
@@ -24,9 +26,10 @@ from ..errors import UsageError
 from ..files import write_json
 from ..hidden import HiddenStates, Room
 from ..logs import bar
+from ..models import Site, load_config, skeleton
 from ..stage_settings import StageSpec
 from .context import Context, Outcome, check_stop
-from .writing import SLACK, InPlace, Trained, as_stored_before, audited, trained, write_block, write_rest
+from .writing import SLACK, InPlace, Trained, as_stored_before, audited, trained, untouched, write_block, write_rest
 
 UNDONE = "undone.json"
 """In a scratch directory: the whole had become worse (held-out losses before and after), and its parts are being written as the parent has
@@ -118,7 +121,7 @@ def _fitted(walk: _Walk, index: int) -> tuple[Trained, dict[str, Any]]:
         pairs, checks = (states.paired(partial(dense.run_block, index)) for states in (walk.hidden, walk.now))
     model.load_block(index, bind=InPlace(walk.parent, model.structure, context.device, context.dtype))
     model.model.requires_grad_(False)
-    names = {s.name: s.module for s in model.structure.of_block(index) if s.expert is None}
+    twins = {s.name: _dense_twin(dense, s, context.dtype) for s in model.structure.of_block(index)}
     chosen = {n for n in compressed_linears(model.model) if where(model.model, walk.config.targets, walk.config.layers).linear(n)}
 
     def attached(targets: tuple[str, ...]) -> Any:
@@ -127,7 +130,7 @@ def _fitted(walk: _Walk, index: int) -> tuple[Trained, dict[str, Any]]:
         return made
 
     block = Block(
-        model.model, lambda h: model.run_block(index, h), pairs, checks, {n: dense.model.get_submodule(m) for n, m in names.items()},
+        model.model, lambda h: model.run_block(index, h), pairs, checks, twins,
         frozenset(chosen), attached, context.seed + index, context.stop,
     )  # fmt: skip
     try:
@@ -138,6 +141,13 @@ def _fitted(walk: _Walk, index: int) -> tuple[Trained, dict[str, Any]]:
     model.unload_block(index)
     dense.unload_block(index)
     return found, {"reconstruct": _said(index, fitted, sorted(found.records))}
+
+
+def _dense_twin(dense: StreamedModel, site: Site, dtype: torch.dtype) -> nn.Module:
+    """What a linear is in the dense block; an expert of a fused parameter as a linear of its own."""
+    if site.expert is None:
+        return dense.model.get_submodule(site.module)
+    return CompressedLinear(StoredWeight(DenseWeight(dense.matrix(site))), None, dtype)
 
 
 def _said(index: int, fitted: Fitted, names: list[str]) -> dict[str, Any]:
@@ -167,7 +177,8 @@ def _undo(walk: _Walk) -> None:
 
 
 def _outcome(walk: _Walk, before: float, after: float, worse: bool, tokens: int) -> Outcome:
-    notes = [f"block {said['block']}: {text}" for said in walk.said for text in said["diverged"]]
+    notes = untouched(walk.config, walk.config, skeleton(load_config(walk.parent.directory)), walk.model.structure)
+    notes += [f"block {said['block']}: {text}" for said in walk.said for text in said["diverged"]]
     better = sum(said["block_error_after"] < said["block_error_before"] for said in walk.said)
     if worse:
         lost = f"the blocks came nearer to the dense ones, but the held-out loss went from {before:.4f} to {after:.4f}"

@@ -39,7 +39,7 @@ from ..stage_settings import StageSpec
 from .context import Context, Outcome
 from .reconstruct import reconstruct_blocks
 from .teacher import streamed_teacher
-from .writing import SLACK, InPlace, Trained, as_stored_before, audited, trained, write_model
+from .writing import SLACK, InPlace, Trained, as_stored_before, audited, trained, untouched, write_model
 
 STATE = "training.safetensors"
 SMALL_STATE_BYTES = 200e6
@@ -52,15 +52,17 @@ def recover(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: 
     """Run a recovery method. UsageError when it cannot serve this model, before any work; QualityError when its audit fails."""
     if RECOVER[spec.method].by_block:
         return reconstruct_blocks(parent, writer, spec, context)
-    config, _ = split(spec.method, spec.config)
-    notes = []
+    config, own = split(spec.method, spec.config)
+    notes: list[str] = []
     if context.teacher is None and config.loss != "cross_entropy":
         config = replace(config, loss="cross_entropy")
-        notes = ["trained on next-token cross-entropy: the model came quantized and no --teacher was given to imitate"]
+        notes += ["trained on next-token cross-entropy: the model came quantized and no --teacher was given to imitate"]
     _check_teacher(parent, context)
     batches, held_out = _texts(context, config)
 
-    structure = inspect(skeleton(load_config(parent.directory)))
+    bare = skeleton(load_config(parent.directory))
+    structure = inspect(bare)
+    notes += untouched(own, config, bare, structure)
     streamed = whole_model(parent, context.device, context.dtype, InPlace(parent, structure, context.device, context.dtype))
     model = streamed.model.requires_grad_(False)
     student = student_of(model)

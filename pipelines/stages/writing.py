@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...compress.weights import DenseWeight, StoredWeight
+from ...recover.fits import left_alone
 from ...recover.linear import compressed_linears, install
 from ...recover.merge import audit
 from ...recover.trainable import Attached, through
@@ -21,20 +22,23 @@ from ..models import Site, Structure, set_parameter, tied_names
 
 SLACK = 1e-6
 """Of a held-out loss in nats: what the order of a sum may change."""
+FEW = 4
+"""Matrices that a note names one by one."""
 
 
 @dataclass(frozen=True)
 class InPlace:
-    """A `blocks.Binder`: puts every plain linear of a block (not experts) into the model as one that can train, a weight that was never
-    compressed as a dense record; embeddings and head are dense."""
+    """A `blocks.Binder`: puts every linear of a block, fused experts included, into the model as one that can train, a weight that was
+    never compressed as a dense record; embeddings and head are dense."""
 
     artifact: Artifact
     structure: Structure
     device: torch.device
     dtype: torch.dtype
+    experts = True
 
     def __call__(self, model: nn.Module, prefix: str, records: dict[str, StoredWeight]) -> None:
-        sites = [s for s in self.structure.sites if s.expert is None and s.name.startswith(f"{prefix}.")]
+        sites = [s for s in self.structure.sites if s.name.startswith(f"{prefix}.")]
         found = {s.name: records.get(s.name) or self._dense(s) for s in sites}
         linears = install(model, {name: record.to(self.device) for name, record in found.items()}, self.dtype)
         for site in sites:  # as they are stored: training moves them in float32, whatever the model computes in
@@ -57,6 +61,22 @@ class Trained:
 
     records: dict[str, StoredWeight] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def untouched(own: Any, shared: Any, model: nn.Module, structure: Structure) -> list[str]:
+    """What a recovery leaves alone in the decoder's blocks and a reader might not expect, one line a reason. `model` is a skeleton."""
+    sites = [site.name for site in structure.sites if site.block is not None]
+    inside = {s.name: s.reason for s in structure.skipped if s.name.startswith(f"{structure.prefix}.")}
+    return left_alone(own, shared, model, sites) + by_reason(inside)
+
+
+def by_reason(left: Mapping[str, str]) -> list[str]:
+    """One note for each matrix; of many with one reason the first is named, the others are counted."""
+    names: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        names.setdefault(reason, []).append(name)
+    single = [f"left alone: {name} ({reason})" for reason, found in names.items() if len(found) <= FEW for name in found]
+    return single + [f"left alone: {found[0]} and {len(found) - 1} more ({reason})" for reason, found in names.items() if len(found) > FEW]
 
 
 def as_stored_before(attached: Attached, parent: Artifact) -> None:
@@ -112,17 +132,25 @@ def write_block(
             tensors[name] = tensor
     for name in [n for n in parent.linears if n.startswith(start)]:
         linears[name] = found.records.get(name) or parent.stored(name)
+    plain: dict[str, dict[str, StoredWeight]] = {}
     for name, record in found.records.items():
         if name.startswith(start) and name not in linears:
-            site = sites[name]
-            parameter = f"{site.module}.{site.parameter}"
-            if _is_plain(record):
-                dense = record.base.dense(tensors[parameter].dtype)
-                tensors[parameter] = dense.T.contiguous() if site.transposed else dense
-            else:
-                linears[name] = record
-                tensors.pop(parameter)
+            plain.setdefault(f"{sites[name].module}.{sites[name].parameter}", {})[name] = record
+    for parameter, records in plain.items():  # of a linear one, of fused experts one each
+        if all(map(_is_plain, records.values())):
+            tensors[parameter] = _filled(tensors[parameter], {sites[name]: record for name, record in records.items()})
+        else:
+            linears |= records
+            tensors.pop(parameter)
     writer.write_part(part, shards_of(tensors, linears), linears, {"layers": [], **(extra or {})})
+
+
+def _filled(parameter: Tensor, records: Mapping[Site, StoredWeight]) -> Tensor:
+    """The parameter with the matrices of plain records in it."""
+    filled = parameter.clone()
+    for site, record in records.items():
+        site.read(filled).copy_(record.base.dense(filled.dtype))
+    return filled
 
 
 def _is_plain(record: StoredWeight) -> bool:

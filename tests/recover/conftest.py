@@ -123,8 +123,19 @@ def block_linears(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in model.named_modules() if n.startswith(prefix) and isinstance(m, nn.Linear | Conv1D)}
 
 
+def is_transposed(model: nn.Module, parameter: str) -> bool:
+    """Whether fused experts lie as [E, I, O]."""
+    return bool(getattr(model.get_submodule(parameter.rpartition(".")[0]), "is_transposed", False))
+
+
+def expert_matrices(model: nn.Module) -> dict[str, torch.Tensor]:
+    """[O, I] of every fused expert by name."""
+    fused = {name: p.detach() for name, p in model.named_parameters() if p.ndim == 3}
+    return {f"{name}.{e}": (m.T if is_transposed(model, name) else m).contiguous() for name, p in fused.items() for e, m in enumerate(p)}
+
+
 def records(model: nn.Module, kind: str) -> dict[str, StoredWeight]:
-    out = {}
+    out = {name: compress(matrix, kind) for name, matrix in expert_matrices(model).items()}
     for name, module in block_linears(model).items():
         assert isinstance(module.weight, torch.Tensor)
         weight = module.weight.detach()
