@@ -61,10 +61,12 @@ def bytes_beside(spec: StageSpec, model: Any, sizes: Sizes) -> int:
 
 
 def _kinds(size: Size) -> frozenset[str]:
-    """As `recover.site.kinds` will find them."""
+    """As `recover.site.kinds` will find them; factors whose grid is still open may come to lie on one."""
     details = {"double_quantized"} if "base.absmax_codes" in size.base_names else set()
     base = "uniform" if "base.scales" in size.base_names else "normal_float" if "base.codes" in size.base_names else "dense"
-    details |= {"quantized_factors"} if size.low_rank and any(name.endswith(".codes") for name in size.factor_names) else set()
+    on_grid = size.open_factors or any(name.endswith(".codes") for name in size.factor_names)
+    details |= {"quantized_factors"} if size.low_rank and on_grid else set()
+    details |= {"activations"} if size.rounds_inputs else set()
     return frozenset({base} | details | ({"masked"} if size.mask else set()) | ({"low_rank"} if size.low_rank else set()))
 
 

@@ -22,7 +22,8 @@ SHARD_BYTES = 48
 
 @dataclass
 class Size:
-    """Bits that one linear stores, by what stores them, and the tensors they lie in; `compressed` once a stage made a record of it."""
+    """Bits that one linear stores, by what stores them, and the tensors they lie in; `compressed` once a stage made a record of it,
+    `rounds_inputs` once one quantizes its activations. `open_factors`: on which grid its factors lie is found while it is solved."""
 
     base: float
     mask: float = 0
@@ -30,6 +31,8 @@ class Size:
     base_names: tuple[str, ...] = ("weight",)
     factor_names: tuple[str, ...] = ("low_rank.up", "low_rank.down")
     compressed: bool = False
+    rounds_inputs: bool = False
+    open_factors: bool = False
 
     @property
     def bits(self) -> float:
@@ -154,6 +157,8 @@ def _resize(spec: StageSpec, site: Site, config: Any, size: Size) -> None:
     if spec.name in ("prune", "quantize", "decompose"):
         size.compressed = True
         size.base_names = tuple(n.replace("weight", "base.weight") if n == "weight" else n for n in size.base_names)
+    if (hasattr(config, "activations") or hasattr(config, "activation_bits")) and getattr(config, "bits", 0) is not None:
+        size.rounds_inputs = getattr(config, "activations", None) is not None or getattr(config, "activation_bits", 16) < 16
     if spec.name == "prune":
         size.mask = rows * -(-columns // 8) * 8
         pattern = getattr(config, "pattern", "unstructured")
@@ -170,6 +175,7 @@ def _resize(spec: StageSpec, site: Site, config: Any, size: Size) -> None:
         if hasattr(config, "bits"):
             _quantized(rows, columns, config, size)
         with_factors(size, site.shape, rank, getattr(config, "factor_bits", None) or 16)
+        size.open_factors = getattr(config, "factor_bits", 16) is None
     elif spec.name == "recover" and methods(spec.name)[spec.method].ways.stored_as == "low-rank pair":
         if not size.low_rank:
             with_factors(size, site.shape, min(getattr(config, "rank", 0), rows, columns), 16)

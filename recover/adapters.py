@@ -69,7 +69,7 @@ class MaskedLowRank(nn.Module):
 
 class Magnitude(nn.Module):
     """DoRA (arXiv:2402.09353, eq. 5–6, the norm taken as a constant in the gradient): each output row of W + up·down is rescaled to the
-    magnitude m = ‖W‖·(1 + μ), and training starts at μ = 0. Folds exactly into group scales (or absmax, or dense rows) and `up`."""
+    magnitude m = ‖W‖·(1 + μ), and training starts at μ = 0. Folds into group scales (or absmax, or dense rows) and `up`, rounded as those are stored."""
 
     start: Tensor
 

@@ -10,6 +10,7 @@ import torch
 
 from .adapters import LoraVariant, Magnitude, MaskedLowRank, PooledPair, Spectrum, prune_ranks, start_factors, takes_dense
 from .dense import LatentGrid, MaskedDense
+from .linear import as_records
 from .scales import RelativeScales
 from .site import Site, joined, train_biases, train_embeddings, train_factors, train_norms
 from .trainable import Attached, Trainable
@@ -128,6 +129,7 @@ def dora(site: Site, config: Dora) -> Attached:
     for name, linear in site.linears.items():
         linear.after = Magnitude(linear)
         pairs.trainables |= _named(name, linear.after.trainables())
+    pairs.stored_form = as_records(site.linears.values())  # scales of 16 bits, and absmax of 8, take row magnitudes to the nearest
     return pairs
 
 

@@ -6,7 +6,7 @@ Knows records and tensors; not how a weight was compressed, nor files.
 Legend: O out, I in, R rank, T tokens (all leading dimensions), N sparse values.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -312,6 +312,33 @@ def cache_dense(linears: Mapping[str, CompressedLinear], budget_bytes: float) ->
     for linear in wanted:
         linear.cache(size <= budget_bytes)
     return size <= budget_bytes
+
+
+def as_records(linears: Iterable[CompressedLinear]) -> Callable[[bool], None]:
+    """A `stored_form` for what folds into a record with more rounding than that of each trained value: when on, the linears hold and run
+    the records that `to_stored` makes of them."""
+    chosen, kept = list(linears), list[dict[str, Any]]()
+    own = ("stored", "up", "down", "up_scales", "down_scales", "after")
+
+    def switch(on: bool) -> None:
+        if on == bool(kept):
+            return
+        if on:
+            kept.extend({name: getattr(linear, name) for name in own} for linear in chosen)
+            for linear in chosen:
+                record, _ = linear.to_stored()
+                linear.stored, linear.after = record, None
+                if record.low_rank is not None:
+                    linear.set_low_rank(*record.low_rank.factors())
+                linear.cache(linear.cached)
+            return
+        for linear, before in zip(chosen, kept, strict=True):
+            for name, value in before.items():
+                setattr(linear, name, value)
+            linear.cache(linear.cached)
+        kept.clear()
+
+    return switch
 
 
 def _moved(factor: Tensor, scales: RelativeScales | None) -> Tensor:

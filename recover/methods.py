@@ -145,14 +145,10 @@ def _reconstruct(kinds: frozenset[str], config: Reconstruct) -> str | None:
     return RECOVER[name].serves(kinds, own(config))
 
 
-def _dora(kinds: frozenset[str], config: Any) -> str | None:
-    return "double-quantized absmax cannot take row magnitudes exactly: choose lora" if "double_quantized" in kinds else None
-
-
 def _svft(kinds: frozenset[str], config: Any) -> str | None:
     if "quantized_factors" not in kinds:
         return None
-    return "its term is stacked onto factors that are on a grid: choose lora or scales, or decompose with factor_bits=16"
+    return "its term is stacked onto factors that are (or may come to be) on a grid: choose lora or scales, or decompose with factor_bits=16"
 
 
 _PAIR = Ways("low-rank pair", "low-rank term", "base in any format + PEFT LoRA", "dense unmasked weights; elsewhere refused")
@@ -195,8 +191,7 @@ RECOVER: dict[str, Method] = {
         "factors",
         "up·down and row magnitudes",
         Ways("magnitudes in the scales and in up", "low-rank term", "rescaled base in any format + PEFT LoRA", "scales or dense rows"),
-        serves=_dora,
-        version=2,
+        version=3,
     ),
     "qa_lora": Method(
         methods.QaLora,

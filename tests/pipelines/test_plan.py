@@ -100,7 +100,19 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
     "scales of nothing": ([{"recover": {"method": "scales"}}], "recover: scales cannot serve this model: it trains a grid"),
     "svft on 8-bit factors": (
         [{"quantize": {"method": "rtn", "group_size": 32}}, {"decompose": {"method": "qera_exact", "rank": 4, "factor_bits": 8}}, {"recover": {"method": "svft"}}],
-        "recover: svft cannot serve this model: its term is stacked onto factors that are on a grid",
+        "recover: svft cannot serve this model: its term is stacked onto factors that are (or may come to be) on a grid",
+    ),
+    "svft behind factors of an open grid": (
+        [{"quantize": {"method": "rtn", "group_size": 32}}, {"decompose": {"method": "best", "rank": 4}}, {"recover": {"method": "svft"}}],
+        "recover: svft cannot serve this model: its term is stacked onto factors that are (or may come to be) on a grid",
+    ),
+    "a delta on rounded inputs": (
+        [{"quantize": {"method": "rtn", "group_size": 32, "activations": {"bits": 8}}}, {"recover": {"method": "diff_pruning"}}],
+        "recover: diff_pruning cannot serve this model: its delta sees the raw input",
+    ),
+    "a delta behind svdquant": (
+        [{"decompose": {"method": "svdquant", "rank": 4, "group_size": 32}}, {"recover": {"method": "diff_pruning"}}],
+        "recover: diff_pruning cannot serve this model: its delta sees the raw input",
     ),
     "factors of nothing": ([{"quantize": {"method": "nf4"}}, {"recover": {"method": "loftq"}}], "put a decompose stage before it"),
     "long batches": ([{"recover": {"method": "lora", "seq_len": 600}}], "recover.seq_len 600 is above the 512 positions"),

@@ -76,7 +76,6 @@ def test_a_choice_that_leaves_nothing_is_refused(settings):
         ("loftq", {}, "3-bit", "decompose stage"),
         ("qlora", {}, "pruned", "choose lora"),
         ("lota", {}, "nf4", "NormalFloat"),
-        ("dora", {}, "nf4-nested", "choose lora"),
         ("lora", {"rank": 33}, "3-bit", "rank 33 does not fit model.layers.0.self_attn.q_proj, a layer of 32"),
         ("serial_adapter", {"bottleneck": 33}, "3-bit", "bottleneck 33"),
         ("pafi", {"share": 0.0}, "dense", "share 0.0"),
