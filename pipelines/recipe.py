@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, 
 from .budget import Allocation, Budget
 from .errors import UsageError
 from .settings import DtypeName, dump, merged, nested, read_mapping, refuse_unknown, split_assignment, unknown
-from .stage_settings import FUSE, STAGES, StageSpec, build, config_keys, methods, validation_message
+from .stage_settings import FUSE, STAGES, StageSpec, build, config_keys, methods, validation_message, with_implied
 
 __all__ = [
     "FUSE",
@@ -125,6 +125,7 @@ class _Stage:
     soft: set[str] = dataclass_field(default_factory=set)
 
     def lay(self, keys: Mapping[str, Any]) -> None:
+        keys = with_implied(keys)
         if "method" in keys and keys["method"] != self.keys.get("method", STAGES[self.name][2]):
             self.soft |= set(self.keys)
         self.soft -= set(keys)
@@ -274,7 +275,7 @@ def _stage_list(stages: object, origin: str) -> list[_Stage]:
         ((name, keys),) = entry.items()
         refuse_unknown("stage", [name], STAGES, f"{origin}: stages, entry {place}")
         nth = 1 + sum(stage.name == name for stage in found)
-        found.append(_Stage(name, name if nth == 1 else f"{name}.{nth}", dict(_mapping(keys, f"{origin}: {name}"))))
+        found.append(_Stage(name, name if nth == 1 else f"{name}.{nth}", with_implied(_mapping(keys, f"{origin}: {name}"))))
     return found
 
 

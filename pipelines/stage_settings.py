@@ -80,7 +80,7 @@ class StageSpec:
         changes: dict[str, Any] = {}
         for pattern, fields in self.overrides.items():
             if re.search(pattern, module):
-                changes.update(fields)
+                changes.update(with_implied(fields))
         return changes
 
     def embedding_config(self, width: int) -> Any:
@@ -133,12 +133,26 @@ def build(name: str, address: str, settings: Mapping[str, Any], soft: frozenset[
     for pattern, changes in spec.overrides.items():
         where = f"{address}.overrides[{pattern}]"
         refuse_unknown(f"setting of {name} {method}", changes, fields, where)
-        _validated(row.config, _plain(config) | dict(changes), where)
+        _validated(row.config, _plain(config) | with_implied(changes), where)
         if changes.get("allocation", "uniform") != "uniform":
             raise UsageError(
                 f"{where}.allocation: one mean is shared among all blocks; set {address}.allocation, and here the `sparsity` of these matrices"
             )
     return spec
+
+
+def with_implied(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings written together, and what they say without saying it: `pattern: "N:M"` fixes the sparsity, whatever a lower layer has."""
+    pattern = settings.get("pattern")
+    if "sparsity" in settings or not isinstance(pattern, str):
+        return dict(settings)
+    from ..compress.masks import parse_pattern
+
+    try:
+        parsed = parse_pattern(pattern)
+    except ValueError:  # refused where it is validated
+        parsed = None
+    return dict(settings) | ({} if parsed is None else {"sparsity": 1 - parsed[0] / parsed[1]})
 
 
 def _refuse_for_blocks(spec: StageSpec) -> None:

@@ -35,7 +35,9 @@ class _Matrix:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Tensor:
         if func not in PRODUCTS or len(args) != 2 or kwargs or not isinstance(args[1], cls):
-            raise NotImplementedError(f"experts whose code does more with a matrix than multiply tokens by it ({func.__name__}) cannot train")
+            raise NotImplementedError(
+                f"experts whose code does more with a matrix than multiply tokens by it ({func.__name__}) cannot train"
+            )
         return args[1].linear(args[0])
 
 

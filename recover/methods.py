@@ -148,7 +148,9 @@ def _reconstruct(kinds: frozenset[str], config: Reconstruct) -> str | None:
 def _svft(kinds: frozenset[str], config: Any) -> str | None:
     if "quantized_factors" not in kinds:
         return None
-    return "its term is stacked onto factors that are (or may come to be) on a grid: choose lora or scales, or decompose with factor_bits=16"
+    return (
+        "its term is stacked onto factors that are (or may come to be) on a grid: choose lora or scales, or decompose with factor_bits=16"
+    )
 
 
 _PAIR = Ways("low-rank pair", "low-rank term", "base in any format + PEFT LoRA", "dense unmasked weights; elsewhere refused")

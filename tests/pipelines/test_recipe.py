@@ -322,3 +322,22 @@ def test_every_method_builds_with_its_defaults_and_round_trips(monkeypatch: pyte
 def test_fuse_offers_the_backends_that_the_kernels_have() -> None:
     linear = pytest.importorskip("bitmend.kernels.linear")
     assert set(get_args(get_type_hints(stage_settings.FuseConfig)["backend"])) == set(linear.BACKENDS)
+
+
+def test_a_pattern_implies_its_sparsity_whatever_the_recipe_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--set prune.pattern=2:4 is all that is needed; two settings of the user's that contradict each other are still refused."""
+    monkeypatch.setattr(stage_settings, "methods", REAL_METHODS)
+    basic = written(tmp_path, "stages: [{prune: {method: wanda, sparsity: 0.4}}]")
+
+    def pruned(*sets: str) -> Any:
+        return resolve(str(basic), sets=list(sets)).stage("prune")
+
+    assert pruned("prune.pattern=2:4").config.sparsity == 0.5 and pruned("prune.pattern=1:4").config.sparsity == 0.75
+    assert pruned("prune.pattern=unstructured").config.sparsity == 0.4
+    spec = pruned("prune.overrides={'mlp': {pattern: '1:4'}}")
+    assert (spec.config_for("a.mlp.b").sparsity, spec.config_for("a.attn").sparsity) == (0.75, 0.4)
+    alone = written(tmp_path, "stages: [{prune: {method: wanda, pattern: '1:4'}}]", "alone.yaml")
+    assert resolve(str(alone)).stage("prune").config.sparsity == 0.75
+    for sets in (("prune.pattern=2:4", "prune.sparsity=0.4"), ("prune.overrides={'mlp': {pattern: '2:4', sparsity: 0.4}}",)):
+        with pytest.raises(UsageError, match=r"a sparsity of 0\.5, not 0\.4; set one to match"):
+            pruned(*sets)
