@@ -25,7 +25,7 @@ def collecting(
 ) -> Iterator[None]:
     """While open, every call of a site's module adds its input to `statistics[site.name]`; sites that are handed the very same
     tensor (q, k and v) share one accumulator. `dense_inputs` (site → inputs in call order) pairs with the dense model's."""
-    by_module = {site.module: site for site in sites if site.expert is None}
+    modules = {site.name: module for site in sites if (module := _module_of(model, site)) is not None}
     last: list[tuple[Tensor, str]] = []
     handles = []
 
@@ -45,11 +45,12 @@ def collecting(
 
         return before
 
-    for name, site in by_module.items():
-        handles.append(model.model.get_submodule(name).register_forward_pre_hook(hook(site)))
-    experts = [s for s in sites if s.expert is not None]
-    for site in experts:
-        statistics.setdefault(site.name, InputStatistics(site.shape[1], needs, model.device))  # takes no memory before a token reaches it
+    for site in sites:
+        if site.name in modules:
+            handles.append(modules[site.name].register_forward_pre_hook(hook(site)))
+        if site.expert is not None:
+            statistics.setdefault(site.name, InputStatistics(site.shape[1], needs, model.device))  # takes no memory before a token comes
+    experts = [site for site in sites if site.name not in modules]
     paired = dense_inputs is not None
 
     def of_expert(site: Site, x: Tensor) -> None:
@@ -62,6 +63,13 @@ def collecting(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _module_of(model: StreamedModel, site: Site) -> nn.Module | None:
+    """What multiplies by a site's matrix; None for a slice of a fused parameter that no linear took the place of."""
+    if site.expert is None:
+        return model.model.get_submodule(site.module)
+    return model.model.get_submodule(site.name) if site.parameter in model.model.get_submodule(site.module)._modules else None
 
 
 def collect(

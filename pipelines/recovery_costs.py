@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..compress.gptq import GptqConfig
 from ..recover.activations import Activations
 from ..recover.fits import virtual_tokens
 from ..recover.memory import COPIES
@@ -19,7 +20,7 @@ from .inputs import HELD_OUT_TOKENS
 from .machine import Work
 from .models import Site
 from .sizes import Sizes
-from .stage_costs import DENSE, OPENED, Needs, Plan
+from .stage_costs import DENSE, OPENED, Needs, Plan, compressed
 from .stage_settings import StageSpec
 from .stages.recover import ROOM
 from .stages.teacher import TEACHER_TOKENS
@@ -51,7 +52,12 @@ def recovered(plan: Plan, spec: StageSpec, sizes: Sizes, cached: bool, room: flo
     teacher = 0.0 if config.loss == "cross_entropy" else plan.outside_bytes
     device = weights + teacher + acting
     host = anatomy.outside * plan.element + max(packed / anatomy.blocks, anatomy.block_parameters * plan.element) * 2
-    return Needs(_training(plan, step, config, checkpointing, cached, moved, sum(rebuilt)), device, host)
+    work = _training(plan, step, config, checkpointing, cached, moved, sum(rebuilt))
+    if getattr(own, "quantizer", None) != "gptq":
+        return Needs(work, device, host)
+    rounding = compressed(plan, StageSpec("quantize", spec.address, "gptq", GptqConfig()), True, False, 0.0)
+    walking = rounding.device - plan.outside_bytes - plan.block_bytes
+    return Needs(work + rounding.work, max(device, weights + plan.outside_bytes + walking), host, rounding.hidden)
 
 
 def _acting(plan: Plan, activations: Activations, config: Any, teacher: bool) -> float:

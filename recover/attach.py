@@ -3,6 +3,7 @@
 Virtual tokens are in `prompts`, bottlenecks in `bottlenecks`, sparse deltas in `deltas`, increments on the grid in `increments`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,9 +95,11 @@ class Qat:
 
 @dataclass(frozen=True)
 class DequantizeTrainRequantize:
-    """Rounded to the nearest level of freshly fitted grids when stored; a caller with calibration data sets each reweight's `requantize`."""
+    """`quantizer`: gptq rounds once behind training, block by block on the calibration text, so that what is tried on the way is the trained
+    weight itself; rtn rounds to the nearest level of freshly fitted grids whenever the stored form is asked for."""
 
     norms: bool = True
+    quantizer: Literal["gptq", "rtn"] = "gptq"
 
 
 def lora(site: Site, config: Lora) -> Attached:
@@ -200,9 +203,13 @@ def bitfit(site: Site, config: BitFit) -> Attached:
 
 
 def full(site: Site, config: Full) -> Attached:
+    return _whole(site, config, {name: MaskedDense(linear.stored) for name, linear in site.linears.items()})
+
+
+def _whole(site: Site, config: Full, weights: Mapping[str, MaskedDense]) -> Attached:
     out: dict[str, Trainable] = {}
     for name, linear in site.linears.items():
-        linear.reweight = MaskedDense(linear.stored)
+        linear.reweight = weights[name]
         out |= _named(name, linear.reweight.trainables())
     out |= train_factors(site.linears)
     biases = train_biases(site, create=False, norms=False) if config.biases else Attached({})
@@ -211,7 +218,10 @@ def full(site: Site, config: Full) -> Attached:
 
 
 def dequantize_train_requantize(site: Site, config: DequantizeTrainRequantize) -> Attached:
-    return full(site, Full(norms=config.norms, biases=False))
+    weights = {name: MaskedDense(linear.stored, config.quantizer == "gptq") for name, linear in site.linears.items()}
+    attached = _whole(site, Full(norms=config.norms, biases=False), weights)
+    attached.unrounded = {name: weight for name, weight in weights.items() if weight.waits}
+    return attached
 
 
 def qat(site: Site, config: Qat) -> Attached:

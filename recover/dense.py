@@ -15,18 +15,21 @@ from ..compress.weights import Base, DenseWeight, NormalFloatWeight, StoredWeigh
 from .scales import with_absmax
 from .trainable import Trainable, through
 
+Requantize = Callable[[Tensor, StoredWeight], StoredWeight]
+"""(trained base [O, I], the record with the base from before and everything else as trained) → the record with a new base."""
+
 
 class MaskedDense(nn.Module):
-    """The weight itself, float32 [O, I], bounded by the mask. A quantized base is dequantized; `fold` rounds it anew (case B)."""
+    """The weight itself, float32 [O, I], bounded by the mask. A quantized base is dequantized and rounded anew behind training (case B):
+    to nearest whenever the stored form is asked for, or, where that `waits`, once, by whoever has what a better rounding needs."""
 
     needs_base = False
 
-    def __init__(self, stored: StoredWeight) -> None:
+    def __init__(self, stored: StoredWeight, waits: bool = False) -> None:
         super().__init__()
-        self.stored = stored
+        self.stored, self.waits, self.rounded = stored, waits and not isinstance(stored.base, DenseWeight), stored.base
         self.start = None if isinstance(stored.base, DenseWeight) else stored.base_dense()
         self.weight = nn.Parameter(stored.base_dense().clone())
-        self.requantize: Callable[[Tensor, StoredWeight], StoredWeight] = round_again
 
     def weights(self, base_OI: None, weight_OI: Tensor) -> Tensor:
         mask = self.stored.mask_OI()
@@ -40,12 +43,27 @@ class MaskedDense(nn.Module):
         weight = self.weights(None, self.weight.detach())
         if isinstance(stored.base, DenseWeight):
             return replace(stored, base=DenseWeight(weight.to(stored.base.weight.dtype)))
-        return stored if self._untouched(weight) else self.requantize(weight, stored)
+        if self._untouched(weight):
+            return replace(stored, base=self.rounded)
+        if self.waits:
+            raise ValueError("the trained weight waits to be rounded (quantizer: gptq needs calibration inputs; rtn does not)")
+        return round_again(weight, stored)
+
+    @torch.no_grad()
+    def round_by(self, requantize: Requantize, stored: StoredWeight) -> None:
+        """Round the trained weight once and for all: from now on it is what the new base holds. `stored` has everything else as trained."""
+        weight = self.weights(None, self.weight.detach())
+        if not self._untouched(weight):
+            record = requantize(weight, stored)
+            self.rounded, self.start = record.base, record.base_dense()
+            self.weight.data.copy_(self.start)
 
     def trainables(self) -> dict[str, Trainable]:
         base = self.stored.base
         if isinstance(base, DenseWeight):
             return {"weight": Trainable(self.weight, "dense", through(base.weight.dtype))}
+        if self.waits:
+            return {"weight": Trainable(self.weight, "dense")}
         return {"weight": Trainable(self.weight, "dense", lambda w: w if self._untouched(w) else round_again(w, self.stored).base_dense())}
 
     def _untouched(self, weight_OI: Tensor) -> bool:

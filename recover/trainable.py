@@ -3,7 +3,7 @@
 Knows parameters; not models, losses or files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -79,7 +79,8 @@ class Attached:
     anew; `buffers()` are tensors that a resumed run needs besides the parameters; `penalty()` is added to the loss. `run` is the Student
     to use (virtual tokens), `starts_without(True)` switches them off; `remove()` takes hooks off the model again; `stored_form(True)`
     makes it run as it will be stored where that is more than rounding each value. `prune(True)`, after training, drops what the config
-    asks for and says what is left, `prune(False)` puts it back.
+    asks for and says what is left, `prune(False)` puts it back. `unrounded`: the `MaskedDense` of the linears that are to be rounded behind
+    training (`round_by`), before anything is stored.
     """
 
     trainables: dict[str, Trainable]
@@ -94,6 +95,7 @@ class Attached:
     remove: Callable[[], None] | None = None
     stored_form: Callable[[bool], None] | None = None
     prune: Callable[[bool], dict[str, int]] | None = None
+    unrounded: Mapping[str, Any] = field(default_factory=dict)
 
     def count(self) -> int:
         return sum(t.parameter.numel() for t in self.trainables.values())

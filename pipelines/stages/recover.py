@@ -38,6 +38,7 @@ from ..models import inspect, load_config, skeleton
 from ..stage_settings import StageSpec
 from .context import Context, Outcome
 from .reconstruct import reconstruct_blocks
+from .requantize import requantize_trained
 from .teacher import streamed_teacher
 from .writing import SLACK, InPlace, Trained, as_stored_before, audited, trained, untouched, write_model
 
@@ -75,6 +76,8 @@ def recover(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: 
     result, speed = _train(spec, model, student, attached, batches, held_out, config, context)
     if not result.finished:
         raise KeyboardInterrupt
+    if attached.unrounded and result.improved:
+        requantize_trained(parent, streamed, attached.unrounded, spec.address, context)
     kept, said = _as_kept(model, student, attached, held_out, result, spec)
     found = trained(model, attached.plain) if kept is not None else Trained()
     write_model(parent, writer, streamed, found)

@@ -27,6 +27,7 @@ CONFIGS = {
 CONFIGS |= {
     "qlora": [{"rank": 4}],
     "lq_lora": [{"rank": 4}],
+    "dequantize_train_requantize": [{"quantizer": "rtn"}],
     "lota": [{"rank": 4}],
     "lr_qat": [{"rank": 4}],
     "pafi": [{"share": 0.02}, {"share": 0.1, "by": "channel", "quota": "matrix"}],
