@@ -33,7 +33,9 @@ EVALUATIONS = 5
 
 @dataclass(frozen=True)
 class LearnedRoundingConfig:
-    """`start` "stored" goes on from the codes of a quantize stage before it. `steps` updates of `batch_size` samples each, the first
+    """AutoRound (arXiv:2309.05516) with one range multiplier a group, where it has two: α for the largest and β for the smallest weight.
+
+    `start` "stored" goes on from the codes of a quantize stage before it. `steps` updates of `batch_size` samples each, the first
     `seq_len` tokens of them; rates fall linearly to 0. `window`: what trains together and where the error is measured: the matrices of
     attention and of the MLP one after the other, those of the block, or those of the block seen from behind the next block. `outliers` is
     the share of largest squared errors that the loss does not see (SignRoundV2). `target`: what the dense block makes of the dense

@@ -26,7 +26,8 @@ class Method:
     """`needs` names the statistics (compress/statistics.NEEDS) for a config; `inputs` whose inputs they are taken from:
     the already compressed model below, or the dense one; `version` rises when a fix changes results; `defaults` are the row's
     own values of the config's fields: a row is `config(**(defaults | what the user set))`; `together(weights, targets, statistics,
-    config)`, all by name, solves matrices that read one input at once, where the config says `shared`."""
+    config)`, all by name, solves matrices that read one input at once, where the config says `shared`; `departs`: where it is not what
+    its paper has."""
 
     config: type
     function: Callable[..., Any]
@@ -36,6 +37,7 @@ class Method:
     version: int = 1
     defaults: Mapping[str, Any] = field(default_factory=dict)
     together: Callable[..., Any] | None = None
+    departs: str = ""
 
 
 _REFIT: Mapping[str, Any] = {"requantize": True, "quantizer": "gptq", "clip": "hessian"}
@@ -84,7 +86,14 @@ QUANTIZE: Mapping[str, Method] = {
     "gptq_nf": Method(GptqNormalFloatConfig, gptq_nf, needs=_feedback_needs),
     "nf4": Method(Nf4Config, nf4),
     "normal_float": Method(NormalFloatConfig, normal_float),
-    "learned_rounding": Method(LearnedRoundingConfig, learned_rounding, needs=block_needs, scope="block", version=2),
+    "learned_rounding": Method(
+        LearnedRoundingConfig,
+        learned_rounding,
+        needs=block_needs,
+        scope="block",
+        version=2,
+        departs="AutoRound with one range multiplier a group, where it has one for each end; starts from GPTQ",
+    ),
     "block_training": Method(BlockTrainingConfig, block_training, needs=block_needs, scope="block", version=2),
 }
 

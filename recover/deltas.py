@@ -1,4 +1,4 @@
-"""Methods that move few weights: PaFi, FishMask (with FishDip's re-estimation) and diff pruning.
+"""Methods that move few weights: PaFi, FishMask (FishDip's re-estimation as a swap of those that moved least) and diff pruning.
 
 What they learn is a sparse delta: added to dense weights, stored beside quantized ones. Legend: O out, I in, N moved weights.
 """
@@ -28,8 +28,9 @@ class Pafi:
 
 @dataclass(frozen=True)
 class FishMask:
-    """`reestimate_every` steps (0: never), the positions are chosen anew and the `swap` share that moved least gives way (FishDip's idea at
-    a constant number of weights, per matrix)."""
+    """FishMask, and FishDip as a swap: every `reestimate_every` steps (0: never) the `swap` share of each matrix' positions that moved least
+    gives way to the most informative others. FishDip itself chooses all positions anew, by the Fisher information of the samples with the
+    highest loss."""
 
     share: float = 0.005
     samples: int = 128

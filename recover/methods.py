@@ -56,6 +56,7 @@ class Ways:
 class Method:
     """`own` is the method's own config and `config` that with TrainConfig's fields in one flat dataclass. main: the kind of parameter
     that `learning_rate` means (trainable.RATES has the defaults). mask_safe: masked weights stay exactly 0. grid_safe: codes stay.
+    departs: where it is not what its paper has.
     serves(kinds, own config) → why it cannot, or None; kinds are those of `site.kinds`. by_block: trained block by block
     (`reconstruct`), with a config that is all its own."""
 
@@ -68,6 +69,7 @@ class Method:
     grid_safe: bool = True
     serves: Refusal = _anything
     needs: frozenset[str] = frozenset()
+    departs: str = ""
     version: int = 1
     by_block: bool = False
 
@@ -231,21 +233,29 @@ RECOVER: dict[str, Method] = {
         _GRID,
         grid_safe=False,
         serves=_needs_uniform,
+        departs="LoTA-QAF without its offset matrices",
         version=2,
     ),
     "lr_qat": Method(
         increments.LrQat,
         increments.lr_qat,
         "codes",
-        "low rank inside the rounding",
+        "low rank inside the rounding, group scales",
         _GRID,
         grid_safe=False,
         serves=_needs_uniform,
-        version=2,
+        version=3,
     ),
     "pafi": Method(deltas.Pafi, deltas.pafi, "sparse", "the smallest kept weights", _DELTA, version=3),
     "fish_mask": Method(
-        deltas.FishMask, deltas.fish_mask, "sparse", "the most informative kept weights", _DELTA, needs=frozenset({"fisher"}), version=2
+        deltas.FishMask,
+        deltas.fish_mask,
+        "sparse",
+        "the most informative kept weights",
+        _DELTA,
+        needs=frozenset({"fisher"}),
+        departs="FishDip's re-estimation is a swap: the weights that moved least give way, their number stays",
+        version=2,
     ),
     "diff_pruning": Method(
         deltas.DiffPruning, deltas.diff_pruning, "sparse", "a sparse delta with learned gates", _DELTA, serves=_diff_pruning, version=3

@@ -23,7 +23,16 @@ def methods_table() -> str:
         ways = row.ways
         safe = ("yes" if row.mask_safe else "no", "codes held" if row.grid_safe else "codes move")
         rows.append(
-            (f"`{name}`", row.trains, ways.stored_as, ways.fused_as, ways.exports_as, ways.merges_into, *safe, f"{RATES[row.main]:g}")
+            (
+                f"`{name}`",
+                f"{row.trains} ({row.departs})" if row.departs else row.trains,
+                ways.stored_as,
+                ways.fused_as,
+                ways.exports_as,
+                ways.merges_into,
+                *safe,
+                f"{RATES[row.main]:g}",
+            )
         )
     return _markdown(COLUMNS, rows)
 

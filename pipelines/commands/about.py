@@ -28,10 +28,12 @@ def list_(json: o.Json = False, verbose: o.Verbose = False, quiet: o.Quiet = Fal
     recipes = {name: read_mapping(_recipe_file(name)).get("about", "") for name in known_recipes()}
     stages = {stage: {name: _defaults(row) for name, row in methods(stage).items()} for stage in STAGES}
     of_stages = {stage: _of_stage(stage) for stage in STAGES if _of_stage(stage)}
-    shown: dict[str, Any] = {stage: _lines(settings) for stage, settings in stages.items()}
+    departs = {s: {name: row.departs for name, row in methods(s).items() if getattr(row, "departs", "")} for s in STAGES}
+    shown: dict[str, Any] = {stage: _lines(settings, departs[stage]) for stage, settings in stages.items()}
     for stage, settings in of_stages.items():
         shown[stage] = {"(any method)": " ".join(f"{key}={value}" for key, value in settings.items())} | shown[stage]
-    o.write({"recipes": recipes, **({**stages, "stage_settings": of_stages} if json else shown), "export_formats": FORMATS}, json)
+    machine = {**stages, "stage_settings": of_stages, "departures_from_papers": {s: found for s, found in departs.items() if found}}
+    o.write({"recipes": recipes, **(machine if json else shown), "export_formats": FORMATS}, json)
 
 
 def show(
@@ -126,8 +128,8 @@ def _of_stage(stage: str) -> dict[str, Any]:
     return {key: list(defaults[key]) if isinstance(defaults[key], tuple) else defaults[key] for key in STAGES[stage][3]}
 
 
-def _lines(settings: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """One line a method; what all methods of the stage agree on stands once."""
+def _lines(settings: dict[str, dict[str, Any]], departs: dict[str, str]) -> dict[str, str]:
+    """One line a method, with where it departs from its paper; what all methods of the stage agree on stands once."""
     every = [set(map(repr, defaults.items())) for defaults in settings.values()]
     common = set.intersection(*every) if len(every) > 1 else set()
     lines = {}
@@ -135,4 +137,5 @@ def _lines(settings: dict[str, dict[str, Any]]) -> dict[str, str]:
         lines["(all)"] = " ".join(f"{key}={value}" for key, value in next(iter(settings.values())).items() if repr((key, value)) in common)
     for name, defaults in settings.items():
         lines[name] = " ".join(f"{key}={value}" for key, value in defaults.items() if repr((key, value)) not in common)
+        lines[name] += f" ({departs[name]})" if name in departs else ""
     return lines

@@ -335,7 +335,11 @@ def test_eval_takes_the_protocol_of_the_run_that_holds_the_artifact(
     ):
         assert cli.main(["eval", model, *options, "--json", "--device", "cpu"]) == 0
         source, seq_len, windows = expected
-        assert calls[-1] == ("evaluate", (model,), {"eval_source": source, "seq_len": seq_len, "windows": windows, "device": "cpu", "dtype": None})
+        assert calls[-1] == (
+            "evaluate",
+            (model,),
+            {"eval_source": source, "seq_len": seq_len, "windows": windows, "device": "cpu", "dtype": None},
+        )
         assert json.loads(capsys.readouterr().out) == {"perplexity": 31.25, "protocol": {"windows": 16}, "broken": None}
     assert cli.main(["eval", "demo"]) == 0
     assert "perplexity: 31.25" in capsys.readouterr().out
@@ -388,6 +392,12 @@ def test_list_names_recipes_methods_and_formats(capsys: pytest.CaptureFixture[st
     assert cli.main(["list"]) == 0
     shown = capsys.readouterr().out
     assert "compress_and_recover" in shown and "include_embeddings=False" in shown
+    departures = printed["departures_from_papers"]
+    assert (
+        departures["recover"]["lota"] == "LoTA-QAF without its offset matrices"
+        and "range multiplier" in departures["quantize"]["learned_rounding"]
+    )
+    assert "LoTA-QAF without its offset matrices" in " ".join(shown.split())
 
 
 def test_show_writes_a_recipe_that_can_be_saved_and_run(

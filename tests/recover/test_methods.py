@@ -29,7 +29,7 @@ CONFIGS |= {
     "lq_lora": [{"rank": 4}],
     "dequantize_train_requantize": [{"quantizer": "rtn"}],
     "lota": [{"rank": 4}],
-    "lr_qat": [{"rank": 4}],
+    "lr_qat": [{"rank": 4}, {"rank": 4, "scales": False}],
     "pafi": [{"share": 0.02}, {"share": 0.1, "by": "channel", "quota": "matrix"}],
     "fish_mask": [{"share": 0.02, "samples": 2}, {"share": 0.02, "samples": 2, "criterion": "saliency", "reestimate_every": 1}],
     "diff_pruning": [{"share": 0.02}, {"share": 0.02, "structured": True, "gated": 0.3}],

@@ -135,6 +135,24 @@ def test_straight_through_gradients(kind, build):
     assert all(bool(f.any()) for f in found)
 
 
+@pytest.mark.parametrize("kind", ["3-bit", "2:4+4-bit", "act-order"])
+def test_lr_qat_trains_the_scales_of_the_codes_it_makes(kind):
+    """δ's gradient is that of the matrix as it is with the increments in it, and what is folded is what was trained."""
+    stored = compress(W, kind)
+    reweight = GridIncrement(stored, 4, None, torch.Generator().manual_seed(0), scales=True)
+    torch.nn.init.uniform_(reweight.up, -1, 1)
+    assert reweight.scales is not None
+    torch.nn.init.uniform_(reweight.scales.delta, -0.2, 0.2)
+    up, down, delta = reweight.parameters()
+    g = torch.randn(24, 32)
+    weight = reweight.weights(None, up.detach(), down.detach(), delta)
+    (expected,) = torch.autograd.grad(weight, delta, g)
+    assert_close(reweight.pull_back(None, g.clone())[2], expected, atol=1e-4, rtol=1e-4)
+    folded = reweight.fold(stored)
+    assert_close(folded.base_dense(), weight.detach(), atol=2e-3, rtol=1e-3)  # scales in 16 bits
+    assert torch.equal(folded.base.codes_OI().float(), reweight.codes(up.detach(), down.detach()))
+
+
 def test_storage_rounding():
     value = torch.tensor([1.0001])
     assert through(torch.float32)(value) is value
