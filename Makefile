@@ -71,4 +71,4 @@ FORCE:
 # Reference results into reports/published, all tables or TABLE=compress|decompose|recover|perp|grid|dtype. Hours; can be stopped and continued.
 TABLE ?= compress decompose recover perp grid dtype
 publish: venv
-	for table in $(TABLE); do $(BIN)/python -P -m bitmend.pipelines.publishing $$table || exit; done
+	for table in $(TABLE); do $(BIN)/python -P -m bitmend.pipelines.publish.publishing $$table || exit; done

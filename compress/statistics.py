@@ -1,6 +1,6 @@
 """What a method may know about a matrix's inputs, gathered in a stream and shared by all matrices that read the same input.
 
-Knows tensors only: who calls `update`, and on which text, is `pipelines/blocks`' business.
+Knows tensors only: who calls `update`, and on which text, is `pipelines/models/collecting`' business.
 Legend: T tokens, I input features, O output features.
 """
 

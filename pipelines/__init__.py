@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .loading import load as load
+    from .run.opening import load as load
 
 
 def __getattr__(name: str) -> Any:
     """`load` is imported when asked for: the command line must not wait for torch."""
     if name == "load":
-        from .loading import load
+        from .run.opening import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ from typing import Any
 import typer
 
 from . import logs
-from .commands import about, results, runs
+from .commands import about, finished, runs
 from .errors import PipelineError, is_shortage
 
 # typer brings its own copy of click or uses the installed one; its public exception leads to the family's roots
@@ -37,10 +37,10 @@ for _name, _command in (
     ("run", runs.run),
     ("resume", runs.resume),
     ("status", runs.status),
-    ("compare", results.compare),
-    ("eval", results.eval_),
-    ("export", results.export),
-    ("generate", results.generate),
+    ("compare", finished.compare),
+    ("eval", finished.eval_),
+    ("export", finished.export),
+    ("generate", finished.generate),
     ("sweep", runs.sweep),
     ("bench", about.bench),
     ("doctor", about.doctor),
@@ -49,7 +49,7 @@ for _name, _command in (
     ("show", about.show),
 ):
     app.command(_name)(_command)
-app.add_typer(results.report, name="report")
+app.add_typer(finished.report, name="report")
 
 
 @app.callback(invoke_without_command=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compress.weights import DenseWeight, LowRank, NormalFloatWeight, StoredWeight, UniformWeight
-from .linear import CompressedLinear
+from .compressed_linear import CompressedLinear
 from .scales import with_absmax
 from .trainable import Trainable, through
 

@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 
 from .adapters import LoraVariant, Magnitude, MaskedLowRank, PooledPair, Spectrum, prune_ranks, start_factors, takes_dense
-from .dense import LatentGrid, MaskedDense
-from .linear import as_records
+from .compressed_linear import as_records
 from .scales import RelativeScales
 from .site import Site, joined, train_biases, train_embeddings, train_factors, train_norms
 from .trainable import Attached, Trainable
+from .whole_matrices import LatentGrid, MaskedDense
 
 
 @dataclass(frozen=True)

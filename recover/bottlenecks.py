@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from .beside import PARTS, Beside, Bottleneck, Place, hang, start_tensors
+from .compressed_linear import compressed_linears
 from .experts import is_expert
-from .linear import compressed_linears
 from .selection import block_index, roles
 from .site import Site
 from .trainable import Attached, Trainable

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .linear import CompressedLinear
+from .compressed_linear import CompressedLinear
 from .site import Gradients, Site
 from .student import Batch
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..compress.weights import SparseDelta, StoredWeight
 from .adapters import takes_dense
+from .compressed_linear import CompressedLinear, SparseValues, merge_delta
 from .criteria import By, Criterion, Quota, Selection, choose, fisher_diagonal, select
-from .linear import CompressedLinear, SparseValues, merge_delta
 from .site import Site
 from .trainable import Attached, Trainable, through
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..compress.packing import pack_codes
 from ..compress.weights import StoredWeight, UniformWeight
-from .dense import spread
 from .scales import RelativeScales
 from .site import Site, joined, train_norms
 from .trainable import Attached, Trainable
+from .whole_matrices import spread
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from ..compress.weights import DenseWeight, to_tensors
-from .linear import CompressedLinear, compressed_linears
+from .compressed_linear import CompressedLinear, compressed_linears
 from .trainable import Attached
 
 COPIES = 6

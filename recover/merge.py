@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compress.weights import DenseWeight, NormalFloatWeight, StoredWeight, UniformWeight
-from .linear import CompressedLinear, compressed_linears
+from .compressed_linear import CompressedLinear, compressed_linears
 from .student import Batch, Student
 from .train import held_out_loss
 

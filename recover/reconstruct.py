@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from . import attach as methods
-from .linear import CompressedLinear, compressed_linears
+from .adamw import AdamW
+from .compressed_linear import CompressedLinear, compressed_linears
 from .run import learning_rate, rates
 from .selection import norms, roles, where
 from .site import Site, joined, kinds, train_norms
-from .state import AdamW
 from .train import ROLLBACK_FACTOR, as_stored, unusable
 from .trainable import Attached
 

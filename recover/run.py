@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..compress.precision import Matmul
+from .adamw import AdamW, TrainState
 from .losses import LossName
-from .state import AdamW, TrainState
 from .student import Student
 from .trainable import RATES, Attached, Trainable
 

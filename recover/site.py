@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..compress.weights import DenseWeight, NormalFloatWeight, StoredWeight, UniformWeight
 from . import selection
+from .compressed_linear import CompressedLinear, compressed_linears
 from .experts import is_expert
-from .linear import CompressedLinear, compressed_linears
 from .student import Batch
 from .trainable import Attached, Trainable, master
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..compress.precision import matmuls
+from .adamw import AdamW, TrainState
 from .losses import Objective, negative_log_likelihood, token_loss
 from .run import Run, TrainConfig, learning_rate, rates
 from .selection import decoder_blocks
-from .state import AdamW, TrainState
 from .student import Batch, Student, Teacher, student_of
 from .trainable import Attached, Trainable
 

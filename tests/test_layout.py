@@ -19,6 +19,12 @@ ALLOWED = {
     "pipelines": {"compress", "recover", "kernels", "reports"},
 }
 COMPRESS_MAY_IMPORT = {"torch", "scipy", "numpy"}
+LOOSE = {"__init__", "cli", "doctor", "errors", "logs"}  # the files of pipelines/ that lie in no room
+ROOMS = (
+    "recipes", "demo", "text", "store", "devices", "formats", "models", "evaluation", "stages", "allocation", "planning", "run", "export",
+    "bench", "publish", "gpu", "commands",
+)  # fmt: skip
+"""The rooms of pipelines/, each of which may import itself and those before it."""
 
 
 def modules(folder: str) -> list[Path]:
@@ -47,6 +53,56 @@ def test_imports_point_downward(folder: str) -> None:
             if level == depth + 1:
                 sibling = name.split(".")[0]
                 assert sibling == folder or sibling in ALLOWED[folder], f"{path}: {folder} must not import {sibling}"
+
+
+def test_pipelines_is_a_house_of_rooms() -> None:
+    loose = {path.stem for path in (ROOT / "pipelines").glob("*.py")}
+    assert loose == LOOSE, f"{loose ^ LOOSE}: a new file of pipelines/ belongs into a room"
+    rooms = {path.parent.name for path in (ROOT / "pipelines").glob("*/__init__.py")}
+    assert rooms == set(ROOMS)
+
+
+def test_rooms_import_those_below_them() -> None:
+    """`errors`, `logs` and `doctor` are below all rooms, `cli` above; what is imported inside a function counts."""
+    rank = {name: number for number, name in enumerate(ROOMS, 1)} | {"errors": 0, "logs": 0, "doctor": 0, "cli": len(ROOMS) + 1}
+    upward = [
+        f"{module} → {target}"
+        for module, targets in internal_imports().items()
+        for target in targets
+        if module.count(".") and module.startswith("pipelines.") and target.startswith("pipelines.")
+        if rank[module.split(".")[1]] < rank[target.split(".")[1]]
+    ]
+    assert not upward, upward
+
+
+def test_no_circle_of_modules() -> None:
+    graph = internal_imports()
+    while leaves := [module for module, targets in graph.items() if not (targets & graph.keys()) - {module}]:
+        for module in leaves:
+            del graph[module]
+    assert not graph, f"these modules import one another in a circle, or lead into one: {sorted(graph)}"
+
+
+def test_no_two_files_of_one_name() -> None:
+    names = [path.stem for folder in ALLOWED for path in modules(folder) if not path.stem.startswith("__")]
+    twice = {name for name in names if names.count(name) > 1}
+    assert not twice, f"{sorted(twice)}: a name says one thing in the whole project"
+
+
+def internal_imports() -> dict[str, set[str]]:
+    """Module → our modules that it imports, in functions too: dotted from the root ("pipelines.run.runner")."""
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for folder in ALLOWED for path in modules(folder)}
+    names = {name.removesuffix(".__init__"): path for name, path in names.items()}
+    found: dict[str, set[str]] = {}
+    for name, path in names.items():
+        package = name.split(".") if path.stem == "__init__" else name.split(".")[:-1]
+        targets: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
+                targets |= {full if (full := f"{base}.{alias.name}") in names else base for alias in node.names}
+        found[name] = targets
+    return found
 
 
 def test_compress_imports_torch_and_scipy_only() -> None:
@@ -96,7 +152,7 @@ def test_a_wheel_brings_every_package_and_its_data(tmp_path: Path) -> None:
     )
     outside = next(p for p in sys.path if p.endswith("site-packages"))
     code = (
-        "import bitmend.compress.methods, bitmend.kernels, bitmend.recover, bitmend.reports, bitmend.pipelines.recipe as r, bitmend.pipelines.cli;"
+        "import bitmend.compress.methods, bitmend.kernels, bitmend.recover, bitmend.reports, bitmend.pipelines.recipes.recipe as r, bitmend.pipelines.cli;"
         "assert 'compress_and_recover' in r.known_recipes(), r.known_recipes(); print(bitmend.pipelines.cli.__file__)"
     )
     (site / "outside.pth").write_text(outside)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..errors import UsageError
-from . import options as o
+from . import common as o
 from .runs import RecipeName, start
 
 FORMATS = {
@@ -22,8 +22,8 @@ FORMATS = {
 def list_(json: o.Json = False, verbose: o.Verbose = False, quiet: o.Quiet = False) -> None:
     """Recipes, the methods of each stage with their settings and defaults, export formats."""
     start(verbose, quiet)
-    from ..recipe import STAGES, known_recipes, methods
-    from ..settings import read_mapping
+    from ..recipes.recipe import STAGES, known_recipes, methods
+    from ..recipes.settings import read_mapping
 
     recipes = {name: read_mapping(_recipe_file(name)).get("about", "") for name in known_recipes()}
     stages = {stage: {name: _defaults(row) for name, row in methods(stage).items()} for stage in STAGES}
@@ -48,7 +48,7 @@ def show(
 ) -> None:
     """A recipe with every default written out, ready to save and change."""
     start(verbose, quiet)
-    from ..recipe import resolve
+    from ..recipes.recipe import resolve
 
     resolved = resolve(recipe, file=config, sets=sets or [], options={"model": model, "profile": profile})
     if json:
@@ -93,7 +93,7 @@ def bench(
     start(verbose, quiet)
     if output is not None and output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file; -o takes a directory")
-    from .. import benchmarks
+    from ..bench import benchmarks
 
     deep = _numbers(depths) if depths is not None else ()
     widths = tuple(sizes or benchmarks.SIZES)
@@ -109,7 +109,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _recipe_file(name: str) -> Path:
-    from ..recipe import RECIPES
+    from ..recipes.recipe import RECIPES
 
     return RECIPES / f"{name}.yaml"
 
@@ -122,7 +122,7 @@ def _defaults(row: Any) -> dict[str, Any]:
 
 def _of_stage(stage: str) -> dict[str, Any]:
     """Setting → default of what every method of a stage takes besides its own settings."""
-    from ..recipe import STAGES, StageSpec
+    from ..recipes.recipe import STAGES, StageSpec
 
     defaults = {item.name: item.default if item.default is not MISSING else {} for item in fields(StageSpec)}
     return {key: list(defaults[key]) if isinstance(defaults[key], tuple) else defaults[key] for key in STAGES[stage][3]}

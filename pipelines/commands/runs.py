@@ -10,10 +10,10 @@ import typer
 
 from .. import logs
 from ..errors import InputError, OutOfMemoryError, QualityError, UsageError
-from . import options as o
+from . import common as o
 
 if TYPE_CHECKING:
-    from ..recipe import Recipe
+    from ..recipes.recipe import Recipe
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="a name from `pipeline list`, or a .yaml file")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="predict bytes, memory, disk and time, name refusals, do nothing")]
@@ -56,7 +56,7 @@ def run(
     start(verbose, quiet)
     given = {"model": model, "data": data, "calibration": calibration, "train": train, "eval": eval_, "seed": seed, "dtype": dtype}
     given |= {"profile": profile, "revision": revision, "budget": budget, "teacher": teacher}
-    from ..recipe import resolve, run_directory
+    from ..recipes.recipe import resolve, run_directory
 
     resolved = resolve(recipe, file=config, sets=sets or [], options=given)
     _check_addresses(resolved, from_stage, until_stage, force)
@@ -64,7 +64,7 @@ def run(
     if dry_run:
         predict(resolved, directory, device, json)
         return
-    from .. import runner
+    from ..run import runner
 
     options = {"from_stage": from_stage, "until_stage": until_stage, "force": force, "device": device}
     with reported(directory, json):
@@ -85,7 +85,7 @@ def resume(
     """Go on with a run that was interrupted, with the settings it was started with."""
     start(verbose, quiet)
     existing(run_directory)
-    from .. import runner
+    from ..run import runner
 
     options = {"from_stage": from_stage, "until_stage": until_stage, "force": force, "device": device}
     with reported(run_directory, json):
@@ -96,7 +96,7 @@ def status(run_directory: o.RunDirectory, json: o.Json = False, verbose: o.Verbo
     """Which stages are finished, which is under way, and what is still to do."""
     start(verbose, quiet)
     existing(run_directory)
-    from .. import runner
+    from ..run import runner
 
     o.write(runner.status(run_directory), json)
 
@@ -105,7 +105,7 @@ def gc(run_directory: o.RunDirectory, json: o.Json = False, verbose: o.Verbose =
     """Delete what nothing needs: stages of other settings and leftovers of interrupted ones."""
     start(verbose, quiet)
     existing(run_directory)
-    from .. import runner
+    from ..run import runner
 
     o.write(runner.gc(run_directory), json)
 
@@ -136,7 +136,7 @@ def sweep(
     """Run a recipe for every combination of settings and compare them; stages that agree run once."""
     start(verbose, quiet)
     given = {"model": model, "data": data, "calibration": calibration, "train": train, "eval": eval_, "seed": seed, "dtype": dtype}
-    from .. import sweep as sweeping
+    from ..run import sweep as sweeping
 
     limit = sweeping.trainable_limit(budget)
     given |= {"profile": profile, "revision": revision, "budget": budget if limit is None else None, "teacher": teacher}
@@ -149,7 +149,7 @@ def sweep(
     if json:
         o.write_json(outcome.to_json())
     else:
-        o.console().print(outcome.table())
+        o.console().print(o.table(outcome.rows(), sweeping.TITLES))
         if (page := directory / "sweep" / "compare.html").is_file():
             typer.echo(f"report: {page}")
     outcome.raise_failure()
@@ -169,7 +169,7 @@ def existing(directory: Path) -> None:
 
 def predict(recipe: "Recipe", directory: Path, device: str, as_json: bool) -> None:
     """Print the plan; UsageError names the first refusal."""
-    from .. import plan
+    from ..planning import plan
 
     predicted: dict[str, Any] = plan.predict(recipe, directory, device)
     o.write(predicted, as_json)
@@ -193,7 +193,7 @@ def reported(directory: Path, as_json: bool) -> Iterator[None]:
 
 
 def _show(directory: Path, as_json: bool) -> None:
-    from .. import runner
+    from ..run import runner
 
     o.show_record(runner.record(directory), as_json)
     page = directory / "report.html"

@@ -24,9 +24,9 @@ from .biases import with_room_for_biases
 from .checkpoint import Checkpoint, Lazy, config_dtype, masked_note, refuse_beyond_codes, untie_compressed
 from .folder import write_folder
 from .fusing import to_memory
-from .leftovers import dense_linears
 from .naming import expert_parameter, to_file
 from .shards import SHARD_BYTES, Stored, fresh_directory, open_directory, read_json, write_shards
+from .untouched import dense_linears
 
 LABEL = "bitsandbytes"
 STATE = "weight.quant_state.bitsandbytes__nf4"

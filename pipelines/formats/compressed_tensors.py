@@ -22,9 +22,9 @@ from .biases import with_room_for_biases
 from .checkpoint import Checkpoint, Lazy, masked_note, refuse_beyond_codes, uniform_codes, untie_compressed
 from .folder import write_folder
 from .fusing import to_memory
-from .leftovers import dense_linears, routers
 from .naming import expert_parameter, to_file
 from .shards import SHARD_BYTES, Stored, fresh_directory, open_directory, read_json, write_shards
+from .untouched import dense_linears, routers
 
 LABEL = "compressed-tensors"
 FORMAT = "pack-quantized"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, UsageError
-from . import bitsandbytes, compressed_tensors, dense, gptq, peft
+from . import bitsandbytes, compressed_tensors, gptq_files, peft, plain
 from .checkpoint import Checkpoint
 from .shards import read_json
 
@@ -24,9 +24,9 @@ class Format:
 
 
 FORMATS: Mapping[str, Format] = {
-    "dense": Format(dense.write, dense.read),
-    "gptq": Format(partial(gptq.write, version=1), gptq.read),
-    "gptq-v2": Format(partial(gptq.write, version=2), gptq.read),
+    "dense": Format(plain.write, plain.read),
+    "gptq": Format(partial(gptq_files.write, version=1), gptq_files.read),
+    "gptq-v2": Format(partial(gptq_files.write, version=2), gptq_files.read),
     "compressed-tensors": Format(compressed_tensors.write, compressed_tensors.read),
     "bnb": Format(bitsandbytes.write, bitsandbytes.read),
 }

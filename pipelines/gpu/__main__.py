@@ -13,17 +13,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import benches, recipes, suite
+from . import benches, demo_runs, suite
+from .card import missing
+from .card_results import Part, Results
 from .child import ROOT, Call, Plan
-from .machine import missing
-from .results import Part, Results
 
 PARTS: dict[str, tuple[Callable[[Part, Call], None], Sequence[tuple[str, str]]]] = {
     "tests": (suite.tests, suite.COLUMNS),
-    "demo": (recipes.demo, recipes.DEMO_COLUMNS),
+    "demo": (demo_runs.demo, demo_runs.DEMO_COLUMNS),
     "shape": (benches.shape, benches.SHAPE_COLUMNS),
     "kernels": (benches.kernels, benches.KERNEL_COLUMNS),
-    "train": (recipes.train, recipes.TRAIN_COLUMNS),
+    "train": (demo_runs.train, demo_runs.TRAIN_COLUMNS),
 }
 PUBLISHED = ROOT / "reports" / "published"
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None, plan: Plan | None = None) -> in
     if machine.get("card") is None:
         sys.stdout.write(f"make gpu: {machine.get('error') or 'this torch sees no CUDA device'}; nothing was measured\n")
         return 2
-    from ..bench_kernels import short_name
+    from ..bench.kernel_tables import short_name
 
     short = short_name({"device": "cuda", "device_name": machine["card"]}) if not asked.launcher else machine["card"]
     results = Results(asked.output or PUBLISHED, short, machine, {name: columns for name, (_, columns) in PARTS.items()})
@@ -80,7 +80,7 @@ def _complete(part: str) -> bool:
 
 
 def _machine(call: Call) -> dict[str, Any]:
-    call.run("bitmend.pipelines.gpu.machine", [], "machine")
+    call.run("bitmend.pipelines.gpu.card", [], "machine")
     line = call.last_line("machine")
     return json.loads(line) if line.startswith("{") else {"error": line}
 

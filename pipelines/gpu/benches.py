@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .card_results import Part
 from .child import Call
-from .results import Part
 
 SHAPE_COLUMNS = (
     ("stage", "stage"), ("method", "method"), ("blocks", "blocks"), ("seconds_per_block", "seconds a block"), ("seconds_per_step", "seconds a step"),
@@ -26,17 +26,17 @@ def shape(part: Part, call: Call) -> None:
     """A row a process; one that had to be stopped goes on in the next call, in its run directory."""
     from dataclasses import replace
 
-    from .. import bench_shape
-    from ..synthetic import SHAPES
+    from ..bench import shape
+    from ..bench.synthetic import SHAPES
 
     name, blocks = call.plan.shape
-    text = bench_shape.SMALL if name == "1b" else bench_shape.STANDARD
-    bench = bench_shape.Bench(name, replace(SHAPES[name], blocks=blocks), text, "cuda", call.place)
-    wanted = {f"{name} {stage} {method}": (stage, method) for stage, method in call.plan.shape_rows or bench_shape.ROWS}
+    text = shape.SMALL if name == "1b" else shape.STANDARD
+    bench = shape.Bench(name, replace(SHAPES[name], blocks=blocks), text, "cuda", call.place)
+    wanted = {f"{name} {stage} {method}": (stage, method) for stage, method in call.plan.shape_rows or shape.ROWS}
 
     def launch(arguments: Sequence[str], answer: Path) -> dict[str, Any]:
         answer.unlink(missing_ok=True)
-        code = call.run(bench_shape.MODULE, arguments, answer.stem)
+        code = call.run(shape.MODULE, arguments, answer.stem)
         if answer.is_file():
             return json.loads(answer.read_text(encoding="utf-8"))
         return {"stopped": True} if code is None else {"error": f"exit code {code}: {call.last_line(answer.stem)}"}

@@ -7,8 +7,8 @@ import json
 import sys
 import time
 
+from .card_results import Part
 from .child import Call
-from .results import Part
 
 COLUMNS = (("test", "failed"), ("line", "first line"), ("seconds", "seconds"))
 PLUGIN = f"{__package__}.progress"

@@ -2,10 +2,10 @@
 
 import torch
 
-from ..artifact import Artifact, ArtifactWriter
-from ..binding import KernelBinder
-from ..blocks import Binder
-from ..stage_settings import StageSpec
+from ..models.binding import KernelBinder
+from ..models.blocks import Binder
+from ..recipes.stage_settings import StageSpec
+from ..store.artifact import Artifact, ArtifactWriter
 from .compress import compress
 from .context import Context, Outcome
 from .fuse import fuse

@@ -12,10 +12,11 @@ import safetensors
 import torch
 from transformers import AutoModelForCausalLM
 
-from ..artifact import SCHEMA, Artifact, ArtifactWriter, shards_of
 from ..errors import InputError
 from ..formats import detect, read
-from ..models import inspect, load_config, skeleton, source_files, tied_names, weights_home
+from ..models.source import load_config, source_files, weights_home
+from ..models.structure import inspect, skeleton, tied_names
+from ..store.artifact import SCHEMA, Artifact, ArtifactWriter, shards_of
 
 DOCUMENTS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",

@@ -16,22 +16,22 @@ from torch import Tensor
 from ...compress.methods import Method
 from ...compress.statistics import InputStatistics
 from ...compress.weights import StoredWeight
-from ..artifact import Artifact, ArtifactWriter, shards_of
-from ..blocks import StreamedModel
-from ..collecting import collect, collecting, dense_inputs_of, input_groups
 from ..errors import InputError, UsageError
-from ..hidden import Room
+from ..evaluation.perplexity import embedded
 from ..logs import bar
-from ..models import Site
-from ..perplexity import embedded
-from ..reading import BlockReader, BlockTensors
-from ..stage_settings import StageSpec, methods
+from ..models.blocks import StreamedModel
+from ..models.collecting import collect, collecting, dense_inputs_of, input_groups
+from ..models.hidden import Room
+from ..models.reading import BlockReader, BlockTensors
+from ..models.structure import Site
+from ..recipes.stage_settings import StageSpec, methods
+from ..store.artifact import Artifact, ArtifactWriter, shards_of
 from .context import Context, Outcome, check_stop
 from .fisher import fisher_diagonal
 from .matrices import Stage
-from .rest import said_of_rest, write_rest
-from .shares import shared_sparsity
-from .together import solve_all
+from .outside_blocks import said_of_rest, write_rest
+from .shared_inputs import solve_all
+from .sparsity_shares import shared_sparsity
 from .whole_blocks import solve_block
 from .writing import by_reason
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..artifact import Artifact
-from ..inputs import Inputs
+from ..store.artifact import Artifact
+from .inputs import Inputs
 
 
 @dataclass(frozen=True)

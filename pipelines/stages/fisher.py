@@ -16,13 +16,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ...compress.statistics import Fisher
-from ..artifact import write_bytes
-from ..blocks import StreamedModel
 from ..errors import InputError
-from ..hidden import HiddenStates, Room
+from ..evaluation.perplexity import LOGITS_AT_ONCE
 from ..logs import bar
-from ..models import Site
-from ..perplexity import LOGITS_AT_ONCE
+from ..models.blocks import StreamedModel
+from ..models.hidden import HiddenStates, Room
+from ..models.structure import Site
+from ..store.artifact import write_bytes
 from .context import Context, check_stop
 
 VERSION = 2

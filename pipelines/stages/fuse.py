@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from ..artifact import Artifact, ArtifactWriter, shards_of
-from ..binding import KernelBinder
-from ..blocks import StreamedModel
-from ..devices import free_bytes
-from ..folding import fold_block
-from ..loading import whole_model
-from ..models import positions
-from ..rounded_inputs import raw_inputs
-from ..speed import resident_bytes, tokens_per_second
-from ..stage_settings import StageSpec
+from ..devices.compute import free_bytes
+from ..evaluation.speed import resident_bytes, tokens_per_second
+from ..models.binding import KernelBinder
+from ..models.blocks import StreamedModel
+from ..models.folding import fold_block
+from ..models.loading import whole_model
+from ..models.rounded_inputs import raw_inputs
+from ..models.source import positions
+from ..recipes.stage_settings import StageSpec
+from ..store.artifact import Artifact, ArtifactWriter, shards_of
 from .context import Context, Outcome, check_stop
 
 PROMPT_TOKENS = 16

@@ -14,13 +14,13 @@ from torch import Tensor
 from ...compress.methods import Method
 from ...compress.statistics import Fisher, InputStatistics, LayerStatistics
 from ...compress.weights import DenseWeight, StoredWeight
-from ..artifact import Artifact, ArtifactWriter
-from ..blocks import StreamedModel
 from ..errors import InputError
-from ..hidden import HiddenStates, Room
-from ..models import Site, shared_names
-from ..reading import BlockReader
-from ..stage_settings import StageSpec
+from ..models.blocks import StreamedModel
+from ..models.hidden import HiddenStates, Room
+from ..models.reading import BlockReader
+from ..models.structure import Site, shared_names
+from ..recipes.stage_settings import StageSpec
+from ..store.artifact import Artifact, ArtifactWriter
 from .context import Context
 
 

@@ -16,28 +16,29 @@ from safetensors.torch import save
 from torch import nn
 
 from ...recover.activations import training_activation_bytes
-from ...recover.linear import cache_dense, compressed_linears
+from ...recover.adamw import TrainState
+from ...recover.compressed_linear import cache_dense, compressed_linears
 from ...recover.losses import Objective
 from ...recover.memory import COPIES, training_memory
 from ...recover.merge import stored_loss
-from ...recover.methods import RECOVER, Gradients, attach, refusal, split
+from ...recover.recovery_methods import RECOVER, Gradients, attach, refusal, split
 from ...recover.run import TrainConfig
 from ...recover.site import kinds
-from ...recover.state import TrainState
 from ...recover.student import Batch, Student, student_of
 from ...recover.train import Progress, TrainingDiverged, TrainResult, batch_loss, train
 from ...recover.trainable import Attached
-from ..artifact import Artifact, ArtifactWriter
-from ..blocks import StreamedModel
-from ..devices import free_bytes
+from ..devices.compute import free_bytes
 from ..errors import InputError, UsageError
-from ..files import write_bytes
-from ..loading import whole_model
 from ..logs import bar
-from ..models import inspect, load_config, skeleton
-from ..stage_settings import StageSpec
+from ..models.blocks import StreamedModel
+from ..models.loading import whole_model
+from ..models.source import load_config
+from ..models.structure import inspect, skeleton
+from ..recipes.stage_settings import StageSpec
+from ..store.artifact import Artifact, ArtifactWriter
+from ..store.files import write_bytes
+from .block_reconstruction import reconstruct_blocks
 from .context import Context, Outcome
-from .reconstruct import reconstruct_blocks
 from .requantize import requantize_trained
 from .teacher import streamed_teacher
 from .writing import SLACK, InPlace, Trained, as_stored_before, audited, trained, untouched, write_model
@@ -85,7 +86,11 @@ def recover(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: 
         writer.write_beside(attached.beside())
     audited(parent, writer, spec.address, codes_move=not RECOVER[spec.method].grid_safe)
     layers = [{"name": n, "metrics": {}, "relative_output_error": None} for n in found.records if n in parent.linears]
-    metrics = _metrics(result) | {"held_out_loss_kept": result.start_loss if kept is None else kept, "memory": memory, "tokens_per_second": speed}
+    metrics = _metrics(result) | {
+        "held_out_loss_kept": result.start_loss if kept is None else kept,
+        "memory": memory,
+        "tokens_per_second": speed,
+    }
     return Outcome(layers, metrics, notes + said, attached.count())
 
 

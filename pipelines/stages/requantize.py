@@ -14,15 +14,15 @@ from torch import Tensor
 from ...compress.requantize import requantize
 from ...compress.statistics import InputStatistics, LayerStatistics
 from ...compress.weights import DenseWeight, StoredWeight
-from ...recover.dense import MaskedDense
-from ...recover.linear import CompressedLinear
-from ..artifact import Artifact
-from ..blocks import StreamedModel
-from ..collecting import collecting
+from ...recover.compressed_linear import CompressedLinear
+from ...recover.whole_matrices import MaskedDense
 from ..errors import InputError
-from ..hidden import Room
+from ..evaluation.perplexity import embedded
 from ..logs import bar
-from ..perplexity import embedded
+from ..models.blocks import StreamedModel
+from ..models.collecting import collecting
+from ..models.hidden import Room
+from ..store.artifact import Artifact
 from .context import Context, check_stop
 
 NEEDS = frozenset({"second_moment"})

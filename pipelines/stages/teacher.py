@@ -15,8 +15,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ...recover.student import Batch, Teacher
-from ..blocks import StreamedModel
-from ..files import write_bytes
+from ..models.blocks import StreamedModel
+from ..store.files import write_bytes
 from .context import Context
 
 TEACHER_TOKENS = 16384

@@ -12,9 +12,9 @@ from torch import Tensor
 from ...compress.methods import BlockProblem
 from ...compress.statistics import InputStatistics, LayerStatistics
 from ...compress.weights import StoredWeight
-from ..blocks import StreamedModel
-from ..hidden import HiddenStates
-from ..models import Site
+from ..models.blocks import StreamedModel
+from ..models.hidden import HiddenStates
+from ..models.structure import Site
 from .context import check_stop
 from .matrices import Stage, current, described, target
 

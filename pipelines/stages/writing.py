@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ...compress.weights import DenseWeight, StoredWeight
+from ...recover.compressed_linear import compressed_linears, install
 from ...recover.fits import left_alone
-from ...recover.linear import compressed_linears, install
 from ...recover.merge import audit
 from ...recover.trainable import Attached, through
-from ..artifact import Artifact, ArtifactWriter, shards_of
-from ..blocks import StreamedModel
 from ..errors import QualityError
-from ..models import Site, Structure, set_parameter, tied_names
+from ..models.blocks import StreamedModel
+from ..models.structure import Site, Structure, set_parameter, tied_names
+from ..store.artifact import Artifact, ArtifactWriter, shards_of
 
 SLACK = 1e-6
 """Of a held-out loss in nats: what the order of a sum may change."""

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bitmend.pipelines import inputs, runner, speed
-from bitmend.pipelines.recipe import resolve
+from bitmend.pipelines.evaluation import speed
+from bitmend.pipelines.recipes.recipe import resolve
+from bitmend.pipelines.run import runner
+from bitmend.pipelines.stages import inputs
 from bitmend.reports.record import RunRecord
 from safetensors.torch import load_file, save_file
 
@@ -32,7 +34,9 @@ def card() -> Iterator[Card]:
         yield made
 
 
-@pytest.fixture(autouse=True, scope="session")  # before the runs that several tests share; these tests are the last ones (tests/conftest.py)
+@pytest.fixture(
+    autouse=True, scope="session"
+)  # before the runs that several tests share; these tests are the last ones (tests/conftest.py)
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache that is not the user's; few tokens held out and written, no report's page, and what imports made is no garbage to go over."""
     gc.freeze()

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.pipelines import artifact, cli
-from bitmend.pipelines.bench_recover import step_seconds
+from bitmend.pipelines import cli
+from bitmend.pipelines.bench.training_step import step_seconds
 from bitmend.pipelines.formats.registry import FORMATS
-from bitmend.pipelines.ledger import last_artifact
-from bitmend.pipelines.recipe import resolve
+from bitmend.pipelines.recipes.recipe import resolve
+from bitmend.pipelines.run.ledger import last_artifact
+from bitmend.pipelines.store import artifact
 
 from ..pipelines.runs import hashes, write_recipe
 from .conftest import FEW, RTN
@@ -101,7 +102,7 @@ def test_resumed_is_uninterrupted(finished: Path, started: list[str], tmp_path: 
 
 def test_eval_and_generate(finished: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Token by token, since the pretended card records no graphs."""
-    monkeypatch.setattr("bitmend.pipelines.generate.graphable", lambda model, length: "no graphs here")
+    monkeypatch.setattr("bitmend.pipelines.run.generate.graphable", lambda model, length: "no graphs here")
     measured = command("eval", finished, "--device", "cuda")
     record = json.loads((finished / "record.json").read_text())
     assert measured["perplexity"] == pytest.approx(record["stages"][-1]["perplexity"])

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bitmend.pipelines import perplexity, runner
-from bitmend.pipelines.hidden import Room
-from bitmend.pipelines.recipe import resolve
+from bitmend.pipelines.evaluation import perplexity
+from bitmend.pipelines.models.hidden import Room
+from bitmend.pipelines.recipes.recipe import resolve
+from bitmend.pipelines.run import runner
 
 from ..pipelines.runs import hashes, write_recipe
 from .conftest import FEW

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 from bitmend.kernels import timing
-from bitmend.pipelines import bench_shape, logs, synthetic
+from bitmend.pipelines import logs
+from bitmend.pipelines.bench import shape, synthetic
 from bitmend.pipelines.gpu import __main__ as gpu
 from bitmend.pipelines.gpu.child import Call, Plan
-from bitmend.pipelines.gpu.recipes import readme_table
+from bitmend.pipelines.gpu.demo_runs import readme_table
 
 from .pretended import pretended_cuda
 
@@ -47,7 +48,7 @@ def plan(small_model: Path, small_text: Path, monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "choices"))
     monkeypatch.setitem(synthetic.SHAPES, "tiny", synthetic.Shape(2, 64, 128, 4, 2, 96))
     few = {"calibration": {"samples": 8, "seq_len": 64}, "evaluation": {"seq_len": 64, "windows": 2}}
-    monkeypatch.setattr(bench_shape, "STANDARD", few)
+    monkeypatch.setattr(shape, "STANDARD", few)
     monkeypatch.setattr(timing, "peaks", lambda device, protocol: {"gigabytes_per_second": 1.0, "teraflops": 1.0})
     monkeypatch.setattr(timing, "MOST_COPIES", {"cuda": 2, "cpu": 2})
     return Plan(
@@ -178,7 +179,7 @@ def test_a_python_that_lacks_a_package_is_told_so(
 def test_the_checkout_is_importable_through_its_link(tmp_path: Path) -> None:
     """As the Makefile does it: nothing is installed, and the folders' names stand in nobody's way."""
     (tmp_path / "bitmend").symlink_to(gpu.ROOT)
-    code = "import bitmend.pipelines.gpu.machine as m; print(m.__file__, m.missing('demo'))"
+    code = "import bitmend.pipelines.gpu.card as m; print(m.__file__, m.missing('demo'))"
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], cwd=gpu.ROOT, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=60
     )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from bitmend.compress.methods import DECOMPOSE, PRUNE, QUANTIZE
 from bitmend.compress.statistics import LayerStatistics
-from bitmend.recover.methods import RECOVER, refusal
+from bitmend.recover.recovery_methods import RECOVER, refusal
 from bitmend.reports.record import RunRecord
 
 from ..pipelines.families import save_speaking

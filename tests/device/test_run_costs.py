@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.pipelines import plan, runner
-from bitmend.pipelines.anatomy import Anatomy
+from bitmend.pipelines.bench.synthetic import Shape, write_model, write_text
 from bitmend.pipelines.cli import explain
 from bitmend.pipelines.commands.runs import predict as command
 from bitmend.pipelines.errors import OutOfMemoryError, UsageError
-from bitmend.pipelines.models import skeleton
-from bitmend.pipelines.recipe import Recipe, resolve
-from bitmend.pipelines.synthetic import Shape, write_model, write_text
+from bitmend.pipelines.models.structure import skeleton
+from bitmend.pipelines.planning import plan
+from bitmend.pipelines.planning.anatomy import Anatomy
+from bitmend.pipelines.recipes.recipe import Recipe, resolve
+from bitmend.pipelines.run import runner
 from transformers import LlamaConfig
 
 from .pretended import pretended_cuda

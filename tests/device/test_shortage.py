@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bitmend.pipelines import runner
 from bitmend.pipelines.cli import explain
-from bitmend.pipelines.devices import Compute
+from bitmend.pipelines.devices.compute import Compute
+from bitmend.pipelines.devices.shortage import shortage
 from bitmend.pipelines.errors import OutOfMemoryError
-from bitmend.pipelines.recipe import resolve
-from bitmend.pipelines.shortage import shortage
+from bitmend.pipelines.recipes.recipe import resolve
+from bitmend.pipelines.run import runner
 
 from .pretended import pretended_cuda
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from bitmend.compress.weights import LowRank, StoredWeight
 from bitmend.pipelines.formats import registry
-from bitmend.pipelines.formats.dense import read, write
+from bitmend.pipelines.formats.plain import read, write
 from transformers import AutoModelForCausalLM
 
 FAMILIES = ["llama", "opt", "gpt2", "gpt_neox", "qwen3_moe", "mixtral"]

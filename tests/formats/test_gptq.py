@@ -7,7 +7,7 @@ from bitmend.compress.weights import DenseWeight, LowRank, StoredWeight, Uniform
 from bitmend.pipelines.errors import InputError, UsageError
 from bitmend.pipelines.formats import registry
 from bitmend.pipelines.formats.checkpoint import Checkpoint
-from bitmend.pipelines.formats.gptq import pack, read, write
+from bitmend.pipelines.formats.gptq_files import pack, read, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file

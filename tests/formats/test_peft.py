@@ -4,7 +4,7 @@ import pytest
 import torch
 from bitmend.compress.weights import LowRank, StoredWeight
 from bitmend.pipelines.errors import InputError, UsageError
-from bitmend.pipelines.formats import dense, gptq, peft, registry
+from bitmend.pipelines.formats import gptq_files, peft, plain, registry
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
@@ -56,8 +56,8 @@ def test_other_families_come_back_too(kind, name, case, on_grid, tmp_path):
 
 def test_on_a_dense_base_only_the_linears_it_reaches_become_records(case, on_grid, tmp_path):
     made = case("llama", on_grid, with_low_rank)
-    peft.write(made.checkpoint, tmp_path / "out", dense.write)
-    back = peft.read(tmp_path / "out", dense.read)
+    peft.write(made.checkpoint, tmp_path / "out", plain.write)
+    back = peft.read(tmp_path / "out", plain.read)
     assert "model.layers.0.self_attn.k_proj" not in back.linears
     name = "model.layers.0.mlp.up_proj"
     assert f"{name}.weight" not in back.tensors
@@ -66,7 +66,7 @@ def test_on_a_dense_base_only_the_linears_it_reaches_become_records(case, on_gri
 
 def test_nothing_to_write(case, on_grid, tmp_path):
     with pytest.raises(UsageError, match="no adapter to write"):
-        peft.write(case("llama", on_grid).checkpoint, tmp_path / "out", gptq.write)
+        peft.write(case("llama", on_grid).checkpoint, tmp_path / "out", gptq_files.write)
 
 
 def test_experts_are_refused(case, on_grid, tmp_path):

@@ -60,7 +60,10 @@ def test_torchs_int4_multiplies_with_the_same_weights() -> None:
     call, kept = bench.rivals(stored)["torch int4"]()
     error, allowed = bench.check(stored, call, torch.randn(3, 256).bfloat16(), 2.0)
     assert 0 < error <= allowed and kept == 128 * 256 // 2 + 128 * 4 * 2 * 2
-    for other in (bench.synthetic(TINY.layers[0], 3, 0, None, torch.device("cpu")), bench.synthetic(TINY.layers[0], 4, 8, None, torch.device("cpu"))):
+    for other in (
+        bench.synthetic(TINY.layers[0], 3, 0, None, torch.device("cpu")),
+        bench.synthetic(TINY.layers[0], 4, 8, None, torch.device("cpu")),
+    ):
         assert bench.rivals(other) == {}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bitmend.pipelines import runner
+from bitmend.pipelines.run import runner
 
 from .runs import Processes, chosen, processes
 
@@ -32,7 +32,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def float32_on_a_cpu() -> Iterator[None]:
     """What `dtype: auto` is on a CPU follows from a measurement; a test's numbers must not."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bitmend.pipelines.devices.measured_dtype", lambda: torch.float32)
+        patch.setattr("bitmend.pipelines.devices.compute.measured_dtype", lambda: torch.float32)
         yield
 
 

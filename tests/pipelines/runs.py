@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from bitmend.pipelines.recipe import Recipe, resolve
+from bitmend.pipelines.recipes.recipe import Recipe, resolve
 
 CHAIN: list[dict[str, Any]] = [
     {"prune": {"method": "wanda", "sparsity": 0.3}},

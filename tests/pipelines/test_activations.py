@@ -8,15 +8,16 @@ import pytest
 import torch
 from bitmend.compress.weights import ActivationGrid, DenseWeight, StoredWeight
 from bitmend.kernels.reference import fake_quantize
-from bitmend.pipelines import exporting, runner
-from bitmend.pipelines.blocks import StreamedModel
 from bitmend.pipelines.errors import UsageError
+from bitmend.pipelines.evaluation.perplexity import last_hidden
+from bitmend.pipelines.export import exporting
 from bitmend.pipelines.formats import FORMATS
-from bitmend.pipelines.loading import whole_model
-from bitmend.pipelines.perplexity import last_hidden
-from bitmend.pipelines.plan import refusals
-from bitmend.pipelines.recipe import resolve
-from bitmend.pipelines.rounded_inputs import raw_inputs, round_inputs
+from bitmend.pipelines.models.blocks import StreamedModel
+from bitmend.pipelines.models.loading import whole_model
+from bitmend.pipelines.models.rounded_inputs import raw_inputs, round_inputs
+from bitmend.pipelines.planning.plan import refusals
+from bitmend.pipelines.recipes.recipe import resolve
+from bitmend.pipelines.run import runner
 from torch import nn
 
 from .families import save_speaking

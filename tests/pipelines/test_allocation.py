@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 from bitmend.compress.options import Grid, Setting
-from bitmend.pipelines import error_tables, runner, stages
-from bitmend.pipelines.allocation import costs, spent
-from bitmend.pipelines.budget import Allocation, Budget
-from bitmend.pipelines.choosing import Choice, Row, choose_settings, exactly, losses, resolved
-from bitmend.pipelines.error_tables import Table
+from bitmend.pipelines import stages
+from bitmend.pipelines.allocation import error_tables
+from bitmend.pipelines.allocation.choice import Choice, Row, choose_settings, exactly, losses, resolved
+from bitmend.pipelines.allocation.error_tables import Table
+from bitmend.pipelines.allocation.spending import costs, spent
 from bitmend.pipelines.errors import UsageError
-from bitmend.pipelines.models import inspect, load_config, skeleton
-from bitmend.pipelines.plan import predict
-from bitmend.pipelines.recipe import Recipe, resolve
-from bitmend.pipelines.sizes import apply, dense_sizes, sizes_before
+from bitmend.pipelines.models.sizes import apply, dense_sizes, sizes_before
+from bitmend.pipelines.models.source import load_config
+from bitmend.pipelines.models.structure import inspect, skeleton
+from bitmend.pipelines.planning.plan import predict
+from bitmend.pipelines.recipes.budget import Allocation, Budget
+from bitmend.pipelines.recipes.recipe import Recipe, resolve
+from bitmend.pipelines.run import runner
 from bitmend.reports.record import RunRecord
 
 from .runs import Processes, hashes, write_recipe

@@ -13,10 +13,10 @@ import torch
 from bitmend.compress.grids import UniformGrid
 from bitmend.compress.rounding import round_uniform
 from bitmend.compress.weights import DenseWeight, StoredWeight
-from bitmend.pipelines import artifact
-from bitmend.pipelines.artifact import Artifact, ArtifactWriter, open_artifact, settle, shards_of
 from bitmend.pipelines.errors import InputError, OutOfMemoryError
 from bitmend.pipelines.stages.baseline import build_baseline, fingerprint
+from bitmend.pipelines.store import artifact
+from bitmend.pipelines.store.artifact import Artifact, ArtifactWriter, open_artifact, settle, shards_of
 
 from .runs import stage_directory
 

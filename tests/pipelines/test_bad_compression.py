@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from bitmend.compress import feedback
-from bitmend.pipelines import cli, exporting, runner
+from bitmend.pipelines import cli
+from bitmend.pipelines.export import exporting
+from bitmend.pipelines.run import runner
 from safetensors.torch import load_file
 
 from .runs import Processes, write_recipe

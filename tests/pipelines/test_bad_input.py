@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.pipelines import runner
 from bitmend.pipelines.errors import InputError, OutOfMemoryError, UsageError
-from bitmend.pipelines.inputs import Inputs
+from bitmend.pipelines.run import runner
+from bitmend.pipelines.stages.inputs import Inputs
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from bitmend.kernels import bench
 from bitmend.kernels.timing import Protocol
-from bitmend.pipelines import bench_generate, bench_kernels, benchmarks
-from bitmend.pipelines.benchmarks import Options
+from bitmend.pipelines.bench import benchmarks, decode_speed, kernel_tables
+from bitmend.pipelines.bench.benchmarks import Options
 from bitmend.pipelines.errors import UsageError
+from bitmend.pipelines.recipes.recipe import resolve
 
 from .runs import stage_directory
 
@@ -21,8 +22,8 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BITMEND_CACHE", str(tmp_path / "choices"))
     monkeypatch.setattr(bench, "PLANS", {"cpu": TINY, "cpu, full": TINY})
     monkeypatch.setattr(bench, "Protocol", lambda: Protocol(1, 3))
-    monkeypatch.setattr(bench_generate, "PROMPTS", (4, 8))
-    monkeypatch.setattr(bench_generate, "NEW_TOKENS", 4)
+    monkeypatch.setattr(decode_speed, "PROMPTS", (4, 8))
+    monkeypatch.setattr(decode_speed, "NEW_TOKENS", 4)
 
 
 def test_kernels_are_published_with_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +48,7 @@ def test_what_another_machine_measured_is_published_here(tmp_path: Path, capsys:
     measured = bench.run("cpu", [1], tmp_path)
     measured["environment"] |= {"device": "cuda", "device_name": "NVIDIA H200 sm90"}
     (tmp_path / "elsewhere.json").write_text(json.dumps(measured))
-    assert bench_kernels.main([str(tmp_path / "elsewhere.json"), "-o", str(tmp_path / "published")]) == 0
+    assert kernel_tables.main([str(tmp_path / "elsewhere.json"), "-o", str(tmp_path / "published")]) == 0
     assert "kernels-h200.md" in capsys.readouterr().out and (tmp_path / "published" / "kernels-h200.png").exists()
 
 
@@ -55,7 +56,7 @@ def test_what_another_machine_measured_is_published_here(tmp_path: Path, capsys:
     "name, short", [("NVIDIA H100 80GB HBM3 sm90", "h100"), ("NVIDIA GeForce RTX 4090 sm89", "cuda"), ("Tesla T4 sm75", "t4")]
 )
 def test_a_card_has_a_short_name(name: str, short: str) -> None:
-    assert bench_kernels.short_name({"device": "cuda:0", "device_name": name}) == short
+    assert kernel_tables.short_name({"device": "cuda:0", "device_name": name}) == short
 
 
 @pytest.mark.usefixtures("no_pages")
@@ -63,10 +64,10 @@ def test_a_model_is_compressed_and_writes_beside_its_dense_self(
     tmp_path: Path, small_model: Path, small_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = {"data": dict.fromkeys(("calibration", "train", "evaluation"), str(small_text)), "evaluation": {"seq_len": 64, "windows": 2}}
-    monkeypatch.setattr(bench_generate, "recipe_of", lambda document: benchmarks.recipe_of(document | text))
+    monkeypatch.setattr(decode_speed, "resolve", lambda document: resolve(document | text))
     measured = benchmarks.run("generate", Options(device="cpu", model=str(small_model), repeats=1, output=tmp_path))
     rows = {row["variant"]: row for row in measured["rows"]}
-    assert set(rows) == {*bench_generate.RECIPES, "dense float32", "dense bfloat16"}
+    assert set(rows) == {*decode_speed.RECIPES, "dense float32", "dense bfloat16"}
     assert rows["dense float32"]["bfloat16_share"] == pytest.approx(2, rel=0.01) and rows["dense bfloat16"]["bfloat16_share"] == 1
     assert all(row["tokens_per_second"] > 0 and row["read_4_seconds"] > 0 and row["read_8_seconds"] > 0 for row in rows.values())
     assert "| 4 bits, rank 16 " in (tmp_path / "generate-cpu.md").read_text()
@@ -78,8 +79,8 @@ def test_a_run_writes_beside_its_baseline(finished: Path) -> None:
 
 
 def test_a_run_that_compressed_nothing_is_refused(tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bitmend.pipelines import runner
-    from bitmend.pipelines.artifact import open_artifact
+    from bitmend.pipelines.run import runner
+    from bitmend.pipelines.store.artifact import open_artifact
 
     monkeypatch.setattr(runner, "last_artifact", lambda run, stage=None: open_artifact(stage_directory(finished, "baseline")))
     with pytest.raises(UsageError, match="compressed nothing"):

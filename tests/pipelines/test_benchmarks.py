@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from bitmend.compress.methods import QUANTIZE
-from bitmend.pipelines import bench_recover, bench_solvers, benchmarks
-from bitmend.pipelines.benchmarks import Options, run, synthetic_layer
+from bitmend.pipelines.bench import benchmarks, solvers, training_step
+from bitmend.pipelines.bench.benchmarks import Options, run, synthetic_layer
 from bitmend.pipelines.errors import UsageError
-from bitmend.pipelines.ledger import last_artifact
-from bitmend.pipelines.stage_settings import build
+from bitmend.pipelines.recipes.stage_settings import build
+from bitmend.pipelines.run.ledger import last_artifact
 
 
 def test_a_size_gives_the_same_layer_every_time() -> None:
@@ -69,20 +69,20 @@ def test_the_exact_step_errs_as_the_square_root_does() -> None:
     def measured(solve: Callable[[], None]) -> tuple[list[float], int]:
         return benchmarks._measured(solve, 1, torch.device("cpu"))
 
-    ours, theirs = bench_solvers.exact_steps(weight_OI, known.inputs.second_moment_II, measured, False)
+    ours, theirs = solvers.exact_steps(weight_OI, known.inputs.second_moment_II, measured, False)
     assert ours["relative_output_error"] == pytest.approx(theirs["relative_output_error"], rel=1e-5)
     assert abs(theirs["error_difference"]) < 1e-5 and theirs["times_slower"] == theirs["seconds"] / ours["seconds"] > 0
 
 
 def test_decompose_ends_with_the_exact_step_and_leaves_slow_baselines_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_solvers, "SQUARE_ROOT_SIDE", 32)
+    monkeypatch.setattr(solvers, "SQUARE_ROOT_SIDE", 32)
     monkeypatch.setitem(benchmarks.STAGES, "decompose", ())
     ours, theirs = run("decompose", Options(device="cpu", sizes=(64,), repeats=1))["rows"]
     assert ours["method"] == "exact step" and theirs["error"] == "takes minutes above 32: --full measures it"
 
 
 def test_allocate_solves_the_program_of_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_solvers, "SHAPES_7B", bench_solvers.SHAPES_7B[:14])
+    monkeypatch.setattr(solvers, "SHAPES_7B", solvers.SHAPES_7B[:14])
     (row,) = run("allocate", Options(device="cpu", repeats=1))["rows"]
     assert (row["matrices"], row["settings"]) == (14, 432) and row["gap"] <= 1e-3
     assert 2.75 * 0.98 < row["bits_per_weight"] <= 2.75 and row["loss_to_best_uniform"] < 0.8
@@ -97,7 +97,7 @@ def test_a_model_runs_whole_stages_and_a_failure_stays_in_its_row(tmp_path: Path
     import sys
     import types
 
-    import bitmend.pipelines
+    import bitmend.pipelines.run
     from bitmend.reports.record import RunRecord, StageRecord
 
     asked: list[Any] = []
@@ -115,11 +115,11 @@ def test_a_model_runs_whole_stages_and_a_failure_stays_in_its_row(tmp_path: Path
         assert parent == (tmp_path / "bench-recover", "quantize")
         return {spec.method: {"seconds_per_step": repeats / 2} for spec in specs}
 
-    monkeypatch.setattr(bench_recover, "step_seconds", steps)
-    runner: Any = types.ModuleType("bitmend.pipelines.runner")
+    monkeypatch.setattr(training_step, "step_seconds", steps)
+    runner: Any = types.ModuleType("bitmend.pipelines.run.runner")
     runner.run, runner.last_artifact = fake, lambda *asked: asked
     monkeypatch.setitem(sys.modules, runner.__name__, runner)
-    monkeypatch.setattr(bitmend.pipelines, "runner", runner, raising=False)
+    monkeypatch.setattr(bitmend.pipelines.run, "runner", runner, raising=False)
     measured = run("recover", Options(device="cpu", only=("lora", "perp"), output=tmp_path))
     assert [row.get("seconds") for row in measured["rows"]] == [benchmarks.RECOVERY_STEPS, None]
     assert [row.get("seconds_per_step") for row in measured["rows"]] == [1.5, None]
@@ -132,6 +132,6 @@ def test_steps_are_timed_in_turn_and_blocks_have_none(finished: Path) -> None:
     parent = last_artifact(finished, "decompose")
     names = ("lora", "scales", "fish_mask", "reconstruct")
     specs = [build("recover", "recover", {"method": name, "batch_size": 1, "seq_len": 32}) for name in names]
-    found = bench_recover.step_seconds(parent, [spec for spec in specs if spec is not None], torch.device("cpu"), 2)
+    found = training_step.step_seconds(parent, [spec for spec in specs if spec is not None], torch.device("cpu"), 2)
     assert set(found) == {"lora", "scales", "fish_mask"}
     assert all(0 <= row["step_spread"] < 60 and row["seconds_per_step"] > 0 for row in found.values())

@@ -5,14 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.pipelines import exporting
-from bitmend.pipelines.blocks import StreamedModel
 from bitmend.pipelines.errors import InputError, UsageError
-from bitmend.pipelines.generate import generate
-from bitmend.pipelines.loading import load
-from bitmend.pipelines.perplexity import evaluate, last_hidden
-from bitmend.pipelines.plan import predict
-from bitmend.pipelines.recipe import resolve
+from bitmend.pipelines.evaluation.perplexity import last_hidden
+from bitmend.pipelines.export import exporting
+from bitmend.pipelines.models.blocks import StreamedModel
+from bitmend.pipelines.planning.plan import predict
+from bitmend.pipelines.recipes.recipe import resolve
+from bitmend.pipelines.run.evaluate import evaluate
+from bitmend.pipelines.run.generate import generate
+from bitmend.pipelines.run.opening import load
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -41,7 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def short_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bitmend.pipelines.inputs.HELD_OUT_TOKENS", 256)
+    monkeypatch.setattr("bitmend.pipelines.stages.inputs.HELD_OUT_TOKENS", 256)
 
 
 def recovered(place: Path, small_model: Path, method: str, *more: dict[str, Any], **changes: Any) -> Any:

@@ -8,12 +8,13 @@ import pytest
 import torch
 from bitmend.kernels.linear import resident_bytes
 from bitmend.kernels.table import FusedEmbedding
-from bitmend.pipelines import runner
-from bitmend.pipelines.binding import KernelBinder, one_input
-from bitmend.pipelines.blocks import StreamedModel
 from bitmend.pipelines.errors import InputError
-from bitmend.pipelines.loading import load, whole_model
-from bitmend.pipelines.speed import measure
+from bitmend.pipelines.evaluation.speed import measure
+from bitmend.pipelines.models.binding import KernelBinder, one_input
+from bitmend.pipelines.models.blocks import StreamedModel
+from bitmend.pipelines.models.loading import whole_model
+from bitmend.pipelines.run import runner
+from bitmend.pipelines.run.opening import load
 from transformers import AutoTokenizer, pipeline
 
 from .families import save_speaking

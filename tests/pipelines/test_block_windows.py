@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bitmend.pipelines import runner
+from bitmend.pipelines.run import runner
 from bitmend.pipelines.stages import whole_blocks
 
 from .runs import chosen, hashes

@@ -6,11 +6,11 @@ from typing import Any, Literal
 import pytest
 import torch
 from bitmend.compress.statistics import InputStatistics
-from bitmend.pipelines.artifact import Artifact, ArtifactWriter, open_artifact
-from bitmend.pipelines.blocks import StreamedModel
-from bitmend.pipelines.collecting import collect, collecting
-from bitmend.pipelines.perplexity import last_hidden
+from bitmend.pipelines.evaluation.perplexity import last_hidden
+from bitmend.pipelines.models.blocks import StreamedModel
+from bitmend.pipelines.models.collecting import collect, collecting
 from bitmend.pipelines.stages.baseline import build_baseline, fingerprint
+from bitmend.pipelines.store.artifact import Artifact, ArtifactWriter, open_artifact
 from bitmend.recover.beside import Beside, Place, Tokens, start_tensors
 from bitmend.recover.prompts import peft_settings
 from peft import get_peft_model

@@ -15,8 +15,10 @@ from typing import Any
 import bitmend.pipelines
 import pytest
 import typer
-from bitmend.pipelines import cli, errors, logs, stage_settings
-from bitmend.pipelines.recipe import resolve
+from bitmend.pipelines import cli, errors, logs
+from bitmend.pipelines.recipes import stage_settings
+from bitmend.pipelines.recipes.recipe import resolve
+from bitmend.pipelines.run import sweep
 from bitmend.reports.record import Protocol, RunRecord, StageRecord
 from typer.testing import CliRunner
 
@@ -92,7 +94,8 @@ def module(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> Any:
         for function, answer in answers.items():
             setattr(fake, function, calls.fake(function, answer))
         monkeypatch.setitem(sys.modules, fake.__name__, fake)
-        monkeypatch.setattr(bitmend.pipelines, name, fake, raising=False)
+        room, _, last = fake.__name__.rpartition(".")
+        monkeypatch.setattr(importlib.import_module(room), last, fake, raising=False)
 
     return stand_in
 
@@ -197,7 +200,7 @@ def test_a_missing_run_directory_is_bad_input(command: list[str], capsys: pytest
 def test_run_hands_everything_on_and_shows_the_table(
     recipe: str, module: Any, calls: Calls, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    module("runner", run=record(), record=record())
+    module("run.runner", run=record(), record=record())
     output = tmp_path / "out"
     output.mkdir()
     (output / "report.html").write_text("page")
@@ -230,7 +233,7 @@ def test_run_names_its_directory_and_prints_json(
     recipe: str, module: Any, calls: Calls, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    module("runner", run=record(), record=record())
+    module("run.runner", run=record(), record=record())
     assert cli.main(["run", recipe, "--json"]) == 0
     assert calls[0][1][1] == Path("runs/basic-model")
     printed = json.loads(capsys.readouterr().out)
@@ -240,7 +243,7 @@ def test_run_names_its_directory_and_prints_json(
 def test_unknown_stage_addresses_are_refused_before_any_work(
     recipe: str, module: Any, calls: Calls, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module("runner", run=record(), record=record())
+    module("run.runner", run=record(), record=record())
     for option in ("--from", "--until", "--force"):
         code, line = failing(capsys, "run", recipe, option, "quantise")
         assert code == 2
@@ -255,14 +258,14 @@ def test_dry_run_predicts_and_names_refusals(recipe: str, module: Any, calls: Ca
         "stages": [{"stage": "quantize", "seconds": 300.0}, {"stage": "fuse", "seconds": None}],
         "refusals": [],
     }
-    module("plan", predict=plan)
+    module("planning.plan", predict=plan)
     assert cli.main(["run", recipe, "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "2.5 MB" in shown
     assert "5.0 min" in shown
     assert cli.main(["run", recipe, "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == plan
-    module("plan", predict=plan | {"refusals": ["quantize: 576 is not a multiple of 128", "another"]})
+    module("planning.plan", predict=plan | {"refusals": ["quantize: 576 is not a multiple of 128", "another"]})
     assert cli.main(["run", recipe, "--dry-run"]) == 2
     assert "error: this run would be refused: quantize: 576 is not a multiple of 128 (and 1 more above)" in capsys.readouterr().err
     assert [name for name, _, _ in calls] == ["predict"] * 3
@@ -270,7 +273,7 @@ def test_dry_run_predicts_and_names_refusals(recipe: str, module: Any, calls: Ca
 
 def test_resume_status_and_gc(module: Any, calls: Calls, run_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = {"run": "x", "stages": [{"stage": "quantize", "state": "done"}]}
-    module("runner", resume=record(), record=record(), status=status, gc={"dropped": [], "freed_bytes": 3_000_000})
+    module("run.runner", resume=record(), record=record(), status=status, gc={"dropped": [], "freed_bytes": 3_000_000})
     assert cli.main(["resume", str(run_directory), "--until", "quantize", "--device", "cpu"]) == 0
     assert calls[0] == (
         "resume",
@@ -287,7 +290,7 @@ def test_resume_status_and_gc(module: Any, calls: Calls, run_directory: Path, ca
 
 
 def test_the_gate_shows_the_table_and_exits_4(recipe: str, module: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    module("runner", run=errors.QualityError("perplexity 40 is above"), record=record())
+    module("run.runner", run=errors.QualityError("perplexity 40 is above"), record=record())
     assert cli.main(["run", recipe, "--max-perplexity-ratio", "1.1"]) == 4
     shown = capsys.readouterr()
     assert "quantize" in shown.out
@@ -295,7 +298,7 @@ def test_the_gate_shows_the_table_and_exits_4(recipe: str, module: Any, capsys: 
 
 
 def test_report_show_and_export(module: Any, run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    module("runner", record=record())
+    module("run.runner", record=record())
     assert cli.main(["report", "show", str(run_directory)]) == 0
     assert "28.7" in capsys.readouterr().out
     for kind, mark in (("html", "<html"), ("md", "| stage"), ("csv", "perplexity,"), ("json", '"schema": 1')):
@@ -310,7 +313,7 @@ def test_report_show_and_export(module: Any, run_directory: Path, tmp_path: Path
 
 
 def test_compare(module: Any, calls: Calls, run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    module("runner", record=record())
+    module("run.runner", record=record())
     assert cli.main(["compare", str(run_directory), str(tmp_path)]) == 0
     assert "basic" in capsys.readouterr().out
     assert cli.main(["compare", str(run_directory), str(tmp_path), "--json"]) == 0
@@ -321,7 +324,7 @@ def test_compare(module: Any, calls: Calls, run_directory: Path, tmp_path: Path,
 def test_eval_takes_the_protocol_of_the_run_that_holds_the_artifact(
     module: Any, calls: Calls, run_directory: Path, capsys: pytest.CaptureFixture[str], recipe: str
 ) -> None:
-    module("perplexity", evaluate={"perplexity": 31.25, "protocol": {"windows": 16}, "broken": float("nan")})
+    module("run.evaluate", evaluate={"perplexity": 31.25, "protocol": {"windows": 16}, "broken": float("nan")})
     artifact = run_directory / "stages" / "01-quantize"
     artifact.mkdir(parents=True)
     (run_directory / "recipe.resolved.yaml").write_text(
@@ -346,7 +349,7 @@ def test_eval_takes_the_protocol_of_the_run_that_holds_the_artifact(
 
 
 def test_export(module: Any, calls: Calls, run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    module("exporting", export={"format": "gptq-v2", "total_bytes": 4_000})
+    module("export.exporting", export={"format": "gptq-v2", "total_bytes": 4_000})
     arguments = [
         "export",
         str(run_directory),
@@ -365,7 +368,7 @@ def test_export(module: Any, calls: Calls, run_directory: Path, tmp_path: Path, 
 
 
 def test_generate_streams_text_to_stdout(module: Any, calls: Calls, run_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    module("generate", generate=["Once ", "upon"])
+    module("run.generate", generate=["Once ", "upon"])
     assert (
         cli.main(
             ["generate", str(run_directory), "Tell", "--max-new-tokens", "5", "--temperature", "0.5", "--seed", "3", "--device", "cpu"]
@@ -406,7 +409,7 @@ def test_show_writes_a_recipe_that_can_be_saved_and_run(
     assert cli.main(["show", "compress_and_recover", "--profile", "standard", "--set", "quantize.bits=3"]) == 0
     saved = tmp_path / "mine.yaml"
     saved.write_text(capsys.readouterr().out)
-    module("runner", run=record(), record=record())
+    module("run.runner", run=record(), record=record())
     assert cli.main(["run", str(saved), "-q"]) == 0
     assert (calls[0][1][0].stage("quantize").config.bits, calls[0][1][0].profile) == (3, "standard")
     capsys.readouterr()
@@ -444,14 +447,14 @@ class OutOfMemoryError(RuntimeError):
 def test_errors_become_exit_codes(
     error: BaseException, code: int, expected: str, module: Any, run_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module("runner", status=error)
+    module("run.runner", status=error)
     found, line = failing(capsys, "status", str(run_directory))
     assert found == code
     assert expected in line
 
 
 def test_verbose_shows_the_traceback(module: Any, run_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    module("runner", status=_Exotic("odd"))
+    module("run.runner", status=_Exotic("odd"))
     assert cli.main(["status", str(run_directory), "-v"]) == 1
     shown = capsys.readouterr().err
     assert "Traceback (most recent call last)" in shown
@@ -461,7 +464,7 @@ def test_verbose_shows_the_traceback(module: Any, run_directory: Path, capsys: p
 def test_sweep_runs_every_combination_and_ranks_them(
     recipe: str, module: Any, calls: Calls, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module("runner")
+    module("run.runner")
     answers = {2: record(perplexity=90.0), 3: record(perplexity=31.0, trainable=500_000), 4: errors.OutOfMemoryError("full")}
 
     def run(made: Any, directory: Path, **options: Any) -> RunRecord:
@@ -471,7 +474,7 @@ def test_sweep_runs_every_combination_and_ranks_them(
             raise answer
         return answer
 
-    monkeypatch.setattr(bitmend.pipelines.runner, "run", run, raising=False)  # type: ignore[attr-defined]
+    monkeypatch.setattr(sweep.runner, "run", run)
     arguments = [
         "sweep",
         recipe,
@@ -541,13 +544,13 @@ def test_the_installed_command_exits_with_the_code(tmp_path: Path) -> None:
 
 SLEEPER = """
 import sys, time, types
-import bitmend.pipelines
-runner = types.ModuleType("bitmend.pipelines.runner")
+import bitmend.pipelines.run
+runner = types.ModuleType("bitmend.pipelines.run.runner")
 def status(directory):
     print("ready", file=sys.stderr, flush=True)
     time.sleep(60)
 runner.status = status
-sys.modules[runner.__name__] = bitmend.pipelines.runner = runner
+sys.modules[runner.__name__] = bitmend.pipelines.run.runner = runner
 from bitmend.pipelines.cli import main
 sys.exit(main(["status", "."]))
 """
@@ -648,9 +651,9 @@ def test_doctor_reports_every_section_and_how_to_mend(capsys: pytest.CaptureFixt
 
 
 def test_bench_hands_its_options_on(module: Any, calls: Calls, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    module("benchmarks", run={"rows": [{"method": "gptq", "seconds": 1.5}]})
-    bitmend.pipelines.benchmarks.SIZES = (1,)  # type: ignore[attr-defined]
-    bitmend.pipelines.benchmarks.Options = lambda *arguments: arguments  # type: ignore[attr-defined]
+    module("bench.benchmarks", run={"rows": [{"method": "gptq", "seconds": 1.5}]})
+    bitmend.pipelines.bench.benchmarks.SIZES = (1,)  # type: ignore[attr-defined]
+    bitmend.pipelines.bench.benchmarks.Options = lambda *arguments: arguments  # type: ignore[attr-defined]
     arguments = [
         "bench",
         "compress",

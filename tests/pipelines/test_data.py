@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow
 import pytest
 import torch
-from bitmend.pipelines.data import Documents, Windows, batch, load_parts, load_text, tokenize
 from bitmend.pipelines.errors import InputError, UsageError
-from bitmend.pipelines.splits import PARTS, normalised_hash
+from bitmend.pipelines.text.data import Documents, Windows, batch, load_parts, load_text, tokenize
+from bitmend.pipelines.text.splits import PARTS, normalised_hash
 from pyarrow import parquet
 from transformers import AutoTokenizer
 
@@ -178,7 +178,7 @@ def test_an_unknown_part_is_named(small_text: Path):
 
 def test_a_data_set_offline_is_one_line():
     program = (
-        "from bitmend.pipelines.data import load_text\n"
+        "from bitmend.pipelines.text.data import load_text\n"
         "from bitmend.pipelines.errors import InputError\n"
         "try:\n    load_text('wikitext2', 'evaluation')\n"
         "except InputError as error:\n    print(error)\n"

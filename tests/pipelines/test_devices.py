@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from bitmend.pipelines import devices, runner
-from bitmend.pipelines.devices import Compute, chosen, chosen_device, chosen_dtype, determinism
+from bitmend.pipelines.devices import compute
+from bitmend.pipelines.devices.compute import Compute, chosen, chosen_device, chosen_dtype, determinism
 from bitmend.pipelines.errors import UsageError
+from bitmend.pipelines.run import runner
 
 from .runs import CHAIN, stage_directory
 from .runs import chosen as recipe_of
@@ -52,27 +53,33 @@ def test_a_cpu_takes_bfloat16_where_its_units_are_faster(
 ) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
-    monkeypatch.setattr(devices, "_product_seconds", lambda dtype: seconds[dtype])
+    monkeypatch.setattr(compute, "_product_seconds", lambda dtype: seconds[dtype])
     assert _measured() == dtype
 
 
-_measured = devices.measured_dtype  # before the fixture of the whole session takes its place
+_measured = compute.measured_dtype  # before the fixture of the whole session takes its place
 
 
 def test_a_product_is_timed() -> None:
-    assert 0 < devices._product_seconds(torch.float32) < 10
+    assert 0 < compute._product_seconds(torch.float32) < 10
 
 
 def test_a_key_names_the_device_but_for_a_cpu_in_float32() -> None:
-    identities = [Compute(CPU), Compute(CPU, torch.bfloat16), Compute(CARD), Compute(CARD, torch.bfloat16), Compute(CARD, deterministic=False)]
+    identities = [
+        Compute(CPU),
+        Compute(CPU, torch.bfloat16),
+        Compute(CARD),
+        Compute(CARD, torch.bfloat16),
+        Compute(CARD, deterministic=False),
+    ]
     assert identities[0].identity() == {} == Compute(CPU, deterministic=False).identity()
     assert len({json.dumps(compute.identity(), sort_keys=True) for compute in identities}) == len(identities)
 
 
 def test_deterministic_algorithms_on_a_card_and_as_before_behind_it() -> None:
     inside = []
-    for compute in (Compute(CARD), Compute(CARD, deterministic=False), Compute(CPU)):
-        with determinism(compute):
+    for chosen_compute in (Compute(CARD), Compute(CARD, deterministic=False), Compute(CPU)):
+        with determinism(chosen_compute):
             inside.append((torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory))  # type: ignore[attr-defined]
         assert not torch.are_deterministic_algorithms_enabled()
     assert inside == [(True, False), (False, True), (False, True)]

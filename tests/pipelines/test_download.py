@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from bitmend.pipelines import download
-from bitmend.pipelines.download import WheelFile, cache_directory, fetch
+from bitmend.pipelines.demo import download
+from bitmend.pipelines.demo.download import WheelFile, cache_directory, fetch
 from bitmend.pipelines.errors import InputError, OutOfMemoryError
 
 CONTENT = b"the bytes that were wanted " * 1000
@@ -177,7 +177,7 @@ def test_two_processes_share_one_download(cache: Path, registry: Path, tmp_path:
     file = write_wheel(registry)
     program = (
         "import logging\nlogging.basicConfig(level=20)\n"
-        "from bitmend.pipelines.download import WheelFile, fetch\n"
+        "from bitmend.pipelines.demo.download import WheelFile, fetch\n"
         f"print(fetch({file!r}).stat().st_size)\n"
     )
     environment = os.environ | {"PYTHONSAFEPATH": "1"}

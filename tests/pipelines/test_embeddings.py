@@ -8,12 +8,14 @@ import torch
 from bitmend.compress.grids import UniformGrid
 from bitmend.compress.rounding import round_uniform
 from bitmend.compress.weights import UniformWeight
-from bitmend.pipelines import exporting, runner
 from bitmend.pipelines.errors import UsageError
-from bitmend.pipelines.generate import generate
-from bitmend.pipelines.loading import load, whole_model
-from bitmend.pipelines.plan import predict
-from bitmend.pipelines.recipe import resolve
+from bitmend.pipelines.export import exporting
+from bitmend.pipelines.models.loading import whole_model
+from bitmend.pipelines.planning.plan import predict
+from bitmend.pipelines.recipes.recipe import resolve
+from bitmend.pipelines.run import runner
+from bitmend.pipelines.run.generate import generate
+from bitmend.pipelines.run.opening import load
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 

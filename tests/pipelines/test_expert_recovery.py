@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from bitmend.compress.weights import DenseWeight, UniformWeight
-from bitmend.pipelines import runner
-from bitmend.pipelines.artifact import Artifact
 from bitmend.pipelines.errors import UsageError
-from bitmend.pipelines.plan import refusals
+from bitmend.pipelines.planning.plan import refusals
+from bitmend.pipelines.run import runner
+from bitmend.pipelines.store.artifact import Artifact
 
 from .families import save_speaking
 from .runs import chosen

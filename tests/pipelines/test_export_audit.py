@@ -8,9 +8,10 @@ import pytest
 import torch
 from bitmend.compress.packing import pack_codes
 from bitmend.compress.weights import DenseWeight, StoredWeight, UniformWeight
-from bitmend.pipelines import exporting, formats
+from bitmend.pipelines import formats
 from bitmend.pipelines.errors import QualityError
-from bitmend.pipelines.export_audit import difference
+from bitmend.pipelines.export import exporting
+from bitmend.pipelines.export.audit import difference
 from bitmend.pipelines.formats.checkpoint import Checkpoint, Lazy
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -57,7 +58,7 @@ def test_an_export_that_loses_is_found(
 
 
 def test_what_differs(finished: Path) -> None:
-    from bitmend.pipelines import runner
+    from bitmend.pipelines.run import runner
 
     record = runner.last_artifact(finished, "quantize").stored(NAME)
     assert difference(record, record) is None and difference(record, record.dense()) is None

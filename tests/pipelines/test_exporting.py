@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.pipelines import exporting, runner
 from bitmend.pipelines.errors import InputError, QualityError, UsageError
-from bitmend.pipelines.loading import opened
-from bitmend.pipelines.recipe import resolve
+from bitmend.pipelines.export import exporting
+from bitmend.pipelines.recipes.recipe import resolve
+from bitmend.pipelines.run import runner
+from bitmend.pipelines.run.opening import opened
 from transformers import AutoModelForCausalLM
 
 from .families import save_speaking, tiny_model

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from bitmend.compress.weights import UniformWeight
-from bitmend.pipelines import runner
-from bitmend.pipelines.blocks import StreamedModel
-from bitmend.pipelines.loading import whole_model
-from bitmend.pipelines.models import inspect, load_config, skeleton, tied_names
+from bitmend.pipelines.models.blocks import StreamedModel
+from bitmend.pipelines.models.loading import whole_model
+from bitmend.pipelines.models.source import load_config
+from bitmend.pipelines.models.structure import inspect, skeleton, tied_names
+from bitmend.pipelines.run import runner
 from transformers import AutoModelForCausalLM
 
 from .families import FAMILIES, save_speaking

@@ -5,16 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from bitmend.pipelines import hidden, runner
-from bitmend.pipelines.artifact import Artifact
 from bitmend.pipelines.errors import InputError
-from bitmend.pipelines.hidden import Room
-from bitmend.pipelines.inputs import Inputs
-from bitmend.pipelines.models import inspect
+from bitmend.pipelines.models import hidden
+from bitmend.pipelines.models.hidden import Room
+from bitmend.pipelines.models.structure import inspect
+from bitmend.pipelines.run import runner
 from bitmend.pipelines.stages import fisher
 from bitmend.pipelines.stages.baseline import build_baseline, fingerprint
 from bitmend.pipelines.stages.context import Context
 from bitmend.pipelines.stages.fisher import fisher_diagonal
+from bitmend.pipelines.stages.inputs import Inputs
+from bitmend.pipelines.store.artifact import Artifact
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

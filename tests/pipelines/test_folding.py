@@ -11,9 +11,9 @@ from bitmend.compress.rounding import round_uniform
 from bitmend.compress.sharing import settled
 from bitmend.compress.weights import ActivationGrid, LowRank, SparseDelta, StoredWeight
 from bitmend.kernels.linear import bind, bind_group
-from bitmend.pipelines import runner
-from bitmend.pipelines.blocks import StreamedModel
-from bitmend.pipelines.folding import Folded, fold_block, folded_record
+from bitmend.pipelines.models.blocks import StreamedModel
+from bitmend.pipelines.models.folding import Folded, fold_block, folded_record
+from bitmend.pipelines.run import runner
 from bitmend.pipelines.stages.baseline import build_baseline, fingerprint
 from torch import nn
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.pipelines import runner
-from bitmend.pipelines.decoding import decode, graphable
 from bitmend.pipelines.errors import InputError
-from bitmend.pipelines.generate import generate
-from bitmend.pipelines.loading import load
+from bitmend.pipelines.models.decoding import decode, graphable
+from bitmend.pipelines.run import runner
+from bitmend.pipelines.run.generate import generate
+from bitmend.pipelines.run.opening import load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .families import tiny_model

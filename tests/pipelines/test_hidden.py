@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.pipelines import devices, hidden, perplexity, runner
+from bitmend.pipelines.devices import compute
 from bitmend.pipelines.errors import InputError, OutOfMemoryError
-from bitmend.pipelines.hidden import HiddenStates, Room
-from bitmend.pipelines.perplexity import has_hidden, hidden_reader
+from bitmend.pipelines.evaluation import perplexity
+from bitmend.pipelines.evaluation.perplexity import has_hidden, hidden_reader
+from bitmend.pipelines.models import hidden
+from bitmend.pipelines.models.hidden import HiddenStates, Room
+from bitmend.pipelines.run import runner
 from safetensors.torch import load_file
 
 from .families import save_speaking
@@ -67,7 +70,7 @@ def test_what_does_not_fit_goes_to_files_and_gives_its_room_back(tmp_path: Path)
 
 def test_room_on_a_card_is_the_cards_then_the_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the card's own account, never by the host's; pinned memory comes in powers of two."""
-    monkeypatch.setattr(devices, "memory", lambda: {"limit_bytes": 10**12, "available_bytes": 2000})
+    monkeypatch.setattr(compute, "memory", lambda: {"limit_bytes": 10**12, "available_bytes": 2000})
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (600, 10**9))
     room = Room.measured(torch.device("cuda"), tmp_path)
     assert (room.device_bytes, room.host_bytes, room.memory_bytes) == (300, 1000, 1300)

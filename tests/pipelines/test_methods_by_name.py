@@ -7,10 +7,10 @@ import pytest
 import torch
 from bitmend.compress.methods import PRUNE, QUANTIZE
 from bitmend.compress.weights import NormalFloatWeight, UniformWeight
-from bitmend.pipelines import runner
-from bitmend.pipelines.blocks import StreamedModel
 from bitmend.pipelines.errors import UsageError
-from bitmend.pipelines.recipe import resolve
+from bitmend.pipelines.models.blocks import StreamedModel
+from bitmend.pipelines.recipes.recipe import resolve
+from bitmend.pipelines.run import runner
 
 from .families import save_speaking
 from .runs import chosen, write_recipe

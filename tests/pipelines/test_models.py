@@ -6,18 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from bitmend.pipelines.errors import InputError
-from bitmend.pipelines.models import (
-    find_blocks,
-    inspect,
-    load_config,
-    load_tokenizer,
-    positions,
-    resolve_model,
-    set_parameter,
-    skeleton,
-    source_files,
-    tied_names,
-)
+from bitmend.pipelines.models.source import load_config, load_tokenizer, positions, resolve_model, source_files
+from bitmend.pipelines.models.structure import find_blocks, inspect, set_parameter, skeleton, tied_names
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -126,7 +116,7 @@ def test_offline_the_hub_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_source_files_are_hashed_once(small_model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = source_files(small_model)
-    monkeypatch.setattr("bitmend.pipelines.artifact.sha256", lambda path: pytest.fail("hashed again"))
+    monkeypatch.setattr("bitmend.pipelines.store.artifact.sha256", lambda path: pytest.fail("hashed again"))
     assert source_files(small_model) == first
     assert first["model.safetensors"]["bytes"] == (small_model / "model.safetensors").stat().st_size
 

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.pipelines import perplexity, runner
-from bitmend.pipelines.artifact import Artifact
-from bitmend.pipelines.blocks import StreamedModel
-from bitmend.pipelines.data import Windows
 from bitmend.pipelines.errors import InputError
-from bitmend.pipelines.inputs import Inputs
-from bitmend.pipelines.perplexity import Scores, Teacher
+from bitmend.pipelines.evaluation import perplexity
+from bitmend.pipelines.evaluation.perplexity import Scores, Teacher
+from bitmend.pipelines.models.blocks import StreamedModel
+from bitmend.pipelines.run import runner
+from bitmend.pipelines.run.evaluate import evaluate
+from bitmend.pipelines.stages.inputs import Inputs
+from bitmend.pipelines.store.artifact import Artifact
+from bitmend.pipelines.text.data import Windows
 from bitmend.reports.record import paired_difference
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -121,27 +123,27 @@ def test_the_gap_closed_is_of_logarithms(finished: Path) -> None:
 
 def test_eval_inside_a_run_gives_the_runs_number(finished: Path) -> None:
     for address, made in stages(finished).items():
-        found = perplexity.evaluate(str(stage_directory(finished, address)), device="cpu")
+        found = evaluate(str(stage_directory(finished, address)), device="cpu")
         assert found["perplexity"] == pytest.approx(made.perplexity, rel=1e-9), address
         assert found["total_bytes"] == made.total_bytes
     protocol = runner.record(finished).protocol
     assert (found["protocol"]["windows"], found["protocol"]["seq_len"]) == (protocol.windows, protocol.seq_len)
     assert found["protocol"]["fingerprint"] == protocol.fingerprint, "the same part of the text, not the whole of it"
-    assert perplexity.evaluate(str(finished), device="cpu")["perplexity"] == found["perplexity"], "a run is its last stage"
+    assert evaluate(str(finished), device="cpu")["perplexity"] == found["perplexity"], "a run is its last stage"
 
 
 def test_eval_takes_what_it_is_told(finished: Path, small_text: Path, tmp_path: Path) -> None:
     place = str(stage_directory(finished, "quantize"))
-    fewer = perplexity.evaluate(place, windows=2, seq_len=32, device="cpu")
+    fewer = evaluate(place, windows=2, seq_len=32, device="cpu")
     assert (fewer["protocol"]["windows"], fewer["protocol"]["seq_len"]) == (2, 32)
     assert fewer["protocol"]["fingerprint"] == runner.record(finished).protocol.fingerprint
     other = tmp_path / "other.txt"
     other.write_text("A text of its own, about nothing in particular. " * 40)
-    assert perplexity.evaluate(place, eval_source=str(other), seq_len=64, device="cpu")["protocol"]["dataset"] == "other.txt"
+    assert evaluate(place, eval_source=str(other), seq_len=64, device="cpu")["protocol"]["dataset"] == "other.txt"
 
 
 def test_eval_of_a_model_outside(small_model: Path, small_text: Path) -> None:
-    found = perplexity.evaluate(str(small_model), eval_source=str(small_text), seq_len=64, windows=3, device="cpu")
+    found = evaluate(str(small_model), eval_source=str(small_text), seq_len=64, windows=3, device="cpu")
     assert found["protocol"]["rule"] == "whole"
     assert found["perplexity"] > 1 and found["total_bytes"] == (small_model / "model.safetensors").stat().st_size
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bitmend.pipelines import exporting, runner
-from bitmend.pipelines.plan import predict, refusals
+from bitmend.pipelines.export import exporting
+from bitmend.pipelines.planning.plan import predict, refusals
+from bitmend.pipelines.run import runner
 
 from .families import save_speaking
 from .runs import CHAIN, Processes, chosen, write_recipe

@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from bitmend.pipelines import publishing
-from bitmend.pipelines.recipe import resolve
-from bitmend.pipelines.reference import tables
-from bitmend.pipelines.reference_rows import SMALL, Row, Table
-from bitmend.pipelines.settings import dump
+from bitmend.pipelines.publish import publishing
+from bitmend.pipelines.publish.reference_rows import SMALL, Row, Table
+from bitmend.pipelines.publish.reference_tables import tables
+from bitmend.pipelines.recipes.recipe import resolve
+from bitmend.pipelines.recipes.settings import dump
 from bitmend.reports import published
 
 

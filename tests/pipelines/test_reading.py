@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.pipelines import runner, stages
-from bitmend.pipelines.artifact import Artifact
-from bitmend.pipelines.blocks import StreamedModel
+from bitmend.pipelines import stages
 from bitmend.pipelines.errors import InputError
-from bitmend.pipelines.reading import BlockReader, in_background
+from bitmend.pipelines.models.blocks import StreamedModel
+from bitmend.pipelines.models.reading import BlockReader, in_background
+from bitmend.pipelines.run import runner
 from bitmend.pipelines.stages.writing import InPlace
-from bitmend.recover.linear import CompressedLinear
+from bitmend.pipelines.store.artifact import Artifact
+from bitmend.recover.compressed_linear import CompressedLinear
 
 from .families import save_speaking
 from .runs import chosen

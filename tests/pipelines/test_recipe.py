@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
-from bitmend.pipelines import recipe as recipes
-from bitmend.pipelines import settings, stage_settings
 from bitmend.pipelines.errors import UsageError
-from bitmend.pipelines.recipe import Budget, Recipe, describe, resolve, run_directory
+from bitmend.pipelines.recipes import recipe as recipes
+from bitmend.pipelines.recipes import settings, stage_settings
+from bitmend.pipelines.recipes.recipe import Budget, Recipe, describe, resolve, run_directory
 from hypothesis import given
 from hypothesis import strategies as st
 

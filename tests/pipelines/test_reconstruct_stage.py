@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.pipelines import runner
-from bitmend.pipelines.plan import refusals
+from bitmend.pipelines.planning.plan import refusals
+from bitmend.pipelines.run import runner
 from bitmend.recover.merge import audit
-from bitmend.recover.methods import RECOVER
+from bitmend.recover.recovery_methods import RECOVER
 
 from .families import save_speaking
 from .runs import chosen, hashes, stage_directory
@@ -19,12 +19,12 @@ pytestmark = pytest.mark.usefixtures("no_pages")
 
 PRUNE: dict[str, Any] = {"prune": {"method": "wanda", "sparsity": 0.5, "pattern": "2:4"}}
 QUICK: dict[str, Any] = {"method": "reconstruct", "steps": 20, "samples": 16, "rank": 4, "seq_len": STEPS["seq_len"], "batch_size": STEPS["batch_size"]}  # fmt: skip
-STAGE = sys.modules["bitmend.pipelines.stages.reconstruct"]
+STAGE = sys.modules["bitmend.pipelines.stages.block_reconstruction"]
 
 
 @pytest.fixture(autouse=True)
 def short_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bitmend.pipelines.inputs.HELD_OUT_TOKENS", 256)
+    monkeypatch.setattr("bitmend.pipelines.stages.inputs.HELD_OUT_TOKENS", 256)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> tuple[
     """A run that was never stopped, and its stage's record."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bitmend.reports.render", lambda record, kind: f"{kind}\n")
-        patch.setattr("bitmend.pipelines.inputs.HELD_OUT_TOKENS", 256)
+        patch.setattr("bitmend.pipelines.stages.inputs.HELD_OUT_TOKENS", 256)
         place = tmp_path_factory.mktemp("whole")
         return place, run(place, small_model, toy_text(place / "toy.jsonl"), [PRUNE, {"recover": QUICK}]).stages[-1]
 

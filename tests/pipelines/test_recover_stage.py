@@ -9,16 +9,17 @@ import pytest
 import torch
 from bitmend.compress.packing import pack_codes
 from bitmend.compress.weights import StoredWeight, UniformWeight
-from bitmend.pipelines import merging, runner, sweep
-from bitmend.pipelines.artifact import Artifact
-from bitmend.pipelines.blocks import StreamedModel
 from bitmend.pipelines.errors import InputError, QualityError
-from bitmend.pipelines.exporting import checkpoint_of
-from bitmend.pipelines.loading import whole_model
-from bitmend.pipelines.perplexity import last_hidden
+from bitmend.pipelines.evaluation.perplexity import last_hidden
+from bitmend.pipelines.export import merging
+from bitmend.pipelines.export.exporting import checkpoint_of
+from bitmend.pipelines.models.blocks import StreamedModel
+from bitmend.pipelines.models.loading import whole_model
+from bitmend.pipelines.run import runner, sweep
 from bitmend.pipelines.stages.writing import InPlace
+from bitmend.pipelines.store.artifact import Artifact
 from bitmend.recover.losses import Objective
-from bitmend.recover.methods import RECOVER, attach, refusal
+from bitmend.recover.recovery_methods import RECOVER, attach, refusal
 from bitmend.recover.site import Gradients, kinds
 from bitmend.recover.student import Batch, student_of
 from bitmend.recover.train import batch_loss
@@ -44,7 +45,7 @@ KINDS: dict[str, list[dict[str, Any]]] = {
 
 @pytest.fixture(autouse=True)
 def short_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bitmend.pipelines.inputs.HELD_OUT_TOKENS", 256)
+    monkeypatch.setattr("bitmend.pipelines.stages.inputs.HELD_OUT_TOKENS", 256)
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bitmend.pipelines import runner
 from bitmend.pipelines.errors import UsageError
-from bitmend.pipelines.plan import refusals
+from bitmend.pipelines.planning.plan import refusals
+from bitmend.pipelines.run import runner
 
 from .families import save_speaking
 from .runs import chosen

@@ -10,14 +10,14 @@ from bitmend.compress.gptq import GptqConfig, gptq
 from bitmend.compress.rounding import RtnConfig, rtn
 from bitmend.compress.statistics import InputStatistics, LayerStatistics
 from bitmend.compress.weights import DenseWeight, StoredWeight, UniformWeight
-from bitmend.pipelines.blocks import StreamedModel
-from bitmend.pipelines.collecting import collect
-from bitmend.pipelines.hidden import Room
-from bitmend.pipelines.inputs import Inputs
-from bitmend.pipelines.perplexity import embedded
-from bitmend.pipelines.recipe import resolve
+from bitmend.pipelines.evaluation.perplexity import embedded
+from bitmend.pipelines.models.blocks import StreamedModel
+from bitmend.pipelines.models.collecting import collect
+from bitmend.pipelines.models.hidden import Room
+from bitmend.pipelines.recipes.recipe import resolve
 from bitmend.pipelines.stages import requantize as stage
-from bitmend.recover.dense import MaskedDense, round_again
+from bitmend.pipelines.stages.inputs import Inputs
+from bitmend.recover.whole_matrices import MaskedDense, round_again
 
 from .families import save_speaking
 from .toy import CPU, STEPS, opened, run, toy_text

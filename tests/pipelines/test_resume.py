@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from bitmend.pipelines import runner
+from bitmend.pipelines.run import runner
 
 from .runs import Processes, hashes, stage_directory, write_recipe
 

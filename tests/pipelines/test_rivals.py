@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.pipelines import rivals
 from bitmend.pipelines.errors import InputError
+from bitmend.pipelines.publish import other_programs
 
 ASKED = {"program": "auto_round", "bits": 3, "group_size": 64, "iterations": 200, "samples": 8, "batch_size": 2}
 
@@ -19,7 +19,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "env" / "bin").mkdir(parents=True)
     (tmp_path / "env" / "bin" / "python").symlink_to(sys.executable)
     monkeypatch.setenv("VENV_RIVALS", str(tmp_path / "env"))
-    monkeypatch.setattr(rivals, "_RUNS", tmp_path / "program.py")
+    monkeypatch.setattr(other_programs, "_RUNS", tmp_path / "program.py")
     return tmp_path
 
 
@@ -35,7 +35,7 @@ def _program(environment: Path, version: str, ends: str = "") -> None:
 
 
 def _made(environment: Path) -> tuple[Path, dict[str, Any]]:
-    return rivals.made(environment / "rivals", environment / "dense", torch.arange(64).view(2, 32), ASKED)
+    return other_programs.made(environment / "rivals", environment / "dense", torch.arange(64).view(2, 32), ASKED)
 
 
 def test_a_checkpoint_is_made_once_from_our_windows_cut_to_its_number_of_samples(environment: Path) -> None:

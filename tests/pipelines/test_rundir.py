@@ -8,16 +8,17 @@ import time
 from pathlib import Path
 
 import pytest
-from bitmend.pipelines import rundir, runner
 from bitmend.pipelines.errors import InputError
-from bitmend.pipelines.rundir import RunDirectory
+from bitmend.pipelines.run import runner
+from bitmend.pipelines.store import rundir
+from bitmend.pipelines.store.rundir import RunDirectory
 
 from .runs import chosen
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from bitmend.pipelines.rundir import RunDirectory
+from bitmend.pipelines.store.rundir import RunDirectory
 place = RunDirectory(Path(sys.argv[1]))
 place.create()
 with place.held():

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.pipelines import runner, stages
-from bitmend.pipelines.devices import Compute
+from bitmend.pipelines import stages
+from bitmend.pipelines.devices.compute import Compute
 from bitmend.pipelines.errors import InputError, QualityError, UsageError
-from bitmend.pipelines.recipe import Recipe, resolve
+from bitmend.pipelines.recipes.recipe import Recipe, resolve
+from bitmend.pipelines.run import runner
 
 from .runs import CHAIN, chosen, hashes, stage_directory, write_recipe
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.pipelines import bench_shape, benchmarks, scaling
-from bitmend.pipelines.benchmarks import Options
+from bitmend.pipelines.bench import benchmarks, scaling, shape
+from bitmend.pipelines.bench.benchmarks import Options
+from bitmend.pipelines.bench.synthetic import SHAPES, Shape, write_model, write_text
 from bitmend.pipelines.errors import UsageError
-from bitmend.pipelines.models import skeleton
-from bitmend.pipelines.synthetic import SHAPES, Shape, write_model, write_text
+from bitmend.pipelines.models.structure import skeleton
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 TINY = Shape(2, 64, 128, 4, 2, 96)
@@ -54,7 +54,7 @@ def test_larger_shapes_are_llama_3s(name: str, parameters: int) -> None:
 
 def test_a_row_of_a_shape_is_a_process(tmp_path: Path) -> None:
     """Training steps, the other kind of row, run on the pretended card (tests/device/test_make_gpu.py)."""
-    row = bench_shape.Bench("tiny", TINY, TEXT, "cpu", tmp_path).row("quantize", "rtn", bench_shape.in_a_process)
+    row = shape.Bench("tiny", TINY, TEXT, "cpu", tmp_path).row("quantize", "rtn", shape.in_a_process)
     assert "error" not in row and row["seconds_per_block"] == row["seconds"] / 2 > 0 and 4 < row["bits_per_weight"] < 5
     assert 100e6 < row["host_peak_bytes"] < 1.2e9 and row["device_peak_bytes"] is None
 

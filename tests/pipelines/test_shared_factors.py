@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from bitmend.compress.sharing import holder_of
-from bitmend.pipelines import runner
-from bitmend.pipelines.artifact import Artifact
-from bitmend.pipelines.exporting import export
-from bitmend.pipelines.ledger import last_artifact
-from bitmend.pipelines.loading import whole_model
-from bitmend.pipelines.plan import predict
+from bitmend.pipelines.export.exporting import export
+from bitmend.pipelines.models.loading import whole_model
+from bitmend.pipelines.planning.plan import predict
+from bitmend.pipelines.run import runner
+from bitmend.pipelines.run.ledger import last_artifact
+from bitmend.pipelines.store.artifact import Artifact
 
 from .runs import chosen
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from bitmend.compress.sparsity import by_outliers, outlier_share
-from bitmend.pipelines import runner
 from bitmend.pipelines.errors import UsageError
-from bitmend.pipelines.inputs import Inputs
-from bitmend.pipelines.loading import opened, whole_model
-from bitmend.pipelines.recipe import resolve
+from bitmend.pipelines.models.loading import whole_model
+from bitmend.pipelines.recipes.recipe import resolve
+from bitmend.pipelines.run import runner
+from bitmend.pipelines.run.opening import opened
+from bitmend.pipelines.stages.inputs import Inputs
 from bitmend.reports.record import StageRecord
 
 from .runs import Processes, chosen, hashes, stage_directory, write_recipe

@@ -1,7 +1,7 @@
 """Parts are disjoint, the split does not depend on order, and evaluation text is found in whatever shape it hides."""
 
 import pytest
-from bitmend.pipelines.splits import PARTS, SHARES, Document, Exclusion, normalised_hash, split_documents
+from bitmend.pipelines.text.splits import PARTS, SHARES, Document, Exclusion, normalised_hash, split_documents
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.pipelines import exporting, runner
-from bitmend.pipelines.blocks import StreamedModel
-from bitmend.pipelines.data import Windows
 from bitmend.pipelines.errors import InputError
-from bitmend.pipelines.inputs import Inputs
-from bitmend.pipelines.perplexity import evaluate, last_hidden, score
-from bitmend.pipelines.recipe import resolve
+from bitmend.pipelines.evaluation.perplexity import last_hidden, score
+from bitmend.pipelines.export import exporting
+from bitmend.pipelines.models.blocks import StreamedModel
+from bitmend.pipelines.recipes.recipe import resolve
+from bitmend.pipelines.run import runner
+from bitmend.pipelines.run.evaluate import evaluate
+from bitmend.pipelines.stages.inputs import Inputs
+from bitmend.pipelines.text.data import Windows
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -26,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("no_pages")
 
 @pytest.fixture(autouse=True)
 def short_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bitmend.pipelines.inputs.HELD_OUT_TOKENS", 256)
+    monkeypatch.setattr("bitmend.pipelines.stages.inputs.HELD_OUT_TOKENS", 256)
 
 
 def task(path: Path, answer: str, rows: int = 80, seed: int = 0) -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bitmend.pipelines import runner
+from bitmend.pipelines.run import runner
 from bitmend.pipelines.stages import teacher
 
 from .families import save_speaking

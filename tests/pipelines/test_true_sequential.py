@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.pipelines import runner
-from bitmend.pipelines.blocks import StreamedModel
-from bitmend.pipelines.collecting import collecting, input_groups
 from bitmend.pipelines.errors import UsageError
-from bitmend.pipelines.inputs import Inputs
-from bitmend.pipelines.recipe import resolve
+from bitmend.pipelines.models.blocks import StreamedModel
+from bitmend.pipelines.models.collecting import collecting, input_groups
+from bitmend.pipelines.recipes.recipe import resolve
+from bitmend.pipelines.run import runner
 from bitmend.pipelines.stages.baseline import build_baseline
+from bitmend.pipelines.stages.inputs import Inputs
 from bitmend.pipelines.stages.matrices import relative_output_error
 from safetensors.torch import load_file
 

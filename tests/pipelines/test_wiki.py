@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bitmend.pipelines.wiki import articles, prose
+from bitmend.pipelines.demo.wiki import articles, prose
 
 from .dumps import page, write_dump
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitmend.pipelines import runner
-from bitmend.pipelines.artifact import Artifact, open_artifact
-from bitmend.pipelines.blocks import StreamedModel
-from bitmend.pipelines.inputs import Inputs
-from bitmend.pipelines.perplexity import last_hidden
+from bitmend.pipelines.evaluation.perplexity import last_hidden
+from bitmend.pipelines.models.blocks import StreamedModel
+from bitmend.pipelines.run import runner
+from bitmend.pipelines.stages.inputs import Inputs
+from bitmend.pipelines.store.artifact import Artifact, open_artifact
 from bitmend.reports.record import RunRecord
 
 from .runs import chosen, stage_directory
@@ -41,7 +41,7 @@ def opened(place: Path, address: str) -> Artifact:
 
 def held_out_loss(place: Path, artifact: Artifact) -> float:
     """Mean negative log-likelihood of the artifact on disk on the run's held-out text, by the block-by-block pass that measures stages."""
-    from bitmend.pipelines.recipe import resolve
+    from bitmend.pipelines.recipes.recipe import resolve
 
     recipe = resolve(str(place / "run" / "recipe.resolved.yaml"))
     model, total, count = StreamedModel(artifact, CPU), 0.0, 0

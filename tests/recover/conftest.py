@@ -8,7 +8,7 @@ import torch
 from bitmend.compress import grids, normal_float
 from bitmend.compress.packing import pack_codes
 from bitmend.compress.weights import ActivationGrid, DenseWeight, LowRank, NormalFloatWeight, SparseDelta, StoredWeight
-from bitmend.recover.linear import install
+from bitmend.recover.compressed_linear import install
 from bitmend.recover.scales import double_quantize
 from bitmend.recover.selection import decoder_blocks
 from bitmend.recover.student import Batch

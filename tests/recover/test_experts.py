@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from bitmend.recover.compressed_linear import compressed_linears, install
 from bitmend.recover.experts import ExpertMatrices, is_expert
 from bitmend.recover.fits import left_alone, misfit
-from bitmend.recover.linear import compressed_linears, install
 from bitmend.recover.losses import Objective
-from bitmend.recover.methods import RECOVER, attach, split
+from bitmend.recover.recovery_methods import RECOVER, attach, split
 from bitmend.recover.site import Gradients
 from bitmend.recover.student import student_of
 from bitmend.recover.train import batch_loss

@@ -5,7 +5,7 @@ import torch
 from bitmend.compress.weights import ActivationGrid, DenseWeight, StoredWeight, to_tensors
 from bitmend.kernels.operators import ReferenceOperator
 from bitmend.kernels.reference import fake_quantize
-from bitmend.recover.linear import CompressedLinear, cache_dense, compressed_linears, install
+from bitmend.recover.compressed_linear import CompressedLinear, cache_dense, compressed_linears, install
 from torch import nn
 from torch.testing import assert_close
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.recover.linear import CompressedLinear, cache_dense, compressed_linears
+from bitmend.recover.compressed_linear import CompressedLinear, cache_dense, compressed_linears
 from bitmend.recover.memory import training_memory
-from bitmend.recover.methods import attach, split
+from bitmend.recover.recovery_methods import attach, split
 from bitmend.recover.train import train
 
 from .conftest import batch, compressed, held_out

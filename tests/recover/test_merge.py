@@ -4,9 +4,9 @@ import pytest
 import torch
 from bitmend.compress.packing import pack_codes
 from bitmend.compress.weights import DenseWeight, SparseDelta, UniformWeight
-from bitmend.recover.linear import CompressedLinear, compressed_linears
+from bitmend.recover.compressed_linear import CompressedLinear, compressed_linears
 from bitmend.recover.merge import audit, merge, merge_all, merge_refusal, stored_loss
-from bitmend.recover.methods import RECOVER, attach, split
+from bitmend.recover.recovery_methods import RECOVER, attach, split
 from bitmend.recover.student import student_of
 from bitmend.recover.train import as_stored, held_out_loss, train
 

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 from bitmend.compress.weights import DenseWeight
-from bitmend.recover.linear import compressed_linears, install
+from bitmend.recover.compressed_linear import compressed_linears, install
 from bitmend.recover.losses import Objective
-from bitmend.recover.methods import RECOVER, attach, refusal, split
+from bitmend.recover.recovery_methods import RECOVER, attach, refusal, split
 from bitmend.recover.site import Gradients, kinds
 from bitmend.recover.student import student_of
 from bitmend.recover.train import as_stored, batch_loss, train

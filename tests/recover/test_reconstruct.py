@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.recover.linear import compressed_linears, install
+from bitmend.recover.compressed_linear import compressed_linears, install
 from bitmend.recover.merge import audit
-from bitmend.recover.methods import attach, refusal
 from bitmend.recover.reconstruct import TRAINS, Block, Reconstruct, block_error, reconstruct, resolved
+from bitmend.recover.recovery_methods import attach, refusal
 from bitmend.recover.site import kinds
 
 from .conftest import batch, compress, compressed, llama

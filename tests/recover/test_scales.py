@@ -4,11 +4,11 @@ import pytest
 import torch
 from bitmend.compress import normal_float
 from bitmend.compress.weights import UniformWeight, to_tensors
-from bitmend.recover.dense import LatentGrid, MaskedDense
+from bitmend.recover.compressed_linear import CompressedLinear
 from bitmend.recover.increments import GridIncrement
-from bitmend.recover.linear import CompressedLinear
 from bitmend.recover.scales import RelativeScales, double_quantize
 from bitmend.recover.trainable import through
+from bitmend.recover.whole_matrices import LatentGrid, MaskedDense
 from torch.testing import assert_close
 
 from .conftest import compress
@@ -47,7 +47,7 @@ def test_only_the_gradient_that_is_summed_over_groups_may_be_short(kind, monkeyp
         asked.append(left.shape[0])
         return left @ right
 
-    monkeypatch.setattr("bitmend.recover.linear.summed", short)
+    monkeypatch.setattr("bitmend.recover.compressed_linear.summed", short)
     stored = compress(W, kind)
     for reweight, expected in ((RelativeScales(stored), [24]), (LatentGrid(stored), []), (None, [])):
         linear = CompressedLinear(stored)

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from bitmend.recover.compressed_linear import compressed_linears
 from bitmend.recover.criteria import choose, fisher_diagonal, saliency, smallest_magnitude
-from bitmend.recover.linear import compressed_linears
 from bitmend.recover.losses import Objective
-from bitmend.recover.methods import RECOVER, attach, refusal, split
+from bitmend.recover.recovery_methods import RECOVER, attach, refusal, split
 from bitmend.recover.selection import decoder_blocks, norms, roles, where
 from bitmend.recover.site import Gradients, gain
 from bitmend.recover.student import Batch, student_of

@@ -7,7 +7,7 @@ from bitmend.compress.rounding import round_uniform
 from bitmend.compress.sharing import settled
 from bitmend.compress.statistics import InputStatistics, LayerStatistics
 from bitmend.compress.weights import StoredWeight
-from bitmend.recover.linear import CompressedLinear
+from bitmend.recover.compressed_linear import CompressedLinear
 from bitmend.recover.site import train_factors
 
 NAMES = ("q", "k", "v")

@@ -1,8 +1,8 @@
 from pathlib import Path
 
-from bitmend.recover import table
-from bitmend.recover.methods import RECOVER
-from bitmend.recover.table import KINDS, kinds_table, methods_table
+from bitmend.recover import method_tables
+from bitmend.recover.method_tables import KINDS, kinds_table, methods_table
+from bitmend.recover.recovery_methods import RECOVER
 
 PROMISED = [
     "reconstruct",
@@ -50,4 +50,4 @@ def test_refusals_stand_in_the_table():
 
 
 def test_the_committed_tables_are_these():
-    assert (Path(__file__).parents[2] / "recover" / "README.md").read_text(encoding="utf-8") == table.document()
+    assert (Path(__file__).parents[2] / "recover" / "README.md").read_text(encoding="utf-8") == method_tables.document()

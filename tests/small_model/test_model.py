@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.pipelines.data import load_text, tokenize
-from bitmend.pipelines.splits import PARTS
+from bitmend.pipelines.text.data import load_text, tokenize
+from bitmend.pipelines.text.splits import PARTS
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import torch
-from bitmend.pipelines.demo import demo_text
-from bitmend.pipelines.splits import PARTS, Document, split_documents
+from bitmend.pipelines.demo.imported import demo_text
+from bitmend.pipelines.text.splits import PARTS, Document, split_documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional

@@ -1,0 +1,186 @@
+"""The choice that a budget leads to: one setting a matrix, from a table of errors, kept beside it, and what it says to the stages.
+
+Knows a table and costs; not where they come from (`error_tables`, `allocation`), nor how the program is solved (`compress/allocate`).
+Legend: M matrices, K settings, V views of an error (as it is; weighed by the loss's gradient).
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...compress.allocate import InfeasibleBudget, choose
+from ...compress.options import Grid, Setting, overrides
+from ...reports.record import StageRecord
+from ..errors import UsageError
+from ..models.sizes import sizes_before
+from ..recipes.recipe import Recipe
+from ..recipes.stage_settings import StageSpec, methods
+from ..stages.context import Context
+from ..store.artifact import Artifact, write_json
+from .error_tables import Table, build
+from .spending import Costs, Spent, costs, infeasible, settings_of, spent
+
+VERSION = 1
+"""Rises when a fix makes another choice of the same table."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one matrix was given, what it stores, and what was predicted: losses (weighed, as they are summed) and relative output
+    errors, with the low-rank term and for Q alone."""
+
+    name: str
+    setting: Setting
+    bytes: int
+    predicted_loss: float
+    predicted_error: float
+    predicted_loss_q: float
+    predicted_error_q: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the integer program chose, and from what. `stored` is in the budget's unit, at the end of the run; `settings` counts those
+    that were left once the dominated ones were gone; seconds: of the program alone, and of the table."""
+
+    budget: str
+    weighting: str
+    rows: list[Row]
+    settings: int
+    stored: str
+    stored_bytes: int
+    total_loss: float
+    gap: float
+    seconds: float
+    table_seconds: float
+    note: str | None = None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Choice":
+        rows = [Row(**{**row, "setting": Setting(**{**row["setting"], "grid": Grid(**row["setting"]["grid"])})}) for row in data["rows"]]
+        return cls(**{**data, "rows": rows})
+
+
+def choice_path(recipe: Recipe, directory: Path) -> Path:
+    """Where the choice for this recipe lies beside the table it is made from."""
+    budget, allocation = recipe.budget.text if recipe.budget else None, recipe.allocation.model_dump(mode="json")
+    identity = json.dumps([VERSION, budget, allocation, [s.settings() for s in recipe.stages]], sort_keys=True, default=str)
+    return directory / f"choice-{hashlib.sha256(identity.encode()).hexdigest()[:8]}.json"
+
+
+def read_choice(path: Path) -> Choice | None:
+    return Choice.from_json(json.loads(path.read_text())) if path.is_file() else None
+
+
+def spend(recipe: Recipe, parent: Artifact, directory: Path, context: Context) -> Choice:
+    """Build the table in `directory`, or go on with it, choose, and keep the choice. UsageError names the smallest feasible budget."""
+    stages = spent(recipe)
+    table = build(directory, parent, stages, settings_of(recipe, stages), recipe.allocation.weighting, context)
+    made = choose_settings(recipe, stages, costs(recipe, stages, sizes_before(parent)), table)
+    write_json(choice_path(recipe, directory), asdict(made))
+    return made
+
+
+def choose_settings(recipe: Recipe, stages: Spent, counted: Costs, table: Table) -> Choice:
+    """Solve the integer program for this table."""
+    losses_MK = losses(table, recipe.allocation.weighting)
+    limit, usable = stages.budget.bytes_for(counted.weights, counted.rest_bytes), np.isfinite(counted.bytes_MK)
+    try:
+        found = choose(np.where(usable, counted.bytes_MK, 0.0), np.where(usable, losses_MK, np.inf), limit)
+    except InfeasibleBudget as error:
+        raise UsageError(infeasible(recipe, stages, counted)) from error
+    alone = {setting.grid: k for k, setting in enumerate(counted.settings) if not setting.rank}
+    rows = []
+    for m, k in enumerate(found.choice):
+        setting = counted.settings[k]
+        errors, lost = (table.relative_MVK[m, 0] ** 0.5).tolist(), losses_MK[m].tolist()
+        q = alone[setting.grid]
+        rows.append(Row(counted.sites[m].name, setting, round(counted.bytes_MK[m, k]), lost[k], errors[k], lost[q], errors[q]))
+    most, stored = (stages.budget.said(n, counted.weights, counted.rest_bytes) for n in (counted.largest, found.total_bytes))
+    note = f"the budget {stages.budget.text} is above all that the choices of `allocation` can store ({most}): every matrix got what errs least"
+    measured = (found.settings, stored, found.total_bytes, found.total_loss, found.gap, found.seconds, table.seconds)
+    return Choice(stages.budget.text, recipe.allocation.weighting, rows, *measured, note if limit > counted.largest else None)
+
+
+def losses(table: Table, weighting: str) -> NDArray[np.float64]:
+    """What is summed and made least, [M, K]. A matrix that no token reached, or whose outputs the loss does not feel, weighs what the
+    middle one of the others does."""
+    view = 1 if weighting == "fisher" else 0
+    if weighting == "relative":
+        return table.relative_MVK[:, view]
+    energy_M = table.energy_MV[:, view]
+    middle = float(np.median(energy_M[energy_M > 0])) if bool((energy_M > 0).any()) else 1.0
+    return table.relative_MVK[:, view] * np.where(energy_M > 0, energy_M, middle)[:, None]
+
+
+def resolved(recipe: Recipe, stages: Spent, chosen: Choice) -> list[StageSpec]:
+    """The recipe's stages with the choice as overrides, one for each setting that was given; a stage that is left nothing to do is left out."""
+    out = []
+    for spec in recipe.stages:
+        if spec.address not in stages.addresses:
+            out.append(spec)
+            continue
+        groups: dict[str, list[str]] = {}
+        idle = [row.name for row in chosen.rows if spec.name not in overrides(row.setting)]
+        for row in chosen.rows:
+            if spec.name in (given := overrides(row.setting)):
+                groups.setdefault(json.dumps(given[spec.name]), []).append(row.name)
+        if groups:
+            more = {exactly(names): json.loads(given) for given, names in groups.items()}
+            ignore = (*spec.ignore, exactly(idle)) if idle else spec.ignore
+            out.append(replace(spec, overrides={**spec.overrides, **more}, ignore=ignore))
+    return out
+
+
+def exactly(names: Iterable[str]) -> str:
+    """A regular expression that finds these names and no other."""
+    return f"^(?:{'|'.join(re.escape(name) for name in names)})$"
+
+
+# -- in the report -----------------------------------------------------------------------------------------------------------------
+
+
+def explained(made: StageRecord, chosen: Choice, recipe: Recipe, before: Sequence[StageRecord]) -> StageRecord:
+    """The record of a stage that the budget chose for, with what every matrix was given and the losses predicted and measured.
+
+    The measured loss is the predicted one times (measured / predicted squared output error): the same weighing of what was found.
+    A matrix that the stage left alone has the error that the stage before left it. A method that never looks at inputs (rtn) has
+    measured another error, of the weights: there is then no measured loss.
+    """
+    stages = spent(recipe)
+    if made.stage not in (stages.quantize.address, getattr(stages.decompose, "address", None)):
+        return made
+    rows, whole = {row.name: row for row in chosen.rows}, made.stage != stages.quantize.address
+    seen = _sees_inputs(stages.decompose if whole else stages.quantize)
+    earlier = {layer.name: layer.relative_output_error for layer in before[-1].layers} if whole and _sees_inputs(stages.quantize) else {}
+    layers = []
+    for layer in made.layers:
+        if (row := rows.get(layer.name)) is not None:
+            own = layer.relative_output_error
+            error = earlier.get(layer.name) if own is None else own
+            given = _explained(row, whole, error if seen or own is None else None)
+            layer = replace(layer, relative_output_error=error, metrics={**layer.metrics, **given})
+        layers.append(layer)
+    facts = {key: value for key, value in asdict(chosen).items() if key not in ("rows", "note")}
+    notes = (*made.notes, chosen.note) if chosen.note and chosen.note not in made.notes else made.notes
+    return replace(made, layers=tuple(layers), metrics={**made.metrics, "allocation": facts}, notes=notes)
+
+
+def _sees_inputs(spec: StageSpec | None) -> bool:
+    return spec is not None and "second_moment" in methods(spec.name)[spec.method].needs(spec.config)
+
+
+def _explained(row: Row, whole: bool, measured_error: float | None) -> dict[str, Any]:
+    setting = row.setting
+    loss, error = (row.predicted_loss, row.predicted_error) if whole else (row.predicted_loss_q, row.predicted_error_q)
+    given = {"bits": setting.grid.bits, "group_size": setting.grid.group_size, "bytes": row.bytes}
+    given |= {"factor_bits": setting.factor_bits} if setting.rank and whole else {}
+    measured = loss * (measured_error / error) ** 2 if measured_error is not None and error > 0 else None
+    return {**given, "predicted_output_error": error, "predicted_loss": loss, "measured_loss": measured}

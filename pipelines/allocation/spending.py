@@ -1,0 +1,239 @@
+"""What a budget is spent on: which stages it chooses for, what a matrix may be given, and what every choice stores.
+
+Knows recipes and shapes; no weights and no errors (`error_tables`), nor what is chosen in the end (`choosing`).
+Legend: M matrices, K settings.
+"""
+
+import re
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...compress.grids import divide
+from ...compress.options import Setting, overrides, settings
+from ..errors import UsageError
+from ..models.sizes import Size, Sizes, apply, grid_of, has_index, on_grid, with_factors
+from ..models.structure import Site
+from ..recipes.budget import Budget, pattern
+from ..recipes.recipe import Recipe
+from ..recipes.stage_settings import StageSpec, methods
+
+SLACK = 0.01
+"""What an estimate of the artifact's other bytes may be off before a budget is refused because of it."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """The stages that a budget is spent on; `first` is the place of the earliest in the recipe. prune only where sparsity is chosen, too."""
+
+    budget: Budget
+    quantize: StageSpec
+    decompose: StageSpec | None
+    prune: StageSpec | None
+    first: int
+
+    @property
+    def addresses(self) -> list[str]:
+        return [spec.address for spec in (self.prune, self.quantize, self.decompose) if spec is not None]
+
+    def sites(self, every: Iterable[Site]) -> list[Site]:
+        """The matrices that get their settings from the budget: those of the blocks that quantize touches."""
+        return [site for site in every if site.block is not None and not self.quantize.skips(site.name)]
+
+
+def spent(recipe: Recipe) -> Spent:
+    """UsageError where this recipe's stages cannot spend its budget, with the reason."""
+    assert recipe.budget is not None
+    option, named = (
+        f"--budget {recipe.budget.text}",
+        {name: [s for s in recipe.stages if s.name == name] for name in ("quantize", "decompose")},
+    )
+    for name, least in (("quantize", 1), ("decompose", 0)):
+        if not least <= len(named[name]) <= 1:
+            have = ", ".join(s.address for s in named[name]) or "none"
+            raise UsageError(
+                f"{option}: chooses the bits of one quantize stage and the ranks of one decompose stage; this recipe's {name}: {have}"
+            )
+    quantize, decompose = named["quantize"][0], next(iter(named["decompose"]), None)
+    _check_method(option, quantize, ("bits",), "no bits to choose")
+    if decompose is not None:
+        _check_method(option, decompose, ("rank", "factor_bits"), "a grid of its own and no factor_bits")
+        if recipe.stages.index(decompose) < recipe.stages.index(quantize):
+            raise UsageError(
+                f"{option}: {decompose.address} stands before {quantize.address}; put it after, it makes up for what rounding loses"
+            )
+        for rank in filter(None, recipe.allocation.ranks):
+            try:
+                replace(decompose.config, rank=rank)
+            except ValueError as error:
+                raise UsageError(f"{option}: allocation.ranks: {decompose.address} cannot have rank {rank}: {error}") from error
+    prune = _prune(option, recipe, quantize)
+    return Spent(recipe.budget, quantize, decompose, prune, recipe.stages.index(prune or quantize))
+
+
+def _check_method(option: str, spec: StageSpec, keys: tuple[str, ...], lack: str) -> None:
+    def serves(row: Any) -> bool:
+        return all(key in row.config.__dataclass_fields__ for key in keys)
+
+    if not serves(methods(spec.name)[spec.method]):
+        others = ", ".join(name for name, row in methods(spec.name).items() if serves(row))
+        raise UsageError(f"{option}: {spec.address}.method {spec.method} has {lack}; choose one of {others}")
+
+
+def _prune(option: str, recipe: Recipe, quantize: StageSpec) -> StageSpec | None:
+    if not recipe.allocation.sparsities:
+        return None
+    before = [s for s in recipe.stages[: recipe.stages.index(quantize)] if s.name == "prune"]
+    if len(before) != 1:
+        raise UsageError(f"{option}: allocation.sparsities need one prune stage before {quantize.address}; this recipe has {len(before)}")
+    if getattr(before[0].config, "allocation", "uniform") != "uniform":
+        raise UsageError(
+            f"{option}: {before[0].address}.allocation shares out sparsity, and so do allocation.sparsities; leave one of them out"
+        )
+    return before[0]
+
+
+# -- settings and what they store --------------------------------------------------------------------------------------------------
+
+
+def settings_of(recipe: Recipe, stages: Spent) -> list[Setting]:
+    """All K settings; rank 0 is among them in any case, for what quantize alone will leave."""
+    chosen, config = recipe.allocation, stages.quantize.config
+    sparsities = [pattern(text) for text in chosen.sparsities] if stages.prune is not None else [("dense", 0.0)]
+    ranks = sorted({0, *chosen.ranks}) if stages.decompose is not None else [0]
+    books = hasattr(config, "block_size")
+    found = settings(chosen.bits, chosen.group_sizes, chosen.double_quantize if books else (), ranks, chosen.factor_bits, sparsities)
+    if books:
+        return [setting for setting in found if setting.grid.kind == "normal_float"]
+    own = grid_of(config)
+    return [
+        replace(s, grid=replace(own, **{key: getattr(s.grid, key) for key in ("bits", "group_size", "pattern", "sparsity")})) for s in found
+    ]
+
+
+_LEFT_ALONE: dict[str, dict[str, Any]] = {"decompose": {"rank": 0}, "prune": {"pattern": "dense", "sparsity": 0.0}}
+"""What a matrix that a stage ignores has, in that stage's words."""
+
+
+def allowed(recipe: Recipe, stages: Spent, site: Site, setting: Setting) -> bool:
+    """Whether the matrix may get it: it fits, its rank is among the choices, and no override of the recipe's own says otherwise."""
+    if not setting.fits(*site.shape):
+        return False
+    if stages.decompose is not None and not stages.decompose.skips(site.name):
+        if setting.rank not in recipe.allocation.ranks or (setting.rank == 0 and _needs_factors(recipe)):
+            return False
+    elif setting.rank:
+        return False
+    wanted = overrides(setting)
+    for spec in (stages.quantize, stages.decompose, stages.prune):
+        if spec is not None:
+            own = {key: value for p, changes in spec.overrides.items() if re.search(p, site.name) for key, value in changes.items()}
+            given = wanted.get(spec.name, _LEFT_ALONE.get(spec.name, {}))
+            if any(given.get(key, value) != value for key, value in own.items()):
+                return False
+    return True
+
+
+def _needs_factors(recipe: Recipe) -> bool:
+    """Whether a stage after the budget's trains the factors of a decomposition and nothing else."""
+    from ...recover.recovery_methods import refusal
+
+    plain = [frozenset({"uniform"})]
+    later = [spec for spec in recipe.stages if spec.name == "recover"]
+    return any(refusal(s.method, plain, s.config) and not refusal(s.method, [plain[0] | {"low_rank"}], s.config) for s in later)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes at the end of the run: [M, K], inf where a setting may not be, headers counted when the budget is one of bytes; and what
+    everything else of the artifact takes."""
+
+    sites: list[Site]
+    settings: list[Setting]
+    bytes_MK: NDArray[np.float64]
+    rest_bytes: float
+
+    @property
+    def weights(self) -> int:
+        return sum(site.shape[0] * site.shape[1] for site in self.sites)
+
+    @property
+    def smallest(self) -> float:
+        return float(self.bytes_MK.min(1).sum())
+
+    @property
+    def largest(self) -> float:
+        return float(self.bytes_MK.max(1, where=np.isfinite(self.bytes_MK), initial=0.0).sum())
+
+
+def costs(recipe: Recipe, stages: Spent, dense: Sizes) -> Costs:
+    """`dense`: the sizes before any stage. Counted is what the whole recipe will have stored: masks of a prune stage that is not
+    chosen for, and the factors that recovery gives a matrix that has none."""
+    end, plain = deepcopy(dense), deepcopy(dense)
+    for spec in recipe.stages:
+        apply(spec, plain)
+        if spec not in (stages.decompose, stages.prune):
+            apply(spec, end)
+    sites, found = stages.sites(dense.structure.sites), settings_of(recipe, stages)
+    headers = recipe.budget is not None and recipe.budget.total_bytes is not None
+    rows = []
+    for site in sites:
+        index = has_index(stages.quantize.config_for(site.name))
+        rows.append([_stored(end.of[site.name], site, s, index, headers) if allowed(recipe, stages, site, s) else np.inf for s in found])
+    own = {site.name for site in sites}
+    others = replace(plain, of={name: size for name, size in plain.of.items() if name not in own})
+    return Costs(sites, found, np.array(rows), others.total_bytes())
+
+
+def _stored(end: Size, site: Site, setting: Setting, index: bool, headers: bool) -> float:
+    size = replace(end)
+    on_grid(size, site.shape, replace(setting.grid, pattern="dense"), index)
+    if setting.grid.pattern != "dense":
+        size.mask = site.shape[0] * -(-site.shape[1] // 8) * 8
+    if setting.rank:
+        with_factors(size, site.shape, setting.rank, setting.factor_bits)
+    return size.bits / 8 + (size.header_bytes(site.name) if headers else 0)
+
+
+def refusals(recipe: Recipe, dense: Sizes) -> list[str]:
+    """Why the budget cannot be met, as far as shapes tell."""
+    try:
+        stages = spent(recipe)
+        counted = costs(recipe, stages, dense)
+        _check_fits(recipe, counted)
+        slack = SLACK * counted.rest_bytes if stages.budget.total_bytes is not None else 0.0
+        if stages.budget.bytes_for(counted.weights, counted.rest_bytes - slack) < counted.smallest:
+            raise UsageError(infeasible(recipe, stages, counted))
+    except UsageError as error:
+        return [str(error)]
+    return []
+
+
+def _check_fits(recipe: Recipe, counted: Costs) -> None:
+    option = f"--budget {recipe.budget.text}" if recipe.budget else ""
+    for rank in recipe.allocation.ranks:
+        most = max(min(site.shape) for site in counted.sites)
+        if rank > most:
+            raise UsageError(f"{option}: allocation.ranks: rank {rank} is above the smaller dimension of every matrix, at most {most}")
+    for m, site in enumerate(counted.sites):
+        if not np.isfinite(counted.bytes_MK[m]).any():
+            sizes = recipe.allocation.group_sizes
+            try:
+                for size in sizes:
+                    divide(site.shape[1], size, "group size")
+            except ValueError as error:
+                raise UsageError(f"{option}: {site.name}: none of allocation.group_sizes {list(sizes)} fits: {error}") from error
+            raise UsageError(
+                f"{option}: {site.name}: none of the choices of `allocation` fits it and the recipe's own overrides and stages"
+            )
+
+
+def infeasible(recipe: Recipe, stages: Spent, counted: Costs) -> str:
+    least = stages.budget.said(counted.smallest, counted.weights, counted.rest_bytes)
+    masks = any(spec.name == "prune" and spec != stages.prune for spec in recipe.stages)
+    way = " (1 bit per weight of that are the masks of prune: --set prune.method=none leaves them out)" if masks else ""
+    return f"--budget {stages.budget.text} is infeasible: the smallest that the choices of `allocation` can store is {least}{way}"

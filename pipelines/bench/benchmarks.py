@@ -1,0 +1,320 @@
+"""`pipeline bench`: seconds, memory and error of the methods, on synthetic layers or, with a model, as whole stages of a run.
+
+compress and decompose solve one random matrix a size, whose inputs have a decaying spectrum and a few outlier channels; decompose
+measures the exact step against its published route as well, and allocate the integer program of a budget (`bench_solvers`);
+recover, and every subject given a model, runs real stages through the runner, one row a method. kernels measures itself.
+Legend: O out, I in, T tokens.
+"""
+
+import ctypes
+import gc
+import json
+import logging
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...compress.statistics import Fisher, InputStatistics, LayerStatistics
+from ...compress.weights import DenseWeight, StoredWeight
+from ..devices.compute import chosen_device
+from ..doctor import cpu_name
+from ..errors import PipelineError, UsageError
+from ..recipes.recipe import resolve
+from ..recipes.settings import unknown
+from ..recipes.stage_settings import StageSpec, build, methods
+from . import solvers
+
+log = logging.getLogger(__name__)
+
+SIZES = (576, 1536, 4096)
+STAGES = {"compress": ("prune", "quantize"), "decompose": ("decompose",), "recover": ("recover",)}
+BEFORE = {
+    "compress": [],
+    "decompose": [{"quantize": {"method": "rtn", "bits": 3}}],
+    "recover": [{"quantize": {"method": "rtn", "bits": 3}}],
+}
+RECOVERY_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asked for; `model` None means synthetic layers (recover: the demo model). `depths` (numbers of blocks) and
+    `shape` (a name in synthetic.SHAPES, with so many of its `blocks`) mean whole runs on models made on the spot."""
+
+    device: str = "auto"
+    sizes: tuple[int, ...] = SIZES
+    only: tuple[str, ...] = ()
+    repeats: int = 3
+    model: str | None = None
+    output: Path | None = None
+    depths: tuple[int, ...] = ()
+    shape: str | None = None
+    full: bool = False
+    blocks: int | None = None
+
+
+def run(subject: str, options: Options) -> dict[str, Any]:
+    """Measure, write <output>/bench-<subject>.{json,md,png,svg} where an output directory is named, and return the JSON object."""
+    if options.blocks is not None and options.shape is None:
+        raise UsageError("--blocks says how many blocks of a --shape are made: give it with one")
+    if options.depths or options.shape is not None:
+        return _of_scale(subject, options)
+    if subject == "kernels":
+        from .kernel_tables import kernels
+
+        return kernels(options.device, options.full, options.output)
+    if subject == "generate":
+        from .decode_speed import generate
+
+        return generate(options.device, options.model, options.repeats, options.output)
+    device = _device(options)
+    chosen = _chosen(subject, options.only) if subject != "allocate" else []
+    if subject == "allocate":
+        rows = solvers.allocation(options.repeats)
+    elif options.model is not None or subject == "recover":
+        rows = _on_model(subject, chosen, options)
+    else:
+        rows = list(_on_layers(subject, chosen, options, device))
+    measured = {"schema": 1, "bench": subject, "environment": _environment(device, options), "rows": rows}
+    if options.output is not None:
+        _write(measured, options.output)
+    return measured
+
+
+def _device(options: Options) -> torch.device:
+    return chosen_device(options.device)
+
+
+def _of_scale(subject: str, options: Options) -> dict[str, Any]:
+    """Time and memory against the number of blocks, or of a model of one shape."""
+    from . import scaling, shape
+
+    asked = "depths" if options.depths else "shape"
+    if subject != "compress" or options.model is not None or (options.depths and options.shape is not None):
+        raise UsageError(f"--{asked} makes models of its own to compress: give it to `bench compress`, alone and without --model")
+    environment = _environment(_device(options), options) | {"repeats": 1, "warm_up": 0}  # whole runs, each in a process of its own
+    measured: dict[str, Any] = {"schema": 1, "environment": environment}
+    if options.shape is not None:
+        measured |= {"bench": f"compress-shape-{options.shape}"}
+        measured["rows"] = shape.of_shape(options.shape, options.blocks, options.only, options.device, options.output)
+    else:
+        chosen = _chosen(subject, options.only or scaling.METHODS)
+        measured |= {"bench": "compress-depths", "rows": scaling.by_depth(options.depths, chosen, options.device, options.output)}
+        measured["growth"] = scaling.growth(measured["rows"])
+    if options.output is not None:
+        _write(measured, options.output)
+    return measured
+
+
+def _chosen(subject: str, only: Sequence[str]) -> list[tuple[str, str]]:
+    """Stage and method of every row to measure; UsageError for a method the subject does not have."""
+    known = [(stage, name) for stage in STAGES[subject] for name in methods(stage)]
+    for name in only:
+        if name not in [method for _, method in known]:
+            raise UsageError(f"bench {subject}: {unknown('method', name, [method for _, method in known])}")
+    return [row for row in known if not only or row[1] in only]
+
+
+# -- synthetic layers ------------------------------------------------------------------------------------------------------------
+
+
+def synthetic_layer(size: int, needs: frozenset[str], device: torch.device) -> tuple[Tensor, LayerStatistics]:
+    """A square matrix [O, I] and statistics of inputs with a decaying spectrum and outlier channels; the same for the same size."""
+    draw = torch.Generator().manual_seed(size)
+    weight_OI = (torch.randn(size, size, generator=draw) * size**-0.5).to(device)
+    mix_II = torch.randn(size, size, generator=draw).mul_(torch.arange(1, size + 1).rsqrt().unsqueeze(1)).to(device)
+    outliers_I = torch.ones(size, device=device)
+    outliers_I[:: max(1, size // 8)] = 8.0
+    gathered = InputStatistics(size, needs - {"fisher"}, device)
+    for _ in range(max(2, -(-2 * size // 1024))):
+        x_TI = torch.randn(1024, size, generator=draw).to(device) @ mix_II * outliers_I / size**0.5
+        dense_TI = x_TI + 0.05 * torch.randn(1024, size, generator=draw).to(device) if "cross_moment" in needs else None
+        gathered.update(x_TI, dense_TI)
+    fisher = None
+    if "fisher" in needs:
+        fisher_O, fisher_I = (torch.rand(size, generator=draw).square().to(device) for _ in range(2))
+        fisher = Fisher(fisher_O, fisher_I)
+    return weight_OI, LayerStatistics(gathered, fisher)
+
+
+def _on_layers(subject: str, chosen: Sequence[tuple[str, str]], options: Options, device: torch.device) -> Iterator[dict[str, Any]]:
+    for size in options.sizes:
+        for stage, method in chosen:
+            row = methods(stage)[method]
+            if getattr(row, "scope", "matrix") != "matrix":
+                if size == options.sizes[0]:
+                    yield {"stage": stage, "method": method, "error": "trains whole blocks, not a matrix: measure it with -m MODEL"}
+                continue
+            try:
+                measured = _layer_row(subject, stage, method, size, options.repeats, device)
+            except ValueError as error:
+                log.warning("%s %s at %d: %s", stage, method, size, error)
+                yield {"stage": stage, "method": method, "size": size, "error": str(error)}
+                continue
+            log.info("%s %s, %d × %d: %.3f s", stage, method, size, size, measured["seconds"])
+            yield measured
+        if subject == "decompose" and (not options.only or "qera_exact" in options.only):
+            weight_OI, known = synthetic_layer(size, frozenset({"second_moment"}), device)
+            moment_II = known.inputs.second_moment_II
+            yield from solvers.exact_steps(weight_OI, moment_II, lambda s: _measured(s, options.repeats, device), options.full)
+
+
+def _layer_row(subject: str, stage: str, method: str, size: int, repeats: int, device: torch.device) -> dict[str, Any]:
+    row, spec = methods(stage)[method], build(stage, stage, {"method": method})
+    assert spec is not None
+    weight_OI, known = synthetic_layer(size, frozenset(row.needs(spec.config)) | {"second_moment"}, device)
+    begun = StoredWeight(DenseWeight(weight_OI))
+    for entry in BEFORE[subject]:
+        ((name, settings),) = entry.items()
+        earlier = build(name, name, settings)
+        assert earlier is not None
+        begun, _ = methods(name)[earlier.method].function(begun, weight_OI, known, earlier.config)
+    result: list[StoredWeight] = []
+
+    def solve() -> None:
+        known.inputs.factors.clear()
+        result[:] = [row.function(begun, weight_OI, known, spec.config)[0]]
+
+    seconds, peak_bytes = _measured(solve, repeats, device)
+    moment_II = known.inputs.second_moment_II.double()
+    missing_OI = (weight_OI - result[0].dense()).double()
+    error = ((missing_OI @ moment_II) * missing_OI).sum() / ((weight_OI.double() @ moment_II) * weight_OI.double()).sum()
+    return {
+        "stage": stage,
+        "method": method,
+        "size": size,
+        "seconds": statistics.median(seconds),
+        "spread_seconds": max(seconds) - min(seconds),
+        "peak_bytes": peak_bytes,
+        "relative_output_error": float(error.clamp_min(0).sqrt()),
+        "bits_per_weight": result[0].bits_per_weight(),
+    }
+
+
+def _measured(solve: Callable[[], None], repeats: int, device: torch.device) -> tuple[list[float], int]:
+    """Seconds of each repeat after one warm-up, and the most memory that the warm-up took beyond what was there before."""
+    peak_bytes = _peak_bytes(solve, device)
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        solve()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return seconds, peak_bytes
+
+
+def _peak_bytes(solve: Callable[[], None], device: torch.device) -> int:
+    """On the GPU what torch allocated; elsewhere the kernel's own high-water mark, set back before, where it can be (Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        solve()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    _give_back_freed_memory()
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        before = _status_bytes("VmRSS")
+        solve()
+        return max(0, _status_bytes("VmHWM") - before)
+    except OSError:
+        from ..evaluation.measure import Peak, resident_bytes
+
+        before = resident_bytes()
+        with Peak(device) as peak:
+            solve()
+        return max(0, peak.bytes - before)
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def _give_back_freed_memory() -> None:
+    """Pages that earlier rows freed would hide what this one takes."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
+# -- stages of a model -----------------------------------------------------------------------------------------------------------
+
+
+def _on_model(subject: str, chosen: Sequence[tuple[str, str]], options: Options) -> list[dict[str, Any]]:
+    """One run a method in a shared run directory; what the methods have in common runs once, finished rows are read back. Of recoveries
+    the seconds of a step as well, measured anew by all in turn."""
+    from ..run import runner
+
+    model = options.model or "demo"
+    place = (options.output or Path("runs")) / f"bench-{subject}"
+    served: dict[str, StageSpec] = {}
+    rows: list[dict[str, Any]] = []
+    for stage, method in chosen:
+        settings = {"method": method} | ({"steps": RECOVERY_STEPS} if stage == "recover" else {})
+        asked = resolve({"name": f"bench-{subject}", "model": model, "stages": [*BEFORE[subject], {stage: settings}]})
+        try:
+            record = runner.run(asked, place, device=options.device)
+        except PipelineError as error:
+            log.warning("%s %s: %s", stage, method, error)
+            rows.append({"stage": stage, "method": method, "model": model, "error": str(error)})
+            continue
+        last, served[method] = record.stages[-1], asked.stages[-1]
+        fields = ("seconds", "peak_bytes", "perplexity", "perplexity_ratio", "bits_per_weight", "total_bytes", "trainable_parameters")
+        rows.append({"stage": stage, "method": method, "model": model} | {name: getattr(last, name) for name in fields})
+    if subject == "recover" and served:
+        from .training_step import step_seconds
+
+        steps = step_seconds(runner.last_artifact(place, "quantize"), list(served.values()), _device(options), options.repeats)
+        rows = [row | steps.get(row["method"], {}) for row in rows]
+    return rows
+
+
+# -- what all have in common -----------------------------------------------------------------------------------------------------
+
+
+def _environment(device: torch.device, options: Options) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {
+        "device": str(device),
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "repeats": options.repeats,
+        "warm_up": 1,
+    }
+
+
+def _write(measured: dict[str, Any], output: Path) -> None:
+    from ...reports.drawing import save
+    from ...reports.plots import lines_figure
+    from ...reports.tables import markdown_table
+    from ...reports.units import number
+
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"bench-{measured['bench']}"
+    path.with_suffix(".json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    tables = []
+    for rows in (measured["rows"], measured.get("growth", [])):
+        keys = list(dict.fromkeys(key for row in rows for key in row))
+        numeric = [any(isinstance(row.get(key), int | float) for row in rows) for key in keys]
+        tables += [markdown_table(keys, [[number(row.get(key)) for key in keys] for row in rows], numeric)] if rows else []
+    lines = [f"{key}: {value}" for key, value in measured["environment"].items()]
+    path.with_suffix(".md").write_text("\n\n".join([f"# bench {measured['bench']}", ", ".join(lines), *tables]), encoding="utf-8")
+    drawn = [row for row in measured["rows"] if "size" in row and "seconds" in row]
+    if drawn:
+        title = f"one square matrix, median of {measured['environment']['repeats']}"
+        save(lines_figure(drawn, "size", "seconds", "method", title=title, log_x=True, log_y=True), path)
+    log.info("written: %s", path.with_suffix(".json"))

@@ -1,0 +1,132 @@
+"""The options that several commands share, spelled once, and how results are written to stdout."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ..recipes.settings import DtypeName
+
+Model = Annotated[str | None, typer.Option("-m", "--model", metavar="MODEL", help="demo, a directory, a Hub id or a .gguf file")]
+Revision = Annotated[str | None, typer.Option("--revision", metavar="REV", help="revision of a Hub model")]
+Teacher = Annotated[str | None, typer.Option("--teacher", metavar="MODEL", help="the dense model to recover towards (else the baseline)")]
+Source = Annotated[
+    str | None, typer.Option("--data", metavar="SRC", help="all text: demo, a .txt/.raw/.md/.jsonl/.parquet file or a datasets id")
+]
+CalibrationSource = Annotated[str | None, typer.Option("--calibration", metavar="SRC", help="text for calibration")]
+TrainSource = Annotated[str | None, typer.Option("--train", metavar="SRC", help="text for recovery")]
+EvalSource = Annotated[str | None, typer.Option("--eval", metavar="SRC", help="text for perplexity")]
+SettingsFile = Annotated[Path | None, typer.Option("-c", "--config", metavar="FILE.yaml", help="settings laid over the recipe")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any setting, as in quantize.bits=3; repeatable")]
+Profile = Annotated[Literal["demo", "standard"] | None, typer.Option("--profile", help="small and fast, or the papers' settings")]
+BudgetText = Annotated[str | None, typer.Option("--budget", metavar="3.0bpw|60MB", help="let the allocation meet this size")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="seed of everything random")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="where to compute")]
+Dtype = Annotated[
+    DtypeName | None,
+    typer.Option("--dtype", help="of forward passes; auto: bfloat16 on a GPU, on a CPU what is faster"),
+]
+RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="a directory that `pipeline run` made")]
+OutputRun = Annotated[Path | None, typer.Option("-o", "--output", metavar="RUN_DIR", help="run directory; default runs/<recipe>")]
+FromStage = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="refuse to run unless all before it is finished")]
+UntilStage = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="stop after this stage")]
+ForceStage = Annotated[str | None, typer.Option("--force", metavar="STAGE", help="redo this stage and those after it, finished or not")]
+Gate = Annotated[
+    float | None, typer.Option("--max-perplexity-ratio", metavar="X", min=0.0, help="exit 4 if the result is worse than X × baseline")
+]
+Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="more log lines, tracebacks")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="errors only")]
+
+
+def console() -> Any:
+    """Results for a person; wide enough for tables where stdout is no terminal."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+
+
+def write_json(value: Any) -> None:
+    """One JSON object on stdout; numbers that JSON cannot hold become null."""
+    typer.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str))
+
+
+def write(value: Mapping[str, Any], as_json: bool) -> None:
+    """A mapping as JSON, or as lines for a person: lists of mappings become tables."""
+    if as_json:
+        write_json(value)
+    else:
+        _write_section(value, console(), "")
+
+
+def show_record(record: Any, as_json: bool) -> None:
+    """A run's stage table and what it says in words, or the one JSON object."""
+    from ...reports.render import render, show
+
+    if as_json:
+        typer.echo(render(record, "json").rstrip("\n"))
+    else:
+        show(record, console())
+
+
+def _write_section(section: Mapping[str, Any], out: Any, indent: str) -> None:
+    from rich.text import Text
+
+    for key, value in section.items():
+        if isinstance(value, Mapping) and value:
+            out.print(Text(f"{indent}{key}:"))
+            _write_section(value, out, indent + "  ")
+        elif isinstance(value, Sequence) and value and all(isinstance(row, Mapping) for row in value):
+            out.print(Text(f"{indent}{key}:"))
+            out.print(table(value))
+        else:
+            out.print(Text(f"{indent}{key}: {_cell(str(key), value)}"), soft_wrap=True)
+
+
+def table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str] | None = None) -> Any:
+    """A rich table of mappings; `titles` are shorter names for keys."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    made = Table(box=SIMPLE)
+    for key in keys:
+        made.add_column((titles or {}).get(key, str(key)), overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(_cell(str(key), row.get(key))) for key in keys))
+    return made
+
+
+def _cell(key: str, value: Any) -> str:
+    """A value for a person, its unit taken from the key's name."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (int, float)):
+        if key == "bytes" or key.endswith("_bytes"):
+            return next(
+                (f"{value / size:,.3g} {unit}" for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if value >= size), f"{value} B"
+            )
+        if key == "seconds" or key.endswith("_seconds"):
+            return f"{value:.3g} s" if value < 10 else f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
+        return (
+            f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else f"{value:.6g}" if isinstance(value, float) else str(value)
+        )
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_cell("", item) for item in value) or "none"
+    if isinstance(value, str) and not value.isprintable():
+        return json.dumps(value, ensure_ascii=False)
+    return str(value) if not isinstance(value, Mapping) else "none" if not value else json.dumps(_finite(value), default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,188 @@
+"""Commands that read finished work: report show/export, compare, eval, export, generate."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ..errors import UsageError
+from . import common as o
+from .runs import existing, start
+
+report = typer.Typer(help="The stage table of a run, and its page.", no_args_is_help=False)
+
+RunDirectories = Annotated[list[Path], typer.Argument(metavar="RUN_DIR RUN_DIR …", help="two or more run directories")]
+ReportFormat = Annotated[Literal["html", "md", "csv", "json"], typer.Option("--format", help="what to write")]
+CompareFormat = Annotated[Literal["table", "html", "md", "json"], typer.Option("--format", help="what to write")]
+ExportFormat = Annotated[
+    Literal["dense", "gptq", "gptq-v2", "compressed-tensors", "bnb"], typer.Option("--format", help="checkpoint format")
+]
+OutputFile = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="instead of stdout")]
+OutputDirectory = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="a new or empty directory")]
+Evaluated = Annotated[str, typer.Argument(metavar="MODEL_OR_ARTIFACT", help="demo, a model, a run's stage directory or an export")]
+SeqLen = Annotated[int | None, typer.Option("--seq-len", metavar="N", min=2, help="tokens a window")]
+Windows = Annotated[int | None, typer.Option("--windows", metavar="N", min=1, help="how many windows; default all (16 for demo)")]
+StageName = Annotated[str | None, typer.Option("--stage", metavar="NAME", help="this stage's artifact; default the last one")]
+Merge = Annotated[bool, typer.Option("--merge", help="merge the low-rank term into the base where that is exact")]
+Requantize = Annotated[bool, typer.Option("--requantize", help="with --merge: quantize the merged weight again, the loss is reported")]
+
+
+@report.command("show")
+def show(run_directory: o.RunDirectory, json: o.Json = False, verbose: o.Verbose = False, quiet: o.Quiet = False) -> None:
+    """The stage table in the terminal."""
+    start(verbose, quiet)
+    existing(run_directory)
+    from ..run import runner
+
+    o.show_record(runner.record(run_directory), json)
+
+
+@report.command("export")
+def export_report(
+    run_directory: o.RunDirectory,
+    format_: ReportFormat,
+    output: OutputFile = None,
+    verbose: o.Verbose = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """The report as one self-contained page, Markdown, CSV or JSON."""
+    start(verbose, quiet)
+    existing(run_directory)
+    from ...reports.render import render
+    from ..run import runner
+
+    _deliver(render(runner.record(run_directory), format_), output)
+
+
+def compare(
+    run_directories: RunDirectories,
+    format_: CompareFormat = "table",
+    json: o.Json = False,
+    output: OutputFile = None,
+    verbose: o.Verbose = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Several runs side by side: perplexity against total bytes, what each stage did."""
+    start(verbose, quiet)
+    if len(run_directories) < 2:
+        raise UsageError("compare needs at least two run directories; `pipeline report show RUN_DIR` shows one")
+    for directory in run_directories:
+        existing(directory)
+    from ...reports.render import compare as compared
+    from ..run import runner
+
+    records = [runner.record(directory) for directory in run_directories]
+    _deliver(compared(records, "json" if json else format_), output)
+
+
+def eval_(
+    model: Evaluated,
+    eval_source: o.EvalSource = None,
+    seq_len: SeqLen = None,
+    windows: Windows = None,
+    device: o.Device = "auto",
+    dtype: o.Dtype = None,
+    json: o.Json = False,
+    verbose: o.Verbose = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Perplexity of a model or of a stage's artifact, with its protocol. Inside a run the run's protocol is the default."""
+    start(verbose, quiet)
+    source, default_seq_len, default_windows = _protocol(model)
+    from ..run.evaluate import evaluate
+
+    measured = evaluate(
+        model,
+        eval_source=eval_source or source,
+        seq_len=seq_len or default_seq_len,
+        windows=windows or default_windows,
+        device=device,
+        dtype=dtype,
+    )
+    o.write(measured, json)
+
+
+def export(
+    run_directory: o.RunDirectory,
+    format_: ExportFormat,
+    output: OutputDirectory,
+    stage: StageName = None,
+    merge: Merge = False,
+    requantize: Requantize = False,
+    json: o.Json = False,
+    verbose: o.Verbose = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Write a checkpoint that other programs load; a low-rank term becomes a PEFT adapter beside its base."""
+    start(verbose, quiet)
+    existing(run_directory)
+    if requantize and not merge:
+        raise UsageError("--requantize goes with --merge: it quantizes what was merged")
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file; -o takes a directory")
+    if output.is_dir() and next(output.iterdir(), None) is not None:
+        raise UsageError(f"{output} is not empty; name a new directory, nothing is overwritten")
+    from ..export import exporting
+
+    o.write(exporting.export(run_directory, format_, output, stage=stage, merge=merge, requantize=requantize), json)
+
+
+def generate(
+    run_directory: o.RunDirectory,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="the text to go on from; - reads stdin")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1, help="how many tokens at most")] = 64,
+    temperature: Annotated[float, typer.Option("--temperature", metavar="T", min=0.0, help="0 takes the likeliest token")] = 0.0,
+    seed: o.Seed = None,
+    device: o.Device = "auto",
+    json: o.Json = False,
+    verbose: o.Verbose = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Let the compressed model write, through the kernels."""
+    start(verbose, quiet)
+    existing(run_directory)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise UsageError("the prompt is empty; give some text to go on from")
+    from ..run import generate as generating
+
+    pieces = generating.generate(run_directory, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed or 0, device=device)
+    if json:
+        o.write_json({"prompt": text, "text": "".join(pieces)})
+        return
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _deliver(text: str, output: Path | None) -> None:
+    """To stdout, or to a file that appears whole."""
+    if output is None:
+        typer.echo(text.rstrip("\n"))
+        return
+    if not output.parent.is_dir():
+        raise UsageError(f"{output.parent}: no such directory; make it first")
+    scratch = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        scratch.write_text(text if text.endswith("\n") else f"{text}\n", encoding="utf-8")
+        scratch.replace(output)
+    finally:
+        scratch.unlink(missing_ok=True)
+    typer.echo(str(output))
+
+
+def _protocol(model: str) -> tuple[str, int, int | None]:
+    """Source, window length and number of windows to measure with unless told: those of the run that holds the artifact,
+    else the profile that this model would be given."""
+    from ..recipes.recipe import PROFILES, resolve
+
+    place = Path(model).absolute()
+    for directory in (place, *place.parents) if place.is_dir() else ():
+        if (written := directory / "recipe.resolved.yaml").is_file():
+            recipe = resolve(str(written))
+            return recipe.data.evaluation, recipe.evaluation.seq_len, recipe.evaluation.windows
+    evaluation = PROFILES["demo" if model == "demo" else "standard"]["evaluation"]
+    return "demo", evaluation["seq_len"], evaluation["windows"]

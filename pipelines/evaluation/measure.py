@@ -1,0 +1,193 @@
+"""What the runner measures of every artifact, reloaded from disk: perplexity and its kin, bytes, bits, sparsity, seconds, memory.
+
+Numbers lie beside the artifact, one file for each protocol; another protocol measures again and recompresses nothing.
+"""
+
+import contextlib
+import ctypes
+import gc
+import json
+import math
+import resource
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...reports.record import LayerRecord, StageRecord, derive, paired_difference
+from ..logs import bar
+from ..models.blocks import Binder, StreamedModel
+from ..models.hidden import Room
+from ..store.artifact import Artifact
+from ..text.data import Windows
+from . import perplexity
+
+
+@dataclass
+class Peak:
+    """Seconds in between, the peak of resident memory of this process (`host_bytes`), and that of the device's memory (`bytes`): on a GPU
+    the allocator's, on a CPU the same."""
+
+    device: torch.device
+    seconds: float = 0.0
+    bytes: int = 0
+    host_bytes: int = 0
+    _began: float = field(default=0.0, init=False)
+    _done: threading.Event = field(default_factory=threading.Event, init=False)
+    _thread: threading.Thread | None = field(default=None, init=False)
+
+    def __enter__(self) -> "Peak":
+        release_memory()
+        self._began = time.monotonic()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        assert self._thread is not None
+        self._thread.join()
+        self.seconds = time.monotonic() - self._began
+        self.bytes = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else self.host_bytes
+
+    def _sample(self) -> None:
+        while True:
+            self.host_bytes = max(self.host_bytes, resident_bytes())
+            if self._done.wait(0.05):
+                return
+
+
+def release_memory() -> None:
+    """Hand freed memory back to the system (glibc keeps it otherwise), so that a stage does not pay for the one before it."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def resident_bytes() -> int:
+    """Anonymous and shared resident memory now; file pages that the kernel may drop at any time are not counted."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+        return (int(fields["RssAnon"].split()[0]) + int(fields["RssShmem"].split()[0])) * 1024
+    except (OSError, KeyError, ValueError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def scores_of(
+    artifact: Artifact,
+    metrics: Path,
+    windows: Windows,
+    teacher: perplexity.Teacher | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    bind: Binder | None = None,
+    label: str = "perplexity, blocks",
+) -> tuple[perplexity.Scores, dict[str, Any]]:
+    """Scores under a protocol: read if they were measured, else measured and kept. Without a teacher (the baseline itself) the last
+    hidden states are kept as well, for the stages that follow."""
+    key = perplexity.protocol_key(windows)
+    path = metrics / f"{key}.json"
+    found = perplexity.load_scores(path)
+    if found is not None and (teacher is not None or perplexity.has_hidden(metrics / f"{key}.hidden.safetensors")):
+        return found
+    began = time.monotonic()
+    model = StreamedModel(artifact, device, dtype, bind)
+    with bar(label, model.structure.blocks) as shown:
+        scores, hidden = perplexity.score(model, windows, teacher, lambda done, total: shown.advance(), Room.measured(device, metrics))
+    metrics.mkdir(parents=True, exist_ok=True)
+    seconds = time.monotonic() - began
+    extra = {
+        "bits_per_byte": perplexity.bits_per_byte(scores, windows),
+        "evaluation_seconds": seconds,
+        "evaluation_tokens": windows.ids.numel(),
+    }
+    if teacher is None:
+        hidden.save(metrics / f"{key}.hidden.safetensors")
+    perplexity.save_scores(path, scores, windows, extra)
+    return scores, extra
+
+
+def teacher_of(baseline: Artifact, metrics: Path, windows: Windows, device: torch.device, dtype: torch.dtype) -> perplexity.Teacher | None:
+    """The baseline's kept hidden states under this protocol as a teacher; None before they were measured."""
+    path = metrics / f"{perplexity.protocol_key(windows)}.hidden.safetensors"
+    if not perplexity.has_hidden(path):
+        return None
+    return perplexity.Teacher(perplexity.hidden_reader(path), StreamedModel(baseline, device, dtype).logits)
+
+
+def size_of(artifact: Artifact) -> dict[str, Any]:
+    """bits_per_weight and sparsity over the compressed linears (None without any), total_bytes, and both by layer."""
+    bits = weights = removed = 0.0
+    per_layer = {}
+    for name in artifact.linears:
+        stored = artifact.stored(name)
+        count = stored.shape[0] * stored.shape[1]
+        sparsity = stored.sparsity()
+        per_layer[name] = {
+            "bits_per_weight": stored.bits_per_weight(),
+            "sparsity": sparsity,
+            "rank": stored.low_rank.rank if stored.low_rank is not None else None,
+        }
+        bits, weights, removed = bits + stored.stored_bits(), weights + count, removed + sparsity * count
+    return {
+        "bits_per_weight": bits / weights if weights else None,
+        "sparsity": removed / weights if weights else None,
+        "total_bytes": artifact.total_bytes(),
+        "layers": per_layer,
+    }
+
+
+def stage_record(
+    address: str, method: str | None, settings: dict[str, Any], metrics: Path, size: dict[str, Any],
+    scores: perplexity.Scores, extra: dict[str, Any], baseline: perplexity.Scores, previous: perplexity.Scores | None,
+) -> StageRecord:  # fmt: skip
+    """A stage's record from what lies beside its artifact."""
+    path = metrics / "stage.json"
+    stage = json.loads(path.read_text()) if path.is_file() else {}
+    difference, error = paired_difference(scores.nll, baseline.nll)
+    before, before_error = paired_difference(scores.nll, previous.nll) if previous is not None else (None, None)
+    errors = {layer["name"]: layer for layer in stage.get("layers", [])}
+    layers = tuple(
+        LayerRecord(
+            name,
+            relative_output_error=errors.get(name, {}).get("relative_output_error"),
+            bits_per_weight=values["bits_per_weight"],
+            rank=values["rank"],
+            sparsity=values["sparsity"],
+            metrics=errors.get(name, {}).get("metrics", {}),
+        )
+        for name, values in size["layers"].items()
+    )
+    mean = math.fsum
+    return StageRecord(
+        stage=address,
+        method=method,
+        perplexity=scores.perplexity,
+        bits_per_byte=extra.get("bits_per_byte"),
+        nll_difference=difference if previous is not None else None,
+        nll_difference_stderr=error if previous is not None else None,
+        nll_difference_previous=before,
+        nll_difference_previous_stderr=before_error,
+        kl_to_baseline=mean(scores.kl) / len(scores.kl) if scores.kl else None,
+        top1_agreement=mean(scores.top1) / len(scores.top1) if scores.top1 else None,
+        total_bytes=size["total_bytes"],
+        bits_per_weight=size["bits_per_weight"],
+        sparsity=size["sparsity"],
+        seconds=stage.get("seconds"),
+        peak_bytes=stage.get("peak_bytes"),
+        trainable_parameters=stage.get("trainable_parameters"),
+        tokens_per_second=stage.get("tokens_per_second"),
+        notes=tuple(stage.get("notes", [])),
+        settings=settings,
+        metrics=stage.get("metrics", {}),
+        layers=layers,
+    )
+
+
+def with_ratios(stages: list[StageRecord]) -> tuple[StageRecord, ...]:
+    return derive(stages)

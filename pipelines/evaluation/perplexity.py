@@ -1,0 +1,219 @@
+"""Perplexity, and what goes with it: one function, one place.
+
+exp of the mean negative log-likelihood over the seq_len − 1 predicted tokens of non-overlapping windows; bits per byte; KL to the
+baseline and top-1 agreement with it. Streams the model block by block. Knows no stages.
+Legend: N windows, T tokens, D model width, V vocabulary.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from ..devices.compute import Compute
+from ..errors import InputError
+from ..models.blocks import StreamedModel
+from ..models.hidden import HiddenStates, Room
+from ..store import artifact
+from ..text.data import Windows
+
+TOKENS_AT_ONCE = 2048
+LOGITS_AT_ONCE = 512
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per window: mean NLL in nats over its predicted tokens and, against a teacher, mean KL(teacher ‖ model) and top-1 agreement.
+    Where only some tokens count, a window's sum is over those, divided by how many of them a window has on average, so that the mean over
+    windows is the mean over counted tokens."""
+
+    nll: tuple[float, ...]
+    kl: tuple[float, ...] | None
+    top1: tuple[float, ...] | None
+
+    @property
+    def perplexity(self) -> float:
+        mean = math.fsum(self.nll) / len(self.nll)
+        return math.exp(mean) if mean < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The baseline as a teacher: its last block's outputs for the same windows, read one [T, D] at a time, and the head that reads them."""
+
+    hidden_TD: Callable[[int], Tensor]
+    logits: Callable[[Tensor], Tensor]
+
+
+def batches(count: int, seq_len: int) -> Iterator[slice]:
+    """Slices over windows that hold about TOKENS_AT_ONCE tokens each."""
+    size = max(1, TOKENS_AT_ONCE // seq_len)
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def embedded(model: StreamedModel, ids_NT: Tensor, room: Room) -> HiddenStates:
+    """The hidden states that enter the first block, in batches of about TOKENS_AT_ONCE tokens."""
+    return HiddenStates.of((model.embed(ids_NT[part]) for part in batches(*ids_NT.shape)), room)
+
+
+def last_states(model: StreamedModel, ids_NT: Tensor, room: Room, progress: Progress | None = None) -> HiddenStates:
+    """The hidden states that leave the last block, in the model's dtype; one block in memory at a time."""
+    states = embedded(model, ids_NT, room)
+    with torch.no_grad():
+        for index in model.walk():
+            states.through(partial(model.run_block, index))
+            if progress is not None:
+                progress(index + 1, model.structure.blocks)
+    return states
+
+
+def last_hidden(model: StreamedModel, ids_NT: Tensor) -> Tensor:
+    """The same of a few windows as one [N, T, D]."""
+    return last_states(model, ids_NT, Room(model.device)).whole()
+
+
+def score(
+    model: StreamedModel, windows: Windows, teacher: Teacher | None = None, progress: Progress | None = None, room: Room | None = None
+) -> tuple[Scores, HiddenStates]:
+    """Scores of the model on the windows' counted tokens, and its last hidden states, which take `room` (default: all there is). InputError
+    when no token counts, or a number is not finite."""
+    ids_NT, counts_NT = windows.ids, counted(windows)
+    average = float(counts_NT.double().sum(1).mean())
+    if not average:
+        raise InputError("the evaluation windows hold no token of a completion; give more text, or a larger evaluation.windows")
+    states = last_states(model, ids_NT, room or Room(model.device), progress)
+    found: list[list[float]] = []
+    with torch.no_grad():
+        for batch_NTD in states:
+            for hidden_TD in batch_NTD:
+                index = len(found)
+                sums = _window(model, hidden_TD, ids_NT[index], counts_NT[index], teacher, index)
+                means = (sums / average).tolist()
+                if not math.isfinite(means[0]) or not bool(torch.isfinite(hidden_TD).all()):
+                    raise InputError(f"{model.artifact.directory.name}: {_first_non_finite(model, ids_NT[index : index + 1])}")
+                found.append(means)
+    nll, kl, top1 = zip(*found, strict=True)
+    return Scores(nll, kl if teacher else None, top1 if teacher else None), states
+
+
+def _window(model: StreamedModel, hidden_TD: Tensor, ids_T: Tensor, counts_T: Tensor, teacher: Teacher | None, index: int) -> Tensor:
+    """float64 [3]: NLL, KL and top-1 agreement summed over the counted tokens of a window, a span of tokens at a time."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    theirs_TD = None if teacher is None else teacher.hidden_TD(index)
+    for start in range(0, len(ids_T) - 1, LOGITS_AT_ONCE):
+        span = slice(start, min(start + LOGITS_AT_ONCE, len(ids_T) - 1))
+        wanted_T, next_T = counts_T[span], ids_T[span.start + 1 : span.stop + 1]
+        taught = None if teacher is None or theirs_TD is None else (teacher, theirs_TD[span])
+        sums += _span_sums(model, hidden_TD[span], next_T, wanted_T, taught)
+    return sums
+
+
+def counted(windows: Windows) -> Tensor:
+    """bool [N, T − 1]: the predicted tokens that count."""
+    return torch.ones_like(windows.ids[:, 1:], dtype=torch.bool) if windows.loss is None else windows.loss[:, 1:]
+
+
+def _span_sums(model: StreamedModel, hidden_TD: Tensor, next_T: Tensor, counts_T: Tensor, taught: tuple[Teacher, Tensor] | None) -> Tensor:
+    """The same of a span of one window; `taught`: the teacher, and its hidden states of the span."""
+    out = torch.zeros(3, dtype=torch.float64)
+    hidden_1TD, next_T = hidden_TD[counts_T.to(hidden_TD.device)].unsqueeze(0), next_T[counts_T]
+    if not len(next_T):
+        return out
+    logits_TV = model.logits(hidden_1TD)[0].float()
+    log_p = torch.log_softmax(logits_TV, -1)
+    out[0] = -log_p.gather(-1, next_T.to(log_p.device).unsqueeze(-1)).double().sum().cpu()
+    if taught is not None:
+        teacher, theirs_TD = taught
+        theirs_1TD = theirs_TD[counts_T.to(theirs_TD.device)].unsqueeze(0).to(hidden_1TD)
+        reference = torch.log_softmax(teacher.logits(theirs_1TD)[0].float(), -1)
+        out[1] = torch.nn.functional.kl_div(log_p, reference, log_target=True, reduction="none").sum(-1).double().sum().cpu()
+        out[2] = (logits_TV.argmax(-1) == reference.argmax(-1)).double().sum().cpu()
+    return out
+
+
+def _first_non_finite(model: StreamedModel, ids_NT: Tensor) -> str:
+    """Name where NaN or Inf first appears in windows that end in it: a weight, or a block's output."""
+    for name, tensor in model.rest().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return f"{name} holds NaN or Inf; repair the checkpoint or give another one"
+    with torch.no_grad():
+        hidden = model.embed(ids_NT[:1])
+        for index in model.walk():
+            for name, parameter in model.layers[index].named_parameters():
+                if not bool(torch.isfinite(parameter).all()):
+                    return f"{model.structure.prefix}.{index}.{name} holds NaN or Inf; repair the checkpoint or give another one"
+            hidden = model.run_block(index, hidden)
+            if not bool(torch.isfinite(hidden).all()):
+                return f"{model.structure.prefix}.{index} puts out NaN or Inf although its weights are finite; try float32 (--device cpu)"
+    return "the logits hold NaN or Inf although all weights are finite; try float32 (--device cpu)"
+
+
+# -- measurements on disk --------------------------------------------------------------------------------------------------------
+
+
+def evaluated_by(compute: Compute, windows: Windows) -> Windows:
+    """The windows under a protocol that says how they are computed."""
+    return replace(windows, protocol=windows.protocol | {"dtype": compute.dtype_name, "device": compute.device.type})
+
+
+def protocol_key(windows: Windows) -> str:
+    """Eight characters that name an evaluation protocol. A CPU in float32 goes without saying, as it did before a protocol named them."""
+    protocol = dict(windows.protocol)
+    if (protocol.get("dtype", "float32"), protocol.get("device", "cpu")) == ("float32", "cpu"):
+        protocol = {name: value for name, value in protocol.items() if name not in ("dtype", "device")}
+    return hashlib.sha256(json.dumps(protocol, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def save_scores(path: Path, scores: Scores, windows: Windows, extra: dict[str, Any]) -> None:
+    """One JSON file for one artifact under one protocol."""
+    record = {"protocol": windows.protocol, "nll": scores.nll, "kl": scores.kl, "top1": scores.top1, **extra}
+    artifact.write_json(path, record)
+
+
+def load_scores(path: Path) -> tuple[Scores, dict[str, Any]] | None:
+    """None when not measured yet."""
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        kl, top1 = record["kl"], record["top1"]
+        return Scores(tuple(record["nll"]), kl and tuple(kl), top1 and tuple(top1)), record
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a measurement of this program ({error}); delete it and run again") from error
+
+
+def has_hidden(path: Path) -> bool:
+    """Whether `HiddenStates.save` wrote it, and it is whole; a torn one is a cache that is measured again."""
+    if not path.is_file():
+        return False
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return "hidden" in file.keys()  # noqa: SIM118
+    except safetensors.SafetensorError:
+        return False
+
+
+def hidden_reader(path: Path) -> Callable[[int], Tensor]:
+    """window → its [T, D], of a file that is there; nothing else of it is read."""
+    kept = safetensors.safe_open(path, framework="pt").get_slice("hidden")
+    return lambda index: kept[index : index + 1][0]
+
+
+def bits_per_byte(scores: Scores, windows: Windows) -> float | None:
+    """Total bits over the UTF-8 bytes of the predicted text that counts; None where the protocol does not know the bytes."""
+    size = windows.protocol.get("bytes" if windows.loss is None else "loss_bytes")
+    if not size:
+        return None
+    tokens = int(counted(windows).sum())
+    return math.fsum(scores.nll) / len(scores.nll) * tokens / math.log(2) / size

@@ -1,0 +1,55 @@
+"""An export read back and held against what was to be written: zeros where the mask says so, the same grid, the same codes.
+
+Scales and factors may be rounded by a format; these may not. Knows checkpoints; no format.
+"""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from ...compress.weights import DenseWeight, StoredWeight
+from .. import formats
+from ..errors import QualityError
+from ..formats.checkpoint import Checkpoint
+from ..formats.naming import expert_parameter
+
+
+def write_audited(format_: str, checkpoint: Checkpoint, output: Path) -> list[str]:
+    """What to tell the user. QualityError when what lies on disk is not what the checkpoint held."""
+    notes = formats.write(format_, checkpoint, output)
+    back = formats.read(output)
+    for name, record in checkpoint.linears.items():
+        problem = difference(record, _read_back(back, checkpoint, name))
+        if problem is not None:
+            raise QualityError(f"{output}: {name}: {problem}; do not use it, and report this")
+    return notes
+
+
+def difference(record: StoredWeight, back: StoredWeight | Tensor) -> str | None:
+    """What a linear lost on its way through a format: `back` is its record, or the dense [O, I] matrix that stands for it."""
+    mask = record.mask_OI()
+    whole = record.low_rank is not None or record.delta is not None
+    if mask is not None and (isinstance(back, StoredWeight) or not whole):
+        dense = back.base_dense() if isinstance(back, StoredWeight) else back
+        filled = int((dense[~mask] != 0).sum())
+        if filled:
+            return f"{filled} of the {int((~mask).sum())} weights that the mask holds at 0 are not 0"
+    if isinstance(back, Tensor) or isinstance(back.base, DenseWeight) or isinstance(record.base, DenseWeight):
+        return None
+    if (record.base.bits, record.base.groups) != (back.base.bits, back.base.groups):
+        return f"its grid of {record.base.bits} bits and {record.base.groups} groups became {back.base.bits} bits and {back.base.groups}"
+    moved = record.base.codes_OI() != back.base.codes_OI()
+    count = int((moved if mask is None else moved & mask).sum())
+    return f"{count} codes changed" if count else None
+
+
+def _read_back(back: Checkpoint, checkpoint: Checkpoint, name: str) -> StoredWeight | Tensor:
+    if name in back.linears:
+        return back.linears[name]
+    parameter = expert_parameter(name)
+    if parameter is not None:
+        matrix, transposed = back.tensors[parameter][int(name.rpartition(".")[2])], parameter in checkpoint.transposed
+    else:
+        stored_as = checkpoint.tied.get(f"{name}.weight", f"{name}.weight")
+        matrix, transposed = back.tensors[stored_as], name in checkpoint.transposed
+    return matrix.T if transposed else matrix

@@ -1,0 +1,173 @@
+"""`pipeline export`: a stage's artifact as a checkpoint that other programs load, read back and measured after writing.
+
+Knows artifacts and checkpoints; the bytes of a format are `formats/`.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...compress.weights import NormalFloatWeight, StoredWeight, UniformWeight
+from ..demo import imported
+from ..devices.environment import compute_of
+from ..errors import InputError, QualityError
+from ..evaluation import measure, perplexity
+from ..formats.checkpoint import Checkpoint, Lazy, dtype_of
+from ..models.source import load_config
+from ..models.structure import inspect, skeleton, tied_names
+from ..recipes.recipe import Recipe, resolve
+from ..run.ledger import last_artifact, record
+from ..stages.baseline import build_baseline, fingerprint
+from ..stages.inputs import Inputs
+from ..store.artifact import Artifact
+from ..store.rundir import RunDirectory
+from .audit import write_audited
+from .merging import merged, requantized
+
+TOLERANCE = 1e-3
+"""Largest relative difference between the artifact's perplexity and its export's; formats round factors and scales to 16 bits."""
+
+
+def export(
+    directory: Path, format_: str, output: Path, *, stage: str | None = None, merge: bool = False, requantize: bool = False
+) -> dict[str, Any]:
+    """Write, read back, measure. UsageError for what the format cannot carry, QualityError when the export does not measure the same."""
+    place = RunDirectory(directory.resolve())
+    artifact = last_artifact(directory, stage)
+    recipe = resolve(str(place.recipe), file=None, sets=[], options={})
+    said = _embeddings_made_dense(artifact)
+    card = _card(directory, artifact, said)
+    if merge and requantize:
+        with requantized(artifact, recipe, lambda made: checkpoint_of(made, card)) as (checkpoint, notes):
+            notes += write_audited(format_, checkpoint, output)
+    else:
+        checkpoint = checkpoint_of(artifact, card)
+        if merge:
+            checkpoint = merged(checkpoint, artifact)
+        notes = write_audited(format_, checkpoint, output)
+    notes = [*said, *notes]
+    compute = compute_of(place, "auto", recipe.dtype, recipe.deterministic)
+    before = _known_perplexity(directory, artifact)
+    if (
+        before is not None and compute.dtype != torch.float32
+    ):  # two computations of one model in short floats differ by more than a format may
+        before = _perplexity(artifact, recipe, compute.device)
+    after = _measure(output, recipe, compute.device)
+    if before is not None and not (merge and requantize) and abs(after / before - 1) > TOLERANCE:
+        raise QualityError(
+            f"{output}: reads back with perplexity {after:.4f}, the artifact has {before:.4f}; do not use it, and report this"
+        )
+    size = sum(f.stat().st_size for f in output.rglob("*.safetensors"))
+    return {
+        "directory": str(output),
+        "format": format_,
+        "stage": artifact.manifest["stage"]["name"],
+        "total_bytes": size,
+        "perplexity": after,
+        "artifact_perplexity": before,
+        "notes": notes,
+    }
+
+
+def checkpoint_of(artifact: Artifact, card: dict[str, Any]) -> Checkpoint:
+    """An artifact as every format sees it: rounded embeddings become the dense table that any program can look rows up in."""
+    config = json.loads((artifact.directory / "config.json").read_text())
+    model = skeleton(load_config(artifact.directory))
+    structure = inspect(model, include_head=True)
+    tied = tied_names(model)
+    of_records = {f"{s.module}.{s.parameter}" for s in structure.sites if s.name in artifact.linears}
+    names = [
+        n for n in artifact.index if not any(n.startswith(f"{linear}.") and not n.endswith(".bias") for linear in _owners(n, artifact))
+    ]
+    table = structure.embeddings.name if structure.embeddings is not None else None
+    tensors: dict[str, Callable[[], Tensor]] = {n: partial(artifact.tensor, n) for n in names if n not in of_records and n not in tied}
+    if table is not None and table in artifact.linears:
+        tensors[f"{table}.weight"] = lambda: artifact.stored(table).dense(dtype_of(config))
+    return Checkpoint(
+        config=config,
+        linears=Lazy({n: lambda n=n: _loaded(artifact, n) for n in artifact.linears if n != table}),
+        tensors=Lazy(tensors),
+        files=artifact.directory,
+        transposed=frozenset(s.module if s.expert is None else f"{s.module}.{s.parameter}" for s in structure.sites if s.transposed),
+        tied=tied,
+        card=card,
+        beside=tuple(artifact.beside),
+    )
+
+
+def _embeddings_made_dense(artifact: Artifact) -> list[str]:
+    """What is to be said of token embeddings that the artifact holds on a grid."""
+    table = inspect(skeleton(load_config(artifact.directory))).embeddings
+    if table is None or table.name not in artifact.linears:
+        return []
+    base = artifact.stored(table.name).base
+    bits = f"{base.bits} bits" if isinstance(base, UniformWeight | NormalFloatWeight) else "floating point"
+    return [f"{table.name}: rounded to {bits} in the artifact, written densely here; no format has a place for the codes of an embedding"]
+
+
+def _owners(name: str, artifact: Artifact) -> list[str]:
+    """The compressed linears whose record the tensor may belong to: its dotted prefixes."""
+    parts = name.split(".")
+    return [p for p in (".".join(parts[:i]) for i in range(1, len(parts))) if p in artifact.linears]
+
+
+def _loaded(artifact: Artifact, name: str) -> StoredWeight:
+    return artifact.stored(name)
+
+
+def _card(directory: Path, artifact: Artifact, said: list[str]) -> dict[str, Any]:
+    """What the model card says."""
+    made = record(directory)
+    name = artifact.manifest["stage"]["name"]
+    stage = next((s for s in made.stages if s.stage == name), None)
+    done = [s for s in made.stages if stage is None or made.stages.index(s) <= made.stages.index(stage)]
+    steps = [f"{s.method} {bits} bits" if (bits := s.settings.get("bits")) else str(s.method) for s in done[1:] if s.method != "bind"]
+    return {
+        "title": f"{_model_name(made.model)}: {' → '.join(steps)}" if steps else _model_name(made.model),
+        "recipe": [{s.stage: dict(s.settings)} for s in done[1:]],
+        "perplexity": stage.perplexity if stage else None,
+        "baseline_perplexity": made.stages[0].perplexity,
+        "protocol": made.protocol.to_json(),
+        "notes": [*(stage.notes if stage else []), *said],
+    }
+
+
+def _model_name(model: str) -> str:
+    """What people call the model: the demo's own name, a Hub id as it is, of a path its last part."""
+    if model == "demo":
+        return imported.NAME
+    path = Path(model)
+    return (path.stem if path.suffix == ".gguf" else path.name) if path.is_absolute() else model
+
+
+def _known_perplexity(directory: Path, artifact: Artifact) -> float | None:
+    name = artifact.manifest["stage"]["name"]
+    return next((s.perplexity for s in record(directory).stages if s.stage == name), None)
+
+
+def _measure(output: Path, recipe: Recipe, device: torch.device) -> float:
+    """Perplexity of what was written, opened as any model would be, under the run's protocol."""
+    with tempfile.TemporaryDirectory(prefix="bitmend-") as scratch:
+        place = Path(scratch)
+        manifest = {"key": fingerprint(output), "parent": None, "stage": {"name": "baseline", "method": None, "settings": {}}}
+        found = _perplexity(build_baseline(output, place / "a.partial", place / "a", manifest), recipe, device)
+    if found is None:
+        raise InputError(f"{output}: nothing to measure it on")
+    return found
+
+
+def _perplexity(artifact: Artifact, recipe: Recipe, device: torch.device) -> float | None:
+    """In float32, whatever the run computes in, so that what a format loses stands out."""
+    windows = Inputs(recipe, artifact.directory).evaluation()
+    with tempfile.TemporaryDirectory(prefix="bitmend-") as scratch:
+        scores, _ = measure.scores_of(artifact, Path(scratch), windows, None, device, torch.float32, label="export: perplexity, blocks")
+    return scores.perplexity if scores.nll else None
+
+
+__all__ = ["checkpoint_of", "export", "perplexity"]

@@ -1,0 +1,41 @@
+"""The card and the versions beside it, as one line of JSON: `python -m bitmend.pipelines.gpu.card`."""
+
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+NEEDED = {
+    "kernels": ("torch", "triton", "numpy"),
+    "tests": ("torch", "triton", "numpy", "pytest", "transformers", "safetensors", "accelerate", "pydantic", "yaml", "typer", "rich", "scipy", "jinja2", "matplotlib"),
+    "pipeline": ("torch", "triton", "numpy", "transformers", "safetensors", "accelerate", "pydantic", "yaml", "typer", "rich", "scipy", "jinja2", "matplotlib"),
+}  # fmt: skip
+"""Import names by part; parts that are not named run the pipeline."""
+
+
+def missing(part: str) -> list[str]:
+    """Packages without which a part cannot run."""
+    return [name for name in NEEDED.get(part, NEEDED["pipeline"]) if find_spec(name) is None]
+
+
+def main(arguments: Sequence[str] = ()) -> int:
+    import torch
+
+    found = {"card": None, "python": platform.python_version(), "cuda": torch.version.cuda}
+    for name in ("torch", "triton", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        found |= {"card": card.name, "memory_bytes": card.total_memory, "multiprocessors": card.multi_processor_count}
+        found["capability"] = ".".join(map(str, torch.cuda.get_device_capability(0)))
+    sys.stdout.write(json.dumps(found) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""What enters every matrix while a model runs block by block, experts of a mixture included: statistics, and who reads the same.
+
+Knows modules and their inputs; not what the statistics are for.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...compress.statistics import InputStatistics
+from .blocks import StreamedModel
+from .structure import Site
+
+
+@contextmanager
+def collecting(
+    model: StreamedModel,
+    sites: list[Site],
+    needs: frozenset[str],
+    statistics: dict[str, InputStatistics],
+    dense_inputs: Mapping[str, list[Tensor]] | None = None,
+) -> Iterator[None]:
+    """While open, every call of a site's module adds its input to `statistics[site.name]`; sites that are handed the very same
+    tensor (q, k and v) share one accumulator. `dense_inputs` (site → inputs in call order) pairs with the dense model's."""
+    modules = {site.name: module for site in sites if (module := _module_of(model, site)) is not None}
+    last: list[tuple[Tensor, str]] = []
+    handles = []
+
+    def hook(site: Site) -> Callable[..., None]:
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            leader = next((name for tensor, name in last if tensor is x), None)
+            if leader is not None:
+                statistics[site.name] = statistics[leader]
+                return
+            del last[:-3]
+            last.append((x, site.name))
+            if site.name not in statistics:
+                statistics[site.name] = InputStatistics(site.shape[1], needs, x.device)
+            paired = dense_inputs[site.name].pop(0) if dense_inputs is not None else None
+            statistics[site.name].update(x, paired)
+
+        return before
+
+    for site in sites:
+        if site.name in modules:
+            handles.append(modules[site.name].register_forward_pre_hook(hook(site)))
+        if site.expert is not None:
+            statistics.setdefault(site.name, InputStatistics(site.shape[1], needs, model.device))  # takes no memory before a token comes
+    experts = [site for site in sites if site.name not in modules]
+    paired = dense_inputs is not None
+
+    def of_expert(site: Site, x: Tensor) -> None:
+        """The tokens that reach an expert differ from the dense model's, so it is paired with itself: nothing to correct toward."""
+        statistics[site.name].update(x, x if paired else None)
+
+    try:
+        with _ExpertInputs(model, experts, of_expert) if experts else nullcontext():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _module_of(model: StreamedModel, site: Site) -> nn.Module | None:
+    """What multiplies by a site's matrix; None for a slice of a fused parameter that no linear took the place of."""
+    if site.expert is None:
+        return model.model.get_submodule(site.module)
+    return model.model.get_submodule(site.name) if site.parameter in model.model.get_submodule(site.module)._modules else None
+
+
+def collect(
+    model: StreamedModel,
+    index: int,
+    hidden: Iterable[Tensor],
+    sites: list[Site],
+    needs: frozenset[str],
+    statistics: dict[str, InputStatistics],
+    dense_inputs: Mapping[str, list[Tensor]] | None = None,
+) -> None:
+    """Adds to `statistics` what enters the sites of a loaded block, batch by batch of its hidden states. The first batch shows which
+    input comes last; the others run no further than that, so the product behind it is left out. Experts run to the end."""
+    modules = {site.module: model.model.get_submodule(site.module) for site in sites}
+    called: list[str] = []
+    handles = [m.register_forward_pre_hook(lambda *_, name=name: called.append(name)) for name, m in modules.items()]
+    try:
+        with collecting(model, sites, needs, statistics, dense_inputs):
+            for number, h in enumerate(hidden):
+                with suppress(_Enough):
+                    model.run_block(index, h)
+                if number == 0:
+                    while handles:
+                        handles.pop().remove()
+                    if called and sorted(called) == sorted(modules) and not any(site.expert is not None for site in sites):
+                        handles.append(modules[called[-1]].register_forward_pre_hook(_stop))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def dense_inputs_of(model: StreamedModel, sites: list[Site]) -> Iterator[dict[str, list[Tensor]]]:
+    """While open, every call of a site's module in the dense model adds its input under the site's name; experts are left out."""
+    out: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+    handles = [
+        model.model.get_submodule(site.module).register_forward_pre_hook(lambda m, args, name=site.name: out[name].append(args[0]))
+        for site in sites
+        if site.expert is None
+    ]
+    try:
+        yield out
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Enough(Exception):
+    """Ends a block's forward pass once every wanted input has been seen."""
+
+
+def _stop(*_: Any) -> None:
+    raise _Enough
+
+
+def input_groups(model: StreamedModel, index: int, sites: list[Site], hidden_NTD: Tensor) -> list[list[Site]]:
+    """The sites of a loaded block in the order in which it calls them, those that read the very same tensor together (q, k, v → o →
+    gate, up → down). All experts of one parameter count as one; what no token reaches comes last."""
+    groups: list[list[Site]] = []
+    inputs: list[Tensor | None] = []
+    parameters: dict[tuple[str, str], list[Site]] = {}
+    for site in sites:
+        if site.expert is not None:
+            parameters.setdefault((site.module, site.parameter), []).append(site)
+
+    def called(site: Site, x: Tensor) -> None:
+        place = next((i for i, tensor in enumerate(inputs) if tensor is x), None)
+        if place is None:
+            groups.append([site])
+            inputs.append(x)
+        elif site not in groups[place]:
+            groups[place].append(site)
+
+    def expert_called(site: Site, x: Tensor) -> None:
+        if together := parameters.pop((site.module, site.parameter), None):
+            groups.append(together)
+            inputs.append(None)
+
+    modules = [(model.model.get_submodule(site.module), site) for site in sites if site.expert is None]
+    handles = [m.register_forward_pre_hook(lambda _, args, site=site: called(site, args[0])) for m, site in modules]
+    try:
+        with _ExpertInputs(model, [s for s in sites if s.expert is not None], expert_called) if parameters else nullcontext():
+            model.run_block(index, hidden_NTD)
+    finally:
+        for handle in handles:
+            handle.remove()
+    idle = [site for site in sites if not any(site in group for group in groups)]
+    return [*groups, *([idle] if idle else [])]
+
+
+class _ExpertInputs(torch.overrides.TorchFunctionMode):
+    """Sees every `linear` whose weight is a slice of a fused experts parameter, and hands its site and its input to `seen`.
+
+    Works with the `eager` experts implementation of transformers, which calls one linear for each expert that a token reached.
+    """
+
+    def __init__(self, model: StreamedModel, sites: list[Site], seen: Callable[[Site, Tensor], None]):
+        super().__init__()
+        self.seen = seen
+        self.slices: dict[int, Site] = {}
+        for site in sites:
+            parameter = model.model.get_submodule(site.module)._parameters[site.parameter]
+            self.slices[parameter[site.expert].data_ptr()] = site
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear and isinstance(args[1], Tensor):
+            site = self.slices.get(args[1].data_ptr())
+            if site is not None and len(args[0]):
+                self.seen(site, args[0])
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,277 @@
+"""Hidden states that need not fit: batches [N, T, D] on the device while there is room, then in pinned host memory, then in files.
+
+Bits do not depend on the place. While one batch is computed on the next one is fetched: from pinned memory on a stream of its own, from a
+file in a thread. A file loses its name as soon as it is mapped, so nothing of it outlives the process. Knows tensors; no model, no stage.
+Legend: N windows of a batch, M windows of all batches, T tokens, D model width.
+"""
+
+import json
+import math
+import os
+import tempfile
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from ..devices.compute import free_bytes
+from ..errors import InputError
+from ..store.files import disk_errors, write_pieces
+from .reading import in_background
+
+SHARE = 0.5
+"""Of what is free when a walk begins, how much its hidden states may take; the rest is for a block, its statistics and a solver."""
+
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""As safetensors calls them."""
+
+Place = Literal["device", "host", "file"]
+
+
+@dataclass
+class Room:
+    """What the hidden states of a walk may take of the device and (where that is a GPU) of the host, in bytes; files lie in `scratch`."""
+
+    device: torch.device
+    device_bytes: float = math.inf
+    host_bytes: float = math.inf
+    scratch: Path | None = None
+
+    @classmethod
+    def measured(cls, device: torch.device, scratch: Path) -> Self:
+        """A share of what is free now."""
+        host = torch.device("cpu")
+        return cls(device, SHARE * free_bytes(device), SHARE * free_bytes(host) if device.type == "cuda" else 0, scratch)
+
+    @property
+    def memory_bytes(self) -> float:
+        """What is left before files are needed."""
+        return self.device_bytes + (self.host_bytes if self.device.type == "cuda" else 0)
+
+    def place(self, size: int) -> Place:
+        if size <= self.device_bytes:
+            return "device"
+        return "host" if self.device.type == "cuda" and _pinned_bytes(size) <= self.host_bytes else "file"
+
+    def take(self, place: Place, size: int) -> None:
+        """Of the budget; what is given back is negative."""
+        if place == "device":
+            self.device_bytes -= size
+        elif place == "host":
+            self.host_bytes -= math.copysign(_pinned_bytes(abs(size)), size)
+
+    def file(self, size: int) -> Tensor:
+        """uint8 [size] that lies in a file without a name. InputError where no directory was given, OutOfMemoryError where the disk is full."""
+        if self.scratch is None:
+            raise InputError(f"{size} bytes of hidden states do not fit into memory, and no directory was given for them")
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        with disk_errors(self.scratch), tempfile.NamedTemporaryFile(prefix="hidden-", dir=self.scratch) as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk says so here, not by a signal when the page is written
+            return torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8)  # stays mapped when its name goes
+
+
+def _pinned_bytes(size: int) -> int:
+    """torch rounds pinned memory up to a power of two."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+@dataclass
+class _Slot:
+    """Where one batch lies; its room is free again when it is gone."""
+
+    room: Room
+    place: Place
+    tensor: Tensor
+    size: int
+
+    def __del__(self) -> None:
+        self.room.take(self.place, -self.size)
+
+    def write(self, batch_NTD: Tensor) -> None:
+        if self.place == "device":
+            self.tensor = batch_NTD
+        else:
+            self.tensor.copy_(batch_NTD, non_blocking=self.place == "host")
+
+    def begin(self) -> Callable[[], Tensor]:
+        """Start fetching; what is returned waits for it and gives the batch on the device."""
+        if self.place == "device":
+            return lambda: self.tensor
+        if self.place == "host":
+            return _copied(self.tensor, self.room.device)
+        to_card = self.room.device.type == "cuda"
+        read: Future[Tensor] = in_background(lambda: self.tensor.pin_memory() if to_card else self.tensor.clone())
+        return lambda: _copied(read.result(), self.room.device)()
+
+    def window(self, number: int) -> Tensor:
+        """[T, D] on the device."""
+        return self.tensor[number] if self.place == "device" else _copied(self.tensor[number], self.room.device)()
+
+
+def _slot(room: Room, batch_NTD: Tensor) -> _Slot:
+    size = batch_NTD.numel() * batch_NTD.element_size()
+    place = room.place(size)
+    if place == "device":
+        tensor = batch_NTD
+    elif place == "host":
+        tensor = pinned(batch_NTD.shape, dtype=batch_NTD.dtype)
+    else:
+        tensor = room.file(size).view(batch_NTD.dtype).view(batch_NTD.shape)
+    room.take(place, size)
+    slot = _Slot(room, place, tensor, size)
+    slot.write(batch_NTD)
+    return slot
+
+
+def pinned(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Host memory that a card reads by itself."""
+    return torch.empty(shape, dtype=dtype).pin_memory()
+
+
+def _copied(host_NTD: Tensor, device: torch.device) -> Callable[[], Tensor]:
+    """From host memory to the device; from pinned memory beside what the device computes, behind what it has been given so far."""
+    if not host_NTD.is_pinned():
+        return lambda: host_NTD.to(device)
+    main, beside = torch.cuda.current_stream(device), _stream(device)
+    beside.wait_stream(main)
+    with torch.cuda.stream(beside):
+        copy_NTD = host_NTD.to(device, non_blocking=True)
+
+    def wait() -> Tensor:
+        now = torch.cuda.current_stream(device)
+        now.wait_stream(beside)
+        copy_NTD.record_stream(now)
+        return copy_NTD
+
+    return wait
+
+
+_STREAMS: dict[torch.device, "torch.cuda.Stream"] = {}
+
+
+def _stream(device: torch.device) -> "torch.cuda.Stream":
+    """The one that copies."""
+    if device not in _STREAMS:
+        _STREAMS[device] = torch.cuda.Stream(device)
+    return _STREAMS[device]
+
+
+@dataclass
+class HiddenStates:
+    """Batches in order. To iterate gives each on the device, the next one being fetched meanwhile; `rows` reads them window by window."""
+
+    room: Room
+    slots: list[_Slot] = field(init=False, default_factory=list)
+
+    @classmethod
+    def of(cls, batches: Iterable[Tensor], room: Room) -> Self:
+        states = cls(room)
+        for batch_NTD in batches:
+            states.append(batch_NTD)
+        return states
+
+    def append(self, batch_NTD: Tensor) -> None:
+        self.slots.append(_slot(self.room, batch_NTD))
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self.slots)
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self.slots[number].begin()()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        waiting = self.slots[0].begin() if self.slots else None
+        for number in range(len(self.slots)):
+            assert waiting is not None
+            batch_NTD = waiting()
+            waiting = self.slots[number + 1].begin() if number + 1 < len(self.slots) else None
+            yield batch_NTD
+
+    def through(self, run: Callable[[Tensor], Tensor]) -> None:
+        """Put run(batch) in the place of every batch."""
+        for number, batch_NTD in enumerate(self):
+            self.put(number, run(batch_NTD))
+
+    def put(self, number: int, batch_NTD: Tensor) -> None:
+        old = self.slots[number].tensor
+        if old.shape == batch_NTD.shape and old.dtype == batch_NTD.dtype:
+            self.slots[number].write(batch_NTD)
+        else:
+            self.slots[number] = _slot(self.room, batch_NTD)
+
+    def paired(self, run: Callable[[Tensor], Tensor]) -> "Paired":
+        """Each batch with run(batch)."""
+        return Paired(self, HiddenStates.of(map(run, self), self.room))
+
+    @property
+    def places(self) -> list[Place]:
+        return [slot.place for slot in self.slots]
+
+    @property
+    def tokens(self) -> int:
+        return sum(slot.tensor.shape[0] * slot.tensor.shape[1] for slot in self.slots)
+
+    @property
+    def windows(self) -> int:
+        return sum(slot.tensor.shape[0] for slot in self.slots)
+
+    def window(self, number: int) -> Tensor:
+        """[T, D] on the device, alone."""
+        starts = list(accumulate((slot.tensor.shape[0] for slot in self.slots), initial=0))
+        at = bisect_right(starts, number) - 1
+        return self.slots[at].window(number - starts[at])
+
+    def whole(self) -> Tensor:
+        """[M, T, D] on the device."""
+        return torch.cat(list(self))
+
+    def save(self, path: Path) -> None:
+        """[M, T, D] as the tensor `hidden` of a safetensors file, written batch by batch."""
+        (_, length, width), dtype = self.slots[0].tensor.shape, self.slots[0].tensor.dtype
+        size = sum(slot.size for slot in self.slots)
+        entry = {"dtype": DTYPES[dtype], "shape": [self.windows, length, width], "data_offsets": [0, size]}
+        header = json.dumps({"hidden": entry}).encode()
+        header += b" " * (-len(header) % 8)
+        data = (batch_NTD.cpu().contiguous().view(-1).view(torch.uint8).numpy().data for batch_NTD in self)
+        write_pieces(path, chain((len(header).to_bytes(8, "little"), header), data))
+
+    def rows(self) -> "Rows":
+        return Rows(self)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two states of the same text, batch by batch."""
+
+    first: HiddenStates
+    second: HiddenStates
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        return self.first[number], self.second[number]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(self.first, self.second, strict=True)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All batches as one [M, T, D], of which only the rows asked for are fetched: by numbers in a tensor, or by a slice."""
+
+    states: HiddenStates
+
+    def __len__(self) -> int:
+        return self.states.windows
+
+    def __getitem__(self, wanted: Tensor | slice) -> Tensor:
+        numbers = wanted.tolist() if isinstance(wanted, Tensor) else range(*wanted.indices(len(self)))
+        return torch.stack([self.states.window(number) for number in numbers])

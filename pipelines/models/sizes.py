@@ -1,0 +1,223 @@
+"""Bytes by shapes: what every matrix will store after each stage of a recipe. Reads no weights.
+
+Knows stages' settings and the records they leave (compress/options.Grid counts a grid's bits); not what a run costs in time or memory.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ...compress.factors import FactorBits, FactorForm
+from ...compress.grids import UniformGrid
+from ...compress.options import Grid
+from ...recover.selection import roles
+from ..recipes.stage_settings import StageSpec, methods
+from ..store.artifact import Artifact
+from .source import load_config
+from .structure import Site, Structure, inspect, shared_names, skeleton, tied_names
+
+ENTRY_BYTES = 70
+"""Of a tensor's entry in a safetensors header, besides its name."""
+SHARD_BYTES = 48
+
+
+@dataclass
+class Size:
+    """Bits that one linear stores, by what stores them, and the tensors they lie in; `compressed` once a stage made a record of it,
+    `rounds_inputs` once one quantizes its activations. `open_factors`: on which grid its factors lie is found while it is solved."""
+
+    base: float
+    mask: float = 0
+    low_rank: float = 0
+    base_names: tuple[str, ...] = ("weight",)
+    factor_names: tuple[str, ...] = ("low_rank.up", "low_rank.down")
+    compressed: bool = False
+    rounds_inputs: bool = False
+    open_factors: bool = False
+
+    @property
+    def bits(self) -> float:
+        return self.base + self.mask + self.low_rank
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.base_names, *(("mask",) if self.mask else ()), *(self.factor_names if self.low_rank else ()))
+
+    def header_bytes(self, site: str) -> int:
+        return sum(len(site) + 1 + len(name) + ENTRY_BYTES for name in self.names)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Every matrix by its name, and the bytes of everything else, headers of the files included. `embeddings` is the name by which the
+    token embeddings go: the head's, where they are one matrix."""
+
+    structure: Structure
+    of: dict[str, Size]
+    rest_bytes: float
+    weights: dict[str, int] = field(default_factory=dict)
+    embeddings: str | None = None
+
+    def total_bytes(self) -> float:
+        return sum(size.bits / 8 + size.header_bytes(site) for site, size in self.of.items()) + self.rest_bytes
+
+    def bits_per_weight(self) -> float:
+        """Over the compressed matrices; before any is, over those of the blocks."""
+        compressed = [n for n, size in self.of.items() if size.compressed]
+        over = compressed or [s.name for s in self.structure.sites if s.block is not None]
+        return sum(self.of[n].bits for n in over) / sum(self.weights[n] for n in over)
+
+
+def dense_sizes(model: Any, structure: Structure, element: float) -> Sizes:
+    """Before any stage: every matrix dense, `element` bytes a number."""
+    sites, table = list(structure.sites), structure.embeddings
+    head = next((s for s in sites if s.block is None), None)
+    shared = table is not None and head is not None and f"{head.module}.weight" in shared_names(model, f"{table.module}.weight")
+    sites += [] if table is None or shared else [table]
+    weights = {s.name: s.shape[0] * s.shape[1] for s in sites}
+    tied = tied_names(model)
+    plain = {f"{s.module}.{s.parameter}" for s in [*sites, *([table] if table else [])]}
+    others = [n for n in model.state_dict() if n not in plain and n not in tied]
+    total = sum(p.numel() for p in model.parameters())
+    rest = (total - sum(weights.values())) * element + headers(others, structure.blocks)
+    embeddings = head.name if shared and head is not None else table.name if table is not None else None
+    return Sizes(structure, {n: Size(count * element * 8) for n, count in weights.items()}, rest, weights, embeddings)
+
+
+def sizes_before(artifact: Artifact) -> Sizes:
+    """As if no stage had touched the matrices of this artifact, to the byte where it holds them dense."""
+    model = skeleton(load_config(artifact.directory))
+    structure, tied = inspect(model, include_head=True), tied_names(model)
+    sizes = dense_sizes(model, structure, 4)
+    known = {s.name: f"{s.module}.{s.parameter}" for s in [*structure.sites, *([structure.embeddings] if structure.embeddings else [])]}
+    for name, size in sizes.of.items():
+        stored = tied.get(known[name], known[name])
+        if stored in artifact.index:
+            shared = artifact.stored_bytes(stored) // math.prod(artifact.shape(stored))
+            size.base = sizes.weights[name] * shared * 8
+    others = [n for n in model.state_dict() if n not in known.values() and n not in tied and n in artifact.index]
+    rest = sum(artifact.stored_bytes(n) for n in others) + headers(others, structure.blocks)
+    return replace(sizes, rest_bytes=rest)
+
+
+def headers(names: list[str], blocks: int) -> int:
+    """Of the shards of a model, for the tensors that are no matrix of a block."""
+    return sum(len(n) + ENTRY_BYTES for n in names) + (2 * blocks + 1) * SHARD_BYTES
+
+
+def apply(spec: StageSpec, sizes: Sizes) -> list[str]:
+    """Change the sizes as the stage would; says what it will refuse."""
+    refused: list[str] = []
+    for site in sizes.structure.sites:
+        if (site.block is None and not spec.include_head) or spec.skips(site.name):
+            continue
+        config = spec.config_for(site.name)
+        try:
+            _resize(spec, site, config, sizes.of[site.name])
+        except ValueError as error:
+            refused.append(f"{spec.address}: {site.name}: {error}")
+    _share_factors(spec, sizes)
+    _apply_to_embeddings(spec, sizes)
+    return refused[:5] + ([f"{spec.address}: … and {len(refused) - 5} more"] if len(refused) > 5 else [])
+
+
+def _apply_to_embeddings(spec: StageSpec, sizes: Sizes) -> None:
+    """Where they are one matrix with a head that the stage compresses, the head's settings hold."""
+    table, name = sizes.structure.embeddings, sizes.embeddings
+    if table is None or name is None or not spec.include_embeddings or spec.skips(table.name):
+        return
+    if name == table.name or not spec.include_head or spec.skips(name):
+        size = sizes.of[name]
+        _quantized(*table.shape, spec.embedding_config(table.shape[1]), size)
+        size.compressed = True
+
+
+def _share_factors(spec: StageSpec, sizes: Sizes) -> None:
+    """Of matrices that read one input and have one config that says `shared`, the first alone stores the right factor."""
+    holders: set[Any] = set()
+    for site in sizes.structure.sites:
+        config = spec.config_for(site.name)
+        if spec.name != "decompose" or not getattr(config, "shared", False) or spec.skips(site.name) or (reads := _input_of(site)) is None:
+            continue
+        if (reads, config) in holders:
+            bits = getattr(config, "factor_bits", None) or 16
+            sizes.of[site.name].low_rank = FactorForm(bits).factor_bits(site.shape[0], config.rank)
+            sizes.of[site.name].factor_names = tuple(n for n in sizes.of[site.name].factor_names if n.startswith("low_rank.up"))
+        holders.add((reads, config))
+
+
+def _input_of(site: Site) -> tuple[int | None, str, int] | None:
+    """The same for matrices that, by their names, read the same: q, k and v, gate and up."""
+    parts = set(roles(site.name))
+    index = next((i for i, together in enumerate(({"q", "k", "v"}, {"gate", "up"})) if parts and parts <= together), None)
+    return None if index is None or site.expert is not None else (site.block, site.module.rpartition(".")[0], index)
+
+
+def _resize(spec: StageSpec, site: Site, config: Any, size: Size) -> None:
+    rows, columns = site.shape
+    if spec.name in ("prune", "quantize", "decompose"):
+        size.compressed = True
+        size.base_names = tuple(n.replace("weight", "base.weight") if n == "weight" else n for n in size.base_names)
+    if (hasattr(config, "activations") or hasattr(config, "activation_bits")) and getattr(config, "bits", 0) is not None:
+        size.rounds_inputs = getattr(config, "activations", None) is not None or getattr(config, "activation_bits", 16) < 16
+    if spec.name == "prune":
+        size.mask = rows * -(-columns // 8) * 8
+        pattern = getattr(config, "pattern", "unstructured")
+        if ":" in pattern and columns % int(pattern.split(":")[1]):
+            raise ValueError(f"in_features {columns} is not a multiple of the {pattern.split(':')[1]} of pattern {pattern}")
+        if getattr(config, "bits", None) is not None:
+            _quantized(rows, columns, config, size)
+    elif spec.name == "quantize":
+        _quantized(rows, columns, config, size)
+    elif spec.name == "decompose":
+        rank = getattr(config, "rank", 0)
+        if rank > min(rows, columns):
+            raise ValueError(f"rank {rank} is above the smaller dimension {min(rows, columns)}; choose a smaller one")
+        if hasattr(config, "bits"):
+            _quantized(rows, columns, config, size)
+        with_factors(size, site.shape, rank, getattr(config, "factor_bits", None) or 16)
+        size.open_factors = getattr(config, "factor_bits", 16) is None
+    elif spec.name == "recover" and methods(spec.name)[spec.method].ways.stored_as == "low-rank pair":
+        if not size.low_rank:
+            with_factors(size, site.shape, min(getattr(config, "rank", 0), rows, columns), 16)
+        size.compressed = True
+
+
+def with_factors(size: Size, shape: tuple[int, int], rank: int, bits: FactorBits) -> None:
+    """Give a matrix a low-rank term of this form."""
+    size.low_rank = FactorForm(bits).stored_bits(rank, *shape) if rank else 0
+    parts = ("",) if bits == 16 else (".codes", ".scales")
+    size.factor_names = tuple(f"low_rank.{factor}{part}" for factor in ("up", "down") for part in parts)
+
+
+def on_grid(size: Size, shape: tuple[int, int], grid: Grid, index: bool) -> None:
+    """Give a matrix a base on this grid (whose pattern does not count here); `index`: a group index is stored beside it."""
+    rows, columns = shape
+    size.base = grid.stored_bits(rows, columns) + (columns * 32 if index else 0)
+    if grid.kind == "normal_float":
+        scales = ("base.absmax_codes", "base.absmax_scales", "base.absmax_offset") if grid.double_quantized else ("base.absmax",)
+    else:
+        scales = ("base.scales", *(() if grid.symmetric else ("base.zeros",)), *(("base.group_index",) if index else ()))
+    size.base_names = ("base.codes", *scales)
+
+
+def grid_of(config: Any) -> Grid:
+    """The grid of a quantizing method's config."""
+    if hasattr(config, "block_size"):
+        return Grid("normal_float", getattr(config, "bits", 4), config.block_size, False, config.double_quantize)
+    float_zeros = getattr(config, "float_zeros", False)
+    return Grid("uniform", config.bits, config.group_size, config.symmetric, float_zeros=float_zeros)
+
+
+def has_index(config: Any) -> bool:
+    """Whether a group index is stored beside the grid."""
+    return getattr(config, "act_order", "") == "full"
+
+
+def _quantized(rows: int, columns: int, config: Any, size: Size) -> None:
+    """ValueError when the groups do not divide the row."""
+    grid = grid_of(config)
+    UniformGrid(grid.bits, grid.group_size).size(columns)
+    if (activations := getattr(config, "activations", None)) is not None:
+        activations.divide(columns)
+    on_grid(size, (rows, columns), grid, has_index(config))

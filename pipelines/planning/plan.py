@@ -1,0 +1,181 @@
+"""What a run would do, before any work: bytes, memory, disk, time and refusals. Knows shapes and configs, reads no weights; what a stage
+costs on a device is `run_costs`."""
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..allocation import spending
+from ..allocation.error_tables import finished_blocks
+from ..devices.compute import Compute
+from ..devices.environment import compute_of
+from ..errors import InputError
+from ..models.sizes import Sizes, apply, dense_sizes
+from ..models.source import load_config, positions, resolve_model, source_paths, weights_home
+from ..models.structure import Structure, inspect, skeleton
+from ..recipes.recipe import Recipe
+from ..recipes.stage_settings import methods
+from ..stages.inputs import Inputs
+from ..store.rundir import RunDirectory
+from . import recovery_plan
+from .imported_sizes import imported_sizes
+from .run_costs import RunCosts
+from .steps import Step, found_choice, plan_steps
+
+
+def refusals(recipe: Recipe, source: Path) -> list[str]:
+    """What a run of this recipe on the model in `source` would be refused for, one line each; empty when nothing is."""
+    model = skeleton(load_config(source))
+    imported = "quantization_config" in json.loads((weights_home(source) / "config.json").read_text())
+    sizes = _sizes(source, model, inspect(model, include_head=True))
+    refused, left_open = _too_long(recipe, positions(model.config)), []
+    if recipe.budget is not None:
+        found = spending.refusals(recipe, sizes)
+        if found:
+            return refused + found
+        left_open = spending.spent(recipe).addresses
+    for spec in recipe.stages:
+        if spec.name == "recover":
+            refused += recovery_plan.refusals(spec, recipe, model, sizes, imported)
+        said = apply(spec, sizes)
+        refused += [] if spec.address in left_open else said
+    return refused
+
+
+def warnings(recipe: Recipe, source: Path) -> dict[str, str]:
+    """What is done all the same, though it should be said, by the address of the stage: too little calibration text for the widest matrix."""
+    structure = inspect(skeleton(load_config(source)), include_head=True)
+    tokens, found = recipe.calibration.samples * recipe.calibration.seq_len, {}
+    for spec in recipe.stages:
+        if spec.name not in ("prune", "quantize", "decompose"):
+            continue
+        sites = [s for s in structure.sites if (s.block is not None or spec.include_head) and not spec.skips(s.name)]
+        if sites and "second_moment" in methods(spec.name)[spec.method].needs(spec.config):
+            widest = max(sites, key=lambda site: site.shape[1])
+            if tokens < widest.shape[1]:
+                enough = -(-widest.shape[1] // recipe.calibration.seq_len)
+                found[spec.address] = (
+                    f"{tokens:,} calibration tokens are fewer than the {widest.shape[1]:,} inputs of {widest.name}: what is fitted to its second "
+                    f"moment fits this text alone; --set calibration.samples={enough} would do"
+                )
+    return found
+
+
+def predict(recipe: Recipe, directory: Path | None = None, device: str = "auto") -> dict[str, Any]:
+    """A JSON-able prediction by stage, and what will be refused. InputError when the model itself cannot be used."""
+    source = resolve_model(recipe.model, recipe.revision)
+    model = skeleton(load_config(source))
+    structure = inspect(model, include_head=True)
+    total = sum(p.numel() for p in model.parameters())
+    element = _element_bytes(source)
+    sizes = _sizes(source, model, structure)
+    compute = compute_of(None if directory is None else RunDirectory(directory), device, recipe.dtype, recipe.deterministic)
+    costs = RunCosts.of(model, recipe, compute, element)
+    stages = [_row("baseline", None, sizes) | costs.baseline(sizes)]
+    stages[0]["total_bytes"] = sum(path.stat().st_size for path in source_paths(source).values())
+    refused = refusals(recipe, source)
+    place = RunDirectory(directory) if directory is not None and (directory / "run.json").is_file() else None
+    inputs = Inputs(recipe, source)
+    steps = plan_steps(recipe, source, inputs, compute, place) if place is not None and not refused else []
+    budget = _allocation(recipe, sizes, inputs, compute, place, steps) if recipe.budget is not None and not refused else None
+    specs = [step.spec for step in steps if step.spec is not None] or recipe.stages
+    beside = 0
+    for number, spec in enumerate(specs):
+        before = copy.deepcopy(sizes)
+        apply(spec, sizes)
+        beside += recovery_plan.bytes_beside(spec, model, sizes) if spec.name == "recover" else 0
+        row = _row(spec.address, spec.method, sizes, beside) | (budget.at_most(number) if budget is not None else {})
+        stages.append(row | (costs.stage(spec, before, sizes, number == 0) if not refused else {}))
+    most = {kind: max(row.get(kind, 0) for row in stages) for kind in ("device_bytes", "host_bytes")}
+    return {
+        "recipe": recipe.name,
+        "model": recipe.model,
+        "device": compute.device.type,
+        "dtype": compute.dtype_name,
+        "parameters": total,
+        "blocks": structure.blocks,
+        "matrices": sum(site.block is not None for site in structure.sites),
+        "skipped": [{"name": s.name, "reason": s.reason} for s in structure.skipped],
+        **({"allocation": budget.said} if budget is not None else {}),
+        "stages": stages,
+        "refusals": refused,
+        "shortages": costs.shortages({spec.address: spec for spec in specs}, stages) if not refused else [],
+        "warnings": list(dict.fromkeys(warnings(recipe, source).values())),
+        "peak_bytes": most["device_bytes"],
+        **most,
+        "disk_bytes": round(sum(row["total_bytes"] for row in stages[1:])),
+        "seconds": round(sum(row.get("seconds", 0) for row in stages)),
+        "finished": [step.address for step in steps if place is not None and step.state(place) == "done"],
+    }
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """What is said of a budget, and what the stages from the `first` on take at most; nothing where the choice is made."""
+
+    said: dict[str, Any]
+    first: int
+    limit: dict[str, Any]
+
+    def at_most(self, number: int) -> dict[str, Any]:
+        return self.limit if number >= self.first else {}
+
+
+def _allocation(recipe: Recipe, dense: Sizes, inputs: Inputs, compute: Compute, place: RunDirectory | None, steps: list[Step]) -> _Budget:
+    """What the budget chooses from, the range of sizes that the choices span, and whether the table it is chosen by is there."""
+    stages = spending.spent(recipe)
+    counted = spending.costs(recipe, stages, dense)
+    smallest, largest = (stages.budget.said(n, counted.weights, counted.rest_bytes) for n in (counted.smallest, counted.largest))
+    limit = min(stages.budget.bytes_for(counted.weights, counted.rest_bytes), counted.largest)
+    blocks, chosen = 0, None
+    if place is not None:
+        directory, chosen = found_choice(recipe, steps[stages.first].key, inputs, compute, place)
+        blocks = finished_blocks(directory)
+    missing = dense.structure.blocks - blocks
+    table = f"will be built for {missing} of {dense.structure.blocks} blocks" if missing else "is there"
+    said = {"budget": stages.budget.text, "settings": len(counted.settings), "matrices": len(counted.sites)}
+    said |= {"smallest": smallest, "largest": largest, "table": table, "chosen": None if chosen is None else chosen.stored}
+    at_most = {"bits_per_weight": round(limit * 8 / counted.weights, 4), "total_bytes": round(limit + counted.rest_bytes)}
+    return _Budget(said, stages.first, {} if chosen is not None else at_most)
+
+
+def _sizes(source: Path, model: Any, structure: Structure) -> Sizes:
+    """Before any stage: dense, or as the program stored it that quantized this checkpoint."""
+    return imported_sizes(source, model, structure) or dense_sizes(model, structure, _element_bytes(source))
+
+
+def _element_bytes(source: Path) -> float:
+    """Of the first matrix's dtype. InputError for a file that cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    first = next(iter(source_paths(source).values()))
+    try:
+        with safe_open(first, framework="pt") as shard:
+            name = max(shard.keys(), key=lambda n: len(shard.get_slice(n).get_shape()))
+            return torch.empty(0, dtype=shard.get_tensor(name).dtype).element_size()
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{first}: not a readable safetensors file ({error}); download the model again") from error
+
+
+def _too_long(recipe: Recipe, limit: int | None) -> list[str]:
+    """Windows beyond the positions that the model knows: an index error, or numbers without meaning."""
+    asked = {"evaluation.seq_len": recipe.evaluation.seq_len, "calibration.seq_len": recipe.calibration.seq_len}
+    asked |= {f"{spec.address}.seq_len": spec.config.seq_len for spec in recipe.stages if spec.name == "recover"}
+    return [
+        f"{key} {length} is above the {limit} positions of this model; --set {key}={limit}"
+        for key, length in asked.items()
+        if limit is not None and length > limit
+    ]
+
+
+def _row(stage: str, method: str | None, sizes: Sizes, beside: int = 0) -> dict[str, Any]:
+    return {
+        "stage": stage,
+        "method": method,
+        "bits_per_weight": round(sizes.bits_per_weight(), 4),
+        "total_bytes": round(sizes.total_bytes()) + beside,
+    }

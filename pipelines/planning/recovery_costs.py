@@ -1,0 +1,139 @@
+"""What recovery takes on a device: work, and the most bytes on the device and on the host. Whole models in training, and blocks in turn.
+
+Knows the order in which `recover.train` and `stages/recover` do things; activations come from the model's own code run without bytes.
+Legend: B batch, T tokens, O out, I in, D model, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+
+from ...compress.gptq import GptqConfig
+from ...recover.activations import Activations
+from ...recover.fits import virtual_tokens
+from ...recover.memory import COPIES
+from ...recover.reconstruct import Reconstruct, resolved
+from ...recover.recovery_methods import split
+from ...recover.selection import is_norm, where
+from ..devices.rates import Work
+from ..models.sizes import Sizes
+from ..models.structure import Site
+from ..recipes.stage_settings import StageSpec
+from ..stages.inputs import HELD_OUT_TOKENS
+from ..stages.recover import ROOM
+from ..stages.teacher import TEACHER_TOKENS
+from .anatomy import Anatomy, Step
+from .stage_costs import DENSE, OPENED, Needs, Plan, compressed
+
+F32 = torch.float32
+WHOLE = frozenset({"full", "qat", "dequantize_train_requantize", "diff_pruning"})
+"""Methods whose trained values are the matrices themselves."""
+
+
+def recovered(plan: Plan, spec: StageSpec, sizes: Sizes, cached: bool, room: float) -> Needs:
+    """A method that trains the whole model. `sizes`: what its parent stores; `cached`: rebuilt matrices are kept; `room`: bytes of the device,
+    by which gradient_checkpointing: auto is decided."""
+    anatomy, (config, own) = plan.anatomy, split(spec.method, spec.config)
+    linears = [s for s in anatomy.structure.sites if s.block is not None]
+    trained = trained_numbers(anatomy, spec, own, config, linears, sizes)
+    rebuilt = [s.shape[0] * s.shape[1] for s in linears if sizes.of[s.name].compressed]
+    packed = sum(sizes.of[s.name].bits / 8 if sizes.of[s.name].compressed else s.shape[0] * s.shape[1] * plan.element for s in linears)
+    others = anatomy.in_blocks - sum(s.shape[0] * s.shape[1] for s in linears)
+    moved = any(getattr(own, name, False) for name in ("scales", "zeros")) or spec.method in ("scales", *WHOLE)
+    dense = (sum(rebuilt) if cached else max(rebuilt, default=0)) * plan.itemsize
+    passing = max(rebuilt, default=0) * 4.0 * (3 if moved else 1)
+    weights = packed + others * plan.itemsize + plan.outside_bytes + dense + passing + trained * 4.0 * COPIES
+    checkpointing = config.gradient_checkpointing is True
+    step = anatomy.step(config.batch_size, config.seq_len, plan.dtype, checkpointing, config.loss)
+    if config.gradient_checkpointing == "auto" and step.activations.peak > ROOM * (room - weights) and virtual_tokens(own) == 0:
+        checkpointing = True
+        step = anatomy.step(config.batch_size, config.seq_len, plan.dtype, checkpointing, config.loss)
+    acting = _acting(plan, step.activations, config, teacher=config.loss != "cross_entropy")
+    teacher = 0.0 if config.loss == "cross_entropy" else plan.outside_bytes
+    device = weights + teacher + acting
+    host = anatomy.outside * plan.element + max(packed / anatomy.blocks, anatomy.block_parameters * plan.element) * 2
+    work = _training(plan, step, config, checkpointing, cached, moved, sum(rebuilt))
+    if getattr(own, "quantizer", None) != "gptq":
+        return Needs(work, device, host)
+    rounding = compressed(plan, StageSpec("quantize", spec.address, "gptq", GptqConfig()), True, False, 0.0)
+    walking = rounding.device - plan.outside_bytes - plan.block_bytes
+    return Needs(work + rounding.work, max(device, weights + plan.outside_bytes + walking), host, rounding.hidden)
+
+
+def _acting(plan: Plan, activations: Activations, config: Any, teacher: bool) -> float:
+    """The most of: a step's own activations; what waits for backward while the teacher runs ahead through its blocks."""
+    if not teacher:
+        return activations.peak
+    step = config.batch_size * config.seq_len
+    ahead = max(step, min(TEACHER_TOKENS, config.steps * config.accumulation * step))
+    running = plan.anatomy.forward(config.batch_size, config.seq_len, plan.dtype).peak
+    walking = 2 * plan.hidden_bytes(ahead) + plan.block_bytes * 1.5 + running
+    return max(activations.peak + plan.hidden_bytes(ahead), activations.saved + walking)
+
+
+def _training(plan: Plan, step: Step, config: Any, checkpointing: bool, cached: bool, moved: bool, rebuilt: int) -> Work:
+    """Steps, the teacher's passes, evaluations on the held-out text (start, five, and the records as they are stored)."""
+    anatomy, tokens = plan.anatomy, float(config.batch_size * config.seq_len)
+    forward = tokens * anatomy.blocks * anatomy.products()
+    passes = 2.0 + (1.0 if checkpointing else 0.0) + (1.0 if moved else 0.0)
+    attention = 2.0 * tokens * config.seq_len * anatomy.width * anatomy.blocks * (3.5 + (1.0 if checkpointing else 0.0))
+    micro = step.work * anatomy.blocks + step.of_loss + Work({plan.dtype: passes * forward + attention})
+    dense = Work(passes=4 * DENSE * rebuilt, calls=20 * len(anatomy.sites()) * anatomy.blocks)
+    changing = Work(passes=4 * 8.0 * rebuilt) if moved else Work()
+    micro += (Work() if cached else dense * (passes if not moved else passes - 1)) + changing
+    walked = plan.pass_of(tokens, config.seq_len) * anatomy.blocks
+    if config.loss != "cross_entropy":
+        micro += walked + plan.loaded(False) * (anatomy.blocks * tokens / max(TEACHER_TOKENS, tokens))
+    held = float(max(HELD_OUT_TOKENS, tokens))
+    head = Work({plan.dtype: held * anatomy.vocabulary * anatomy.width}, passes=held * anatomy.vocabulary * 16.0)
+    evaluation = plan.pass_of(held, config.seq_len) * anatomy.blocks + head + (Work() if cached else dense * (held / tokens))
+    every = config.eval_every or max(1, config.steps // 5)
+    return micro * (config.steps * config.accumulation) + evaluation * (2 + -(-config.steps // every)) + dense + OPENED * 3
+
+
+def trained_numbers(anatomy: Anatomy, spec: StageSpec, own: Any, config: Any, linears: list[Site], sizes: Sizes) -> float:
+    """How many numbers train, about: by the rank of factors, the groups of grids, whole matrices, norms."""
+    place = where(anatomy.model, config.targets, config.layers)
+    chosen = [s for s in linears if place.linear(s.name)]
+    count, rank = 0.0, getattr(own, "rank", 0)
+    for site in chosen:
+        rows, columns = site.shape
+        size = sizes.of[site.name]
+        if spec.method in WHOLE:
+            count += rows * columns
+        if rank:
+            count += size.low_rank / 16 if size.low_rank else min(rank, rows, columns) * (rows + columns)
+        if spec.method == "scales" or getattr(own, "scales", False):
+            count += rows * columns / 64 if "base.scales" in size.base_names or "base.codes" in size.base_names else 0
+    if getattr(own, "norms", False):
+        count += sum(m.weight.numel() for n, m in anatomy.model.named_modules() if is_norm(m) and place.holds(n))
+    if getattr(own, "biases", False) or spec.method == "bitfit":
+        count += sum(s.shape[0] for s in chosen if s.expert is None)
+    return count
+
+
+def reconstructed(plan: Plan, spec: StageSpec, sizes: Sizes) -> Needs:
+    """Blocks fitted one after the other, beside their dense twins."""
+    anatomy, config = plan.anatomy, spec.config
+    assert isinstance(config, Reconstruct)
+    tokens = float(-(-config.samples // config.batch_size) * config.batch_size * config.seq_len)
+    at_once, held = float(config.batch_size * config.seq_len), float(max(HELD_OUT_TOKENS, config.batch_size * config.seq_len))
+    sites = anatomy.sites()
+    weights = float(sum(s.shape[0] * s.shape[1] for s in sites))
+    kinds = frozenset(
+        {"uniform"} if any(sizes.of[s.name].compressed and "base.codes" in sizes.of[s.name].base_names for s in sites) else {"dense"}
+    )
+    trains = resolved(config, kinds).train
+    step = anatomy.step(config.batch_size, config.seq_len, plan.dtype, False, "cross_entropy")
+    micro = step.work + Work({plan.dtype: at_once * anatomy.products() * (3.0 if trains in ("scales", "weights") else 2.0)})
+    micro += Work(passes=4 * (2 * DENSE + 12) * weights, calls=60 * len(sites))
+    evaluation = plan.pass_of(held, config.seq_len) + Work(passes=4 * DENSE * weights * held / at_once)
+    windows = 2 if config.window == "split" else 1
+    every = max(1, config.steps // 5)
+    work = micro * (config.steps * windows) + evaluation * (windows * (1 + -(-config.steps // every)) + 2 + 3)
+    work += plan.pass_of(tokens, config.seq_len) * 2 + plan.loaded(True) * 4
+    states = plan.hidden_bytes(tokens) * 2 + plan.hidden_bytes(held) * 3
+    trained = {"weights": weights}.get(trains, sum(config.rank * (s.shape[0] + s.shape[1]) for s in sites))
+    acting = step.activations.saved / anatomy.blocks * 1.5 + 3 * 4.0 * max(s.shape[0] * s.shape[1] for s in sites)
+    device = 2 * plan.outside_bytes + max(2 * plan.block_bytes + trained * 4.0 * COPIES + acting, at_once * anatomy.vocabulary * 4.0 * 3)
+    return Needs(work * anatomy.blocks + OPENED * 2, device, anatomy.outside * plan.element, states)

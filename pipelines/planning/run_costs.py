@@ -1,0 +1,139 @@
+"""Seconds and bytes of every stage of a run on its device, and which of them the machine has not.
+
+Puts `stage_costs`, `recovery_costs` and a device's measured speeds together. Knows the process's own memory; reads no weights.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import doctor
+from ..devices.compute import Compute
+from ..devices.rates import Speeds, Work, measured
+from ..devices.shortage import advice
+from ..evaluation.measure import resident_bytes
+from ..models.hidden import SHARE
+from ..models.sizes import Sizes
+from ..recipes.recipe import Recipe
+from ..recipes.stage_settings import StageSpec
+from ..stages.fuse import ROOM
+from . import recovery_costs, stage_costs
+from .anatomy import Anatomy
+from .stage_costs import Needs, Plan
+
+ALL_WINDOWS = 160
+"""Of an evaluation of the whole text: what WikiText-2's test split holds at 2048 tokens, about."""
+CUDA_HOST_BYTES = 0.6e9
+"""Of a process once a CUDA context lies in it; not measured here, the order of what drivers take."""
+DENSE_CACHE_BYTES = 2e9
+STAGE_BYTES = 10e6
+"""What a stage adds to the process besides tensors: modules, their code's objects, an allocator's slack; measured on models of 2 and 4 blocks."""
+KERNEL_COPIES = 1.3
+"""Packed for the kernels a record takes somewhat more."""
+SURE = 1.2
+"""A prediction may err by a fifth: what lies above by more than that will not fit."""
+
+
+@dataclass(frozen=True)
+class RunCosts:
+    """Asked stage by stage, in the order of the recipe."""
+
+    plan: Plan
+    compute: Compute
+    speeds: Speeds
+    base: float
+
+    @classmethod
+    def of(cls, model: Any, recipe: Recipe, compute: Compute, element: float) -> "RunCosts":
+        """Measures the device for a moment."""
+        plan = Plan(Anatomy(model), recipe, compute.dtype, element)
+        on_card = compute.device.type == "cuda"
+        return cls(plan, compute, measured(compute), float(resident_bytes()) + (CUDA_HOST_BYTES if on_card else 0.0))
+
+    def baseline(self, sizes: Sizes) -> dict[str, Any]:
+        """Importing the model, and measuring it."""
+        imported = Needs(Work(files=2 * sizes.total_bytes()), 0.0, 2 * self.plan.anatomy.block_parameters * self.plan.element)
+        return self._said(imported, self._evaluation(sizes, teacher=False))
+
+    def stage(self, spec: StageSpec, before: Sizes, after: Sizes, first: bool) -> dict[str, Any]:
+        """A stage from what its parent stores to what it leaves, and its evaluation."""
+        return self._said(self.needs(spec, before, after, first), self._evaluation(after, teacher=True))
+
+    def needs(self, spec: StageSpec, before: Sizes, after: Sizes, first: bool) -> Needs:
+        """Of the stage alone, without its evaluation."""
+        if spec.name == "fuse":
+            return self._fused(after)
+        if spec.name == "recover":
+            if spec.method == "reconstruct":
+                return recovery_costs.reconstructed(self.plan, spec, before)
+            return recovery_costs.recovered(self.plan, spec, before, self._cached(spec, before), self.available(device=True))
+        return stage_costs.compressed(self.plan, spec, _has_records(before), first, after.total_bytes())
+
+    def _evaluation(self, sizes: Sizes, teacher: bool) -> Needs:
+        windows = self.plan.recipe.evaluation.windows or ALL_WINDOWS
+        return stage_costs.evaluated(self.plan, windows, _has_records(sizes), teacher)
+
+    def _fused(self, sizes: Sizes) -> Needs:
+        """Copies of files, and the whole model on its kernels for a few tokens."""
+        anatomy = self.plan.anatomy
+        speaking = Work(
+            {self.plan.dtype: 48.0 * (anatomy.in_blocks + anatomy.outside)}, passes=32 * sizes.total_bytes(), calls=32 * 60 * anatomy.blocks
+        )
+        whole = KERNEL_COPIES * sizes.total_bytes() + self.plan.outside_bytes
+        if sizes.total_bytes() * ROOM > self.available(device=True):  # its first block alone
+            whole = (
+                KERNEL_COPIES * (sizes.total_bytes() - anatomy.outside * self.plan.element) / anatomy.blocks + 2 * self.plan.outside_bytes
+            )
+        return Needs(speaking + stage_costs.OPENED * 3 + Work(files=sizes.total_bytes()), whole, anatomy.outside * self.plan.element)
+
+    def _cached(self, spec: StageSpec, sizes: Sizes) -> bool:
+        """Whether recovery will keep rebuilt matrices, as it decides by what is free."""
+        asked = getattr(spec.config, "cache_dense", "auto")
+        rebuilt = sum(sizes.weights[n] for n, size in sizes.of.items() if size.compressed) * self.plan.itemsize
+        return asked == "always" or (asked == "auto" and rebuilt <= min(self.available(device=True) / 3, DENSE_CACHE_BYTES))
+
+    def _said(self, *parts: Needs) -> dict[str, Any]:
+        placed = [self.placed(part) for part in parts]
+        device, host = (max(bytes_) for bytes_ in zip(*placed, strict=True))
+        return {
+            "device_bytes": round(device),
+            "host_bytes": round(host),
+            "seconds": round(sum(self.speeds.seconds(p.work) for p in parts), 1),
+        }
+
+    def placed(self, needs: Needs) -> tuple[float, float]:
+        """(device bytes, host bytes) with hidden states where there is room for them; on a CPU both are one memory."""
+        kept = min(needs.hidden, SHARE * max(0.0, self.available(device=True) - self.plan.outside_bytes))
+        if self.compute.device.type == "cpu":
+            whole = self.base + STAGE_BYTES + needs.device + needs.host + kept
+            return whole, whole
+        spilled = min(needs.hidden - kept, SHARE * self.available(device=False))
+        return needs.device + kept, self.base + STAGE_BYTES + needs.host + spilled
+
+    def available(self, device: bool) -> float:
+        """Bytes that there are for this process: of the card, or of the machine's memory (with what the process has already)."""
+        if device and self.compute.device.type == "cuda":
+            return float(torch.cuda.mem_get_info(self.compute.device)[1])
+        found = doctor.memory()
+        known = [n for n in (found["limit_bytes"], found["available_bytes"]) if n is not None]
+        return float(min(known)) if known else float("inf")
+
+    def shortages(self, specs: dict[str, StageSpec | None], rows: list[dict[str, Any]]) -> list[str]:
+        """A line for every stage that will not fit, with the settings that want less."""
+        lines = []
+        on_card = self.compute.device.type == "cuda"
+        for row in rows:
+            for kind in ("device", "host") if on_card else ("host",):
+                needed, there = row[f"{kind}_bytes"], self.available(device=kind == "device")
+                if needed > SURE * there:
+                    name = "device memory" if kind == "device" else "memory"
+                    lines.append(
+                        f"{row['stage']} needs about {needed / 1e9:,.1f} GB of {name}, and {there / 1e9:,.1f} GB are there; "
+                        f"{advice(row['stage'], specs.get(row['stage']))}"
+                    )
+        return lines
+
+
+def _has_records(sizes: Sizes) -> bool:
+    return any(size.compressed for size in sizes.of.values())

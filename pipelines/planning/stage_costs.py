@@ -1,0 +1,240 @@
+"""What a stage takes on a device: work, and the most bytes on the device and on the host, for the stages that walk block by block.
+
+Knows the order in which `stages/compress`, `perplexity` and `stages/fuse` do things; what a matrix costs is `solver_costs`, what a block's own
+code does between its products `anatomy`. Recovery is in `recovery_costs`. Reads no weights.
+Legend: N windows, T tokens, O out, I in, D model, V vocabulary.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..devices.rates import Work
+from ..evaluation.perplexity import LOGITS_AT_ONCE, TOKENS_AT_ONCE
+from ..models.structure import Site
+from ..recipes.recipe import Recipe
+from ..recipes.stage_settings import StageSpec, methods
+from .anatomy import Anatomy
+from .solver_costs import Cost, factor_work, solver_cost
+
+F32 = torch.float32
+OPENED = Work(calls=50_000)
+"""A model opened for running: its modules made, its structure found, a block tried."""
+DENSE = 14.0
+"""Reads and writes of a weight in float32 while a record is made dense, counted on 3- and 4-bit codes."""
+RUNNING_BYTES = 20e6
+"""Of host memory once products run: what kernels prepare and an allocator keeps, measured on models of 2 and 4 blocks."""
+READ_AHEAD = 2
+"""Blocks of an artifact that lie in host memory: the one that is computed on, and the next."""
+LOGIT_COPIES = 6
+"""Of a span's logits in float32 while they are scored beside the teacher's."""
+ATTENTION_SHARE = 2.0
+"""Multiply-adds of fused attention run at this share of the seconds of plain products of as many."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """`device`: bytes of tensors on the run's device; `host`: bytes of this process besides (on a CPU both are one memory); `hidden`: bytes of
+    hidden states, which lie on the device, in host memory or in files, as there is room."""
+
+    work: Work
+    device: float
+    host: float
+    hidden: float = 0.0
+
+    def most(self, other: "Needs") -> "Needs":
+        """Both one after the other."""
+        return Needs(self.work + other.work, max(self.device, other.device), max(self.host, other.host), max(self.hidden, other.hidden))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all stages of a run share: the model, the recipe, the dtype of forward passes, bytes of a stored number."""
+
+    anatomy: Anatomy
+    recipe: Recipe
+    dtype: torch.dtype
+    element: float
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def outside_bytes(self) -> float:
+        return self.anatomy.outside * self.itemsize
+
+    @property
+    def block_bytes(self) -> float:
+        return self.anatomy.block_parameters * self.itemsize
+
+    def hidden_bytes(self, tokens: float) -> float:
+        return tokens * self.anatomy.width * self.itemsize
+
+    def batch(self, seq_len: int) -> int:
+        return max(1, TOKENS_AT_ONCE // seq_len)
+
+    def pass_of(self, tokens: float, seq_len: int, sites: list[Site] | None = None) -> Work:
+        """Tokens through one block, or through its products with some matrices alone."""
+        batch = self.batch(seq_len)
+        between = self.anatomy.forward(batch, seq_len, self.dtype)
+        attention = ATTENTION_SHARE * tokens * seq_len * self.anatomy.width
+        products = Work({self.dtype: tokens * self.anatomy.products(sites) + attention})
+        return products + between.work * (tokens / (batch * seq_len))
+
+    def running_bytes(self, windows: int, seq_len: int) -> float:
+        """What one block holds besides its weights and its input while a batch runs."""
+        return self.anatomy.forward(min(windows, self.batch(seq_len)), seq_len, self.dtype).peak
+
+    def loaded(self, records: bool) -> Work:
+        """One block read, and made dense where it holds records."""
+        count = self.anatomy.block_parameters
+        return Work(passes=count * (4 * DENSE if records else 2 * self.element + self.itemsize), calls=300)
+
+
+def evaluated(plan: Plan, windows: int, records: bool, teacher: bool) -> Needs:
+    """An artifact scored: every window through every block, then through the head, beside the teacher's states."""
+    anatomy, seq_len = plan.anatomy, plan.recipe.evaluation.seq_len
+    tokens, models = float(windows * seq_len), 2 if teacher else 1
+    work = (plan.pass_of(tokens, seq_len) + plan.loaded(records)) * anatomy.blocks
+    logits = tokens * anatomy.vocabulary
+    work += Work(
+        {plan.dtype: models * logits * anatomy.width}, passes=logits * 4.0 * (26 if teacher else 12), calls=tokens / LOGITS_AT_ONCE * 60
+    )
+    work += OPENED
+    hidden = plan.hidden_bytes(tokens)
+    span = min(LOGITS_AT_ONCE, seq_len) * anatomy.vocabulary * 4.0 * (LOGIT_COPIES if teacher else LOGIT_COPIES / 2)
+    walking = plan.block_bytes + plan.running_bytes(windows, seq_len)
+    device = plan.outside_bytes * models + max(walking, span)
+    return Needs(work, device, max(anatomy.outside, READ_AHEAD * anatomy.block_parameters) * plan.element, hidden)
+
+
+def compressed(plan: Plan, spec: StageSpec, records: bool, first: bool, written: float) -> Needs:
+    """A prune, quantize or decompose stage. `records`: its parent holds some; `first`: its parent is the baseline; `written`: bytes of
+    the artifact it leaves."""
+    anatomy, row = plan.anatomy, methods(spec.name)[spec.method]
+    sites = [s for s in anatomy.sites() if not spec.skips(s.name)]
+    needs = frozenset[str]().union(*(row.needs(spec.config_for(s.name)) for s in sites)) if sites else frozenset()
+    walks = bool(needs - {"fisher"}) or row.scope == "block"
+    twin = (row.inputs == "dense" and not first) or "cross_moment" in needs or row.scope == "block"
+    seq_len = plan.recipe.calibration.seq_len
+    tokens = float(plan.recipe.calibration.samples * seq_len)
+    solving, kept = _solved(plan, spec, sites, needs, records, tokens)
+    work = solving.work + Work(files=written / anatomy.blocks, calls=500)
+    if walks:
+        passes = 2.0 + ((1.0 if "cross_moment" in needs else 0.0) + 1.0 if twin else 0.0)
+        passes += len(anatomy.inputs(sites)) - 1 if spec.true_sequential and needs else 0
+        last = [] if row.scope == "block" else anatomy.inputs(sites)[-1]
+        work += plan.pass_of(tokens, seq_len) * passes + plan.loaded(records) * (2 if twin else 1)
+        work += Work({plan.dtype: -tokens * anatomy.products(last)}) + Work(passes=anatomy.block_parameters * 4 * DENSE)
+        work += _statistics(plan, anatomy.inputs(sites), needs, tokens)
+    models = (2 if twin else 1) if walks else 1
+    hidden = plan.hidden_bytes(tokens) * (models + (row.scope == "block")) if walks else 0.0
+    block = plan.block_bytes * models if walks else 0.0
+    held = plan.outside_bytes * models + block
+    if row.scope == "block" and hasattr(spec.config, "steps"):
+        trained = _trained(plan, spec, sites, tokens)
+        work, held = work + trained.work, held + kept
+        solving = replace(solving, peak=max(solving.peak, trained.peak))
+    device = held + max(solving.peak, plan.running_bytes(plan.recipe.calibration.samples, seq_len) if walks else 0.0)
+    read = anatomy.block_parameters * plan.element * (1 if first else 2)
+    whole = Needs(
+        work * anatomy.blocks + OPENED * (2 if twin else 1),
+        device,
+        max(anatomy.outside * plan.element, READ_AHEAD * read) + written / anatomy.blocks + walks * RUNNING_BYTES,
+        hidden,
+    )
+    return _with_rest(plan, spec, whole)
+
+
+def _with_rest(plan: Plan, spec: StageSpec, found: Needs) -> Needs:
+    """The head and the embeddings, where they are compressed: one matrix at a time, whole."""
+    anatomy = plan.anatomy
+    rest = [anatomy.head] if spec.include_head and anatomy.head is not None else []
+    for site in rest:
+        cost = solver_cost(spec.name, spec.method, spec.config_for(site.name), site.shape, True)
+        found = found.most(Needs(cost.work, plan.outside_bytes + 4.0 * site.shape[0] * site.shape[1] + cost.peak, found.host))
+    if spec.include_embeddings and anatomy.structure.embeddings is not None:
+        shape = anatomy.structure.embeddings.shape
+        cost = solver_cost("quantize", "rtn", spec.embedding_config(shape[1]), shape, False)
+        found = found.most(Needs(cost.work, plan.outside_bytes + 4.0 * shape[0] * shape[1] + cost.peak, found.host))
+    return found
+
+
+def _statistics(plan: Plan, inputs: list[list[Site]], needs: frozenset[str], tokens: float) -> Work:
+    """Gathering what methods want to know of every input."""
+    work = Work()
+    for together in inputs:
+        width, reach = together[0].shape[1], tokens * (plan.anatomy.active if together[0].expert is not None else 1.0)
+        squares = (0.6 if "second_moment" in needs else 0.0) + (1.0 if "cross_moment" in needs else 0.0)
+        work += Work({F32: squares * reach * width**2}, passes=reach * width * 12.0, calls=reach / TOKENS_AT_ONCE * (4 + width / 256))
+    return work
+
+
+def _solved(plan: Plan, spec: StageSpec, sites: list[Site], needs: frozenset[str], records: bool, tokens: float) -> tuple[Cost, float]:
+    """(work of a block's matrices and the most bytes beside the block, bytes of the statistics that all of them keep)."""
+    squares = 4.0 * (("second_moment" in needs) + ("cross_moment" in needs))
+    kept, work, peak = 0.0, Work(), 0.0
+    for together in plan.anatomy.inputs(sites):
+        width = together[0].shape[1]
+        kept += squares * width**2
+        found = 0.0
+        for site in together:
+            cost = _of_matrix(spec, site, records)
+            rows, columns = site.shape
+            said = 2.0 * rows * columns * columns if "second_moment" in needs else 0.0
+            work += cost.work + Work({F32: said}, passes=4.0 * rows * columns * (2 * DENSE + 10), calls=100)
+            peak = max(peak, kept + 4.0 * rows * columns * 1.5 + cost.peak)
+            found = max(found, cost.kept)
+        work += factor_work(width) if found else Work()
+        kept += found
+    return Cost(work, max(peak, kept)), kept
+
+
+def _of_matrix(spec: StageSpec, site: Site, records: bool) -> Cost:
+    config, row = spec.config_for(site.name), methods(spec.name)[spec.method]
+    if row.scope != "block":
+        return solver_cost(spec.name, spec.method, config, site.shape, records)
+    if not hasattr(config, "start"):
+        return _smoothed(config, site, records)
+    method = {"gptq": "gptq", "rtn": "rtn", "stored": "rtn"}[config.start]
+    return solver_cost("quantize", method, config, site.shape, records)
+
+
+def _smoothed(config: Any, site: Site, records: bool) -> Cost:
+    """svdquant: rounded once, a term for each exponent, then the schedule."""
+    from ...compress.decompose import Decomposition
+
+    rank, rows, columns = config.rank, *site.shape
+    attempt = solver_cost("decompose", "", Decomposition(rank, "plain", True, config.quantizer, "none"), site.shape, True)
+    final = solver_cost("decompose", "", Decomposition(rank, "plain", True, config.quantizer, config.clip), site.shape, True)
+    seen = Work({F32: 2.0 * 512 * rows * columns})
+    return Cost((attempt.work + seen) * (config.smoothing_steps + 1) + (final.work + seen) * config.iterations, final.peak)
+
+
+def _trained(plan: Plan, spec: StageSpec, sites: list[Site], tokens: float) -> Cost:
+    """A block trained as a whole (`compress/block_training`): steps, evaluations over all samples; in float32."""
+    from ...compress.block_training import EVALUATIONS
+
+    config, anatomy = spec.config, plan.anatomy
+    weights = float(sum(s.shape[0] * s.shape[1] for s in sites))
+    seq_len = min(config.seq_len, plan.recipe.calibration.seq_len)
+    samples = plan.recipe.calibration.samples
+    parts = 2 if config.window == "sub_block" else 1
+    at_once = config.batch_size * seq_len
+    between = anatomy.step(config.batch_size, seq_len, plan.dtype, False, "cross_entropy")
+    blocks = 2 if config.window == "two_blocks" else 1
+    step = Work({plan.dtype: 2.0 * blocks * at_once * anatomy.products()}) + between.work * blocks
+    step += Work({plan.dtype: float(at_once * anatomy.products())}) + Work(passes=4 * LATENT * weights, calls=60 * len(sites))
+    every = max(1, config.steps // EVALUATIONS)
+    evaluations = 1 + -(-config.steps // every)
+    evaluation = plan.pass_of(samples * seq_len, seq_len) * blocks + Work(passes=4 * (DENSE + 30) * weights, calls=80 * len(sites))
+    copies = 9.0 if spec.method == "learned_rounding" else 10.0
+    peak = 4 * copies * weights + blocks * 1.4 * between.activations.saved / anatomy.blocks
+    work = (step * config.steps + evaluation * evaluations) * parts
+    return Cost(work, peak)
+
+
+LATENT = 40.0
+"""Reads and writes of a weight in float32 while a latent is rounded, goes back and is moved."""

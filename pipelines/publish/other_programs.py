@@ -1,0 +1,57 @@
+"""Checkpoints that another program makes of the same dense model from the same text, for the rows of a reference table.
+
+AutoRound runs in an environment of its own, which `make rivals` builds, and shares nothing with ours but files.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import InputError
+
+VERSIONS = {"auto_round": "0.16.1"}
+"""Program → the version that `make rivals` installs."""
+_RUNS = Path("tests/interop/auto_round_runs.py")
+
+
+def made(directory: Path, dense: Path, ids_NT: Tensor, asked: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The rival's checkpoint and what its run said (seconds, peak_bytes), made once in `directory`.
+
+    dense: a Hugging Face directory in float32; ids: the calibration windows; asked: program, bits, group_size, iterations, samples,
+    batch_size. InputError without the environment, or with the program's last words when it fails.
+    """
+    place = place_of(directory, asked)
+    said, checkpoint = place / "run.json", place / "checkpoint"
+    if not said.is_file():
+        python = _interpreter()
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        save_file({"ids": ids_NT.reshape(asked["samples"], -1).contiguous()}, place / "calibration.safetensors")
+        job = {**asked, "dense": str(dense), "calibration": str(place / "calibration.safetensors"), "output": str(checkpoint)}
+        (place / "job.json").write_text(json.dumps(job))
+        ran = subprocess.run([python, "-P", _RUNS, place / "job.json", place / "said.json"], capture_output=True, text=True, check=False)
+        if ran.returncode:
+            raise InputError(f"{asked['program']} ended with {ran.returncode}: {ran.stderr.strip()[-2000:]}")
+        (place / "said.json").rename(said)
+    found = json.loads(said.read_text())
+    if found["version"] != VERSIONS[asked["program"]]:
+        raise InputError(
+            f"{said}: made by {asked['program']} {found['version']}, the table is of {VERSIONS[asked['program']]}; `make rivals`, delete {place}"
+        )
+    return next(checkpoint.rglob("config.json")).parent, found
+
+
+def place_of(directory: Path, asked: Mapping[str, Any]) -> Path:
+    return directory / "-".join(str(value) for value in asked.values())
+
+
+def _interpreter() -> Path:
+    python = Path(os.environ.get("VENV_RIVALS", ".venv-rivals")) / "bin" / "python"
+    if not python.is_file():
+        raise InputError(f"{python}: no such program; `make rivals` builds the environment, VENV_RIVALS says where another one is")
+    return python

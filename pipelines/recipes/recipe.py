@@ -1,0 +1,288 @@
+"""A recipe: what to do with which model, from YAML, a settings file and the command line, validated once.
+
+Layers, the upper one wins: command line > settings file > recipe > what the profile gives. Each document may hold
+`profiles: {demo: …, standard: …}`, laid over that document alone. Stages are a list; a stage is addressed by its name
+(`quantize`), the second of that name as `quantize.2`. Knows no model and no files beside the recipe's own.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer, ValidationError
+
+from ..errors import UsageError
+from .budget import Allocation, Budget
+from .settings import DtypeName, dump, merged, nested, read_mapping, refuse_unknown, split_assignment, unknown
+from .stage_settings import FUSE, STAGES, StageSpec, build, config_keys, methods, validation_message, with_implied
+
+__all__ = [
+    "FUSE",
+    "STAGES",
+    "Budget",
+    "Recipe",
+    "StageSpec",
+    "config_keys",
+    "describe",
+    "known_recipes",
+    "methods",
+    "resolve",
+    "run_directory",
+]
+
+RECIPES = Path(__file__).parent
+PROFILES: dict[str, dict[str, Any]] = {
+    "demo": {"calibration": {"samples": 16, "seq_len": 512}, "evaluation": {"seq_len": 512, "windows": 16}},
+    "standard": {"calibration": {"samples": 128, "seq_len": 2048}, "evaluation": {"seq_len": 2048, "windows": None}},
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(_Section):
+    """Where text comes from: `demo`, a .txt/.raw/.md/.jsonl/.parquet file or a `datasets` id."""
+
+    calibration: str = "demo"
+    train: str = "demo"
+    evaluation: str = "demo"
+
+
+class Calibration(_Section):
+    samples: Annotated[int, Field(ge=1)] = 128
+    seq_len: Annotated[int, Field(ge=2)] = 2048
+
+
+class Evaluation(_Section):
+    """`windows` None means all that the text holds."""
+
+    seq_len: Annotated[int, Field(ge=2)] = 2048
+    windows: Annotated[int, Field(ge=1)] | None = None
+
+
+class Recipe(_Section):
+    """Everything that decides a run's results, validated. `stages` holds those that run; `skipped` remembers, by their place
+    in the written list, those with `method: none`, so that addresses survive the round trip through YAML. `dtype`: that of forward passes;
+    `deterministic` false lets a GPU sum in any order, faster, so that a resumed run may differ in its last bits (`devices`)."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "recipe"
+    about: str = ""
+    model: Annotated[str, Field(min_length=1)] = "demo"
+    revision: str | None = None
+    teacher: str | None = None
+    data: Data = Data()
+    calibration: Calibration = Calibration()
+    evaluation: Evaluation = Evaluation()
+    seed: Annotated[int, Field(ge=0)] = 0
+    dtype: DtypeName = "auto"
+    deterministic: bool = True
+    profile: Literal["demo", "standard"] = "standard"
+    budget: Annotated[Budget | None, BeforeValidator(Budget.parse), PlainSerializer(lambda budget: budget.text if budget else None)] = None
+    allocation: Allocation = Allocation()
+    stages: list[InstanceOf[StageSpec]] = []
+    skipped: Annotated[dict[int, str], Field(exclude=True)] = {}
+
+    def stage(self, address: str) -> StageSpec:
+        """The stage of that address; UsageError with the nearest known one."""
+        for spec in self.stages:
+            if spec.address == address.removesuffix(".1"):
+                return spec
+        raise UsageError(unknown("stage", address, [spec.address for spec in self.stages]))
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values, as in the YAML file."""
+        plain = self.model_dump(mode="json", exclude={"stages", "skipped"})
+        written: list[dict[str, Any]] = []
+        running = iter(self.stages)
+        for place in range(len(self.stages) + len(self.skipped)):
+            if place in self.skipped:
+                written.append({self.skipped[place]: {"method": "none"}})
+            else:
+                spec = next(running)
+                written.append({spec.name: spec.settings()})
+        return plain | {"stages": written}
+
+    def to_yaml(self) -> str:
+        """What recipe.resolved.yaml holds; `resolve` on that file gives an equal recipe."""
+        return dump(self.settings())
+
+
+FIELDS = [name for name in Recipe.model_fields if name != "skipped"]
+_STAGE_KEY = re.compile(rf"({'|'.join(STAGES)})(?:\.([1-9][0-9]*))?")
+
+
+@dataclass
+class _Stage:
+    """A stage while layers are laid over one another; `soft` keys were meant for another method."""
+
+    name: str
+    address: str
+    keys: dict[str, Any]
+    soft: set[str] = dataclass_field(default_factory=set)
+
+    def lay(self, keys: Mapping[str, Any]) -> None:
+        keys = with_implied(keys)
+        if "method" in keys and keys["method"] != self.keys.get("method", STAGES[self.name][2]):
+            self.soft |= set(self.keys)
+        self.soft -= set(keys)
+        self.keys = merged(self.keys, keys)
+
+
+@dataclass
+class _Draft:
+    """The layers laid so far."""
+
+    fields: dict[str, Any]
+    stages: list[_Stage] = dataclass_field(default_factory=list)
+
+    def lay(self, document: Mapping[str, Any], origin: str) -> None:
+        fields = {key: value for key, value in document.items() if key in FIELDS and key != "stages"}
+        self.fields = merged(self.fields, fields)
+        if "stages" in document:
+            self.stages = _stage_list(document["stages"], origin)
+        for key, keys in document.items():
+            if _STAGE_KEY.fullmatch(str(key)):
+                self._stage(key, origin).lay(_mapping(keys, f"{origin}: {key}"))
+
+    def _stage(self, key: str, origin: str) -> _Stage:
+        address = key.removesuffix(".1")
+        for stage in self.stages:
+            if stage.address == address:
+                return stage
+        here = ", ".join(stage.address for stage in self.stages) or "none"
+        raise UsageError(f"{origin}: the recipe has no stage {address!r}; its stages are: {here}")
+
+
+def known_recipes() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def run_directory(recipe: Recipe) -> Path:
+    """Where a run lies unless -o says otherwise: runs/<recipe>, with the model's name where it is not the demo model."""
+    model = "" if recipe.model == "demo" else "-" + re.sub(r"[^\w.-]+", "_", Path(recipe.model.rstrip("/")).name).strip("._")
+    return Path("runs") / f"{recipe.name}{model}"
+
+
+def resolve(
+    recipe: str | Mapping[str, Any], *, file: Path | None = None, sets: list[str] | None = None, options: Mapping[str, Any] | None = None
+) -> Recipe:
+    """The validated recipe: of a name or a YAML file, or a mapping with what such a file would hold. `options` are the command line's (model, revision, data, calibration, train, eval, seed, dtype,
+    profile, budget, teacher; None where not given), `sets` its KEY=VALUE texts. UsageError says which key of which layer is wrong."""
+    path = None if isinstance(recipe, Mapping) else _recipe_path(recipe)
+    origin = str(path or "recipe")
+    documents = [(_document(recipe if isinstance(recipe, Mapping) else read_mapping(Path(origin)), origin), origin)]
+    if file is not None:
+        documents.append((_document(read_mapping(file), str(file)), str(file)))
+    documents.append((_document(_command_line(sets or [], options or {}), "command line"), "command line"))
+    upper = {key: document[key] for document, _ in documents for key in ("model", "profile") if document.get(key) is not None}
+    profile = upper.get("profile") or ("demo" if upper.get("model", "demo") == "demo" else "standard")
+    if profile not in PROFILES:
+        raise UsageError(unknown("profile", profile, PROFILES))
+    draft = _Draft(merged(PROFILES[profile], {} if path is None else {"name": path.stem}))
+    for document, origin in documents:
+        draft.lay(document, origin)
+        overlay = _mapping(document.get("profiles"), f"{origin}: profiles").get(profile)
+        draft.lay(_document(_mapping(overlay, f"{origin}: profiles.{profile}"), f"{origin}: profiles.{profile}", inner=True), origin)
+    return _recipe(draft.fields | {"profile": profile}, draft.stages)
+
+
+def describe(name: str, profile: str | None = None) -> str:
+    """The recipe with every default written out, as YAML that can be saved and changed."""
+    return resolve(name, options={"profile": profile}).to_yaml()
+
+
+def _recipe(fields: Mapping[str, Any], drafts: list[_Stage]) -> Recipe:
+    fields = dict(fields)
+    for key in ("model", "teacher"):
+        fields[key] = _absolute(fields.get(key, Recipe.model_fields[key].default))
+    if isinstance(fields.get("data"), Mapping):
+        fields["data"] = {use: _absolute(source) for use, source in fields["data"].items()}
+    try:
+        checked = Recipe.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        if first["type"] == "extra_forbidden":
+            section = Recipe.model_fields[str(first["loc"][0])].annotation
+            raise UsageError(f"{first['loc'][0]}: {unknown('key', first['loc'][-1], getattr(section, 'model_fields', {}))}") from error
+        raise UsageError(validation_message(error).removeprefix(".")) from error
+    if not drafts:
+        raise UsageError("the recipe has no stages; give it a list, as in stages: [{quantize: {method: gptq, bits: 4}}]")
+    specs = [build(stage.name, stage.address, stage.keys, frozenset(stage.soft)) for stage in drafts]
+    skipped = {place: drafts[place].name for place, spec in enumerate(specs) if spec is None}
+    return checked.model_copy(update={"stages": [spec for spec in specs if spec is not None], "skipped": skipped})
+
+
+def _absolute(source: Any) -> Any:
+    """A path that exists, independent of the working directory, so that a run can be resumed from anywhere."""
+    if not isinstance(source, str) or source in ("", "demo"):
+        return source
+    path = Path(source).expanduser()
+    return str(path.absolute()) if path.exists() else source
+
+
+def _recipe_path(name_or_path: str) -> Path:
+    packaged = RECIPES / f"{name_or_path}.yaml"
+    if re.fullmatch(r"[\w-]+", name_or_path) and packaged.is_file():
+        return packaged
+    if name_or_path.endswith((".yaml", ".yml")) or Path(name_or_path).is_file():
+        return Path(name_or_path)
+    raise UsageError(f"{unknown('recipe', name_or_path, known_recipes())}, or the path of a .yaml file")
+
+
+def _document(document: Mapping[str, Any], origin: str, inner: bool = False) -> dict[str, Any]:
+    """Top-level keys checked; `data: SRC` spread over its three uses."""
+    known = [key for key in FIELDS if not inner or key not in ("model", "profile", "name")] + ([] if inner else ["profiles"])
+    for key in document:
+        if not _STAGE_KEY.fullmatch(str(key)):
+            refuse_unknown("key", [key], [*known, *STAGES], origin)
+    checked = dict(document)
+    if not inner:
+        refuse_unknown("profile", _mapping(document.get("profiles"), f"{origin}: profiles"), PROFILES, origin)
+    if isinstance(checked.get("data"), str):
+        checked["data"] = dict.fromkeys(Data.model_fields, checked["data"])
+    return checked
+
+
+def _command_line(sets: list[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    given = {key: value for key, value in options.items() if value is not None}
+    data = dict.fromkeys(Data.model_fields, given.pop("data")) if "data" in given else {}
+    for option, use in (("calibration", "calibration"), ("train", "train"), ("eval", "evaluation")):
+        if option in given:
+            data[use] = given.pop(option)
+    document = given | ({"data": data} if data else {})
+    for text in sets:
+        key, value = split_assignment(text)
+        match = re.match(rf"(?:{_STAGE_KEY.pattern})(?=\.|$)", key)
+        head = match[0] if match else key.split(".")[0]
+        rest = key[len(head) + 1 :].split(".") if len(key) > len(head) else []
+        if "data" in (head,) and not rest and isinstance(value, str):
+            value = dict.fromkeys(Data.model_fields, value)
+        document = merged(document, nested([head.removesuffix(".1"), *rest], value))
+    return document
+
+
+def _stage_list(stages: object, origin: str) -> list[_Stage]:
+    if not isinstance(stages, list):
+        raise UsageError(f"{origin}: stages: expected a list, as in [{{quantize: {{method: gptq, bits: 4}}}}], got {stages!r}")
+    found: list[_Stage] = []
+    for place, item in enumerate(stages, start=1):
+        entry = {item: None} if isinstance(item, str) else item
+        if not isinstance(entry, Mapping) or len(entry) != 1:
+            raise UsageError(f"{origin}: stages: entry {place} should be one `stage: {{settings}}`, got {item!r}")
+        ((name, keys),) = entry.items()
+        refuse_unknown("stage", [name], STAGES, f"{origin}: stages, entry {place}")
+        nth = 1 + sum(stage.name == name for stage in found)
+        found.append(_Stage(name, name if nth == 1 else f"{name}.{nth}", with_implied(_mapping(keys, f"{origin}: {name}"))))
+    return found
+
+
+def _mapping(value: object, where: str) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{where}: expected `key: value` settings, got {value!r}")
+    return value

@@ -1,0 +1,55 @@
+"""`pipeline eval`: perplexity of a model, an artifact or a run with its protocol. Knows no stage."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..devices.environment import compute_of
+from ..evaluation.perplexity import bits_per_byte, evaluated_by, score
+from ..logs import bar
+from ..models.blocks import StreamedModel
+from ..models.hidden import Room
+from ..models.loading import binder_of
+from ..models.source import load_tokenizer
+from ..recipes.recipe import resolve
+from ..stages.inputs import Inputs
+from ..store.rundir import run_of
+from ..text import data
+from .opening import opened
+
+
+def evaluate(
+    model: str,
+    *,
+    eval_source: str | None = None,
+    seq_len: int | None = None,
+    windows: int | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Perplexity of a model or artifact with its protocol, for `pipeline eval`. Inside a run its own text, cut as the run cuts it, unless
+    another text, length or number is asked for."""
+
+    run = run_of(Path(model))
+    recipe = None if run is None else resolve(str(run.recipe))
+    compute = compute_of(run, device, dtype or (recipe.dtype if recipe is not None else "auto"))
+    with opened(model) as found, tempfile.TemporaryDirectory(prefix="bitmend-") as scratch:
+        tokenizer = load_tokenizer(found.directory)
+        if recipe is not None and eval_source in (None, recipe.data.evaluation):
+            asked = {"seq_len": seq_len or recipe.evaluation.seq_len, "windows": windows or recipe.evaluation.windows}
+            cut = Inputs(recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update=asked)}), found.directory).evaluation()
+        else:
+            documents = data.load_text(eval_source or "demo", "evaluation", tokenizer=tokenizer)
+            cut = data.tokenize(documents, tokenizer, seq_len or 512, windows)
+        cut = evaluated_by(compute, cut)
+        streamed = StreamedModel(found, compute.device, compute.dtype, binder_of(found, compute.device))
+        with bar("perplexity, blocks", streamed.structure.blocks) as shown:
+            room = Room.measured(compute.device, Path(scratch))
+            scores, _ = score(streamed, cut, None, lambda done, total: shown.advance(), room)
+        return {
+            "model": model,
+            "perplexity": scores.perplexity,
+            "bits_per_byte": bits_per_byte(scores, cut),
+            "total_bytes": found.total_bytes(),
+            "protocol": cut.protocol,
+        }

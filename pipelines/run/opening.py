@@ -1,0 +1,68 @@
+"""From what the user names (a run, a stage, a model) to its artifact, and to a plain transformers model on the kernels of a device."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from ...kernels.linear import resident_bytes
+from ..devices.environment import compute_of
+from ..errors import InputError
+from ..models.binding import KernelBinder
+from ..models.loading import whole_model
+from ..models.source import resolve_model
+from ..stages.baseline import build_baseline, fingerprint
+from ..store.artifact import MANIFEST, Artifact, open_artifact
+from ..store.rundir import run_of
+from .ledger import last_artifact
+
+
+@contextmanager
+def opened(model: str, revision: str | None = None) -> Iterator[Artifact]:
+    """The artifact behind a stage directory, a run directory (its last stage), or anything that names a model."""
+    path = Path(model).expanduser()
+    if (path / MANIFEST).is_file():
+        yield open_artifact(path.resolve())
+    elif (path / "run.json").is_file():
+        yield last_artifact(path)
+    else:
+        source = resolve_model(model, revision)
+        with tempfile.TemporaryDirectory(prefix="bitmend-") as place:
+            key = fingerprint(source)
+            manifest = {"key": key, "parent": None, "stage": {"name": "baseline", "method": None, "settings": {}}}
+            yield build_baseline(source, Path(place) / "model.partial", Path(place) / "model", manifest)
+
+
+def load(directory: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
+    """A run's or a stage's model as a plain `transformers` model on the kernels of this device: `generate`, `lm-eval --model hf`.
+    What stands beside the model is part of it; virtual tokens take no place in its logits. dtype None is the one that the run was measured
+    in on this kind of device, and what `auto` is elsewhere.
+
+    Raises InputError for what is no artifact. The tokenizer lies in the artifact's directory (`AutoTokenizer.from_pretrained`).
+    """
+    with opened(str(directory)) as artifact:
+        compute = compute_of(run_of(artifact.directory), device)
+        place, chosen = compute.device, dtype or compute.dtype
+        streamed = whole_model(artifact, place, chosen, KernelBinder("auto", place))
+        if (artifact.directory / "generation_config.json").is_file():
+            streamed.model.generation_config = GenerationConfig.from_pretrained(artifact.directory)
+        if artifact.linears:
+            _stay(streamed.model, artifact.directory)
+    streamed.model.config.use_cache = True
+    return streamed.model
+
+
+def _stay(model: Any, directory: Path) -> None:
+    """What transformers would do wrongly with weights that are no parameters: save them, and count them."""
+
+    def refuse(*arguments: Any, **settings: Any) -> None:
+        raise InputError(
+            f"this model is bound to kernels and cannot be saved; its saved form is {directory}, and `pipeline export` writes others"
+        )
+
+    model.save_pretrained = refuse
+    model.get_memory_footprint = lambda return_buffers=True: resident_bytes(model)

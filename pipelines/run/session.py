@@ -1,0 +1,77 @@
+"""A run under way: what its stages share, its plan of record, and what a changed setting sends back to work."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..allocation.choice import Choice
+from ..allocation.spending import spent
+from ..devices.compute import Compute
+from ..planning.steps import Step, found_choice, plan_steps
+from ..recipes.recipe import Recipe
+from ..stages.inputs import Inputs
+from ..store.artifact import write_bytes
+from ..store.rundir import RunDirectory
+from .signals import Stop
+
+log = logging.getLogger("bitmend")
+
+
+@dataclass
+class Run:
+    """A run under way, with everything the stages share. `before`: run.json as the last command left it; `table`: where a budget's table of errors
+    lies or will, `choice` what was made of it."""
+
+    recipe: Recipe
+    directory: RunDirectory
+    compute: Compute
+    inputs: Inputs
+    stop: Stop
+    before: Mapping[str, Any]
+    steps: list[Step] = field(default_factory=list)
+    warnings: dict[str, str] = field(default_factory=dict)
+    table: Path | None = None
+    choice: Choice | None = None
+
+
+def plan_run(under_way: Run) -> None:
+    """The steps as far as they are known, and the budget's choice if it was made."""
+    chosen, inputs, compute, place = under_way.recipe, under_way.inputs, under_way.compute, under_way.directory
+    under_way.steps = plan_steps(chosen, inputs.model, inputs, compute, place)
+    if chosen.budget is not None:
+        parent = under_way.steps[spent(chosen).first]
+        under_way.table, under_way.choice = found_choice(chosen, parent.key, inputs, compute, place)
+
+
+def take_up(under_way: Run) -> None:
+    """Make these steps the plan of record, and say what it sends back to work."""
+    place = under_way.directory
+    announce(under_way.steps, under_way.before, under_way.compute, place)
+    write_bytes(place.recipe, under_way.recipe.to_yaml().encode())
+    rows = [{"address": s.address, "method": s.method, "key": s.key, "name": s.name, "settings": s.settings} for s in under_way.steps]
+    table = {} if under_way.table is None else {"allocation": str(under_way.table.relative_to(place.path))}
+    computed = {"compute": under_way.compute.words()}
+    place.write({"stages": rows, "model": under_way.recipe.model, "recipe": under_way.recipe.name, **computed, **table})
+
+
+def announce(steps: list[Step], before: Mapping[str, Any], compute: Compute, place: RunDirectory) -> None:
+    """Say which stages a changed setting or another device sends back to work, and why; `before`: the last plan."""
+    rows = {row["address"]: row for row in before["stages"]}
+    moved = before.get("compute", compute.words()) != compute.words()
+    for step in steps:
+        old = rows.get(step.address)
+        if old is not None and step.key and old["key"] != step.key and step.state(place) != "done" and place.artifact(old["name"]).is_dir():
+            changes = [_change(k, old["settings"].get(k), v) for k, v in step.settings.items() if old["settings"].get(k) != v]
+            if old["method"] != step.method:
+                changes.insert(0, f"method {old['method']} → {step.method}")
+            if moved:
+                changes.insert(0, f"computed on {before['compute']} before, on {compute.words()} now")
+            why = ", ".join(changes) or "a stage before it, its data or the program changed"
+            log.info("%s: %s; it is done again, the earlier result stays in %s", step.address, why, old["name"])
+
+
+def _change(key: str, old: object, new: object) -> str:
+    """What may name hundreds of matrices is not written out."""
+    return f"{key} changed" if key in ("overrides", "ignore") else f"{key} {old} → {new}"

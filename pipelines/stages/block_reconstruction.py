@@ -1,0 +1,200 @@
+"""The recover stage block by block: each block learns to do what the dense one does to the hidden states that the blocks below, already
+recovered, hand in. Memory is one block, its dense twin and the hidden states, whatever the depth.
+
+A finished block is run as it was written, so a resumed stage goes on with the same bits. Knows the walk; the fitting is `recover/reconstruct`.
+Legend: B batch, T tokens, D model width.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...compress.weights import DenseWeight, StoredWeight
+from ...recover.compressed_linear import CompressedLinear, compressed_linears
+from ...recover.reconstruct import Block, Fitted, Reconstruct, reconstruct
+from ...recover.recovery_methods import attach
+from ...recover.selection import where
+from ...recover.student import Batch
+from ..errors import UsageError
+from ..logs import bar
+from ..models.blocks import StreamedModel
+from ..models.hidden import HiddenStates, Room
+from ..models.source import load_config
+from ..models.structure import Site, skeleton
+from ..recipes.stage_settings import StageSpec
+from ..store.artifact import Artifact, ArtifactWriter
+from ..store.files import write_json
+from .context import Context, Outcome, check_stop
+from .writing import SLACK, InPlace, Trained, as_stored_before, audited, trained, untouched, write_block, write_rest
+
+UNDONE = "undone.json"
+"""In a scratch directory: the whole had become worse (held-out losses before and after), and its parts are being written as the parent has
+them. A stage that is killed meanwhile goes on with that."""
+
+
+@dataclass
+class _Walk:
+    """The stage under way: hidden states of the training windows, and of the held-out ones in the model as it was and as it becomes."""
+
+    parent: Artifact
+    writer: ArtifactWriter
+    spec: StageSpec
+    context: Context
+    model: StreamedModel
+    dense: StreamedModel
+    hidden: HiddenStates
+    start: HiddenStates
+    now: HiddenStates
+    said: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def config(self) -> Reconstruct:
+        return self.spec.config
+
+
+def reconstruct_blocks(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: Context) -> Outcome:
+    """Run it; resumes behind the blocks that `writer` finds finished. UsageError without a dense model; QualityError when the audit fails."""
+    if context.teacher is None:
+        raise UsageError(
+            f"{spec.address}: reconstruct imitates dense blocks, and the model came quantized: give the dense one with --teacher"
+        )
+    config: Reconstruct = spec.config
+    model = StreamedModel(parent, context.device, context.dtype, virtual=False)
+    dense = StreamedModel(context.teacher, context.device, context.dtype, virtual=False)
+    draw = context.inputs.training(config.seq_len, config.batch_size)
+    ids = [draw(i)[0] for i in range(-(-config.samples // config.batch_size))]
+    held_out = [Batch(ids, mask) for ids, mask in context.inputs.held_out(config.seq_len, config.batch_size)]
+    for some in (ids[0], *(batch.ids for batch in held_out)):
+        dense.embed(some)  # what its blocks are called with, learnt while none of them is loaded
+    room = Room.measured(context.device, context.scratch)
+    hidden, start, now = (HiddenStates.of(map(model.embed, some), room) for some in (ids, *[[batch.ids for batch in held_out]] * 2))
+    walk = _Walk(parent, writer, spec, context, model, dense, hidden, start, now)
+    with bar(f"{spec.address} reconstruct, blocks", model.structure.blocks) as shown:
+        for index in range(model.structure.blocks):
+            _block(walk, index)
+            shown.advance()
+            check_stop(context)
+    undone = writer.scratch / UNDONE
+    if undone.is_file():
+        before, after = json.loads(undone.read_text())
+    else:
+        before, after = _loss(model, walk.start, held_out), _loss(model, walk.now, held_out)
+    worse = not after <= before + SLACK
+    if worse:
+        write_json(undone, [before, after])
+        _undo(walk)
+    write_rest(parent, writer, model, Trained())
+    audited(parent, writer, spec.address, codes_move=False)
+    return _outcome(walk, before, after, worse, sum(i.numel() for i in ids))
+
+
+def _block(walk: _Walk, index: int) -> None:
+    """Fit one block and write it, unless it is written already; then every hidden state goes through it."""
+    model, part = walk.model, f"block-{index:05d}"
+    chosen = index in where(model.model, walk.config.targets, walk.config.layers).blocks
+    with torch.no_grad():
+        model.load_block(index)
+        model.expect(index + 1)
+        walk.start.through(partial(model.run_block, index))
+        model.unload_block(index)
+    if part not in walk.writer.finished:
+        found, said = _fitted(walk, index) if chosen else (Trained(), {})
+        write_block(walk.parent, walk.writer, model.structure, index, found, said)
+    extra = walk.writer.finished[part]["extra"]
+    walk.said += [extra["reconstruct"]] if "reconstruct" in extra else []
+    with torch.no_grad():
+        model.load_block(index, walk.writer.view(part))
+        for states in (walk.hidden, walk.now):
+            states.through(partial(model.run_block, index))
+        model.unload_block(index)
+
+
+def _fitted(walk: _Walk, index: int) -> tuple[Trained, dict[str, Any]]:
+    """What training changed in a block, and what is to be said about it."""
+    model, dense, context = walk.model, walk.dense, walk.context
+    with torch.no_grad():
+        dense.load_block(index)
+        pairs, checks = (states.paired(partial(dense.run_block, index)) for states in (walk.hidden, walk.now))
+    model.load_block(index, bind=InPlace(walk.parent, model.structure, context.device, context.dtype))
+    model.model.requires_grad_(False)
+    twins = {s.name: _dense_twin(dense, s, context.dtype) for s in model.structure.of_block(index)}
+    chosen = {n for n in compressed_linears(model.model) if where(model.model, walk.config.targets, walk.config.layers).linear(n)}
+
+    def attached(targets: tuple[str, ...]) -> Any:
+        made = attach(walk.spec.method, model.model, replace(walk.config, targets=targets, layers=(index,)), seed=context.seed)
+        as_stored_before(made, walk.parent)
+        return made
+
+    block = Block(
+        model.model, lambda h: model.run_block(index, h), pairs, checks, twins,
+        frozenset(chosen), attached, context.seed + index, context.stop,
+    )  # fmt: skip
+    try:
+        fitted = reconstruct(block, walk.config)
+    except ValueError as error:
+        raise UsageError(f"{walk.spec.address}: {error}") from error
+    found = trained(model.model, fitted.plain) if fitted.improved else Trained()
+    model.unload_block(index)
+    dense.unload_block(index)
+    return found, {"reconstruct": _said(index, fitted, sorted(found.records))}
+
+
+def _dense_twin(dense: StreamedModel, site: Site, dtype: torch.dtype) -> nn.Module:
+    """What a linear is in the dense block; an expert of a fused parameter as a linear of its own."""
+    if site.expert is None:
+        return dense.model.get_submodule(site.module)
+    return CompressedLinear(StoredWeight(DenseWeight(dense.matrix(site))), None, dtype)
+
+
+def _said(index: int, fitted: Fitted, names: list[str]) -> dict[str, Any]:
+    errors = {"block_error_before": fitted.error_before, "block_error_after": fitted.error_after}
+    return {"block": index, "linears": names, "count": fitted.count, "diverged": list(fitted.diverged), **errors}
+
+
+def _loss(model: StreamedModel, hidden: HiddenStates, held_out: list[Batch]) -> float:
+    """Mean negative log-likelihood of the held-out tokens that count."""
+    total, count = 0.0, 0
+    for states, batch in zip(hidden, held_out, strict=True):
+        positions, targets = batch.targets()
+        with torch.no_grad():
+            log_p = model.logits(states)[:, :-1].float().log_softmax(-1)[positions.to(states.device)]
+        total -= float(log_p.gather(-1, targets.to(log_p.device).unsqueeze(-1)).double().sum())
+        count += len(targets)
+    return total / max(1, count)
+
+
+def _undo(walk: _Walk) -> None:
+    """Every block as the parent has it."""
+    for index in range(walk.model.structure.blocks):
+        extra: Mapping[str, Any] = walk.writer.finished[f"block-{index:05d}"]["extra"]
+        write_block(
+            walk.parent, walk.writer, walk.model.structure, index, Trained(), {k: v for k, v in extra.items() if k == "reconstruct"}
+        )
+
+
+def _outcome(walk: _Walk, before: float, after: float, worse: bool, tokens: int) -> Outcome:
+    notes = untouched(walk.config, walk.config, skeleton(load_config(walk.parent.directory)), walk.model.structure)
+    notes += [f"block {said['block']}: {text}" for said in walk.said for text in said["diverged"]]
+    better = sum(said["block_error_after"] < said["block_error_before"] for said in walk.said)
+    if worse:
+        lost = f"the blocks came nearer to the dense ones, but the held-out loss went from {before:.4f} to {after:.4f}"
+        notes.append(f"{lost}; the model is as it was before this stage")
+    elif better < len(walk.said):
+        notes.append(f"{len(walk.said) - better} of {len(walk.said)} blocks could not be improved and are as they were")
+    layers = [
+        {"name": n, "relative_output_error": None, "metrics": {k: said[k] for k in ("block_error_before", "block_error_after")}}
+        for said in walk.said for n in said["linears"] if n in walk.parent.linears
+    ]  # fmt: skip
+    metrics = {
+        "held_out_loss_start": before,
+        "held_out_loss_best": after,
+        "held_out_loss_kept": before if worse else after,
+        "tokens": tokens,
+    }
+    metrics["blocks"] = [{k: said[k] for k in ("block", "block_error_before", "block_error_after")} for said in walk.said]
+    return Outcome(layers, metrics, notes, sum(said["count"] for said in walk.said))

@@ -1,0 +1,80 @@
+"""What lies outside the decoder blocks: embeddings, last norm and head, as they are or, when asked, compressed. Tied weights stay tied.
+
+Knows the model's structure and the stage's settings; the maths is `compress/`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from ...compress.rounding import rtn
+from ...compress.statistics import InputStatistics, LayerStatistics
+from ...compress.weights import StoredWeight
+from ..models.structure import Site, shared_names, tied_names
+from ..store.artifact import shards_of
+from .matrices import Stage, current, described, solve, target
+
+
+def write_rest(stage: Stage, head: list[Site], statistics_of: Callable[[Site], InputStatistics]) -> None:
+    """The last part of the artifact. `head`: the output head, when it is to be compressed."""
+    if "rest" not in stage.writer.finished:
+        records, layers = _records(stage, head, statistics_of)
+        tied = tied_names(stage.model.model)
+        replaced = {tied.get(f"{n}.weight", f"{n}.weight") for n in records}
+        blocks = f"{stage.model.structure.prefix}."
+        wanted = [n for n in stage.model.model.state_dict() if not n.startswith(blocks) and n not in tied and n not in replaced]
+        tensors = {n: stage.parent.tensor(n) for n in wanted}
+        stage.writer.write_part("rest", {"tensors": tensors, **shards_of({}, records)}, records, {"layers": layers})
+    stage.layers += stage.writer.finished["rest"]["extra"].get("layers", [])
+
+
+def _records(
+    stage: Stage, head: list[Site], statistics_of: Callable[[Site], InputStatistics]
+) -> tuple[dict[str, StoredWeight], list[dict[str, Any]]]:
+    """The parent's records outside the blocks, and the new ones, of which each replaces what held the same matrix."""
+    blocks = f"{stage.model.structure.prefix}."
+    records = {n: stage.parent.stored(n) for n in stage.parent.linears if not n.startswith(blocks)}
+    layers = []
+    for site in [*head, *embeddings(stage, head)]:
+        made, layer = _rounded(stage, site) if site.kind == "embedding" else solve(stage, site, {site.name: statistics_of(site)})
+        for name in shared_names(stage.model.model, f"{site.module}.weight"):
+            records.pop(name.removesuffix(".weight"), None)
+        records[site.name] = made
+        layers.append(layer)
+    return records, layers
+
+
+def embeddings(stage: Stage, head: list[Site]) -> list[Site]:
+    """The token embeddings, when they are to be rounded: not where they are one matrix with a head that is compressed already."""
+    site = stage.model.structure.embeddings
+    if site is None or not stage.spec.include_embeddings or stage.spec.skips(site.name):
+        return []
+    shared = shared_names(stage.model.model, f"{site.module}.weight")
+    return [] if any(f"{other.module}.weight" in shared for other in head) else [site]
+
+
+def said_of_rest(stage: Stage, head: list[Site]) -> list[str]:
+    """Notes on what lies outside the blocks: what was left alone, and what is one matrix with something that was not."""
+    spec, table = stage.spec, stage.model.structure.embeddings
+    heads = [s for s in stage.model.structure.sites if s.block is None]
+    shared = table is not None and any(f"{s.module}.weight" in shared_names(stage.model.model, f"{table.module}.weight") for s in heads)
+    rounded = bool(embeddings(stage, head))
+    notes = []
+    for site in heads:
+        if site not in head and not (rounded and shared):
+            notes.append(f"left alone: {site.name} (the output head stays as it is unless include_head is set)")
+        elif site not in head and table is not None:
+            notes.append(f"{site.name} is one matrix with {table.name}: both are rounded to {spec.embedding_bits} bits")
+        elif spec.include_embeddings and shared and table is not None:
+            notes.append(f"{table.name} is one matrix with {site.name}, which {spec.method} compressed: embedding_bits does not count")
+    if table is not None and spec.name == "quantize" and not rounded and not (shared and head):
+        notes.append(f"left alone: {table.name} (token embeddings stay as they are unless include_embeddings is set)")
+    return notes
+
+
+def _rounded(stage: Stage, site: Site) -> tuple[StoredWeight, dict[str, Any]]:
+    """Rows are looked up, not multiplied, so there are no inputs to weigh an error by: rounded to nearest."""
+    target_OI = target(stage, site)
+    none = InputStatistics(site.shape[1], frozenset())
+    config = stage.spec.embedding_config(site.shape[1])
+    record, metrics = rtn(current(stage, site).to(stage.context.device), target_OI, LayerStatistics(none), config)
+    return record, described(site, record, target_OI, none, metrics)

@@ -1,0 +1,150 @@
+"""A run's directory: who holds it, what it was started with, what happened, where each stage lies.
+
+Knows files and locks; no models, no maths.
+
+    runs/<name>/{run.json, recipe.resolved.yaml, environment.json, log.jsonl, stages/NN-<stage>-<key8>[.metrics], teacher-states/, report.html}
+"""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .artifact import PARTIAL, disk_errors, write_json
+
+SCHEMA = 1
+HEARTBEAT_SECONDS = 10
+STALE_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one run. `stages` in run.json is the plan of the last command: address, key, directory name, settings."""
+
+    path: Path
+
+    @property
+    def stages(self) -> Path:
+        return self.path / "stages"
+
+    @property
+    def teacher_states(self) -> Path:
+        return self.path / "teacher-states"
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.resolved.yaml"
+
+    def read(self) -> dict[str, Any]:
+        """run.json. InputError when this is no run directory, or one of another schema."""
+        file = self.path / "run.json"
+        if not self.path.is_dir():
+            raise InputError(f"{self.path}: no such run directory; `pipeline run compress_and_recover -o {self.path}` makes one")
+        if not file.is_file():
+            raise InputError(f"{self.path}: no run.json, so this is not a run directory; give another one with -o")
+        try:
+            state = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise InputError(f"{file}: not JSON ({error}); start again in a new directory with -o") from error
+        if state.get("schema") != SCHEMA or state.get("program") != "bitmend":
+            raise InputError(
+                f"{self.path}: written with run schema {state.get('schema')}, this program uses {SCHEMA}; give a new directory with -o"
+            )
+        return state
+
+    def write(self, state: dict[str, Any]) -> None:
+        write_json(self.path / "run.json", {"schema": SCHEMA, "program": "bitmend", **state})
+
+    def create(self) -> None:
+        """Make the directory, or accept one that is empty (but for what a killed start left) or a run's. InputError for anything else:
+        nothing is overwritten."""
+        with disk_errors(self.path):
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                foreign = [p.name for p in self.path.iterdir() if p.name != ".lock" and not p.name.startswith(".run.json.")]
+            except (NotADirectoryError, FileExistsError, PermissionError) as error:
+                raise InputError(f"{self.path}: cannot be a run directory ({error.strerror}); give another one with -o") from error
+            if (self.path / "run.json").is_file():
+                self.read()
+            elif foreign:
+                raise InputError(
+                    f"{self.path}: holds {foreign[0]!r} but no run.json, so it is not a run directory; give another one with -o"
+                )
+            else:
+                self.write({"stages": []})
+            self.stages.mkdir(exist_ok=True)
+
+    def log(self, event: str, **fields: Any) -> None:
+        """One line of log.jsonl."""
+        line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}, default=str)
+        with disk_errors(self.path), (self.path / "log.jsonl").open("a") as file:
+            file.write(line + "\n")
+
+    def artifact(self, name: str) -> Path:
+        return self.stages / name
+
+    def scratch(self, name: str) -> Path:
+        return self.stages / f"{name}{PARTIAL}"
+
+    def metrics(self, name: str) -> Path:
+        return self.stages / f"{name}.metrics"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Exclusive use by this process; InputError names the holder. The lock dies with its process."""
+        lock = self.path / ".lock"
+        with lock.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    with _heartbeat(self.path):
+                        yield
+                    return
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise InputError(f"{self.path}: in use by {holder}; wait for it, or give another directory with -o") from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+
+
+@contextmanager
+def _heartbeat(path: Path) -> Iterator[None]:
+    """For file systems without flock: a file that its holder touches; older than a minute, it counts as left behind."""
+    beat = path / ".heartbeat"
+    if beat.is_file() and time.time() - beat.stat().st_mtime < STALE_SECONDS:
+        raise InputError(f"{path}: in use by {beat.read_text()}; wait for it, or give another directory with -o")
+    beat.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    done = threading.Event()
+
+    def keep() -> None:
+        while not done.wait(HEARTBEAT_SECONDS):
+            beat.touch()
+
+    thread = threading.Thread(target=keep, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        beat.unlink(missing_ok=True)
+
+
+def run_of(place: Path) -> RunDirectory | None:
+    """The run that `place` is or lies in, or None."""
+    place = place.expanduser().absolute()
+    found = (RunDirectory(directory) for directory in ((place, *place.parents) if place.is_dir() else ()))
+    return next((run for run in found if (run.path / "run.json").is_file() and run.recipe.is_file()), None)
