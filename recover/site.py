@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -170,7 +171,7 @@ def joined(*parts: Attached) -> Attached:
     for part in parts:
         plain |= {name: dtype for name, dtype in part.plain.items() if name not in plain}
         trainables = part.trainables | trainables
-    first = {
+    first: dict[str, Any] = {
         key: next((v for p in parts if (v := getattr(p, key)) is not None), None)
         for key in ("before_step", "buffers", "penalty", "run", "beside", "starts_without", "remove", "stored_form", "prune")
     }

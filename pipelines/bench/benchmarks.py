@@ -1,7 +1,7 @@
 """`pipeline bench`: seconds, memory and error of the methods, on synthetic layers or, with a model, as whole stages of a run.
 
 compress and decompose solve one random matrix a size, whose inputs have a decaying spectrum and a few outlier channels; decompose
-measures the exact step against its published route as well, and allocate the integer program of a budget (`bench_solvers`);
+measures the exact step against its published route as well, and allocate the integer program of a budget (`solvers`);
 recover, and every subject given a model, runs real stages through the runner, one row a method. kernels measures itself.
 Legend: O out, I in, T tokens.
 """

@@ -1,7 +1,7 @@
 """`pipeline bench compress --depths`: whole runs on models made on the spot, each in a process of its own.
 
 What is to be seen: seconds grow with the number of blocks, memory does not. Peak memory is the high-water mark of the process's resident
-memory, everything included: imports, the model's import, the stage, its measurement. What `bench_shape` runs, runs in such processes too.
+memory, everything included: imports, the model's import, the stage, its measurement. What `shape` runs, runs in such processes too.
 """
 
 import json

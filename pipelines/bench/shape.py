@@ -2,7 +2,7 @@
 through training steps of `scales` and `lora`; what a block takes of time and of both memories.
 
 All rows share one run directory, so that what they have in common runs once; each is a process of its own, whose host peak is the high-water
-mark of its resident memory, imports included. Knows runs; the model is `synthetic`'s, a step is `bench_recover`'s.
+mark of its resident memory, imports included. Knows runs; the model is `synthetic`'s, a step is `training_step`'s.
 """
 
 import json
@@ -36,7 +36,7 @@ BEFORE: dict[str, list[dict[str, Any]]] = {
     "quantize": [],
     **{name: [{"quantize": {"method": "gptq"}}] for name in ("decompose", "recover")},
 }
-MODULE = f"{__package__}.bench_shape"
+MODULE = f"{__package__}.shape"
 Launch = Callable[[Sequence[str], Path], dict[str, Any]]
 """(arguments of this module's `main`, the file it answers in) → that file's object, or {"error"}."""
 

@@ -183,7 +183,7 @@ def test_the_checkout_is_importable_through_its_link(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], cwd=gpu.ROOT, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=60
     )
-    assert done.stdout.startswith(f"{tmp_path}/bitmend/pipelines/gpu/machine.py []"), done.stderr
+    assert done.stdout.startswith(f"{tmp_path}/bitmend/pipelines/gpu/card.py []"), done.stderr
 
 
 def test_the_demos_table_in_the_readme_is_read() -> None:

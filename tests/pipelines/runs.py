@@ -65,8 +65,12 @@ SERVER = """
 import gc, json, os, sys
 import torch
 torch.set_num_threads(1)
-from bitmend.pipelines import cli, data, demo, devices, runner
-devices.measured_dtype = lambda: torch.float32
+from bitmend.pipelines import cli
+from bitmend.pipelines.demo import imported
+from bitmend.pipelines.devices import compute
+from bitmend.pipelines.run import runner
+from bitmend.pipelines.text import data
+compute.measured_dtype = lambda: torch.float32
 from bitmend.pipelines.stages import baseline, fuse, recover
 from transformers import LlamaForCausalLM
 
