@@ -141,6 +141,7 @@ def error_table(
     choices: Iterable[Setting],
     quantize: Callable[[Grid], StoredWeight],
     weights_VO: Tensor | None = None,
+    solve: Callable[[Setting, StoredWeight], StoredWeight] | None = None,
 ) -> Tensor:
     """Predicted squared errors ‖(W − Q − L)·S‖² of every setting, float64 [V, K]; inf where a setting does not fit the matrix.
 
@@ -148,6 +149,9 @@ def error_table(
     (None: one view, all rows alike). One quantization and one spectrum for each grid: the error of rank r with 16-bit factors is
     the spectrum's tail. On a grid of their own the factors lose, besides, a share of what they catch, measured at the middle one of
     the ranks: of 8 bits (about 1e-4) at the middle grid only, of 4 bits (some percent) at every grid.
+
+    With `solve`, which makes Q + L of Q, a setting with a rank has the error of what comes out (LQ-LoRA, arXiv:2311.12023, section 3.2, takes
+    its table from its own iterates): one solution for each of them, instead of a spectrum.
     """
     wanted = list(choices)
     fitting = [setting for setting in wanted if setting.fits(*target_OI.shape)]
@@ -155,7 +159,15 @@ def error_table(
     errors_VK = torch.full((1 if weights_VO is None else len(weights_VO), len(wanted)), float("inf"), dtype=torch.float64)
     coarse: float | None = None
     for grid in sorted(grids, key=lambda grid: abs(grids.index(grid) - len(grids) // 2)):
-        error_OI = target_OI.float() - quantize(grid).dense()
+        base = quantize(grid)
+        if solve is not None:
+            for k, setting in enumerate(wanted):
+                if setting.grid == grid and setting.fits(*target_OI.shape):
+                    solved = solve(setting, base) if setting.rank else base
+                    squared_O = WeightedError(target_OI.float() - solved.dense(), metric).squared_O.clamp(min=0)
+                    errors_VK[:, k] = (squared_O.sum() if weights_VO is None else weights_VO.to(squared_O) @ squared_O).cpu()
+            continue
+        error_OI = target_OI.float() - base.dense()
         spectrum_VR = torch.atleast_2d(spectrum(error_OI, metric, weights_VO)).cpu()  # CUDA sums up in no fixed order
         tail_VR = torch.nn.functional.pad(spectrum_VR.flip(1).cumsum(1).flip(1), (0, 1))
         lost = {16: 0.0, 8: coarse, 4: None}

@@ -82,7 +82,7 @@ def read_choice(path: Path) -> Choice | None:
 def spend(recipe: Recipe, parent: Artifact, directory: Path, context: Context) -> Choice:
     """Build the table in `directory`, or go on with it, choose, and keep the choice. UsageError names the smallest feasible budget."""
     stages = spent(recipe)
-    table = build(directory, parent, stages, settings_of(recipe, stages), recipe.allocation.weighting, context)
+    table = build(directory, parent, stages, settings_of(recipe, stages), recipe.allocation, context)
     made = choose_settings(recipe, stages, costs(recipe, stages, sizes_before(parent)), table)
     write_json(choice_path(recipe, directory), asdict(made))
     return made

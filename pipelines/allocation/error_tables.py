@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...compress.gptq import GptqConfig
 from ...compress.lowrank import WeightedError
-from ...compress.methods import QUANTIZE, Method
+from ...compress.methods import DECOMPOSE, QUANTIZE, Method
 from ...compress.metrics import gradient_squares, metric_of
 from ...compress.options import Grid, Setting, error_table, mask_on, overrides
 from ...compress.statistics import Fisher, InputStatistics, LayerStatistics
@@ -36,6 +36,8 @@ from ..models.collecting import collect
 from ..models.hidden import HiddenStates, Room
 from ..models.reading import BlockReader
 from ..models.structure import Site
+from ..recipes.budget import Allocation
+from ..recipes.stage_settings import StageSpec
 from ..stages.context import Context, check_stop
 from ..stages.fisher import fisher_diagonal
 from ..store.artifact import Artifact, write_bytes
@@ -45,14 +47,21 @@ VERSION = 2
 """Rises when a fix changes a table."""
 
 
-def table_key(parent_key: str, calibration: str, stages: Spent, settings: list[Setting], weighting: str, compute: Mapping[str, Any]) -> str:
+def table_key(parent_key: str, calibration: str, stages: Spent, settings: list[Setting], allocation: Allocation, compute: Mapping[str, Any]) -> str:
     """Whatever decides the table: another budget has the same one."""
     row: Method = QUANTIZE[stages.quantize.method]
     chosen = {"bits", "group_size", "block_size", "double_quantize"}
     kept = {key: value for key, value in stages.quantize.settings().items() if key not in chosen}
-    names = [row.version, kept, weighting == "fisher"]
+    names = [row.version, kept, allocation.weighting == "fisher"]
+    if (solver := _solver(stages, allocation)) is not None:
+        names += [DECOMPOSE[solver.method].version, {k: v for k, v in solver.settings().items() if k not in ("rank", "factor_bits")}]
     identity = [VERSION, parent_key, calibration, *names, [asdict(setting) for setting in settings], *([compute] if compute else [])]
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _solver(stages: Spent, allocation: Allocation) -> StageSpec | None:
+    """The decompose stage whose own method makes the errors of settings with a rank; None where a spectrum tells them."""
+    return stages.decompose if allocation.errors == "iterates" else None
 
 
 @dataclass(frozen=True)
@@ -69,17 +78,19 @@ def finished_blocks(directory: Path) -> int:
     return len(list(directory.glob("block-?????.safetensors")))
 
 
-def build(directory: Path, parent: Artifact, stages: Spent, settings: list[Setting], weighting: str, context: Context) -> Table:
+def build(directory: Path, parent: Artifact, stages: Spent, settings: list[Setting], allocation: Allocation, context: Context) -> Table:
     """Go on with the table in `directory` until it is whole. KeyboardInterrupt between two blocks when the user asks to end."""
     reader = BlockReader(parent, keeps=True)
     targets = reader if parent.key == context.baseline.key else BlockReader(context.baseline, keeps=True)
-    walk = _Walk(targets, stages, settings, context, StreamedModel(parent, context.device, context.dtype, reader=reader))
+    solver = _solver(stages, allocation)
+    walk = _Walk(targets, stages, settings, context, StreamedModel(parent, context.device, context.dtype, reader=reader), solver)
     files = [directory / f"block-{index:05d}.safetensors" for index in range(walk.model.structure.blocks)]
     sites = [stages.sites(walk.model.structure.of_block(index)) for index in range(len(files))]
     if any(_read(file, block) is None for file, block in zip(files, sites, strict=True)):
         directory.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
-        found = fisher_diagonal(context) if weighting == "fisher" else {}
+        by_fisher = allocation.weighting == "fisher" or (solver is not None and "fisher" in _needs(solver))
+        found = fisher_diagonal(context) if by_fisher else {}
         fisher = {name: sums.to(context.device) for name, sums in found.items()}
         ids_NT = context.inputs.calibration()
         hidden = embedded(walk.model, ids_NT, Room.measured(context.device, directory))
@@ -112,20 +123,26 @@ def _read(path: Path, sites: list[Site]) -> tuple[dict[str, Tensor], dict[str, T
         return None
 
 
+def _needs(solver: StageSpec) -> frozenset[str]:
+    return DECOMPOSE[solver.method].needs(solver.config)
+
+
 @dataclass(frozen=True)
 class _Walk:
-    """`targets` reads the baseline's blocks."""
+    """`targets` reads the baseline's blocks; `solver` makes the errors of settings with a rank, where a spectrum does not."""
 
     targets: BlockReader
     stages: Spent
     settings: list[Setting]
     context: Context
     model: StreamedModel
+    solver: StageSpec | None = None
 
     def block(self, index: int, sites: list[Site], hidden: HiddenStates, fisher: Mapping[str, Fisher]) -> dict[str, Tensor]:
         """Errors and energies of a loaded block's matrices."""
         row: Method = QUANTIZE[self.stages.quantize.method]
         needs = frozenset({"second_moment"}).union(*(row.needs(self.stages.quantize.config_for(s.name)) for s in sites))
+        needs |= frozenset() if self.solver is None else _needs(self.solver)
         statistics: dict[str, InputStatistics] = {}
         collect(self.model, index, hidden, sites, needs - {"cross_moment", "fisher"}, statistics)
         out: dict[str, Tensor] = {}
@@ -144,9 +161,9 @@ class _Walk:
         metric, notes = metric_of(known, "second_moment")
         weights_VO = self.row_weights(known, len(target_OI)).to(target_OI.device)
         try:
-            errors_VK = error_table(
-                target_OI, metric, known, self.settings, lambda grid: self.quantized(site, target_OI, known, grid), weights_VO
-            )
+            solve = None if self.solver is None else partial(self.solved, site, target_OI, known)
+            quantize = partial(self.quantized, site, target_OI, known)
+            errors_VK = error_table(target_OI, metric, known, self.settings, quantize, weights_VO, solve)
         except ValueError as error:
             raise InputError(f"{site.name}: {error}") from error
         energy_V = (weights_VO @ WeightedError(target_OI, metric).squared_O).clamp(min=0).cpu()
@@ -178,6 +195,12 @@ class _Walk:
         if grid.pattern != "dense":
             record = record.with_mask(mask_on(target_OI, known.inputs.norm_I, grid))
         return row.function(replace(record, low_rank=None), target_OI, known, replace(config, **changes))[0]
+
+    def solved(self, site: Site, target_OI: Tensor, known: LayerStatistics, setting: Setting, base: StoredWeight) -> StoredWeight:
+        """What the decompose stage would make of such a Q."""
+        assert self.solver is not None
+        row, config = DECOMPOSE[self.solver.method], self.solver.config_for(site.name)
+        return row.function(base, target_OI, known, replace(config, rank=setting.rank, factor_bits=setting.factor_bits))[0]
 
     def _matrix(self, reader: BlockReader, site: Site) -> StoredWeight:
         assert site.block is not None

@@ -60,6 +60,8 @@ def spent(recipe: Recipe) -> Spent:
             )
     quantize, decompose = named["quantize"][0], next(iter(named["decompose"]), None)
     _check_method(option, quantize, ("bits",), "no bits to choose")
+    if recipe.allocation.errors == "iterates" and decompose is None:
+        raise UsageError(f"{option}: allocation.errors: iterates are those of a decompose stage, and this recipe has none; set rounding")
     if decompose is not None:
         _check_method(option, decompose, ("rank", "factor_bits"), "a grid of its own and no factor_bits")
         if recipe.stages.index(decompose) < recipe.stages.index(quantize):

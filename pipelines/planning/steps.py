@@ -81,6 +81,6 @@ def found_choice(
     """Where the budget's table lies (or will), and the choice beside it, if it was made."""
     stages = spent(chosen)
     settings = settings_of(chosen, stages)
-    key = table_key(parent_key, inputs.calibration_fingerprint(), stages, settings, chosen.allocation.weighting, compute.identity())
+    key = table_key(parent_key, inputs.calibration_fingerprint(), stages, settings, chosen.allocation, compute.identity())
     directory = (place.path if place is not None else Path()) / "allocation" / key[:8]
     return directory, read_choice(choice_path(chosen, directory)) if place is not None else None

@@ -62,7 +62,9 @@ class Allocation(BaseModel):
     double_quantize counts for NormalFloat methods only; sparsities are "dense", an "N:M" pattern or a share of each row ("0.5"), and
     need a prune stage, which otherwise does what it says. weighting: which sum of the matrices' errors is least. output: squared output errors as
     they are; relative: each as a share of its output's energy; fisher: each output weighed by the mean square of the loss's gradient
-    there, which makes the sum an estimate of nats per token.
+    there, which makes the sum an estimate of nats per token. errors: rounding: what is left of rounding W by the best term of each rank, read
+    off one spectrum; iterates: what the decompose stage's own method leaves, solved for every setting with a rank, as LQ-LoRA takes its table
+    from its iterates: a solution each, so that few settings are meant.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -74,6 +76,7 @@ class Allocation(BaseModel):
     factor_bits: Annotated[tuple[Literal[4, 8, 16], ...], BeforeValidator(_listed), Field(min_length=1)] = (16, 8)
     sparsities: Annotated[tuple[str, ...], BeforeValidator(_texts)] = ()
     weighting: Literal["output", "relative", "fisher"] = "fisher"
+    errors: Literal["rounding", "iterates"] = "rounding"
 
     @field_validator("group_sizes")
     @classmethod

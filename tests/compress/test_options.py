@@ -6,6 +6,7 @@ from bitmend.compress.allocate import choose
 from bitmend.compress.decompose import Decomposition, decompose
 from bitmend.compress.factors import FactorForm, store_factors
 from bitmend.compress.lowrank import Metric, WeightedError, best_low_rank, squared_error
+from bitmend.compress.methods import DECOMPOSE
 from bitmend.compress.metrics import gradient_squares
 from bitmend.compress.options import Grid, Setting, blank, costs_bytes, error_table, overrides, quantized, settings
 from bitmend.compress.statistics import Fisher, InputStatistics, LayerStatistics
@@ -147,3 +148,27 @@ def test_gradient_squares_come_from_the_fisher_diagonal():
     assert gradient_squares(known).tolist() == pytest.approx(squares.tolist(), rel=1e-5)
     with pytest.raises(ValueError, match="Fisher diagonal, which was not collected"):
         gradient_squares(LayerStatistics(found.inputs))
+
+
+def test_errors_of_lq_iterates_are_those_of_what_the_schedule_leaves():
+    """LQ-LoRA's own table: a setting with a rank errs by what its decomposition leaves, in every view; without one as ever."""
+    target, found = matrix(96, 128), statistics(128)
+    metric = Metric(moment_II=found.inputs.second_moment_II)
+    choices = settings(bits=(2, 3), group_sizes=(64,), double_quantized=(True,), ranks=(0, 8), factor_bits=(16,))
+    views = torch.stack((torch.ones(96), torch.rand(96))).double()
+
+    def solve(setting, base):
+        lq_lora = DECOMPOSE["lq_lora"].defaults | {"rank": setting.rank, "factor_bits": setting.factor_bits}
+        return decompose(base, target, found, Decomposition(**lq_lora))[0]
+
+    def rounded(grid):
+        return quantized(target, grid, found, "rtn")
+
+    rounding, iterates = (error_table(target, metric, found, choices, rounded, views, s) for s in (None, solve))
+    for k, setting in enumerate(choices):
+        if not setting.rank:
+            assert torch.allclose(rounding[:, k], iterates[:, k], rtol=1e-6)
+            continue
+        error = WeightedError(target - solve(setting, rounded(setting.grid)).dense(), metric)
+        assert torch.allclose(iterates[:, k], views @ error.squared_O)
+        assert not torch.allclose(iterates[:, k], rounding[:, k], rtol=1e-2)

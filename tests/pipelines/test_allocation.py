@@ -149,6 +149,22 @@ def test_sparsity_can_be_chosen_as_well(budgeted: Callable[..., Recipe], tmp_pat
         assert layer.sparsity == pytest.approx(0.5 if "k_proj" in layer.name else 0.0)
 
 
+@pytest.mark.usefixtures("no_pages")
+def test_the_table_can_come_from_the_stages_own_iterates(budgeted: Callable[..., Recipe], tmp_path: Path) -> None:
+    """As LQ-LoRA does it; a spectrum of W's rounding knows nothing of a Q that is found anew."""
+    cloq = {"decompose": {"method": "cloq", "rank": 4}}
+    few: dict[str, Any] = {"bits": [2, 3], "group_sizes": 64, "ranks": [0, 4]}
+    predicted: dict[str, float] = {}
+    for errors in ("rounding", "iterates"):
+        recipe = budgeted(tmp_path, "4.2bpw", [QUANTIZE, cloq], errors=errors, **few)
+        made = runner.run(recipe, tmp_path / errors, device="cpu").stages[-1]
+        layers = [layer for layer in made.layers if layer.rank and layer.name.startswith("model.layers.0.self_attn.q")]
+        assert layers and layers[0].metrics["measured_loss"] is not None
+        predicted[errors] = layers[0].metrics["predicted_output_error"] / layers[0].relative_output_error
+    assert predicted["iterates"] == pytest.approx(1, rel=0.02), "the first matrix reads what the table's did"
+    assert abs(predicted["rounding"] - 1) > 2 * abs(predicted["iterates"] - 1)
+
+
 # -- what is done again ------------------------------------------------------------------------------------------------------------
 
 
@@ -254,6 +270,7 @@ REFUSED: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any], str]] = {
     ),
     "groups that divide nothing": ("3bpw", [QUANTIZE], {"group_sizes": 48}, r"q_proj: none of allocation\.group_sizes \[48\] fits: .*128.*48"),
     "overrides beyond the choices": ("3bpw", [{"quantize": {"overrides": {"q_proj": {"bits": 8}}}}], {}, r"q_proj: none of the choices"),
+    "iterates of nothing": ("3bpw", [QUANTIZE], {"errors": "iterates"}, r"iterates are those of a decompose stage, and this recipe has none"),
     "sparsity of nothing": ("3bpw", [QUANTIZE], {"sparsities": "2:4"}, r"allocation\.sparsities need one prune stage before quantize"),
 }  # fmt: skip
 
