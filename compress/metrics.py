@@ -4,6 +4,7 @@ Knows statistics; not what is done with the metric.
 Legend: O out, I in.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from .lowrank import Metric
 from .statistics import LayerStatistics
+
+_OUTPUTS = 8192
+"""Rows of a matrix that are multiplied at once."""
 
 MetricName = Literal["plain", "absmean", "diagonal", "fisher", "second_moment"]
 """plain ‖E‖_F (LoftQ, ZeroQuant-V2); absmean ‖E·diag E|x|‖ (L²QER); diagonal ‖E·diag √E[x²]‖ (QERA-approx); fisher
@@ -48,6 +52,17 @@ def gradient_squares(statistics: LayerStatistics) -> Tensor:
     inputs = statistics.inputs
     mean = inputs.norm_I.double().square().mean() / max(inputs.tokens, 1)
     return statistics.fisher.row_mean_O.double() / mean.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def output_error(weight_OI: Tensor, target_OI: Tensor, x_TI: Tensor) -> float | None:
+    """E‖(W − Ŵ)x‖² / E‖Wx‖² over the rows of x: what of a matrix' output is lost, the same for every method. None where it is no number."""
+    lost, whole = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for ours_OI, wanted_OI in zip(weight_OI.float().split(_OUTPUTS), target_OI.float().split(_OUTPUTS), strict=True):
+        x_TI = x_TI.to(wanted_OI)
+        lost += (x_TI @ (wanted_OI - ours_OI).T).double().square().sum().cpu()
+        whole += (x_TI @ wanted_OI.T).double().square().sum().cpu()
+    found = float(lost / whole) if whole > 0 else float(lost)
+    return found if math.isfinite(found) else None
 
 
 def _fisher(statistics: LayerStatistics) -> tuple[Metric, dict[str, float]]:

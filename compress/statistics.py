@@ -77,8 +77,8 @@ class InputStatistics:
             if x_dense is None:
                 raise ValueError("cross_moment needs the dense model's inputs beside the compressed ones")
             self.cross_sum_II.addmm_(x_dense.detach().reshape(-1, self.features).to(x_TI).T, x_TI)
-        if "samples" in self.needs:
-            kept = 0 if self.samples_TI is None else len(self.samples_TI)
+        kept = 0 if self.samples_TI is None else len(self.samples_TI)
+        if "samples" in self.needs and kept < self.max_samples:
             fresh = x_TI[: self.max_samples - kept].clone()
             self.samples_TI = fresh if self.samples_TI is None else torch.cat((self.samples_TI, fresh))
         self.tokens += len(x_TI)

@@ -13,11 +13,13 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from .drawing import save
-from .record import SCHEMA, Protocol, finite
+from .record import Protocol, finite
 from .tables import markdown_table
 from .units import duration, exact, number, percent, size
 
 DIRECTORY = Path(__file__).parent / "published"
+SCHEMA = 1
+"""Of a published table."""
 
 FORMATS: dict[str, Callable[[Any], str]] = {
     "perplexity": number,

@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
+OF_SCHEMA_1 = "root_relative_error"
+"""Under this name a layer's metrics hold what schema 1 called `relative_output_error`: a root, under the statistics that its method collected."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Protocol:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One compressed linear. `block` and `role` are read from the name where they are not given.
+    """One compressed linear. `block` and `role` are read from the name where they are not given. relative_output_error:
+    E‖(W − Ŵ)x‖² / E‖Wx‖² on some of the stage's inputs, W the baseline's, the same quantity for every method.
 
     `metrics` holds what only some methods have; the pages know `predicted_loss` and `measured_loss` (allocation).
     """
@@ -142,13 +145,14 @@ class RunRecord:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "RunRecord":
         schema = data.get("schema")
-        if schema != SCHEMA:
+        if schema not in (1, SCHEMA):
             raise ValueError(
-                f"metrics of schema {schema!r}, this program reads schema {SCHEMA}; export them again with the version that wrote them"
+                f"metrics of schema {schema!r}, this program reads schemas 1 and {SCHEMA}; export them again with the version that wrote them"
             )
         known = _known(cls, {key: value for key, value in data.items() if key != "schema"}, "run")
         known["protocol"] = Protocol.from_json(known.get("protocol") or {})
-        known["stages"] = tuple(StageRecord.from_json(stage) for stage in known.get("stages") or ())
+        stages = tuple(StageRecord.from_json(stage) for stage in known.get("stages") or ())
+        known["stages"] = tuple(map(_of_schema_1, stages)) if schema == 1 else stages
         return cls(**known)
 
     @property
@@ -156,6 +160,16 @@ class RunRecord:
         """The stage named `baseline`, else the first one."""
         named = [stage for stage in self.stages if stage.stage == "baseline"]
         return named[0] if named else (self.stages[0] if self.stages else None)
+
+
+def _of_schema_1(stage: StageRecord) -> StageRecord:
+    layers = (
+        layer
+        if (old := layer.relative_output_error) is None
+        else replace(layer, relative_output_error=None, metrics={**layer.metrics, OF_SCHEMA_1: old})
+        for layer in stage.layers
+    )
+    return replace(stage, layers=tuple(layers))
 
 
 def dumps(record: RunRecord) -> str:

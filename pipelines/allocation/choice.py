@@ -21,7 +21,7 @@ from ...reports.record import StageRecord
 from ..errors import UsageError
 from ..models.sizes import sizes_before
 from ..recipes.recipe import Recipe
-from ..recipes.stage_settings import StageSpec, methods
+from ..recipes.stage_settings import StageSpec
 from ..stages.context import Context
 from ..store.artifact import Artifact, write_json
 from .error_tables import Table, build
@@ -151,30 +151,22 @@ def explained(made: StageRecord, chosen: Choice, recipe: Recipe, before: Sequenc
     """The record of a stage that the budget chose for, with what every matrix was given and the losses predicted and measured.
 
     The measured loss is the predicted one times (measured / predicted squared output error): the same weighing of what was found.
-    A matrix that the stage left alone has the error that the stage before left it. A method that never looks at inputs (rtn) has
-    measured another error, of the weights: there is then no measured loss.
+    A matrix that the stage left alone has the error that the stage before left it.
     """
     stages = spent(recipe)
     if made.stage not in (stages.quantize.address, getattr(stages.decompose, "address", None)):
         return made
     rows, whole = {row.name: row for row in chosen.rows}, made.stage != stages.quantize.address
-    seen = _sees_inputs(stages.decompose if whole else stages.quantize)
-    earlier = {layer.name: layer.relative_output_error for layer in before[-1].layers} if whole and _sees_inputs(stages.quantize) else {}
+    earlier = {layer.name: layer.relative_output_error for layer in before[-1].layers} if whole else {}
     layers = []
     for layer in made.layers:
         if (row := rows.get(layer.name)) is not None:
-            own = layer.relative_output_error
-            error = earlier.get(layer.name) if own is None else own
-            given = _explained(row, whole, error if seen or own is None else None)
-            layer = replace(layer, relative_output_error=error, metrics={**layer.metrics, **given})
+            error = earlier.get(layer.name) if layer.relative_output_error is None else layer.relative_output_error
+            layer = replace(layer, relative_output_error=error, metrics={**layer.metrics, **_explained(row, whole, error)})
         layers.append(layer)
     facts = {key: value for key, value in asdict(chosen).items() if key not in ("rows", "note")}
     notes = (*made.notes, chosen.note) if chosen.note and chosen.note not in made.notes else made.notes
     return replace(made, layers=tuple(layers), metrics={**made.metrics, "allocation": facts}, notes=notes)
-
-
-def _sees_inputs(spec: StageSpec | None) -> bool:
-    return spec is not None and "second_moment" in methods(spec.name)[spec.method].needs(spec.config)
 
 
 def _explained(row: Row, whole: bool, measured_error: float | None) -> dict[str, Any]:
@@ -182,5 +174,5 @@ def _explained(row: Row, whole: bool, measured_error: float | None) -> dict[str,
     loss, error = (row.predicted_loss, row.predicted_error) if whole else (row.predicted_loss_q, row.predicted_error_q)
     given = {"bits": setting.grid.bits, "group_size": setting.grid.group_size, "bytes": row.bytes}
     given |= {"factor_bits": setting.factor_bits} if setting.rank and whole else {}
-    measured = loss * (measured_error / error) ** 2 if measured_error is not None and error > 0 else None
-    return {**given, "predicted_output_error": error, "predicted_loss": loss, "measured_loss": measured}
+    measured = loss * measured_error / error**2 if measured_error is not None and error > 0 else None
+    return {**given, "predicted_output_error": error**2, "predicted_loss": loss, "measured_loss": measured}

@@ -11,13 +11,14 @@ import math
 import resource
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...reports.record import LayerRecord, StageRecord, derive, paired_difference
+from ...reports.record import OF_SCHEMA_1, LayerRecord, StageRecord, derive, paired_difference
 from ..logs import bar
 from ..models.blocks import Binder, StreamedModel
 from ..models.hidden import Room
@@ -155,11 +156,11 @@ def stage_record(
     layers = tuple(
         LayerRecord(
             name,
-            relative_output_error=errors.get(name, {}).get("relative_output_error"),
+            relative_output_error=errors.get(name, {}).get("output_error"),
             bits_per_weight=values["bits_per_weight"],
             rank=values["rank"],
             sparsity=values["sparsity"],
-            metrics=errors.get(name, {}).get("metrics", {}),
+            metrics=_metrics_of(errors.get(name, {})),
         )
         for name, values in size["layers"].items()
     )
@@ -187,6 +188,12 @@ def stage_record(
         metrics=stage.get("metrics", {}),
         layers=layers,
     )
+
+
+def _metrics_of(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's own metrics of one matrix. A stage measured before schema 2 of the report left a root under its own statistics."""
+    old = {OF_SCHEMA_1: layer["relative_output_error"]} if layer.get("relative_output_error") is not None else {}
+    return old | dict(layer.get("metrics", {}))
 
 
 def with_ratios(stages: list[StageRecord]) -> tuple[StageRecord, ...]:

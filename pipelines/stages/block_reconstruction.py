@@ -187,7 +187,7 @@ def _outcome(walk: _Walk, before: float, after: float, worse: bool, tokens: int)
     elif better < len(walk.said):
         notes.append(f"{len(walk.said) - better} of {len(walk.said)} blocks could not be improved and are as they were")
     layers = [
-        {"name": n, "relative_output_error": None, "metrics": {k: said[k] for k in ("block_error_before", "block_error_after")}}
+        {"name": n, "output_error": None, "metrics": {k: said[k] for k in ("block_error_before", "block_error_after")}}
         for said in walk.said for n in said["linears"] if n in walk.parent.linears
     ]  # fmt: skip
     metrics = {

@@ -53,11 +53,10 @@ def compress(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context:
         stage.dense = StreamedModel(context.baseline, context.device, context.dtype, reader=targets)
     if "fisher" in needs:
         stage.fisher = {name: found.to(context.device) for name, found in fisher_diagonal(context).items()}
-    if stage.propagates:
-        ids_NT = context.inputs.calibration()
-        stage.hidden = embedded(model, ids_NT, room)
-        if stage.dense is not None:
-            stage.dense_hidden = embedded(stage.dense, ids_NT, room)
+    ids_NT = stage.calibration()
+    stage.hidden = embedded(model, ids_NT, room)
+    if stage.dense is not None:
+        stage.dense_hidden = embedded(stage.dense, ids_NT, room)
     blocks, behind = model.structure.blocks, any(site.block is None for site in chosen)
     with bar(f"{spec.address} {spec.method}, blocks", blocks) as shown:
         for index in range(blocks):
@@ -72,17 +71,16 @@ def _block(stage: Stage, index: int, sites: list[Site], followed: bool) -> None:
     """Compress and write one block, unless that was done before, and hand its outputs on where somebody follows who reads them."""
     part = f"block-{index:05d}"
     marker = stage.writer.finished.get(part)
-    if marker is None or stage.propagates:
-        stage.model.load_block(index)
-        if stage.dense is not None:
-            stage.dense.load_block(index)
+    stage.model.load_block(index)
+    if stage.dense is not None:
+        stage.dense.load_block(index)
     _expect(stage, index + 1)
     if marker is None:
         records, layers = _solved(stage, index, sites)
         _write(stage, index, part, records, layers)
         marker = stage.writer.finished[part]
     stage.layers += marker["extra"]["layers"]
-    if stage.propagates and followed:
+    if followed:
         written = BlockTensors.read(stage.writer.view(part), stage.model.prefix(index))
         for site in sites:
             stage.model.put(site, written.stored(site.name))
@@ -97,8 +95,7 @@ def _block(stage: Stage, index: int, sites: list[Site], followed: bool) -> None:
 def _expect(stage: Stage, index: int) -> None:
     """Let a block be read while the one before it is computed on, where it will be needed."""
     unsolved = f"block-{index:05d}" not in stage.writer.finished
-    if unsolved or stage.propagates:
-        stage.model.expect(index)
+    stage.model.expect(index)
     if index < stage.model.structure.blocks and (unsolved or stage.dense is not None):
         stage.targets.expect(stage.model.prefix(index))
 
@@ -133,22 +130,19 @@ def _advance(stage: Stage, index: int) -> None:
 
 def _statistics(stage: Stage, index: int, sites: list[Site]) -> dict[str, InputStatistics]:
     """Statistics of every site's input. A site no token reached (an idle expert) gets empty ones."""
-    needs = stage.needs - {"fisher"}
+    needs = stage.collected
     statistics: dict[str, InputStatistics] = {}
-    if needs:
-        source, hidden = (
-            (stage.dense, stage.dense_hidden) if stage.row.inputs == "dense" and stage.dense is not None else (stage.model, stage.hidden)
-        )
-        if "cross_moment" in needs and stage.dense is not None:
-            with dense_inputs_of(stage.dense, sites) as paired:
-                collect(
-                    source, index, _behind_dense(stage, paired, partial(stage.dense.run_block, index)), sites, needs, statistics, paired
-                )
-        else:
-            collect(source, index, hidden, sites, needs, statistics)
+    source, hidden = (
+        (stage.dense, stage.dense_hidden) if stage.row.inputs == "dense" and stage.dense is not None else (stage.model, stage.hidden)
+    )
+    if "cross_moment" in needs and stage.dense is not None:
+        with dense_inputs_of(stage.dense, sites) as paired:
+            collect(source, index, _behind_dense(stage, paired, partial(stage.dense.run_block, index)), sites, needs, statistics, paired)
+    elif sites:
+        collect(source, index, hidden, sites, needs, statistics)
     for site in sites:
         found = statistics.setdefault(site.name, InputStatistics(site.shape[1], needs, stage.context.device))
-        bad = found.non_finite()
+        bad = found.non_finite() if stage.looks_at_inputs else None
         if bad is not None:
             raise InputError(
                 f"{site.name}: {bad} of its inputs holds NaN or Inf; the layer below it overflows, or the checkpoint is damaged"
@@ -167,17 +161,16 @@ def _behind_dense(stage: Stage, paired: dict[str, list[Tensor]], run: Callable[[
 
 def _head_statistics(stage: Stage, site: Site) -> InputStatistics:
     statistics: dict[str, InputStatistics] = {}
-    needs = stage.needs - {"fisher"}
-    if needs:
-        with torch.no_grad():
-            if "cross_moment" in needs and stage.dense is not None:
-                with dense_inputs_of(stage.dense, [site]) as paired, collecting(stage.model, [site], needs, statistics, paired):
-                    for h in _behind_dense(stage, paired, partial(_window_by_window, stage.dense)):
-                        _window_by_window(stage.model, h)
-            else:
-                with collecting(stage.model, [site], needs, statistics):
-                    for h in stage.hidden:
-                        _window_by_window(stage.model, h)
+    needs = stage.collected
+    with torch.no_grad():
+        if "cross_moment" in needs and stage.dense is not None:
+            with dense_inputs_of(stage.dense, [site]) as paired, collecting(stage.model, [site], needs, statistics, paired):
+                for h in _behind_dense(stage, paired, partial(_window_by_window, stage.dense)):
+                    _window_by_window(stage.model, h)
+        else:
+            with collecting(stage.model, [site], needs, statistics):
+                for h in stage.hidden:
+                    _window_by_window(stage.model, h)
     return statistics.get(site.name) or InputStatistics(site.shape[1], needs, stage.context.device)
 
 
@@ -200,7 +193,7 @@ def _write(stage: Stage, index: int, part: str, records: Mapping[str, StoredWeig
 
 
 def _measured(stage: Stage) -> dict[str, Any]:
-    found: dict[str, Any] = {"calibration_tokens": stage.hidden.tokens}
+    found: dict[str, Any] = {"calibration_tokens": stage.hidden.tokens if stage.looks_at_inputs else 0}
     return found | ({"block_sparsity": _by_block(stage)} if stage.sparsity else {})
 
 

@@ -31,7 +31,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One dict for each matrix (name, relative_output_error, metrics), what was measured on the way, words for the report, and
+    """One dict for each matrix (name, output_error, metrics), what was measured on the way, words for the report, and
     files to seal into the artifact beside its parent's."""
 
     layers: list[dict[str, Any]] = field(default_factory=list)

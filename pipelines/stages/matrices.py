@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...compress.methods import Method
+from ...compress.metrics import output_error
 from ...compress.statistics import Fisher, InputStatistics, LayerStatistics
 from ...compress.weights import DenseWeight, StoredWeight
 from ..errors import InputError
@@ -22,6 +23,9 @@ from ..models.structure import Site, shared_names
 from ..recipes.stage_settings import StageSpec
 from ..store.artifact import Artifact, ArtifactWriter
 from .context import Context
+
+ERROR_TOKENS = 512
+"""Inputs of a matrix, the first of the calibration text, on which its output's error is measured (`InputStatistics.max_samples`)."""
 
 
 @dataclass
@@ -49,12 +53,25 @@ class Stage:
         self.hidden, self.dense_hidden = HiddenStates(self.room), HiddenStates(self.room)
 
     @property
-    def propagates(self) -> bool:
+    def looks_at_inputs(self) -> bool:
+        """Whether the method does; errors are measured on a few of them in any case."""
         return bool(self.needs - {"fisher"}) or self.row.scope == "block"
+
+    @property
+    def collected(self) -> frozenset[str]:
+        return (self.needs - {"fisher"}) | {"samples"}
 
     @property
     def true_sequential(self) -> bool:
         return self.spec.true_sequential and bool(self.needs - {"fisher"})
+
+    def calibration(self) -> Tensor:
+        """Token ids [N, T]: all of the calibration text, or what ERROR_TOKENS tokens take where the method looks at none of it."""
+        ids_NT = self.context.inputs.calibration()
+        if self.looks_at_inputs:
+            return ids_NT
+        length = min(ids_NT.shape[1], ERROR_TOKENS)
+        return ids_NT[: -(-ERROR_TOKENS // length), :length]
 
     def config_for(self, site: Site) -> Any:
         """The site's config: its overrides over its block's sparsity over the stage's settings."""
@@ -97,35 +114,20 @@ def solve(stage: Stage, site: Site, statistics: Mapping[str, InputStatistics]) -
         record, metrics = stage.row.function(current(stage, site).to(stage.context.device), target_OI, known, config)
     except ValueError as error:
         raise InputError(f"{site.name}: {error}") from error
-    return record, described(site, record, target_OI, statistics[site.name], metrics)
+    return record, described(site, record, target_OI, statistics[site.name].samples_TI, metrics)
 
 
-def described(
-    site: Site, record: StoredWeight, target_OI: Tensor, statistics: InputStatistics, metrics: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What a report says of one matrix."""
+def described(site: Site, record: StoredWeight, target_OI: Tensor, inputs_TI: Tensor | None, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What a report says of one matrix: its output's error on some of the stage's inputs (null where no token came), its bytes, and the
+    method's own metrics."""
     rank = record.low_rank.rank if record.low_rank is not None else None
     return {
         "name": site.name,
         "block": site.block,
-        "relative_output_error": relative_output_error(record.dense().to(target_OI), target_OI, statistics),
+        "output_error": None if inputs_TI is None else output_error(record.dense().to(target_OI), target_OI, inputs_TI),
         "bits_per_weight": record.bits_per_weight(),
         "rank": rank,
         "sparsity": record.sparsity(),
         "weights": site.shape[0] * site.shape[1],
         "metrics": dict(metrics),
     }
-
-
-def relative_output_error(weight_OI: Tensor, target_OI: Tensor, statistics: InputStatistics) -> float:
-    """√(E‖(W − Ŵ)x‖² / E‖Wx‖²) under the best second moment that was collected: full, diagonal, or none."""
-    difference = target_OI - weight_OI
-    if statistics.moment_sum_II is not None and statistics.tokens:
-        moment = statistics.second_moment_II
-        lost, whole = ((m @ moment).mul_(m).sum().double() for m in (difference, target_OI))
-    elif statistics.tokens:
-        squares = statistics.norm_I.square()
-        lost, whole = ((m.square() * squares).sum().double() for m in (difference, target_OI))
-    else:
-        lost, whole = (m.square().sum().double() for m in (difference, target_OI))
-    return float((lost.clamp(min=0) / whole).sqrt()) if whole > 0 else 0.0

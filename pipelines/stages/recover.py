@@ -85,7 +85,7 @@ def recover(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: 
     if kept is not None and attached.beside is not None:
         writer.write_beside(attached.beside())
     audited(parent, writer, spec.address, codes_move=not RECOVER[spec.method].grid_safe)
-    layers = [{"name": n, "metrics": {}, "relative_output_error": None} for n in found.records if n in parent.linears]
+    layers = [{"name": n, "metrics": {}, "output_error": None} for n in found.records if n in parent.linears]
     metrics = _metrics(result) | {
         "held_out_loss_kept": result.start_loss if kept is None else kept,
         "memory": memory,

@@ -29,7 +29,9 @@ NEEDS = frozenset({"second_moment"})
 
 
 @torch.no_grad()
-def requantize_trained(parent: Artifact, trained: StreamedModel, unrounded: Mapping[str, MaskedDense], address: str, context: Context) -> None:
+def requantize_trained(
+    parent: Artifact, trained: StreamedModel, unrounded: Mapping[str, MaskedDense], address: str, context: Context
+) -> None:
     """Round every weight of `unrounded` in place. `trained` has all blocks loaded; `parent` is what it was loaded from, and what its blocks
     are called with is learnt from it. InputError for inputs that are not finite; KeyboardInterrupt when asked to stop."""
     calls = StreamedModel(parent, context.device, context.dtype, virtual=False)

@@ -46,4 +46,4 @@ def _solve_few(
         records, metrics = stage.row.together(weights, targets, known, stage.config_for(sites[0]))
     except ValueError as error:
         raise InputError(f"{', '.join(targets)}: {error}") from error
-    return records, {s.name: described(s, records[s.name], targets[s.name], statistics[s.name], metrics[s.name]) for s in sites}
+    return records, {s.name: described(s, records[s.name], targets[s.name], statistics[s.name].samples_TI, metrics[s.name]) for s in sites}

@@ -45,7 +45,7 @@ def solve_block(
     for number in behind:
         stage.model.unload_block(number)
         stage.dense.unload_block(number)
-    return records, [described(s, records[s.name], targets[s.name], statistics[s.name], metrics.get(s.name, {})) for s in sites]
+    return records, [described(s, records[s.name], targets[s.name], statistics[s.name].samples_TI, metrics.get(s.name, {})) for s in sites]
 
 
 def _behind(stage: Stage, index: int) -> list[int]:

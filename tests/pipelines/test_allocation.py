@@ -87,12 +87,9 @@ def test_predictions_stand_beside_what_was_measured(spent_run: tuple[Path, RunRe
         for layer in stage.layers:
             row, metrics = rows[layer.name], layer.metrics
             assert metrics["bits"] == row.setting.grid.bits and metrics["group_size"] == row.setting.grid.group_size
-            assert metrics["predicted_output_error"] == (row.predicted_error if whole else row.predicted_error_q)
-            if metrics["measured_loss"] is not None:
-                assert layer.relative_output_error == pytest.approx(metrics["predicted_output_error"], rel=0.1)
-                assert metrics["measured_loss"] == pytest.approx(layer.relative_output_error**2)  # the weighting is `relative`
-        seen = {layer.name for layer in stage.layers if layer.metrics["measured_loss"] is not None}
-        assert seen == ({name for name, row in rows.items() if row.setting.rank} if whole else set()), "rtn looks at no input"
+            assert metrics["predicted_output_error"] == (row.predicted_error if whole else row.predicted_error_q) ** 2
+            assert layer.relative_output_error == pytest.approx(metrics["predicted_output_error"], rel=0.3), "some of the text"
+            assert metrics["measured_loss"] == pytest.approx(layer.relative_output_error)  # the weighting is `relative`
     facts = made.stages[-1].metrics["allocation"]
     assert facts["gap"] <= 1e-3 and facts["total_loss"] == pytest.approx(sum(row.predicted_loss for row in rows.values()))
     ranked = [row for row in rows.values() if row.setting.rank]
@@ -152,11 +149,11 @@ def test_sparsity_can_be_chosen_as_well(budgeted: Callable[..., Recipe], tmp_pat
 @pytest.mark.usefixtures("no_pages")
 def test_the_table_can_come_from_the_stages_own_iterates(budgeted: Callable[..., Recipe], tmp_path: Path) -> None:
     """As LQ-LoRA does it; a spectrum of W's rounding knows nothing of a Q that is found anew."""
-    cloq = {"decompose": {"method": "cloq", "rank": 4}}
+    loftq = {"decompose": {"method": "loftq", "rank": 4, "iterations": 3}}
     few: dict[str, Any] = {"bits": [2, 3], "group_sizes": 64, "ranks": [0, 4]}
     predicted: dict[str, float] = {}
     for errors in ("rounding", "iterates"):
-        recipe = budgeted(tmp_path, "4.2bpw", [QUANTIZE, cloq], errors=errors, **few)
+        recipe = budgeted(tmp_path, "4.2bpw", [QUANTIZE, loftq], errors=errors, **few)
         made = runner.run(recipe, tmp_path / errors, device="cpu").stages[-1]
         layers = [layer for layer in made.layers if layer.rank and layer.name.startswith("model.layers.0.self_attn.q")]
         assert layers and layers[0].metrics["measured_loss"] is not None

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitmend.compress.metrics import output_error
 from bitmend.pipelines.errors import UsageError
 from bitmend.pipelines.models.blocks import StreamedModel
 from bitmend.pipelines.models.collecting import collecting, input_groups
@@ -15,7 +16,6 @@ from bitmend.pipelines.recipes.recipe import resolve
 from bitmend.pipelines.run import runner
 from bitmend.pipelines.stages.baseline import build_baseline
 from bitmend.pipelines.stages.inputs import Inputs
-from bitmend.pipelines.stages.matrices import relative_output_error
 from safetensors.torch import load_file
 
 from .families import save_speaking, save_tiny
@@ -97,9 +97,9 @@ def test_later_groups_see_what_the_earlier_became(name: str, small_model: Path, 
         for leaf in ("q_proj", "k_proj", "v_proj") if in_place else ():
             model.put(sites[f"{block}.{leaf}"], made.stored(f"{block}.{leaf}"))
         statistics: dict[str, Any] = {}
-        with torch.no_grad(), collecting(model, [sites[o_proj]], frozenset({"second_moment"}), statistics):
+        with torch.no_grad(), collecting(model, [sites[o_proj]], frozenset({"samples"}), statistics):
             model.run_block(0, hidden)
-        errors[in_place] = relative_output_error(made.stored(o_proj).dense(), weight, statistics[o_proj])
+        errors[in_place] = output_error(made.stored(o_proj).dense(), weight, statistics[o_proj].samples_TI)
     reported = next(x.relative_output_error for x in runner.record(sequential).stages[-1].layers if x.name == o_proj)
     assert reported == pytest.approx(errors[True], rel=1e-4)
     assert abs(errors[False] / errors[True] - 1) > 1e-3

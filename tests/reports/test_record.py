@@ -56,7 +56,7 @@ def test_json_round_trip(run: r.RunRecord) -> None:
 
 def test_json_has_the_documented_fields_and_null_where_none_applies() -> None:
     data = json.loads(r.dumps(r.RunRecord("a", "m", stages=(r.StageRecord("baseline", layers=(r.LayerRecord("x"),)),))))
-    assert data["schema"] == 1 and {"run", "model", "protocol", "stages"} <= set(data)
+    assert data["schema"] == r.SCHEMA == 2 and {"run", "model", "protocol", "stages"} <= set(data)
     wanted = (
         "stage method perplexity perplexity_ratio bits_per_byte nll_difference_stderr kl_to_baseline top1_agreement gap_closed total_bytes"
     )
@@ -86,7 +86,7 @@ def test_numbers_of_other_libraries_are_written_as_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    "data, named", [({"schema": 2}, "schema 2"), ({}, "schema None"), ({"schema": 1, "run": "", "model": "", "speed": 1}, "'speed'")]
+    "data, named", [({"schema": 3}, "schema 3"), ({}, "schema None"), ({"schema": 2, "run": "", "model": "", "speed": 1}, "'speed'")]
 )
 def test_foreign_metrics_are_refused_by_name(data: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
@@ -173,3 +173,14 @@ def test_the_baseline_is_found_by_name_and_else_is_the_first() -> None:
     assert r.RunRecord("a", "m", stages=stages).baseline == stages[1]
     assert r.RunRecord("a", "m", stages=(replace(stages[0]),)).baseline == stages[0]
     assert r.RunRecord("a", "m").baseline is None
+
+
+def test_metrics_of_schema_1_are_read_with_each_methods_own_error_under_its_name() -> None:
+    """What it called relative_output_error was a root, under the statistics that a method collected: nothing to compare."""
+    layers = [{"name": "m.0.q", "relative_output_error": 0.2, "metrics": {"relative_error": 0.1}}, {"name": "m.1.q"}]
+    old = {"schema": 1, "run": "a", "model": "m", "stages": [{"stage": "quantize", "layers": layers}]}
+    first, second = r.RunRecord.from_json(old).stages[0].layers
+    assert first.relative_output_error is None and first.metrics == {"relative_error": 0.1, "root_relative_error": 0.2}
+    assert second.relative_output_error is None and second.metrics == {}
+    again = r.RunRecord.from_json(json.loads(r.dumps(r.RunRecord.from_json(old))))
+    assert again.stages[0].layers == (first, second), "written as schema 2 and read"
