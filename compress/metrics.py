@@ -59,8 +59,8 @@ def output_error(weight_OI: Tensor, target_OI: Tensor, x_TI: Tensor) -> float | 
     lost, whole = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for ours_OI, wanted_OI in zip(weight_OI.float().split(_OUTPUTS), target_OI.float().split(_OUTPUTS), strict=True):
         x_TI = x_TI.to(wanted_OI)
-        lost += (x_TI @ (wanted_OI - ours_OI).T).double().square().sum().cpu()
-        whole += (x_TI @ wanted_OI.T).double().square().sum().cpu()
+        lost += (x_TI @ (wanted_OI - ours_OI).T).square_().sum(dtype=torch.float64).cpu()
+        whole += (x_TI @ wanted_OI.T).square_().sum(dtype=torch.float64).cpu()
     found = float(lost / whole) if whole > 0 else float(lost)
     return found if math.isfinite(found) else None
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 NEEDS = frozenset({"norms", "absmax", "absmean", "second_moment", "cross_moment", "samples", "fisher"})
 """Every statistic a method can ask for; `fisher` concerns the weight, all others its input."""
+SAMPLES = 512
+"""Rows of an input that `samples` keeps: the first ones."""
 _STRIPE = 256
 
 
@@ -27,7 +29,7 @@ class InputStatistics:
     features: int
     needs: frozenset[str]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    max_samples: int = 512
+    max_samples: int = SAMPLES
     tokens: int = 0
     square_sum_I: Tensor | None = field(init=False, default=None)
     max_I: Tensor | None = field(init=False, default=None)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ...compress.statistics import SAMPLES
 from ..devices.rates import Work
 from ..evaluation.perplexity import LOGITS_AT_ONCE, TOKENS_AT_ONCE
 from ..models.structure import Site
@@ -116,33 +117,34 @@ def compressed(plan: Plan, spec: StageSpec, records: bool, first: bool, written:
     anatomy, row = plan.anatomy, methods(spec.name)[spec.method]
     sites = [s for s in anatomy.sites() if not spec.skips(s.name)]
     needs = frozenset[str]().union(*(row.needs(spec.config_for(s.name)) for s in sites)) if sites else frozenset()
-    walks = bool(needs - {"fisher"}) or row.scope == "block"
+    looks = bool(needs - {"fisher"}) or row.scope == "block"
     twin = (row.inputs == "dense" and not first) or "cross_moment" in needs or row.scope == "block"
-    seq_len = plan.recipe.calibration.seq_len
-    tokens = float(plan.recipe.calibration.samples * seq_len)
+    seq_len, windows = plan.recipe.calibration.seq_len, plan.recipe.calibration.samples
+    if not looks:  # a few tokens, for the errors alone
+        seq_len = min(seq_len, SAMPLES)
+        windows = min(windows, -(-SAMPLES // seq_len))
+    tokens = float(windows * seq_len)
     solving, kept = _solved(plan, spec, sites, needs, records, tokens)
     work = solving.work + Work(files=written / anatomy.blocks, calls=500)
-    if walks:
-        passes = 2.0 + ((1.0 if "cross_moment" in needs else 0.0) + 1.0 if twin else 0.0)
-        passes += len(anatomy.inputs(sites)) - 1 if spec.true_sequential and needs else 0
-        last = [] if row.scope == "block" else anatomy.inputs(sites)[-1]
-        work += plan.pass_of(tokens, seq_len) * passes + plan.loaded(records) * (2 if twin else 1)
-        work += Work({plan.dtype: -tokens * anatomy.products(last)}) + Work(passes=anatomy.block_parameters * 4 * DENSE)
-        work += _statistics(plan, anatomy.inputs(sites), needs, tokens)
-    models = (2 if twin else 1) if walks else 1
-    hidden = plan.hidden_bytes(tokens) * (models + (row.scope == "block")) if walks else 0.0
-    block = plan.block_bytes * models if walks else 0.0
-    held = plan.outside_bytes * models + block
+    passes = 2.0 + ((1.0 if "cross_moment" in needs else 0.0) + 1.0 if twin else 0.0)
+    passes += len(anatomy.inputs(sites)) - 1 if spec.true_sequential and looks else 0
+    last = [] if row.scope == "block" or not sites else anatomy.inputs(sites)[-1]
+    work += plan.pass_of(tokens, seq_len) * passes + plan.loaded(records) * (2 if twin else 1)
+    work += Work({plan.dtype: -tokens * anatomy.products(last)}) + Work(passes=anatomy.block_parameters * 4 * DENSE)
+    work += _statistics(plan, anatomy.inputs(sites), needs, tokens)
+    models = 2 if twin else 1
+    hidden = plan.hidden_bytes(tokens) * (models + (row.scope == "block"))
+    held = plan.outside_bytes * models + plan.block_bytes * models
     if row.scope == "block" and hasattr(spec.config, "steps"):
         trained = _trained(plan, spec, sites, tokens)
         work, held = work + trained.work, held + kept
         solving = replace(solving, peak=max(solving.peak, trained.peak))
-    device = held + max(solving.peak, plan.running_bytes(plan.recipe.calibration.samples, seq_len) if walks else 0.0)
+    device = held + max(solving.peak, plan.running_bytes(windows, seq_len))
     read = anatomy.block_parameters * plan.element * (1 if first else 2)
     whole = Needs(
         work * anatomy.blocks + OPENED * (2 if twin else 1),
         device,
-        max(anatomy.outside * plan.element, READ_AHEAD * read) + written / anatomy.blocks + walks * RUNNING_BYTES,
+        max(anatomy.outside * plan.element, READ_AHEAD * read) + written / anatomy.blocks + RUNNING_BYTES,
         hidden,
     )
     return _with_rest(plan, spec, whole)
@@ -178,14 +180,14 @@ def _solved(plan: Plan, spec: StageSpec, sites: list[Site], needs: frozenset[str
     kept, work, peak = 0.0, Work(), 0.0
     for together in plan.anatomy.inputs(sites):
         width = together[0].shape[1]
-        kept += squares * width**2
+        kept += squares * width**2 + 4.0 * SAMPLES * width
         found = 0.0
         for site in together:
             cost = _of_matrix(spec, site, records)
             rows, columns = site.shape
-            said = 2.0 * rows * columns * columns if "second_moment" in needs else 0.0
-            work += cost.work + Work({F32: said}, passes=4.0 * rows * columns * (2 * DENSE + 10), calls=100)
-            peak = max(peak, kept + 4.0 * rows * columns * 1.5 + cost.peak)
+            work += cost.work + Work({F32: 2.0 * rows * columns * SAMPLES}, passes=4.0 * rows * columns * (2 * DENSE + 10), calls=100)
+            measured = 4.0 * rows * (2 * columns + SAMPLES)
+            peak = max(peak, kept + 4.0 * rows * columns * 1.5 + max(cost.peak, measured))
             found = max(found, cost.kept)
         work += factor_work(width) if found else Work()
         kept += found

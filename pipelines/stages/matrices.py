@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...compress.methods import Method
 from ...compress.metrics import output_error
-from ...compress.statistics import Fisher, InputStatistics, LayerStatistics
+from ...compress.statistics import SAMPLES, Fisher, InputStatistics, LayerStatistics
 from ...compress.weights import DenseWeight, StoredWeight
 from ..errors import InputError
 from ..models.blocks import StreamedModel
@@ -23,9 +23,6 @@ from ..models.structure import Site, shared_names
 from ..recipes.stage_settings import StageSpec
 from ..store.artifact import Artifact, ArtifactWriter
 from .context import Context
-
-ERROR_TOKENS = 512
-"""Inputs of a matrix, the first of the calibration text, on which its output's error is measured (`InputStatistics.max_samples`)."""
 
 
 @dataclass
@@ -66,12 +63,13 @@ class Stage:
         return self.spec.true_sequential and bool(self.needs - {"fisher"})
 
     def calibration(self) -> Tensor:
-        """Token ids [N, T]: all of the calibration text, or what ERROR_TOKENS tokens take where the method looks at none of it."""
+        """Token ids [N, T]: all of the calibration text, or what SAMPLES tokens take where the method looks at none of it: errors are
+        measured on that many inputs."""
         ids_NT = self.context.inputs.calibration()
         if self.looks_at_inputs:
             return ids_NT
-        length = min(ids_NT.shape[1], ERROR_TOKENS)
-        return ids_NT[: -(-ERROR_TOKENS // length), :length]
+        length = min(ids_NT.shape[1], SAMPLES)
+        return ids_NT[: -(-SAMPLES // length), :length]
 
     def config_for(self, site: Site) -> Any:
         """The site's config: its overrides over its block's sparsity over the stage's settings."""

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from ...compress.rounding import rtn
-from ...compress.statistics import InputStatistics, LayerStatistics
+from ...compress.statistics import SAMPLES, InputStatistics, LayerStatistics
 from ...compress.weights import StoredWeight
 from ..models.structure import Site, shared_names, tied_names
 from ..store.artifact import shards_of
-from .matrices import ERROR_TOKENS, Stage, current, described, solve, target
+from .matrices import Stage, current, described, solve, target
 
 
 def write_rest(stage: Stage, head: list[Site], statistics_of: Callable[[Site], InputStatistics]) -> None:
@@ -78,7 +78,7 @@ def _rounded(stage: Stage, site: Site) -> tuple[StoredWeight, dict[str, Any]]:
     none = InputStatistics(site.shape[1], frozenset())
     config = stage.spec.embedding_config(site.shape[1])
     record, metrics = rtn(current(stage, site).to(stage.context.device), target_OI, LayerStatistics(none), config)
-    ids_T = stage.calibration().flatten()[:ERROR_TOKENS].to(target_OI.device)
+    ids_T = stage.calibration().flatten()[:SAMPLES].to(target_OI.device)
     wanted_TD = target_OI[ids_T]
     lost, whole = ((m.double().square().sum()) for m in (wanted_TD - record.dense()[ids_T], wanted_TD))
     return record, described(site, record, target_OI, None, metrics) | {"output_error": float(lost / whole) if whole > 0 else 0.0}

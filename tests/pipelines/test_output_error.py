@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.pipelines import measure, runner
-from bitmend.pipelines.artifact import Artifact
-from bitmend.pipelines.blocks import StreamedModel
-from bitmend.pipelines.inputs import Inputs
-from bitmend.pipelines.recipe import resolve
-from bitmend.pipelines.stages.matrices import ERROR_TOKENS
+from bitmend.compress.statistics import SAMPLES
+from bitmend.pipelines.evaluation import measure
+from bitmend.pipelines.models.blocks import StreamedModel
+from bitmend.pipelines.recipes.recipe import resolve
+from bitmend.pipelines.run import runner
+from bitmend.pipelines.stages.inputs import Inputs
+from bitmend.pipelines.store.artifact import Artifact
 from safetensors.torch import load_file
 
 from .families import save_speaking
@@ -53,7 +54,7 @@ def by_hand(run: Path, made: Artifact, parent: Artifact, weights: dict[str, torc
     for index in range(block):
         model.load_block(index)
         hidden = model.run_block(index, hidden)
-    x = model.load_block(block).input_layernorm(hidden).reshape(-1, hidden.shape[-1])[:ERROR_TOKENS]
+    x = model.load_block(block).input_layernorm(hidden).reshape(-1, hidden.shape[-1])[:SAMPLES]
     wanted = weights[f"{Q.format(block)}.weight"].float()
     lost = x @ (wanted - made.stored(Q.format(block)).dense()).T
     return float(lost.double().square().sum() / (x @ wanted.T).double().square().sum())
