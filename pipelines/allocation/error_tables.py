@@ -47,7 +47,9 @@ VERSION = 2
 """Rises when a fix changes a table."""
 
 
-def table_key(parent_key: str, calibration: str, stages: Spent, settings: list[Setting], allocation: Allocation, compute: Mapping[str, Any]) -> str:
+def table_key(
+    parent_key: str, calibration: str, stages: Spent, settings: list[Setting], allocation: Allocation, compute: Mapping[str, Any]
+) -> str:
     """Whatever decides the table: another budget has the same one."""
     row: Method = QUANTIZE[stages.quantize.method]
     chosen = {"bits", "group_size", "block_size", "double_quantize"}

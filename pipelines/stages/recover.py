@@ -39,7 +39,7 @@ from ..store.artifact import Artifact, ArtifactWriter
 from ..store.files import write_bytes
 from .block_reconstruction import reconstruct_blocks
 from .context import Context, Outcome
-from .requantize import requantize_trained
+from .requantize_trained import requantize_trained
 from .teacher import streamed_teacher
 from .writing import SLACK, InPlace, Trained, as_stored_before, audited, trained, untouched, write_model
 

@@ -53,7 +53,14 @@ def test_scales_of_every_expert_train(mixture: Path, small_text: Path, tmp_path:
 
 def test_factors_on_a_model_that_was_never_compressed(mixture: Path, small_text: Path, tmp_path: Path) -> None:
     """Chosen experts get a record with a pair; the others of the same parameter must not be lost."""
-    lora = {"method": "lora", "targets": r"experts\.gate_up_proj\.[01]$", "rank": 2, "learning_rate": 1e-2, "loss": "cross_entropy", **SHORT}
+    lora = {
+        "method": "lora",
+        "targets": r"experts\.gate_up_proj\.[01]$",
+        "rank": 2,
+        "learning_rate": 1e-2,
+        "loss": "cross_entropy",
+        **SHORT,
+    }
     run(tmp_path, mixture, small_text, {"recover": lora})
     base, after = last(tmp_path, "baseline"), last(tmp_path, "recover")
     whole = base.tensor("model.layers.0.mlp.experts.gate_up_proj")

@@ -15,7 +15,7 @@ from bitmend.pipelines.models.blocks import StreamedModel
 from bitmend.pipelines.models.collecting import collect
 from bitmend.pipelines.models.hidden import Room
 from bitmend.pipelines.recipes.recipe import resolve
-from bitmend.pipelines.stages import requantize as stage
+from bitmend.pipelines.stages import requantize_trained as stage
 from bitmend.pipelines.stages.inputs import Inputs
 from bitmend.recover.whole_matrices import MaskedDense, round_again
 
