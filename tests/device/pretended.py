@@ -28,6 +28,7 @@ from unittest import mock
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -57,6 +58,8 @@ def where_told(make: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(make)
     def made(like: torch.Tensor, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        if like.is_meta and device is not None:
+            return make(like, *args, device=device, **kwargs)
         return make(like if device is None else to(like.detach(), device), *args, **kwargs)
 
     return made
@@ -269,8 +272,10 @@ class Move(torch.autograd.Function):
 
 
 def moved(tensor: torch.Tensor, to_card: bool) -> torch.Tensor:
-    if isinstance(tensor, OnCard) == to_card:
+    if isinstance(tensor, OnCard) == to_card and not tensor.is_meta:
         return tensor
+    if tensor.is_meta:
+        raise NotImplementedError("Cannot copy out of meta tensor; no data!")
     return Move.apply(tensor, to_card) if tensor.requires_grad and torch.is_grad_enabled() else copied(tensor, to_card)  # type: ignore[return-value]
 
 
@@ -442,6 +447,7 @@ def pretended_cuda(total_memory: int = 80 << 30, capability: tuple[int, int] = (
     global card
     with contextlib.suppress(ImportError):
         importlib.import_module("bitsandbytes")  # which later would find a card, and look for its driver
+    _device_constructors()  # remembers what `with torch.device(...)` governs: torch's own functions, not those that take their place here
     before, card = card, Card(total_memory, capability)
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
     with contextlib.ExitStack() as stack:
