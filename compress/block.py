@@ -33,7 +33,7 @@ class BlockProblem:
     weights: name → StoredWeight, as they stand (an earlier quantization, or dense); targets: name → float32 [O, I] dense
     matrices of the same block; forward(matrices, hidden [B, T, D]) runs the block with those effective weights,
     differentiable in both; inputs [N, T, D] are what the compressed model below produces, outputs [N, T, D] what the dense
-    block makes of the dense model's hidden states (or of `inputs`, as the caller decides); statistics: name → LayerStatistics;
+    block makes of the dense model's hidden states (or of `inputs`, as the caller decides; none where the method's row has no `dense_outputs`); statistics: name → LayerStatistics;
     parts: the names of its sub-blocks in the order they run in. With window "two_blocks" forward and outputs reach behind the next
     block. `keep` holds on to batches [B, T, D] until they are samples. `pause` is called between steps of a training: it may raise to end it.
     The function returns (name → StoredWeight, {metric: number}).

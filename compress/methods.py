@@ -2,7 +2,7 @@
 
 A row's `function(weight, target_OI, statistics, config)` takes a StoredWeight, the float32 [O, I] matrix it should imitate,
 LayerStatistics and its config, and returns (StoredWeight, {metric: number}). It knows no files and no models.
-A row with scope "block" trains one decoder block as a whole; see `BlockProblem`.
+A row with scope "block" is given one decoder block as a whole; see `BlockProblem`.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ class Method:
     the already compressed model below, or the dense one; `version` rises when a fix changes results; `defaults` are the row's
     own values of the config's fields: a row is `config(**(defaults | what the user set))`; `together(weights, targets, statistics,
     config)`, all by name, solves matrices that read one input at once, where the config says `shared`; `departs`: where it is not what
-    its paper has."""
+    its paper has; `dense_outputs`: with scope "block", whether it is trained towards what the dense block makes."""
 
     config: type
     function: Callable[..., Any]
@@ -38,6 +38,7 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     together: Callable[..., Any] | None = None
     departs: str = ""
+    dense_outputs: bool = False
 
 
 _REFIT: Mapping[str, Any] = {"requantize": True, "quantizer": "gptq", "clip": "hessian"}
@@ -92,9 +93,10 @@ QUANTIZE: Mapping[str, Method] = {
         needs=block_needs,
         scope="block",
         version=2,
+        dense_outputs=True,
         departs="AutoRound with one range multiplier a group, where it has one for each end; starts from GPTQ",
     ),
-    "block_training": Method(BlockTrainingConfig, block_training, needs=block_needs, scope="block", version=2),
+    "block_training": Method(BlockTrainingConfig, block_training, needs=block_needs, scope="block", version=2, dense_outputs=True),
 }
 
 __all__ = ["DECOMPOSE", "PRUNE", "QUANTIZE", "BlockProblem", "Method"]

@@ -118,7 +118,7 @@ def compressed(plan: Plan, spec: StageSpec, records: bool, first: bool, written:
     sites = [s for s in anatomy.sites() if not spec.skips(s.name)]
     needs = frozenset[str]().union(*(row.needs(spec.config_for(s.name)) for s in sites)) if sites else frozenset()
     looks = bool(needs - {"fisher"}) or row.scope == "block"
-    twin = (row.inputs == "dense" and not first) or "cross_moment" in needs or row.scope == "block"
+    twin = (row.inputs == "dense" and not first) or "cross_moment" in needs or row.dense_outputs
     seq_len, windows = plan.recipe.calibration.seq_len, plan.recipe.calibration.samples
     if not looks:  # a few tokens, for the errors alone
         seq_len = min(seq_len, SAMPLES)
@@ -133,7 +133,7 @@ def compressed(plan: Plan, spec: StageSpec, records: bool, first: bool, written:
     work += Work({plan.dtype: -tokens * anatomy.products(last)}) + Work(passes=anatomy.block_parameters * 4 * DENSE)
     work += _statistics(plan, anatomy.inputs(sites), needs, tokens)
     models = 2 if twin else 1
-    hidden = plan.hidden_bytes(tokens) * (models + (row.scope == "block"))
+    hidden = plan.hidden_bytes(tokens) * (models + row.dense_outputs)
     held = plan.outside_bytes * models + plan.block_bytes * models
     if row.scope == "block" and hasattr(spec.config, "steps"):
         trained = _trained(plan, spec, sites, tokens)

@@ -49,7 +49,7 @@ def compress(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context:
     room = Room.measured(context.device, context.scratch)
     stage = Stage(parent, writer, spec, row, context, model, targets, None, needs, room, sparsity)
     wants_dense = row.inputs == "dense" and parent.key != context.baseline.key
-    if wants_dense or "cross_moment" in needs or row.scope == "block":
+    if wants_dense or "cross_moment" in needs or row.dense_outputs:
         stage.dense = StreamedModel(context.baseline, context.device, context.dtype, reader=targets)
     if "fisher" in needs:
         stage.fisher = {name: found.to(context.device) for name, found in fisher_diagonal(context).items()}

@@ -1,4 +1,4 @@
-"""Methods that train a decoder block as a whole: its matrices, its inputs, what the dense block makes of them, and the block as a function.
+"""Methods that are given a decoder block as a whole: its matrices, its inputs, what the dense block makes of them, and the block as a function.
 
 Knows the model's blocks; the training is `compress/block_training` and `compress/smooth`.
 Legend: B windows, T tokens, D model width.
@@ -23,11 +23,9 @@ def solve_block(
     stage: Stage, index: int, sites: list[Site], statistics: dict[str, InputStatistics]
 ) -> tuple[dict[str, StoredWeight], list[dict[str, Any]]]:
     """Hand the whole block to a method that trains it."""
-    assert stage.dense is not None
     targets = {s.name: target(stage, s) for s in sites}
     behind = _behind(stage, index)
-    with torch.no_grad():
-        outputs = HiddenStates.of((_through(stage.dense, [index, *behind], h) for h in stage.dense_hidden), stage.room)
+    outputs = _dense_outputs(stage, [index, *behind])
     layers = {s.name: LayerStatistics(statistics[s.name], stage.fisher.get(s.name)) for s in sites}
     problem = BlockProblem(
         {s.name: current(stage, s).to(stage.context.device) for s in sites},
@@ -42,10 +40,19 @@ def solve_block(
         lambda: check_stop(stage.context),
     )
     records, metrics = stage.row.function(problem, {s.name: stage.config_for(s) for s in sites})
-    for number in behind:
-        stage.model.unload_block(number)
-        stage.dense.unload_block(number)
+    for model in (stage.model, stage.dense):
+        for number in behind if model is not None else ():
+            model.unload_block(number)
     return records, [described(s, records[s.name], targets[s.name], statistics[s.name].samples_TI, metrics.get(s.name, {})) for s in sites]
+
+
+def _dense_outputs(stage: Stage, blocks: list[int]) -> HiddenStates:
+    """What the method trains towards; nothing for one that solves its matrices by their inputs alone."""
+    if not stage.row.dense_outputs:
+        return HiddenStates(stage.room)
+    assert stage.dense is not None
+    with torch.no_grad():
+        return HiddenStates.of((_through(stage.dense, blocks, h) for h in stage.dense_hidden), stage.room)
 
 
 def _behind(stage: Stage, index: int) -> list[int]:
