@@ -37,10 +37,11 @@ gpu:
 	@PYTHONPATH=$(CURDIR)/runs/gpu/import:$(CURDIR)/runs/gpu/packages$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -P -m bitmend.pipelines.gpu $(PART) \
 		$(if $(SECONDS),--seconds $(SECONDS)) $(if $(AGAIN),--again) $(OPTIONS)
 
-# What a GPU machine without a network may lack, fetched where there is one and brought along in runs/gpu/packages.
+# What a GPU machine without a network may lack, fetched where there is one and brought along in runs/gpu/packages; `make gpu` says what.
+FETCH ?= pydantic
 gpu-packages:
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade --target runs/gpu/packages --only-binary=:all: \
-		--python-version $(or $(PYTHON_VERSION),3.12) -c constraints.txt pydantic
+		--python-version $(or $(PYTHON_VERSION),3.12) -c constraints.txt $(FETCH)
 
 check: venv
 	$(BIN)/ruff check .

@@ -1,6 +1,8 @@
 """What every folder's tests may use: the small trained model, its text, a cache of their own, and one thread."""
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,15 +14,18 @@ if not torch.cuda.is_available():
 SMALL = Path(__file__).parent / "small_model"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The pretended card comes last: what libraries remember of it meets no other test."""
-    items.sort(key=lambda item: (SMALL.parent / "device") in item.path.parents)
-
-
 @pytest.fixture(autouse=True, scope="session")
 def torch_threads() -> None:
     """Tests are small: one thread is fastest, and sums do not depend on the machine's core count."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def imports_are_no_garbage() -> Iterator[None]:
+    """Every stage collects garbage before it counts memory; half a second of it goes over what imports made, which stays anyway."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

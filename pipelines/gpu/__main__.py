@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import benches, demo_runs, suite
-from .card import missing
+from .card import missing, way_out
 from .card_results import Part, Results
 from .child import ROOT, Call, Plan
 
@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None, plan: Plan | None = None) -> in
     """0 when nothing failed, 1 when something did (it is listed), 2 when nothing could be run."""
     asked = _parse(arguments)
     parts = [name for name in asked.part or PARTS if _complete(name)]
+    if not parts:
+        return 2
     launcher = (sys.executable, asked.launcher) if asked.launcher else Call.launcher
     first = Call(plan or Plan(), asked.place, time.monotonic() + 60, 5, launcher)
     machine = _machine(first)
@@ -73,9 +75,7 @@ def _complete(part: str) -> bool:
     """Whether this Python has what the part needs; else the line that says what is missing."""
     absent = missing(part)
     if absent:
-        sys.stdout.write(
-            f"{part}: this Python lacks {', '.join(absent)}: `make gpu-packages PYTHON_VERSION=3.12`, where there is a network, fetches what is mostly missing into runs/gpu/packages\n"
-        )
+        sys.stdout.write(f"{part}: {sys.executable} lacks {', '.join(absent)}: {way_out(absent)}\n")
     return not absent
 
 

@@ -14,10 +14,25 @@ NEEDED = {
 }  # fmt: skip
 """Import names by part; parts that are not named run the pipeline."""
 
+FETCHED = {
+    "numpy": "numpy", "pytest": "pytest", "safetensors": "safetensors", "pydantic": "pydantic", "yaml": "PyYAML", "typer": "typer",
+    "rich": "rich", "scipy": "scipy", "jinja2": "Jinja2", "matplotlib": "matplotlib",
+}  # fmt: skip
+"""Those that `make gpu-packages` can fetch, by what they are called there. The others come with torch for the card's driver."""
+
 
 def missing(part: str) -> list[str]:
     """Packages without which a part cannot run."""
     return [name for name in NEEDED.get(part, NEEDED["pipeline"]) if find_spec(name) is None]
+
+
+def way_out(absent: Sequence[str]) -> str:
+    """Where missing packages come from."""
+    own = [name for name in absent if name not in FETCHED]
+    if own:
+        return f"give a Python that has {', '.join(own)}: PYTHON=…"
+    names, version = " ".join(FETCHED[name] for name in absent), ".".join(map(str, sys.version_info[:2]))
+    return f'where there is a network, `make gpu-packages FETCH="{names}" PYTHON_VERSION={version}` fetches what is missing into runs/gpu/packages'
 
 
 def main(arguments: Sequence[str] = ()) -> int:

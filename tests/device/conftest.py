@@ -1,6 +1,5 @@
 """The pretended card, and runs on it that tests go on with: one or two blocks of the small model, few tokens, no pages."""
 
-import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -34,19 +33,15 @@ def card() -> Iterator[Card]:
         yield made
 
 
-@pytest.fixture(
-    autouse=True, scope="session"
-)  # before the runs that several tests share; these tests are the last ones (tests/conftest.py)
+@pytest.fixture(autouse=True, scope="module")  # not the session's: other folders' tests come after these in the same process
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache that is not the user's; few tokens held out and written, no report's page, and what imports made is no garbage to go over."""
-    gc.freeze()
+    """A cache that is not the user's; few tokens held out and written, no report's page."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BITMEND_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(inputs, "HELD_OUT_TOKENS", 32)
         patch.setattr(speed.tokens_per_second, "__defaults__", (2,))
         patch.setattr("bitmend.reports.render", lambda record, kind: f"{kind}\n")
         yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

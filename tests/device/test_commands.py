@@ -40,23 +40,23 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
     return run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(tmp_path_factory.mktemp("recipe") / "r.yaml", [GPTQ, TRAINED], **FEW)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def source(one_block: Path, little_text: Path) -> list[object]:
     return ["-m", one_block, "--data", little_text]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def started(recipe: Path, two_blocks: Path, little_text: Path) -> list[str]:
     """A run on the card but for where it goes."""
     return [str(a) for a in ("run", recipe, "-m", two_blocks, "--data", little_text, "--device", "cuda", "-o")]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(started: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on the card, never interrupted."""
     place = tmp_path_factory.mktemp("finished") / "run"

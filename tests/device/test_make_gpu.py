@@ -170,10 +170,21 @@ def test_what_is_pretended_is_not_published(capsys: pytest.CaptureFixture[str]) 
 def test_a_python_that_lacks_a_package_is_told_so(
     tmp_path: Path, plan: Plan, in_here: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(gpu, "missing", lambda part: ["pydantic"] if part == "demo" else [])
+    monkeypatch.setattr(gpu, "missing", lambda part: ["pydantic", "yaml"] if part == "demo" else [])
     code, found = make_gpu(tmp_path, plan, "demo", "kernels")
     assert code == 1 and list(found) == ["kernels"]
-    assert capsys.readouterr().out.startswith("demo: this Python lacks pydantic")
+    (line, *_) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"demo: {sys.executable} lacks pydantic, yaml: ") and '`make gpu-packages FETCH="pydantic PyYAML" ' in line
+    assert gpu.main(["demo"]) == 2
+
+
+def test_a_python_without_torch_is_told_so_by_name(tmp_path: Path) -> None:
+    """As `make gpu` calls it, with nothing but the checkout."""
+    (tmp_path / "bitmend").symlink_to(gpu.ROOT)
+    command = [sys.executable, "-S", "-P", "-m", "bitmend.pipelines.gpu", "kernels"]
+    done = subprocess.run(command, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=60)
+    said = f"kernels: {sys.executable} lacks torch, triton, numpy: give a Python that has torch, triton: PYTHON=…\n"
+    assert (done.returncode, done.stdout) == (2, said), done.stderr
 
 
 def test_the_checkout_is_importable_through_its_link(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """One finished run that tests may read, never change; and a cache that is not the user's."""
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,14 +8,6 @@ import torch
 from bitmend.pipelines.run import runner
 
 from .runs import Processes, chosen, processes
-
-
-@pytest.fixture(autouse=True, scope="session")
-def imports_are_no_garbage() -> Iterator[None]:
-    """Every stage collects garbage before it counts memory; half a second of it goes over what imports made, which stays anyway."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
