@@ -253,13 +253,15 @@ def _give_back_freed_memory() -> None:
 
 def _on_model(subject: str, chosen: Sequence[tuple[str, str]], options: Options) -> list[dict[str, Any]]:
     """One run a method in a shared run directory; what the methods have in common runs once, finished rows are read back. Of recoveries
-    the seconds of a step as well, measured anew by all in turn."""
+    the seconds of a step as well, measured anew by all in turn. Where every method is refused, which happens before any works, the first
+    one's error."""
     from ..run import runner
 
     model = options.model or "demo"
     place = (options.output or Path("runs")) / f"bench-{subject}"
     served: dict[str, StageSpec] = {}
     rows: list[dict[str, Any]] = []
+    errors: list[PipelineError] = []
     for stage, method in chosen:
         settings = {"method": method} | ({"steps": RECOVERY_STEPS} if stage == "recover" else {})
         asked = resolve({"name": f"bench-{subject}", "model": model, "stages": [*BEFORE[subject], {stage: settings}]})
@@ -268,11 +270,16 @@ def _on_model(subject: str, chosen: Sequence[tuple[str, str]], options: Options)
         except PipelineError as error:
             log.warning("%s %s: %s", stage, method, error)
             rows.append({"stage": stage, "method": method, "model": model, "error": str(error)})
+            errors.append(error)
             continue
         last, served[method] = record.stages[-1], asked.stages[-1]
         fields = ("seconds", "peak_bytes", "perplexity", "perplexity_ratio", "bits_per_weight", "total_bytes", "trainable_parameters")
         rows.append({"stage": stage, "method": method, "model": model} | {name: getattr(last, name) for name in fields})
-    if subject == "recover" and served:
+    if not served:
+        raise type(errors[0])(
+            f"bench {subject} could measure nothing: {errors[0]} (--set is an option of `pipeline run`; bench keeps to the defaults)"
+        )
+    if subject == "recover":
         from .training_step import step_seconds
 
         steps = step_seconds(runner.last_artifact(place, "quantize"), list(served.values()), _device(options), options.repeats)

@@ -128,6 +128,13 @@ def test_a_model_runs_whole_stages_and_a_failure_stays_in_its_row(tmp_path: Path
     assert (tmp_path / "bench-recover.md").is_file()
 
 
+def test_where_every_method_is_refused_there_is_no_table(small_model: Path, tmp_path: Path) -> None:
+    """A model of fewer positions than bench's windows."""
+    with pytest.raises(UsageError, match=r"seq_len \d+ is above the 512 positions of this model.*`pipeline run`"):
+        run("recover", Options(device="cpu", model=str(small_model), only=("lora", "scales"), output=tmp_path))
+    assert not list(tmp_path.glob("bench-recover.*"))
+
+
 def test_steps_are_timed_in_turn_and_blocks_have_none(finished: Path) -> None:
     parent = last_artifact(finished, "decompose")
     names = ("lora", "scales", "fish_mask", "reconstruct")
