@@ -78,10 +78,6 @@ def round_to_grid(weight_OS: Tensor, scale_O1: Tensor, zero_O1: Tensor, grid: Un
     return (weight_OS / scale_O1).round_().add_(zero_O1).clamp_(0, grid.top)
 
 
-def on_grid(codes_OS: Tensor, scale_O1: Tensor, zero_O1: Tensor) -> Tensor:
-    return (codes_OS - zero_O1) * scale_O1
-
-
 def search_clip(
     weight_OS: Tensor,
     grid: UniformGrid,

@@ -20,9 +20,8 @@ from .feedback import factor_of
 from .lowrank import Metric, WeightedError, spectrum
 from .masks import pattern_mask, wanda_mask
 from .packing import packed_words
-from .requantize import requantize
 from .statistics import LayerStatistics
-from .weights import NormalFloatWeight, StoredWeight, UniformWeight
+from .weights import StoredWeight
 
 
 @dataclass(frozen=True, order=True)
@@ -100,30 +99,6 @@ def settings(
     grids += [Grid("normal_float", b, g, False, d, p, s) for b, g, d, (p, s) in books]
     terms: list[tuple[int, FactorBits]] = [(0, 16), *((r, f) for r, f in product(ranks, factor_bits) if r)]
     return [Setting(grid, rank, bits_of_factors) for grid in grids for rank, bits_of_factors in terms]
-
-
-def blank(grid: Grid, rows: int, columns: int) -> StoredWeight:
-    """A record on this grid, with nothing in it yet: what `requantize` fills."""
-    codes = torch.zeros(rows, packed_words(columns, grid.bits), dtype=torch.int32)
-    groups = grid.groups(columns)
-    if groups is None:
-        raise ValueError(f"{columns} columns are not a multiple of group size {grid.group_size} or of pattern {grid.pattern}")
-    if grid.kind == "uniform":
-        packed = torch.zeros(rows, packed_words(groups, grid.bits), dtype=torch.int32)
-        zeros = None if grid.symmetric else torch.zeros(rows, groups).half() if grid.float_zeros else packed
-        return StoredWeight(UniformWeight(codes, torch.zeros(rows, groups).half(), zeros, grid.bits, columns // groups, columns))
-    absmax = None if grid.double_quantized else torch.zeros(rows, groups)
-    return StoredWeight(NormalFloatWeight(codes, grid.bits, columns // groups, columns, absmax))
-
-
-def quantized(target_OI: Tensor, grid: Grid, statistics: LayerStatistics, quantizer: Literal["rtn", "gptq"]) -> StoredWeight:
-    """The matrix on a grid, after Wanda's mask where the grid has a pattern."""
-    rows, columns = target_OI.shape
-    record = blank(grid, rows, columns)
-    if grid.pattern != "dense":
-        record = record.with_mask(mask_on(target_OI, statistics.inputs.norm_I, grid))
-    on_device = record.to(target_OI.device) if target_OI.device.type != "cpu" else record
-    return requantize(on_device, target_OI, statistics, quantizer)
 
 
 def mask_on(target_OI: Tensor, norm_I: Tensor, grid: Grid) -> Tensor:

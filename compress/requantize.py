@@ -3,7 +3,6 @@
 Knows which row of `rounding` and `gptq` a record came from; not how they work, nor where L comes from.
 """
 
-from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor
@@ -42,7 +41,3 @@ def requantize(
         plain = RtnConfig(base.bits, base.group_size, base.symmetric, clip, base.float_zeros, activations)
         return rtn(weight, target_OI, statistics, plain)[0]
     raise ValueError("a dense weight has no grid to requantize on; quantize it first, or set requantize: false")
-
-
-def without_low_rank(weight: StoredWeight) -> StoredWeight:
-    return replace(weight, low_rank=None)

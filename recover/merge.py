@@ -49,15 +49,6 @@ def merge(stored: StoredWeight) -> StoredWeight:
     return replace(stored, base=DenseWeight(dense.to(stored.base.weight.dtype)), low_rank=None, delta=None, smooth=None)
 
 
-def merge_all(records: Records) -> dict[str, StoredWeight]:
-    """Merge every record. ValueError names the first layer that refuses, before anything is merged."""
-    for name, stored in records.items():
-        reason = merge_refusal(stored)
-        if reason is not None:
-            raise ValueError(f"{name}: {reason}")
-    return {name: merge(stored) for name, stored in records.items()}
-
-
 def audit(before: Records, after: Records, codes_move: bool = False) -> list[str]:
     """What an operation on records must not have changed: masks bit for bit, zeros under them, the grid's shape, bits, groups and (unless
     `codes_move`) codes. Returns the violations, each with its layer; [] when all is well."""

@@ -5,7 +5,7 @@ Legend: B batch, T tokens, D model, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -92,33 +92,3 @@ def _probe(model: Any, student: Student) -> None:
     error = float((ours - theirs).abs().max())
     if not error <= 1e-2 * max(1.0, float(theirs.abs().max())):
         raise ValueError(f"body and head of {type(model).__name__} differ from its own logits by {error:.3g}; pass a Student")
-
-
-@dataclass
-class HiddenCache:
-    """Teacher states by the ids that made them, in float16 (1,152 bytes a token at width 576), up to `budget_bytes`.
-    What a batch gets is rounded whether it came from the cache or not, so a resumed run sees the same numbers."""
-
-    compute: Callable[[Tensor], Tensor]
-    budget_bytes: float
-    used_bytes: int = 0
-    kept: dict[bytes, Tensor] = field(default_factory=dict)
-
-    def __call__(self, ids_BT: Tensor) -> Tensor:
-        keys = [row.cpu().numpy().tobytes() for row in ids_BT]
-        if any(key not in self.kept for key in keys):
-            with torch.no_grad():
-                states = self.compute(ids_BT).to(torch.float16)
-            for key, row in zip(keys, states, strict=True):
-                size = row.numel() * 2
-                if key not in self.kept and self.used_bytes + size <= self.budget_bytes:
-                    self.kept[key], self.used_bytes = row.cpu().clone(), self.used_bytes + size
-            return states.float()
-        return torch.stack([self.kept[key] for key in keys]).to(ids_BT.device).float()
-
-
-def teacher_of(model: nn.Module, cache_bytes: float = 1 << 28) -> Teacher:
-    """A frozen model as teacher, its last hidden states cached."""
-    student = student_of(model)
-    model.requires_grad_(False).eval()
-    return Teacher(HiddenCache(student.hidden, cache_bytes), student.logits)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -264,15 +263,3 @@ def _roll_back(run: Run, problem: str) -> None:
     run.restore(run.good)
     run.optimizer.reset()
     run.step, run.factor = run.good_step, run.factor * ROLLBACK_FACTOR
-
-
-def summary(result: TrainResult) -> dict[str, Any]:
-    """What a report shows."""
-    return {
-        "held_out_perplexity_start": math.exp(result.start_loss),
-        "held_out_perplexity_best": math.exp(result.best_loss),
-        "best_step": result.best_step,
-        "improved": result.improved,
-        "rollbacks": result.rollbacks,
-        "tokens": result.tokens,
-    }

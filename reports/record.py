@@ -177,10 +177,6 @@ def dumps(record: RunRecord) -> str:
     return json.dumps(record.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def loads(text: str) -> RunRecord:
-    return RunRecord.from_json(json.loads(text))
-
-
 def perplexity_ratio(perplexity: float | None, baseline: float | None) -> float | None:
     if not _positive(perplexity, baseline):
         return None

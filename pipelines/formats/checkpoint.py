@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...compress.weights import NormalFloatWeight, StoredWeight, UniformWeight
 from ...recover.beside import Beside
-from ..errors import InputError, UsageError
+from ..errors import UsageError
 
 T = TypeVar("T")
 
@@ -132,12 +132,6 @@ def half_scales(name: str, scales: Tensor, format_name: str) -> tuple[Tensor, bo
 
 def masked_note(checkpoint_linears: int, format_name: str) -> str:
     return f"{checkpoint_linears} pruned linears: the zeros are exact, the masks themselves have no place in {format_name}"
-
-
-def require(condition: bool, message: str) -> None:
-    """InputError unless `condition`: for what a foreign file must satisfy."""
-    if not condition:
-        raise InputError(message)
 
 
 def untie_compressed(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:

@@ -60,11 +60,6 @@ def write(name: str, checkpoint: Checkpoint, directory: Path, **options: Any) ->
     return FORMATS[name].write(checkpoint, directory, **options)
 
 
-def base_directory(directory: Path) -> Path:
-    """Where config.json and tokenizer are: `directory`, or its `base` when it is a pair of base and adapter."""
-    return directory / peft.BASE if is_pair(directory) else directory
-
-
 def is_pair(directory: Path) -> bool:
     return (directory / peft.BASE / "config.json").is_file() and (directory / peft.ADAPTER / "adapter_config.json").is_file()
 

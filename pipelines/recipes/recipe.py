@@ -26,7 +26,6 @@ __all__ = [
     "Recipe",
     "StageSpec",
     "config_keys",
-    "describe",
     "known_recipes",
     "methods",
     "resolve",
@@ -188,11 +187,6 @@ def resolve(
         overlay = _mapping(document.get("profiles"), f"{origin}: profiles").get(profile)
         draft.lay(_document(_mapping(overlay, f"{origin}: profiles.{profile}"), f"{origin}: profiles.{profile}", inner=True), origin)
     return _recipe(draft.fields | {"profile": profile}, draft.stages)
-
-
-def describe(name: str, profile: str | None = None) -> str:
-    """The recipe with every default written out, as YAML that can be saved and changed."""
-    return resolve(name, options={"profile": profile}).to_yaml()
 
 
 def _recipe(fields: Mapping[str, Any], drafts: list[_Stage]) -> Recipe:

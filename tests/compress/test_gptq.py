@@ -7,11 +7,15 @@ import torch
 from bitmend.compress import normal_float as nf
 from bitmend.compress.feedback import inverse_factor
 from bitmend.compress.gptq import GptqConfig, GptqNormalFloatConfig, corrected_target, gptq, gptq_book, gptq_nf, gptq_uniform
-from bitmend.compress.grids import Clip, UniformGrid, fit, on_grid, round_to_grid
+from bitmend.compress.grids import Clip, UniformGrid, fit, round_to_grid
 from bitmend.compress.rounding import RtnConfig, round_uniform, rtn
 from bitmend.compress.statistics import InputStatistics, LayerStatistics
 from bitmend.compress.weights import DenseWeight, LowRank, NormalFloatWeight, StoredWeight, UniformWeight
 from torch import Tensor
+
+
+def dequantized(codes_OS, scale_O1, zero_O1):
+    return (codes_OS - zero_O1) * scale_O1
 
 
 @dataclass
@@ -72,7 +76,7 @@ def twin(case: Layer, grid: UniformGrid, act_order: str, clip: Clip = "none", ma
                 members, source = torch.tensor(order[step : step + size]), updated
             found[group] = fit(source[:, members].where(keep[:, members], 0), grid, clip, importance[members])
         scale, zero = found[group]
-        rounded = on_grid(round_to_grid(value.unsqueeze(1), scale, zero, grid), scale, zero).view(-1)
+        rounded = dequantized(round_to_grid(value.unsqueeze(1), scale, zero, grid), scale, zero).view(-1)
         return rounded.where(keep[:, column], 0)
 
     return column_by_column(weight, case.moment_II, order, round_column, pull=pull)

@@ -4,11 +4,15 @@ from itertools import product
 
 import pytest
 import torch
-from bitmend.compress.grids import UniformGrid, fit, min_max, on_grid, round_to_grid, search_clip, to_record
+from bitmend.compress.grids import UniformGrid, fit, min_max, round_to_grid, search_clip, to_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 grids = st.builds(UniformGrid, bits=st.sampled_from((2, 3, 4, 8)), group_size=st.just(-1), symmetric=st.booleans())
+
+
+def dequantized(codes_OS, scale_O1, zero_O1):
+    return (codes_OS - zero_O1) * scale_O1
 
 
 def groups(seed: int, rows: int = 7, columns: int = 32, shift: float = 0.0, size: float = 1.0) -> torch.Tensor:
@@ -25,12 +29,12 @@ def test_min_max_covers_the_range_within_half_a_step(grid, seed, shift, size):
     assert bool((zero >= 1).all() and (zero <= grid.top).all())
     codes = round_to_grid(weight, scale, zero, grid)
     assert bool((codes >= 0).all() and (codes <= grid.top).all())
-    error = (on_grid(codes, scale, zero) - weight).abs()
+    error = (dequantized(codes, scale, zero) - weight).abs()
     # A symmetric grid has one level less above 0, and rounding the zero point shifts an asymmetric one by up to half a step more.
     assert bool((error <= scale * 1.02 + 1e-6 * size).all())
     inside = (codes > 0) & (codes < grid.top)
     assert bool((error <= scale * 0.501 + 1e-6 * size)[inside].all())
-    assert bool((on_grid(round_to_grid(torch.zeros_like(weight), scale, zero, grid), scale, zero) == 0).all())
+    assert bool((dequantized(round_to_grid(torch.zeros_like(weight), scale, zero, grid), scale, zero) == 0).all())
 
 
 @settings(max_examples=60, deadline=None)
@@ -41,7 +45,7 @@ def test_a_clip_search_is_never_worse_than_the_whole_range(grid, seed, shift):
 
     def lost(found, power, weights):
         scale, zero = found
-        return ((on_grid(round_to_grid(weight, scale, zero, grid), scale, zero) - weight).abs().pow(power) * weights).sum(-1)
+        return ((dequantized(round_to_grid(weight, scale, zero, grid), scale, zero) - weight).abs().pow(power) * weights).sum(-1)
 
     slack = 1 + 1e-5
     assert bool((lost(fit(weight, grid, "power"), 2.4, 1) <= lost(min_max(weight, grid), 2.4, 1) * slack).all())
@@ -63,7 +67,7 @@ def test_every_search_is_at_least_as_good_as_the_one_it_begins_with(bits, kind, 
         assert torch.equal(scale, scale.half().float()) and torch.equal(zero, zero.half().float())
         codes = round_to_grid(weight, scale, zero, grid)
         assert bool((codes >= 0).all() and (codes <= grid.top).all())
-        return ((on_grid(codes, scale, zero) - weight).square() * importance).sum(-1)
+        return ((dequantized(codes, scale, zero) - weight).square() * importance).sum(-1)
 
     slack = 1 + 1e-5
     joint, hessian = lost("joint"), lost("hessian")
@@ -77,7 +81,7 @@ def test_the_joint_search_comes_near_trying_everything(bits):
     importance = torch.rand(64, generator=torch.Generator().manual_seed(1)) ** 4
 
     def lost(scale, zero):
-        return ((on_grid(round_to_grid(weight, scale, zero, grid), scale, zero) - weight).square() * importance).sum(-1)
+        return ((dequantized(round_to_grid(weight, scale, zero, grid), scale, zero) - weight).square() * importance).sum(-1)
 
     whole, _ = min_max(weight, grid)
     tried = [
@@ -118,7 +122,7 @@ def test_a_one_sided_group_uses_all_codes_but_0():
     grid = UniformGrid(2, -1)
     scale, zero = min_max(weight, grid)
     assert zero.item() == 1
-    assert on_grid(torch.tensor([[float(grid.top)]]), scale, zero).item() == pytest.approx(1.0, rel=1e-3)
+    assert dequantized(torch.tensor([[float(grid.top)]]), scale, zero).item() == pytest.approx(1.0, rel=1e-3)
     assert set(round_to_grid(weight, scale, zero, grid).view(-1).tolist()) == {1.0, 2.0, 3.0}
 
 
@@ -128,7 +132,7 @@ def test_scales_stay_storable(weight):
         grid = UniformGrid(4, -1, **kind)
         scale, zero = fit(weight, grid, clip, torch.ones(8))
         assert bool((scale > 0).all() and torch.isfinite(scale.half()).all() and torch.isfinite(zero).all())
-        assert bool(torch.isfinite(on_grid(round_to_grid(weight, scale, zero, grid), scale, zero)).all())
+        assert bool(torch.isfinite(dequantized(round_to_grid(weight, scale, zero, grid), scale, zero)).all())
 
 
 def test_the_record_says_what_the_grid_says():
@@ -136,7 +140,7 @@ def test_the_record_says_what_the_grid_says():
     scale, zero = fit(weight, grid, "none")
     codes = round_to_grid(weight, scale, zero, grid)
     record = to_record(codes.view(4, 24), scale.squeeze(-1), zero.squeeze(-1), grid)
-    assert torch.equal(record.dense(), on_grid(codes, scale, zero).view(4, 24))
+    assert torch.equal(record.dense(), dequantized(codes, scale, zero).view(4, 24))
     assert not record.symmetric
     assert to_record(codes.view(4, 24), scale.squeeze(-1), zero.squeeze(-1), UniformGrid(3, 8, symmetric=True)).symmetric
 
@@ -146,7 +150,7 @@ def test_a_record_with_float_zeros_holds_them_in_sixteen_bits():
     scale, zero = fit(weight, grid, "joint", torch.ones(3, 8))
     codes = round_to_grid(weight, scale, zero, grid)
     record = to_record(codes.view(4, 24), scale.squeeze(-1), zero.squeeze(-1), grid)
-    assert torch.equal(record.dense(), on_grid(codes, scale, zero).view(4, 24))
+    assert torch.equal(record.dense(), dequantized(codes, scale, zero).view(4, 24))
     assert record.float_zeros and record.zeros is not None and record.zeros.dtype == torch.float16
     assert record.stored_bits() == 4 * 32 * 3 + 4 * 3 * (16 + 16)
 

@@ -3,12 +3,16 @@
 import pytest
 import torch
 from bitmend.compress.feedback import inverse_factor
-from bitmend.compress.grids import UniformGrid, fit, on_grid, round_to_grid
+from bitmend.compress.grids import UniformGrid, fit, round_to_grid
 from bitmend.compress.masks import WandaConfig, keep_highest, parse_pattern, wanda
 from bitmend.compress.sparsegpt import SparseGptConfig, sparsegpt, sparsegpt_sweep
 from bitmend.compress.statistics import InputStatistics, LayerStatistics
 from bitmend.compress.weights import ActivationGrid, DenseWeight, StoredWeight, UniformWeight
 from torch import Tensor
+
+
+def dequantized(codes_OS, scale_O1, zero_O1):
+    return (codes_OS - zero_O1) * scale_O1
 
 
 def layer(rows: int = 16, columns: int = 96, seed: int = 0) -> tuple[Tensor, LayerStatistics]:
@@ -48,7 +52,7 @@ def twin(weight: Tensor, moment: Tensor, sparsity: float, pattern: str, grid: Un
             mask[:, j : j + span] = chosen
         if grid is not None and j % size == 0:
             scale, zero = fit(weight[:, j : j + size].where(mask[:, j : j + size], 0), grid, "none")
-        value = weight[:, j] if grid is None else on_grid(round_to_grid(weight[:, j : j + 1], scale, zero, grid), scale, zero).view(-1)
+        value = weight[:, j] if grid is None else dequantized(round_to_grid(weight[:, j : j + 1], scale, zero, grid), scale, zero).view(-1)
         out[:, j] = value.where(mask[:, j], 0)
         lost = weight[:, j] - out[:, j]
         weight[:, j:] -= lost.unsqueeze(1) * (inverses[j][0] / inverses[j][0, 0])

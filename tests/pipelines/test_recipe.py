@@ -8,7 +8,7 @@ import pytest
 from bitmend.pipelines.errors import UsageError
 from bitmend.pipelines.recipes import recipe as recipes
 from bitmend.pipelines.recipes import settings, stage_settings
-from bitmend.pipelines.recipes.recipe import Budget, Recipe, describe, resolve, run_directory
+from bitmend.pipelines.recipes.recipe import Budget, Recipe, resolve, run_directory
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -302,7 +302,7 @@ def test_run_directory_names_the_model_unless_it_is_the_demo(basic: Path) -> Non
 @pytest.mark.parametrize("profile", ["demo", "standard"])
 def test_packaged_recipes_resolve_with_the_real_methods(name: str, profile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage_settings, "methods", REAL_METHODS)
-    text = describe(name, profile)
+    text = resolve(name, options={"profile": profile}).to_yaml()
     made = resolve(str(written(tmp_path, text)))
     assert isinstance(made, Recipe)
     assert made.about

@@ -7,7 +7,7 @@ import torch
 from bitmend.recover.compressed_linear import compressed_linears
 from bitmend.recover.recovery_methods import RECOVER, attach, split
 from bitmend.recover.run import TrainConfig, learning_rate
-from bitmend.recover.student import Batch, Teacher, student_of, teacher_of
+from bitmend.recover.student import Batch, Teacher, student_of
 from bitmend.recover.train import TrainingDiverged, held_out_loss, train
 
 from .conftest import batch, compressed, gpt2, held_out, llama
@@ -20,6 +20,11 @@ def start(name="scales", kind="3-bit", seed=0, **settings):
     return model, attached, split(name, config)[0]
 
 
+def teacher(model):
+    dense = student_of(model.requires_grad_(False))
+    return Teacher(dense.hidden, dense.logits)
+
+
 def values(attached):
     return {name: t.parameter.detach().clone() for name, t in attached.trainables.items()}
 
@@ -27,7 +32,7 @@ def values(attached):
 def test_distillation_brings_the_student_to_the_teacher():
     dense = llama()
     model, attached, config = start("scales", "3-bit", steps=30, loss="distill", eval_every=10, learning_rate=2e-2)
-    teacher = teacher_of(dense)
+    guide = teacher(dense)
     ids = batch(900).ids
 
     def divergence():
@@ -37,7 +42,7 @@ def test_distillation_brings_the_student_to_the_teacher():
 
     before = divergence()
     seen = []
-    result = train(model, attached, lambda i: batch(i % 2), [batch(800)], teacher, config, main="scales", progress=seen.append)
+    result = train(model, attached, lambda i: batch(i % 2), [batch(800)], guide, config, main="scales", progress=seen.append)
     losses = [h["loss"] for h in result.history if "loss" in h]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert result.best_step == 0 or divergence() < before
@@ -166,20 +171,12 @@ def test_schedule_warms_up_and_falls_to_zero():
 
 def test_teacher_of_another_vocabulary_is_refused():
     model, attached, config = start(loss="distill")
-    teacher = teacher_of(gpt2())
-    narrow = type(teacher)(teacher.hidden, lambda h: teacher.logits(h)[..., :-1])
+    guide = teacher(gpt2())
+    narrow = Teacher(guide.hidden, lambda h: guide.logits(h)[..., :-1])
     with pytest.raises(ValueError, match="vocabulary has 100 entries"):
         train(model, attached, batch, held_out(), narrow, config)
     with pytest.raises(ValueError, match="needs a teacher"):
         train(model, attached, batch, held_out(), None, config)
-
-
-def test_cached_teacher_states_are_the_computed_ones():
-    teacher = teacher_of(llama())
-    ids = batch(3).ids
-    first, second = teacher.hidden(ids), teacher.hidden(ids)
-    assert torch.equal(first, second)
-    assert torch.equal(first[:1], teacher.hidden(ids[:1]))
 
 
 def test_every_method_has_a_rate_and_linears_are_found():

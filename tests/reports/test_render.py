@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 from bitmend.reports import columns, render, show
-from bitmend.reports.record import LayerRecord, RunRecord, StageRecord, loads, numbers
+from bitmend.reports.record import LayerRecord, RunRecord, StageRecord, numbers
 from bitmend.reports.tables import layer_table, stage_table
 from rich.console import Console
 
@@ -150,7 +150,7 @@ def test_csv_holds_every_number_exactly_in_tidy_rows(full_run: RunRecord) -> Non
 
 
 def test_json_is_the_record(full_run: RunRecord) -> None:
-    assert loads(render(full_run, "json")) == full_run
+    assert RunRecord.from_json(json.loads(render(full_run, "json"))) == full_run
 
 
 def test_unknown_format_is_refused_with_the_known_ones(full_run: RunRecord) -> None:
