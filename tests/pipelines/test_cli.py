@@ -237,7 +237,7 @@ def test_run_names_its_directory_and_prints_json(
     assert cli.main(["run", recipe, "--json"]) == 0
     assert calls[0][1][1] == Path("runs/basic-model")
     printed = json.loads(capsys.readouterr().out)
-    assert (printed["schema"], printed["run"], printed["stages"][1]["perplexity"]) == (1, "basic", 30.0)
+    assert (printed["schema"], printed["run"], printed["stages"][1]["perplexity"]) == (2, "basic", 30.0)
 
 
 def test_unknown_stage_addresses_are_refused_before_any_work(
@@ -301,7 +301,7 @@ def test_report_show_and_export(module: Any, run_directory: Path, tmp_path: Path
     module("run.runner", record=record())
     assert cli.main(["report", "show", str(run_directory)]) == 0
     assert "28.7" in capsys.readouterr().out
-    for kind, mark in (("html", "<html"), ("md", "| stage"), ("csv", "perplexity,"), ("json", '"schema": 1')):
+    for kind, mark in (("html", "<html"), ("md", "| stage"), ("csv", "perplexity,"), ("json", '"schema": 2')):
         assert cli.main(["report", "export", str(run_directory), "--format", kind]) == 0
         assert mark in capsys.readouterr().out
         target = tmp_path / f"page.{kind}"
