@@ -67,7 +67,7 @@ class Decomposition:
 
 
 @dataclass(frozen=True)
-class Part:
+class FactoredMatrix:
     """One of the matrices that get one right factor: its record without a low-rank term, its target, what is known of it."""
 
     weight: StoredWeight
@@ -84,7 +84,7 @@ class Problem:
     """What to decompose, most often one matrix; several that read one input are solved as one matrix, their rows on top of one another.
     O counts the rows of all parts."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[FactoredMatrix, ...]
     metric: Metric
     config: Decomposition
 
@@ -191,7 +191,7 @@ def decompose(
     of the statistics. ValueError for a rank above min(O, I), non-finite statistics, or a Fisher metric without a Fisher diagonal.
     """
     metric, notes = metric_of(statistics, config.metric)
-    part = Part(replace(weight, low_rank=None), target_OI, statistics)
+    part = FactoredMatrix(replace(weight, low_rank=None), target_OI, statistics)
     (record,), metrics = _best(Problem((part,), metric, config))
     return record, metrics | notes
 
@@ -206,7 +206,7 @@ def decompose_shared(
         raise ValueError("metric: fisher weighs the columns of every matrix its own way, so they cannot share a factor; set shared: false")
     first, *others = weights
     metric, notes = metric_of(statistics[first], config.metric)
-    parts = tuple(Part(replace(weights[n], low_rank=None), targets[n], statistics[n]) for n in weights)
+    parts = tuple(FactoredMatrix(replace(weights[n], low_rank=None), targets[n], statistics[n]) for n in weights)
     found, metrics = _best(Problem(parts, metric, config))
     records = dict(zip(weights, found, strict=True))
     for name in others:

@@ -49,7 +49,7 @@ class SvdQuantConfig:
 
 
 @dataclass(frozen=True)
-class Part:
+class SmoothedMatrix:
     """One of the matrices that read an input: its record on a grid, without low-rank term or smoothing, and W float32 [O, I]."""
 
     weight: StoredWeight
@@ -83,7 +83,7 @@ def svdquant(problem: BlockProblem, configs: Mapping[str, SvdQuantConfig]) -> tu
     return records, metrics
 
 
-def part_of(weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, config: SvdQuantConfig) -> Part:
+def part_of(weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, config: SvdQuantConfig) -> SmoothedMatrix:
     """The matrix on its grid (the config's, if it has none yet), its activations' grid set. ValueError for an impossible rank."""
     check_rank(config.rank, weight.shape)
     activations = None if config.activation_bits == 16 else ActivationGrid(config.activation_bits, config.activation_group_size)
@@ -92,10 +92,10 @@ def part_of(weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics
         grid = UniformGrid(config.bits, config.group_size, config.symmetric)
         importance_I = grid_importance(plain, statistics, config.clip)
         plain = replace(plain, base=round_uniform(target_OI.float(), grid, config.clip, importance_I))
-    return Part(requantize(plain, target_OI, statistics, config.quantizer, config.clip), target_OI.float(), statistics, config)
+    return SmoothedMatrix(requantize(plain, target_OI, statistics, config.quantizer, config.clip), target_OI.float(), statistics, config)
 
 
-def smoothing(parts: Sequence[Part]) -> tuple[Tensor | None, float | None]:
+def smoothing(parts: Sequence[SmoothedMatrix]) -> tuple[Tensor | None, float | None]:
     """(smooth [I], α) of the matrices that read one input: s = max|x|^α / max|w|^(1−α) (section 4.2), the α with the least output
     error of all of them together, each with its low-rank term; (None, None) where none does better. Stored in float16."""
     inputs = parts[0].statistics.inputs
@@ -111,7 +111,7 @@ def smoothing(parts: Sequence[Part]) -> tuple[Tensor | None, float | None]:
     return best
 
 
-def split(part: Part, smooth_I: Tensor | None) -> tuple[StoredWeight, dict[str, float]]:
+def split(part: SmoothedMatrix, smooth_I: Tensor | None) -> tuple[StoredWeight, dict[str, float]]:
     """L from the smoothed weight, Q from the rest, again until the output error rises; the best is returned."""
     whole = _output_error(part, None) or 1.0
     before = _output_error(part, part.weight)
@@ -161,12 +161,12 @@ def _smooth(inputs: InputStatistics, absmax_w_I: Tensor, alpha: float) -> Tensor
     return (log_I - log_I.mean()).exp().clamp(2.0**-12, 2.0**12).half()
 
 
-def _attempt(part: Part, smooth_I: Tensor | None) -> StoredWeight:
+def _attempt(part: SmoothedMatrix, smooth_I: Tensor | None) -> StoredWeight:
     """One round without clipping search: quick, and good enough to compare exponents."""
     return _term_and_rest(part, smooth_I, part.target_OI, "none")
 
 
-def _term_and_rest(part: Part, smooth_I: Tensor | None, error_OI: Tensor, clip: Clip) -> StoredWeight:
+def _term_and_rest(part: SmoothedMatrix, smooth_I: Tensor | None, error_OI: Tensor, clip: Clip) -> StoredWeight:
     """The best low-rank term of the smoothed error, and the rest of W on the grid."""
     metric = Metric() if smooth_I is None else Metric(column_I=smooth_I.float())
     error = WeightedError(error_OI, metric)
@@ -175,7 +175,7 @@ def _term_and_rest(part: Part, smooth_I: Tensor | None, error_OI: Tensor, clip: 
     return requantize(held, part.target_OI, part.statistics, part.config.quantizer, clip)
 
 
-def _output_error(part: Part, stored: StoredWeight | None) -> float:
+def _output_error(part: SmoothedMatrix, stored: StoredWeight | None) -> float:
     """‖X·Wᵀ − Ŷ‖² over the sampled inputs; of no record, ‖X·Wᵀ‖²."""
     x_TI = part.statistics.inputs.samples_TI
     if x_TI is None:

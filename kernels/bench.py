@@ -22,12 +22,12 @@ from ..compress.weights import StoredWeight
 from .journal import Journal
 from .quantize_down import quantize_down
 from .rivals import rivals
-from .timing import Protocol, clocks, copies_for, environment, time_calls
+from .timing import TimingProtocol, clocks, copies_for, environment, time_calls
 from .variants import DEMO, Layer, Variant, check, site, synthetic, variants
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """What is measured. A variant's output may err at most `slack` × what torch errs with the same dense weight in bfloat16."""
 
     rows: tuple[int, ...]
@@ -45,9 +45,9 @@ SEVENTY = tuple(Layer("70B", out, inputs) for out, inputs in ((8192, 8192), (286
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
 RANKS = (0, 16, 32, 64, 128)
 PLANS = {
-    "cpu": Plan((1, 16, 64, 256), (*DEMO, ONE[0]), (0, 16, 64), (4,), (None,), stack_blocks=30),
-    "cpu, full": Plan(ROWS[:-1], (*DEMO, *ONE, *SEVEN), RANKS, (4, 8), (None,), stack_blocks=30),
-    "cuda": Plan(ROWS, (*ONE, *SEVEN, *SEVENTY), RANKS, (4,), (None, 8)),
+    "cpu": BenchPlan((1, 16, 64, 256), (*DEMO, ONE[0]), (0, 16, 64), (4,), (None,), stack_blocks=30),
+    "cpu, full": BenchPlan(ROWS[:-1], (*DEMO, *ONE, *SEVEN), RANKS, (4, 8), (None,), stack_blocks=30),
+    "cuda": BenchPlan(ROWS, (*ONE, *SEVEN, *SEVENTY), RANKS, (4,), (None, 8)),
 }
 PLANS["cuda, full"] = replace(PLANS["cuda"], bits=(2, 3, 4), activation_bits=(None, 8, 4))
 STACK_COPIES = 6  # blocks with memory of their own, visited in turn: more than a core's cache holds, and quick to build
@@ -59,8 +59,8 @@ def run(
     output: Path | None = None,
     *,
     full: bool = False,
-    plan: Plan | None = None,
-    protocol: Protocol | None = None,
+    plan: BenchPlan | None = None,
+    protocol: TimingProtocol | None = None,
 ) -> dict[str, Any]:
     """{"bench", "environment", "rows", "refused"}; with `output`, also <output>/bench-kernels.{json,md}, and a journal until then.
 
@@ -69,7 +69,7 @@ def run(
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     plan = plan or PLANS[f"{place.type}, full" if full else place.type]
     plan = plan if rows is None else replace(plan, rows=tuple(rows))
-    protocol = protocol or Protocol()
+    protocol = protocol or TimingProtocol()
     journal = Journal(None if output is None else output / "bench-kernels.journal", _context(place, plan, protocol))
     if "environment" not in journal:
         journal.add("environment", environment(place, protocol))
@@ -86,7 +86,7 @@ def run(
     return measured
 
 
-def _context(place: torch.device, plan: Plan, protocol: Protocol) -> dict[str, Any]:
+def _context(place: torch.device, plan: BenchPlan, protocol: TimingProtocol) -> dict[str, Any]:
     """What must be the same for rows to stand in one table."""
     import triton
 
@@ -96,7 +96,7 @@ def _context(place: torch.device, plan: Plan, protocol: Protocol) -> dict[str, A
     return {"device": device_name(place), **versions, "plan": asdict(plan), "protocol": asdict(protocol)}
 
 
-def _pieces(plan: Plan, place: torch.device, protocol: Protocol, peak: dict[str, float]) -> dict[str, Any]:
+def _pieces(plan: BenchPlan, place: torch.device, protocol: TimingProtocol, peak: dict[str, float]) -> dict[str, Any]:
     """Key → a function that measures one piece: a layer at one rank, or the stack at one rank."""
     pieces: dict[str, Any] = {}
     for layer in plan.layers:
@@ -111,7 +111,7 @@ def _pieces(plan: Plan, place: torch.device, protocol: Protocol, peak: dict[str,
 
 
 def _measure_layer(
-    layer: Layer, bits: int, activation_bits: int | None, rank: int, plan: Plan, place: torch.device, protocol: Protocol, peak: dict[str, float]
+    layer: Layer, bits: int, activation_bits: int | None, rank: int, plan: BenchPlan, place: torch.device, protocol: TimingProtocol, peak: dict[str, float]
 ) -> dict[str, Any]:  # fmt: skip
     rows: list[dict[str, Any]] = []
     stored = synthetic(layer, bits, rank, activation_bits, place)
@@ -159,7 +159,7 @@ def _copies(stored: StoredWeight, others: Mapping[str, Callable[[], Variant]], p
 
 
 def _quantize_row(
-    where: dict[str, Any], x: Tensor, stored: StoredWeight, bits: int, place: torch.device, protocol: Protocol
+    where: dict[str, Any], x: Tensor, stored: StoredWeight, bits: int, place: torch.device, protocol: TimingProtocol
 ) -> dict[str, Any]:
     """The quantizer alone, or with the down-projection on board: reading x once should make them cost the same."""
     down = None if stored.low_rank is None else stored.low_rank.factors(torch.bfloat16)[1]
@@ -167,7 +167,7 @@ def _quantize_row(
     return where | {"operator": "quantize", "variant": "quantize" if down is None else "quantize_down", **asdict(timing)}
 
 
-def _stack(rank: int, plan: Plan, place: torch.device, protocol: Protocol) -> dict[str, Any]:
+def _stack(rank: int, plan: BenchPlan, place: torch.device, protocol: TimingProtocol) -> dict[str, Any]:
     """One token through the linears of the demo model's blocks: what generation pays for them, and what they keep in memory."""
     q, kv, up, down = DEMO
     rows = []

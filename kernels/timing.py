@@ -23,7 +23,7 @@ MOST_COPIES = {"cuda": 64, "cpu": 8}
 
 
 @dataclass(frozen=True)
-class Protocol:
+class TimingProtocol:
     """warm_up passes over all copies, then `repeats` timed ones; fewer of both, three timed ones at least, where they would take more
     than `most_seconds`, and where one pass takes longer than that, this one alone."""
 
@@ -47,7 +47,7 @@ def copies_for(resident_bytes: int, device: torch.device) -> int:
 
 
 @torch.inference_mode()
-def time_calls(calls: Sequence[Callable[[], Any]], device: torch.device, protocol: Protocol) -> Timing:
+def time_calls(calls: Sequence[Callable[[], Any]], device: torch.device, protocol: TimingProtocol) -> Timing:
     """Time of one call when all are made in turn; on CUDA as one graph."""
     once = _graph(calls) if device.type == "cuda" else lambda: [call() for call in calls] and None
     measure = _cuda_seconds if device.type == "cuda" else _cpu_seconds
@@ -100,7 +100,7 @@ def _graph(calls: Sequence[Callable[[], Any]]) -> Callable[[], None]:
     return graph.replay
 
 
-def peaks(device: torch.device, protocol: Protocol) -> dict[str, float]:
+def peaks(device: torch.device, protocol: TimingProtocol) -> dict[str, float]:
     """What this device was seen to reach: gigabytes a second of a copy (read and written), teraflops of torch's own matmul."""
     elements = (1 << 30 if device.type == "cuda" else 64 << 20) // 4
     source = torch.ones(elements, device=device)
@@ -115,7 +115,7 @@ def peaks(device: torch.device, protocol: Protocol) -> dict[str, float]:
     return {"gigabytes_per_second": round(8 * elements / copy.microseconds / 1e3, 1), "teraflops": round(best, 3)}
 
 
-def environment(device: torch.device, protocol: Protocol) -> dict[str, Any]:
+def environment(device: torch.device, protocol: TimingProtocol) -> dict[str, Any]:
     """Everything a reader needs to judge the numbers."""
     import triton
 

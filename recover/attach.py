@@ -1,4 +1,4 @@
-"""What each method does to a model: one function a method, from a Site and the method's own config to an Attached.
+"""What each method does to a model: one function a method, from an AttachSite and the method's own config to an Attached.
 
 Virtual tokens are in `prompts`, bottlenecks in `bottlenecks`, sparse deltas in `deltas`, increments on the grid in `increments`.
 """
@@ -12,7 +12,7 @@ import torch
 from .adapters import LoraVariant, Magnitude, MaskedLowRank, PooledPair, Spectrum, prune_ranks, start_factors, takes_dense
 from .compressed_linear import as_records
 from .scales import RelativeScales
-from .site import Site, joined, train_biases, train_embeddings, train_factors, train_norms
+from .site import AttachSite, joined, train_biases, train_embeddings, train_factors, train_norms
 from .trainable import Attached, Trainable
 from .whole_matrices import LatentGrid, MaskedDense
 
@@ -102,7 +102,7 @@ class DequantizeTrainRequantize:
     quantizer: Literal["gptq", "rtn"] = "gptq"
 
 
-def lora(site: Site, config: Lora) -> Attached:
+def lora(site: AttachSite, config: Lora) -> Attached:
     out: dict[str, Trainable] = {}
     for name, linear in site.linears.items():
         if linear.up is None:
@@ -127,7 +127,7 @@ def lora(site: Site, config: Lora) -> Attached:
     return joined(Attached(out, prune=prune if config.prune_ranks else None), *_beside(site, config.norms, config.biases))
 
 
-def dora(site: Site, config: Dora) -> Attached:
+def dora(site: AttachSite, config: Dora) -> Attached:
     pairs = lora(site, Lora(config.rank, config.norms))
     for name, linear in site.linears.items():
         linear.after = Magnitude(linear)
@@ -136,7 +136,7 @@ def dora(site: Site, config: Dora) -> Attached:
     return pairs
 
 
-def qa_lora(site: Site, config: QaLora) -> Attached:
+def qa_lora(site: AttachSite, config: QaLora) -> Attached:
     out: dict[str, Trainable] = {}
     for name, linear in site.linears.items():
         pair = PooledPair(linear.stored, config.rank, site.generator(name))
@@ -145,7 +145,7 @@ def qa_lora(site: Site, config: QaLora) -> Attached:
     return Attached(out)
 
 
-def svft(site: Site, config: Svft) -> Attached:
+def svft(site: AttachSite, config: Svft) -> Attached:
     out: dict[str, Trainable] = {}
     branches = []
     for name, linear in site.linears.items():
@@ -165,7 +165,7 @@ def svft(site: Site, config: Svft) -> Attached:
     return Attached(out, stored_form=stored_form)
 
 
-def perp(site: Site, config: Perp) -> Attached:
+def perp(site: AttachSite, config: Perp) -> Attached:
     parts = [train_norms(site, alone=config.lora == "none")] if config.norms else []
     parts += [train_biases(site)] if config.biases else []
     parts.append(train_embeddings(site, config.head, config.embeddings))
@@ -174,7 +174,7 @@ def perp(site: Site, config: Perp) -> Attached:
     return joined(*parts)
 
 
-def _retraining_pairs(site: Site, variant: LoraVariant, rank: int, alpha: float) -> Attached:
+def _retraining_pairs(site: AttachSite, variant: LoraVariant, rank: int, alpha: float) -> Attached:
     out: dict[str, Trainable] = {}
     pairs = []
     for name, linear in site.linears.items():
@@ -190,7 +190,7 @@ def _retraining_pairs(site: Site, variant: LoraVariant, rank: int, alpha: float)
     return Attached(out, stored_form=stored_form)
 
 
-def scales(site: Site, config: Scales) -> Attached:
+def scales(site: AttachSite, config: Scales) -> Attached:
     chosen = site.on_grids() if config.scales == "auto" else site
     out = _train_scales(chosen, bool(config.scales), config.zeros) if config.scales or config.zeros else {}
     if config.low_rank:
@@ -198,15 +198,15 @@ def scales(site: Site, config: Scales) -> Attached:
     return joined(Attached(out), *_beside(site, config.norms, config.biases))
 
 
-def bitfit(site: Site, config: BitFit) -> Attached:
+def bitfit(site: AttachSite, config: BitFit) -> Attached:
     return joined(train_biases(site, config.create), train_embeddings(site, config.head, False))
 
 
-def full(site: Site, config: Full) -> Attached:
+def full(site: AttachSite, config: Full) -> Attached:
     return _whole(site, config, {name: MaskedDense(linear.stored) for name, linear in site.linears.items()})
 
 
-def _whole(site: Site, config: Full, weights: Mapping[str, MaskedDense]) -> Attached:
+def _whole(site: AttachSite, config: Full, weights: Mapping[str, MaskedDense]) -> Attached:
     out: dict[str, Trainable] = {}
     for name, linear in site.linears.items():
         linear.reweight = weights[name]
@@ -217,14 +217,14 @@ def _whole(site: Site, config: Full, weights: Mapping[str, MaskedDense]) -> Atta
     return joined(Attached(out), norms, biases, train_embeddings(site, config.head, config.embeddings))
 
 
-def dequantize_train_requantize(site: Site, config: DequantizeTrainRequantize) -> Attached:
+def dequantize_train_requantize(site: AttachSite, config: DequantizeTrainRequantize) -> Attached:
     weights = {name: MaskedDense(linear.stored, config.quantizer == "gptq") for name, linear in site.linears.items()}
     attached = _whole(site, Full(norms=config.norms, biases=False), weights)
     attached.unrounded = {name: weight for name, weight in weights.items() if weight.waits}
     return attached
 
 
-def qat(site: Site, config: Qat) -> Attached:
+def qat(site: AttachSite, config: Qat) -> Attached:
     out: dict[str, Trainable] = {}
     for name, linear in site.linears.items():
         linear.reweight = LatentGrid(linear.stored)
@@ -232,7 +232,7 @@ def qat(site: Site, config: Qat) -> Attached:
     return joined(Attached(out), *_beside(site, config.norms, False))
 
 
-def _train_scales(site: Site, scales: bool = True, zeros: bool = False) -> dict[str, Trainable]:
+def _train_scales(site: AttachSite, scales: bool = True, zeros: bool = False) -> dict[str, Trainable]:
     out: dict[str, Trainable] = {}
     for name, linear in site.linears.items():
         linear.reweight = RelativeScales(linear.stored, zeros)
@@ -240,7 +240,7 @@ def _train_scales(site: Site, scales: bool = True, zeros: bool = False) -> dict[
     return out
 
 
-def _beside(site: Site, norms: bool, biases: bool) -> list[Attached]:
+def _beside(site: AttachSite, norms: bool, biases: bool) -> list[Attached]:
     """Only what is asked for is touched: `train_biases` creates what the architecture has not."""
     return ([train_norms(site)] if norms else []) + ([train_biases(site)] if biases else [])
 

@@ -15,7 +15,7 @@ from .beside import PARTS, Beside, Bottleneck, Place, hang, start_tensors
 from .compressed_linear import compressed_linears
 from .experts import is_expert
 from .selection import block_index, roles
-from .site import Site
+from .site import AttachSite
 from .trainable import Attached, Trainable
 
 At = Literal["attention", "mlp", "both"]
@@ -69,15 +69,15 @@ def sublayers(names: list[str], chosen: set[str], blocks_name: str, at: At) -> I
                     yield Sublayer(f"{blocks_name}.{index}.{kind}", entries[0], exits[0])
 
 
-def serial_adapter(site: Site, config: SerialAdapter) -> Attached:
+def serial_adapter(site: AttachSite, config: SerialAdapter) -> Attached:
     return _attached("serial_adapter", site, config, lambda part: Place(part.exit, None, config.activation))
 
 
-def parallel_adapter(site: Site, config: ParallelAdapter) -> Attached:
+def parallel_adapter(site: AttachSite, config: ParallelAdapter) -> Attached:
     return _attached("parallel_adapter", site, config, lambda part: Place(part.exit, part.entry, config.activation, config.scaling))
 
 
-def _attached(method: str, site: Site, config: SerialAdapter | ParallelAdapter, place_of: Any) -> Attached:
+def _attached(method: str, site: AttachSite, config: SerialAdapter | ParallelAdapter, place_of: Any) -> Attached:
     linears = {name: linear for name, linear in compressed_linears(site.model).items() if not is_expert(site.model, name)}
     places: dict[str, Place] = {}
     adapters: dict[str, Bottleneck] = {}

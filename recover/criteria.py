@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .compressed_linear import CompressedLinear
-from .site import Gradients, Site
+from .site import AttachSite, Gradients
 from .student import Batch
 
 Criterion = Literal["magnitude", "fisher", "saliency"]
@@ -147,7 +147,7 @@ class Selection:
     samples: int = 128
 
 
-def select(site: Site, selection: Selection) -> dict[str, Tensor]:
+def select(site: AttachSite, selection: Selection) -> dict[str, Tensor]:
     """Positions by name for a criterion. ValueError when it reads gradients and the site has none."""
     kept = {name: linear.stored.mask_OI() for name, linear in site.linears.items()}
     weights = {name: linear.stored.base_dense() for name, linear in site.linears.items()}

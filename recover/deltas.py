@@ -13,7 +13,7 @@ from ..compress.weights import SparseDelta, StoredWeight
 from .adapters import takes_dense
 from .compressed_linear import CompressedLinear, SparseValues, merge_delta
 from .criteria import By, Criterion, Quota, Selection, choose, fisher_diagonal, select
-from .site import Site
+from .site import AttachSite
 from .trainable import Attached, Trainable, through
 
 
@@ -52,18 +52,18 @@ class DiffPruning:
     penalty: float = 1.0
 
 
-def pafi(site: Site, config: Pafi) -> Attached:
+def pafi(site: AttachSite, config: Pafi) -> Attached:
     return _moved(site, select(site, Selection("magnitude", config.share, config.quota, config.by)))
 
 
-def fish_mask(site: Site, config: FishMask) -> Attached:
+def fish_mask(site: AttachSite, config: FishMask) -> Attached:
     attached = _moved(site, select(site, Selection(config.criterion, config.share, config.quota, config.by, config.samples)))
     if config.reestimate_every:
         _re_estimate(site, config, attached)
     return attached
 
 
-def _moved(site: Site, index: dict[str, Tensor]) -> Attached:
+def _moved(site: AttachSite, index: dict[str, Tensor]) -> Attached:
     out: dict[str, Trainable] = {}
     for name, positions in index.items():
         linear = site.linears[name]
@@ -90,7 +90,7 @@ def takes_delta(stored: StoredWeight) -> bool:
     return stored.delta is None and takes_dense(stored.with_mask(None))
 
 
-def _re_estimate(site: Site, config: FishMask, attached: Attached) -> None:
+def _re_estimate(site: AttachSite, config: FishMask, attached: Attached) -> None:
     def before_step(step: int) -> dict[str, Tensor]:
         if step == 0 or step % config.reestimate_every:
             return {}
@@ -129,7 +129,7 @@ class DiffGates(nn.Module):
     cut: Tensor
     is_cut: Tensor
 
-    def __init__(self, linear: CompressedLinear, name: str, site: Site, structured: bool) -> None:
+    def __init__(self, linear: CompressedLinear, name: str, site: AttachSite, structured: bool) -> None:
         super().__init__()
         base = linear.base()
         self.stored, self.name, self.site, self.step, self.noisy = linear.stored, name, site, 0, False
@@ -210,7 +210,7 @@ def _hard_concrete(alpha: Tensor, generator: torch.Generator | None, low: float 
     return (torch.sigmoid(alpha) * (high - low) + low).clamp(0, 1)
 
 
-def diff_pruning(site: Site, config: DiffPruning) -> Attached:
+def diff_pruning(site: AttachSite, config: DiffPruning) -> Attached:
     gates, out = {}, {}
     for name, linear in site.linears.items():
         gates[name] = DiffGates(linear, name, site, config.structured)

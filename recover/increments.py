@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..compress.packing import pack_codes
 from ..compress.weights import StoredWeight, UniformWeight
 from .scales import RelativeScales
-from .site import Site, joined, train_norms
+from .site import AttachSite, joined, train_norms
 from .trainable import Attached, Trainable
 from .whole_matrices import spread
 
@@ -101,17 +101,17 @@ class GridIncrement(nn.Module):
         return {f"ternary_{n}": Trainable(p, "ternary", rule="ternary") for n, p in (("up", self.up), ("down", self.down))}
 
 
-def lota(site: Site, config: Lota) -> Attached:
+def lota(site: AttachSite, config: Lota) -> Attached:
     if not 0 < config.threshold < 1:
         raise ValueError(f"threshold {config.threshold} must lie in (0, 1)")
     return _increments(site, config.rank, config.threshold, config.norms)
 
 
-def lr_qat(site: Site, config: LrQat) -> Attached:
+def lr_qat(site: AttachSite, config: LrQat) -> Attached:
     return _increments(site, config.rank, None, config.norms, config.scales)
 
 
-def _increments(site: Site, rank: int, threshold: float | None, norms: bool, scales: bool = False) -> Attached:
+def _increments(site: AttachSite, rank: int, threshold: float | None, norms: bool, scales: bool = False) -> Attached:
     out: dict[str, Trainable] = {}
     for name, linear in site.linears.items():
         reweight = GridIncrement(linear.stored, rank, threshold, site.generator(name), scales)

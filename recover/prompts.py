@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .beside import TOKENS, Beside, Tokens, cache_argument
 from .bottlenecks import ParallelAdapter, parallel_adapter
-from .site import Site, joined
+from .site import AttachSite, joined
 from .student import Student, student_of
 from .trainable import Attached, Trainable
 
@@ -89,7 +89,7 @@ def peft_settings(tokens: Tokens) -> Any:
     return PrefixTuningConfig(**shared, num_layers=layers, num_attention_heads=heads, token_dim=heads * width, num_transformer_submodules=1)
 
 
-def prefix_tuning(site: Site, config: PrefixTuning) -> Attached:
+def prefix_tuning(site: AttachSite, config: PrefixTuning) -> Attached:
     from peft import PrefixTuningConfig
 
     values = _own_keys_and_values(site, config.tokens)
@@ -101,7 +101,7 @@ def prefix_tuning(site: Site, config: PrefixTuning) -> Attached:
     return _attached("prefix_tuning", site, wrapped, "prefix", config.tokens)
 
 
-def prompt_tuning(site: Site, config: PromptTuning) -> Attached:
+def prompt_tuning(site: AttachSite, config: PromptTuning) -> Attached:
     from peft import PromptTuningConfig
 
     model: Any = site.model
@@ -112,7 +112,7 @@ def prompt_tuning(site: Site, config: PromptTuning) -> Attached:
     return _attached("prompt_tuning", site, wrapped, "prompt", config.tokens)
 
 
-def p_tuning(site: Site, config: PTuning) -> Attached:
+def p_tuning(site: AttachSite, config: PTuning) -> Attached:
     from peft import PromptEncoderConfig
 
     model: Any = site.model
@@ -125,7 +125,7 @@ def p_tuning(site: Site, config: PTuning) -> Attached:
     return _attached("p_tuning", site, _wrap(site, settings), "prompt", config.tokens)
 
 
-def mam_adapter(site: Site, config: MamAdapter) -> Attached:
+def mam_adapter(site: AttachSite, config: MamAdapter) -> Attached:
     prefix = prefix_tuning(site, PrefixTuning(config.tokens))
     adapter = parallel_adapter(site, ParallelAdapter(config.bottleneck, "mlp", "relu", config.scaling))
 
@@ -139,7 +139,7 @@ def mam_adapter(site: Site, config: MamAdapter) -> Attached:
     return out
 
 
-def _wrap(site: Site, settings: Any) -> Any:
+def _wrap(site: AttachSite, settings: Any) -> Any:
     """peft's wrapper around the model, its random start decided by the seed."""
     from peft import get_peft_model
 
@@ -149,7 +149,7 @@ def _wrap(site: Site, settings: Any) -> Any:
     return wrapped
 
 
-def _attached(method: str, site: Site, wrapped: Any, kind: Literal["prefix", "prompt"], count: int) -> Attached:
+def _attached(method: str, site: AttachSite, wrapped: Any, kind: Literal["prefix", "prompt"], count: int) -> Attached:
     switch = Switch(site.model, lambda batch: wrapped.get_prompt(batch_size=batch), kind, count)
     parameters = dict(wrapped.prompt_encoder["default"].named_parameters())
     for parameter in parameters.values():
@@ -167,7 +167,7 @@ def _attached(method: str, site: Site, wrapped: Any, kind: Literal["prefix", "pr
     return Attached(out, adapter=frozenset(out), run=switch.student(), starts_without=switch.without, beside=beside)
 
 
-def _some_text(site: Site, count: int) -> Tensor:
+def _some_text(site: AttachSite, count: int) -> Tensor:
     """Token ids to start from: the first training text where there is one, else drawn from the vocabulary."""
     model: Any = site.model
     embeddings = model.get_input_embeddings().weight
@@ -179,7 +179,7 @@ def _some_text(site: Site, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def _own_keys_and_values(site: Site, count: int) -> Tensor:
+def _own_keys_and_values(site: AttachSite, count: int) -> Tensor:
     """What the model's attention makes of a text: [P, L·2·heads·width], peft's layout."""
     model: Any = site.model
     cache = model.base_model(input_ids=_some_text(site, count).unsqueeze(0), use_cache=True).past_key_values

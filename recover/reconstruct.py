@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from . import attach as methods
 from .adamw import AdamW
 from .compressed_linear import CompressedLinear, compressed_linears
-from .run import learning_rate, rates
 from .selection import norms, roles, where
-from .site import Site, joined, kinds, train_norms
+from .site import AttachSite, joined, kinds, train_norms
 from .train import ROLLBACK_FACTOR, as_stored, unusable
 from .trainable import Attached
+from .training_run import learning_rate, rates
 
 ATTENTION_ROLES = frozenset({"q", "k", "v", "o"})
 WEIGHT_RATE = 2e-3
@@ -67,7 +67,7 @@ def resolved(config: Reconstruct, kinds: frozenset[str]) -> Reconstruct:
     return replace(config, train="mask_lora" if "dense" in kinds else "scales") if config.train == "auto" else config
 
 
-def attach_part(site: Site, config: Reconstruct) -> Attached:
+def attach_part(site: AttachSite, config: Reconstruct) -> Attached:
     """What `train` names, on the site's linears; norms too where they are asked for."""
     config = resolved(config, frozenset().union(*(kinds(linear.stored) for linear in site.linears.values())))
     name, own, _ = TRAINS[config.train]

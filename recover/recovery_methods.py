@@ -16,9 +16,9 @@ from . import bottlenecks, deltas, increments, prompts
 from .compressed_linear import CompressedLinear, compressed_linears
 from .fits import misfit
 from .reconstruct import TRAINS, Reconstruct, attach_part, resolved
-from .run import TrainConfig
-from .site import Gradients, Site, kinds, site_of
+from .site import AttachSite, Gradients, kinds, site_of
 from .trainable import Attached
+from .training_run import TrainConfig
 
 Refusal = Callable[[frozenset[str], Any], str | None]
 
@@ -53,7 +53,7 @@ class Ways:
 
 
 @dataclass(frozen=True)
-class Method:
+class RecoveryMethod:
     """`own` is the method's own config and `config` that with TrainConfig's fields in one flat dataclass. main: the kind of parameter
     that `learning_rate` means (trainable.RATES has the defaults). mask_safe: masked weights stay exactly 0. grid_safe: codes stay.
     departs: where it is not what its paper has.
@@ -61,7 +61,7 @@ class Method:
     (`reconstruct`), with a config that is all its own."""
 
     own: type
-    attach: Callable[[Site, Any], Attached]
+    attach: Callable[[AttachSite, Any], Attached]
     main: str
     trains: str
     ways: Ways
@@ -169,17 +169,17 @@ _BESIDE = Ways("bottlenecks beside the model", "beside the kernels", "refused: n
 _TOKENS = Ways("virtual tokens beside the model", "in front of the kernels", "base in any format + PEFT prompt", "refused")
 _GRID = Ways("scales and codes in place", "as it was stored", "any grid format", "in place")
 
-RECOVER: dict[str, Method] = {
-    "lora": Method(methods.Lora, methods.lora, "factors", "up·down", _PAIR, serves=_lora, version=3),
-    "perp": Method(
+RECOVER: dict[str, RecoveryMethod] = {
+    "lora": RecoveryMethod(methods.Lora, methods.lora, "factors", "up·down", _PAIR, serves=_lora, version=3),
+    "perp": RecoveryMethod(
         methods.Perp, methods.perp, "norms", "norms, biases, head, embeddings, pairs under the mask", _MODEL, serves=_perp, version=2
     ),
-    "scales": Method(
+    "scales": RecoveryMethod(
         methods.Scales, methods.scales, "scales", "group scales (and zeros, norms, biases, factors)", _GRID, serves=_scales, version=3
     ),
-    "bitfit": Method(methods.BitFit, methods.bitfit, "biases", "biases", _MODEL, version=2),
-    "full": Method(methods.Full, methods.full, "dense", "every weight under the mask", _MODEL, serves=_full, version=4),
-    "qat": Method(
+    "bitfit": RecoveryMethod(methods.BitFit, methods.bitfit, "biases", "biases", _MODEL, version=2),
+    "full": RecoveryMethod(methods.Full, methods.full, "dense", "every weight under the mask", _MODEL, serves=_full, version=4),
+    "qat": RecoveryMethod(
         methods.Qat,
         methods.qat,
         "codes",
@@ -189,7 +189,7 @@ RECOVER: dict[str, Method] = {
         serves=_needs_grid,
         version=2,
     ),
-    "dora": Method(
+    "dora": RecoveryMethod(
         methods.Dora,
         methods.dora,
         "factors",
@@ -197,7 +197,7 @@ RECOVER: dict[str, Method] = {
         Ways("magnitudes in the scales and in up", "low-rank term", "rescaled base in any format + PEFT LoRA", "scales or dense rows"),
         version=3,
     ),
-    "qa_lora": Method(
+    "qa_lora": RecoveryMethod(
         methods.QaLora,
         methods.qa_lora,
         "factors",
@@ -206,15 +206,15 @@ RECOVER: dict[str, Method] = {
         mask_safe=False,
         serves=_qa_lora,
     ),
-    "svft": Method(methods.Svft, methods.svft, "spectrum", "a sparse matrix between singular vectors", _PAIR, serves=_svft),
-    "qlora": Method(methods.Lora, methods.lora, "factors", "up·down on a quantized base", _PAIR, serves=_qlora, version=3),
-    "lq_lora": Method(
+    "svft": RecoveryMethod(methods.Svft, methods.svft, "spectrum", "a sparse matrix between singular vectors", _PAIR, serves=_svft),
+    "qlora": RecoveryMethod(methods.Lora, methods.lora, "factors", "up·down on a quantized base", _PAIR, serves=_qlora, version=3),
+    "lq_lora": RecoveryMethod(
         methods.Lora, methods.lora, "factors", "the factors of lq_lora's decomposition", _PAIR, serves=_from_decomposition, version=3
     ),
-    "loftq": Method(
+    "loftq": RecoveryMethod(
         methods.Lora, methods.lora, "factors", "the factors of loftq's decomposition", _PAIR, serves=_from_decomposition, version=3
     ),
-    "dequantize_train_requantize": Method(
+    "dequantize_train_requantize": RecoveryMethod(
         methods.DequantizeTrainRequantize,
         methods.dequantize_train_requantize,
         "dense",
@@ -225,7 +225,7 @@ RECOVER: dict[str, Method] = {
         needs=frozenset({"second_moment"}),
         version=5,
     ),
-    "lota": Method(
+    "lota": RecoveryMethod(
         increments.Lota,
         increments.lota,
         "ternary",
@@ -236,7 +236,7 @@ RECOVER: dict[str, Method] = {
         departs="LoTA-QAF without its offset matrices",
         version=2,
     ),
-    "lr_qat": Method(
+    "lr_qat": RecoveryMethod(
         increments.LrQat,
         increments.lr_qat,
         "codes",
@@ -246,8 +246,8 @@ RECOVER: dict[str, Method] = {
         serves=_needs_uniform,
         version=3,
     ),
-    "pafi": Method(deltas.Pafi, deltas.pafi, "sparse", "the smallest kept weights", _DELTA, version=3),
-    "fish_mask": Method(
+    "pafi": RecoveryMethod(deltas.Pafi, deltas.pafi, "sparse", "the smallest kept weights", _DELTA, version=3),
+    "fish_mask": RecoveryMethod(
         deltas.FishMask,
         deltas.fish_mask,
         "sparse",
@@ -257,10 +257,10 @@ RECOVER: dict[str, Method] = {
         departs="FishDip's re-estimation is a swap: the weights that moved least give way, their number stays",
         version=2,
     ),
-    "diff_pruning": Method(
+    "diff_pruning": RecoveryMethod(
         deltas.DiffPruning, deltas.diff_pruning, "sparse", "a sparse delta with learned gates", _DELTA, serves=_diff_pruning, version=3
     ),
-    "reconstruct": Method(
+    "reconstruct": RecoveryMethod(
         Reconstruct,
         attach_part,
         "factors",
@@ -270,14 +270,14 @@ RECOVER: dict[str, Method] = {
         version=4,
         by_block=True,
     ),
-    "serial_adapter": Method(bottlenecks.SerialAdapter, bottlenecks.serial_adapter, "adapters", "bottlenecks behind sublayers", _BESIDE),
-    "parallel_adapter": Method(
+    "serial_adapter": RecoveryMethod(bottlenecks.SerialAdapter, bottlenecks.serial_adapter, "adapters", "bottlenecks behind sublayers", _BESIDE),
+    "parallel_adapter": RecoveryMethod(
         bottlenecks.ParallelAdapter, bottlenecks.parallel_adapter, "adapters", "bottlenecks beside sublayers", _BESIDE
     ),
-    "mam_adapter": Method(prompts.MamAdapter, prompts.mam_adapter, "adapters", "a prefix and parallel bottlenecks", _BESIDE),
-    "prefix_tuning": Method(prompts.PrefixTuning, prompts.prefix_tuning, "tokens", "keys and values in front", _TOKENS),
-    "prompt_tuning": Method(prompts.PromptTuning, prompts.prompt_tuning, "tokens", "input embeddings in front", _TOKENS),
-    "p_tuning": Method(prompts.PTuning, prompts.p_tuning, "tokens", "a network that makes input embeddings", _TOKENS),
+    "mam_adapter": RecoveryMethod(prompts.MamAdapter, prompts.mam_adapter, "adapters", "a prefix and parallel bottlenecks", _BESIDE),
+    "prefix_tuning": RecoveryMethod(prompts.PrefixTuning, prompts.prefix_tuning, "tokens", "keys and values in front", _TOKENS),
+    "prompt_tuning": RecoveryMethod(prompts.PromptTuning, prompts.prompt_tuning, "tokens", "input embeddings in front", _TOKENS),
+    "p_tuning": RecoveryMethod(prompts.PTuning, prompts.p_tuning, "tokens", "a network that makes input embeddings", _TOKENS),
 }
 _FLAT: dict[type, type] = {}
 _FLAT.update({row.own: flat(row.own) for row in RECOVER.values() if not row.by_block})

@@ -29,7 +29,7 @@ class Gradients:
 
 
 @dataclass(frozen=True)
-class Site:
+class AttachSite:
     model: nn.Module
     place: selection.Where
     linears: dict[str, CompressedLinear]
@@ -37,7 +37,7 @@ class Site:
     steps: int
     gradients: Gradients | None = None
 
-    def on_grids(self) -> "Site":
+    def on_grids(self) -> "AttachSite":
         """Only the linears whose base is quantized."""
         kept = {name: linear for name, linear in self.linears.items() if not isinstance(linear.stored.base, DenseWeight)}
         return replace(self, linears=kept)
@@ -49,12 +49,12 @@ class Site:
 
 def site_of(
     model: nn.Module, targets: str | tuple[str, ...], layers: str | tuple[int, ...], seed: int, steps: int, gradients: Gradients | None
-) -> Site:
+) -> AttachSite:
     """ValueError when the choice leaves no compressed linear."""
     place = selection.where(model, targets, layers)
     every = compressed_linears(model)
     chosen = {name: every[name] for name in selection.chosen_linears(place, list(every), targets, layers)}
-    return Site(model, place, chosen, seed, steps, gradients)
+    return AttachSite(model, place, chosen, seed, steps, gradients)
 
 
 def kinds(stored: StoredWeight) -> frozenset[str]:
@@ -89,7 +89,7 @@ def train_factors(linears: Mapping[str, CompressedLinear]) -> dict[str, Trainabl
     return out
 
 
-def train_norms(site: Site, alone: bool = False) -> Attached:
+def train_norms(site: AttachSite, alone: bool = False) -> Attached:
     """Weights (and biases) of every normalisation at the chosen depth; `alone`: no weights are trained beside them."""
     out = Attached({})
     for name in selection.norms(site.model, site.place):
@@ -110,7 +110,7 @@ def gain(norm: nn.Module) -> float:
     return float(norm(x).float().square().mean().sqrt()) or 1.0
 
 
-def train_biases(site: Site, create: bool = True, norms: bool = True) -> Attached:
+def train_biases(site: AttachSite, create: bool = True, norms: bool = True) -> Attached:
     """Biases of the chosen linears (created as 0 where the architecture has none, if `create`) and of the norms; matrices of fused experts
     have no place for one."""
     out = Attached({})
@@ -125,7 +125,7 @@ def train_biases(site: Site, create: bool = True, norms: bool = True) -> Attache
     return out
 
 
-def train_embeddings(site: Site, head: bool, embeddings: bool) -> Attached:
+def train_embeddings(site: AttachSite, head: bool, embeddings: bool) -> Attached:
     """The output head and the input embeddings; tied ones are one parameter, trained when either is asked."""
     out, model = Attached({}), site.model
     names = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
@@ -137,7 +137,7 @@ def train_embeddings(site: Site, head: bool, embeddings: bool) -> Attached:
     return out
 
 
-def _plain(site: Site, out: Attached, name: str, parameter: nn.Parameter, kind: str, unit: float = 1.0) -> None:
+def _plain(site: AttachSite, out: Attached, name: str, parameter: nn.Parameter, kind: str, unit: float = 1.0) -> None:
     """A parameter of the model's own modules, which go on computing in the dtype that it had."""
     if parameter.dtype != torch.float32:
         read_in(site.model, parameter, parameter.dtype)

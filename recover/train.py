@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from ..compress.precision import matmuls
 from .adamw import AdamW, TrainState
 from .losses import Objective, negative_log_likelihood, token_loss
-from .run import Run, TrainConfig, learning_rate, rates
 from .selection import decoder_blocks
 from .student import Batch, Student, Teacher, student_of
 from .trainable import Attached, Trainable
+from .training_run import TrainConfig, TrainingRun, learning_rate, rates
 
 ROLLBACK_FACTOR = 0.3
 
@@ -127,7 +127,7 @@ def train(
     if not attached.trainables:
         raise ValueError("no trainable parameter is left by targets and layers")
     model.eval()
-    run = Run(
+    run = TrainingRun(
         student or attached.run or student_of(model), attached, AdamW(attached.trainables), rates(attached.trainables, config, main), config
     )
     device = next(iter(attached.trainables.values())).parameter.device
@@ -146,7 +146,7 @@ def train(
     return TrainResult(finished, run.step, run.start_loss, run.best_loss, run.best_step, run.history, run.rollbacks, run.tokens)
 
 
-def _begin(run: Run, held_out: Sequence[Batch]) -> None:
+def _begin(run: TrainingRun, held_out: Sequence[Batch]) -> None:
     """The start counts as a candidate: the model as it is stored, before any step (virtual tokens: without them)."""
     without = run.attached.starts_without
     if without is not None:
@@ -159,7 +159,7 @@ def _begin(run: Run, held_out: Sequence[Batch]) -> None:
 
 
 def _loop(
-    run: Run,
+    run: TrainingRun,
     batches: Callable[[int], Batch],
     held_out: Sequence[Batch],
     teacher: Teacher | None,
@@ -191,7 +191,7 @@ def _loop(
     return True
 
 
-def _update(run: Run, batches: Callable[[int], Batch], teacher: Teacher | None, device: torch.device) -> tuple[float, str | None]:
+def _update(run: TrainingRun, batches: Callable[[int], Batch], teacher: Teacher | None, device: torch.device) -> tuple[float, str | None]:
     """One optimizer step; (loss, what went wrong or None)."""
     config, attached, step = run.config, run.attached, run.step
     if attached.before_step is not None:
@@ -241,7 +241,7 @@ def unusable(trainables: Mapping[str, Trainable]) -> str | None:
     return None
 
 
-def _evaluate(run: Run, held_out: Sequence[Batch]) -> str | None:
+def _evaluate(run: TrainingRun, held_out: Sequence[Batch]) -> str | None:
     with as_stored(run.attached):
         loss = held_out_loss(run.student, held_out)
     if not math.isfinite(loss):
@@ -254,7 +254,7 @@ def _evaluate(run: Run, held_out: Sequence[Batch]) -> str | None:
     return None
 
 
-def _roll_back(run: Run, problem: str) -> None:
+def _roll_back(run: TrainingRun, problem: str) -> None:
     """Once: back to the last evaluated values with a smaller rate and fresh moments. The second time: stop, best values in place."""
     if run.rollbacks:
         run.restore(run.best)

@@ -33,11 +33,11 @@ FORMATS: dict[str, Callable[[Any], str]] = {
 """How a column is written in Markdown; JSON keeps every digit."""
 
 
-class Rows:
+class PublishedRows:
     """An append-only file of JSON lines, one per finished row, identified by the fields named in `keys`.
 
     The first line holds `context` (protocol, versions, settings: whatever makes rows comparable); a file of another context
-    is refused. A line torn by a kill is dropped. Rows with the same identity: the last one counts.
+    is refused. A line torn by a kill is dropped. PublishedRows with the same identity: the last one counts.
     """
 
     def __init__(self, path: Path | str, keys: Sequence[str], context: Mapping[str, Any] | None = None) -> None:

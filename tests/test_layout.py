@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# folder → sibling folders it may import; within "records" it may know the frozen records of compress only
+# folder → sibling folders it may import
 ALLOWED = {
     "compress": set(),
     "kernels": {"compress"},
@@ -18,6 +18,8 @@ ALLOWED = {
     "reports": set(),
     "pipelines": {"compress", "recover", "kernels", "reports"},
 }
+RECORDS = {"weights", "grids", "normal_float", "packing", "precision"}
+"""Of compress, what says how a stored weight is represented: all that kernels and recover may know of it; no solver, no statistics."""
 COMPRESS_MAY_IMPORT = {"torch", "scipy", "numpy"}
 LOOSE = {"__init__", "cli", "doctor", "errors", "logs"}  # the files of pipelines/ that lie in no room
 ROOMS = (
@@ -89,6 +91,16 @@ def test_no_two_files_of_one_name() -> None:
     assert not twice, f"{sorted(twice)}: a name says one thing in the whole project"
 
 
+def test_no_two_classes_of_one_name() -> None:
+    """Private ones aside: `Site` or `Run` must not mean one thing here and another there."""
+    where: dict[str, list[str]] = {}
+    for path in (path for folder in ALLOWED for path in modules(folder)):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                where.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert not {name: places for name, places in where.items() if len(places) > 1}
+
+
 def internal_imports() -> dict[str, set[str]]:
     """Module → our modules that it imports, in functions too: dotted from the root ("pipelines.run.runner")."""
     names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for folder in ALLOWED for path in modules(folder)}
@@ -103,6 +115,13 @@ def internal_imports() -> dict[str, set[str]]:
                 targets |= {full if (full := f"{base}.{alias.name}") in names else base for alias in node.names}
         found[name] = targets
     return found
+
+
+@pytest.mark.parametrize("folder", ["kernels", "recover"])
+def test_of_compress_only_the_representation_is_known(folder: str) -> None:
+    known = {target for module, targets in internal_imports().items() if module.split(".")[0] == folder for target in targets}
+    seen = {target.split(".")[1] for target in known if target.startswith("compress.")}
+    assert seen <= RECORDS, f"{folder} imports {sorted(seen - RECORDS)} of compress"
 
 
 def test_compress_imports_torch_and_scipy_only() -> None:

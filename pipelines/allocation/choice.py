@@ -24,7 +24,7 @@ from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec
 from ..stages.context import Context
 from ..store.artifact import Artifact, write_json
-from .error_tables import Table, build
+from .error_tables import ErrorTable, build
 from .spending import Costs, Spent, costs, infeasible, settings_of, spent
 
 VERSION = 1
@@ -32,7 +32,7 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class Row:
+class ChosenSetting:
     """What one matrix was given, what it stores, and what was predicted: losses (weighed, as they are summed) and relative output
     errors, with the low-rank term and for Q alone."""
 
@@ -52,7 +52,7 @@ class Choice:
 
     budget: str
     weighting: str
-    rows: list[Row]
+    rows: list[ChosenSetting]
     settings: int
     stored: str
     stored_bytes: int
@@ -64,7 +64,7 @@ class Choice:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Choice":
-        rows = [Row(**{**row, "setting": Setting(**{**row["setting"], "grid": Grid(**row["setting"]["grid"])})}) for row in data["rows"]]
+        rows = [ChosenSetting(**{**row, "setting": Setting(**{**row["setting"], "grid": Grid(**row["setting"]["grid"])})}) for row in data["rows"]]
         return cls(**{**data, "rows": rows})
 
 
@@ -88,7 +88,7 @@ def spend(recipe: Recipe, parent: Artifact, directory: Path, context: Context) -
     return made
 
 
-def choose_settings(recipe: Recipe, stages: Spent, counted: Costs, table: Table) -> Choice:
+def choose_settings(recipe: Recipe, stages: Spent, counted: Costs, table: ErrorTable) -> Choice:
     """Solve the integer program for this table."""
     losses_MK = losses(table, recipe.allocation.weighting)
     limit, usable = stages.budget.bytes_for(counted.weights, counted.rest_bytes), np.isfinite(counted.bytes_MK)
@@ -102,14 +102,14 @@ def choose_settings(recipe: Recipe, stages: Spent, counted: Costs, table: Table)
         setting = counted.settings[k]
         errors, lost = (table.relative_MVK[m, 0] ** 0.5).tolist(), losses_MK[m].tolist()
         q = alone[setting.grid]
-        rows.append(Row(counted.sites[m].name, setting, round(counted.bytes_MK[m, k]), lost[k], errors[k], lost[q], errors[q]))
+        rows.append(ChosenSetting(counted.sites[m].name, setting, round(counted.bytes_MK[m, k]), lost[k], errors[k], lost[q], errors[q]))
     most, stored = (stages.budget.said(n, counted.weights, counted.rest_bytes) for n in (counted.largest, found.total_bytes))
     note = f"the budget {stages.budget.text} is above all that the choices of `allocation` can store ({most}): every matrix got what errs least"
     measured = (found.settings, stored, found.total_bytes, found.total_loss, found.gap, found.seconds, table.seconds)
     return Choice(stages.budget.text, recipe.allocation.weighting, rows, *measured, note if limit > counted.largest else None)
 
 
-def losses(table: Table, weighting: str) -> NDArray[np.float64]:
+def losses(table: ErrorTable, weighting: str) -> NDArray[np.float64]:
     """What is summed and made least, [M, K]. A matrix that no token reached, or whose outputs the loss does not feel, weighs what the
     middle one of the others does."""
     view = 1 if weighting == "fisher" else 0
@@ -169,7 +169,7 @@ def explained(made: StageRecord, chosen: Choice, recipe: Recipe, before: Sequenc
     return replace(made, layers=tuple(layers), metrics={**made.metrics, "allocation": facts}, notes=notes)
 
 
-def _explained(row: Row, whole: bool, measured_error: float | None) -> dict[str, Any]:
+def _explained(row: ChosenSetting, whole: bool, measured_error: float | None) -> dict[str, Any]:
     setting = row.setting
     loss, error = (row.predicted_loss, row.predicted_error) if whole else (row.predicted_loss_q, row.predicted_error_q)
     given = {"bits": setting.grid.bits, "group_size": setting.grid.group_size, "bytes": row.bytes}

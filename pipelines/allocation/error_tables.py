@@ -36,7 +36,7 @@ from ..models.collecting import collect
 from ..models.hidden import HiddenStates, Room
 from ..models.reading import BlockReader
 from ..models.structure import Site
-from ..recipes.budget import Allocation
+from ..recipes.budget import AllocationSettings
 from ..recipes.stage_settings import StageSpec
 from ..stages.context import Context, check_stop
 from ..stages.fisher import fisher_diagonal
@@ -48,7 +48,7 @@ VERSION = 2
 
 
 def table_key(
-    parent_key: str, calibration: str, stages: Spent, settings: list[Setting], allocation: Allocation, compute: Mapping[str, Any]
+    parent_key: str, calibration: str, stages: Spent, settings: list[Setting], allocation: AllocationSettings, compute: Mapping[str, Any]
 ) -> str:
     """Whatever decides the table: another budget has the same one."""
     row: Method = QUANTIZE[stages.quantize.method]
@@ -61,13 +61,13 @@ def table_key(
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _solver(stages: Spent, allocation: Allocation) -> StageSpec | None:
+def _solver(stages: Spent, allocation: AllocationSettings) -> StageSpec | None:
     """The decompose stage whose own method makes the errors of settings with a rank; None where a spectrum tells them."""
     return stages.decompose if allocation.errors == "iterates" else None
 
 
 @dataclass(frozen=True)
-class Table:
+class ErrorTable:
     """Squared errors as shares of the matrix's squared output, float64 [M, V, K], inf where a setting does not fit; and that squared
     output, [M, V], 0 where no token reached a matrix (its errors are then shares of the squared weight)."""
 
@@ -80,7 +80,7 @@ def finished_blocks(directory: Path) -> int:
     return len(list(directory.glob("block-?????.safetensors")))
 
 
-def build(directory: Path, parent: Artifact, stages: Spent, settings: list[Setting], allocation: Allocation, context: Context) -> Table:
+def build(directory: Path, parent: Artifact, stages: Spent, settings: list[Setting], allocation: AllocationSettings, context: Context) -> ErrorTable:
     """Go on with the table in `directory` until it is whole. KeyboardInterrupt between two blocks when the user asks to end."""
     reader = BlockReader(parent, keeps=True)
     targets = reader if parent.key == context.baseline.key else BlockReader(context.baseline, keeps=True)
@@ -112,7 +112,7 @@ def build(directory: Path, parent: Artifact, stages: Spent, settings: list[Setti
     parts = [part for file, block in zip(files, sites, strict=True) if (part := _read(file, block)) is not None]
     errors = [tensor.numpy() for found, _, _ in parts for tensor in found.values()]
     energies = [tensor.numpy() for _, found, _ in parts for tensor in found.values()]
-    return Table(np.stack(errors), np.stack(energies), sum(seconds for _, _, seconds in parts))
+    return ErrorTable(np.stack(errors), np.stack(energies), sum(seconds for _, _, seconds in parts))
 
 
 def _read(path: Path, sites: list[Site]) -> tuple[dict[str, Tensor], dict[str, Tensor], float] | None:

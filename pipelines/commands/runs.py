@@ -59,7 +59,7 @@ def run(
     from ..recipes.recipe import resolve, run_directory
 
     resolved = resolve(recipe, file=config, sets=sets or [], options=given)
-    _check_addresses(resolved, from_stage, until_stage, force)
+    resolved.check_addresses(from_stage, until_stage, force)
     directory = output or run_directory(resolved)
     if dry_run:
         predict(resolved, directory, device, json)
@@ -199,9 +199,3 @@ def _show(directory: Path, as_json: bool) -> None:
     page = directory / "report.html"
     if page.is_file() and not as_json:
         typer.echo(f"report: {page if page.is_absolute() else os.path.relpath(page)}")
-
-
-def _check_addresses(recipe: "Recipe", *addresses: str | None) -> None:
-    for address in addresses:
-        if address is not None and address != "baseline":
-            recipe.stage(address)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ...reports.record import OF_SCHEMA_1, LayerRecord, StageRecord, derive, paired_difference
+from ...reports.record import OF_SCHEMA_1, LayerRecord, StageRecord, paired_difference
 from ..logs import bar
 from ..models.blocks import Binder, StreamedModel
 from ..models.hidden import Room
@@ -83,7 +83,7 @@ def scores_of(
     artifact: Artifact,
     metrics: Path,
     windows: Windows,
-    teacher: perplexity.Teacher | None,
+    teacher: perplexity.BaselineOutputs | None,
     device: torch.device,
     dtype: torch.dtype,
     bind: Binder | None = None,
@@ -113,12 +113,12 @@ def scores_of(
     return scores, extra
 
 
-def teacher_of(baseline: Artifact, metrics: Path, windows: Windows, device: torch.device, dtype: torch.dtype) -> perplexity.Teacher | None:
+def teacher_of(baseline: Artifact, metrics: Path, windows: Windows, device: torch.device, dtype: torch.dtype) -> perplexity.BaselineOutputs | None:
     """The baseline's kept hidden states under this protocol as a teacher; None before they were measured."""
     path = metrics / f"{perplexity.protocol_key(windows)}.hidden.safetensors"
     if not perplexity.has_hidden(path):
         return None
-    return perplexity.Teacher(perplexity.hidden_reader(path), StreamedModel(baseline, device, dtype).logits)
+    return perplexity.BaselineOutputs(perplexity.hidden_reader(path), StreamedModel(baseline, device, dtype).logits)
 
 
 def size_of(artifact: Artifact) -> dict[str, Any]:
@@ -194,7 +194,3 @@ def _metrics_of(layer: Mapping[str, Any]) -> dict[str, Any]:
     """A method's own metrics of one matrix. A stage measured before schema 2 of the report left a root under its own statistics."""
     old = {OF_SCHEMA_1: layer["relative_output_error"]} if layer.get("relative_output_error") is not None else {}
     return old | dict(layer.get("metrics", {}))
-
-
-def with_ratios(stages: list[StageRecord]) -> tuple[StageRecord, ...]:
-    return derive(stages)

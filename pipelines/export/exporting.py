@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...compress.weights import NormalFloatWeight, StoredWeight, UniformWeight
+from ...compress.weights import NormalFloatWeight, UniformWeight
 from ..demo import imported
 from ..devices.environment import compute_of
 from ..errors import InputError, QualityError
@@ -91,7 +91,7 @@ def checkpoint_of(artifact: Artifact, card: dict[str, Any]) -> Checkpoint:
         tensors[f"{table}.weight"] = lambda: artifact.stored(table).dense(dtype_of(config))
     return Checkpoint(
         config=config,
-        linears=Lazy({n: lambda n=n: _loaded(artifact, n) for n in artifact.linears if n != table}),
+        linears=Lazy({n: partial(artifact.stored, n) for n in artifact.linears if n != table}),
         tensors=Lazy(tensors),
         files=artifact.directory,
         transposed=frozenset(s.module if s.expert is None else f"{s.module}.{s.parameter}" for s in structure.sites if s.transposed),
@@ -115,10 +115,6 @@ def _owners(name: str, artifact: Artifact) -> list[str]:
     """The compressed linears whose record the tensor may belong to: its dotted prefixes."""
     parts = name.split(".")
     return [p for p in (".".join(parts[:i]) for i in range(1, len(parts))) if p in artifact.linears]
-
-
-def _loaded(artifact: Artifact, name: str) -> StoredWeight:
-    return artifact.stored(name)
 
 
 def _card(directory: Path, artifact: Artifact, said: list[str]) -> dict[str, Any]:

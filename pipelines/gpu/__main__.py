@@ -15,10 +15,10 @@ from typing import Any
 
 from . import benches, demo_runs, suite
 from .card import missing, way_out
-from .card_results import Part, Results
-from .child import ROOT, Call, Plan
+from .card_results import CardPart, Results
+from .child import ROOT, Call, CardPlan
 
-PARTS: dict[str, tuple[Callable[[Part, Call], None], Sequence[tuple[str, str]]]] = {
+PARTS: dict[str, tuple[Callable[[CardPart, Call], None], Sequence[tuple[str, str]]]] = {
     "tests": (suite.tests, suite.COLUMNS),
     "demo": (demo_runs.demo, demo_runs.DEMO_COLUMNS),
     "shape": (benches.shape, benches.SHAPE_COLUMNS),
@@ -28,14 +28,14 @@ PARTS: dict[str, tuple[Callable[[Part, Call], None], Sequence[tuple[str, str]]]]
 PUBLISHED = ROOT / "reports" / "published"
 
 
-def main(arguments: Sequence[str] | None = None, plan: Plan | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, plan: CardPlan | None = None) -> int:
     """0 when nothing failed, 1 when something did (it is listed), 2 when nothing could be run."""
     asked = _parse(arguments)
     parts = [name for name in asked.part or PARTS if _complete(name)]
     if not parts:
         return 2
     launcher = (sys.executable, asked.launcher) if asked.launcher else Call.launcher
-    first = Call(plan or Plan(), asked.place, time.monotonic() + 60, 5, launcher)
+    first = Call(plan or CardPlan(), asked.place, time.monotonic() + 60, 5, launcher)
     machine = _machine(first)
     if machine.get("card") is None:
         sys.stdout.write(f"make gpu: {machine.get('error') or 'this torch sees no CUDA device'}; nothing was measured\n")
@@ -46,12 +46,12 @@ def main(arguments: Sequence[str] | None = None, plan: Plan | None = None) -> in
     results = Results(asked.output or PUBLISHED, short, machine, {name: columns for name, (_, columns) in PARTS.items()})
     sys.stdout.write(f"{machine['card']}, torch {machine['torch']}, triton {machine['triton']}; results in {results.path}\n")
     for name in parts:
-        _one(name, results, asked, plan or Plan(), launcher, short)
+        _one(name, results, asked, plan or CardPlan(), launcher, short)
     failed = [name for name in parts if _failed(results.parts[name])]
     return 1 if failed or len(parts) < len(asked.part or PARTS) else 0
 
 
-def _one(name: str, results: Results, asked: argparse.Namespace, plan: Plan, launcher: tuple[str, ...], short: str) -> None:
+def _one(name: str, results: Results, asked: argparse.Namespace, plan: CardPlan, launcher: tuple[str, ...], short: str) -> None:
     part = results.begin(name, asked.again, by_sources=name == "tests")
     if part.left == []:
         part.say("finished before; AGAIN=1 measures it anew")

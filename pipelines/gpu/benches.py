@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .card_results import Part
+from .card_results import CardPart
 from .child import Call
 
 SHAPE_COLUMNS = (
@@ -22,7 +22,7 @@ KERNEL_COLUMNS = (
 )  # fmt: skip
 
 
-def shape(part: Part, call: Call) -> None:
+def shape(part: CardPart, call: Call) -> None:
     """A row a process; one that had to be stopped goes on in the next call, in its run directory."""
     from dataclasses import replace
 
@@ -54,7 +54,7 @@ def shape(part: Part, call: Call) -> None:
     part.remain([key for key in wanted if key not in part.rows])
 
 
-def kernels(part: Part, call: Call) -> None:
+def kernels(part: CardPart, call: Call) -> None:
     """The benchmark's journal is read while it is written; what it has finished is kept there for the next call."""
     place, seen = call.place / "kernels", 0
 

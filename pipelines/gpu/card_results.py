@@ -36,13 +36,13 @@ class Results:
         self.parts: dict[str, Any] = known.get("parts", {})
         self.machine = dict(machine)
 
-    def begin(self, part: str, again: bool, by_sources: bool) -> "Part":
+    def begin(self, part: str, again: bool, by_sources: bool) -> "CardPart":
         """The part with the rows that it has; without any when asked `again`, or when they were measured with something else."""
         context = {name: self.machine.get(name) for name in VERSIONS} | ({"sources": sources()} if by_sources else {})
         known = self.parts.get(part)
         if again or known is None or known["context"] != context:
             self.parts[part] = {"context": context, "rows": {}, "left": None, "notes": {}}
-        return Part(self, part)
+        return CardPart(self, part)
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ class Results:
         return "\n".join(lines) + "\n"
 
 
-class Part:
+class CardPart:
     """The rows of one part; each is on disk when `add` returns."""
 
     def __init__(self, results: Results, name: str) -> None:

@@ -19,7 +19,7 @@ PARENT_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
 
 @dataclass(frozen=True)
-class Plan:
+class CardPlan:
     """What is measured. `shape` is a name in synthetic.SHAPES and a number of blocks, `shape_rows` (stage, method) of its table or all;
     `sets` are settings of the demo, `training` those of train."""
 
@@ -39,7 +39,7 @@ class Call:
     """One part's two minutes: it is over at `until` (time.monotonic), what still runs `grace` seconds before is asked to stop. `place` keeps
     what makes the next call go on. `launcher` runs a module: python -m, or a script that pretends a card first."""
 
-    plan: Plan
+    plan: CardPlan
     place: Path
     until: float
     grace: float

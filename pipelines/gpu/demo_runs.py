@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .card_results import Part
+from .card_results import CardPart
 from .child import ROOT, Call
 
 DEMO_COLUMNS = (
@@ -24,7 +24,7 @@ TRAINED: list[dict[str, Any]] = [
 ]
 
 
-def demo(part: Part, call: Call) -> None:
+def demo(part: CardPart, call: Call) -> None:
     """A run for each dtype; a stage is a row as soon as it is measured."""
     known = readme_table()
     part.remain([f"demo-{dtype}" for dtype in call.plan.dtypes] if part.left is None else part.left)
@@ -38,7 +38,7 @@ def demo(part: Part, call: Call) -> None:
         _run(part, call, f"demo-{dtype}", "compress_and_recover", ("--dtype", dtype, *_sets(call.plan.sets)), keep)
 
 
-def train(part: Part, call: Call) -> None:
+def train(part: CardPart, call: Call) -> None:
     """One run: GPTQ at 3 bits, then its scales and the norms for a fixed number of steps."""
     part.remain(["train"])
     call.place.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def train(part: Part, call: Call) -> None:
     _run(part, call, "train", str(recipe), _sets(call.plan.training), keep)
 
 
-def _run(part: Part, call: Call, name: str, recipe: str, options: tuple[str, ...], keep: Any) -> None:
+def _run(part: CardPart, call: Call, name: str, recipe: str, options: tuple[str, ...], keep: Any) -> None:
     """The run, or its next two minutes."""
     left = part.left or []
     if call.over() or name not in left:

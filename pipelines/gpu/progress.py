@@ -23,10 +23,10 @@ def pytest_addoption(parser: Any) -> None:
 
 def pytest_configure(config: Any) -> None:
     if config.getoption("progress") is not None:
-        config.pluginmanager.register(Progress(config), "bitmend-gpu-progress")
+        config.pluginmanager.register(TestOutcomes(config), "bitmend-gpu-progress")
 
 
-class Progress:
+class TestOutcomes:
     def __init__(self, config: Any) -> None:
         self.file = config.getoption("progress").open("a", encoding="utf-8")
         self.finished = set(json.loads(config.getoption("finished").read_text(encoding="utf-8")))

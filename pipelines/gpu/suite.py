@@ -7,14 +7,14 @@ import json
 import sys
 import time
 
-from .card_results import Part
+from .card_results import CardPart
 from .child import Call
 
 COLUMNS = (("test", "failed"), ("line", "first line"), ("seconds", "seconds"))
 PLUGIN = f"{__package__}.progress"
 
 
-def tests(part: Part, call: Call) -> None:
+def tests(part: CardPart, call: Call) -> None:
     """One process of pytest after another, as long as there is time: one that dies takes only the test with it that it was in."""
     while not call.over() and part.left != []:
         before = len(part.rows)
@@ -24,7 +24,7 @@ def tests(part: Part, call: Call) -> None:
     part.say(", ".join(f"{counts.count(outcome)} {outcome}" for outcome in ("passed", "failed", "skipped")))
 
 
-def _one_process(part: Part, call: Call) -> bool:
+def _one_process(part: CardPart, call: Call) -> bool:
     """Whether it is worth starting another."""
     call.place.mkdir(parents=True, exist_ok=True)
     progress, finished = call.place / "tests.progress", call.place / "tests.finished"
@@ -62,13 +62,13 @@ def _one_process(part: Part, call: Call) -> bool:
     return code is not None and bool(collected)
 
 
-def _keep(part: Part, test: str, row: dict[str, object]) -> None:
+def _keep(part: CardPart, test: str, row: dict[str, object]) -> None:
     part.add(test, row)
     if row["outcome"] == "failed":
         part.say(f"FAILED {test}: {row['line']}")
 
 
-def _never_ended(part: Part, test: str, ran: float, code: int | None, whole: float) -> None:
+def _never_ended(part: CardPart, test: str, ran: float, code: int | None, whole: float) -> None:
     """A process that died, or had to be killed: the test it was in failed, unless it had just begun."""
     if code is not None:
         line = f"its process ended with {code}"

@@ -242,8 +242,8 @@ class HiddenStates:
         data = (batch_NTD.cpu().contiguous().view(-1).view(torch.uint8).numpy().data for batch_NTD in self)
         write_pieces(path, chain((len(header).to_bytes(8, "little"), header), data))
 
-    def rows(self) -> "Rows":
-        return Rows(self)
+    def rows(self) -> "StateRows":
+        return StateRows(self)
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ class Paired:
 
 
 @dataclass(frozen=True)
-class Rows:
+class StateRows:
     """All batches as one [M, T, D], of which only the rows asked for are fetched: by numbers in a tensor, or by a slice."""
 
     states: HiddenStates

@@ -29,7 +29,7 @@ class Between:
 
 
 @dataclass(frozen=True)
-class Step:
+class TrainingStep:
     """A training micro-batch: `work` between the products of one block, forward and backward; `of_loss` of the loss and its chunks of
     logits; `activations` of the whole model."""
 
@@ -84,7 +84,7 @@ class Anatomy:
         """Of one block on [B, T]."""
         return _forward(self, batch, seq_len, dtype)
 
-    def step(self, batch: int, seq_len: int, dtype: torch.dtype, checkpointing: bool, loss: LossName) -> Step:
+    def step(self, batch: int, seq_len: int, dtype: torch.dtype, checkpointing: bool, loss: LossName) -> TrainingStep:
         """ValueError where the model's code cannot be run without bytes."""
         return _step(self, batch, seq_len, dtype, checkpointing, loss)
 
@@ -108,13 +108,13 @@ def _forward(anatomy: Anatomy, batch: int, seq_len: int, dtype: torch.dtype) -> 
 
 
 @lru_cache(maxsize=64)
-def _step(anatomy: Anatomy, batch: int, seq_len: int, dtype: torch.dtype, checkpointing: bool, loss: LossName) -> Step:
+def _step(anatomy: Anatomy, batch: int, seq_len: int, dtype: torch.dtype, checkpointing: bool, loss: LossName) -> TrainingStep:
     found = [step_without_bytes(anatomy.cut(n), batch, seq_len, dtype, checkpointing, loss, Counted) for n in _few(anatomy)]
     (one, seen), (two, also) = found
     block = also.work() + -1 * seen.work()
     more = anatomy.blocks - 1
     whole = Activations(one.saved + more * (two.saved - one.saved), one.peak + more * (two.peak - one.peak))
-    return Step(block, seen.work() + -1 * block, whole)
+    return TrainingStep(block, seen.work() + -1 * block, whole)
 
 
 def _few(anatomy: Anatomy) -> tuple[int, int]:

@@ -22,15 +22,15 @@ from ..recipes.stage_settings import StageSpec
 from ..stages.inputs import HELD_OUT_TOKENS
 from ..stages.recover import ROOM
 from ..stages.teacher import TEACHER_TOKENS
-from .anatomy import Anatomy, Step
-from .stage_costs import DENSE, OPENED, Needs, Plan, compressed
+from .anatomy import Anatomy, TrainingStep
+from .stage_costs import DENSE, OPENED, CostPlan, Needs, compressed
 
 F32 = torch.float32
 WHOLE = frozenset({"full", "qat", "dequantize_train_requantize", "diff_pruning"})
 """Methods whose trained values are the matrices themselves."""
 
 
-def recovered(plan: Plan, spec: StageSpec, sizes: Sizes, cached: bool, room: float) -> Needs:
+def recovered(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool, room: float) -> Needs:
     """A method that trains the whole model. `sizes`: what its parent stores; `cached`: rebuilt matrices are kept; `room`: bytes of the device,
     by which gradient_checkpointing: auto is decided."""
     anatomy, (config, own) = plan.anatomy, split(spec.method, spec.config)
@@ -60,7 +60,7 @@ def recovered(plan: Plan, spec: StageSpec, sizes: Sizes, cached: bool, room: flo
     return Needs(work + rounding.work, max(device, weights + plan.outside_bytes + walking), host, rounding.hidden)
 
 
-def _acting(plan: Plan, activations: Activations, config: Any, teacher: bool) -> float:
+def _acting(plan: CostPlan, activations: Activations, config: Any, teacher: bool) -> float:
     """The most of: a step's own activations; what waits for backward while the teacher runs ahead through its blocks."""
     if not teacher:
         return activations.peak
@@ -71,7 +71,7 @@ def _acting(plan: Plan, activations: Activations, config: Any, teacher: bool) ->
     return max(activations.peak + plan.hidden_bytes(ahead), activations.saved + walking)
 
 
-def _training(plan: Plan, step: Step, config: Any, checkpointing: bool, cached: bool, moved: bool, rebuilt: int) -> Work:
+def _training(plan: CostPlan, step: TrainingStep, config: Any, checkpointing: bool, cached: bool, moved: bool, rebuilt: int) -> Work:
     """Steps, the teacher's passes, evaluations on the held-out text (start, five, and the records as they are stored)."""
     anatomy, tokens = plan.anatomy, float(config.batch_size * config.seq_len)
     forward = tokens * anatomy.blocks * anatomy.products()
@@ -112,7 +112,7 @@ def trained_numbers(anatomy: Anatomy, spec: StageSpec, own: Any, config: Any, li
     return count
 
 
-def reconstructed(plan: Plan, spec: StageSpec, sizes: Sizes) -> Needs:
+def reconstructed(plan: CostPlan, spec: StageSpec, sizes: Sizes) -> Needs:
     """Blocks fitted one after the other, beside their dense twins."""
     anatomy, config = plan.anatomy, spec.config
     assert isinstance(config, Reconstruct)

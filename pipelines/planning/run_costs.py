@@ -20,7 +20,7 @@ from ..recipes.stage_settings import StageSpec
 from ..stages.fuse import ROOM
 from . import recovery_costs, stage_costs
 from .anatomy import Anatomy
-from .stage_costs import Needs, Plan
+from .stage_costs import CostPlan, Needs
 
 ALL_WINDOWS = 160
 """Of an evaluation of the whole text: what WikiText-2's test split holds at 2048 tokens, about."""
@@ -39,7 +39,7 @@ SURE = 1.2
 class RunCosts:
     """Asked stage by stage, in the order of the recipe."""
 
-    plan: Plan
+    plan: CostPlan
     compute: Compute
     speeds: Speeds
     base: float
@@ -47,7 +47,7 @@ class RunCosts:
     @classmethod
     def of(cls, model: Any, recipe: Recipe, compute: Compute, element: float) -> "RunCosts":
         """Measures the device for a moment."""
-        plan = Plan(Anatomy(model), recipe, compute.dtype, element)
+        plan = CostPlan(Anatomy(model), recipe, compute.dtype, element)
         on_card = compute.device.type == "cuda"
         return cls(plan, compute, measured(compute), float(resident_bytes()) + (CUDA_HOST_BYTES if on_card else 0.0))
 

@@ -50,7 +50,7 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CostPlan:
     """What all stages of a run share: the model, the recipe, the dtype of forward passes, bytes of a stored number."""
 
     anatomy: Anatomy
@@ -94,7 +94,7 @@ class Plan:
         return Work(passes=count * (4 * DENSE if records else 2 * self.element + self.itemsize), calls=300)
 
 
-def evaluated(plan: Plan, windows: int, records: bool, teacher: bool) -> Needs:
+def evaluated(plan: CostPlan, windows: int, records: bool, teacher: bool) -> Needs:
     """An artifact scored: every window through every block, then through the head, beside the teacher's states."""
     anatomy, seq_len = plan.anatomy, plan.recipe.evaluation.seq_len
     tokens, models = float(windows * seq_len), 2 if teacher else 1
@@ -111,7 +111,7 @@ def evaluated(plan: Plan, windows: int, records: bool, teacher: bool) -> Needs:
     return Needs(work, device, max(anatomy.outside, READ_AHEAD * anatomy.block_parameters) * plan.element, hidden)
 
 
-def compressed(plan: Plan, spec: StageSpec, records: bool, first: bool, written: float) -> Needs:
+def compressed(plan: CostPlan, spec: StageSpec, records: bool, first: bool, written: float) -> Needs:
     """A prune, quantize or decompose stage. `records`: its parent holds some; `first`: its parent is the baseline; `written`: bytes of
     the artifact it leaves."""
     anatomy, row = plan.anatomy, methods(spec.name)[spec.method]
@@ -150,7 +150,7 @@ def compressed(plan: Plan, spec: StageSpec, records: bool, first: bool, written:
     return _with_rest(plan, spec, whole)
 
 
-def _with_rest(plan: Plan, spec: StageSpec, found: Needs) -> Needs:
+def _with_rest(plan: CostPlan, spec: StageSpec, found: Needs) -> Needs:
     """The head and the embeddings, where they are compressed: one matrix at a time, whole."""
     anatomy = plan.anatomy
     rest = [anatomy.head] if spec.include_head and anatomy.head is not None else []
@@ -164,7 +164,7 @@ def _with_rest(plan: Plan, spec: StageSpec, found: Needs) -> Needs:
     return found
 
 
-def _statistics(plan: Plan, inputs: list[list[Site]], needs: frozenset[str], tokens: float) -> Work:
+def _statistics(plan: CostPlan, inputs: list[list[Site]], needs: frozenset[str], tokens: float) -> Work:
     """Gathering what methods want to know of every input."""
     work = Work()
     for together in inputs:
@@ -174,7 +174,7 @@ def _statistics(plan: Plan, inputs: list[list[Site]], needs: frozenset[str], tok
     return work
 
 
-def _solved(plan: Plan, spec: StageSpec, sites: list[Site], needs: frozenset[str], records: bool, tokens: float) -> tuple[Cost, float]:
+def _solved(plan: CostPlan, spec: StageSpec, sites: list[Site], needs: frozenset[str], records: bool, tokens: float) -> tuple[Cost, float]:
     """(work of a block's matrices and the most bytes beside the block, bytes of the statistics that all of them keep)."""
     squares = 4.0 * (("second_moment" in needs) + ("cross_moment" in needs))
     kept, work, peak = 0.0, Work(), 0.0
@@ -215,7 +215,7 @@ def _smoothed(config: Any, site: Site, records: bool) -> Cost:
     return Cost((attempt.work + seen) * (config.smoothing_steps + 1) + (final.work + seen) * config.iterations, final.peak)
 
 
-def _trained(plan: Plan, spec: StageSpec, sites: list[Site], tokens: float) -> Cost:
+def _trained(plan: CostPlan, spec: StageSpec, sites: list[Site], tokens: float) -> Cost:
     """A block trained as a whole (`compress/block_training`): steps, evaluations over all samples; in float32."""
     from ...compress.block_training import EVALUATIONS
 

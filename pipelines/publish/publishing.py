@@ -32,7 +32,7 @@ from ..run.evaluate import evaluate
 from ..stages.inputs import Inputs
 from ..store.rundir import RunDirectory
 from . import other_programs
-from .reference_rows import SETTINGS, SMALL, Row, Table
+from .reference_rows import SETTINGS, SMALL, ReferenceRow, ReferenceTable
 from .reference_tables import tables
 
 SMALL_MODEL = Path("tests/small_model")
@@ -49,7 +49,7 @@ def publish(name: str, directory: Path, only: str | None = None, model: str | No
     """Measure what is missing, then write the table of all rows that are there."""
     table = tables()[name]
     keys = ["model", "name", *table.tags]
-    kept = published.Rows(directory / f"{name}.jsonl", keys, {"settings": SETTINGS})
+    kept = published.PublishedRows(directory / f"{name}.jsonl", keys, {"settings": SETTINGS})
     _take_published(name, kept)
     for row in table.rows:
         wanted = (only is None or re.search(only, _label(row, table))) and model in (None, row.model)
@@ -59,7 +59,7 @@ def publish(name: str, directory: Path, only: str | None = None, model: str | No
     return write(name, table, kept)
 
 
-def _take_published(name: str, kept: published.Rows) -> None:
+def _take_published(name: str, kept: published.PublishedRows) -> None:
     """Rows of the table as it was published, where none of this directory's own is there and the settings are the same."""
     if not (published.DIRECTORY / f"{name}.json").is_file():
         return
@@ -69,19 +69,19 @@ def _take_published(name: str, kept: published.Rows) -> None:
             kept.append(row | {"protocol": table["protocol"].get(row["model"])})
 
 
-def _versions(row: Row) -> dict[str, int | str]:
+def _versions(row: ReferenceRow) -> dict[str, int | str]:
     """Method → its version, of every stage of the row: a row stands as long as these do."""
     stages = [(name, settings["method"]) for stage in row.stages for name, settings in stage.items()]
     theirs = {} if row.rival is None else {row.rival["program"]: other_programs.VERSIONS[row.rival["program"]]}
     return theirs | {f"{name} {method}": methods(name)[method].version for name, method in stages}
 
 
-def _stands(row: Row, kept: published.Rows) -> bool:
+def _stands(row: ReferenceRow, kept: published.PublishedRows) -> bool:
     found = kept.get(**_identity(row))
     return found is not None and found["versions"] == _versions(row)
 
 
-def write(name: str, table: Table, kept: published.Rows) -> list[Path]:
+def write(name: str, table: ReferenceTable, kept: published.PublishedRows) -> list[Path]:
     """The files of the table, from the rows that were measured."""
     found = [row for row in (kept.get(**_identity(row)) for row in table.rows if _stands(row, kept)) if row is not None]
     shown = [{k: v for k, v in row.items() if k != "protocol"} | {"settings": SETTINGS[row["model"]]} for row in found]
@@ -94,7 +94,7 @@ def write(name: str, table: Table, kept: published.Rows) -> list[Path]:
     return published.write(name, shown, columns, protocols, figure, title=table.title, notes=[*table.notes, *_notes(name, found, table)])
 
 
-def _figure(shown: list[dict[str, Any]], table: Table) -> Figure:
+def _figure(shown: list[dict[str, Any]], table: ReferenceTable) -> Figure:
     across = table.x.replace("_", " ")
     if table.lines:
         places = Counter((row["model"], row["name"]) for row in {(r["model"], r["name"], r[table.x]): r for r in shown}.values())
@@ -109,7 +109,7 @@ def _figure(shown: list[dict[str, Any]], table: Table) -> Figure:
     return pareto_figure(labelled, x=table.x, y="perplexity", label=label, series="name", panel=panel, xlabel=across)
 
 
-def _notes(name: str, found: list[dict[str, Any]], table: Table) -> list[str]:
+def _notes(name: str, found: list[dict[str, Any]], table: ReferenceTable) -> list[str]:
     dense = {row["model"]: row["baseline_perplexity"] for row in found if row.get("baseline_perplexity")}
     notes = [f"{model}: dense perplexity {value:.2f}." for model, value in dense.items()]
     texts = ", ".join(f"{model} {s['calibration']['samples']} × {s['calibration']['seq_len']}" for model, s in SETTINGS.items())
@@ -120,7 +120,7 @@ def _notes(name: str, found: list[dict[str, Any]], table: Table) -> list[str]:
     return notes
 
 
-def _verdict(row: dict[str, Any], rows: list[dict[str, Any]], table: Table) -> str:
+def _verdict(row: dict[str, Any], rows: list[dict[str, Any]], table: ReferenceTable) -> str:
     """Whether another row of the same model (and the same tags of `table.within`) has at most as many bytes and a lower perplexity."""
     if not row.get("perplexity"):
         return row.get("refused", "")
@@ -133,15 +133,15 @@ def _verdict(row: dict[str, Any], rows: list[dict[str, Any]], table: Table) -> s
     return f"loses {math.log(row['perplexity'] / best['perplexity']):.3f} nats to {label}"
 
 
-def _label(row: Row, table: Table) -> str:
+def _label(row: ReferenceRow, table: ReferenceTable) -> str:
     return " ".join(str(part) for part in (row.model, row.name, *(row.tags[tag] for tag in table.tags)))
 
 
-def _identity(row: Row) -> dict[str, Any]:
+def _identity(row: ReferenceRow) -> dict[str, Any]:
     return {"model": row.model, "name": row.name, **row.tags}
 
 
-def _measure(row: Row, directory: Path, other_text: bool) -> dict[str, Any]:
+def _measure(row: ReferenceRow, directory: Path, other_text: bool) -> dict[str, Any]:
     options = {"model": "demo", "profile": "demo", "budget": row.budget}
     if row.model == SMALL:
         if not SMALL_MODEL.is_dir():
@@ -156,13 +156,13 @@ def _measure(row: Row, directory: Path, other_text: bool) -> dict[str, Any]:
     return numbers | (_on_other_text(directory, directory, row) if other_text else {})
 
 
-def _recipe(row: Row, options: Mapping[str, Any]) -> recipe.Recipe:
+def _recipe(row: ReferenceRow, options: Mapping[str, Any]) -> recipe.Recipe:
     stages = [dict(stage) for stage in row.stages] or [{"fuse": {"backend": "reference"}}]
     document = {"name": "published", "seed": row.seed, "dtype": row.dtype, **SETTINGS[row.model], "stages": stages}
     return recipe.resolve(document, options=options)
 
 
-def _measure_rival(row: Row, directory: Path, options: Mapping[str, Any], other_text: bool) -> dict[str, Any]:
+def _measure_rival(row: ReferenceRow, directory: Path, options: Mapping[str, Any], other_text: bool) -> dict[str, Any]:
     """What the other program made of the baseline, as it stands or as the row's stages leave it; differences are to the dense model."""
     assert row.rival is not None
     dense = directory / "rivals" / "dense"
@@ -186,12 +186,12 @@ def _measure_rival(row: Row, directory: Path, options: Mapping[str, Any], other_
     return numbers | (_on_other_text(directory, own, row) if other_text else {})
 
 
-def _on_other_text(dense: Path, own: Path, row: Row) -> dict[str, float]:
+def _on_other_text(dense: Path, own: Path, row: ReferenceRow) -> dict[str, float]:
     """Perplexity of the first stage of one run and of the last one of another (mostly the same) on another text."""
     return {"other_baseline_perplexity": _other_text(dense, row, 0), "other_perplexity": _other_text(own, row, -1)}
 
 
-def _other_text(directory: Path, row: Row, place: int) -> float:
+def _other_text(directory: Path, row: ReferenceRow, place: int) -> float:
     """Perplexity of one of the run's stages on Python's own manual, which every Python has."""
     from pydoc_data.topics import topics
 

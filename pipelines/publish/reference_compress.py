@@ -1,11 +1,11 @@
 """The rows of the tables of compression: pruning, quantization, decomposition."""
 
-from .reference_rows import DEMO, SHORT, SHORT_NOTE, SMALL, Row, Stage, Table, prune, quantize
+from .reference_rows import DEMO, SHORT, SHORT_NOTE, SMALL, ReferenceRow, ReferenceTable, Stage, prune, quantize
 
 # -- compress --------------------------------------------------------------------------------------------------------------------
 
 
-def _grids(bits: int) -> list[Row]:
+def _grids(bits: int) -> list[ReferenceRow]:
     named: dict[str, Stage] = {
         "rtn": quantize(bits, "rtn"),
         "rtn, clip hessian": quantize(bits, "rtn", clip="hessian"),
@@ -23,14 +23,14 @@ def _grids(bits: int) -> list[Row]:
         }
     if bits == 3:
         named |= {name: quantize(bits, name, **SHORT) for name in ("block_training", "learned_rounding")}
-    return [Row(name, (stage,), {"bits": bits}) for name, stage in named.items()]
+    return [ReferenceRow(name, (stage,), {"bits": bits}) for name, stage in named.items()]
 
 
-def _masks(pattern: str, shown: str) -> list[Row]:
-    return [Row(method, (prune(method, pattern),), {"bits": shown}) for method in ("magnitude", "wanda", "sparsegpt")]
+def _masks(pattern: str, shown: str) -> list[ReferenceRow]:
+    return [ReferenceRow(method, (prune(method, pattern),), {"bits": shown}) for method in ("magnitude", "wanda", "sparsegpt")]
 
 
-COMPRESS = Table(
+COMPRESS = ReferenceTable(
     "Pruning and quantization of the demo model",
     [*_masks("unstructured", "50 %"), *_masks("2:4", "2:4"), *_grids(3), *_grids(4), *_grids(2)],
     ("bits",),
@@ -58,27 +58,27 @@ PRESETS: dict[str, tuple[str, str]] = {
 STRONGEST = ("eora", "cloq", "srr", "best")
 
 
-def _decomposed(preset: str, bits: int, rank: int, model: str) -> Row:
+def _decomposed(preset: str, bits: int, rank: int, model: str) -> ReferenceRow:
     tags = {"bits": bits, "rank": rank}
     if preset == "svdquant":
-        return Row(preset, ({"decompose": {"method": preset, "bits": bits, "rank": rank}},), tags, model)
+        return ReferenceRow(preset, ({"decompose": {"method": preset, "bits": bits, "rank": rank}},), tags, model)
     method, quantizer = PRESETS[preset]
-    return Row(preset, (quantize(bits, quantizer), {"decompose": {"method": method, "rank": rank}}), tags, model)
+    return ReferenceRow(preset, (quantize(bits, quantizer), {"decompose": {"method": method, "rank": rank}}), tags, model)
 
 
-def _plain(bits: int, group_size: int, model: str) -> Row:
-    return Row(f"gptq, group {group_size}, no factors", (quantize(bits, group_size=group_size),), {"bits": bits, "rank": 0}, model)
+def _plain(bits: int, group_size: int, model: str) -> ReferenceRow:
+    return ReferenceRow(f"gptq, group {group_size}, no factors", (quantize(bits, group_size=group_size),), {"bits": bits, "rank": 0}, model)
 
 
-def _uniform(bits: int, group_size: int, rank: int, factor_bits: int) -> Row:
+def _uniform(bits: int, group_size: int, rank: int, factor_bits: int) -> ReferenceRow:
     """GPTQ and the exact step with one setting for all matrices: what an allocation of as many bytes has to beat."""
     stages = (quantize(bits, group_size=group_size), {"decompose": {"method": "eora", "rank": rank, "factor_bits": factor_bits}})
-    return Row(f"eora, group {group_size}, {factor_bits}-bit factors", stages, {"bits": bits, "rank": rank})
+    return ReferenceRow(f"eora, group {group_size}, {factor_bits}-bit factors", stages, {"bits": bits, "rank": rank})
 
 
-def _allocated(budget: str) -> Row:
+def _allocated(budget: str) -> ReferenceRow:
     stages = (quantize(3), {"decompose": {"method": "eora"}})
-    return Row(f"gptq and eora, allocated {budget}", stages, {"bits": "mixed", "rank": "mixed"}, budget=budget)
+    return ReferenceRow(f"gptq and eora, allocated {budget}", stages, {"bits": "mixed", "rank": "mixed"}, budget=budget)
 
 
 ALLOCATED = [
@@ -89,20 +89,20 @@ ALLOCATED = [
 """Budgets of 3.0 and 3.5 bits per weight, and uniform settings within 1 % of them."""
 
 
-def _sparse(model: str) -> list[Row]:
+def _sparse(model: str) -> list[ReferenceRow]:
     """What 2:4 and 4 bits lose, made up for under the inputs' mean squares (SLiM's metric) and under their full second moment; from codes
     that made up for nothing themselves (SLiM's setting), and from GPTQ's."""
     pruned, rows = prune(pattern="2:4"), []
     for quantizer, solvers in (("rtn", ("qera_approx", "qera_exact")), ("gptq", ("qera_approx", "qera_exact", "best"))):
         start = (pruned, quantize(4, quantizer))
-        rows.append(Row(f"2:4, {quantizer}, no factors", start, {"bits": "2:4 + 4", "rank": 0}, model))
+        rows.append(ReferenceRow(f"2:4, {quantizer}, no factors", start, {"bits": "2:4 + 4", "rank": 0}, model))
         for method in solvers:
             stages = (*start, {"decompose": {"method": method, "rank": 32}})
-            rows.append(Row(f"2:4, {quantizer}, {method}", stages, {"bits": "2:4 + 4", "rank": 32}, model))
+            rows.append(ReferenceRow(f"2:4, {quantizer}, {method}", stages, {"bits": "2:4 + 4", "rank": 32}, model))
     return rows
 
 
-DECOMPOSE = Table(
+DECOMPOSE = ReferenceTable(
     "Decomposition: presets against plain GPTQ, by total bits per weight",
     [
         *(_plain(bits, group, DEMO) for bits, group in ((3, 64), (3, 32), (4, 64), (2, 64), (2, 32))),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .reference_rows import DEMO, SHORT, SHORT_NOTE, SMALL, Row, Stage, Table, prune, quantize
+from .reference_rows import DEMO, SHORT, SHORT_NOTE, SMALL, ReferenceRow, ReferenceTable, Stage, prune, quantize
 
 # -- recover ---------------------------------------------------------------------------------------------------------------------
 
@@ -24,18 +24,18 @@ _FOUR: dict[str, dict[str, Any]] = {
 _GRID_FOUR = {**{k: v for k, v in _FOUR.items() if k != "perp, norms and biases"}, "scales, norms": {"method": "scales", "norms": True}}
 
 
-def _recovered(name: str, kind: str, settings: Mapping[str, Any], model: str, seed: int = 0) -> Row:
-    return Row(name, (*KINDS[kind], {"recover": {**_BUDGET[model], **settings}}), {"kind": kind, "seed": seed}, model, seed)
+def _recovered(name: str, kind: str, settings: Mapping[str, Any], model: str, seed: int = 0) -> ReferenceRow:
+    return ReferenceRow(name, (*KINDS[kind], {"recover": {**_BUDGET[model], **settings}}), {"kind": kind, "seed": seed}, model, seed)
 
 
 _BEST = (quantize(3), {"decompose": {"method": "best", "rank": 32}})
 
 
-def _untouched(kind: str, model: str) -> Row:
-    return Row("not recovered", KINDS[kind], {"kind": kind, "seed": 0}, model)
+def _untouched(kind: str, model: str) -> ReferenceRow:
+    return ReferenceRow("not recovered", KINDS[kind], {"kind": kind, "seed": 0}, model)
 
 
-def recover_rows() -> list[Row]:
+def recover_rows() -> list[ReferenceRow]:
     from ...recover.recovery_methods import RECOVER
 
     small = [_untouched(kind, SMALL) for kind in KINDS]
@@ -46,10 +46,10 @@ def recover_rows() -> list[Row]:
         chosen = _FOUR if kind == "50 % pruned" else _GRID_FOUR
         demo += [_untouched(kind, DEMO), *(_recovered(name, kind, settings, DEMO) for name, settings in chosen.items())]
     tags = {"kind": "3-bit, best 32", "seed": 0}
-    demo.append(Row("not recovered", _BEST, tags))
+    demo.append(ReferenceRow("not recovered", _BEST, tags))
     beside = {"lora": {}, "lora, scales": {"scales": True}, "lora, scales, biases": {"scales": True, "biases": True}}
     for name, own in beside.items():
-        demo.append(Row(name, (*_BEST, {"recover": {**_BUDGET[DEMO], **_FOUR["lora"], **own}}), tags))
+        demo.append(ReferenceRow(name, (*_BEST, {"recover": {**_BUDGET[DEMO], **_FOUR["lora"], **own}}), tags))
     return [*small, *demo]
 
 
@@ -71,25 +71,25 @@ SUBSETS: dict[str, dict[str, Any]] = {
 _RECONSTRUCTED = {"recover": {"method": "reconstruct", "train": "mask_lora", "steps": 50}}
 
 
-def _perp_rows() -> list[Row]:
+def _perp_rows() -> list[ReferenceRow]:
     rows = []
     for sparsity in (0.3, 0.4, 0.5, 0.6, 0.7):
         start, tags = prune("magnitude", sparsity=sparsity), {"pattern": "unstructured", "pruned": f"{100 * sparsity:.0f} %"}
-        rows.append(Row("not recovered", (start,), tags, SMALL))
-        rows += [Row(name, (start, {"recover": {**_BUDGET[SMALL], **own}}), tags, SMALL) for name, own in SUBSETS.items()]
+        rows.append(ReferenceRow("not recovered", (start,), tags, SMALL))
+        rows += [ReferenceRow(name, (start, {"recover": {**_BUDGET[SMALL], **own}}), tags, SMALL) for name, own in SUBSETS.items()]
     half, pairs = {"pattern": "unstructured", "pruned": "50 %"}, {"pattern": "2:4", "pruned": "50 %"}
-    rows.append(Row("not recovered", (prune("magnitude"),), half))
+    rows.append(ReferenceRow("not recovered", (prune("magnitude"),), half))
     for name in ("norms", "norms and biases"):
-        rows.append(Row(f"{name}, 60 steps", (prune("magnitude"), {"recover": {**_BUDGET[DEMO], **SUBSETS[name], "steps": 60}}), half))
-    rows.append(Row("not recovered", (prune(pattern="2:4"),), pairs))
+        rows.append(ReferenceRow(f"{name}, 60 steps", (prune("magnitude"), {"recover": {**_BUDGET[DEMO], **SUBSETS[name], "steps": 60}}), half))
+    rows.append(ReferenceRow("not recovered", (prune(pattern="2:4"),), pairs))
     after = (prune(pattern="2:4"), _RECONSTRUCTED)
-    rows.append(Row("reconstruct mask_lora, 50 steps a block", after, pairs))
+    rows.append(ReferenceRow("reconstruct mask_lora, 50 steps a block", after, pairs))
     trained = {"recover": {**_BUDGET[DEMO], **SUBSETS["mask_lora"]}}
-    rows.append(Row("… and mask_lora, 50 steps", (*after, trained), pairs))
+    rows.append(ReferenceRow("… and mask_lora, 50 steps", (*after, trained), pairs))
     return rows
 
 
-PERP = Table(
+PERP = ReferenceTable(
     "Recovery of pruned models: perplexity by sparsity and by what is trained (PERP, figure 1)",
     _perp_rows(),
     ("pattern", "pruned"),
@@ -116,7 +116,7 @@ def _auto_round(bits: int) -> Mapping[str, Any]:
     return {"program": "auto_round", "bits": bits, "group_size": 64, "iterations": 200, "samples": 128, "batch_size": 8}
 
 
-def _grid_rows(bits: int) -> list[Row]:
+def _grid_rows(bits: int) -> list[ReferenceRow]:
     start, tags = quantize(bits), {"bits": bits}
     rival = (quantize(bits, group_size=192), {"decompose": {"method": "best", "rank": 4}})
     rounded = (quantize(bits, "learned_rounding", **SHORT),)
@@ -146,8 +146,8 @@ def _grid_rows(bits: int) -> list[Row]:
     if bits == 4:
         ours["learned_rounding, scales and norms 60, both losses"] = (*rounded, _trained(60, loss="both"))
     return [
-        *(Row(name, stages, tags) for name, stages in ours.items()),
-        *(Row(name, stages, tags, rival=_auto_round(bits)) for name, stages in theirs.items()),
+        *(ReferenceRow(name, stages, tags) for name, stages in ours.items()),
+        *(ReferenceRow(name, stages, tags, rival=_auto_round(bits)) for name, stages in theirs.items()),
     ]
 
 
@@ -162,8 +162,8 @@ _LOSSES_NOTE = (
 _RIVAL_NOTE = (
     "AutoRound 0.16.1: 200 steps of 1,024 tokens a block, asymmetric, group 64, its calibration 128 windows of 128 tokens of ours."
 )
-_DENSE = Row("dense, norms 60, both losses", (_trained(60, "perp", biases=False, loss="both"),), {"bits": 32})
-GRID = Table(
+_DENSE = ReferenceRow("dense, norms 60, both losses", (_trained(60, "perp", biases=False, loss="both"),), {"bits": 32})
+GRID = ReferenceTable(
     "Training what the quantizer stores, against spending bytes on groups, bits and factors",
     [*_grid_rows(3), *_grid_rows(2), *_grid_rows(4), _DENSE],
     ("bits",),

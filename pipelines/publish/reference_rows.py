@@ -20,7 +20,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Row:
+class ReferenceRow:
     """`tags` are columns that tell rows of one name apart: bits, rank, kind, seed."""
 
     name: str
@@ -35,11 +35,11 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class ReferenceTable:
     """`tags` in the order of the columns; `panel` and `series` say how the figure is drawn."""
 
     title: str
-    rows: Sequence[Row]
+    rows: Sequence[ReferenceRow]
     tags: tuple[str, ...]
     panel: str | None = None
     x: str = "bits_per_weight"

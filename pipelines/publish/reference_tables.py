@@ -2,7 +2,7 @@
 
 from .reference_compress import COMPRESS, DECOMPOSE
 from .reference_recover import GRID, PERP, RECOVER_NOTE, recover_rows
-from .reference_rows import DEMO, SMALL, Row, Stage, Table, prune, quantize
+from .reference_rows import DEMO, SMALL, ReferenceRow, ReferenceTable, Stage, prune, quantize
 
 CHAIN: tuple[tuple[str, Stage], ...] = (
     ("prune", prune(sparsity=0.4)),
@@ -17,18 +17,18 @@ CHAIN: tuple[tuple[str, Stage], ...] = (
 """The default recipe's stages, its training short."""
 
 
-def _dtype_rows() -> list[Row]:
+def _dtype_rows() -> list[ReferenceRow]:
     """Everything up to each stage, computed in either dtype."""
     whole: list[Stage] = [stage for _, stage in CHAIN]
     return [
-        Row(name, tuple(whole[:count]), {"dtype": dtype}, model, dtype=dtype)
+        ReferenceRow(name, tuple(whole[:count]), {"dtype": dtype}, model, dtype=dtype)
         for model in (SMALL, DEMO)
         for count, (name, _) in enumerate(CHAIN, 1)
         for dtype in ("float32", "bfloat16")
     ]
 
 
-DTYPE = Table(
+DTYPE = ReferenceTable(
     "Forward passes in float32 and in bfloat16, stage by stage of the default recipe",
     _dtype_rows(),
     ("dtype",),
@@ -43,9 +43,9 @@ DTYPE = Table(
 )
 
 
-def tables() -> dict[str, Table]:
+def tables() -> dict[str, ReferenceTable]:
     """All reference tables by name; `recover` reads its methods from their registry."""
-    recover = Table(
+    recover = ReferenceTable(
         "Recovery: every method on every kind of compressed model",
         recover_rows(),
         ("kind", "seed"),

@@ -56,7 +56,7 @@ def _texts(value: Any) -> Any:
     return [str(item) for item in _listed(value)]
 
 
-class Allocation(BaseModel):
+class AllocationSettings(BaseModel):
     """What every matrix may be given, and what is minimised. The product of all lists is the table of settings.
 
     double_quantize counts for NormalFloat methods only; sparsities are "dense", an "N:M" pattern or a share of each row ("0.5"), and

@@ -6,7 +6,7 @@ Layers, the upper one wins: command line > settings file > recipe > what the pro
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer, ValidationError
 
 from ..errors import UsageError
-from .budget import Allocation, Budget
+from .budget import AllocationSettings, Budget
 from .settings import DtypeName, dump, merged, nested, read_mapping, refuse_unknown, split_assignment, unknown
 from .stage_settings import FUSE, STAGES, StageSpec, build, config_keys, methods, validation_message, with_implied
 
@@ -81,7 +81,7 @@ class Recipe(_Section):
     deterministic: bool = True
     profile: Literal["demo", "standard"] = "standard"
     budget: Annotated[Budget | None, BeforeValidator(Budget.parse), PlainSerializer(lambda budget: budget.text if budget else None)] = None
-    allocation: Allocation = Allocation()
+    allocation: AllocationSettings = AllocationSettings()
     stages: list[InstanceOf[StageSpec]] = []
     skipped: Annotated[dict[int, str], Field(exclude=True)] = {}
 
@@ -91,6 +91,10 @@ class Recipe(_Section):
             if spec.address == address.removesuffix(".1"):
                 return spec
         raise UsageError(unknown("stage", address, [spec.address for spec in self.stages]))
+
+    def check_addresses(self, *addresses: str | None) -> None:
+        """UsageError for one that is neither a stage's nor "baseline"."""
+        check_addresses(["baseline", *(spec.address for spec in self.stages)], *addresses)
 
     def settings(self) -> dict[str, Any]:
         """Plain values, as in the YAML file."""
@@ -154,6 +158,12 @@ class _Draft:
                 return stage
         here = ", ".join(stage.address for stage in self.stages) or "none"
         raise UsageError(f"{origin}: the recipe has no stage {address!r}; its stages are: {here}")
+
+
+def check_addresses(known: Sequence[str], *addresses: str | None) -> None:
+    for address in addresses:
+        if address is not None and address.removesuffix(".1") not in known:
+            raise UsageError(unknown("stage", address, known))
 
 
 def known_recipes() -> list[str]:

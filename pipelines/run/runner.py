@@ -25,21 +25,21 @@ from ..devices.environment import compute_of, write_environment
 from ..devices.shortage import shortage
 from ..errors import InputError, QualityError, UsageError
 from ..evaluation.measure import Peak
-from ..evaluation.perplexity import evaluated_by
+from ..evaluation.perplexity import Scores, evaluated_by
 from ..models.source import resolve_model
 from ..planning.plan import refusals, warnings
 from ..planning.steps import Step, plan_steps
-from ..recipes import recipe
+from ..recipes.recipe import Recipe, check_addresses, resolve, run_directory
 from ..stages.baseline import build_baseline
 from ..stages.inputs import Inputs
 from ..store.artifact import MANIFEST, Artifact, ArtifactWriter, disk_errors, open_artifact, settle, write_json
 from ..store.rundir import RunDirectory
 from .ledger import gc, last_artifact, record, status
 from .recording import measured, save_record
-from .session import Run, plan_run, take_up
+from .session import Session, plan_run, take_up
 from .signals import Stop, signals
 
-__all__ = ["Run", "Step", "gc", "last_artifact", "plan_steps", "record", "resume", "run", "run_directory", "status"]
+__all__ = ["Session", "Step", "gc", "last_artifact", "plan_steps", "record", "resume", "run", "status"]
 
 log = logging.getLogger("bitmend")
 PAGE_SECONDS = 10.0
@@ -47,7 +47,7 @@ PAGE_SECONDS = 10.0
 
 
 def run(
-    recipe: recipe.Recipe,
+    recipe: Recipe,
     directory: Path | None = None,
     *,
     from_stage: str | None = None,
@@ -67,7 +67,9 @@ def run(
     with place.held(), disk_errors(place.path), signals() as stop:
         compute = compute_of(place, device, recipe.dtype, recipe.deterministic)
         under_way = _prepare(recipe, place, compute, stop)
-        _check_addresses(under_way, from_stage, until_stage, force)
+        check_addresses([step.address for step in under_way.steps], from_stage, until_stage, force)
+        if from_stage is not None:
+            _need_finished(place, under_way.steps, from_stage)
         write_environment(place, compute)
         take_up(under_way)
         with determinism(compute):
@@ -83,24 +85,20 @@ def resume(directory: Path, **options: Any) -> RunRecord:
     place.read()
     if not place.recipe.is_file():
         raise InputError(f"{place.recipe}: missing, so nothing says what to resume; run the recipe again with -o {directory}")
-    return run(recipe.resolve(str(place.recipe), file=None, sets=[], options={}), directory, **options)
-
-
-def run_directory(chosen: recipe.Recipe) -> Path:
-    return recipe.run_directory(chosen)
+    return run(resolve(str(place.recipe)), directory, **options)
 
 
 # -- planning --------------------------------------------------------------------------------------------------------------------
 
 
-def _prepare(chosen: recipe.Recipe, place: RunDirectory, compute: Compute, stop: Stop) -> Run:
+def _prepare(chosen: Recipe, place: RunDirectory, compute: Compute, stop: Stop) -> Session:
     """Everything that can be refused is refused here, before any work and before anything in the directory changes."""
     source = resolve_model(chosen.model, chosen.revision)
     refused = refusals(chosen, source)
     if refused:
         raise UsageError(refused[0] + (f" (and {len(refused) - 1} more: --dry-run lists them)" if len(refused) > 1 else ""))
     inputs = Inputs(chosen, source)
-    under_way = Run(chosen, place, compute, inputs, stop, place.read())
+    under_way = Session(chosen, place, compute, inputs, stop, place.read())
     under_way.warnings = warnings(chosen, source)
     for warning in dict.fromkeys(under_way.warnings.values()):
         log.warning("%s", warning)
@@ -113,25 +111,16 @@ def _prepare(chosen: recipe.Recipe, place: RunDirectory, compute: Compute, stop:
     return under_way
 
 
-def _check_addresses(under_way: Run, from_stage: str | None, until_stage: str | None, force: str | None) -> None:
-    known = [step.address for step in under_way.steps]
-    for given, option in ((from_stage, "--from"), (until_stage, "--until"), (force, "--force")):
-        if given is not None and given not in known:
-            raise UsageError(f"{option} {given}: no such stage in this recipe; choose one of {known}")
-    if from_stage is not None:
-        _need_finished(under_way.directory, under_way.steps, from_stage)
-
-
 # -- going on --------------------------------------------------------------------------------------------------------------------
 
 
-def _advance(under_way: Run, until_stage: str | None, force: str | None, page: bool) -> RunRecord:
+def _advance(under_way: Session, until_stage: str | None, force: str | None, page: bool) -> RunRecord:
     place = under_way.directory
     if force is not None:
         _set_aside(place, under_way.steps, force)
     parent: Artifact | None = None
     records: list[StageRecord] = []
-    scores: list[Any] = []
+    scores: list[Scores] = []
     windows = evaluated_by(under_way.compute, under_way.inputs.evaluation())
     while len(records) < len(under_way.steps):
         if parent is not None and not under_way.steps[len(records)].key:
@@ -140,7 +129,9 @@ def _advance(under_way: Run, until_stage: str | None, force: str | None, page: b
         began, news = time.monotonic(), step.state(place) != "done"
         with shortage(step.address, step.spec, under_way.compute):
             artifact = _finish(under_way, step, parent)
-            records.append(measured(under_way, step, artifact, windows, scores, records))
+            made, found = measured(under_way, step, artifact, windows, scores, records)
+        records.append(made)
+        scores.append(found)
         if news:
             save_record(under_way, records, windows, page=page and time.monotonic() - began > PAGE_SECONDS)
         parent = artifact
@@ -149,7 +140,7 @@ def _advance(under_way: Run, until_stage: str | None, force: str | None, page: b
     return save_record(under_way, records, windows, page=page)
 
 
-def _spend(under_way: Run, parent: Artifact) -> None:
+def _spend(under_way: Session, parent: Artifact) -> None:
     """Choose for the stages of the budget, and take up the steps that follow from the choice."""
     place, directory = under_way.directory, under_way.table
     assert directory is not None
@@ -162,7 +153,7 @@ def _spend(under_way: Run, parent: Artifact) -> None:
     take_up(under_way)
 
 
-def _finish(under_way: Run, step: Step, parent: Artifact | None) -> Artifact:
+def _finish(under_way: Session, step: Step, parent: Artifact | None) -> Artifact:
     """The step's artifact: opened if it is there, else made."""
     place = under_way.directory
     final, scratch = place.artifact(step.name), place.scratch(step.name)
@@ -182,7 +173,7 @@ def _finish(under_way: Run, step: Step, parent: Artifact | None) -> Artifact:
     return artifact
 
 
-def _make(under_way: Run, step: Step, parent: Artifact | None) -> Artifact:
+def _make(under_way: Session, step: Step, parent: Artifact | None) -> Artifact:
     """Do a stage's work. What it says about itself is on disk before its artifact has its name."""
     place = under_way.directory
     final, scratch, metrics = place.artifact(step.name), place.scratch(step.name), place.metrics(step.name)
@@ -229,7 +220,7 @@ def _keep(metrics: Path, outcome: stages.Outcome, peak: Peak) -> None:
     (metrics / "interrupted.json").unlink(missing_ok=True)
 
 
-def _context(under_way: Run, scratch: Path) -> "stages.Context":
+def _context(under_way: Session, scratch: Path) -> "stages.Context":
     place, inputs = under_way.directory, under_way.inputs
     baseline_step = under_way.steps[0]
     baseline = open_artifact(place.artifact(baseline_step.name))
@@ -247,7 +238,7 @@ def _context(under_way: Run, scratch: Path) -> "stages.Context":
     )
 
 
-def _teacher(under_way: Run, baseline: Artifact) -> Artifact | None:
+def _teacher(under_way: Session, baseline: Artifact) -> Artifact | None:
     """The model given with --teacher as an artifact of this run; else the baseline, unless it came quantized."""
     key = under_way.inputs.teacher_fingerprint()
     if key is None:

@@ -20,7 +20,7 @@ log = logging.getLogger("bitmend")
 
 
 @dataclass
-class Run:
+class Session:
     """A run under way, with everything the stages share. `before`: run.json as the last command left it; `table`: where a budget's table of errors
     lies or will, `choice` what was made of it."""
 
@@ -36,7 +36,7 @@ class Run:
     choice: Choice | None = None
 
 
-def plan_run(under_way: Run) -> None:
+def plan_run(under_way: Session) -> None:
     """The steps as far as they are known, and the budget's choice if it was made."""
     chosen, inputs, compute, place = under_way.recipe, under_way.inputs, under_way.compute, under_way.directory
     under_way.steps = plan_steps(chosen, inputs.model, inputs, compute, place)
@@ -45,7 +45,7 @@ def plan_run(under_way: Run) -> None:
         under_way.table, under_way.choice = found_choice(chosen, parent.key, inputs, compute, place)
 
 
-def take_up(under_way: Run) -> None:
+def take_up(under_way: Session) -> None:
     """Make these steps the plan of record, and say what it sends back to work."""
     place = under_way.directory
     announce(under_way.steps, under_way.before, under_way.compute, place)

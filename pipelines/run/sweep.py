@@ -63,7 +63,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SweepOutcome:
     """All combinations, best perplexity first; those above the limit of trainable parameters after the others."""
 
     results: tuple[Result, ...]
@@ -131,7 +131,7 @@ def trainable_limit(budget: str | None) -> int | None:
     return round(float(match[1]) * {"": 1, "k": 10**3, "M": 10**6}[match[2]]) if match else None
 
 
-def sweep(points: Sequence[Point], directory: Path, *, device: str = "auto", max_trainable: int | None = None) -> Outcome:
+def sweep(points: Sequence[Point], directory: Path, *, device: str = "auto", max_trainable: int | None = None) -> SweepOutcome:
     """Run each combination in `directory`; each record and one page that compares them lie in its `sweep/`."""
     from ...reports.render import compare
 
@@ -148,7 +148,7 @@ def sweep(points: Sequence[Point], directory: Path, *, device: str = "auto", max
         results.append(Result(point, record=record))
     if done := [result.record for result in results if result.record]:
         _write(directory / "sweep" / "compare.html", compare(done, "html"))
-    return Outcome(tuple(results), max_trainable)
+    return SweepOutcome(tuple(results), max_trainable)
 
 
 def _axis(text: str) -> tuple[str, list[str]]:

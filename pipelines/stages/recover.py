@@ -22,11 +22,11 @@ from ...recover.losses import Objective
 from ...recover.memory import COPIES, training_memory
 from ...recover.merge import stored_loss
 from ...recover.recovery_methods import RECOVER, Gradients, attach, refusal, split
-from ...recover.run import TrainConfig
 from ...recover.site import kinds
 from ...recover.student import Batch, Student, student_of
 from ...recover.train import Progress, TrainingDiverged, TrainResult, batch_loss, train
 from ...recover.trainable import Attached
+from ...recover.training_run import TrainConfig
 from ..devices.compute import free_bytes
 from ..errors import InputError, UsageError
 from ..logs import bar

@@ -16,7 +16,7 @@ from bitmend.kernels import timing
 from bitmend.pipelines import logs
 from bitmend.pipelines.bench import shape, synthetic
 from bitmend.pipelines.gpu import __main__ as gpu
-from bitmend.pipelines.gpu.child import Call, Plan
+from bitmend.pipelines.gpu.child import Call, CardPlan
 from bitmend.pipelines.gpu.demo_runs import readme_table
 
 from .pretended import pretended_cuda
@@ -44,14 +44,14 @@ QUICK = ("prune.method=none", "decompose.method=zeroquant_v2", "decompose.iterat
 
 
 @pytest.fixture
-def plan(small_model: Path, small_text: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Plan:
+def plan(small_model: Path, small_text: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CardPlan:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "choices"))
     monkeypatch.setitem(synthetic.SHAPES, "tiny", synthetic.Shape(2, 64, 128, 4, 2, 96))
     few = {"calibration": {"samples": 8, "seq_len": 64}, "evaluation": {"seq_len": 64, "windows": 2}}
     monkeypatch.setattr(shape, "STANDARD", few)
     monkeypatch.setattr(timing, "peaks", lambda device, protocol: {"gigabytes_per_second": 1.0, "teraflops": 1.0})
     monkeypatch.setattr(timing, "MOST_COPIES", {"cuda": 2, "cpu": 2})
-    return Plan(
+    return CardPlan(
         model=str(small_model), data=str(small_text), sets=(*SHORT, *STEP, *QUICK), dtypes=("float32",), shape=("tiny", 2),
         shape_rows=(("quantize", "rtn"), ("recover", "scales")), kernels=("--layers", "64x128", "--ranks", "0", "--rows", "2"),
         training=(*SHORT, *STEP, "dtype=float32"),
@@ -76,14 +76,14 @@ def in_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
-def make_gpu(tmp_path: Path, plan: Plan, *arguments: str, seconds: float = 600) -> tuple[int, dict[str, Any]]:
+def make_gpu(tmp_path: Path, plan: CardPlan, *arguments: str, seconds: float = 600) -> tuple[int, dict[str, Any]]:
     options = ["--launcher", "unused", "--output", str(tmp_path / "out"), "--place", str(tmp_path / "place"), "--seconds", str(seconds)]
     code = gpu.main([*arguments, *options], plan)
     return code, json.loads((tmp_path / "out" / "gpu-pretended.json").read_text())["parts"]
 
 
 def test_every_part_leaves_rows_and_is_not_run_again(
-    tmp_path: Path, plan: Plan, in_here: list[str], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, plan: CardPlan, in_here: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     parts = ("demo", "shape", "kernels", "train")
     code, found = make_gpu(tmp_path, plan, *parts)
@@ -104,7 +104,7 @@ def test_every_part_leaves_rows_and_is_not_run_again(
     assert in_here == ["machine"] and again == found and "finished before" in capsys.readouterr().out
 
 
-def test_a_part_goes_on_with_what_is_left(tmp_path: Path, plan: Plan, in_here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_goes_on_with_what_is_left(tmp_path: Path, plan: CardPlan, in_here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     over = iter([False, True])
     with monkeypatch.context() as patch:
         patch.setattr(Call, "over", lambda call: next(over))
@@ -117,13 +117,13 @@ def test_a_part_goes_on_with_what_is_left(tmp_path: Path, plan: Plan, in_here: l
 
 
 def test_failing_tests_are_named_and_those_left_come_next(
-    tmp_path: Path, plan: Plan, in_here: list[str], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, plan: CardPlan, in_here: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One fails, one takes its process with it, one never ends."""
     suite = tmp_path / "test_suite.py"
     suite.write_text(SUITE)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    plan = Plan(tests=(str(suite),))
+    plan = CardPlan(tests=(str(suite),))
     for seconds in (8, 16, 32, 64):  # on a quiet machine the first is enough
         code, found = make_gpu(tmp_path, plan, "tests", seconds=seconds)
         if found["tests"]["left"] == []:
@@ -144,14 +144,14 @@ def test_a_process_is_asked_to_stop_and_then_made_to(tmp_path: Path) -> None:
     stubborn = "import time, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('at work', flush=True); time.sleep(60)"
     for name, code in (("polite", polite), ("stubborn", stubborn)):
         began = time.monotonic()
-        call = Call(Plan(), tmp_path, began + 3, 1.0)
+        call = Call(CardPlan(), tmp_path, began + 3, 1.0)
         assert not call.over()
         assert call.process([sys.executable, "-c", code], name) is None
         assert 2 < time.monotonic() - began < 3 + (name == "stubborn") + 2 and call.over()
         assert call.last_line(name) == "at work"
 
 
-def test_results_of_another_torch_are_measured_again(tmp_path: Path, plan: Plan, in_here: list[str]) -> None:
+def test_results_of_another_torch_are_measured_again(tmp_path: Path, plan: CardPlan, in_here: list[str]) -> None:
     make_gpu(tmp_path, plan, "kernels")
     path = tmp_path / "out" / "gpu-pretended.json"
     known = json.loads(path.read_text())
@@ -168,7 +168,7 @@ def test_what_is_pretended_is_not_published(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_python_that_lacks_a_package_is_told_so(
-    tmp_path: Path, plan: Plan, in_here: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+    tmp_path: Path, plan: CardPlan, in_here: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(gpu, "missing", lambda part: ["pydantic", "yaml"] if part == "demo" else [])
     code, found = make_gpu(tmp_path, plan, "demo", "kernels")

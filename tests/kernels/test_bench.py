@@ -11,10 +11,10 @@ import pytest
 import torch
 from bitmend.kernels import bench
 from bitmend.kernels.journal import Journal
-from bitmend.kernels.timing import Protocol, Timing, time_calls
+from bitmend.kernels.timing import Timing, TimingProtocol, time_calls
 
-TINY = bench.Plan((1, 3), (bench.Layer("tiny", 64, 128),), (0, 8), (4,), (None,), stack_blocks=0)
-QUICK = Protocol(1, 3)
+TINY = bench.BenchPlan((1, 3), (bench.Layer("tiny", 64, 128),), (0, 8), (4,), (None,), stack_blocks=0)
+QUICK = TimingProtocol(1, 3)
 
 
 def test_rows_are_complete_and_written(tmp_path: Path, device: str) -> None:
@@ -98,14 +98,14 @@ def test_median_and_quartiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first pass warms up; the others are sorted by nobody."""
     seconds = iter([0.05, 1.0, 2.0, 3.0, 4.0, 100.0])
     monkeypatch.setattr("bitmend.kernels.timing._cpu_seconds", lambda once: next(seconds))
-    assert time_calls([int], torch.device("cpu"), Protocol(1, 5)) == Timing(3e6, 50.5e6, 5)
+    assert time_calls([int], torch.device("cpu"), TimingProtocol(1, 5)) == Timing(3e6, 50.5e6, 5)
 
 
 @pytest.mark.parametrize("a_pass, repeats", [(0.1, 10), (0.4, 3), (1.5, 1)])
 def test_what_takes_long_is_repeated_less_and_says_so(a_pass: float, repeats: int, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
     monkeypatch.setattr("bitmend.kernels.timing._cpu_seconds", lambda once: passes.append(1) or a_pass)
-    found = time_calls([int, int], torch.device("cpu"), Protocol(3, 11, most_seconds=1.01))
+    found = time_calls([int, int], torch.device("cpu"), TimingProtocol(3, 11, most_seconds=1.01))
     assert found == Timing(a_pass / 2 * 1e6, None if repeats == 1 else 0.0, repeats)
     assert len(passes) == (1 if repeats == 1 else 3 + repeats)
 
@@ -140,7 +140,7 @@ def test_rows_measured_otherwise_are_dropped(tmp_path: Path) -> None:
 
 def test_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(bench, "PLANS", {"cpu": TINY, "cuda": TINY})
-    monkeypatch.setattr(bench, "Protocol", lambda: QUICK)
+    monkeypatch.setattr(bench, "TimingProtocol", lambda: QUICK)
     assert bench.main(["--rows", "2", "--ranks", "8", "--output", str(tmp_path)]) == 0
     assert "| operator |" in capsys.readouterr().out and (tmp_path / "bench-kernels.md").exists()
 

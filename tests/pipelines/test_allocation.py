@@ -12,15 +12,15 @@ import pytest
 from bitmend.compress.options import Grid, Setting
 from bitmend.pipelines import stages
 from bitmend.pipelines.allocation import error_tables
-from bitmend.pipelines.allocation.choice import Choice, Row, choose_settings, exactly, losses, resolved
-from bitmend.pipelines.allocation.error_tables import Table
+from bitmend.pipelines.allocation.choice import Choice, ChosenSetting, choose_settings, exactly, losses, resolved
+from bitmend.pipelines.allocation.error_tables import ErrorTable
 from bitmend.pipelines.allocation.spending import costs, spent
 from bitmend.pipelines.errors import UsageError
 from bitmend.pipelines.models.sizes import apply, dense_sizes, sizes_before
 from bitmend.pipelines.models.source import load_config
 from bitmend.pipelines.models.structure import inspect, skeleton
 from bitmend.pipelines.planning.plan import predict
-from bitmend.pipelines.recipes.budget import Allocation, Budget
+from bitmend.pipelines.recipes.budget import AllocationSettings, Budget
 from bitmend.pipelines.recipes.recipe import Recipe, resolve
 from bitmend.pipelines.run import runner
 from bitmend.reports.record import RunRecord
@@ -118,7 +118,7 @@ def test_costs_are_those_of_the_whole_recipe(budgeted: Callable[..., Recipe], sm
     dense = dense_sizes(model, inspect(model, include_head=True), 4)
     counted = costs(recipe, stages, dense)
     picked = np.random.default_rng(0).integers(len(counted.settings), size=len(counted.sites))
-    rows = [Row(site.name, counted.settings[k], 0, 0, 0, 0, 0) for site, k in zip(counted.sites, picked, strict=True)]
+    rows = [ChosenSetting(site.name, counted.settings[k], 0, 0, 0, 0, 0) for site, k in zip(counted.sites, picked, strict=True)]
     for spec in resolved(recipe, stages, Choice("1MB", "relative", rows, 1, "", 0, 0, 0, 0, 0)):
         apply(spec, dense)
     assert len(counted.sites) == 24 and {row.setting.rank for row in rows} == {0, 2, 4}
@@ -305,7 +305,7 @@ def test_every_list_is_reached_from_the_command_line(tmp_path: Path) -> None:
 def test_a_budget_above_all_says_so(budgeted: Callable[..., Recipe], spent_run: tuple[Path, RunRecord], tmp_path: Path) -> None:
     recipe = budgeted(tmp_path, "32bpw", [QUANTIZE])
     counted = costs(recipe, spent(recipe), sizes_before(runner.last_artifact(spent_run[0], "baseline")))
-    table = Table(np.random.default_rng(0).random((28, 1, len(counted.settings))), np.ones((28, 1)), 0.0)
+    table = ErrorTable(np.random.default_rng(0).random((28, 1, len(counted.settings))), np.ones((28, 1)), 0.0)
     chosen = choose_settings(recipe, spent(recipe), counted, table)
     assert chosen.note is not None and "32bpw is above all that the choices of `allocation` can store (4.723bpw)" in chosen.note
     assert [row.predicted_loss for row in chosen.rows] == table.relative_MVK[:, 0].min(1).tolist()
@@ -313,7 +313,7 @@ def test_a_budget_above_all_says_so(budgeted: Callable[..., Recipe], spent_run: 
 
 def test_weightings() -> None:
     relative = np.arange(1.0, 13.0).reshape(3, 2, 2)
-    table = Table(relative, np.array([[10.0, 0.0], [0.0, 2.0], [30.0, 6.0]]), 0.0)
+    table = ErrorTable(relative, np.array([[10.0, 0.0], [0.0, 2.0], [30.0, 6.0]]), 0.0)
     assert losses(table, "relative").tolist() == relative[:, 0].tolist()
     assert losses(table, "output").tolist() == (relative[:, 0] * [[10], [20], [30]]).tolist(), "no token reached the second: the middle one"
     assert losses(table, "fisher").tolist() == (relative[:, 1] * [[4], [2], [6]]).tolist()
@@ -324,7 +324,7 @@ def test_names_are_found_exactly(budgeted: Callable[..., Recipe], tmp_path: Path
     recipe = budgeted(tmp_path, "3bpw", [{"quantize": {"ignore": "head", "overrides": {"b": {"damp": 0.02}}}}, QERA])
     three, four = Grid(bits=3, group_size=64), Grid(bits=4, group_size=64)
     given = {"blocks.1.a": Setting(three), "blocks.11.a": Setting(four, 2, 8), "blocks.2.b": Setting(three)}
-    chosen = Choice("3bpw", "relative", [Row(n, s, 1, 1, 1, 1, 1) for n, s in given.items()], 1, "3bpw", 1, 1, 0, 0, 0)
+    chosen = Choice("3bpw", "relative", [ChosenSetting(n, s, 1, 1, 1, 1, 1) for n, s in given.items()], 1, "3bpw", 1, 1, 0, 0, 0)
     quantize, decompose = resolved(recipe, spent(recipe), chosen)
     assert [quantize.config_for(name).bits for name in (*given, "blocksX1.a")] == [3, 4, 3, 4]
     assert quantize.config_for("blocks.2.b").damp == 0.02 and len(quantize.overrides) == 3
@@ -344,5 +344,5 @@ def test_a_size_in_the_unit_of_the_budget_is_rounded_up(text: str, stored: float
 
 
 def test_defaults_express_the_tables_of_the_papers() -> None:
-    assert Allocation().weighting == "fisher" and Allocation().sparsities == ()
-    assert len(Allocation(bits=3).bits) == 1
+    assert AllocationSettings().weighting == "fisher" and AllocationSettings().sparsities == ()
+    assert len(AllocationSettings(bits=3).bits) == 1

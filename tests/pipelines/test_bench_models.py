@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitmend.kernels import bench
-from bitmend.kernels.timing import Protocol
+from bitmend.kernels.timing import TimingProtocol
 from bitmend.pipelines.bench import benchmarks, decode_speed, kernel_tables
 from bitmend.pipelines.bench.benchmarks import Options
 from bitmend.pipelines.errors import UsageError
@@ -14,14 +14,14 @@ from bitmend.pipelines.recipes.recipe import resolve
 
 from .runs import stage_directory
 
-TINY = bench.Plan((1, 3), (bench.Layer("tiny", 64, 128),), (0, 8), (4,), (None,))
+TINY = bench.BenchPlan((1, 3), (bench.Layer("tiny", 64, 128),), (0, 8), (4,), (None,))
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BITMEND_CACHE", str(tmp_path / "choices"))
     monkeypatch.setattr(bench, "PLANS", {"cpu": TINY, "cpu, full": TINY})
-    monkeypatch.setattr(bench, "Protocol", lambda: Protocol(1, 3))
+    monkeypatch.setattr(bench, "Protocol", lambda: TimingProtocol(1, 3))
     monkeypatch.setattr(decode_speed, "PROMPTS", (4, 8))
     monkeypatch.setattr(decode_speed, "NEW_TOKENS", 4)
 

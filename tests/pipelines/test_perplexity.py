@@ -9,7 +9,7 @@ import pytest
 import torch
 from bitmend.pipelines.errors import InputError
 from bitmend.pipelines.evaluation import perplexity
-from bitmend.pipelines.evaluation.perplexity import Scores, Teacher
+from bitmend.pipelines.evaluation.perplexity import BaselineOutputs, Scores
 from bitmend.pipelines.models.blocks import StreamedModel
 from bitmend.pipelines.run import runner
 from bitmend.pipelines.run.evaluate import evaluate
@@ -67,7 +67,7 @@ def test_long_windows_are_scored_in_spans(baseline: Artifact, windows: Windows, 
 def test_the_baseline_agrees_with_itself(baseline: Artifact, windows: Windows) -> None:
     model = StreamedModel(baseline, CPU)
     _, hidden = perplexity.score(model, windows)
-    scores, _ = perplexity.score(StreamedModel(baseline, CPU), windows, Teacher(hidden.window, model.logits))
+    scores, _ = perplexity.score(StreamedModel(baseline, CPU), windows, BaselineOutputs(hidden.window, model.logits))
     assert scores.kl == pytest.approx([0.0] * len(windows.ids), abs=1e-7)
     assert scores.top1 == (1.0,) * len(windows.ids)
 

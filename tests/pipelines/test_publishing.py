@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from bitmend.pipelines.publish import publishing
-from bitmend.pipelines.publish.reference_rows import SMALL, Row, Table
+from bitmend.pipelines.publish.reference_rows import SMALL, ReferenceRow, ReferenceTable
 from bitmend.pipelines.publish.reference_tables import tables
 from bitmend.pipelines.recipes.recipe import resolve
 from bitmend.pipelines.recipes.settings import dump
@@ -25,14 +25,14 @@ def test_every_row_resolves_and_no_two_share_an_identity(name: str, tmp_path: Pa
 
 
 @pytest.fixture
-def table() -> Table:
+def table() -> ReferenceTable:
     stages = ({"quantize": {"method": "rtn", "bits": 4, "group_size": 32}},)
     refused = ({"quantize": {"method": "rtn", "bits": 4, "group_size": 7}},)
-    return Table("Two rows", [Row("rtn", stages, {"bits": 4}, SMALL), Row("odd groups", refused, {"bits": 4}, SMALL)], ("bits",))
+    return ReferenceTable("Two rows", [ReferenceRow("rtn", stages, {"bits": 4}, SMALL), ReferenceRow("odd groups", refused, {"bits": 4}, SMALL)], ("bits",))
 
 
 def test_rows_are_measured_once_and_a_refusal_is_a_row(
-    table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path
+    table: ReferenceTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path
 ) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     monkeypatch.setattr(publishing, "tables", lambda: {"two": table})
@@ -47,16 +47,16 @@ def test_rows_are_measured_once_and_a_refusal_is_a_row(
     publishing.publish("two", tmp_path / "elsewhere")  # what was published counts in another directory, too
 
 
-def test_a_row_of_an_older_method_is_measured_again(table: Table, tmp_path: Path) -> None:
+def test_a_row_of_an_older_method_is_measured_again(table: ReferenceTable, tmp_path: Path) -> None:
     row = table.rows[0]
-    kept = published.Rows(tmp_path / "rows.jsonl", ["model", "name", "bits"])
+    kept = published.PublishedRows(tmp_path / "rows.jsonl", ["model", "name", "bits"])
     kept.append({"model": row.model, "name": row.name, **row.tags, "versions": {"quantize rtn": 0}})
     assert not publishing._stands(row, kept)
     kept.append({"model": row.model, "name": row.name, **row.tags, "versions": publishing._versions(row)})
     assert publishing._stands(row, kept)
 
 
-def test_a_row_that_loses_at_equal_bytes_says_to_whom(table: Table) -> None:
+def test_a_row_that_loses_at_equal_bytes_says_to_whom(table: ReferenceTable) -> None:
     def row(name: str, total_bytes: int, perplexity: float) -> dict[str, object]:
         return {"model": SMALL, "name": name, "bits": 4, "total_bytes": total_bytes, "perplexity": perplexity}
 
@@ -66,7 +66,7 @@ def test_a_row_that_loses_at_equal_bytes_says_to_whom(table: Table) -> None:
     assert verdicts[2] == "loses 0.693 nats to good, 4"
 
 
-def test_two_models_share_no_panel(table: Table) -> None:
+def test_two_models_share_no_panel(table: ReferenceTable) -> None:
     rows = [
         {"model": model, "name": "rtn", "bits": bits, "bits_per_weight": bits, "perplexity": value}
         for model, value in (("small", 30.0), ("demo", 20.0))

@@ -44,10 +44,10 @@ def test_write_without_figure_or_protocol(tmp_path: Path) -> None:
 def test_rows_continue_where_they_were_stopped(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     wanted = [{"method": name, "bits": bits} for name in ("rtn", "gptq") for bits in (2, 3)]
-    rows = published.Rows(path, ["method", "bits"], {"seq_len": 512})
+    rows = published.PublishedRows(path, ["method", "bits"], {"seq_len": 512})
     rows.append({**wanted[0], "perplexity": 130.25})
     rows.append({**wanted[2], "perplexity": math.nan})
-    again = published.Rows(path, ["method", "bits"], {"seq_len": 512})
+    again = published.PublishedRows(path, ["method", "bits"], {"seq_len": 512})
     assert again.missing(wanted) == [wanted[1], wanted[3]]
     assert again.get(method="rtn", bits=2) == {**wanted[0], "perplexity": 130.25}
     assert again.get(method="gptq", bits=2) == {**wanted[2], "perplexity": None}
@@ -58,25 +58,25 @@ def test_rows_continue_where_they_were_stopped(tmp_path: Path) -> None:
 @given(st.integers(0, 400))
 def test_a_file_cut_anywhere_keeps_its_whole_rows_and_takes_new_ones(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    rows = published.Rows(path, ["n"], {"text": "é"})
+    rows = published.PublishedRows(path, ["n"], {"text": "é"})
     for n in range(5):
         rows.append({"n": n, "name": "ü" * n})
     whole = path.read_bytes()
     kept = whole[: min(cut, len(whole))]
     path.write_bytes(kept)
-    again = published.Rows(path, ["n"], {"text": "é"})
+    again = published.PublishedRows(path, ["n"], {"text": "é"})
     assert [row["n"] for row in again] == list(range(max(0, kept.count(b"\n") - 1)))
     for identity in again.missing([{"n": n} for n in range(5)]):
         again.append({**identity, "name": "ü" * identity["n"]})
     assert path.read_bytes() == whole
-    assert list(published.Rows(path, ["n"], {"text": "é"})) == list(rows)
+    assert list(published.PublishedRows(path, ["n"], {"text": "é"})) == list(rows)
 
 
 def test_a_row_measured_again_replaces_the_old_one(tmp_path: Path) -> None:
-    rows = published.Rows(tmp_path / "r.jsonl", ["n"])
+    rows = published.PublishedRows(tmp_path / "r.jsonl", ["n"])
     rows.append({"n": 1, "v": 1})
     rows.append({"n": 1, "v": 2})
-    assert [row["v"] for row in published.Rows(tmp_path / "r.jsonl", ["n"])] == [2]
+    assert [row["v"] for row in published.PublishedRows(tmp_path / "r.jsonl", ["n"])] == [2]
 
 
 @pytest.mark.parametrize(
@@ -85,20 +85,20 @@ def test_a_row_measured_again_replaces_the_old_one(tmp_path: Path) -> None:
 )
 def test_rows_of_another_context_are_refused(tmp_path: Path, keys: list[str], context: dict, named: str) -> None:
     path = tmp_path / "r.jsonl"
-    published.Rows(path, ["n"], {"seq_len": 512}).append({"n": 1})
+    published.PublishedRows(path, ["n"], {"seq_len": 512}).append({"n": 1})
     before = path.read_bytes()
     with pytest.raises(ValueError, match=named):
-        published.Rows(path, keys, context)
+        published.PublishedRows(path, keys, context)
     assert path.read_bytes() == before
 
 
 def test_a_row_without_its_identity_and_a_foreign_file_are_refused(tmp_path: Path) -> None:
-    rows = published.Rows(tmp_path / "r.jsonl", ["method", "bits"])
+    rows = published.PublishedRows(tmp_path / "r.jsonl", ["method", "bits"])
     with pytest.raises(ValueError, match="'bits' is missing"):
         rows.append({"method": "rtn"})
     (tmp_path / "other.jsonl").write_text(json.dumps({"perplexity": 3}) + "\n")
     with pytest.raises(ValueError, match="no such file of rows"):
-        published.Rows(tmp_path / "other.jsonl", ["n"])
+        published.PublishedRows(tmp_path / "other.jsonl", ["n"])
     (tmp_path / "old.json").write_text('{"schema": 0}')
     with pytest.raises(ValueError, match="schema 0"):
         published.read("old", tmp_path)

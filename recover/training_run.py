@@ -72,7 +72,7 @@ def rates(trainables: Mapping[str, Trainable], config: Schedule, main: str | Non
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """What changes while training."""
 
     student: Student
