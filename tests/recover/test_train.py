@@ -6,7 +6,6 @@ import pytest
 import torch
 from bitmend.recover.compressed_linear import compressed_linears
 from bitmend.recover.recovery_methods import RECOVER, attach, split
-from bitmend.recover.run import TrainConfig, learning_rate
 from bitmend.recover.student import Batch, Teacher, student_of
 from bitmend.recover.train import TrainingDiverged, held_out_loss, train
 from bitmend.recover.training_run import TrainConfig, learning_rate
