@@ -41,8 +41,9 @@ def solve_block(
     )
     records, metrics = stage.row.function(problem, {s.name: stage.config_for(s) for s in sites})
     for model in (stage.model, stage.dense):
-        for number in behind if model is not None else ():
-            model.unload_block(number)
+        if model is not None:
+            for number in behind:
+                model.unload_block(number)
     return records, [described(s, records[s.name], targets[s.name], statistics[s.name].samples_TI, metrics.get(s.name, {})) for s in sites]
 
 
