@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...compress.options import Setting
 from ..allocation import spending
 from ..allocation.error_tables import finished_blocks
 from ..devices.compute import Compute
@@ -18,12 +19,13 @@ from ..models.sizes import Sizes, apply, dense_sizes
 from ..models.source import load_config, positions, resolve_model, source_paths, weights_home
 from ..models.structure import Structure, inspect, skeleton
 from ..recipes.recipe import Recipe
-from ..recipes.stage_settings import methods
+from ..recipes.stage_settings import StageSpec, methods
 from ..stages.inputs import Inputs
 from ..store.rundir import RunDirectory
 from . import recovery_plan
 from .imported_sizes import imported_sizes
 from .run_costs import RunCosts
+from .stage_costs import Needs
 from .steps import Step, found_choice, plan_steps
 
 
@@ -83,13 +85,16 @@ def predict(recipe: Recipe, directory: Path | None = None, device: str = "auto")
     steps = plan_steps(recipe, source, inputs, compute, place) if place is not None and not refused else []
     budget = _allocation(recipe, sizes, inputs, compute, place, steps) if recipe.budget is not None and not refused else None
     specs = [step.spec for step in steps if step.spec is not None] or recipe.stages
-    beside = 0
+    beside, gathers_fisher = 0, True
     for number, spec in enumerate(specs):
         before = copy.deepcopy(sizes)
         apply(spec, sizes)
         beside += recovery_plan.bytes_beside(spec, model, sizes) if spec.name == "recover" else 0
         row = _row(spec.address, spec.method, sizes, beside) | (budget.at_most(number) if budget is not None else {})
-        stages.append(row | (costs.stage(spec, before, sizes, number == 0) if not refused else {}))
+        gathered = [] if budget is None or number != budget.first else budget.gathered(costs, before)
+        if gathers_fisher and (_reads_fisher(spec) or (gathered and recipe.allocation.weighting == "fisher")):
+            gathered, gathers_fisher = [costs.fisher(), *gathered], False
+        stages.append(row | (costs.stage(spec, before, sizes, number == 0, gathered) if not refused else {}))
     most = {kind: max(row.get(kind, 0) for row in stages) for kind in ("device_bytes", "host_bytes")}
     return {
         "recipe": recipe.name,
@@ -115,11 +120,19 @@ def predict(recipe: Recipe, directory: Path | None = None, device: str = "auto")
 
 @dataclass(frozen=True)
 class _Budget:
-    """What is said of a budget, and what the stages from the `first` on take at most; nothing where the choice is made."""
+    """What is said of a budget, and what the stages from the `first` on take at most; nothing where the choice is made. `missing`: blocks of its
+    table that are not there."""
 
     said: dict[str, Any]
     first: int
     limit: dict[str, Any]
+    stages: spending.Spent
+    settings: list[Setting]
+    missing: int
+
+    def gathered(self, costs: RunCosts, before: Sizes) -> list[Needs]:
+        """What building the table takes, or what is missing of it."""
+        return [costs.table(self.stages, self.settings, before, self.missing)] if self.missing else []
 
     def at_most(self, number: int) -> dict[str, Any]:
         return self.limit if number >= self.first else {}
@@ -140,7 +153,13 @@ def _allocation(recipe: Recipe, dense: Sizes, inputs: Inputs, compute: Compute, 
     said = {"budget": stages.budget.text, "settings": len(counted.settings), "matrices": len(counted.sites)}
     said |= {"smallest": smallest, "largest": largest, "table": table, "chosen": None if chosen is None else chosen.stored}
     at_most = {"bits_per_weight": round(limit * 8 / counted.weights, 4), "total_bytes": round(limit + counted.rest_bytes)}
-    return _Budget(said, stages.first, {} if chosen is not None else at_most)
+    return _Budget(said, stages.first, {} if chosen is not None else at_most, stages, counted.settings, missing)
+
+
+def _reads_fisher(spec: StageSpec) -> bool:
+    if spec.name not in ("prune", "quantize", "decompose"):
+        return False
+    return "fisher" in methods(spec.name)[spec.method].needs(spec.config)
 
 
 def _sizes(source: Path, model: Any, structure: Structure) -> Sizes:

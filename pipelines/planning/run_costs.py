@@ -3,12 +3,15 @@
 Puts `stage_costs`, `recovery_costs` and a device's measured speeds together. Knows the process's own memory; reads no weights.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ...compress.options import Setting
 from .. import doctor
+from ..allocation.spending import Spent
 from ..devices.compute import Compute
 from ..devices.rates import Speeds, Work, measured
 from ..devices.shortage import advice
@@ -18,7 +21,7 @@ from ..models.sizes import Sizes
 from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec
 from ..stages.fuse import ROOM
-from . import recovery_costs, stage_costs
+from . import recovery_costs, stage_costs, table_costs
 from .anatomy import Anatomy
 from .stage_costs import CostPlan, Needs
 
@@ -56,9 +59,16 @@ class RunCosts:
         imported = Needs(Work(files=2 * sizes.total_bytes()), 0.0, 2 * self.plan.anatomy.block_parameters * self.plan.element)
         return self._said(imported, self._evaluation(sizes, teacher=False))
 
-    def stage(self, spec: StageSpec, before: Sizes, after: Sizes, first: bool) -> dict[str, Any]:
-        """A stage from what its parent stores to what it leaves, and its evaluation."""
-        return self._said(self.needs(spec, before, after, first), self._evaluation(after, teacher=True))
+    def stage(self, spec: StageSpec, before: Sizes, after: Sizes, first: bool, gathered: Sequence[Needs] = ()) -> dict[str, Any]:
+        """A stage from what its parent stores to what it leaves, and its evaluation; what is `gathered` for it first."""
+        return self._said(*gathered, self.needs(spec, before, after, first), self._evaluation(after, teacher=True))
+
+    def fisher(self) -> Needs:
+        return table_costs.fisher(self.plan)
+
+    def table(self, stages: Spent, settings: Sequence[Setting], before: Sizes, blocks: int) -> Needs:
+        """Of so many blocks, of a budget's table of errors."""
+        return table_costs.table(self.plan, stages, settings, _has_records(before), blocks)
 
     def needs(self, spec: StageSpec, before: Sizes, after: Sizes, first: bool) -> Needs:
         """Of the stage alone, without its evaluation."""

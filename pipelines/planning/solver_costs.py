@@ -110,18 +110,18 @@ def _decomposed(config: Any, rows: int, columns: int, quantized: bool) -> Cost:
     start = not again or config.keep_start or config.first == "kept" or len(forms) > 1
     for bits in forms if start else []:
         wider = rank * 16 // bits if config.factor_bits is None else rank
-        work += _best(rows, columns, wider, moment) + _stored(rows, columns, wider, bits, ROUNDS)
+        work += term_work(rows, columns, wider, moment) + factors_work(rows, columns, wider, bits, ROUNDS)
     if config.first == "l" or config.kept_rank is None:
-        work += _best(rows, columns, rank, moment)
+        work += term_work(rows, columns, rank, moment)
     if config.kept_rank is None:  # two whole spectra
         work += Work({F64: 4.0 * rows * columns * min(rows, columns)}, factors=18.0 * min(rows, columns) ** 3)
     if again:
         rounds = 1 if config.follow else ROUNDS
-        term = _followed(rows, columns, rank) if config.follow else _best(rows, columns, rank, moment)
+        term = _followed(rows, columns, rank) if config.follow else term_work(rows, columns, rank, moment)
         each = (
             _requantized(config, rows, columns)
             + term
-            + _stored(rows, columns, rank * 16 // later if config.factor_bits is None else rank, later, rounds)
+            + factors_work(rows, columns, rank * 16 // later if config.factor_bits is None else rank, later, rounds)
         )
         each = each.in_products(F64, float(rows * columns**2) if moment else 0.0) + Work(passes=60 * matrix, calls=100)
         work += each * config.iterations
@@ -140,7 +140,7 @@ def _requantized(config: Any, rows: int, columns: int) -> Work:
     return work
 
 
-def _best(rows: int, columns: int, rank: int, moment: bool) -> Work:
+def term_work(rows: int, columns: int, rank: int, moment: bool) -> Work:
     """The closed form: a Krylov space, or on small sides all eigenvectors."""
     side, width, matrix = min(rows, columns), rank + OVERSAMPLING, 4.0 * rows * columns
     if side > KRYLOV_SIDE and 8 * width <= side:
@@ -157,7 +157,7 @@ def _followed(rows: int, columns: int, rank: int) -> Work:
     return Work({F64: 3.0 * rank * rows * columns + 1.0 * rank * columns**2}, passes=20 * 4.0 * rows * columns, calls=60)
 
 
-def _stored(rows: int, columns: int, rank: int, bits: int, rounds: int) -> Work:
+def factors_work(rows: int, columns: int, rank: int, bits: int, rounds: int) -> Work:
     """Factors rounded in turn, each solved again for the other, where they lie on a grid."""
     if bits == 16:
         return Work(calls=4)

@@ -131,7 +131,7 @@ def compressed(plan: CostPlan, spec: StageSpec, records: bool, first: bool, writ
     last = [] if row.scope == "block" or not sites else anatomy.inputs(sites)[-1]
     work += plan.pass_of(tokens, seq_len) * passes + plan.loaded(records) * (2 if twin else 1)
     work += Work({plan.dtype: -tokens * anatomy.products(last)}) + Work(passes=anatomy.block_parameters * 4 * DENSE)
-    work += _statistics(plan, anatomy.inputs(sites), needs, tokens)
+    work += gathering(plan, anatomy.inputs(sites), needs, tokens)
     models = 2 if twin else 1
     hidden = plan.hidden_bytes(tokens) * (models + row.dense_outputs)
     held = plan.outside_bytes * models + plan.block_bytes * models
@@ -164,7 +164,7 @@ def _with_rest(plan: CostPlan, spec: StageSpec, found: Needs) -> Needs:
     return found
 
 
-def _statistics(plan: CostPlan, inputs: list[list[Site]], needs: frozenset[str], tokens: float) -> Work:
+def gathering(plan: CostPlan, inputs: list[list[Site]], needs: frozenset[str], tokens: float) -> Work:
     """Gathering what methods want to know of every input."""
     work = Work()
     for together in inputs:

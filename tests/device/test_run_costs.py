@@ -10,9 +10,10 @@ import torch
 from bitmend.pipelines.bench.synthetic import Shape, write_model, write_text
 from bitmend.pipelines.cli import explain
 from bitmend.pipelines.commands.runs import predict as command
+from bitmend.pipelines.devices.rates import Speeds
 from bitmend.pipelines.errors import OutOfMemoryError, UsageError
 from bitmend.pipelines.models.structure import skeleton
-from bitmend.pipelines.planning import plan
+from bitmend.pipelines.planning import plan, run_costs
 from bitmend.pipelines.planning.anatomy import Anatomy
 from bitmend.pipelines.recipes.recipe import Recipe, resolve
 from bitmend.pipelines.run import runner
@@ -138,6 +139,30 @@ def test_device_bytes_of_a_stage(case: str, speaking: Path, tmp_path: Path) -> N
         measured = torch.cuda.max_memory_allocated()
         row = plan.predict(recipe, None, "cuda")["stages"][-1]
     assert row["device_bytes"] == pytest.approx(measured, rel=0.2), (case, row["device_bytes"], measured)
+
+
+def test_what_is_gathered_for_a_stage_is_counted_once(speaking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fisher information by the first stage that reads it; a budget's table before the first stage that it chooses for."""
+    speeds = Speeds(dict.fromkeys((torch.float32, torch.float64), 1e8), 1e7, 1e8, 1e4, 1e9, 1e7)
+    monkeypatch.setattr(run_costs, "measured", lambda compute: speeds)
+    lq_lora = {"decompose": {"method": "lq_lora", "rank": 4, "iterations": 1}}
+    few = {"bits": [3, 4], "group_sizes": [64], "ranks": [0, 4], "factor_bits": [16]}
+    calibration = {"samples": 8, "seq_len": 256}
+
+    def rows(stages: list[dict[str, Any]], **options: str) -> list[dict[str, Any]]:
+        path = tmp_path / "recipe.yaml"
+        sections = {"calibration": calibration, "evaluation": {"seq_len": 256, "windows": 2}, "dtype": "float32"}
+        path.write_text(json.dumps({"stages": stages, "allocation": few} | sections))
+        given = {"model": str(speaking / "model"), "data": str(speaking / "text.jsonl")}
+        return plan.predict(resolve(str(path), options=given | options), None, "cuda")["stages"]
+
+    with pretended_cuda():
+        first, second = rows([RTN, lq_lora, lq_lora])[2:]
+        assert first["seconds"] > 1.2 * second["seconds"]
+        gptq = {"quantize": {"method": "gptq"}}
+        bare, chosen = rows([gptq])[1], rows([gptq], budget="4.5bpw")[1]
+    assert chosen["seconds"] > first["seconds"] - second["seconds"] + bare["seconds"], "the table beside Fisher information"
+    assert 26e6 < chosen["device_bytes"] < 39e6, "32.7e6 of it were measured while the table was built with GPTQ"
 
 
 def test_blocks_alike_cost_alike() -> None:

@@ -1,0 +1,109 @@
+"""What is gathered once in a run for stages that ask for it: Fisher information, and the table of errors that a budget is spent by.
+
+Knows the order in which `stages/fisher` and `allocation/error_tables` do things; what a matrix costs is `solver_costs`. Reads no weights.
+Legend: N sequences, T tokens, O out, I in, D model, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ...compress.gptq import GptqConfig
+from ...compress.methods import QUANTIZE, Method
+from ...compress.options import Grid, Setting, overrides
+from ..allocation.spending import Spent
+from ..devices.rates import Work
+from ..evaluation.perplexity import LOGITS_AT_ONCE
+from ..models.structure import Site
+from .solver_costs import factor_work, factors_work, solver_cost, term_work
+from .stage_costs import ATTENTION_SHARE, DENSE, OPENED, READ_AHEAD, RUNNING_BYTES, CostPlan, Needs, gathering
+
+F32, F64 = torch.float32, torch.float64
+SQUARED = 6.0
+"""Reads and writes of a weight in float32 while its gradient is squared and summed up by rows and by columns."""
+
+
+def fisher(plan: CostPlan) -> Needs:
+    """Every sequence through all blocks, what enters each kept, and back from the head down, each block computed once more."""
+    plan = replace(plan, dtype=F32) if plan.dtype == torch.float16 else plan
+    anatomy, samples, seq_len = plan.anatomy, plan.recipe.calibration.samples, plan.recipe.calibration.seq_len
+    tokens, sites = float(samples * seq_len), anatomy.sites()
+    weights = float(sum(s.shape[0] * s.shape[1] for s in sites))
+    step = anatomy.step(1, seq_len, plan.dtype, False, "cross_entropy")
+    attention = 3.5 * ATTENTION_SHARE * tokens * seq_len * anatomy.width
+    there = plan.pass_of(tokens, seq_len) + plan.loaded(False)
+    back = plan.loaded(False) + step.work * samples + Work({plan.dtype: 3.0 * tokens * anatomy.products() + attention})
+    back += Work(passes=4 * SQUARED * weights, calls=12.0 * len(sites)) * samples
+    logits = tokens * anatomy.vocabulary
+    head = Work({plan.dtype: 2 * logits * anatomy.width}, passes=logits * 4.0 * 16, calls=tokens / LOGITS_AT_ONCE * 60)
+    gradient = max(s.shape[0] * s.shape[1] for s in sites) * (plan.itemsize + 8.0)
+    acting = plan.block_bytes + 1.4 * step.activations.saved / anatomy.blocks + gradient
+    span = min(LOGITS_AT_ONCE, seq_len) * anatomy.vocabulary * 4.0 * 3
+    host = max(anatomy.outside, READ_AHEAD * anatomy.block_parameters) * plan.element + RUNNING_BYTES
+    kept = plan.hidden_bytes(tokens) * (anatomy.blocks + 1)
+    return Needs((there + back) * anatomy.blocks + head + OPENED, plan.outside_bytes + max(acting, span), host, kept)
+
+
+def table(plan: CostPlan, stages: Spent, settings: Sequence[Setting], records: bool, blocks: int) -> Needs:
+    """Every matrix of so many blocks on every grid, its error's spectrum, and what rounding the factors loses. `records`: the artifact before the
+    first stage that the budget chooses for holds some."""
+    anatomy, seq_len = plan.anatomy, plan.recipe.calibration.seq_len
+    tokens = float(plan.recipe.calibration.samples * seq_len)
+    sites = stages.sites(anatomy.sites())
+    row: Method = QUANTIZE[stages.quantize.method]
+    needs = frozenset({"second_moment"}).union(*(row.needs(stages.quantize.config_for(s.name)) for s in sites)) - {"cross_moment", "fisher"}
+    work = plan.pass_of(tokens, seq_len) * 2.0 + plan.loaded(records) + Work(calls=500)
+    work += gathering(plan, anatomy.inputs(sites), needs, tokens)
+    kept = peak = 0.0
+    for together in anatomy.inputs(sites):
+        kept += 4.0 * together[0].shape[1] ** 2
+        for site in together:
+            found, held = _of_matrix(stages, site, settings, plan.recipe.allocation.errors == "iterates")
+            work, peak = work + found, max(peak, kept + held)
+        if stages.quantize.method.startswith("gptq") or row.scope == "block":
+            work, kept = work + factor_work(together[0].shape[1]), kept + 4.0 * together[0].shape[1] ** 2
+    device = plan.outside_bytes + plan.block_bytes + max(peak, kept, plan.running_bytes(plan.recipe.calibration.samples, seq_len))
+    read = anatomy.block_parameters * plan.element * (2 if records else 1)
+    host = max(anatomy.outside * plan.element, READ_AHEAD * read) + RUNNING_BYTES
+    return Needs(work * blocks + OPENED, device, host, plan.hidden_bytes(tokens))
+
+
+def _of_matrix(stages: Spent, site: Site, settings: Sequence[Setting], iterates: bool) -> tuple[Work, float]:
+    """(work, most bytes beside the statistics) of one matrix under every setting that fits it."""
+    rows, columns = site.shape
+    fitting = [s for s in settings if s.fits(rows, columns)]
+    grids = list(dict.fromkeys(s.grid for s in fitting))
+    matrix, square, side = 4.0 * rows * columns, 4.0 * columns**2, min(rows, columns)
+    work = Work({F64: 2.0 * rows * columns**2}, passes=matrix * (DENSE + 20), calls=60)
+    if rows > columns:
+        work += Work({F64: 1.0 * columns**3}, factors=9.0 * columns**3)  # the moment's root, once
+    solved = 0.0
+    for number, grid in enumerate(grids):
+        cost = solver_cost("quantize", *_quantizer(stages, site, grid), site.shape, False)
+        solved = max(solved, cost.peak)
+        work += cost.work + Work({F64: 2.0 * rows * columns**2}, 9.0 * side**3, matrix * (DENSE + 30), 60)
+        for bits in {s.factor_bits for s in fitting if s.grid == grid and s.rank} - {16}:
+            if bits == 4 or number == len(grids) // 2:
+                ranks = sorted({s.rank for s in fitting if s.rank and s.factor_bits == bits})
+                rank = ranks[len(ranks) // 2]
+                work += term_work(rows, columns, rank, True) + factors_work(rows, columns, rank, bits, 3)
+                work += Work({F64: 3.0 * rows * columns**2}, passes=60 * matrix, calls=100)
+    if iterates and stages.decompose is not None:
+        for setting in fitting:
+            if setting.rank:
+                config = replace(stages.decompose.config_for(site.name), rank=setting.rank, factor_bits=setting.factor_bits)
+                cost = solver_cost("decompose", stages.decompose.method, config, site.shape, True)
+                work, solved = work + cost.work, max(solved, cost.peak)
+    spectrum = 8.0 * matrix + (2 if rows <= columns else 6) * square
+    return work, 2.0 * matrix + max(solved, spectrum)
+
+
+def _quantizer(stages: Spent, site: Site, grid: Grid) -> tuple[str, Any]:
+    """The method and config that make a matrix's codes on a grid: of one that trains whole blocks, what it starts from."""
+    name, config = stages.quantize.method, stages.quantize.config_for(site.name)
+    if QUANTIZE[name].scope == "block":
+        name, config = "gptq", GptqConfig(clip=config.clip)
+    wanted: dict[str, Any] = overrides(Setting(grid))["quantize"]
+    return name, replace(config, **wanted | ({"correction": 0.0} if hasattr(config, "correction") else {}))
