@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .beside import PARTS, Beside, Bottleneck, Place, hang, start_tensors
 from .compressed_linear import compressed_linears
 from .experts import is_expert
+from .extra_modules import PARTS, Beside, Bottleneck, Place, hang, start_tensors
 from .selection import block_index, roles
 from .site import AttachSite
 from .trainable import Attached, Trainable

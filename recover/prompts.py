@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .beside import TOKENS, Beside, Tokens, cache_argument
 from .bottlenecks import ParallelAdapter, parallel_adapter
+from .extra_modules import TOKENS, Beside, Tokens, cache_argument
 from .site import AttachSite, joined
 from .student import Student, student_of
 from .trainable import Attached, Trainable

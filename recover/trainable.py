@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .beside import Beside
+from .extra_modules import Beside
 
 # Default learning rates by kind of parameter; scales, zeros and codes are in relative or grid units, norms in units of their gain; beside
 # what trains the weights norms go more slowly, since alone they have more to make up for.

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -99,6 +100,33 @@ def test_no_two_classes_of_one_name() -> None:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 where.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
     assert not {name: places for name, places in where.items() if len(places) > 1}
+
+
+def test_the_map_is_the_tree() -> None:
+    """docs/development.md names every file of every folder and room, in its place, and none that is not there."""
+    drawn: dict[str, list[str]] = {}
+    block = (ROOT / "docs" / "development.md").read_text(encoding="utf-8").split("```")[1]
+    folder = place = ""
+    for line in block.strip().splitlines():
+        first = line.split()[0]
+        if not line.startswith(" "):
+            folder = place = first.rstrip("/")
+        elif line.startswith("  ") and line[2] != " " and first.endswith("/"):
+            place = f"{folder}/{first.rstrip('/')}"
+        drawn.setdefault(place, []).extend(re.findall(r"[\w]+", line))
+    there = {place: {p.stem for p in (ROOT / place).glob("*.py") if not p.stem.startswith("__")} for place in drawn}
+    assert set(there) == {*ALLOWED, *(f"pipelines/{room}" for room in ROOMS)}
+    assert {place: sorted(stems - set(drawn[place])) for place, stems in there.items() if stems - set(drawn[place])} == {}, "not on the map"
+    everything = set().union(*there.values())
+    for place, words in drawn.items():
+        astray = {word for word in words if "_" in word} - there[place]
+        assert not astray, f"{place}: {sorted(astray)} {'lie elsewhere' if astray & everything else 'are no files'}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/development.md", "reports/published/README.md", "recover/README.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text(encoding="utf-8"))
+    assert not [link for link in links if not ((ROOT / page).parent / link).is_file()]
 
 
 def internal_imports() -> dict[str, set[str]]:

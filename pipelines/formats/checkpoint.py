@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...compress.weights import NormalFloatWeight, StoredWeight, UniformWeight
-from ...recover.beside import Beside
+from ...recover.extra_modules import Beside
 from ..errors import UsageError
 
 T = TypeVar("T")

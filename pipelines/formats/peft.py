@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ...compress.weights import DenseWeight, LowRank, StoredWeight, UniformWeight
-from ...recover.beside import TOKENS, Beside, Tokens
+from ...recover.extra_modules import TOKENS, Beside, Tokens
 from ...recover.prompts import peft_settings
 from ..errors import InputError, UsageError
 from .checkpoint import Checkpoint, Lazy

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ...compress.weights import DenseWeight, StoredWeight
-from ...recover.beside import Tokens, cache_argument
 from ...recover.experts import put_back
+from ...recover.extra_modules import Tokens, cache_argument
 from ..errors import InputError
 from ..store.artifact import Artifact
 from .reading import BlockReader, BlockTensors

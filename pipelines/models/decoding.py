@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
-from ...recover.beside import cache_argument
+from ...recover.extra_modules import cache_argument
 
 Step = Callable[[], None]
 Record = Callable[[Step], Step]

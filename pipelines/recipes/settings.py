@@ -29,7 +29,7 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2 scalars; a key written twice is an error."""
 
-    yaml_implicit_resolvers: ClassVar[dict] = {}  # none of those of YAML 1.1
+    yaml_implicit_resolvers: ClassVar[dict] = {}  # none of those of YAML 1.1  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[Any] = set()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...compress.sharing import SHARED, holder_of, own_tensors, settled
 from ...compress.weights import StoredWeight, describe, from_tensors
-from ...recover.beside import Beside, beside_of
+from ...recover.extra_modules import Beside, beside_of
 from ..errors import InputError
 from .files import disk_errors, link, sha256, sync_directory, write_bytes, write_json
 

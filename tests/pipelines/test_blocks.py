@@ -11,7 +11,7 @@ from bitmend.pipelines.models.blocks import StreamedModel
 from bitmend.pipelines.models.collecting import collect, collecting
 from bitmend.pipelines.stages.baseline import build_baseline, fingerprint
 from bitmend.pipelines.store.artifact import Artifact, ArtifactWriter, open_artifact
-from bitmend.recover.beside import Beside, Place, Tokens, start_tensors
+from bitmend.recover.extra_modules import Beside, Place, Tokens, start_tensors
 from bitmend.recover.prompts import peft_settings
 from peft import get_peft_model
 

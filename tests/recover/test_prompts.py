@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.recover.beside import beside_of
 from bitmend.recover.compressed_linear import install
+from bitmend.recover.extra_modules import beside_of
 from bitmend.recover.recovery_methods import RECOVER, attach, split
 from bitmend.recover.student import student_of
 from bitmend.recover.train import held_out_loss, train
