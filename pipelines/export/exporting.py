@@ -82,11 +82,10 @@ def checkpoint_of(artifact: Artifact, card: dict[str, Any]) -> Checkpoint:
     structure = inspect(model, include_head=True)
     tied = tied_names(model)
     of_records = {f"{s.module}.{s.parameter}" for s in structure.sites if s.name in artifact.linears}
-    names = [
-        n for n in artifact.index if not any(n.startswith(f"{linear}.") and not n.endswith(".bias") for linear in _owners(n, artifact))
-    ]
     table = structure.embeddings.name if structure.embeddings is not None else None
-    tensors: dict[str, Callable[[], Tensor]] = {n: partial(artifact.tensor, n) for n in names if n not in of_records and n not in tied}
+    tensors: dict[str, Callable[[], Tensor]] = {
+        n: partial(artifact.tensor, n) for n in artifact.index if artifact.is_plain(n) and not {n} & (of_records | tied.keys())
+    }
     if table is not None and table in artifact.linears:
         tensors[f"{table}.weight"] = lambda: artifact.stored(table).dense(dtype_of(config))
     return Checkpoint(
@@ -109,12 +108,6 @@ def _embeddings_made_dense(artifact: Artifact) -> list[str]:
     base = artifact.stored(table.name).base
     bits = f"{base.bits} bits" if isinstance(base, UniformWeight | NormalFloatWeight) else "floating point"
     return [f"{table.name}: rounded to {bits} in the artifact, written densely here; no format has a place for the codes of an embedding"]
-
-
-def _owners(name: str, artifact: Artifact) -> list[str]:
-    """The compressed linears whose record the tensor may belong to: its dotted prefixes."""
-    parts = name.split(".")
-    return [p for p in (".".join(parts[:i]) for i in range(1, len(parts))) if p in artifact.linears]
 
 
 def _card(directory: Path, artifact: Artifact, said: list[str]) -> dict[str, Any]:

@@ -61,10 +61,8 @@ class BlockTensors:
     def others(self, replaced: Collection[Site]) -> tuple[dict[str, Tensor], dict[str, StoredWeight]]:
         """(plain tensors, records) of the block without those of the sites that are replaced."""
         names, parameters = {s.name for s in replaced}, {f"{s.module}.{s.parameter}" for s in replaced}
-        here = [n for n in self.linears if n.startswith(self.prefix)]
-        of_record = tuple(f"{name}." for name in here)
-        plain = {n: t for n, t in self.tensors.items() if n not in parameters and (n.endswith(".bias") or not n.startswith(of_record))}
-        return plain, {n: self.stored(n) for n in here if n not in names}
+        plain = {n: t for n, t in self.tensors.items() if n not in parameters and self.artifact.is_plain(n)}
+        return plain, {n: self.stored(n) for n in self.linears if n.startswith(self.prefix) and n not in names}
 
 
 @dataclass

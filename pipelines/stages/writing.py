@@ -110,7 +110,7 @@ def write_model(parent: Artifact, writer: ArtifactWriter, streamed: StreamedMode
 def write_rest(parent: Artifact, writer: ArtifactWriter, streamed: StreamedModel, found: Trained) -> None:
     """Embeddings, last norm, head."""
     model, blocks = streamed.model, f"{streamed.structure.prefix}."
-    rest = {n: found.tensors.get(n, parent.tensor(n)) for n in parent.index if not n.startswith(blocks) and not _of_record(n, parent)}
+    rest = {n: found.tensors.get(n, parent.tensor(n)) for n in parent.index if not n.startswith(blocks) and parent.is_plain(n)}
     kept = {n: parent.stored(n) for n in parent.linears if not n.startswith(blocks)}
     known = set(model.state_dict()) - tied_names(model).keys()
     writer.write_part("rest", {"tensors": {n: t for n, t in rest.items() if n in known}, **shards_of({}, kept)}, kept)
@@ -123,10 +123,7 @@ def write_block(
     start, part = f"{structure.prefix}.{index}.", f"block-{index:05d}"
     sites = {s.name: s for s in structure.of_block(index)}
     linears: dict[str, StoredWeight] = {}
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in parent.tensors(start).items():
-        if not _of_record(name, parent):
-            tensors[name] = found.tensors.get(name, tensor)
+    tensors = {name: found.tensors.get(name, tensor) for name, tensor in parent.plain(start).items()}
     for name, tensor in found.tensors.items():
         if name.startswith(start) and (name in tensors or bool(tensor.any())):
             tensors[name] = tensor
@@ -155,12 +152,6 @@ def _filled(parameter: Tensor, records: Mapping[Site, StoredWeight]) -> Tensor:
 
 def _is_plain(record: StoredWeight) -> bool:
     return isinstance(record.base, DenseWeight) and record == StoredWeight(record.base)
-
-
-def _of_record(name: str, parent: Artifact) -> bool:
-    parts = name.split(".")
-    owners = {".".join(parts[:i]) for i in range(1, len(parts))}
-    return bool(owners & parent.linears.keys()) and not name.endswith(".bias")
 
 
 def audited(parent: Artifact, writer: ArtifactWriter, address: str, codes_move: bool) -> None:

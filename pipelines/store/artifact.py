@@ -101,6 +101,15 @@ class Artifact:
                 out |= {name: shard.get_tensor(name).clone() for name in names}
         return out
 
+    def is_plain(self, name: str) -> bool:
+        """Whether a tensor of the index lies outside all records. The bias of a compressed linear does: it is stored as it was."""
+        parts = name.split(".")
+        return name.endswith(".bias") or not any(".".join(parts[:end]) in self.linears for end in range(1, len(parts)))
+
+    def plain(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors outside records whose name begins with `prefix`."""
+        return {name: tensor for name, tensor in self.tensors(prefix).items() if self.is_plain(name)}
+
     def stored(self, linear: str) -> StoredWeight:
         """The record of a compressed linear."""
         return record_of(self, linear, self.tensors)
