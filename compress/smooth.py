@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .activation_grid import fake_quantize
 from .block import BlockProblem
 from .factors import FactorForm, store_factors
 from .grids import Clip, UniformGrid, check_grid
@@ -142,18 +143,6 @@ def split(part: SmoothedMatrix, smooth_I: Tensor | None) -> tuple[StoredWeight, 
     }
 
 
-def quantize_input(x_TI: Tensor, grid: ActivationGrid | None) -> Tensor:
-    """float32 [T, I] rounded as the kernels round it: symmetric, per token per group, absmax at the top code."""
-    if grid is None:
-        return x_TI
-    rows, columns = x_TI.shape
-    top = (1 << (grid.bits - 1)) - 1
-    grouped = torch.nn.functional.pad(x_TI, (0, -columns % grid.group_size)).view(rows, -1, grid.group_size)
-    scale = grouped.abs().amax(-1, keepdim=True) / top
-    levels = (grouped / scale.clamp(min=torch.finfo(torch.float32).tiny)).round_().clamp_(-top, top)
-    return (levels * scale).view(rows, -1)[:, :columns]
-
-
 def _smooth(inputs: InputStatistics, absmax_w_I: Tensor, alpha: float) -> Tensor:
     """float16 [I] with geometric mean 1; a channel that is always 0 counts as a hundred-thousandth of the largest."""
     x_I, w_I = (a.clamp(min=1e-5 * a.max().item()).clamp(min=torch.finfo(torch.float32).tiny) for a in (inputs.absmax_I, absmax_w_I))
@@ -182,7 +171,9 @@ def _output_error(part: SmoothedMatrix, stored: StoredWeight | None) -> float:
         return 0.0
     if stored is None:
         return (x_TI @ part.target_OI.T).square_().sum(dtype=torch.float64).item()
-    seen_TI = quantize_input(x_TI if stored.smooth is None else x_TI / stored.smooth.float(), stored.activations)
+    seen_TI = x_TI if stored.smooth is None else x_TI / stored.smooth.float()
+    if stored.activations is not None:
+        seen_TI = fake_quantize(seen_TI, stored.activations.bits, stored.activations.group_size)
     lost_TO = seen_TI @ stored.base_dense().T
     if stored.low_rank is not None:
         up, down = stored.low_rank.factors()

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..compress.activation_grid import dequantize_activations, quantize_activations
 from ..compress.weights import ActivationGrid, DenseWeight, StoredWeight, to_tensors
 from .prepare import Prepared
-from .reference import dequantize_activations, quantize_activations
 
 MOST_BLOCKS = 16  # beyond these, a batch of small products costs more than the segments one by one
 

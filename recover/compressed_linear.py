@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compress.activation_grid import fake_quantize
 from ..compress.precision import summed
 from ..compress.weights import ActivationGrid, DenseWeight, Factor, LowRank, SparseDelta, StoredWeight, UniformWeight
-from ..kernels.reference import fake_quantize
 from .experts import install_experts, is_expert
 from .scales import RelativeScales
 from .trainable import Trainable, through

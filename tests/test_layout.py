@@ -19,8 +19,8 @@ ALLOWED = {
     "reports": set(),
     "pipelines": {"compress", "recover", "kernels", "reports"},
 }
-RECORDS = {"weights", "grids", "normal_float", "packing", "precision"}
-"""Of compress, what says how a stored weight is represented: all that kernels and recover may know of it; no solver, no statistics."""
+RECORDS = {"weights", "grids", "normal_float", "packing", "precision", "activation_grid"}
+"""Of compress, what says how a stored weight or an input is represented: all that kernels and recover may know of it; no solver, no statistics."""
 COMPRESS_MAY_IMPORT = {"torch", "scipy", "numpy"}
 LOOSE = {"__init__", "cli", "doctor", "errors", "logs"}  # the files of pipelines/ that lie in no room
 ROOMS = (

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...compress.activation_grid import fake_quantize
 from ...compress.weights import StoredWeight
-from ...kernels.reference import fake_quantize
 
 
 def round_inputs(module: Any, record: StoredWeight) -> None:

@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 import torch
+from bitmend.compress.activation_grid import fake_quantize
 from bitmend.compress.block import BlockProblem
 from bitmend.compress.grids import UniformGrid
 from bitmend.compress.masks import masked_base, pattern_mask
 from bitmend.compress.methods import DECOMPOSE
 from bitmend.compress.rounding import round_normal_float, round_uniform
-from bitmend.compress.smooth import SvdQuantConfig, part_of, quantize_input, smoothing, split, svdquant
+from bitmend.compress.smooth import SvdQuantConfig, part_of, smoothing, split, svdquant
 from bitmend.compress.statistics import InputStatistics, LayerStatistics
 from bitmend.compress.weights import ActivationGrid, DenseWeight, StoredWeight, UniformWeight
-from bitmend.kernels.reference import dequantize_activations, quantize_activations
 
 NEEDS = frozenset({"absmax", "samples", "second_moment"})
 
@@ -44,23 +44,13 @@ def output(stored: StoredWeight, x: torch.Tensor) -> torch.Tensor:
     """What a kernel computes from the record, by the kernels' own reference for the inputs."""
     smoothed = x if stored.smooth is None else x / stored.smooth.float()
     if stored.activations is not None:
-        codes, scales = quantize_activations(smoothed, stored.activations.bits, stored.activations.group_size)
-        smoothed = dequantize_activations(codes, scales, stored.activations.group_size)
+        smoothed = fake_quantize(smoothed, stored.activations.bits, stored.activations.group_size)
     y = smoothed @ stored.base_dense().T
     return y if stored.low_rank is None else y + x @ stored.low_rank.dense().T
 
 
 def relative_error(stored: StoredWeight, target: torch.Tensor, x: torch.Tensor) -> float:
     return (torch.linalg.norm(output(stored, x) - x @ target.T) / torch.linalg.norm(x @ target.T)).item()
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("columns", [128, 100])
-def test_inputs_are_rounded_as_the_kernels_round_them(bits, columns):
-    x = torch.randn(33, columns, generator=torch.Generator().manual_seed(0))
-    x[3], x[4, :64] = 0, 0
-    codes, scales = quantize_activations(x, bits, 64)
-    torch.testing.assert_close(quantize_input(x, ActivationGrid(bits, 64)), dequantize_activations(codes, scales, 64), rtol=0, atol=1e-6)
 
 
 def test_the_first_round_is_the_papers_decomposition_of_the_smoothed_weight():

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from bitmend.compress.activation_grid import dequantize_activations
 from bitmend.compress.weights import NormalFloatWeight, UniformWeight
 from bitmend.kernels import reference
 from bitmend.kernels.layout import tile
@@ -31,7 +32,7 @@ def test_products_are_exact_up_to_one_rounding(
         x, down, up, bias = x.to(dtype).to(device), down.to(dtype).to(device), up.to(dtype).to(device), torch.randn(50, device=device)
         codes, scales, h = quantize_down(x, None, down, bits=activation_bits)
         y = lowbit_matmul_up(codes, scales, weight, h, up, bias, dtype=dtype)
-        inner = reference.dequantize_activations(codes, scales, 64, torch.float64)
+        inner = dequantize_activations(codes, scales, 64, torch.float64)
         truth = reference.weight_only_matmul_up(inner, weight, None if h is None else h.double(), up, bias, compute=torch.float64)
         eager = inner.to(dtype) @ weight.dense(dtype).t() + (x @ down.t()) @ up.t() + bias.to(dtype)
         within_budget(y, eager, truth)
@@ -59,7 +60,7 @@ def test_ranks_and_odd_shapes(
     x, down, up = torch.randn(3, inputs), torch.randn(rank, inputs) / inputs**0.5, torch.randn(out, rank) / rank**0.5
     x, down, up = (t.half().to(device) for t in (x, down, up))
     codes, scales, h = quantize_down(x, None, down)
-    inner = reference.dequantize_activations(codes, scales, 64, torch.float64)
+    inner = dequantize_activations(codes, scales, 64, torch.float64)
     truth = reference.weight_only_matmul_up(inner, weight, x.double() @ down.double().t(), up, compute=torch.float64)
     eager = inner.half() @ weight.dense(torch.float16).t() + (x @ down.t()) @ up.t()
     within_budget(lowbit_matmul_up(codes, scales, weight, h, up, dtype=torch.float16), eager, truth)

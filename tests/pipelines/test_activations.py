@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from bitmend.compress.activation_grid import fake_quantize
 from bitmend.compress.weights import ActivationGrid, DenseWeight, StoredWeight
-from bitmend.kernels.reference import fake_quantize
 from bitmend.pipelines.errors import UsageError
 from bitmend.pipelines.evaluation.perplexity import last_hidden
 from bitmend.pipelines.export import exporting

@@ -2,9 +2,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bitmend.compress.activation_grid import fake_quantize
 from bitmend.compress.weights import ActivationGrid, DenseWeight, StoredWeight, to_tensors
 from bitmend.kernels.operators import ReferenceOperator
-from bitmend.kernels.reference import fake_quantize
 from bitmend.recover.compressed_linear import CompressedLinear, cache_dense, compressed_linears, install
 from torch import nn
 from torch.testing import assert_close
