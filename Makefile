@@ -10,8 +10,9 @@ export TOKENIZERS_PARALLELISM := false
 demo: venv
 	$(BIN)/pipeline run compress_and_recover
 
+# Two processes, each with the files that the other has not; a test needs one core.
 test: venv
-	$(BIN)/python -P -m pytest -m "not slow and not interop"
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 --dist loadfile -m "not slow and not interop"
 
 # Longer proofs: what does not fit into the minutes of `make test`.
 proofs: venv
