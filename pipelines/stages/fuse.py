@@ -64,7 +64,7 @@ def _fold(parent: Artifact, writer: ArtifactWriter, context: Context) -> list[st
         folded = fold_block(block, prefix, linears, hidden, lambda h, index=index: model.run_block(index, h))
         model.unload_block(index)
         linears |= folded.records
-        tensors = parent.plain(prefix) | folded.tensors
+        tensors = {**parent.plain(prefix), **folded.tensors}
         vectors = sum(name.endswith(".weight") for name in folded.tensors)
         writer.write_part(part, shards_of(tensors, linears), linears, {"notes": list(folded.notes), "folds": vectors})
         notes += folded.notes
