@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("card")
 SHORT: dict[str, Any] = {"steps": 2, "batch_size": 1, "seq_len": 16}
 KINDS = {"quantized": {"uniform"}, "decomposed": {"uniform", "low_rank"}, "pruned": {"dense", "masked"}}
 dtypes = pytest.mark.parametrize("dtype", ["auto", "float32"])
+float32_in_proofs = pytest.mark.parametrize("dtype", ["auto", pytest.param("float32", marks=pytest.mark.slow)])
 
 
 def whole(made: RunRecord, method: str) -> None:
@@ -32,23 +33,26 @@ def whole(made: RunRecord, method: str) -> None:
     assert last.peak_bytes is not None and 100_000 < last.peak_bytes < last.metrics["host_peak_bytes"]
 
 
+@float32_in_proofs
 @pytest.mark.parametrize("method", PRUNE)
-def test_prune(method: str, ran: Running) -> None:
-    whole(ran("dense", [{"prune": {"method": method, "sparsity": 0.3}}]), method)
+def test_prune(method: str, dtype: str, ran: Running) -> None:
+    whole(ran("dense", [{"prune": {"method": method, "sparsity": 0.3}}], dtype), method)
 
 
+@float32_in_proofs
 @pytest.mark.parametrize("method", QUANTIZE)
-def test_quantize(method: str, ran: Running) -> None:
+def test_quantize(method: str, dtype: str, ran: Running) -> None:
     few = {"steps": 2, "batch_size": 1} if QUANTIZE[method].scope == "block" else {}
-    whole(ran("dense", [{"quantize": {"method": method, **few}}]), method)
+    whole(ran("dense", [{"quantize": {"method": method, **few}}], dtype), method)
 
 
+@float32_in_proofs
 @pytest.mark.parametrize("method", DECOMPOSE)
-def test_decompose(method: str, ran: Running) -> None:
+def test_decompose(method: str, dtype: str, ran: Running) -> None:
     few = {"iterations": 1} if "iterations" in DECOMPOSE[method].config.__dataclass_fields__ else {}
     rank = {} if method == "svdquant" else {"rank": 2}
     stage = {"decompose": {"method": method, **rank, **few, "ignore": ["gate", "up", "v_proj"]}}
-    whole(ran("quantized", [*PARENTS["quantized"], stage]), method)
+    whole(ran("quantized", [*PARENTS["quantized"], stage], dtype), method)
 
 
 def parent_of(method: str) -> str:
@@ -62,10 +66,18 @@ def settings_of(method: str) -> dict[str, Any]:
     return {key: value for key, value in wanted.items() if key in known}
 
 
+@float32_in_proofs
 @pytest.mark.parametrize("method", RECOVER)
-def test_recover(method: str, ran: Running) -> None:
+def test_recover(method: str, dtype: str, ran: Running) -> None:
     parent = parent_of(method)
-    whole(ran(parent, [*PARENTS[parent], {"recover": {"method": method, **settings_of(method)}}]), method)
+    whole(ran(parent, [*PARENTS[parent], {"recover": {"method": method, **settings_of(method)}}], dtype), method)
+
+
+def test_a_chain_in_float16(ran: Running) -> None:
+    """What `auto` is on a card before Ampere."""
+    stages = [{"prune": {"method": "wanda", "sparsity": 0.3}}, {"quantize": {"method": "gptq", "bits": 4, "group_size": 32}}]
+    stages += [{"decompose": {"method": "qera_exact", "rank": 2}}, {"recover": {"method": "lora", **SHORT}}, {"fuse": {"backend": "reference"}}]
+    whole(ran("half", stages, "float16"), "bind")
 
 
 @pytest.mark.parametrize("method", ["fish_mask"])
