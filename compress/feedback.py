@@ -63,7 +63,7 @@ def inverse_factor(second_moment_II: Tensor, damp: float = 0.01, by_diagonal: bo
         if upper_II is not None:
             break
         used = max(used * 3, 1e-4)
-        if used > _MAX_DAMP:
+        if not used <= _MAX_DAMP:  # NaN, too, ends here
             raise ValueError(f"second moment has no Cholesky factor even with damp {_MAX_DAMP:g}; it is not positive semi-definite")
     diagonal = upper_II.diagonal().clone()
     place_I = torch.empty_like(order_I)

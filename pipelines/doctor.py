@@ -1,6 +1,6 @@
 """What this machine offers: versions, threads, memory, disk, devices, a short measurement of its arithmetic, and what is missing.
 
-Every problem comes with the line that mends it. Changes nothing, reaches for no network.
+Every problem comes with the line that fixes it. Changes nothing, reaches for no network.
 """
 
 import os
@@ -24,7 +24,7 @@ DEMO_MEMORY_BYTES = 4 * 10**9
 
 
 def report() -> dict[str, Any]:
-    """Sections of plain values, and `missing`: a list of {what, mend}."""
+    """Sections of plain values, and `missing`: a list of {what, fix}."""
     packages = installed()
     sections: dict[str, Any] = {
         "python": {"version": platform.python_version(), "executable": sys.executable, "platform": platform.platform()},
@@ -134,31 +134,31 @@ def cache() -> dict[str, Any]:
 
 
 def missing(sections: dict[str, Any]) -> list[dict[str, str]]:
-    """What stands in the way, each with the line that mends it."""
+    """What stands in the way, each with the line that fixes it."""
     found = [
-        {"what": f"the package {name} is not installed", "mend": f"{Path(sys.executable).name} -m pip install {name}"}
+        {"what": f"the package {name} is not installed", "fix": f"{Path(sys.executable).name} -m pip install {name}"}
         for name, version_found in sections["packages"].items()
         if version_found is None
     ]
     torch_section = sections.get("torch")
     if torch_section and torch_section["cores"] and torch_section["threads"] > torch_section["cores"]:
-        mend = f"export OMP_NUM_THREADS={torch_section['cores']}"
-        found.append({"what": f"{torch_section['threads']} threads on {torch_section['cores']} cores", "mend": mend})
+        line = f"export OMP_NUM_THREADS={torch_section['cores']}"
+        found.append({"what": f"{torch_section['threads']} threads on {torch_section['cores']} cores", "fix": line})
     if shutil.which("nvidia-smi") and torch_section and torch_section["cuda_build"] is None:
-        mend = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
-        found.append({"what": "an NVIDIA driver, but a torch built for the CPU only", "mend": mend})
+        line = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
+        found.append({"what": "an NVIDIA driver, but a torch built for the CPU only", "fix": line})
     if (available := sections["memory"]["available_bytes"]) is not None and available < DEMO_MEMORY_BYTES:
-        found.append({"what": f"{available / 1e9:.1f} GB of memory available, the demo takes up to 4", "mend": "close other programs"})
+        found.append({"what": f"{available / 1e9:.1f} GB of memory available, the demo takes up to 4", "fix": "close other programs"})
     if sections["disk"]["here_free_bytes"] < DEMO_DISK_BYTES:
         free = sections["disk"]["here_free_bytes"] / 1e9
-        found.append({"what": f"{free:.1f} GB free here, the demo takes up to 3", "mend": "pipeline run … -o DIR on another disk"})
+        found.append({"what": f"{free:.1f} GB free here, the demo takes up to 3", "fix": "pipeline run … -o DIR on another disk"})
     if (broken := sections.get("kernels", {}).get("import_error")) is not None:
         found.append(
-            {"what": f"the kernels cannot be imported: {broken}", "mend": f"{Path(sys.executable).name} -m pip install --upgrade triton"}
+            {"what": f"the kernels cannot be imported: {broken}", "fix": f"{Path(sys.executable).name} -m pip install --upgrade triton"}
         )
     if not os.access(_existing(Path(sections["cache"]["directory"])), os.W_OK):
         what = f"the cache directory {sections['cache']['directory']} cannot be written"
-        found.append({"what": what, "mend": "export BITMEND_CACHE=DIR"})
+        found.append({"what": what, "fix": "export BITMEND_CACHE=DIR"})
     return found
 
 

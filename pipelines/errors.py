@@ -7,7 +7,7 @@ import errno
 
 
 class PipelineError(Exception):
-    """Something the user can mend; shown as one line, without a traceback unless -v."""
+    """Something the user can fix; shown as one line, without a traceback unless -v."""
 
     exit_code = 1
 

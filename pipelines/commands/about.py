@@ -58,7 +58,7 @@ def show(
 
 
 def doctor(json: o.Json = False, verbose: o.Verbose = False, quiet: o.Quiet = False) -> None:
-    """What this machine offers, what was measured on it, what is missing and how to mend it."""
+    """What this machine offers, what was measured on it, what is missing and how to fix it."""
     start(verbose, quiet)
     from .. import doctor as examining
 

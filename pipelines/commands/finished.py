@@ -11,6 +11,8 @@ from ..errors import UsageError
 from . import common as o
 from .runs import existing, start
 
+RUN_FILES = ("run.json", "record.json", "environment.json", "recipe.resolved.yaml", "log.jsonl", ".lock")
+
 report = typer.Typer(help="The stage table of a run, and its page.", no_args_is_help=False)
 
 RunDirectories = Annotated[list[Path], typer.Argument(metavar="RUN_DIR RUN_DIR …", help="two or more run directories")]
@@ -165,6 +167,7 @@ def _deliver(text: str, output: Path | None) -> None:
         return
     if not output.parent.is_dir():
         raise UsageError(f"{output.parent}: no such directory; make it first")
+    _refuse_to_overwrite(output)
     scratch = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
         scratch.write_text(text if text.endswith("\n") else f"{text}\n", encoding="utf-8")
@@ -172,6 +175,19 @@ def _deliver(text: str, output: Path | None) -> None:
     finally:
         scratch.unlink(missing_ok=True)
     typer.echo(str(output))
+
+
+def _refuse_to_overwrite(output: Path) -> None:
+    """UsageError for a file of a run, a place among its stages, and an existing file that is no report or comparison."""
+    for directory in output.absolute().parents:
+        if (directory / "run.json").is_file() and (directory / "stages").is_dir():
+            if directory != output.absolute().parent or output.name in RUN_FILES:
+                raise UsageError(f"{output}: belongs to the run in {directory}; name another file, none of a run is overwritten")
+            break
+    if output.exists():
+        report = output.is_file() and output.suffix in (".html", ".md", ".csv", ".json", ".txt")
+        if not report or "perplexity" not in output.read_text(encoding="utf-8", errors="replace"):
+            raise UsageError(f"{output}: exists and is no report; name another file, only a report is overwritten")
 
 
 def _protocol(model: str) -> tuple[str, int, int | None]:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ..recipes.recipe import Recipe
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="a name from `pipeline list`, or a .yaml file")]
+ListOnly = Annotated[bool, typer.Option("--dry-run", help="list what would be deleted, delete nothing")]
+Verify = Annotated[bool, typer.Option("--verify", help="read every finished stage again and compare its checksums")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="predict bytes, memory, disk and time, name refusals, do nothing")]
 Over = Annotated[list[str], typer.Option("--over", metavar="KEY=A,B,C", help="a setting and its values; repeatable (all combinations)")]
 SweepBudget = Annotated[
@@ -92,22 +94,26 @@ def resume(
         runner.resume(run_directory, max_perplexity_ratio=max_perplexity_ratio, **options)
 
 
-def status(run_directory: o.RunDirectory, json: o.Json = False, verbose: o.Verbose = False, quiet: o.Quiet = False) -> None:
+def status(
+    run_directory: o.RunDirectory, verify: Verify = False, json: o.Json = False, verbose: o.Verbose = False, quiet: o.Quiet = False
+) -> None:
     """Which stages are finished, which is under way, and what is still to do."""
     start(verbose, quiet)
     existing(run_directory)
     from ..run import runner
 
-    o.write(runner.status(run_directory), json)
+    o.write(runner.status(run_directory, verify), json)
 
 
-def gc(run_directory: o.RunDirectory, json: o.Json = False, verbose: o.Verbose = False, quiet: o.Quiet = False) -> None:
-    """Delete what nothing needs: stages of other settings and leftovers of interrupted ones."""
+def gc(
+    run_directory: o.RunDirectory, dry_run: ListOnly = False, json: o.Json = False, verbose: o.Verbose = False, quiet: o.Quiet = False
+) -> None:
+    """Delete what nothing needs: stages of other settings and leftovers of interrupted ones. The points of a sweep are needed."""
     start(verbose, quiet)
     existing(run_directory)
     from ..run import runner
 
-    o.write(runner.gc(run_directory), json)
+    o.write(runner.gc(run_directory, dry_run), json)
 
 
 def sweep(

@@ -26,7 +26,7 @@ from ..run.ledger import last_artifact, record
 from ..stages.baseline import build_baseline, fingerprint
 from ..stages.inputs import Inputs
 from ..store.artifact import Artifact
-from ..store.rundir import RunDirectory
+from ..store.rundir import RunDirectory, refuse_inside_run
 from .audit import write_audited
 from .merging import merged, requantized
 
@@ -39,7 +39,9 @@ def export(
 ) -> dict[str, Any]:
     """Write, read back, measure. UsageError for what the format cannot carry, QualityError when the export does not measure the same."""
     place = RunDirectory(directory.resolve())
+    refuse_inside_run(output)
     artifact = last_artifact(directory, stage)
+    artifact.verify()
     recipe = resolve(str(place.recipe), file=None, sets=[], options={})
     said = _embeddings_made_dense(artifact)
     card = _card(directory, artifact, said)

@@ -153,7 +153,7 @@ def _load(name: str, parts: Mapping[str, Stored], quantization: Mapping[str, Any
             raise InputError(f"{parts['g_idx'].file}: {name}.g_idx names groups {int(index.min())}…{int(index.max())}; there are {groups}")
         if columns % group_size == 0 and not quantization.get("desc_act", False):
             raise InputError(
-                f"{parts['g_idx'].file}: {name}.g_idx is reordered, but desc_act is false; readers disagree on that, so mend the config or the file"
+                f"{parts['g_idx'].file}: {name}.g_idx is reordered, but desc_act is false; readers disagree on that, so fix the config or the file"
             )
     stored_zeros = unpack_codes(tensors["qzeros"], bits, rows).t().to(torch.int64)
     zeros = _true_zeros(stored_zeros, bits, quantization)

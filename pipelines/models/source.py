@@ -1,6 +1,5 @@
 """From what the user named to a local model directory, and what lies in it: config, tokenizer, safetensors files. Knows transformers' loaders; no structure of a model."""
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -8,10 +7,9 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
-from ...kernels.cache import cache_directory
 from ..demo import imported
 from ..errors import InputError
-from ..store.files import sha256, write_bytes
+from ..store.files import cached_sha256
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
@@ -85,7 +83,7 @@ def load_tokenizer(directory: Path) -> Any:
 def source_files(directory: Path) -> dict[str, dict[str, Any]]:
     """safetensors files of a model directory with size and sha256 (cached by path, size and time of change)."""
     paths = source_paths(directory)
-    return {name: {"sha256": _cached_sha256(path), "bytes": path.stat().st_size} for name, path in paths.items()}
+    return {name: {"sha256": cached_sha256(path), "bytes": path.stat().st_size} for name, path in paths.items()}
 
 
 def source_paths(directory: Path) -> dict[str, Path]:
@@ -105,15 +103,3 @@ def source_paths(directory: Path) -> dict[str, Path]:
     if missing:
         raise InputError(f"{directory}: {index.name} names {missing[0]}, which is not there; download the model again")
     return {name: directory / name for name in names}
-
-
-def _cached_sha256(path: Path) -> str:
-    stat = path.stat()
-    identity = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
-    note = cache_directory() / "sha256" / hashlib.sha256(identity.encode()).hexdigest()
-    if note.is_file():
-        return note.read_text()
-    digest = sha256(path)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(note, digest.encode())
-    return digest

@@ -76,7 +76,7 @@ class Recipe(_Section):
     data: Data = Data()
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     dtype: DtypeName = "auto"
     deterministic: bool = True
     profile: Literal["demo", "standard"] = "standard"

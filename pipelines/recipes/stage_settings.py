@@ -5,6 +5,7 @@ Knows no files and no models; `recipe` lays the layers over one another, `stages
 """
 
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -218,12 +219,25 @@ def _validated(config_type: type, values: Mapping[str, Any], where: str) -> Any:
     from pydantic import TypeAdapter, ValidationError
 
     _refuse_unknown_fields(config_type, values, where)
+    _refuse_infinite(values, where)
     try:
         return TypeAdapter(config_type).validate_python(dict(values))
     except ValidationError as error:
         raise UsageError(f"{where}{validation_message(error)}") from error
     except (TypeError, ValueError) as error:
         raise UsageError(f"{where}: {error}") from error
+
+
+def _refuse_infinite(value: Any, where: str) -> None:
+    """UsageError for NaN and infinity at any depth: no setting has a use for them, and comparisons with them are silent."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{where}: {value} is no finite number")
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _refuse_infinite(inner, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            _refuse_infinite(inner, f"{where}[{number}]")
 
 
 def _refuse_unknown_fields(config_type: type, values: Mapping[str, Any], where: str) -> None:

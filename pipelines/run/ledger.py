@@ -19,14 +19,17 @@ from ..store.artifact import Artifact, open_artifact
 from ..store.rundir import RunDirectory
 
 
-def status(directory: Path) -> dict[str, Any]:
-    """What is done, what is under way (finished blocks or steps) and what is missing."""
+def status(directory: Path, verify: bool = False) -> dict[str, Any]:
+    """What is done, what is under way (finished blocks or steps) and what is missing. With `verify` every file of every finished stage is
+    hashed again: InputError names the first that is not as it was written."""
     place = RunDirectory(directory.resolve())
     last, rows = place.read(), []
     for row in last["stages"]:
         step = Step(row["address"], row["method"], row["key"], row["name"], row["settings"])
         state = step.state(place)
         entry = {"stage": step.address, "method": step.method, "state": state, "directory": f"stages/{step.name}"}
+        if verify and state == "done":
+            open_artifact(place.artifact(step.name)).verify(full=True)
         if state == "partial":
             entry["finished_parts"] = len(list(place.scratch(step.name).glob("*.part.json")))
             entry |= _training_step(place.scratch(step.name) / stages.STATE)
@@ -84,34 +87,64 @@ def last_artifact(directory: Path, stage: str | None = None) -> Artifact:
     return open_artifact(place.artifact(rows[-1]["name"]))
 
 
-def gc(directory: Path) -> dict[str, Any]:
-    """Drop what the last plan does not name: stages of other settings, their metrics, unfinished scratch directories, a teacher's states,
-    torn files."""
+def keep_plan(directory: Path) -> None:
+    """What the run's plan names stays after another plan has taken its place: the points of a sweep, and the run that was swept."""
     place = RunDirectory(directory.resolve())
-    last = place.read()
-    plan = last["stages"]
+    if not (place.path / "run.json").is_file():
+        return
     with place.held():
-        wanted = {row["name"] for row in plan} | {p.name for p in place.stages.glob("teacher-????????")}
-        keep = wanted | {f"{name}.metrics" for name in wanted} | {f"{name}.partial" for name in wanted if not place.artifact(name).is_dir()}
-        dropped, freed = [], 0
-        for path in sorted(place.stages.iterdir()) if place.stages.is_dir() else []:
-            if path.name not in keep:
-                freed += sum(f.stat().st_size for f in path.rglob("*") if f.is_file() and f.stat().st_nlink == 1)
-                shutil.rmtree(path)
-                dropped.append(path.name)
-        if place.teacher_states.is_dir():
-            freed += sum(f.stat().st_size for f in place.teacher_states.rglob("*") if f.is_file())
-            shutil.rmtree(place.teacher_states)
-            dropped.append(place.teacher_states.name)
-        for path in sorted(place.path.glob("allocation/*")):
-            if str(path.relative_to(place.path)) != last.get("allocation"):
-                freed += sum(f.stat().st_size for f in path.iterdir())
-                shutil.rmtree(path)
-                dropped.append(path.name)
-        for path in [*place.path.glob(".*"), *place.stages.glob("*/.*"), *place.path.glob("allocation/*/.*")]:
-            if re.fullmatch(r"\..+\.\d+", path.name):  # what `write_bytes` was writing when it was killed
-                freed += path.stat().st_size
-                path.unlink()
-                dropped.append(path.name)
-        place.log("gc", dropped=dropped, freed=freed)
-    return {"dropped": dropped, "freed_bytes": freed}
+        last = place.read()
+        kept = last.get("kept", {"stages": [], "allocations": []})
+        names = {*kept["stages"], *(row["name"] for row in last["stages"] if place.artifact(row["name"]).is_dir())}
+        tables = {*kept["allocations"], *([last["allocation"]] if "allocation" in last else [])}
+        state = {key: value for key, value in last.items() if key not in ("schema", "program", "kept")}
+        place.write({**state, "kept": {"stages": sorted(names), "allocations": sorted(tables)}})
+
+
+_STAGE = re.compile(r"(\d\d-[a-z]+(\.\d+)?|teacher)-[0-9a-f]{8}(\.partial|\.metrics)?(\.removed)?")
+_TABLE = re.compile(r"[0-9a-f]{8}")
+_TORN = re.compile(r"\..+\.\d+")  # what `write_bytes` was writing when it was killed
+
+
+def gc(directory: Path, dry_run: bool = False) -> dict[str, Any]:
+    """Drop what nothing names: stages of settings that are neither the last plan's nor a sweep's, their metrics, unfinished scratch
+    directories, a teacher's states, torn files. What this program would not have named so is left, and named in `left`. With `dry_run`
+    nothing is dropped."""
+    place = RunDirectory(directory.resolve())
+    place.read()
+    with place.held():
+        dropped, left = _garbage(place)
+        freed = sum(_freed_bytes(path) for path in dropped)
+        if not dry_run:
+            for path in dropped:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            place.log("gc", dropped=[path.name for path in dropped], freed=freed)
+    return {"dropped": [path.name for path in dropped], "freed_bytes": freed, "left": [path.name for path in left]}
+
+
+def _garbage(place: RunDirectory) -> tuple[list[Path], list[Path]]:
+    """(what is dropped, what is not the program's)."""
+    last = place.read()
+    kept = last.get("kept", {"stages": [], "allocations": []})
+    wanted = {row["name"] for row in last["stages"]} | set(kept["stages"]) | {p.name for p in place.stages.glob("teacher-????????")}
+    keep = wanted | {f"{name}.metrics" for name in wanted} | {f"{name}.partial" for name in wanted if not place.artifact(name).is_dir()}
+    tables = {*kept["allocations"], last.get("allocation")}
+    others = [path for path in (sorted(place.stages.iterdir()) if place.stages.is_dir() else []) if path.name not in keep]
+    others += [path for path in sorted(place.path.glob("allocation/*")) if str(path.relative_to(place.path)) not in tables]
+    made = {
+        path
+        for path in others
+        if not path.is_symlink() and path.is_dir() and (_STAGE if path.parent == place.stages else _TABLE).fullmatch(path.name)
+    }
+    dropped = [path for path in others if path in made]
+    if place.teacher_states.is_dir():
+        dropped.append(place.teacher_states)
+    torn = [*place.path.glob(".*"), *place.stages.glob("*/.*"), *place.path.glob("allocation/*/.*")]
+    dropped += [path for path in torn if _TORN.fullmatch(path.name) and path.is_file() and path.parent not in made]
+    return dropped, [path for path in others if path not in made]
+
+
+def _freed_bytes(path: Path) -> int:
+    """Of a file or of a directory's files; one that another stage links to as well stays on disk."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(f.stat().st_size for f in files if f.is_file() and f.stat().st_nlink == 1)

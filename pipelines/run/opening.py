@@ -23,12 +23,13 @@ from .ledger import last_artifact
 
 @contextmanager
 def opened(model: str, revision: str | None = None) -> Iterator[Artifact]:
-    """The artifact behind a stage directory, a run directory (its last stage), or anything that names a model."""
+    """The artifact behind a stage directory, a run directory (its last stage), or anything that names a model. InputError where its files
+    are not those that were written."""
     path = Path(model).expanduser()
-    if (path / MANIFEST).is_file():
-        yield open_artifact(path.resolve())
-    elif (path / "run.json").is_file():
-        yield last_artifact(path)
+    if (path / MANIFEST).is_file() or (path / "run.json").is_file():
+        artifact = open_artifact(path.resolve()) if (path / MANIFEST).is_file() else last_artifact(path)
+        artifact.verify()
+        yield artifact
     else:
         source = resolve_model(model, revision)
         with tempfile.TemporaryDirectory(prefix="bitmend-") as place:

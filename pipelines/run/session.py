@@ -53,7 +53,8 @@ def take_up(under_way: Session) -> None:
     rows = [{"address": s.address, "method": s.method, "key": s.key, "name": s.name, "settings": s.settings} for s in under_way.steps]
     table = {} if under_way.table is None else {"allocation": str(under_way.table.relative_to(place.path))}
     computed = {"compute": under_way.compute.words()}
-    place.write({"stages": rows, "model": under_way.recipe.model, "recipe": under_way.recipe.name, **computed, **table})
+    kept = {"kept": under_way.before["kept"]} if "kept" in under_way.before else {}
+    place.write({**kept, "stages": rows, "model": under_way.recipe.model, "recipe": under_way.recipe.name, **computed, **table})
 
 
 def announce(steps: list[Step], before: Mapping[str, Any], compute: Compute, place: RunDirectory) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from ..errors import PipelineError, UsageError
 from ..recipes.recipe import Recipe, resolve, run_directory
 from . import runner
+from .ledger import keep_plan
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +137,7 @@ def sweep(points: Sequence[Point], directory: Path, *, device: str = "auto", max
     from ...reports.render import compare
 
     results: list[Result] = []
+    keep_plan(directory)
     for place, point in enumerate(points, start=1):
         log.info("combination %d of %d: %s", place, len(points), point.label)
         try:
@@ -145,6 +147,7 @@ def sweep(points: Sequence[Point], directory: Path, *, device: str = "auto", max
             results.append(Result(point, error=error))
             continue
         _write(directory / "sweep" / f"{_file_name(point.label)}.json", json.dumps(record.to_json(), indent=1))
+        keep_plan(directory)
         results.append(Result(point, record=record))
     if done := [result.record for result in results if result.record]:
         _write(directory / "sweep" / "compare.html", compare(done, "html"))

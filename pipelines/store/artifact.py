@@ -24,7 +24,7 @@ from ...compress.sharing import SHARED, holder_of, own_tensors, settled
 from ...compress.weights import StoredWeight, describe, from_tensors
 from ...recover.extra_modules import Beside, beside_of
 from ..errors import InputError
-from .files import disk_errors, link, sha256, sync_directory, write_bytes, write_json
+from .files import cached_sha256, disk_errors, link, sha256, sync_directory, write_bytes, write_json
 
 SCHEMA = 1
 MANIFEST = "artifact.json"
@@ -132,11 +132,12 @@ class Artifact:
         """Bytes of all weight shards."""
         return sum(entry["bytes"] for name, entry in self.manifest["files"].items() if name.endswith(".safetensors"))
 
-    def verify(self) -> None:
-        """Recompute every sha256. InputError names the first file that differs."""
+    def verify(self, full: bool = False) -> None:
+        """InputError names the first file whose sha256 is not the manifest's. A file that is as it was when it was last hashed (size, inode,
+        times) is not read again, unless `full`."""
         for name, entry in self.manifest["files"].items():
             path = self.weights / name if name.endswith(".safetensors") else self.directory / name
-            found = sha256(path)
+            found = sha256(path) if full else cached_sha256(path)
             if found != entry["sha256"]:
                 raise InputError(
                     f"{path}: sha256 is {found[:12]}…, the manifest says {entry['sha256'][:12]}…; delete {self.directory} and run again"

@@ -1,5 +1,6 @@
 """Writing files so that a killed process or a full disk leaves the old one or the new one, never half of it. Knows no artifact."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -9,12 +10,28 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ...kernels.cache import cache_directory
 from ..errors import OutOfMemoryError
 
 
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cached_sha256(path: Path) -> str:
+    """As it was when this very file was last hashed: same path, size, inode, times of change of contents and of status; else hashed now.
+    Where the cache cannot be written it is hashed every time."""
+    stat = path.stat()
+    identity = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
+    note = cache_directory() / "sha256" / hashlib.sha256(identity.encode()).hexdigest()
+    if note.is_file():
+        return note.read_text()
+    digest = sha256(path)
+    with contextlib.suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(note, digest.encode())
+    return digest
 
 
 def write_bytes(path: Path, data: bytes) -> None:

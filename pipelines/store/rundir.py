@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, UsageError
 from .artifact import PARTIAL, disk_errors, write_json
 
 SCHEMA = 1
@@ -67,7 +67,8 @@ class RunDirectory:
 
     def create(self) -> None:
         """Make the directory, or accept one that is empty (but for what a killed start left) or a run's. InputError for anything else:
-        nothing is overwritten."""
+        nothing is overwritten. UsageError inside another run's directory."""
+        refuse_inside_run(self.path, itself=False)
         with disk_errors(self.path):
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -141,6 +142,14 @@ def _heartbeat(path: Path) -> Iterator[None]:
         done.set()
         thread.join()
         beat.unlink(missing_ok=True)
+
+
+def refuse_inside_run(output: Path, itself: bool = True) -> None:
+    """UsageError for an output below a run's directory (or, with `itself`, for that directory): `gc` drops there what is not the run's."""
+    path = output.expanduser().absolute()
+    for directory in (*([path] if itself else []), *path.parents):
+        if (directory / "run.json").is_file() and (directory / "stages").is_dir():
+            raise UsageError(f"{output}: lies in the run directory {directory}, which holds nothing but its run; give another place with -o")
 
 
 def run_of(place: Path) -> RunDirectory | None:

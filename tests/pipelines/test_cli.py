@@ -312,6 +312,26 @@ def test_report_show_and_export(module: Any, run_directory: Path, tmp_path: Path
     assert (code, "no such directory" in line) == (2, True)
 
 
+def test_a_report_takes_the_place_of_a_report_alone(
+    module: Any, run_directory: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    module("run.runner", record=record())
+    (run_directory / "stages" / "00-baseline").mkdir(parents=True)
+    for name in ("run.json", "record.json", "log.jsonl"):
+        (run_directory / name).write_text('{"perplexity": 1}')
+    (tmp_path / "mine.json").write_text('{"irreplaceable": true}')
+    refused = [run_directory / "run.json", run_directory / "record.json", run_directory / "log.jsonl", tmp_path / "mine.json"]
+    refused += [run_directory / "stages" / "00-baseline" / "new.json", tmp_path]
+    before = {path: path.read_text() for path in refused if path.is_file()}
+    for path in refused:
+        assert cli.main(["report", "export", str(run_directory), "--format", "json", "-o", str(path)]) == 2, path
+    assert {path: path.read_text() for path in before} == before and not refused[-2].exists()
+    for path in (run_directory / "report.json", tmp_path / "new.json"):
+        for _ in range(2):
+            assert cli.main(["report", "export", str(run_directory), "--format", "json", "-o", str(path)]) == 0
+    capsys.readouterr()
+
+
 def test_compare(module: Any, calls: Calls, run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module("run.runner", record=record())
     assert cli.main(["compare", str(run_directory), str(tmp_path)]) == 0
@@ -645,7 +665,7 @@ def test_doctor_reports_every_section_and_how_to_mend(capsys: pytest.CaptureFixt
     assert printed["disk"]["here_free_bytes"] > 0
     assert printed["hub"]["offline"] is True
     assert printed["cache"]["directory"]
-    assert any("surely-not-installed" in row["what"] and "pip install surely-not-installed" in row["mend"] for row in printed["missing"])
+    assert any("surely-not-installed" in row["what"] and "pip install surely-not-installed" in row["fix"] for row in printed["missing"])
     monkeypatch.setattr(doctor, "report", lambda: printed)
     assert cli.main(["doctor"]) == 0
     assert "bfloat16_gflops" in capsys.readouterr().out

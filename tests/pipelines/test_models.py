@@ -116,7 +116,7 @@ def test_offline_the_hub_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_source_files_are_hashed_once(small_model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = source_files(small_model)
-    monkeypatch.setattr("bitmend.pipelines.models.source.sha256", lambda path: pytest.fail("hashed again"))
+    monkeypatch.setattr("bitmend.pipelines.store.files.sha256", lambda path: pytest.fail("hashed again"))
     assert source_files(small_model) == first
     assert first["model.safetensors"]["bytes"] == (small_model / "model.safetensors").stat().st_size
 

@@ -12,8 +12,10 @@ import torch
 from bitmend.pipelines import stages
 from bitmend.pipelines.devices.compute import Compute
 from bitmend.pipelines.errors import InputError, QualityError, UsageError
+from bitmend.pipelines.export.exporting import export
 from bitmend.pipelines.recipes.recipe import Recipe, resolve
-from bitmend.pipelines.run import runner
+from bitmend.pipelines.run import runner, sweep
+from bitmend.pipelines.run.evaluate import evaluate
 
 from .runs import CHAIN, chosen, hashes, stage_directory, write_recipe
 
@@ -200,6 +202,61 @@ def test_gc_keeps_what_the_plan_names(mine: Path, small_model: Path, small_text:
     assert found["freed_bytes"] > 100_000
     assert hashes(mine) == kept
     runner.resume(mine)
+
+
+def test_gc_keeps_the_points_of_a_sweep_and_the_run_that_was_swept(small_model: Path, small_text: Path, tmp_path: Path) -> None:
+    run, file = tmp_path / "run", write_recipe(tmp_path / "recipe.yaml", [{"quantize": {"method": "rtn", "bits": 8}}])
+    options = {"model": str(small_model), "data": str(small_text)}
+    runner.run(resolve(str(file), options=options), run, device="cpu")
+    sweep.sweep(sweep.combinations(str(file), ["quantize.bits=3,4"], options=options), run, device="cpu")
+    before = hashes(run)
+    assert len({name.split("/")[1] for name in before}) == 4, "the baseline, the run's own stage, two points"
+    assert runner.gc(run)["dropped"] == [] and hashes(run) == before
+    runner.run(resolve(str(file), sets=["quantize.bits=2"], options=options), run, device="cpu")
+    runner.resume(run)
+    assert runner.gc(run)["dropped"] == [] and before.items() <= hashes(run).items()
+
+
+def test_gc_drops_only_what_it_would_have_named_so_and_nothing_when_it_only_lists(mine: Path) -> None:
+    (mine / "stages" / "01-quantize-aaaaaaaa").mkdir()
+    (mine / "stages" / "thesis").mkdir()
+    (mine / "stages" / "thesis" / "chapter.txt").write_text("irreplaceable")
+    (mine / "stages" / "02-quantize-bbbbbbbb").symlink_to(mine.parent)
+    listed = runner.gc(mine, dry_run=True)
+    assert listed["dropped"] == ["01-quantize-aaaaaaaa", "teacher-states"] and set(listed["left"]) == {"thesis", "02-quantize-bbbbbbbb"}
+    assert (mine / "stages" / "01-quantize-aaaaaaaa").is_dir()
+    assert runner.gc(mine) == listed
+    assert not (mine / "stages" / "01-quantize-aaaaaaaa").exists()
+    assert (mine / "stages" / "thesis" / "chapter.txt").read_text() == "irreplaceable" and mine.parent.is_dir()
+
+
+def test_no_output_lies_inside_a_run(mine: Path, small_model: Path, small_text: Path, tmp_path: Path) -> None:
+    before = hashes(mine)
+    with pytest.raises(UsageError, match="lies in the run directory"):
+        runner.run(chosen(tmp_path, small_model, small_text), mine / "stages" / "inner")
+    for place in (mine / "stages" / "x", mine):
+        with pytest.raises(UsageError, match="lies in the run directory"):
+            export(mine, "dense", place)
+    assert hashes(mine) == before and not (mine / "stages" / "inner").exists()
+
+
+@pytest.mark.parametrize("what", ["eval", "eval of a stage", "export", "status"])
+def test_a_flipped_bit_is_found_by_whatever_reads(what: str, mine: Path, tmp_path: Path) -> None:
+    stage = runner.last_artifact(mine).directory
+    file = max(stage.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 16
+    file.unlink()
+    file.write_bytes(bytes(data))
+    read = {
+        "eval": lambda: evaluate(str(mine), windows=1),
+        "eval of a stage": lambda: evaluate(str(stage), windows=1),
+        "export": lambda: export(mine, "dense", tmp_path / "out"),
+        "status": lambda: runner.status(mine, verify=True),
+    }
+    with pytest.raises(InputError, match=rf"{file.name}: sha256 is"):
+        read[what]()
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_gate_keeps_everything(mine: Path, small_model: Path, small_text: Path, tmp_path: Path) -> None:
