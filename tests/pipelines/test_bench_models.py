@@ -21,7 +21,7 @@ TINY = bench.BenchPlan((1, 3), (bench.Layer("tiny", 64, 128),), (0, 8), (4,), (N
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BITMEND_CACHE", str(tmp_path / "choices"))
     monkeypatch.setattr(bench, "PLANS", {"cpu": TINY, "cpu, full": TINY})
-    monkeypatch.setattr(bench, "Protocol", lambda: TimingProtocol(1, 3))
+    monkeypatch.setattr(bench, "TimingProtocol", lambda: TimingProtocol(1, 3))
     monkeypatch.setattr(decode_speed, "PROMPTS", (4, 8))
     monkeypatch.setattr(decode_speed, "NEW_TOKENS", 4)
 

@@ -247,7 +247,7 @@ def test_unknown_stage_addresses_are_refused_before_any_work(
     for option in ("--from", "--until", "--force"):
         code, line = failing(capsys, "run", recipe, option, "quantise")
         assert code == 2
-        assert "did you mean 'quantize'? known: fuse, quantize, recover" in line
+        assert "did you mean 'quantize'? known: baseline, fuse, quantize, recover" in line
     assert calls == []
     assert cli.main(["run", recipe, "--force", "baseline"]) == 0
 
