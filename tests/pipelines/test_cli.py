@@ -566,7 +566,7 @@ SLEEPER = """
 import sys, time, types
 import bitmend.pipelines.run
 runner = types.ModuleType("bitmend.pipelines.run.runner")
-def status(directory):
+def status(directory, verify):
     print("ready", file=sys.stderr, flush=True)
     time.sleep(60)
 runner.status = status
