@@ -179,11 +179,12 @@ def _deliver(text: str, output: Path | None) -> None:
 
 def _refuse_to_overwrite(output: Path) -> None:
     """UsageError for a file of a run, a place among its stages, and an existing file that is no report or comparison."""
-    for directory in output.absolute().parents:
-        if (directory / "run.json").is_file() and (directory / "stages").is_dir():
-            if directory != output.absolute().parent or output.name in RUN_FILES:
-                raise UsageError(f"{output}: belongs to the run in {directory}; name another file, none of a run is overwritten")
-            break
+    from ..store.rundir import holding_run
+
+    place = output.resolve()
+    run = holding_run(place.parent)
+    if run is not None and (run.path != place.parent or place.name in RUN_FILES):
+        raise UsageError(f"{output}: belongs to the run in {run.path}; name another file, none of a run is overwritten")
     if output.exists():
         report = output.is_file() and output.suffix in (".html", ".md", ".csv", ".json", ".txt")
         if not report or "perplexity" not in output.read_text(encoding="utf-8", errors="replace"):

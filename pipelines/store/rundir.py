@@ -144,16 +144,21 @@ def _heartbeat(path: Path) -> Iterator[None]:
         beat.unlink(missing_ok=True)
 
 
+def holding_run(path: Path) -> RunDirectory | None:
+    """The run whose directory `path` is or, links followed, lies in; `path` need not be there."""
+    path = path.expanduser().resolve()
+    found = (directory for directory in (path, *path.parents) if (directory / "run.json").is_file() and (directory / "stages").is_dir())
+    return next(map(RunDirectory, found), None)
+
+
 def refuse_inside_run(output: Path, itself: bool = True) -> None:
     """UsageError for an output below a run's directory (or, with `itself`, for that directory): `gc` drops there what is not the run's."""
-    path = output.expanduser().absolute()
-    for directory in (*([path] if itself else []), *path.parents):
-        if (directory / "run.json").is_file() and (directory / "stages").is_dir():
-            raise UsageError(f"{output}: lies in the run directory {directory}, which holds nothing but its run; give another place with -o")
+    place = output.expanduser().resolve()
+    if (run := holding_run(place if itself else place.parent)) is not None:
+        raise UsageError(f"{output}: lies in the run directory {run.path}, which holds nothing but its run; give another place with -o")
 
 
 def run_of(place: Path) -> RunDirectory | None:
-    """The run that `place` is or lies in, or None."""
-    place = place.expanduser().absolute()
-    found = (RunDirectory(directory) for directory in ((place, *place.parents) if place.is_dir() else ()))
-    return next((run for run in found if (run.path / "run.json").is_file() and run.recipe.is_file()), None)
+    """The run that `place` is or lies in, or None where it is no directory or its run has no recipe."""
+    run = holding_run(place) if place.expanduser().is_dir() else None
+    return run if run is not None and run.recipe.is_file() else None

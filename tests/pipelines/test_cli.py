@@ -321,7 +321,8 @@ def test_a_report_takes_the_place_of_a_report_alone(
         (run_directory / name).write_text('{"perplexity": 1}')
     (tmp_path / "mine.json").write_text('{"irreplaceable": true}')
     refused = [run_directory / "run.json", run_directory / "record.json", run_directory / "log.jsonl", tmp_path / "mine.json"]
-    refused += [run_directory / "stages" / "00-baseline" / "new.json", tmp_path]
+    (tmp_path / "link.json").symlink_to(run_directory / "run.json")
+    refused += [tmp_path / "link.json", run_directory / "stages" / "00-baseline" / "new.json", tmp_path]
     before = {path: path.read_text() for path in refused if path.is_file()}
     for path in refused:
         assert cli.main(["report", "export", str(run_directory), "--format", "json", "-o", str(path)]) == 2, path

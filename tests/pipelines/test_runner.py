@@ -234,7 +234,8 @@ def test_no_output_lies_inside_a_run(mine: Path, small_model: Path, small_text: 
     before = hashes(mine)
     with pytest.raises(UsageError, match="lies in the run directory"):
         runner.run(chosen(tmp_path, small_model, small_text), mine / "stages" / "inner")
-    for place in (mine / "stages" / "x", mine):
+    (tmp_path / "link").symlink_to(mine / "stages")
+    for place in (mine / "stages" / "x", mine, tmp_path / "link" / "x"):
         with pytest.raises(UsageError, match="lies in the run directory"):
             export(mine, "dense", place)
     assert hashes(mine) == before and not (mine / "stages" / "inner").exists()
