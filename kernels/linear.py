@@ -29,15 +29,21 @@ class FusedLinear(nn.Module):
 
     backend: the operator's name; reason: why it was taken."""
 
-    def __init__(self, operator: Operator, backend: str, reason: str, shape: tuple[int, int], device: torch.device) -> None:
+    def __init__(
+        self, operator: Operator, backend: str, reason: str, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self.operator, self.backend, self.reason, self.device = operator, backend, reason, device
+        self.operator, self.backend, self.reason, self.device, self.dtype = operator, backend, reason, device, dtype
         self.out_features, self.in_features = shape
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} features in its last dimension; this linear expects {self.in_features}")
-        return self.operator(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        return self.operator(x.reshape(-1, self.in_features).contiguous()).view(*x.shape[:-1], self.out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        return stand_in(self, self.dtype)
 
     def bound_tensors(self) -> list[Tensor]:
         """Everything that the operator keeps: no parameters, so that nothing trains or moves them."""
@@ -127,7 +133,8 @@ class GroupPart(nn.Module):
     def __init__(self, group: FusedGroup, index: int) -> None:
         super().__init__()
         self.group, self.index = [group], index  # in a list: the group is not this module's child, or it would be counted once a member
-        self.device, self.in_features, self.out_features = group.linears()[0].device, group.linears()[0].in_features, group.sizes[index]
+        first = group.linears()[0]
+        self.device, self.dtype, self.in_features, self.out_features = first.device, first.dtype, first.in_features, group.sizes[index]
 
     @property
     def backend(self) -> str:
@@ -139,6 +146,10 @@ class GroupPart(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.group[0].part(self.index, x)
+
+    @property
+    def weight(self) -> Tensor:
+        return stand_in(self, self.dtype)
 
     def bound_tensors(self) -> list[Tensor]:
         """The group's, shared by all its members."""
@@ -156,6 +167,12 @@ class GroupPart(nn.Module):
         group = self.group[0]
         place = f"{self.index + 1} of {len(group.sizes)}"
         return f"in_features={self.in_features}, out_features={self.out_features}, backend={self.backend}, {place} that read one input"
+
+
+def stand_in(linear: Any, dtype: torch.dtype) -> Tensor:
+    """[O, I] of the dtype and on the device that code around a linear asks its weight for. It takes no memory, and its numbers are NaN: what
+    multiplies with it is found out."""
+    return torch.full((), torch.nan, dtype=dtype, device=linear.device).expand(linear.out_features, linear.in_features)
 
 
 def stays(device: torch.device, fn: Callable[[Tensor], Tensor]) -> None:
@@ -186,7 +203,7 @@ def bind(
     place = _check(device, dtype, backend, [bias], [stored])
     stored, bias = stored.to(place), None if bias is None else bias.detach().to(place)
     if backend == "reference":
-        return FusedLinear(ReferenceOperator(stored, bias), "reference", "asked for", stored.shape, place)
+        return FusedLinear(ReferenceOperator(stored, bias), "reference", "asked for", stored.shape, place, dtype)
     try:
         prepared = prepare(stored, bias)
     except ValueError as error:
@@ -251,7 +268,7 @@ def _bind_prepared(prepared: Prepared, place: torch.device, dtype: torch.dtype, 
         if backend != "auto":
             raise ValueError(f"backend {backend!r} cannot hold this weight: {error}; take 'auto' or 'dense'") from error
         return _dense(prepared, place, dtype, str(error))
-    return FusedLinear(operator, name, reason, prepared.shape, place)
+    return FusedLinear(operator, name, reason, prepared.shape, place, dtype)
 
 
 def _dense(prepared: Prepared, place: torch.device, dtype: torch.dtype, reason: str) -> FusedLinear:
@@ -259,14 +276,14 @@ def _dense(prepared: Prepared, place: torch.device, dtype: torch.dtype, reason: 
         operator, form = cpu_linear.dense_operator(prepared, dtype)
     else:
         operator, form = DenseOperator(prepared, dtype), f"kept in {dtype}"
-    return FusedLinear(operator, "dense", f"{reason}; {form}", prepared.shape, place)
+    return FusedLinear(operator, "dense", f"{reason}; {form}", prepared.shape, place, dtype)
 
 
 def _bind_whole(stored: StoredWeight, bias: Tensor | None, place: torch.device, dtype: torch.dtype, reason: str) -> FusedLinear:
     """The effective weight as one matrix; where the base's input is rounded no one matrix will do, and the reference serves."""
     if stored.activations is not None:
         why = f"{reason}; its input is rounded, so no single matrix will do"
-        return FusedLinear(ReferenceOperator(stored, bias), "reference", why, stored.shape, place)
+        return FusedLinear(ReferenceOperator(stored, bias), "reference", why, stored.shape, place, dtype)
     return _dense(prepare(StoredWeight(DenseWeight(stored.dense())), bias), place, dtype, reason)
 
 

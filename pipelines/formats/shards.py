@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError, OutOfMemoryError, UsageError
+from ..store.files import sync
 
 SHARD_BYTES = 5_000_000_000
 ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -78,23 +79,33 @@ def weight_files(directory: Path) -> list[Path]:
         raise InputError(f"{directory} is not a directory")
     index = directory / INDEX
     if index.is_file():
-        files = [directory / name for name in sorted(set(_weight_map(index).values()))]
-        for file in files:
-            if file.parent != directory or not file.is_file():
-                raise InputError(f"{index} names {file.name}, which is not in {directory}; fetch the missing shard")
-        return files
+        names = sorted(set(_weight_map(index).values()))
+        for name in names:
+            if Path(name).name != name:
+                raise InputError(f"{index} names {name!r}, which is no plain file name; only files beside the index are read: repair it")
+            if not (directory / name).is_file():
+                raise InputError(f"{index} names {name}, which is not in {directory}; fetch the missing shard")
+        return [_inside(directory / name) for name in names]
     if (directory / "model.safetensors").is_file():
-        return [directory / "model.safetensors"]
+        return [_inside(directory / "model.safetensors")]
     files = sorted(directory.glob("*.safetensors"))
-    if files:
-        return files
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern))
-    if pickles:
-        raise InputError(
-            f"{directory} holds {pickles[0]}, a pickle file, which can run code when opened; only safetensors are read: "
-            "convert it with transformers (from_pretrained, then save_pretrained) where you trust it"
+    if not files:
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern))
+        also = (
+            f"; {pickles[0]} is a pickle file, which is never opened: convert it to safetensors"
+            if pickles
+            else ""
         )
-    raise InputError(f"{directory} holds no .safetensors file")
+        raise InputError(f"{directory}: no .safetensors file{also}")
+    return [_inside(file) for file in files]
+
+
+def _inside(file: Path) -> Path:
+    """The file, unless it is a link that leads out of its directory. The Hub's cache is one whose snapshots link to its blobs."""
+    home, target = file.parent.resolve(), file.resolve()
+    if not target.is_relative_to(home) and not (home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"):
+        raise InputError(f"{file}: a link to {target}, out of its directory; copy the file to its place")
+    return file
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -153,7 +164,11 @@ def save(file: Path, tensors: Mapping[str, Tensor]) -> None:
         separate[name] = tensor.clone() if pointer in storages else tensor
         storages.add(pointer)
     try:
+        file.touch()
+        mode = file.stat().st_mode  # what the umask leaves; safetensors writes a file that only its owner may read
         save_file(separate, file, metadata={"format": "pt"})
+        file.chmod(mode)
+        sync(file)
     except (SafetensorError, OSError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise OutOfMemoryError(
@@ -176,9 +191,14 @@ def fresh_directory(directory: Path) -> Iterator[Path]:
     scratch.mkdir()
     try:
         yield scratch
+        for file in scratch.rglob("*"):
+            if file.suffix != ".safetensors":  # these were synced as they were written
+                sync(file)
+        sync(scratch)
         if directory.exists():
             directory.rmdir()
         scratch.rename(directory)
+        sync(directory.parent)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise

@@ -1,14 +1,16 @@
 """From what the user named to a local model directory, and what lies in it: config, tokenizer, safetensors files. Knows transformers' loaders; no structure of a model."""
 
-import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from ..demo import imported
-from ..errors import InputError
+from ..errors import InputError, UsageError
+from ..formats.shards import weight_files
 from ..store.files import cached_sha256
 
 
@@ -71,6 +73,24 @@ def positions(config: PretrainedConfig) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
+def refuse_beyond(config: PretrainedConfig, asked: Mapping[str, int]) -> None:
+    """UsageError for the first of `asked` (option → tokens) that is above the positions that the model was made for: an index error, or
+    numbers without meaning."""
+    limit = positions(config)
+    for option, tokens in asked.items():
+        if limit is not None and tokens > limit:
+            raise UsageError(f"{option}: {tokens} tokens are above the {limit} positions of this model; ask for at most {limit}")
+
+
+def refuse_unknown_tokens(config: PretrainedConfig, ids: Tensor, text: str) -> None:
+    """InputError where a text has tokens that the model has no embedding for: the tokenizer is another model's."""
+    rows, most = config.get_text_config().vocab_size, int(ids.max()) if ids.numel() else 0
+    if most >= rows:
+        raise InputError(
+            f"{text}: the tokenizer makes token {most}, and the model has embeddings for {rows} tokens; tokenizer and model do not belong together"
+        )
+
+
 def load_tokenizer(directory: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(weights_home(directory), trust_remote_code=False)
@@ -90,16 +110,4 @@ def source_paths(directory: Path) -> dict[str, Path]:
     """Name → safetensors file of a model directory. InputError when there is none, or one is missing."""
     if weights_home(directory) != directory:
         return {f"{part}/{name}": path for part in ("base", "adapter") for name, path in source_paths(directory / part).items()}
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = sorted(p.name for p in directory.glob("*.safetensors"))
-    if not names:
-        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        also = f"; {pickles[0]} is a pickle file, which is never opened: convert it to safetensors" if pickles else ""
-        raise InputError(f"{directory}: no .safetensors file{also}")
-    missing = [n for n in names if not (directory / n).is_file()]
-    if missing:
-        raise InputError(f"{directory}: {index.name} names {missing[0]}, which is not there; download the model again")
-    return {name: directory / name for name in names}
+    return {file.name: file for file in weight_files(directory)}

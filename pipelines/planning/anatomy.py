@@ -37,6 +37,19 @@ class TrainingStep:
     of_loss: Work
     activations: Activations
 
+    def extended(self, before: "TrainingStep", times: float) -> "TrainingStep":
+        """This one and so many times what it is more than the one before."""
+
+        def more(here: Work, there: Work) -> Work:
+            return here + times * (here + -1 * there)
+
+        mine, theirs = self.activations, before.activations
+        saved, peak = (round(a + times * (a - b)) for a, b in ((mine.saved, theirs.saved), (mine.peak, theirs.peak)))
+        return TrainingStep(more(self.work, before.work), more(self.of_loss, before.of_loss), Activations(saved, peak))
+
+
+LARGE_BATCH = 32
+
 
 class Anatomy:
     """Of the decoder: mean numbers of a block, since blocks of a model differ little."""
@@ -85,8 +98,11 @@ class Anatomy:
         return _forward(self, batch, seq_len, dtype)
 
     def step(self, batch: int, seq_len: int, dtype: torch.dtype, checkpointing: bool, loss: LossName) -> TrainingStep:
-        """ValueError where the model's code cannot be run without bytes."""
-        return _step(self, batch, seq_len, dtype, checkpointing, loss)
+        """ValueError where the model's code cannot be run without bytes. Everything is linear in the batch, so a large one is not run."""
+        if batch <= LARGE_BATCH:
+            return _step(self, batch, seq_len, dtype, checkpointing, loss)
+        half, whole = (_step(self, size, seq_len, dtype, checkpointing, loss) for size in (LARGE_BATCH // 2, LARGE_BATCH))
+        return whole.extended(half, (batch - LARGE_BATCH) / (LARGE_BATCH // 2))
 
     def cut(self, blocks: int) -> Any:
         """A copy of the skeleton with so many blocks; the others are not copied."""

@@ -20,6 +20,7 @@ from ..models.source import load_config, positions, resolve_model, source_paths,
 from ..models.structure import Structure, inspect, skeleton
 from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec, methods
+from ..stages.baseline import check_source
 from ..stages.inputs import Inputs
 from ..store.rundir import RunDirectory
 from . import recovery_plan
@@ -82,6 +83,9 @@ def predict(recipe: Recipe, directory: Path | None = None, device: str = "auto")
     refused = refusals(recipe, source)
     place = RunDirectory(directory) if directory is not None and (directory / "run.json").is_file() else None
     inputs = Inputs(recipe, source)
+    if not refused:
+        check_source(source)
+        inputs.check(recipe.stages)
     steps = plan_steps(recipe, source, inputs, compute, place) if place is not None and not refused else []
     budget = _allocation(recipe, sizes, inputs, compute, place, steps) if recipe.budget is not None and not refused else None
     specs = [step.spec for step in steps if step.spec is not None] or recipe.stages

@@ -10,7 +10,7 @@ from ..logs import bar
 from ..models.blocks import StreamedModel
 from ..models.hidden import Room
 from ..models.loading import binder_of
-from ..models.source import load_tokenizer
+from ..models.source import load_config, load_tokenizer, refuse_beyond, refuse_unknown_tokens
 from ..recipes.recipe import resolve
 from ..stages.inputs import Inputs
 from ..store.rundir import run_of
@@ -34,13 +34,15 @@ def evaluate(
     recipe = None if run is None else resolve(str(run.recipe))
     compute = compute_of(run, device, dtype or (recipe.dtype if recipe is not None else "auto"))
     with opened(model) as found, tempfile.TemporaryDirectory(prefix="bitmend-") as scratch:
-        tokenizer = load_tokenizer(found.directory)
+        tokenizer, config = load_tokenizer(found.directory), load_config(found.directory)
+        refuse_beyond(config, {"--seq-len": seq_len or (recipe.evaluation.seq_len if recipe is not None else 512)})
         if recipe is not None and eval_source in (None, recipe.data.evaluation):
             asked = {"seq_len": seq_len or recipe.evaluation.seq_len, "windows": windows or recipe.evaluation.windows}
             cut = Inputs(recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update=asked)}), found.directory).evaluation()
         else:
             documents = data.load_text(eval_source or "demo", "evaluation", tokenizer=tokenizer)
             cut = data.tokenize(documents, tokenizer, seq_len or 512, windows)
+            refuse_unknown_tokens(config, cut.ids, eval_source or "demo")
         cut = evaluated_by(compute, cut)
         streamed = StreamedModel(found, compute.device, compute.dtype, binder_of(found, compute.device))
         with bar("perplexity, blocks", streamed.structure.blocks) as shown:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...kernels.linear import resident_bytes
 from ..devices.compute import chosen_device
 from ..models.decoding import decode, graphable
-from ..models.source import load_tokenizer
+from ..models.source import load_config, load_tokenizer, refuse_beyond, refuse_unknown_tokens
 from .opening import load, opened
 
 log = logging.getLogger(__name__)
@@ -33,10 +33,13 @@ def generate(
 
     place = chosen_device(device)
     with opened(str(run_directory)) as artifact:
-        tokenizer = load_tokenizer(artifact.directory)
+        tokenizer, config = load_tokenizer(artifact.directory), load_config(artifact.directory)
         virtual = any(beside.virtual() is not None for beside in artifact.beside)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    refuse_unknown_tokens(config, ids, "the prompt")
+    refuse_beyond(config, {f"--max-new-tokens {max_new_tokens} and a prompt of {ids.shape[1]} tokens": ids.shape[1] + max_new_tokens})
     model = load(run_directory, str(place))
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(place)
+    ids = ids.to(place)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     write = _writer(model, ids, max_new_tokens, temperature, streamer, virtual)
     torch.manual_seed(seed)

@@ -103,11 +103,7 @@ def _prepare(chosen: Recipe, place: RunDirectory, compute: Compute, stop: Stop) 
     for warning in dict.fromkeys(under_way.warnings.values()):
         log.warning("%s", warning)
     plan_run(under_way)
-    inputs.evaluation()
-    for step in under_way.steps:
-        if step.spec is not None and step.spec.name == "recover" and step.state(place) != "done":
-            inputs.training(step.spec.config.seq_len, step.spec.config.batch_size)
-            inputs.held_out(step.spec.config.seq_len, step.spec.config.batch_size)
+    inputs.check(step.spec for step in under_way.steps if step.spec is not None and step.state(place) != "done")
     return under_way
 
 

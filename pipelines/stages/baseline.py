@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from ..errors import InputError
 from ..formats import detect, read
-from ..models.source import load_config, source_files, weights_home
+from ..models.source import load_config, source_files, source_paths, weights_home
 from ..models.structure import inspect, skeleton, tied_names
 from ..store.artifact import SCHEMA, Artifact, ArtifactWriter, shards_of
 
@@ -22,6 +22,9 @@ DOCUMENTS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
     "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+
+
+FLOATING = ("F64", "F32", "F16", "BF16")
 
 
 def fingerprint(directory: Path) -> str:
@@ -50,16 +53,31 @@ def build_baseline(directory: Path, scratch: Path, final: Path, manifest: dict[s
     return writer.seal(final, manifest, documents)
 
 
+def check_source(directory: Path) -> None:
+    """InputError for what the headers of a dense model's files show to be wrong."""
+    if weights_home(directory) == directory and "quantization_config" not in json.loads((directory / "config.json").read_text()):
+        _names_match(directory)
+
+
 def _names_match(directory: Path) -> bool:
-    """Whether the checkpoint's tensors are the model's own, name by name. InputError for a shape that is not the model's."""
+    """Whether the checkpoint's tensors are the model's own, name by name. InputError for a shape that is not the model's, and for weights that
+    are no floating-point numbers."""
     model = skeleton(load_config(directory))
     found: dict[str, list[int]] = {}
-    for file in source_files(directory):
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for file in source_paths(directory).values():
         try:
-            with safetensors.safe_open(directory / file, framework="pt") as shard:
-                found |= {name: shard.get_slice(name).get_shape() for name in shard.keys()}  # noqa: SIM118
+            with safetensors.safe_open(file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118
+                    piece = shard.get_slice(name)
+                    found[name] = piece.get_shape()
+                    if name in parameters and piece.get_dtype() not in FLOATING:
+                        raise InputError(
+                            f"{file}: {name} is stored as {piece.get_dtype()}, and config.json says nothing of a quantization; "
+                            f"give a checkpoint in one of {', '.join(FLOATING)}, or the quantization_config that belongs to this one"
+                        )
         except (safetensors.SafetensorError, OSError) as error:
-            raise InputError(f"{directory / file}: not a readable safetensors file ({error}); download the model again") from error
+            raise InputError(f"{file}: not a readable safetensors file ({error}); download the model again") from error
     tied = tied_names(model)
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     if not wanted.keys() <= found.keys():

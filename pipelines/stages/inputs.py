@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..models.source import load_tokenizer, resolve_model
+from ..models.source import load_config, load_tokenizer, refuse_unknown_tokens, resolve_model
 from ..recipes.recipe import Recipe
-from ..recipes.stage_settings import StageSpec
+from ..recipes.stage_settings import StageSpec, methods
 from ..text import data
 from .baseline import fingerprint
 
 HELD_OUT_TOKENS = 4096
+_SOURCE = {"calibration": "calibration", "train": "train", "held_out": "train", "evaluation": "evaluation"}
 
 
 @dataclass
@@ -64,6 +65,16 @@ class Inputs:
         pieces = [slice(start, start + batch_size) for start in range(0, len(found.ids), batch_size)]
         return [(found.ids[piece], None if found.loss is None else found.loss[piece]) for piece in pieces]
 
+    def check(self, specs: Iterable[StageSpec]) -> None:
+        """InputError for texts that these stages cannot work on: missing, too short, of another tokenizer."""
+        self.evaluation()
+        for spec in specs:
+            if spec.name == "recover":
+                self.training(spec.config.seq_len, spec.config.batch_size)
+                self.held_out(spec.config.seq_len, spec.config.batch_size)
+            if _needs(spec, methods(spec.name)[spec.method]):
+                self.calibration()
+
     def _teaching(self, windows: data.Windows) -> data.Windows:
         """Without the windows that hold no token of a completion. InputError when none is left."""
         if windows.loss is None:
@@ -80,6 +91,7 @@ class Inputs:
         key = f"{part}:{seq_len}:{count}:{seed}"
         if key not in self._kept:
             self._kept[key] = data.tokenize(self.parts[part], self.tokenizer, seq_len, count, seed=seed)
+            refuse_unknown_tokens(load_config(self.model), self._kept[key].ids, getattr(self.recipe.data, _SOURCE[part]))
         return self._kept[key]
 
     def fingerprint(self, spec: StageSpec, row: Any) -> list[Any]:

@@ -24,7 +24,7 @@ from ...compress.sharing import SHARED, holder_of, own_tensors, settled
 from ...compress.weights import StoredWeight, describe, from_tensors
 from ...recover.extra_modules import Beside, beside_of
 from ..errors import InputError
-from .files import cached_sha256, disk_errors, link, sha256, sync_directory, write_bytes, write_json
+from .files import cached_sha256, disk_errors, link, sha256, sync, write_bytes, write_json
 
 SCHEMA = 1
 MANIFEST = "artifact.json"
@@ -276,9 +276,9 @@ def settle(scratch: Path, final: Path) -> Artifact:
     for stray in scratch.iterdir():
         if stray.name not in files and stray.name != MANIFEST:
             stray.unlink() if stray.is_file() else shutil.rmtree(stray)
-    sync_directory(scratch)
+    sync(scratch)
     os.rename(scratch, final)
-    sync_directory(final.parent)
+    sync(final.parent)
     return open_artifact(final)
 
 

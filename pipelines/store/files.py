@@ -71,8 +71,9 @@ def link(source: Path, target: Path) -> None:
             shutil.copyfile(source, target)
 
 
-def sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """What a file or a directory holds is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

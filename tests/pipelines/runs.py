@@ -52,17 +52,22 @@ class Processes:
 
     server: subprocess.Popen[str]
 
-    def run(self, arguments: list[str], log: Path, end: dict[str, Any] | None = None) -> int:
+    def run(
+        self, arguments: list[str], log: Path, end: dict[str, Any] | None = None, fault: tuple[str | None, int, str] | None = None
+    ) -> int:
         """Exit code of `pipeline ARGUMENTS`, its output in `log`. `end` {signal, step, path}: the process gets this signal right before
-        the step-th renaming, linking or removing of a file whose path contains `path`."""
+        the step-th renaming, linking or removing of a file whose path contains `path`. `fault` (kind, step, path) as in `faults`; how many
+        operations there were is the log's last line."""
         assert self.server.stdin is not None and self.server.stdout is not None
-        self.server.stdin.write(json.dumps({"arguments": arguments, "log": str(log), "end": end}) + "\n")
+        faults = str(Path(__file__).with_name("faults.py"))
+        asked = {"arguments": arguments, "log": str(log), "end": end, "fault": fault, "faults": faults}
+        self.server.stdin.write(json.dumps(asked) + "\n")
         self.server.stdin.flush()
         return int(self.server.stdout.readline())
 
 
 SERVER = """
-import gc, json, os, sys
+import gc, json, os, runpy, sys
 import torch
 torch.set_num_threads(1)
 from bitmend.pipelines import cli
@@ -98,8 +103,13 @@ for line in sys.stdin:
             os.dup2(log, 1), os.dup2(log, 2)
             if asked["end"]:
                 end_at(**asked["end"])
+            faults = runpy.run_path(asked["faults"])["Faults"](*asked["fault"]) if asked["fault"] else None
+            if faults:
+                faults.inject()
             code = cli.main(asked["arguments"])
             sys.stdout.flush()
+            if faults:
+                print(faults.operations, flush=True)
         finally:
             os._exit(code)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)

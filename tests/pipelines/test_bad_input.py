@@ -65,6 +65,35 @@ def drop(model: Path) -> None:
     weights(model, lambda t: t.pop("model.layers.2.mlp.up_proj.weight"))
 
 
+def indexed(name: str) -> Damage:
+    """An index names a file that lies elsewhere."""
+
+    def change(model: Path) -> None:
+        weights = load_file(model / "model.safetensors")
+        shutil.copy(model / "model.safetensors", model.parent / "outside.safetensors")
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights, name)}
+        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return change
+
+
+def linked(model: Path) -> None:
+    (model / "model.safetensors").rename(model.parent / "elsewhere.safetensors")
+    (model / "model.safetensors").symlink_to(model.parent / "elsewhere.safetensors")
+
+
+def few_embeddings(model: Path) -> None:
+    """A tokenizer that knows more tokens than the model."""
+    config(model, vocab_size=600)
+    name = "model.embed_tokens.weight"
+    weights(model, lambda t: t.update({name: t[name][:600].contiguous()}))
+
+
+def as_bytes(model: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights(model, lambda t: t.update({name: t[name].to(torch.int8)}))
+
+
 MODELS: dict[str, tuple[Damage, int, str]] = {
     "no such directory": (shutil.rmtree, 3, r"no such model directory; give a directory with config\.json, a \.gguf file"),
     "no config": (lambda m: (m / "config.json").unlink(), 3, r"no config\.json, so this is not a Hugging Face model directory"),
@@ -80,6 +109,11 @@ MODELS: dict[str, tuple[Damage, int, str]] = {
     "an encoder": (as_bert, 3, r"BertLMHeadModel: its tokens see those after them, so this is not a causal language model"),
     "an image model": (as_images, 3, r"model type 'vit'"),
     "an unknown architecture": (lambda m: config(m, model_type="frobnicator"), 3, r"frobnicator"),
+    "a tokenizer larger than the embedding": (few_embeddings, 3, r"makes token \d+, and the model has embeddings for 600 tokens"),
+    "weights in int8": (as_bytes, 3, r"layers\.0\.mlp\.up_proj\.weight is stored as I8, and config\.json says nothing of a quantization"),
+    "an index that leads out": (indexed("../outside.safetensors"), 3, r"names '\.\./outside\.safetensors', which is no plain file name"),
+    "an absolute index": (indexed("/nowhere/model.safetensors"), 3, r"names '/nowhere/model\.safetensors', which is no plain file name"),
+    "a link that leads out": (linked, 3, r"model\.safetensors: a link to \S+elsewhere\.safetensors, out of its directory"),
     "NaN in a block": (
         nan_in("model.layers.2.self_attn.k_proj.weight"), 3, r"model\.layers\.2\.self_attn\.k_proj\.weight holds NaN or Inf; repair",
     ),
@@ -87,6 +121,10 @@ MODELS: dict[str, tuple[Damage, int, str]] = {
     "NaN in the last norm": (nan_in("model.norm.weight"), 3, r"model\.norm\.weight holds NaN or Inf; repair the checkpoint"),
     "activations that overflow": (overflow, 3, r"model\.layers\.1 puts out NaN or Inf although its weights are finite"),
 }  # fmt: skip
+
+
+SEEN_IN_NUMBERS = ("a missing tensor", "an encoder", *(case for case in MODELS if "NaN" in case or "overflow" in case))
+"""What only reading the weights, or running them, shows: no dry run does."""
 
 
 def one_line(commands: Processes, arguments: list[str], log: Path) -> tuple[int, str]:
@@ -109,6 +147,9 @@ def test_models(case: str, commands: Processes, small_model: Path, small_text: P
     damage(model)
     recipe = write_recipe(tmp_path / "r.yaml", [{"quantize": {"method": "rtn", "group_size": 32}}])
     arguments = ["run", str(recipe), "-m", str(model), "--data", str(small_text), "-o", str(tmp_path / "run")]
+    if case not in SEEN_IN_NUMBERS:
+        code, line = one_line(commands, [*arguments, "--dry-run"], tmp_path / "dry")
+        assert code == expected and re.search(words, line), f"a dry run says so, too: {line}"
     code, line = one_line(commands, arguments, tmp_path / "log")
     assert code == expected, line
     assert re.search(words, line), line
