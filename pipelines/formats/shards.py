@@ -91,11 +91,7 @@ def weight_files(directory: Path) -> list[Path]:
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern))
-        also = (
-            f"; {pickles[0]} is a pickle file, which is never opened: convert it to safetensors"
-            if pickles
-            else ""
-        )
+        also = f"; {pickles[0]} is a pickle file, which is never opened: convert it to safetensors" if pickles else ""
         raise InputError(f"{directory}: no .safetensors file{also}")
     return [_inside(file) for file in files]
 

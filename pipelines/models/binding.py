@@ -52,7 +52,9 @@ class KernelBinder:
         """Linears that the model's code does not only call, as Mamba's dt_proj. ValueError where their input is rounded, which only a call can do."""
         for name in names:
             if records[name].activations is not None:
-                raise ValueError(f"{name}: the model multiplies with its weight by itself, so its input cannot be rounded; leave it out (ignore)")
+                raise ValueError(
+                    f"{name}: the model multiplies with its weight by itself, so its input cannot be rounded; leave it out (ignore)"
+                )
             module = model.get_submodule(name)
             dense = records[name].dense().to(self.device, dtype)
             set_parameter(model, f"{name}.weight", dense.T.contiguous() if isinstance(module, Conv1D) else dense)

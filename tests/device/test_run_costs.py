@@ -165,6 +165,17 @@ def test_what_is_gathered_for_a_stage_is_counted_once(speaking: Path, tmp_path: 
     assert 26e6 < chosen["device_bytes"] < 39e6, "32.7e6 of it were measured while the table was built with GPTQ"
 
 
+def test_a_large_batch_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It costs in a straight line what smaller ones do; one of ten million is answered at once."""
+    anatomy = Anatomy(skeleton(LlamaConfig(**{**LARGE["8b"], "num_hidden_layers": 2}, vocab_size=512)))
+    run = anatomy.step(12, 64, torch.bfloat16, False, "both")
+    monkeypatch.setattr("bitmend.pipelines.planning.anatomy.LARGE_BATCH", 8)
+    extended = anatomy.step(12, 64, torch.bfloat16, False, "both")
+    assert extended.activations.peak == pytest.approx(run.activations.peak, rel=0.02)
+    assert extended.work.passes == pytest.approx(run.work.passes, rel=0.02)
+    assert anatomy.step(10_000_000, 64, torch.bfloat16, False, "both").activations.peak > 1e6 * run.activations.peak / 12
+
+
 def test_blocks_alike_cost_alike() -> None:
     """Work and activations grow in a straight line with the number of blocks."""
     found = {}

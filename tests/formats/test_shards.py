@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -64,8 +65,32 @@ def test_an_index_that_leaves_the_directory(name, tmp_path):
     target.parent.mkdir(exist_ok=True)
     save_file({"a": torch.ones(1)}, target)
     (inside / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(InputError, match="not in"):
+    with pytest.raises(InputError, match="no plain file name"):
         open_directory(inside)
+
+
+def test_a_link_that_leads_out(tmp_path):
+    """Refused, unless the directory is a snapshot of the Hub's cache, whose files are links to its blobs."""
+    blob, plain = tmp_path / "blobs" / "0a1b", tmp_path / "plain"
+    snapshot = tmp_path / "snapshots" / "main"
+    for directory in (blob.parent, plain, snapshot):
+        directory.mkdir(parents=True)
+    save_file({"a": torch.ones(1)}, blob)
+    for directory in (plain, snapshot):
+        (directory / "model.safetensors").symlink_to(blob)
+    assert list(open_directory(snapshot)) == ["a"]
+    with pytest.raises(InputError, match="a link to .*0a1b, out of its directory"):
+        open_directory(plain)
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_get_what_the_umask_leaves(mask, mode, tmp_path):
+    before = os.umask(mask)
+    try:
+        write_shards(tmp_path, FOUR.items(), 500)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {mode}
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"weight_map": []}', '{"weight_map": {"a": 3}}'])

@@ -276,6 +276,18 @@ def test_parts_stand_where_linears_stood(uniform: Maker) -> None:
     assert sum(part.resident_bytes() for part in parts) == group.resident_bytes()
 
 
+def test_a_bound_weight_tells_its_form_and_no_number(uniform: Maker) -> None:
+    """Models ask `linear.weight.dtype`; what would multiply with it gets NaN, never something else."""
+    group = bind_group([(StoredWeight(uniform(rows, 64)), None) for rows in (64, 32)], dtype=torch.bfloat16)
+    for module, rows in zip(group.parts(), (64, 32), strict=True):
+        assert (
+            module.weight.dtype == torch.bfloat16
+            and module.weight.shape == (rows, 64)
+            and module.weight.device == group.linears()[0].device
+        )
+        assert bool(module.weight.isnan().all()) and module.weight.untyped_storage().nbytes() == 2
+
+
 def test_a_bound_module_stays_where_it_was_made(uniform: Maker) -> None:
     group = bind_group([(StoredWeight(uniform(64, 192)), None) for _ in range(2)])
     table, head = bind_table(StoredWeight(uniform(64, 192, 8)))

@@ -24,11 +24,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
+OTHERS: dict[str, dict[str, Any]] = {"mamba": {"state_size": 8, "time_step_rank": 16}}
+"""Without attention, virtual tokens and calls of every linear."""
+
 
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> Any:
     """`changes` of the config, e.g. vocab_size."""
     torch.manual_seed(seed)
-    config = CONFIG_MAPPING[family](**{**COMMON, **FAMILIES[family], **changes})
+    config = CONFIG_MAPPING[family](**{**COMMON, **(FAMILIES | OTHERS)[family], **changes})
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 

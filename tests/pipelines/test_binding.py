@@ -14,6 +14,7 @@ from bitmend.pipelines.models.binding import KernelBinder, one_input
 from bitmend.pipelines.models.blocks import StreamedModel
 from bitmend.pipelines.models.loading import whole_model
 from bitmend.pipelines.run import runner
+from bitmend.pipelines.run.generate import generate
 from bitmend.pipelines.run.opening import load
 from transformers import AutoTokenizer, pipeline
 
@@ -40,6 +41,16 @@ def test_what_reads_one_input_stands_together() -> None:
     assert one_input(names) == [
         ["a.mlp.gate_proj", "a.mlp.up_proj"], ["a.attn.q_proj", "a.attn.k_proj", "a.attn.v_proj"], ["b.attn.q_proj"], ["a.attn.o_proj"],
     ]  # fmt: skip
+
+
+def test_a_weight_that_the_models_code_reads_stays_dense(tmp_path: Path, small_model: Path, small_text: Path) -> None:
+    """Mamba multiplies with dt_proj's weight by itself, and asks the head's weight for its dtype; its inputs come transposed."""
+    save_speaking("mamba", tmp_path / "source", small_model)
+    stages: list[dict[str, Any]] = [{"quantize": {"method": "rtn", "bits": 4, "group_size": 16}}, {"fuse": {}}]
+    made = runner.run(chosen(tmp_path, tmp_path / "source", small_text, stages, **SHORT), tmp_path / "run", device="cpu")
+    assert made.stages[2].perplexity == pytest.approx(made.stages[1].perplexity, rel=1e-3)
+    assert any("dt_proj: the model's code reads its weight, so it stays dense" in note for note in made.stages[2].notes)
+    assert "".join(generate(tmp_path / "run", "The river", max_new_tokens=4, device="cpu"))
 
 
 @pytest.mark.usefixtures("patient")

@@ -14,7 +14,7 @@ from bitmend.pipelines.models.structure import inspect, skeleton, tied_names
 from bitmend.pipelines.run import runner
 from transformers import AutoModelForCausalLM
 
-from .families import FAMILIES, save_speaking
+from .families import FAMILIES, OTHERS, save_speaking
 from .runs import chosen
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -42,7 +42,7 @@ def run(family: str, place: Path, model: Path, text: Path, stages: list[dict[str
     return runner.run(chosen(place, place / "source", text, stages, **sections), place / "run")
 
 
-@pytest.mark.parametrize(("number", "family"), list(enumerate(FAMILIES)))
+@pytest.mark.parametrize(("number", "family"), list(enumerate(FAMILIES | OTHERS)))
 def test_the_whole_chain(number: int, family: str, tmp_path: Path, small_model: Path, small_text: Path) -> None:
     made = run(family, tmp_path, small_model, small_text, chain(("perp", "lora")[number % 2]))
     baseline, prune, quantize, decompose, recover, fuse = made.stages

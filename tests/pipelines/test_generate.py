@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.pipelines.errors import InputError
+from bitmend.pipelines.errors import InputError, UsageError
 from bitmend.pipelines.models.decoding import decode, graphable
 from bitmend.pipelines.run import runner
+from bitmend.pipelines.run.evaluate import evaluate
 from bitmend.pipelines.run.generate import generate
 from bitmend.pipelines.run.opening import load
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,6 +33,15 @@ def test_the_baseline_writes_what_transformers_writes(finished: Path, small_mode
 def test_a_fused_run_writes_and_repeats_itself(finished: Path) -> None:
     first, again = ("".join(generate(finished, PROMPT, max_new_tokens=16, device="cpu")) for _ in range(2))
     assert first == again and len(first.strip()) > 10
+
+
+def test_more_tokens_than_positions(finished: Path, small_text: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"--max-new-tokens 600 and a prompt of \d tokens: 60\d tokens are above the 512 positions of this model"
+    ):
+        list(generate(finished, PROMPT, max_new_tokens=600, device="cpu"))
+    with pytest.raises(UsageError, match=r"--seq-len: 513 tokens are above the 512 positions of this model; ask for at most 512"):
+        evaluate(str(finished), eval_source=str(small_text), seq_len=513, windows=1, device="cpu")
 
 
 def test_sampling_follows_its_seed(finished: Path) -> None:
