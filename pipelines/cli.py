@@ -125,8 +125,8 @@ def explain(error: BaseException) -> tuple[int, str]:
             5,
             f"out of memory{f' ({detail})' if detail else ''}; try fewer calibration samples, a shorter seq_len or a smaller batch_size",
         )
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return 3, f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return 3, f"{error.filename or 'a file'}: {error.strerror}"
     hint = "" if logs.is_verbose() else "; run again with -v for the traceback"
     return 1, f"unexpected {type(error).__name__}: {_one_line(str(error)) or 'no message'}{hint}"
 

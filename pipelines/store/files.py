@@ -81,7 +81,8 @@ def sync(path: Path) -> None:
 
 
 class disk_errors:
-    """Turns 'no space left' into an OutOfMemoryError that names the place; what was finished stays."""
+    """Turns 'no space left' into an OutOfMemoryError that names the place; what was finished stays. Other failures of the disk, which a write
+    or a sync reports without a name, get the place's."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -93,3 +94,9 @@ class disk_errors:
             raise OutOfMemoryError(
                 f"{self.path}: no disk space left; free some and run the same command again, finished parts are kept"
             ) from error
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+            raise OutOfMemoryError(
+                f"{self.path}: larger than files may be here (ulimit -f); raise the limit and run the same command again, finished parts are kept"
+            ) from error
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(self.path)
