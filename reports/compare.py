@@ -8,12 +8,9 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from .columns import STAGE_COLUMNS, Column, protocol_line, used
-from .drawing import WIDTH, inline_svg
-from .page import LABELS, Plot, records, template
-from .plots import pareto_figure, pareto_front
+from .pareto import pareto_front
 from .record import SCHEMA, RunRecord, StageRecord
 from .tables import cells, markdown_table, plain_table
 from .units import difference, number
@@ -95,25 +92,6 @@ def json_text(runs: Sequence[RunRecord]) -> str:
     return json.dumps({"schema": SCHEMA, "runs": rows, "warnings": warnings(runs)}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def html(runs: Sequence[RunRecord]) -> str:
-    """A self-contained page: the table, the verdicts and the figure."""
-    found = entries(runs)
-    hidden = {"verdict"} if len({entry.model for entry in found}) > 1 else {"verdict", "bits_per_byte"}
-    sentences = [("protocol", LABELS["protocol"], text) for text in warnings(runs)]
-    for entry in found:
-        if entry.verdict:
-            kind = "loses" if entry.beaten_by else "unbeaten"
-            sentences.append((kind, LABELS[kind], f"{entry.run}: {entry.verdict}."))
-    return template("compare.html.jinja").render(
-        title=f"{len(found)} runs compared",
-        models=", ".join(dict.fromkeys(entry.model for entry in found)),
-        protocol_line="; ".join(dict.fromkeys(protocol_line(run.protocol) for run in runs)),
-        sentences=sentences,
-        figures=_figures(found),
-        runs=records([column for column in used(COLUMNS, found) if column.key not in hidden], found),
-    )
-
-
 def _entry(run: RunRecord) -> Entry | None:
     measured = [stage for stage in run.stages if stage.perplexity is not None and math.isfinite(stage.perplexity)]
     if not measured:
@@ -163,26 +141,3 @@ def _judged(entry: Entry, on_front: bool, rivals: Sequence[Entry]) -> Entry:
 def _noise(a: Entry, b: Entry) -> float:
     """Two standard errors of the difference, from above."""
     return 2 * ((a.stage.nll_difference_stderr or 0.0) + (b.stage.nll_difference_stderr or 0.0))
-
-
-def _figures(found: Sequence[Entry]) -> list[Plot]:
-    plots = []
-    for index, protocol in enumerate(dict.fromkeys(entry.protocol for entry in found)):
-        rows: list[dict[str, Any]] = [
-            {
-                "megabytes": entry.stage.total_bytes / 1e6,
-                "perplexity": entry.stage.perplexity,
-                "run": entry.run,
-                "kind": "loses" if entry.beaten_by else "unbeaten",
-            }
-            for entry in found
-            if entry.protocol == protocol and entry.stage.total_bytes is not None
-        ]
-        if rows:
-            figure = pareto_figure(
-                rows, "megabytes", "perplexity", "run", "kind", xlabel="size on disk, MB", ylabel="perplexity", width=WIDTH
-            )
-            text = "Down and to the left is better; the line joins the runs that no other beats in both."
-            described = ", ".join(f"{row['run']} {number(row['megabytes'])} MB {number(row['perplexity'])}" for row in rows)
-            plots.append(Plot("Perplexity against total bytes", text, inline_svg(figure, f"plot{index}", described)))
-    return plots

@@ -38,12 +38,12 @@ def show(record: RunRecord, console: Console) -> None:
 
 def compare(records: Sequence[RunRecord], format: ComparisonFormat = "table") -> str:
     """Several runs as one text: a plain or Markdown table, JSON, or a page."""
-    from .compare import html, json_text, table
+    from .compare import json_text, table
 
     known: dict[str, Callable[[Sequence[RunRecord]], str]] = {
         "table": table,
         "md": lambda runs: table(runs, markdown=True),
-        "html": html,
+        "html": _comparison_page,
         "json": json_text,
     }
     if format not in known:
@@ -68,6 +68,12 @@ def markdown(record: RunRecord) -> str:
         if stage.layers:
             parts += [f"## Layers after {stage.stage}\n", layer_table(stage, markdown=True)]
     return "\n".join(parts)
+
+
+def _comparison_page(records: Sequence[RunRecord]) -> str:
+    from .compare_page import comparison_html
+
+    return comparison_html(records)
 
 
 def _html(record: RunRecord) -> str:

@@ -36,9 +36,9 @@ def show(run_directory: o.RunDirectory, json: o.Json = False, verbose: o.Verbose
     """The stage table in the terminal."""
     start(verbose, quiet)
     existing(run_directory)
-    from ..run import runner
+    from ..run import ledger
 
-    o.show_record(runner.record(run_directory), json)
+    o.show_record(ledger.record(run_directory), json)
 
 
 @report.command("export")
@@ -53,9 +53,9 @@ def export_report(
     start(verbose, quiet)
     existing(run_directory)
     from ...reports.render import render
-    from ..run import runner
+    from ..run import ledger
 
-    _deliver(render(runner.record(run_directory), format_), output)
+    _deliver(render(ledger.record(run_directory), format_), output)
 
 
 def compare(
@@ -73,9 +73,9 @@ def compare(
     for directory in run_directories:
         existing(directory)
     from ...reports.render import compare as compared
-    from ..run import runner
+    from ..run import ledger
 
-    records = [runner.record(directory) for directory in run_directories]
+    records = [ledger.record(directory) for directory in run_directories]
     _deliver(compared(records, "json" if json else format_), output)
 
 

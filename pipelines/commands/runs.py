@@ -100,9 +100,9 @@ def status(
     """Which stages are finished, which is under way, and what is still to do."""
     start(verbose, quiet)
     existing(run_directory)
-    from ..run import runner
+    from ..run import ledger
 
-    o.write(runner.status(run_directory, verify), json)
+    o.write(ledger.status(run_directory, verify), json)
 
 
 def gc(
@@ -111,9 +111,9 @@ def gc(
     """Delete what nothing needs: stages of other settings and leftovers of interrupted ones. The points of a sweep are needed."""
     start(verbose, quiet)
     existing(run_directory)
-    from ..run import runner
+    from ..run import ledger
 
-    o.write(runner.gc(run_directory, dry_run), json)
+    o.write(ledger.gc(run_directory, dry_run), json)
 
 
 def sweep(
@@ -199,9 +199,9 @@ def reported(directory: Path, as_json: bool) -> Iterator[None]:
 
 
 def _show(directory: Path, as_json: bool) -> None:
-    from ..run import runner
+    from ..run import ledger
 
-    o.show_record(runner.record(directory), as_json)
+    o.show_record(ledger.record(directory), as_json)
     page = directory / "report.html"
     if page.is_file() and not as_json:
         typer.echo(f"report: {page if page.is_absolute() else os.path.relpath(page)}")

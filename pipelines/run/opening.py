@@ -17,8 +17,19 @@ from ..models.loading import whole_model
 from ..models.source import resolve_model
 from ..stages.baseline import build_baseline, fingerprint
 from ..store.artifact import MANIFEST, Artifact, open_artifact
-from ..store.rundir import run_of
-from .ledger import last_artifact
+from ..store.rundir import RunDirectory, run_of
+
+
+def last_artifact(directory: Path, stage: str | None = None) -> Artifact:
+    """The artifact of a stage (by address), or the last finished one."""
+    place = RunDirectory(directory.resolve())
+    rows = [row for row in place.read()["stages"] if place.artifact(row["name"]).is_dir()]
+    if stage is not None:
+        rows = [row for row in rows if row["address"] == stage]
+    if not rows:
+        what = f"stage {stage!r}" if stage else "finished stage"
+        raise InputError(f"{directory}: has no {what}; `pipeline status {directory}` lists what there is")
+    return open_artifact(place.artifact(rows[-1]["name"]))
 
 
 @contextmanager

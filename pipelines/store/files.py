@@ -13,6 +13,9 @@ from typing import Any
 from ...kernels.cache import cache_directory
 from ..errors import OutOfMemoryError
 
+PARTIAL = ".partial"
+"""Ends the name of a directory that is not finished."""
+
 
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
@@ -32,6 +35,16 @@ def cached_sha256(path: Path) -> str:
         note.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(note, digest.encode())
     return digest
+
+
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """What stands in a safetensors file beside its tensors, read off its header. ValueError where it has none or is torn."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size)) if size < path.stat().st_size else None
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict):
+        raise ValueError(f"{path}: has no safetensors header with metadata")
+    return header["__metadata__"]
 
 
 def write_bytes(path: Path, data: bytes) -> None:

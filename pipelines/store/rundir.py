@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, UsageError
-from .artifact import PARTIAL, disk_errors, write_json
+from .files import PARTIAL, disk_errors, write_json
 
 SCHEMA = 1
 HEARTBEAT_SECONDS = 10
 STALE_SECONDS = 60
+TRAINING_STATE = "training.safetensors"
+"""In the scratch directory of a stage that trains: where it is, to go on from."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,10 @@ class RunDirectory:
     def metrics(self, name: str) -> Path:
         return self.stages / f"{name}.metrics"
 
+    def state(self, name: str) -> str:
+        """Of a stage: done, partial or missing."""
+        return "done" if self.artifact(name).is_dir() else "partial" if self.scratch(name).is_dir() else "missing"
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Exclusive use by this process; InputError names the holder. The lock dies with its process."""
@@ -156,6 +162,11 @@ def refuse_inside_run(output: Path, itself: bool = True) -> None:
     place = output.expanduser().resolve()
     if (run := holding_run(place if itself else place.parent)) is not None:
         raise UsageError(f"{output}: lies in the run directory {run.path}, which holds nothing but its run; give another place with -o")
+
+
+def finished_blocks(table: Path) -> int:
+    """Of a budget's table of errors, one file a block."""
+    return len(list(table.glob("block-?????.safetensors")))
 
 
 def run_of(place: Path) -> RunDirectory | None:

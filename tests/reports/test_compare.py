@@ -4,9 +4,9 @@ import json
 from dataclasses import replace
 
 import pytest
-from bitmend.reports import compare
 from bitmend.reports.compare import entries
 from bitmend.reports.record import Protocol, RunRecord, StageRecord
+from bitmend.reports.render import compare
 
 PROTOCOL = Protocol("wikitext2", "test", fingerprint="a", seq_len=512, windows=40)
 

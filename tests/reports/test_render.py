@@ -9,8 +9,9 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from bitmend.reports import columns, render, show
+from bitmend.reports import columns
 from bitmend.reports.record import LayerRecord, RunRecord, StageRecord, numbers
+from bitmend.reports.render import render, show
 from bitmend.reports.tables import layer_table, stage_table
 from rich.console import Console
 
