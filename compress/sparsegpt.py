@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .feedback import BLOCK, InverseFactor, RoundRow, factor_of, feed_back_
-from .gptq import check_feedback, feedback_metrics, uniform_rounding
-from .grids import Clip, UniformGrid, check_grid, fit, to_record
+from .gptq import feedback_metrics, uniform_rounding
+from .grids import Clip, UniformGrid, fit, to_record
 from .masks import Allocation, check_pattern, keep_highest, parse_pattern
+from .ranges import Bits, Damp, Group, Pattern, Share
 from .rounding import base_target, grid_importance, quantized
 from .statistics import LayerStatistics
 from .weights import ActivationGrid, DenseWeight, StoredWeight
@@ -22,21 +23,19 @@ from .weights import ActivationGrid, DenseWeight, StoredWeight
 class SparseGptConfig:
     """`bits` None keeps the weights' dtype; else kept weights are rounded to a uniform grid in the same sweep."""
 
-    sparsity: float = 0.5
-    pattern: str = "unstructured"
+    sparsity: Share = 0.5
+    pattern: Pattern = "unstructured"
     allocation: Allocation = "uniform"
-    spread: float | None = None
-    damp: float = 0.01
-    bits: int | None = None
-    group_size: int = 64
+    spread: Share | None = None
+    damp: Damp = 0.01
+    bits: Bits | None = None
+    group_size: Group = 64
     symmetric: bool = False
     clip: Clip = "hessian"
     activations: ActivationGrid | None = None
 
     def __post_init__(self) -> None:
         check_pattern(self.sparsity, self.pattern, self.allocation, self.spread)
-        check_feedback(self.damp, 0.0)
-        check_grid(4 if self.bits is None else self.bits, self.group_size, self.clip)
         if self.bits is None and self.activations is not None:
             raise ValueError("activations are rounded only beside a quantized weight; set bits, or leave activations out")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ..compress.ranges import Count, FactorOrZero, ShareOrAll, SomeOrAll, StepsOrZero
 from ..compress.weights import SparseDelta, StoredWeight
 from .adapters import takes_dense
 from .compressed_linear import CompressedLinear, SparseValues, merge_delta
@@ -21,7 +22,7 @@ from .trainable import Attached, Trainable, through
 class Pafi:
     """`share` of the weights, the smallest |w| among the kept ones (arXiv:2305.16742); no data needed."""
 
-    share: float = 0.005
+    share: SomeOrAll = 0.005
     quota: Quota = "global"
     by: By = "weight"
 
@@ -32,13 +33,13 @@ class FishMask:
     gives way to the most informative others. FishDip itself chooses all positions anew, by the Fisher information of the samples with the
     highest loss."""
 
-    share: float = 0.005
-    samples: int = 128
+    share: SomeOrAll = 0.005
+    samples: Count = 128
     criterion: Criterion = "fisher"
     quota: Quota = "global"
     by: By = "weight"
-    reestimate_every: int = 0
-    swap: float = 0.3
+    reestimate_every: StepsOrZero = 0
+    swap: SomeOrAll = 0.3
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,10 @@ class DiffPruning:
     """Hard-concrete gates (l, r) = (−1.5, 1.5), α₀ = 5 for `gated` of the steps, then the `share` with the largest |z·w| is fixed and
     tuned (arXiv:2012.07463). structured: one more gate per output row."""
 
-    share: float = 0.005
+    share: SomeOrAll = 0.005
     structured: bool = False
-    gated: float = 0.5
-    penalty: float = 1.0
+    gated: ShareOrAll = 0.5
+    penalty: FactorOrZero = 1.0
 
 
 def pafi(site: AttachSite, config: Pafi) -> Attached:

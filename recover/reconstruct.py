@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..compress.ranges import Batch, Count, FactorOrZero, Layers, Rate, Steps, StepsOrZero, Targets, Tokens, Width
 from . import attach as methods
 from .adamw import AdamW
 from .compressed_linear import CompressedLinear, compressed_linears
@@ -38,17 +39,17 @@ class Reconstruct:
 
     train: Literal["auto", "mask_lora", "weights", "norms", "biases", "scales", "lora"] = "auto"
     norms: bool = True
-    rank: int = 16
+    rank: Width = 16
     window: Literal["block", "split"] = "block"
-    steps: int = 100
-    learning_rate: float | None = None
-    batch_size: int = 4
-    seq_len: int = 256
-    samples: int = 64
-    warmup: int = 10
-    clip: float = 1.0
-    targets: str | tuple[str, ...] = "all"
-    layers: str | tuple[int, ...] = "all"
+    steps: Steps = 100
+    learning_rate: Rate | None = None
+    batch_size: Batch = 4
+    seq_len: Tokens = 256
+    samples: Count = 64
+    warmup: StepsOrZero = 10
+    clip: FactorOrZero = 1.0
+    targets: Targets = "all"
+    layers: Layers = "all"
 
 
 TRAINS: dict[str, tuple[str, Callable[[Reconstruct], object], str]] = {

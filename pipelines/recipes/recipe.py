@@ -12,12 +12,15 @@ from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from annotated_types import MinLen, Predicate, doc
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer, ValidationError
 
+from ...compress.ranges import Count, Seed, Tokens
 from ..errors import UsageError
 from .budget import AllocationSettings, Budget
+from .fields import complaint
 from .settings import DtypeName, dump, merged, nested, read_mapping, refuse_unknown, split_assignment, unknown
-from .stage_settings import FUSE, STAGES, StageSpec, build, config_keys, methods, validation_message, with_implied
+from .stage_settings import FUSE, STAGES, StageSpec, build, config_keys, methods, with_implied
 
 __all__ = [
     "FUSE",
@@ -40,27 +43,31 @@ PROFILES: dict[str, dict[str, Any]] = {
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Source = Annotated[str, MinLen(1), doc("demo, a file or a datasets id")]
+Model = Annotated[str, MinLen(1), doc("demo, a directory, a .gguf file or a Hub id")]
 
 
 class Data(_Section):
     """Where text comes from: `demo`, a .txt/.raw/.md/.jsonl/.parquet file or a `datasets` id."""
 
-    calibration: str = "demo"
-    train: str = "demo"
-    evaluation: str = "demo"
+    calibration: Source = "demo"
+    train: Source = "demo"
+    evaluation: Source = "demo"
 
 
 class Calibration(_Section):
-    samples: Annotated[int, Field(ge=1)] = 128
-    seq_len: Annotated[int, Field(ge=2)] = 2048
+    samples: Count = 128
+    seq_len: Tokens = 2048
 
 
 class Evaluation(_Section):
     """`windows` None means all that the text holds."""
 
-    seq_len: Annotated[int, Field(ge=2)] = 2048
-    windows: Annotated[int, Field(ge=1)] | None = None
+    seq_len: Tokens = 2048
+    windows: Count | None = None
 
 
 class Recipe(_Section):
@@ -68,19 +75,24 @@ class Recipe(_Section):
     in the written list, those with `method: none`, so that addresses survive the round trip through YAML. `dtype`: that of forward passes;
     `deterministic` false lets a GPU sum in any order, faster, so that a resumed run may differ in its last bits (`devices`)."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "recipe"
-    about: str = ""
-    model: Annotated[str, Field(min_length=1)] = "demo"
-    revision: str | None = None
-    teacher: str | None = None
+    name: Annotated[str, Predicate(lambda name: re.fullmatch(r"[\w.-]+", name) is not None), doc("letters, digits, . _ -")] = "recipe"
+    about: Annotated[str, doc("text")] = ""
+    model: Model = "demo"
+    revision: Annotated[str, MinLen(1), doc("a revision of a Hub model")] | None = None
+    teacher: Model | None = None
     data: Data = Data()
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Seed = 0
     dtype: DtypeName = "auto"
     deterministic: bool = True
     profile: Literal["demo", "standard"] = "standard"
-    budget: Annotated[Budget | None, BeforeValidator(Budget.parse), PlainSerializer(lambda budget: budget.text if budget else None)] = None
+    budget: Annotated[
+        Budget | None,
+        BeforeValidator(Budget.parse),
+        PlainSerializer(lambda budget: budget.text if budget else None),
+        doc("bits per weight or bytes, as in 3.0bpw or 60MB, or null"),
+    ] = None
     allocation: AllocationSettings = AllocationSettings()
     stages: list[InstanceOf[StageSpec]] = []
     skipped: Annotated[dict[int, str], Field(exclude=True)] = {}
@@ -212,7 +224,7 @@ def _recipe(fields: Mapping[str, Any], drafts: list[_Stage]) -> Recipe:
         if first["type"] == "extra_forbidden":
             section = Recipe.model_fields[str(first["loc"][0])].annotation
             raise UsageError(f"{first['loc'][0]}: {unknown('key', first['loc'][-1], getattr(section, 'model_fields', {}))}") from error
-        raise UsageError(validation_message(error).removeprefix(".")) from error
+        raise UsageError(complaint(Recipe, fields, error).removeprefix(".")) from error
     if not drafts:
         raise UsageError("the recipe has no stages; give it a list, as in stages: [{quantize: {method: gptq, bits: 4}}]")
     specs = [build(stage.name, stage.address, stage.keys, frozenset(stage.soft)) for stage in drafts]
