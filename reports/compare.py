@@ -1,6 +1,6 @@
 """Several runs beside each other: one row each, the Pareto line of bytes against perplexity, and who loses at equal bytes.
 
-Perplexities are compared only between runs of one protocol. Where two runs differ by less than two standard errors, neither
+Perplexities are compared only between runs of one protocol, text and model. Where two runs differ by less than two standard errors, neither
 is called better: the paired error between two runs is at most the sum of their paired errors to a common baseline.
 """
 
@@ -9,10 +9,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .columns import STAGE_COLUMNS, Column, protocol_line, used
+from .columns import PROTOCOL_TITLES, STAGE_COLUMNS, Column, protocol_text, used
 from .pareto import pareto_front
 from .record import SCHEMA, RunRecord, StageRecord
-from .tables import cells, markdown_table, plain_table
+from .tables import cells, fitted_table, fitting, markdown_table, paragraph, plain_table, short_cells
 from .units import difference, number
 
 EQUAL_BYTES = 0.01
@@ -35,10 +35,10 @@ class Entry:
 def entries(runs: Sequence[RunRecord]) -> list[Entry]:
     """One entry per run that has a measured stage, in the given order, each with its verdict."""
     found = [entry for run in runs if (entry := _entry(run)) is not None]
-    groups: dict[str, list[int]] = {}
-    for index, entry in enumerate(found):
-        groups.setdefault(entry.protocol, []).append(index)
-    for members in groups.values():
+    for members in groups(found):
+        if len(members) == 1 < len(found):
+            found[members[0]] = replace(found[members[0]], verdict="not judged: no other run has its model and protocol")
+            continue
         placed = [index for index in members if found[index].stage.total_bytes is not None]
         front = {placed[index] for index in pareto_front([_point(found[index]) for index in placed])}
         for index in placed:
@@ -47,18 +47,43 @@ def entries(runs: Sequence[RunRecord]) -> list[Entry]:
     return found
 
 
+def groups(found: Sequence[Entry]) -> list[list[int]]:
+    """The places of the entries that may be judged against one another: of one model, measured on one text under one protocol."""
+    alike: dict[tuple[str, str], list[int]] = {}
+    for index, entry in enumerate(found):
+        alike.setdefault((entry.model, entry.protocol), []).append(index)
+    return list(alike.values())
+
+
 def warnings(runs: Sequence[RunRecord]) -> list[str]:
     """What forbids or weakens the comparison."""
     found = [entry for run in runs if (entry := _entry(run)) is not None]
     texts = []
     if len({entry.protocol for entry in found}) > 1:
-        named = "; ".join(f"{run.run}: {protocol_line(run.protocol)}" for run in runs)
-        texts.append(f"These runs were measured under different protocols, so their perplexities do not compare ({named}).")
+        texts.append(f"These runs were measured under different protocols, so their perplexities do not compare. {_apart(found)}")
     if len({entry.model for entry in found}) > 1:
-        texts.append("These runs are of different models: token perplexities compare only within one tokenizer; bits per byte do across.")
+        named = _who([(entry.run, entry.model) for entry in found])
+        texts.append(
+            f"These runs are of different models ({named}): token perplexities compare only within one tokenizer; bits per byte do across."
+        )
     if missing := [run.run for run in runs if run.run not in {entry.run for entry in found}]:
         texts.append(f"Not measured yet: {', '.join(missing)}.")
     return texts
+
+
+def _apart(found: Sequence[Entry]) -> str:
+    """In which fields of the protocol they differ, and who has what."""
+    known = [(entry.run, json.loads(entry.protocol)) for entry in found]
+    apart = [key for key in PROTOCOL_TITLES if len({json.dumps(protocol[key]) for _, protocol in known}) > 1]
+    return " ".join(
+        f"{PROTOCOL_TITLES[key].capitalize()}: {_who([(run, protocol_text(protocol[key])) for run, protocol in known])}." for key in apart
+    )
+
+
+def _who(pairs: Sequence[tuple[str, str]]) -> str:
+    """`512 (a, b), 2,048 (c)` from (run, value)."""
+    values = dict.fromkeys(value for _, value in pairs)
+    return ", ".join(f"{value} ({', '.join(run for run, its in pairs if its == value)})" for value in values)
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -73,12 +98,18 @@ COLUMNS: tuple[Column, ...] = (
 )
 
 
-def table(runs: Sequence[RunRecord], markdown: bool = False) -> str:
-    """Plain text or Markdown, warnings below the table."""
-    found = entries(runs)
-    parts = cells(used(COLUMNS, found), found)
-    text = markdown_table(*parts) if markdown else plain_table(*parts)
-    return text + "".join(f"\n{line}\n" for line in warnings(runs))
+def table(runs: Sequence[RunRecord], markdown: bool = False, width: int | None = None) -> str:
+    """Plain text (of at most `width` characters) or Markdown; below the plain table what each run did and its verdict, then the warnings."""
+    found, below = entries(runs), warnings(runs)
+    if markdown:
+        return markdown_table(*cells(used(COLUMNS, found), found)) + "".join(f"\n{line}\n" for line in below)
+    columns = [column for column in COLUMNS if column.key not in ("way", "verdict")]
+    if width is None:
+        text = plain_table(*cells(used(columns, found), found))
+    else:
+        text = fitted_table(*short_cells(fitting(columns, found, width), found), width)
+    lines = [f"{entry.run}: {entry.way}{f'; {entry.verdict}' if entry.verdict else ''}" for entry in found]
+    return text + "".join(f"\n{paragraph(line, width)}\n" for line in [*lines, *below])
 
 
 def json_text(runs: Sequence[RunRecord]) -> str:

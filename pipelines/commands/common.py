@@ -1,7 +1,7 @@
 """The options that several commands share, spelled once, and how results are written to stdout."""
 
 import json
-import sys
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -42,11 +42,9 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="more log lines, 
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="errors only")]
 
 
-def console() -> Any:
-    """Results for a person; wide enough for tables where stdout is no terminal."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+def width() -> int:
+    """Characters of a line of results: $COLUMNS, else the terminal's, else 140."""
+    return shutil.get_terminal_size((140, 24)).columns
 
 
 def write_json(value: Any) -> None:
@@ -59,7 +57,7 @@ def write(value: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         write_json(value)
     else:
-        _write_section(value, console(), "")
+        _write_section(value, "")
 
 
 def show_record(record: Any, as_json: bool) -> None:
@@ -68,37 +66,32 @@ def show_record(record: Any, as_json: bool) -> None:
 
     if as_json:
         typer.echo(render(record, "json").rstrip("\n"))
-    else:
-        show(record, console())
+        return
+    from rich.console import Console
+
+    show(record, Console(width=width(), highlight=False))
 
 
-def _write_section(section: Mapping[str, Any], out: Any, indent: str) -> None:
-    from rich.text import Text
-
+def _write_section(section: Mapping[str, Any], indent: str) -> None:
     for key, value in section.items():
         if isinstance(value, Mapping) and value:
-            out.print(Text(f"{indent}{key}:"))
-            _write_section(value, out, indent + "  ")
+            typer.echo(f"{indent}{key}:")
+            _write_section(value, indent + "  ")
         elif isinstance(value, Sequence) and value and all(isinstance(row, Mapping) for row in value):
-            out.print(Text(f"{indent}{key}:"))
-            out.print(table(value))
+            typer.echo(f"{indent}{key}:")
+            typer.echo(table(value).rstrip("\n"))
         else:
-            out.print(Text(f"{indent}{key}: {_cell(str(key), value)}"), soft_wrap=True)
+            typer.echo(f"{indent}{key}: {_cell(str(key), value)}")
 
 
-def table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str] | None = None) -> Any:
-    """A rich table of mappings; `titles` are shorter names for keys."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-    from rich.text import Text
+def table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str] | None = None) -> str:
+    """A table of mappings, as wide as the terminal at most; `titles` are shorter names for keys."""
+    from ...reports.tables import fitted_table
 
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    made = Table(box=SIMPLE)
-    for key in keys:
-        made.add_column((titles or {}).get(key, str(key)), overflow="fold")
-    for row in rows:
-        made.add_row(*(Text(_cell(str(key), row.get(key))) for key in keys))
-    return made
+    numeric = [all(isinstance(row.get(key), int | float | None) for row in rows) for key in keys]
+    header = [(titles or {}).get(key, str(key)) for key in keys]
+    return fitted_table(header, [[_cell(str(key), row.get(key)) for key in keys] for row in rows], numeric, width())
 
 
 def _cell(key: str, value: Any) -> str:

@@ -76,7 +76,7 @@ def compare(
     from ..run import ledger
 
     records = [ledger.record(directory) for directory in run_directories]
-    _deliver(compared(records, "json" if json else format_), output)
+    _deliver(compared(records, "json" if json else format_, width=None if output else o.width()), output)
 
 
 def eval_(

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,11 +58,14 @@ def run(
     start(verbose, quiet)
     given = {"model": model, "data": data, "calibration": calibration, "train": train, "eval": eval_, "seed": seed, "dtype": dtype}
     given |= {"profile": profile, "revision": revision, "budget": budget, "teacher": teacher}
-    from ..recipes.recipe import resolve, run_directory
+    from ..recipes.recipe import planned_directory, resolve
+    from ..store.rundir import RunDirectory
 
-    resolved = resolve(recipe, file=config, sets=sets or [], options=given)
-    resolved.check_addresses(from_stage, until_stage, force)
-    directory = output or run_directory(resolved)
+    layers: Any = {"file": config, "sets": sets or [], "options": given}
+    directory = output or planned_directory(recipe, **layers)
+    with nullcontext() if dry_run else RunDirectory(directory.absolute()).created():  # `status` finds it before torch is there
+        resolved = resolve(recipe, **layers)
+        resolved.check_addresses(from_stage, until_stage, force)
     if dry_run:
         predict(resolved, directory, device, json)
         return
@@ -155,7 +158,7 @@ def sweep(
     if json:
         o.write_json(outcome.to_json())
     else:
-        o.console().print(o.table(outcome.rows(), sweeping.TITLES))
+        typer.echo(o.table(outcome.rows(), sweeping.TITLES).rstrip("\n"))
         if (page := directory / "sweep" / "compare.html").is_file():
             typer.echo(f"report: {page}")
     outcome.raise_failure()

@@ -19,7 +19,7 @@ from ...compress.ranges import Count, Seed, Tokens
 from ..errors import UsageError
 from .budget import AllocationSettings, Budget
 from .fields import complaint
-from .settings import DtypeName, dump, merged, nested, read_mapping, refuse_unknown, split_assignment, unknown
+from .settings import DtypeName, absolute, dump, merged, nested, read_mapping, refuse_unknown, split_assignment, unknown
 from .stage_settings import FUSE, STAGES, StageSpec, build, config_keys, methods, with_implied
 
 __all__ = [
@@ -188,17 +188,34 @@ def run_directory(recipe: Recipe) -> Path:
     return Path("runs") / f"{recipe.name}{model}"
 
 
+def planned_directory(
+    recipe: str, *, file: Path | None = None, sets: list[str] | None = None, options: Mapping[str, Any] | None = None
+) -> Path:
+    """`run_directory` of what `resolve` will give, before its methods are looked up, which brings torch. UsageError as there."""
+    return run_directory(_without_stages(recipe, file, sets or [], options or {})[0])
+
+
 def resolve(
     recipe: str | Mapping[str, Any], *, file: Path | None = None, sets: list[str] | None = None, options: Mapping[str, Any] | None = None
 ) -> Recipe:
     """The validated recipe: of a name or a YAML file, or a mapping with what such a file would hold. `options` are the command line's (model, revision, data, calibration, train, eval, seed, dtype,
     profile, budget, teacher; None where not given), `sets` its KEY=VALUE texts. UsageError says which key of which layer is wrong."""
+    checked, drafts = _without_stages(recipe, file, sets or [], options or {})
+    specs = [build(stage.name, stage.address, stage.keys, frozenset(stage.soft)) for stage in drafts]
+    skipped = {place: drafts[place].name for place, spec in enumerate(specs) if spec is None}
+    return checked.model_copy(update={"stages": [spec for spec in specs if spec is not None], "skipped": skipped})
+
+
+def _without_stages(
+    recipe: str | Mapping[str, Any], file: Path | None, sets: list[str], options: Mapping[str, Any]
+) -> tuple[Recipe, list[_Stage]]:
+    """All layers, validated but for the stages, which are yet to be built."""
     path = None if isinstance(recipe, Mapping) else _recipe_path(recipe)
     origin = str(path or "recipe")
     documents = [(_document(recipe if isinstance(recipe, Mapping) else read_mapping(Path(origin)), origin), origin)]
     if file is not None:
         documents.append((_document(read_mapping(file), str(file)), str(file)))
-    documents.append((_document(_command_line(sets or [], options or {}), "command line"), "command line"))
+    documents.append((_document(_command_line(sets, options), "command line"), "command line"))
     upper = {key: document[key] for document, _ in documents for key in ("model", "profile") if document.get(key) is not None}
     profile = upper.get("profile") or ("demo" if upper.get("model", "demo") == "demo" else "standard")
     if profile not in PROFILES:
@@ -208,36 +225,25 @@ def resolve(
         draft.lay(document, origin)
         overlay = _mapping(document.get("profiles"), f"{origin}: profiles").get(profile)
         draft.lay(_document(_mapping(overlay, f"{origin}: profiles.{profile}"), f"{origin}: profiles.{profile}", inner=True), origin)
-    return _recipe(draft.fields | {"profile": profile}, draft.stages)
+    if not draft.stages:
+        raise UsageError("the recipe has no stages; give it a list, as in stages: [{quantize: {method: gptq, bits: 4}}]")
+    return _checked(draft.fields | {"profile": profile}), draft.stages
 
 
-def _recipe(fields: Mapping[str, Any], drafts: list[_Stage]) -> Recipe:
+def _checked(fields: Mapping[str, Any]) -> Recipe:
     fields = dict(fields)
     for key in ("model", "teacher"):
-        fields[key] = _absolute(fields.get(key, Recipe.model_fields[key].default))
+        fields[key] = absolute(fields.get(key, Recipe.model_fields[key].default))
     if isinstance(fields.get("data"), Mapping):
-        fields["data"] = {use: _absolute(source) for use, source in fields["data"].items()}
+        fields["data"] = {use: absolute(source) for use, source in fields["data"].items()}
     try:
-        checked = Recipe.model_validate(fields)
+        return Recipe.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         if first["type"] == "extra_forbidden":
             section = Recipe.model_fields[str(first["loc"][0])].annotation
             raise UsageError(f"{first['loc'][0]}: {unknown('key', first['loc'][-1], getattr(section, 'model_fields', {}))}") from error
         raise UsageError(complaint(Recipe, fields, error).removeprefix(".")) from error
-    if not drafts:
-        raise UsageError("the recipe has no stages; give it a list, as in stages: [{quantize: {method: gptq, bits: 4}}]")
-    specs = [build(stage.name, stage.address, stage.keys, frozenset(stage.soft)) for stage in drafts]
-    skipped = {place: drafts[place].name for place, spec in enumerate(specs) if spec is None}
-    return checked.model_copy(update={"stages": [spec for spec in specs if spec is not None], "skipped": skipped})
-
-
-def _absolute(source: Any) -> Any:
-    """A path that exists, independent of the working directory, so that a run can be resumed from anywhere."""
-    if not isinstance(source, str) or source in ("", "demo"):
-        return source
-    path = Path(source).expanduser()
-    return str(path.absolute()) if path.exists() else source
 
 
 def _recipe_path(name_or_path: str) -> Path:

@@ -86,6 +86,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return found
 
 
+def absolute(source: Any) -> Any:
+    """A path that exists, independent of the working directory, so that a run can be resumed from anywhere."""
+    if not isinstance(source, str) or source in ("", "demo"):
+        return source
+    path = Path(source).expanduser()
+    return str(path.absolute()) if path.exists() else source
+
+
 def dump(value: Any) -> str:
     """YAML that `parse` reads back as the same value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=140, default_flow_style=False)

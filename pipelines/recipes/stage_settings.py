@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import doc
 
-from ...compress.ranges import Bits, Regex
+from ...compress.ranges import Bits, Regex, is_pattern
 from ..errors import UsageError
 from .fields import FieldRange, field_ranges, hints, plain, range_words, type_words, validated, value_of
 from .settings import refuse_unknown, unknown
@@ -30,6 +30,8 @@ class FuseConfig:
 class FuseMethod:
     config: type = FuseConfig
     version: int = 2
+    does: str = "binds every matrix to the fastest kernel that the device has"
+    paper: str = ""
 
 
 FUSE = {"bind": FuseMethod()}
@@ -43,16 +45,21 @@ STAGES: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "recover": ("...recover.recovery_methods", "RECOVER", "lora", ()),
     "fuse": (".stage_settings", "FUSE", "bind", ()),
 }
+SHARED = {
+    "ignore": "regular expressions of modules that are left alone.",
+    "include_head": "the output head as well, not the decoder blocks alone.",
+    "true_sequential": "inside a block, matrices see the inputs that the compressed ones before them give.",
+    "include_embeddings": "the token embeddings are rounded to `embedding_bits`, too.",
+    "embedding_bits": "of the token embeddings, where they are included.",
+    "overrides": "regular expressions and the settings of the modules that they match; a later match lies over an earlier one.",
+}
 
 
 @dataclass(frozen=True)
 class StageSpec:
     """A stage with its validated settings.
 
-    `config` is the frozen dataclass of the method; `ignore` are regexes of modules left alone; `overrides` maps regexes to
-    config fields for the modules they match (a later match lies over an earlier one). `true_sequential`: inside a block, matrices
-    see the inputs that the compressed ones before them give. `include_embeddings`: the token embeddings are rounded to
-    `embedding_bits`, too. `address` is how --set, --from, --until and --force name it: `quantize`, or `quantize.2` for the second one.
+    `config` is the frozen dataclass of the method; SHARED says what the settings of all methods mean. `address` is how --set, --from, --until and --force name it: `quantize`, or `quantize.2` for the second one.
     """
 
     name: str
@@ -158,15 +165,10 @@ def build(name: str, address: str, settings: Mapping[str, Any], soft: frozenset[
 def with_implied(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings written together, and what they say without saying it: `pattern: "N:M"` fixes the sparsity, whatever a lower layer has."""
     pattern = settings.get("pattern")
-    if "sparsity" in settings or not isinstance(pattern, str):
-        return dict(settings)
-    from ...compress.masks import parse_pattern
-
-    try:
-        parsed = parse_pattern(pattern)
-    except ValueError:  # refused where it is validated
-        parsed = None
-    return dict(settings) | ({} if parsed is None else {"sparsity": 1 - parsed[0] / parsed[1]})
+    if "sparsity" in settings or not isinstance(pattern, str) or ":" not in pattern or not is_pattern(pattern):
+        return dict(settings)  # what is no pattern is refused where it is validated
+    kept, of = map(int, pattern.split(":"))
+    return dict(settings) | {"sparsity": 1 - kept / of}
 
 
 def _refuse_for_blocks(spec: StageSpec) -> None:

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -86,6 +86,31 @@ class RunDirectory:
             else:
                 self.write({"stages": []})
             self.stages.mkdir(exist_ok=True)
+
+    @contextmanager
+    def created(self) -> Iterator[None]:
+        """`create`, before work that may refuse: it is then as if nothing had been made. Where another process has taken the directory up it
+        stays."""
+        new = [place for place in (self.path, *self.path.parents) if not place.exists()]
+        mine = not (self.path / "run.json").is_file()
+        self.create()
+        try:
+            yield
+        except Exception:
+            if mine:
+                with suppress(InputError, OSError), self.held():
+                    self._withdraw()
+                with suppress(OSError):
+                    for place in new:
+                        place.rmdir()
+            raise
+
+    def _withdraw(self) -> None:
+        """What `create` made and `held` left, if nothing has been planned since."""
+        if not self.read()["stages"]:
+            self.stages.rmdir()
+            for name in ("run.json", ".lock"):
+                (self.path / name).unlink()
 
     def log(self, event: str, **fields: Any) -> None:
         """One line of log.jsonl."""

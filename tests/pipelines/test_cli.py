@@ -5,6 +5,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from bitmend.pipelines import cli, errors, logs
 from bitmend.pipelines.recipes import stage_settings
 from bitmend.pipelines.recipes.recipe import resolve
 from bitmend.pipelines.run import sweep
+from bitmend.pipelines.store.rundir import RunDirectory
 from bitmend.reports.record import Protocol, RunRecord, StageRecord
 from typer.testing import CliRunner
 
@@ -101,7 +103,8 @@ def module(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> Any:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> str:
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "basic.yaml"
     path.write_text(RECIPE)
     return str(path)
@@ -203,7 +206,7 @@ def test_run_hands_everything_on_and_shows_the_table(
     module("run.runner", run=record())
     module("run.ledger", record=record())
     output = tmp_path / "out"
-    output.mkdir()
+    RunDirectory(output).create()
     (output / "report.html").write_text("page")
     settings = tmp_path / "more.yaml"
     settings.write_text("calibration: {samples: 7}\n")
@@ -251,7 +254,7 @@ def test_unknown_stage_addresses_are_refused_before_any_work(
         code, line = failing(capsys, "run", recipe, option, "quantise")
         assert code == 2
         assert "did you mean 'quantize'? known: baseline, fuse, quantize, recover" in line
-    assert calls == []
+    assert calls == [] and not Path("runs").exists()
     assert cli.main(["run", recipe, "--force", "baseline"]) == 0
 
 
@@ -418,20 +421,38 @@ def test_list_names_recipes_methods_and_formats(capsys: pytest.CaptureFixture[st
     assert {"lora", "perp"} <= set(printed["recover"])
     assert {"dense", "gptq", "compressed-tensors"} <= set(printed["export_formats"])
     assert printed["stage_settings"]["quantize"]["embedding_bits"] == 8 and "true_sequential" in printed["stage_settings"]["decompose"]
-    assert cli.main(["list"]) == 0
-    shown = capsys.readouterr().out
-    assert "compress_and_recover" in shown and "include_embeddings=False" in shown
+    assert printed["methods"]["prune"]["wanda"]["paper"] == "Wanda, arXiv:2306.11695"
     departures = printed["departures_from_papers"]
     assert (
         departures["recover"]["lota"] == "LoTA-QAF without its offset matrices"
         and "range multiplier" in departures["quantize"]["learned_rounding"]
     )
-    assert "LoTA-QAF without its offset matrices" in " ".join(shown.split())
+
+
+def test_list_has_a_line_for_each_method_and_of_one_its_settings(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    assert cli.main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for stage in stage_settings.STAGES:
+        begin = next(place for place, line in enumerate(lines) if re.match(rf"{stage} +what it does +paper", line))
+        for line, name in zip(lines[begin + 2 :], stage_settings.methods(stage), strict=False):
+            assert line.split()[0] == name and (line.endswith("–") or re.search(r"arXiv:\d{4}\.\d{5}$", line)), line
+    assert cli.main(["list", "lota"]) == 0
+    shown = capsys.readouterr().out
+    assert "departs from it: LoTA-QAF without its offset matrices" in shown and "merges into: in place" in shown
+    assert re.search(r"^threshold +0\.2 +\(0, 1\)$", shown, re.MULTILINE) and "A code moves by ±1" in shown
+    assert cli.main(["list", "loftq", "--json"]) == 0
+    assert [row["stage"] for row in json.loads(capsys.readouterr().out)["methods"]] == ["decompose", "recover"]
+    code, line = failing(capsys, "list", "gtpq")
+    assert code == 2 and "did you mean 'gptq'?" in line
 
 
 def test_show_writes_a_recipe_that_can_be_saved_and_run(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, module: Any, calls: Calls
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, module: Any, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     assert cli.main(["show", "compress_and_recover", "--profile", "standard", "--set", "quantize.bits=3"]) == 0
     saved = tmp_path / "mine.yaml"
     saved.write_text(capsys.readouterr().out)
