@@ -78,10 +78,7 @@ def _write_method(row: Mapping[str, Any], place: int) -> None:
     facts += [f"departs from it: {row['departs']}"] if row["departs"] else []
     facts += [f"{key.replace('_', ' ')}: {text}" for key, text in row["ways"].items()]
     typer.echo("\n" * (place > 0) + "\n".join(paragraph(fact, o.width()) for fact in facts) + "\n")
-    lines = [
-        {"setting": s["name"], "default": _as_written(s["default"]), "range": s["range"]}
-        for s in row["settings"]
-    ]
+    lines = [{"setting": s["name"], "default": _as_written(s["default"]), "range": s["range"]} for s in row["settings"]]
     typer.echo(o.table(lines))
     typer.echo("\n".join(paragraph(text, o.width()) for text in row["advice"]))
 
@@ -127,10 +124,11 @@ def doctor(json: o.Json = False, verbose: o.Verbose = False, quiet: o.Quiet = Fa
 
 def bench(
     subject: Annotated[
-        Literal["compress", "decompose", "allocate", "recover", "kernels", "generate"], typer.Argument(help="what to measure")
+        Literal["compress", "decompose", "allocate", "recover", "kernels", "generate", "commands"], typer.Argument(help="what to measure")
     ],
     model: Annotated[
-        str | None, typer.Option("-m", "--model", metavar="MODEL", help="whole stages of this model, not synthetic layers")
+        str | None,
+        typer.Option("-m", "--model", metavar="MODEL", help="whole stages of this model, not synthetic layers; generate, commands: a run"),
     ] = None,
     sizes: Annotated[list[int] | None, typer.Option("--size", metavar="N", min=64, help="width of a synthetic layer; repeatable")] = None,
     only: Annotated[list[str] | None, typer.Option("--method", metavar="NAME", help="this method only; repeatable")] = None,
