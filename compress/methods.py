@@ -6,7 +6,7 @@ A row with scope "block" is given one decoder block as a whole; see `BlockProble
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from .block import BlockProblem
@@ -27,7 +27,8 @@ class Method:
     the already compressed model below, or the dense one; `version` rises when a fix changes results; `defaults` are the row's
     own values of the config's fields: a row is `config(**(defaults | what the user set))`; `together(weights, targets, statistics,
     config)`, all by name, solves matrices that read one input at once, where the config says `shared`; `departs`: where it is not what
-    its paper has; `dense_outputs`: with scope "block", whether it is trained towards what the dense block makes."""
+    its paper has; `dense_outputs`: with scope "block", whether it is trained towards what the dense block makes; `by_matrix`: the settings
+    that may differ from matrix to matrix, where that is not all of them."""
 
     config: type
     function: Callable[..., Any]
@@ -39,8 +40,11 @@ class Method:
     together: Callable[..., Any] | None = None
     departs: str = ""
     dense_outputs: bool = False
+    by_matrix: frozenset[str] | None = None
 
 
+_OF_GRID = frozenset({"bits", "group_size", "symmetric", "clip", "float_zeros", "start", "activations"})
+_OF_TERM = frozenset(item.name for item in fields(SvdQuantConfig)) - {"smoothing_steps"}
 _REFIT: Mapping[str, Any] = {"requantize": True, "quantizer": "gptq", "clip": "hessian"}
 _BEST: Mapping[str, Any] = {"keep_start": True, "first": "kept", "iterations": 5, "follow": True, "overlap": 0.1, "factor_bits": None}
 
@@ -58,7 +62,7 @@ DECOMPOSE: Mapping[str, Method] = {
     "qera_exact": _low_rank(),
     "eora": _low_rank(),
     "cloq": _low_rank(**_REFIT),
-    "svdquant": Method(SvdQuantConfig, svdquant, svdquant_needs, scope="block"),
+    "svdquant": Method(SvdQuantConfig, svdquant, svdquant_needs, scope="block", by_matrix=_OF_TERM),
     "caldera": _low_rank(**_REFIT, iterations=20, factor_bits=4),
     "srr": _low_rank(**_REFIT, kept_rank=None),
     "best": _low_rank(2, **_REFIT, **_BEST),
@@ -94,9 +98,12 @@ QUANTIZE: Mapping[str, Method] = {
         scope="block",
         version=2,
         dense_outputs=True,
+        by_matrix=_OF_GRID,
         departs="AutoRound with one range multiplier a group, where it has one for each end; starts from GPTQ",
     ),
-    "block_training": Method(BlockTrainingConfig, block_training, needs=block_needs, scope="block", version=2, dense_outputs=True),
+    "block_training": Method(
+        BlockTrainingConfig, block_training, needs=block_needs, scope="block", version=2, dense_outputs=True, by_matrix=_OF_GRID
+    ),
 }
 
 __all__ = ["DECOMPOSE", "PRUNE", "QUANTIZE", "BlockProblem", "Method"]
