@@ -53,7 +53,10 @@ for _tag, _pattern, _first in _SCALARS:
 
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return int(node.value)  # 0010 is ten, not eight
+    try:
+        return int(node.value)  # 0010 is ten, not eight
+    except ValueError as error:  # more digits than Python converts
+        raise yaml.constructor.ConstructorError(None, None, f"a number of {len(node.value)} digits", node.start_mark) from error
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
