@@ -10,7 +10,7 @@ Legend: O out, I in, G groups, N windows, T tokens, D model width.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from .gptq import GptqConfig, gptq
 from .grids import Clip, UniformGrid, check_zeros, clip_needs
 from .latents import Latent
 from .precision import Matmul, matmuls
-from .ranges import Batch, Bits, Group, Rate, RateOrZero, Share, Steps, Tokens
+from .ranges import Batch, Bits, Group, Rate, RateOrZero, ReadWhere, Share, Steps, Tokens
 from .rounding import RtnConfig, quantized, rtn
 from .weights import ActivationGrid, StoredWeight, UniformWeight
 
@@ -30,6 +30,9 @@ Metrics = dict[str, dict[str, float]]
 Step = Callable[[float], None]
 EVALUATIONS = 5
 """How often a training looks at all samples, besides at its start."""
+
+
+_NEW = ReadWhere("start is gptq or rtn", lambda config: config.start != "stored")
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,11 @@ class LearnedRoundingConfig:
     the share of largest squared errors that the loss does not see (SignRoundV2). `target`: what the dense block makes of the dense
     model's states, or of the compressed model's."""
 
-    bits: Bits = 3
-    group_size: Group = 64
+    bits: Annotated[Bits, _NEW] = 3
+    group_size: Annotated[Group, _NEW] = 64
     symmetric: bool = False
-    clip: Clip = "hessian"
-    float_zeros: bool = False
+    clip: Annotated[Clip, _NEW] = "hessian"
+    float_zeros: Annotated[bool, _NEW] = False
     start: Start = "gptq"
     window: Window = "block"
     steps: Steps = 100
@@ -67,11 +70,11 @@ class LearnedRoundingConfig:
 class BlockTrainingConfig:
     """As `LearnedRoundingConfig`; rates are in units of the grid step for weights and zeros, relative for scales."""
 
-    bits: Bits = 3
-    group_size: Group = 64
+    bits: Annotated[Bits, _NEW] = 3
+    group_size: Annotated[Group, _NEW] = 64
     symmetric: bool = False
-    clip: Clip = "hessian"
-    float_zeros: bool = False
+    clip: Annotated[Clip, _NEW] = "hessian"
+    float_zeros: Annotated[bool, _NEW] = False
     start: Start = "gptq"
     window: Window = "block"
     steps: Steps = 100
@@ -79,7 +82,7 @@ class BlockTrainingConfig:
     seq_len: Tokens = 512
     learning_rate: RateOrZero = 2e-2
     scale_rate: RateOrZero = 4e-3
-    zero_rate: RateOrZero = 0.0
+    zero_rate: Annotated[RateOrZero, ReadWhere("symmetric is false", lambda config: not config.symmetric)] = 0.0
     outliers: Share = 0.0
     target: Literal["dense", "compressed"] = "dense"
     matmul: Matmul = "highest"

@@ -14,7 +14,7 @@ from . import normal_float as nf
 from .feedback import BLOCK, InverseFactor, OpenColumns, RoundRow, factor_of, feed_back_
 from .grids import Clip, UniformGrid, check_zeros, divide, fit, to_record
 from .masks import finite
-from .ranges import Bits, Damp, Group, Share, ShareOrAll
+from .ranges import Bits, Damp, Group, Share, ShareOrAll, Width
 from .refit import refit_scales
 from .rounding import base_target, grid_importance, normal_float_record, quantized, refuse_float_zeros
 from .statistics import LayerStatistics
@@ -59,7 +59,7 @@ class GptqNormalFloatConfig:
     """GPTQ on a NormalFloat book; the absmax, double-quantized or not, is fixed beforehand."""
 
     bits: Bits = 4
-    block_size: Group = 64
+    block_size: Width = 64
     double_quantize: bool = True
     damp: Damp = 0.01
     correction: ShareOrAll = 0.0

@@ -6,7 +6,7 @@ A row with scope "block" is given one decoder block as a whole; see `BlockProble
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from .block import BlockProblem
@@ -23,11 +23,13 @@ from .sparsegpt import SparseGptConfig, sparsegpt
 
 @dataclass(frozen=True)
 class Method:
-    """`does` in one line and `paper` (its name and arXiv id, empty where there is none) are for a reader. `needs` names the statistics (compress/statistics.NEEDS) for a config; `inputs` whose inputs they are taken from:
+    """`does` in one line and `paper` (its name and arXiv id, empty where there is none) are for a reader. `needs` names the statistics
+    (compress/statistics.NEEDS) for a config; `inputs` whose inputs they are taken from:
     the already compressed model below, or the dense one; `version` rises when a fix changes results; `defaults` are the row's
     own values of the config's fields: a row is `config(**(defaults | what the user set))`; `together(weights, targets, statistics,
     config)`, all by name, solves matrices that read one input at once, where the config says `shared`; `departs`: where it is not what
-    its paper has; `dense_outputs`: with scope "block", whether it is trained towards what the dense block makes."""
+    its paper has; `dense_outputs`: with scope "block", whether it is trained towards what the dense block makes; `by_matrix`: the settings
+    that may differ from matrix to matrix, where that is not all of them."""
 
     config: type
     function: Callable[..., Any]
@@ -41,8 +43,11 @@ class Method:
     dense_outputs: bool = False
     does: str = ""
     paper: str = ""
+    by_matrix: frozenset[str] | None = None
 
 
+_OF_GRID = frozenset({"bits", "group_size", "symmetric", "clip", "float_zeros", "start", "activations"})
+_OF_TERM = frozenset(item.name for item in fields(SvdQuantConfig)) - {"smoothing_steps"}
 _REFIT: Mapping[str, Any] = {"requantize": True, "quantizer": "gptq", "clip": "hessian"}
 _BEST: Mapping[str, Any] = {"keep_start": True, "first": "kept", "iterations": 5, "follow": True, "overlap": 0.1, "factor_bits": None}
 
@@ -76,6 +81,7 @@ DECOMPOSE: Mapping[str, Method] = {
         svdquant,
         svdquant_needs,
         scope="block",
+        by_matrix=_OF_TERM,
         does="smoothed inputs, L of the weight, the rest on a grid",
         paper="SVDQuant, arXiv:2411.05007",
     ),
@@ -132,6 +138,7 @@ QUANTIZE: Mapping[str, Method] = {
         scope="block",
         version=2,
         dense_outputs=True,
+        by_matrix=_OF_GRID,
         departs="AutoRound with one range multiplier a group, where it has one for each end; starts from GPTQ",
         does="rounding offsets and ranges trained block by block",
         paper="AutoRound, arXiv:2309.05516",
@@ -143,6 +150,7 @@ QUANTIZE: Mapping[str, Method] = {
         scope="block",
         version=2,
         dense_outputs=True,
+        by_matrix=_OF_GRID,
         does="weights, scales and zeros trained block by block",
         paper="EfficientQAT, arXiv:2407.11062",
     ),

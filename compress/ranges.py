@@ -4,11 +4,15 @@
 """
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen, Predicate, doc
 
 Bits = Literal[2, 3, 4, 8]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+"""Of forward passes."""
 Width = Annotated[int, Ge(1), Le(65536)]
 """Of a rank, a group, a bottleneck: no more than the widest matrices have columns."""
 WidthOrZero = Annotated[int, Ge(0), Le(65536)]
@@ -33,6 +37,15 @@ RateOrZero = Annotated[float, Ge(0), Le(10)]
 Factor = Annotated[float, Gt(0), Le(65536)]
 FactorOrZero = Annotated[float, Ge(0), Le(65536)]
 Temperature = Annotated[float, Ge(0.01), Le(100)]
+
+
+@dataclass(frozen=True)
+class ReadWhere:
+    """Of a field that is read where other settings of its config say so alone: the condition in words, and as a function of the config.
+    Elsewhere it must be what it is by default."""
+
+    words: str
+    holds: Callable[[Any], bool]
 
 
 def is_pattern(text: str) -> bool:

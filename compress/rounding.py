@@ -12,7 +12,7 @@ from . import normal_float as nf
 from .grids import Clip, UniformGrid, check_zeros, clip_needs, divide, fit, round_to_grid, to_record
 from .masks import finite
 from .packing import pack_codes
-from .ranges import Bits, Group
+from .ranges import Bits, Group, Width
 from .statistics import LayerStatistics
 from .weights import ActivationGrid, Base, DenseWeight, NormalFloatWeight, StoredWeight, UniformWeight
 
@@ -39,7 +39,7 @@ class NormalFloatConfig:
     """Blocks of `block_size` along a row; their absmax in 8 bits when `double_quantize`."""
 
     bits: Bits = 4
-    block_size: Group = 64
+    block_size: Width = 64
     double_quantize: bool = True
     activations: ActivationGrid | None = None
 
@@ -48,7 +48,7 @@ class NormalFloatConfig:
 class Nf4Config:
     """NF4 as bitsandbytes writes it."""
 
-    block_size: Group = 64
+    block_size: Width = 64
     double_quantize: bool = True
     activations: ActivationGrid | None = None
 

@@ -8,7 +8,7 @@ Legend: T sampled tokens, O out, I in.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from .block import BlockProblem
 from .factors import FactorForm, store_factors
 from .grids import Clip, UniformGrid
 from .lowrank import Metric, WeightedError, check_rank
-from .ranges import Bits, Group, Iterations, Width
+from .ranges import Bits, Group, Iterations, ReadWhere, Width
 from .requantize import is_quantized, requantize
 from .rounding import grid_importance, round_uniform
 from .statistics import InputStatistics, LayerStatistics
@@ -36,7 +36,7 @@ class SvdQuantConfig:
     group_size: Group = 64
     symmetric: bool = True
     activation_bits: Literal[4, 8, 16] = 8
-    activation_group_size: Width = 64
+    activation_group_size: Annotated[Width, ReadWhere("activation_bits is below 16", lambda config: config.activation_bits < 16)] = 64
     quantizer: Literal["rtn", "gptq"] = "rtn"
     clip: Clip = "power"
     smoothing_steps: Iterations = 10

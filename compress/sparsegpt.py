@@ -5,6 +5,7 @@ Knows tensors and records only. Legend: O out, I in, S columns of a sub-block, M
 """
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -13,10 +14,12 @@ from .feedback import BLOCK, InverseFactor, RoundRow, factor_of, feed_back_
 from .gptq import feedback_metrics, uniform_rounding
 from .grids import Clip, UniformGrid, fit, to_record
 from .masks import Allocation, check_pattern, keep_highest, parse_pattern
-from .ranges import Bits, Damp, Group, Pattern, Share
+from .ranges import Bits, Damp, Group, Pattern, ReadWhere, Share
 from .rounding import base_target, grid_importance, quantized
 from .statistics import LayerStatistics
 from .weights import ActivationGrid, DenseWeight, StoredWeight
+
+_ROUNDS = ReadWhere("bits is set", lambda config: config.bits is not None)
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,9 @@ class SparseGptConfig:
     spread: Share | None = None
     damp: Damp = 0.01
     bits: Bits | None = None
-    group_size: Group = 64
-    symmetric: bool = False
-    clip: Clip = "hessian"
+    group_size: Annotated[Group, _ROUNDS] = 64
+    symmetric: Annotated[bool, _ROUNDS] = False
+    clip: Annotated[Clip, _ROUNDS] = "hessian"
     activations: ActivationGrid | None = None
 
     def __post_init__(self) -> None:

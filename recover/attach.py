@@ -5,11 +5,11 @@ Virtual tokens are in `prompts`, bottlenecks in `bottlenecks`, sparse deltas in 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
-from ..compress.ranges import Factor, Share, Width, WidthOrZero
+from ..compress.ranges import Factor, ReadWhere, Share, Width, WidthOrZero
 from .adapters import LoraVariant, Magnitude, MaskedLowRank, PooledPair, Spectrum, prune_ranks, start_factors, takes_dense
 from .compressed_linear import as_records
 from .scales import RelativeScales
@@ -48,7 +48,7 @@ class Svft:
 
     rank: WidthOrZero = 64
     pattern: Literal["plain", "banded", "random"] = "banded"
-    width: WidthOrZero = 8
+    width: Annotated[WidthOrZero, ReadWhere("pattern is banded or random", lambda config: config.pattern != "plain")] = 8
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Perp:
     head: bool = False
     embeddings: bool = False
     lora: LoraVariant | Literal["none"] = "none"
-    rank: Width = 16
-    alpha: Factor = 32.0
+    rank: Annotated[Width, ReadWhere("lora is not none", lambda config: config.lora != "none")] = 16
+    alpha: Annotated[Factor, ReadWhere("lora is mask_lora or lora_prune", lambda config: config.lora in ("mask_lora", "lora_prune"))] = 32.0
 
 
 @dataclass(frozen=True)

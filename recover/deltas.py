@@ -5,11 +5,12 @@ What they learn is a sparse delta: added to dense weights, stored beside quantiz
 
 import math
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from ..compress.ranges import Count, FactorOrZero, ShareOrAll, SomeOrAll, StepsOrZero
+from ..compress.ranges import Count, FactorOrZero, ReadWhere, ShareOrAll, SomeOrAll, StepsOrZero
 from ..compress.weights import SparseDelta, StoredWeight
 from .adapters import takes_dense
 from .compressed_linear import CompressedLinear, SparseValues, merge_delta
@@ -17,13 +18,19 @@ from .criteria import By, Criterion, Quota, Selection, choose, fisher_diagonal, 
 from .site import AttachSite
 from .trainable import Attached, Trainable, through
 
+_PARTS = ReadWhere("by is weight or channel", lambda config: config.by != "layer")
+_FISHER = ReadWhere(
+    "criterion is fisher or saliency, or reestimate_every is above 0",
+    lambda config: config.criterion != "magnitude" or config.reestimate_every > 0,
+)
+
 
 @dataclass(frozen=True)
 class Pafi:
     """`share` of the weights, the smallest |w| among the kept ones (arXiv:2305.16742); no data needed."""
 
     share: SomeOrAll = 0.005
-    quota: Quota = "global"
+    quota: Annotated[Quota, _PARTS] = "global"
     by: By = "weight"
 
 
@@ -34,12 +41,12 @@ class FishMask:
     highest loss."""
 
     share: SomeOrAll = 0.005
-    samples: Count = 128
+    samples: Annotated[Count, _FISHER] = 128
     criterion: Criterion = "fisher"
-    quota: Quota = "global"
+    quota: Annotated[Quota, _PARTS] = "global"
     by: By = "weight"
     reestimate_every: StepsOrZero = 0
-    swap: SomeOrAll = 0.3
+    swap: Annotated[SomeOrAll, ReadWhere("reestimate_every is above 0", lambda config: config.reestimate_every > 0)] = 0.3
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class DiffPruning:
     share: SomeOrAll = 0.005
     structured: bool = False
     gated: ShareOrAll = 0.5
-    penalty: FactorOrZero = 1.0
+    penalty: Annotated[FactorOrZero, ReadWhere("gated is above 0", lambda config: config.gated > 0)] = 1.0
 
 
 def pafi(site: AttachSite, config: Pafi) -> Attached:

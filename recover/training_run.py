@@ -6,13 +6,13 @@ Knows parameters and moments; not batches, losses or the loop.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from ..compress.precision import Matmul
-from ..compress.ranges import Batch, FactorOrZero, Layers, Rate, Steps, StepsOrZero, Targets, Temperature, Tokens
+from ..compress.ranges import Batch, FactorOrZero, Layers, Rate, ReadWhere, Steps, StepsOrZero, Targets, Temperature, Tokens
 from .adamw import AdamW, TrainState
 from .losses import LossName
 from .student import Student
@@ -35,7 +35,7 @@ class TrainConfig:
     accumulation: Batch = 1
     warmup: StepsOrZero = 10
     loss: LossName = "distill"
-    temperature: Temperature = 1.0
+    temperature: Annotated[Temperature, ReadWhere("loss is distill or both", lambda config: config.loss != "cross_entropy")] = 1.0
     clip: FactorOrZero = 1.0
     eval_every: Steps | None = None
     gradient_checkpointing: bool | Literal["auto"] = "auto"

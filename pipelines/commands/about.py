@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..errors import UsageError
-from ..recipes import stage_settings
 from . import common as o
 from .runs import RecipeName, start
 
@@ -43,9 +42,11 @@ def list_(method: MethodName = None, json: o.Json = False, verbose: o.Verbose = 
 
 def _machine_list(known: Mapping[str, Any]) -> dict[str, Any]:
     """Setting → default of every method, and beside it what all methods of a stage share, what each does and where it departs from its paper."""
+    from ..recipes.stage_settings import STAGES
+
     stages, of_stages, does, departs = {}, {}, {}, {}
     for stage, rows in known["methods"].items():
-        shared = stage_settings.STAGES[stage][3]
+        shared = STAGES[stage][3]
         defaults = {name: {item["name"]: item["default"] for item in row["settings"]} for name, row in rows.items()}
         stages[stage] = {name: {key: value for key, value in row.items() if key not in shared} for name, row in defaults.items()}
         if shared:

@@ -1,6 +1,7 @@
 """The options that several commands share, spelled once, and how results are written to stdout."""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..recipes.settings import DtypeName
+from ...compress.ranges import DtypeName
 
 Model = Annotated[str | None, typer.Option("-m", "--model", metavar="MODEL", help="demo, a directory, a Hub id or a .gguf file")]
 Revision = Annotated[str | None, typer.Option("--revision", metavar="REV", help="revision of a Hub model")]
@@ -34,8 +35,19 @@ OutputRun = Annotated[Path | None, typer.Option("-o", "--output", metavar="RUN_D
 FromStage = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="refuse to run unless all before it is finished")]
 UntilStage = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="stop after this stage")]
 ForceStage = Annotated[str | None, typer.Option("--force", metavar="STAGE", help="redo this stage and those after it, finished or not")]
+
+
+def _finite_number(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
+
+
 Gate = Annotated[
-    float | None, typer.Option("--max-perplexity-ratio", metavar="X", min=0.0, help="exit 4 if the result is worse than X × baseline")
+    float | None,
+    typer.Option(
+        "--max-perplexity-ratio", metavar="X", min=0.0, callback=_finite_number, help="exit 4 if the result is worse than X × baseline"
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="more log lines, tracebacks")]

@@ -26,6 +26,7 @@ from .imported_sizes import imported_sizes
 from .run_costs import RunCosts
 from .stage_costs import Needs
 from .steps import Step, found_choice, plan_steps
+from .unread import unread
 
 
 def refusals(recipe: Recipe, source: Path) -> list[str]:
@@ -42,6 +43,7 @@ def refusals(recipe: Recipe, source: Path) -> list[str]:
     for spec in recipe.stages:
         if spec.name == "recover":
             refused += recovery_plan.refusals(spec, recipe, model, sizes, imported)
+        refused += unread(spec, recipe, model, sizes)
         said = apply(spec, sizes)
         refused += [] if spec.address in left_open else said
     return refused

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import DocInfo, Ge, Gt, Le, Lt
 
+from ...compress.ranges import ReadWhere
 from ..errors import UsageError
 from .settings import refuse_unknown
 
@@ -24,23 +25,44 @@ SHOWN = 80
 
 @dataclass(frozen=True)
 class FieldRange:
-    """A field as `pipeline list METHOD` shows it: `type` and `range` in words ("integer", "1 … 65,536"), `default` as a recipe writes it."""
+    """A field as `pipeline list METHOD` shows it: `type` and `range` in words ("integer", "1 … 65,536"), `default` as a recipe writes it,
+    `where` it is read ("requantize is true"; empty where it always is)."""
 
     name: str
     type: str
     range: str
     default: Any
+    where: str = ""
 
 
 def field_ranges(config_type: type, defaults: Mapping[str, Any]) -> list[FieldRange]:
     """Of every field in order; `defaults` lie over the dataclass's own. TypeError for a field whose type declares no range."""
-    found = []
+    known, found = hints(config_type), []
     for item in dataclasses.fields(config_type):
-        hint = hints(config_type)[item.name]
-        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
-        default = defaults.get(item.name, None if default is dataclasses.MISSING else default)
-        found.append(FieldRange(item.name, type_words(hint), range_words(hint), list(default) if isinstance(default, tuple) else default))
+        hint, default = known[item.name], _default(item, defaults)
+        where = " and ".join(condition.words for condition in _conditions(hint))
+        default = list(default) if isinstance(default, tuple) else default
+        found.append(FieldRange(item.name, type_words(hint), range_words(hint), default, where))
     return found
+
+
+def refuse_unread(config: Any, defaults: Mapping[str, Any], where: str) -> None:
+    """UsageError for a field that differs from its default where the other settings say that nothing reads it."""
+    known = hints(type(config))
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        for condition in _conditions(known[item.name]):
+            if value != _default(item, defaults) and not condition.holds(config):
+                raise UsageError(f"{where}.{item.name}: {shown(value)} is read only where {condition.words}; change that, or leave it out")
+
+
+def _default(item: "dataclasses.Field[Any]", defaults: Mapping[str, Any]) -> Any:
+    own = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+    return defaults.get(item.name, None if own is dataclasses.MISSING else own)
+
+
+def _conditions(hint: Any) -> list[ReadWhere]:
+    return [m for m in split_annotated(hint)[1] if isinstance(m, ReadWhere)]
 
 
 def hints(config_type: type) -> dict[str, Any]:
@@ -49,7 +71,10 @@ def hints(config_type: type) -> dict[str, Any]:
 
 def options(hint: Any) -> tuple[Any, ...]:
     """The members of a union, else the hint alone."""
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kind, metadata = split_annotated(hint)
+    if metadata and not all(isinstance(m, ReadWhere) for m in metadata):
+        return (hint,)
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def range_words(hint: Any) -> str:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import MinLen, Predicate, doc
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer, ValidationError
+from pydantic import BeforeValidator, Field, InstanceOf, PlainSerializer, ValidationError
 
-from ...compress.ranges import Count, Seed, Tokens
+from ...compress.ranges import DtypeName, Seed
 from ..errors import UsageError
 from .budget import AllocationSettings, Budget
 from .fields import complaint
-from .settings import DtypeName, absolute, dump, merged, nested, read_mapping, refuse_unknown, split_assignment, unknown
+from .sections import Calibration, Data, Evaluation, Model, Section
+from .settings import absolute, dump, merged, nested, read_mapping, refuse_unknown, split_assignment, unknown
 from .stage_settings import FUSE, STAGES, StageSpec, build, config_keys, methods, with_implied
 
 __all__ = [
@@ -42,35 +43,7 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-Source = Annotated[str, MinLen(1), doc("demo, a file or a datasets id")]
-Model = Annotated[str, MinLen(1), doc("demo, a directory, a .gguf file or a Hub id")]
-
-
-class Data(_Section):
-    """Where text comes from: `demo`, a .txt/.raw/.md/.jsonl/.parquet file or a `datasets` id."""
-
-    calibration: Source = "demo"
-    train: Source = "demo"
-    evaluation: Source = "demo"
-
-
-class Calibration(_Section):
-    samples: Count = 128
-    seq_len: Tokens = 2048
-
-
-class Evaluation(_Section):
-    """`windows` None means all that the text holds."""
-
-    seq_len: Tokens = 2048
-    windows: Count | None = None
-
-
-class Recipe(_Section):
+class Recipe(Section):
     """Everything that decides a run's results, validated. `stages` holds those that run; `skipped` remembers, by their place
     in the written list, those with `method: none`, so that addresses survive the round trip through YAML. `dtype`: that of forward passes;
     `deterministic` false lets a GPU sum in any order, faster, so that a resumed run may differ in its last bits (`devices`)."""
@@ -94,8 +67,8 @@ class Recipe(_Section):
         doc("bits per weight or bytes, as in 3.0bpw or 60MB, or null"),
     ] = None
     allocation: AllocationSettings = AllocationSettings()
-    stages: list[InstanceOf[StageSpec]] = []
-    skipped: Annotated[dict[int, str], Field(exclude=True)] = {}
+    stages: list[InstanceOf[StageSpec]] = Field(default_factory=list)
+    skipped: dict[int, str] = Field(default_factory=dict, exclude=True)
 
     def stage(self, address: str) -> StageSpec:
         """The stage of that address; UsageError with the nearest known one."""
@@ -104,9 +77,9 @@ class Recipe(_Section):
                 return spec
         raise UsageError(unknown("stage", address, [spec.address for spec in self.stages]))
 
-    def check_addresses(self, *addresses: str | None) -> None:
-        """UsageError for one that is neither a stage's nor "baseline"."""
-        check_addresses(["baseline", *(spec.address for spec in self.stages)], *addresses)
+    def check_addresses(self, first: str | None, last: str | None, force: str | None) -> None:
+        """As the function, of this recipe's stages and "baseline"."""
+        check_addresses(["baseline", *(spec.address for spec in self.stages)], first, last, force)
 
     def settings(self) -> dict[str, Any]:
         """Plain values, as in the YAML file."""
@@ -172,10 +145,23 @@ class _Draft:
         raise UsageError(f"{origin}: the recipe has no stage {address!r}; its stages are: {here}")
 
 
-def check_addresses(known: Sequence[str], *addresses: str | None) -> None:
-    for address in addresses:
+def check_addresses(known: Sequence[str], first: str | None = None, last: str | None = None, force: str | None = None) -> None:
+    """UsageError for an address that is not known, and for a first stage (--from) behind the last one (--until)."""
+    for address in (first, last, force):
         if address is not None and address.removesuffix(".1") not in known:
             raise UsageError(unknown("stage", address, known))
+    if first is not None and last is not None and known.index(first.removesuffix(".1")) > known.index(last.removesuffix(".1")):
+        raise UsageError(f"--from {first} lies behind --until {last}: nothing would be done; the stages are {', '.join(known)}")
+
+
+def _refuse_unread(chosen: Recipe) -> None:
+    """UsageError for what the stages of this recipe do not read."""
+    if chosen.budget is None and chosen.allocation != (usual := AllocationSettings()):
+        key = next(key for key in AllocationSettings.model_fields if getattr(chosen.allocation, key) != getattr(usual, key))
+        raise UsageError(f"allocation.{key}: is read only where there is a budget; give one, as in --budget 3.0bpw, or leave it out")
+    learns = any(spec.name == "recover" and getattr(spec.config, "loss", None) != "cross_entropy" for spec in chosen.stages)
+    if chosen.teacher is not None and not learns:
+        raise UsageError("teacher: no stage of this recipe learns from one; add a recover stage (loss distill or both), or leave it out")
 
 
 def known_recipes() -> list[str]:
@@ -203,7 +189,9 @@ def resolve(
     checked, drafts = _without_stages(recipe, file, sets or [], options or {})
     specs = [build(stage.name, stage.address, stage.keys, frozenset(stage.soft)) for stage in drafts]
     skipped = {place: drafts[place].name for place, spec in enumerate(specs) if spec is None}
-    return checked.model_copy(update={"stages": [spec for spec in specs if spec is not None], "skipped": skipped})
+    chosen = checked.model_copy(update={"stages": [spec for spec in specs if spec is not None], "skipped": skipped})
+    _refuse_unread(chosen)
+    return chosen
 
 
 def _without_stages(

@@ -15,7 +15,7 @@ from annotated_types import doc
 
 from ...compress.ranges import Bits, Regex, is_pattern
 from ..errors import UsageError
-from .fields import FieldRange, field_ranges, hints, plain, range_words, type_words, validated, value_of
+from .fields import FieldRange, field_ranges, hints, plain, range_words, refuse_unread, type_words, validated, value_of
 from .settings import refuse_unknown, unknown
 
 
@@ -146,15 +146,19 @@ def build(name: str, address: str, settings: Mapping[str, Any], soft: frozenset[
     common = [key for key in STAGES[name][3] if key not in fields]
     written = {key: value for key, value in settings.items() if key != "method" and (key not in soft or key in fields or key in common)}
     refuse_unknown(f"setting of {name} {method}", written, [*fields, *common, "method"], address)
-    values = dict(getattr(row, "defaults", None) or {}) | {key: value for key, value in written.items() if key in fields}
-    config = validated(row.config, values, address)
+    defaults = getattr(row, "defaults", None) or {}
+    config = validated(row.config, {**defaults, **{key: value for key, value in written.items() if key in fields}}, address)
+    refuse_unread(config, defaults, address)
     spec = StageSpec(name, address, method, config, **_common({key: written[key] for key in common if key in written}, address))
     if getattr(row, "scope", "matrix") == "block":
         _refuse_for_blocks(spec)
     for pattern, changes in spec.overrides.items():
         where = f"{address}.overrides[{pattern}]"
         refuse_unknown(f"setting of {name} {method}", changes, fields, where)
-        validated(row.config, plain(config) | with_implied(changes), where)
+        refuse_unread(validated(row.config, plain(config) | with_implied(changes), where), vars(config), where)
+        by_matrix = getattr(row, "by_matrix", None)
+        if by_matrix is not None and (whole := sorted(changes.keys() - by_matrix)):
+            raise UsageError(f"{where}.{whole[0]}: {method} trains matrices together, so this is one for all; set {address}.{whole[0]}")
         if changes.get("allocation", "uniform") != "uniform":
             raise UsageError(
                 f"{where}.allocation: one mean is shared among all blocks; set {address}.allocation, and here the `sparsity` of these matrices"

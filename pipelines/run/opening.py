@@ -14,7 +14,7 @@ from ..devices.environment import compute_of
 from ..errors import InputError
 from ..models.binding import KernelBinder
 from ..models.loading import whole_model
-from ..models.source import resolve_model
+from ..models.source import refuse_revision, resolve_model
 from ..stages.baseline import build_baseline, fingerprint
 from ..store.artifact import MANIFEST, Artifact, open_artifact
 from ..store.rundir import RunDirectory, run_of
@@ -36,6 +36,7 @@ def last_artifact(directory: Path, stage: str | None = None) -> Artifact:
 def opened(model: str, revision: str | None = None) -> Iterator[Artifact]:
     """The artifact behind a stage directory, a run directory (its last stage), or anything that names a model. InputError where its files
     are not those that were written."""
+    refuse_revision(model, revision)
     path = Path(model).expanduser()
     if (path / MANIFEST).is_file() or (path / "run.json").is_file():
         artifact = open_artifact(path.resolve()) if (path / MANIFEST).is_file() else last_artifact(path)

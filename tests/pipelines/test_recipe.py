@@ -157,6 +157,7 @@ def test_existing_paths_become_absolute(basic: Path, tmp_path: Path, monkeypatch
     (tmp_path / "model").mkdir()
     (tmp_path / "text.txt").write_text("a text")
     monkeypatch.chdir(tmp_path)
+    basic.write_text(BASIC + "  - recover: {method: lora}\n")
     made = resolve(str(basic), options={"model": "model", "data": "text.txt", "teacher": "org/model"})
     assert made.model == str(tmp_path / "model")
     assert made.data.calibration == str(tmp_path / "text.txt")
@@ -275,6 +276,7 @@ def test_the_resolved_recipe_round_trips(basic: Path, tmp_path: Path) -> None:
         "quantize.2.ignore=[head]",
         "evaluation.windows=null",
     ]
+    basic.write_text(BASIC + "  - recover: {method: lora}\n")
     made = resolve(str(basic), sets=sets, options={"budget": "2.75bpw", "model": "org/m", "revision": "main", "teacher": "t"})
     again = resolve(str(written(tmp_path, made.to_yaml(), "recipe.resolved.yaml")))
     assert again == made
