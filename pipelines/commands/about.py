@@ -10,6 +10,7 @@ import typer
 from ..errors import UsageError
 from . import common as o
 from .runs import RecipeName, start
+from .streams import echo
 
 MethodName = Annotated[str | None, typer.Argument(metavar="METHOD", help="the settings of this method")]
 
@@ -63,12 +64,12 @@ def _write_list(known: Mapping[str, Any]) -> None:
     """One line for each name."""
     from ...reports.tables import paragraph
 
-    typer.echo(o.table([{"recipe": name, "what it does": row["about"]} for name, row in known["recipes"].items()]))
+    echo(o.table([{"recipe": name, "what it does": row["about"]} for name, row in known["recipes"].items()]))
     for stage, rows in known["methods"].items():
         lines = [{stage: name, "what it does": row["does"], "paper": row["paper"] or "–"} for name, row in rows.items()]
-        typer.echo(o.table(lines))
-    typer.echo(o.table([{"export format": name, "what it is": text} for name, text in FORMATS.items()]))
-    typer.echo(paragraph("`pipeline list METHOD` has a method's settings, `pipeline show RECIPE` those of a recipe.", o.width()))
+        echo(o.table(lines))
+    echo(o.table([{"export format": name, "what it is": text} for name, text in FORMATS.items()]))
+    echo(paragraph("`pipeline list METHOD` has a method's settings, `pipeline show RECIPE` those of a recipe.", o.width()))
 
 
 def _write_method(row: Mapping[str, Any], place: int) -> None:
@@ -78,10 +79,10 @@ def _write_method(row: Mapping[str, Any], place: int) -> None:
     facts += [f"paper: {row['paper']}"] if row["paper"] else []
     facts += [f"departs from it: {row['departs']}"] if row["departs"] else []
     facts += [f"{key.replace('_', ' ')}: {text}" for key, text in row["ways"].items()]
-    typer.echo("\n" * (place > 0) + "\n".join(paragraph(fact, o.width()) for fact in facts) + "\n")
+    echo("\n" * (place > 0) + "\n".join(paragraph(fact, o.width()) for fact in facts) + "\n")
     lines = [{"setting": s["name"], "default": _as_written(s["default"]), "range": s["range"]} for s in row["settings"]]
-    typer.echo(o.table(lines))
-    typer.echo("\n".join(paragraph(text, o.width()) for text in row["advice"]))
+    echo(o.table(lines))
+    echo("\n".join(paragraph(text, o.width()) for text in row["advice"]))
 
 
 def _as_written(value: Any) -> str:
@@ -112,7 +113,7 @@ def show(
     if json:
         o.write_json(settings)
     else:
-        typer.echo(dump(settings).rstrip("\n"))
+        echo(dump(settings).rstrip("\n"))
 
 
 def doctor(json: o.Json = False, verbose: o.Verbose = False, quiet: o.Quiet = False) -> None:

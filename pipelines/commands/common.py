@@ -1,8 +1,10 @@
 """The options that several commands share, spelled once, and how results are written to stdout."""
 
+import io
 import json
 import math
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ...compress.ranges import DtypeName
+from .streams import echo, takes
 
 Model = Annotated[str | None, typer.Option("-m", "--model", metavar="MODEL", help="demo, a directory, a Hub id or a .gguf file")]
 Revision = Annotated[str | None, typer.Option("--revision", metavar="REV", help="revision of a Hub model")]
@@ -61,7 +64,12 @@ def width() -> int:
 
 def write_json(value: Any) -> None:
     """One JSON object on stdout; numbers that JSON cannot hold become null."""
-    typer.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str))
+    echo_json(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str))
+
+
+def echo_json(text: str) -> None:
+    """JSON whose characters a stream in ASCII gets as escapes, so that it says the same."""
+    echo(text if takes(text) else json.dumps(json.loads(text), indent=2))
 
 
 def write(value: Mapping[str, Any], as_json: bool) -> None:
@@ -77,23 +85,25 @@ def show_record(record: Any, as_json: bool) -> None:
     from ...reports.render import render, show
 
     if as_json:
-        typer.echo(render(record, "json").rstrip("\n"))
+        echo_json(render(record, "json").rstrip("\n"))
         return
     from rich.console import Console
 
-    show(record, Console(width=width(), highlight=False))
+    text = io.StringIO()
+    show(record, Console(file=text, width=width(), highlight=False, force_terminal=sys.stdout.isatty()))
+    echo(text.getvalue(), end="")
 
 
 def _write_section(section: Mapping[str, Any], indent: str) -> None:
     for key, value in section.items():
         if isinstance(value, Mapping) and value:
-            typer.echo(f"{indent}{key}:")
+            echo(f"{indent}{key}:")
             _write_section(value, indent + "  ")
         elif isinstance(value, Sequence) and value and all(isinstance(row, Mapping) for row in value):
-            typer.echo(f"{indent}{key}:")
-            typer.echo(table(value).rstrip("\n"))
+            echo(f"{indent}{key}:")
+            echo(table(value).rstrip("\n"))
         else:
-            typer.echo(f"{indent}{key}: {_cell(str(key), value)}")
+            echo(f"{indent}{key}: {_cell(str(key), value)}")
 
 
 def table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str] | None = None) -> str:

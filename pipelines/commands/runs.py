@@ -11,6 +11,7 @@ import typer
 from .. import logs
 from ..errors import InputError, OutOfMemoryError, QualityError, UsageError
 from . import common as o
+from .streams import echo
 
 if TYPE_CHECKING:
     from ..recipes.recipe import Recipe
@@ -158,9 +159,9 @@ def sweep(
     if json:
         o.write_json(outcome.to_json())
     else:
-        typer.echo(o.table(outcome.rows(), sweeping.TITLES).rstrip("\n"))
+        echo(o.table(outcome.rows(), sweeping.TITLES).rstrip("\n"))
         if (page := directory / "sweep" / "compare.html").is_file():
-            typer.echo(f"report: {page}")
+            echo(f"report: {page}")
     outcome.raise_failure()
 
 
@@ -207,4 +208,4 @@ def _show(directory: Path, as_json: bool) -> None:
     o.show_record(ledger.record(directory), as_json)
     page = directory / "report.html"
     if page.is_file() and not as_json:
-        typer.echo(f"report: {page if page.is_absolute() else os.path.relpath(page)}")
+        echo(f"report: {page if page.is_absolute() else os.path.relpath(page)}")

@@ -24,11 +24,11 @@ def sha256(path: Path) -> str:
 
 def cached_sha256(path: Path) -> str:
     """As it was when this very file was last hashed: same path, size, inode, times of change of contents and of status; else hashed now.
-    Where the cache cannot be written it is hashed every time."""
+    Where the cache cannot be read or written it is hashed every time."""
     stat = path.stat()
     identity = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
     note = cache_directory() / "sha256" / hashlib.sha256(identity.encode()).hexdigest()
-    if note.is_file():
+    with contextlib.suppress(OSError):
         return note.read_text()
     digest = sha256(path)
     with contextlib.suppress(OSError):
