@@ -10,16 +10,17 @@ Legend: O out, I in, G groups, N windows, T tokens, D model width.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from .block import BlockProblem, Samples, Window
 from .gptq import GptqConfig, gptq
-from .grids import Clip, UniformGrid, check_grid, clip_needs
+from .grids import Clip, UniformGrid, check_zeros, clip_needs
 from .latents import Latent
 from .precision import Matmul, matmuls
+from .ranges import Batch, Bits, Group, Rate, RateOrZero, ReadWhere, Share, Steps, Tokens
 from .rounding import RtnConfig, quantized, rtn
 from .weights import ActivationGrid, StoredWeight, UniformWeight
 
@@ -29,6 +30,9 @@ Metrics = dict[str, dict[str, float]]
 Step = Callable[[float], None]
 EVALUATIONS = 5
 """How often a training looks at all samples, besides at its start."""
+
+
+_NEW = ReadWhere("start is gptq or rtn", lambda config: config.start != "stored")
 
 
 @dataclass(frozen=True)
@@ -41,63 +45,51 @@ class LearnedRoundingConfig:
     the share of largest squared errors that the loss does not see (SignRoundV2). `target`: what the dense block makes of the dense
     model's states, or of the compressed model's."""
 
-    bits: int = 3
-    group_size: int = 64
+    bits: Annotated[Bits, _NEW] = 3
+    group_size: Annotated[Group, _NEW] = 64
     symmetric: bool = False
-    clip: Clip = "hessian"
-    float_zeros: bool = False
+    clip: Annotated[Clip, _NEW] = "hessian"
+    float_zeros: Annotated[bool, _NEW] = False
     start: Start = "gptq"
     window: Window = "block"
-    steps: int = 100
-    batch_size: int = 4
-    seq_len: int = 512
-    learning_rate: float | None = None
-    range_rate: float | None = None
-    outliers: float = 0.001
+    steps: Steps = 100
+    batch_size: Batch = 4
+    seq_len: Tokens = 512
+    learning_rate: Rate | None = None
+    range_rate: RateOrZero | None = None
+    outliers: Share = 0.001
     target: Literal["dense", "compressed"] = "dense"
     matmul: Matmul = "highest"
     activations: ActivationGrid | None = None
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_zeros(self.symmetric, self.float_zeros)
 
 
 @dataclass(frozen=True)
 class BlockTrainingConfig:
     """As `LearnedRoundingConfig`; rates are in units of the grid step for weights and zeros, relative for scales."""
 
-    bits: int = 3
-    group_size: int = 64
+    bits: Annotated[Bits, _NEW] = 3
+    group_size: Annotated[Group, _NEW] = 64
     symmetric: bool = False
-    clip: Clip = "hessian"
-    float_zeros: bool = False
+    clip: Annotated[Clip, _NEW] = "hessian"
+    float_zeros: Annotated[bool, _NEW] = False
     start: Start = "gptq"
     window: Window = "block"
-    steps: int = 100
-    batch_size: int = 4
-    seq_len: int = 512
-    learning_rate: float = 2e-2
-    scale_rate: float = 4e-3
-    zero_rate: float = 0.0
-    outliers: float = 0.0
+    steps: Steps = 100
+    batch_size: Batch = 4
+    seq_len: Tokens = 512
+    learning_rate: RateOrZero = 2e-2
+    scale_rate: RateOrZero = 4e-3
+    zero_rate: Annotated[RateOrZero, ReadWhere("symmetric is false", lambda config: not config.symmetric)] = 0.0
+    outliers: Share = 0.0
     target: Literal["dense", "compressed"] = "dense"
     matmul: Matmul = "highest"
     activations: ActivationGrid | None = None
 
     def __post_init__(self) -> None:
-        _check(self)
-
-
-def _check(config: Any) -> None:
-    check_grid(config.bits, config.group_size, config.clip, config.symmetric, config.float_zeros)
-    for name, known in (("start", Start), ("window", Window)):
-        if getattr(config, name) not in get_args(known):
-            raise ValueError(f"{name} {getattr(config, name)!r} is unknown; choose one of {get_args(known)}")
-    for name in ("steps", "batch_size", "seq_len"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} {getattr(config, name)} must be at least 1")
-    if not 0 <= config.outliers < 1:
-        raise ValueError(f"outliers {config.outliers} must lie in [0, 1)")
+        check_zeros(self.symmetric, self.float_zeros)
 
 
 def block_needs(config: Any) -> frozenset[str]:

@@ -8,7 +8,7 @@ Legend: O out, I in, R rank.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -18,10 +18,14 @@ from .feedback import InverseFactor, factor_of
 from .grids import Clip, clip_needs
 from .lowrank import Metric, WeightedError, best_low_rank, check_rank, spectrum, squared_error
 from .metrics import MetricName, metric_of
+from .ranges import Iterations, ReadWhere, ShareOrAll, Width, WidthOrZero
 from .requantize import is_quantized, requantize
 from .sharing import rows_of
 from .statistics import LayerStatistics
 from .weights import LowRank, StoredWeight
+
+_AGAIN = ReadWhere("requantize is true", lambda config: config.requantize)
+_NONE_KEPT = ReadWhere("kept_rank is 0 or null", lambda config: not config.kept_rank)
 
 
 @dataclass(frozen=True)
@@ -37,31 +41,27 @@ class Decomposition:
     reach, but for that share of it: rounding may err where the next up makes up for it. shared: matrices that read one input get one
     right factor, stored once; `rank` is then that of each of them and of all together."""
 
-    rank: int = 16
+    rank: Width = 16
     metric: MetricName = "second_moment"
     requantize: bool = False
-    quantizer: Literal["rtn", "gptq"] = "rtn"
-    clip: Clip = "power"
-    first: Literal["q", "l", "kept"] = "q"
-    keep_start: bool = False
-    iterations: int = 1
-    kept_rank: int | None = 0
+    quantizer: Annotated[Literal["rtn", "gptq"], _AGAIN] = "rtn"
+    clip: Annotated[Clip, _AGAIN] = "power"
+    first: Annotated[Literal["q", "l", "kept"], _AGAIN, _NONE_KEPT] = "q"
+    keep_start: Annotated[bool, _AGAIN] = False
+    iterations: Annotated[Iterations, _AGAIN] = 1
+    kept_rank: Annotated[WidthOrZero | None, _AGAIN] = 0
     factor_bits: Literal[4, 8, 16] | None = 16
-    factor_dtype: Literal["float16", "bfloat16"] = "float16"
-    stop_when_worse: bool = False
-    follow: bool = False
-    overlap: float = 1.0
+    factor_dtype: Annotated[
+        Literal["float16", "bfloat16"], ReadWhere("factor_bits is 16 or null", lambda c: c.factor_bits in (16, None))
+    ] = "float16"
+    stop_when_worse: Annotated[bool, _AGAIN] = False
+    follow: Annotated[bool, _AGAIN, _NONE_KEPT] = False
+    overlap: ShareOrAll = 1.0
     shared: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank {self.rank} must be at least 1; method: none leaves the low-rank term out")
-        if self.iterations < 1:
-            raise ValueError(f"iterations {self.iterations} must be at least 1")
-        if self.kept_rank is not None and not 0 <= self.kept_rank <= self.rank:
+        if self.kept_rank is not None and self.kept_rank > self.rank:
             raise ValueError(f"kept_rank {self.kept_rank} must lie in 0…rank ({self.rank}), or be null")
-        if not 0.0 <= self.overlap <= 1.0:
-            raise ValueError(f"overlap {self.overlap} must lie in [0, 1]")
         if self.overlap < 1.0 and not (self.requantize and self.quantizer == "gptq" and self.metric == "second_moment"):
             raise ValueError(f"overlap {self.overlap} needs requantize: true, quantizer: gptq and metric: second_moment; or set overlap: 1")
 

@@ -5,15 +5,16 @@ Legend: O out, I in, G groups, S columns of a sub-block or group.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from . import normal_float as nf
 from .feedback import BLOCK, InverseFactor, OpenColumns, RoundRow, factor_of, feed_back_
-from .grids import Clip, UniformGrid, check_grid, divide, fit, to_record
+from .grids import Clip, UniformGrid, check_zeros, divide, fit, to_record
 from .masks import finite
+from .ranges import Bits, Damp, Group, Share, ShareOrAll, Width
 from .refit import refit_scales
 from .rounding import base_target, grid_importance, normal_float_record, quantized, refuse_float_zeros
 from .statistics import LayerStatistics
@@ -37,51 +38,32 @@ class GptqConfig:
     was worse (44.1).
     """
 
-    bits: int = 4
-    group_size: int = 64
+    bits: Bits = 4
+    group_size: Group = 64
     symmetric: bool = False
     clip: Clip = "hessian"
     float_zeros: bool = False
     act_order: ActOrder = "static_groups"
-    damp: float = 0.01
-    correction: float = 0.0
-    first_order: float = 0.0
-    refit: float | None = None
+    damp: Damp = 0.01
+    correction: ShareOrAll = 0.0
+    first_order: Share = 0.0
+    refit: ShareOrAll | None = None
     activations: ActivationGrid | None = None
 
     def __post_init__(self) -> None:
-        check_grid(self.bits, self.group_size, self.clip, self.symmetric, self.float_zeros)
-        check_feedback(self.damp, self.correction)
-        if self.refit is not None and not 0.0 <= self.refit <= 1.0:
-            raise ValueError(f"refit {self.refit} must lie in [0, 1], or be null")
-        if not 0.0 <= self.first_order < 1.0:
-            raise ValueError(f"first_order {self.first_order} must lie in [0, 1)")
-        if self.act_order not in get_args(ActOrder):
-            raise ValueError(f"act_order {self.act_order!r} is unknown; choose one of {get_args(ActOrder)}")
+        check_zeros(self.symmetric, self.float_zeros)
 
 
 @dataclass(frozen=True)
 class GptqNormalFloatConfig:
     """GPTQ on a NormalFloat book; the absmax, double-quantized or not, is fixed beforehand."""
 
-    bits: int = 4
-    block_size: int = 64
+    bits: Bits = 4
+    block_size: Width = 64
     double_quantize: bool = True
-    damp: float = 0.01
-    correction: float = 0.0
+    damp: Damp = 0.01
+    correction: ShareOrAll = 0.0
     activations: ActivationGrid | None = None
-
-    def __post_init__(self) -> None:
-        check_grid(self.bits, self.block_size, "none")
-        check_feedback(self.damp, self.correction)
-
-
-def check_feedback(damp: float, correction: float) -> None:
-    """ValueError for a damping or a correction that makes no sense."""
-    if damp < 0:
-        raise ValueError(f"damp {damp} must not be negative")
-    if not 0.0 <= correction <= 1.0:
-        raise ValueError(f"correction {correction} must lie in [0, 1]")
 
 
 def corrected_target(weight_OI: Tensor, shift_II: Tensor, factor: InverseFactor, strength: float) -> Tensor:

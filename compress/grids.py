@@ -7,12 +7,11 @@ Legend: O rows, S columns of one group, G groups, I in.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .packing import BITS
 from .weights import UniformWeight
 
 Clip = Literal["none", "power", "hessian", "joint"]
@@ -35,16 +34,10 @@ def clip_needs(clip: str) -> frozenset[str]:
     return frozenset({"norms"}) if clip in _WEIGHTED else frozenset()
 
 
-def check_grid(bits: int, group_size: int, clip: str, symmetric: bool = False, float_zeros: bool = False) -> None:
-    """ValueError for what no matrix could use."""
+def check_zeros(symmetric: bool, float_zeros: bool) -> None:
+    """ValueError where they cannot be true together."""
     if symmetric and float_zeros:
         raise ValueError("a symmetric grid stores no zero points: set symmetric: false or float_zeros: false")
-    if bits not in BITS:
-        raise ValueError(f"bits {bits} is not supported; choose one of {BITS}")
-    if group_size != -1 and group_size < 1:
-        raise ValueError(f"group_size {group_size} must be positive, or -1 for one group per row")
-    if clip not in get_args(Clip):
-        raise ValueError(f"clip {clip!r} is unknown; choose one of {get_args(Clip)}")
 
 
 @dataclass(frozen=True)

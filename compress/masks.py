@@ -6,13 +6,14 @@ Legend: O out, I in, M the length of an N:M group.
 
 import re
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .normal_float import zero_code
 from .packing import pack_codes
+from .ranges import Pattern, Share
 from .statistics import LayerStatistics
 from .weights import Base, DenseWeight, NormalFloatWeight, StoredWeight, UniformWeight
 
@@ -26,10 +27,10 @@ class MagnitudeConfig:
     mean sparsity (compress/sparsity.py) and `spread` how far they may lie from it (null: the rule's own), and whoever shares it
     hands each matrix its own `sparsity`."""
 
-    sparsity: float = 0.5
-    pattern: str = "unstructured"
+    sparsity: Share = 0.5
+    pattern: Pattern = "unstructured"
     allocation: Allocation = "uniform"
-    spread: float | None = None
+    spread: Share | None = None
 
     def __post_init__(self) -> None:
         check_pattern(self.sparsity, self.pattern, self.allocation, self.spread)
@@ -53,12 +54,6 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
 
 def check_pattern(sparsity: float, pattern: str, allocation: str = "uniform", spread: float | None = None) -> None:
     """ValueError when they cannot be true together."""
-    if not 0.0 <= sparsity < 1.0:
-        raise ValueError(f"sparsity {sparsity} must lie in [0, 1)")
-    if allocation not in get_args(Allocation):
-        raise ValueError(f"allocation {allocation!r} is unknown; choose one of {get_args(Allocation)}")
-    if spread is not None and not 0.0 <= spread < 1.0:
-        raise ValueError(f"spread {spread} must lie in [0, 1): how far a block's sparsity may lie from the mean")
     if spread is not None and allocation == "uniform":
         raise ValueError(f"spread {spread} has nothing to spread under allocation 'uniform'; choose 'depth' or 'outliers'")
     parsed = parse_pattern(pattern)

@@ -6,7 +6,7 @@ A row with scope "block" is given one decoder block as a whole; see `BlockProble
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from .block import BlockProblem
@@ -23,11 +23,13 @@ from .sparsegpt import SparseGptConfig, sparsegpt
 
 @dataclass(frozen=True)
 class Method:
-    """`needs` names the statistics (compress/statistics.NEEDS) for a config; `inputs` whose inputs they are taken from:
+    """`does` in one line and `paper` (its name and arXiv id, empty where there is none) are for a reader. `needs` names the statistics
+    (compress/statistics.NEEDS) for a config; `inputs` whose inputs they are taken from:
     the already compressed model below, or the dense one; `version` rises when a fix changes results; `defaults` are the row's
     own values of the config's fields: a row is `config(**(defaults | what the user set))`; `together(weights, targets, statistics,
     config)`, all by name, solves matrices that read one input at once, where the config says `shared`; `departs`: where it is not what
-    its paper has; `dense_outputs`: with scope "block", whether it is trained towards what the dense block makes."""
+    its paper has; `dense_outputs`: with scope "block", whether it is trained towards what the dense block makes; `by_matrix`: the settings
+    that may differ from matrix to matrix, where that is not all of them."""
 
     config: type
     function: Callable[..., Any]
@@ -39,29 +41,53 @@ class Method:
     together: Callable[..., Any] | None = None
     departs: str = ""
     dense_outputs: bool = False
+    does: str = ""
+    paper: str = ""
+    by_matrix: frozenset[str] | None = None
 
 
+_OF_GRID = frozenset({"bits", "group_size", "symmetric", "clip", "float_zeros", "start", "activations"})
+_OF_TERM = frozenset(item.name for item in fields(SvdQuantConfig)) - {"smoothing_steps"}
 _REFIT: Mapping[str, Any] = {"requantize": True, "quantizer": "gptq", "clip": "hessian"}
 _BEST: Mapping[str, Any] = {"keep_start": True, "first": "kept", "iterations": 5, "follow": True, "overlap": 0.1, "factor_bits": None}
 
 
-def _low_rank(version: int = 1, **defaults: Any) -> Method:
-    return Method(Decomposition, decompose, needs, version=version, defaults=defaults, together=decompose_shared)
+def _low_rank(does: str, paper: str, version: int = 1, **defaults: Any) -> Method:
+    return Method(Decomposition, decompose, needs, version=version, defaults=defaults, together=decompose_shared, does=does, paper=paper)
 
 
 DECOMPOSE: Mapping[str, Method] = {
-    "loftq": _low_rank(metric="plain", requantize=True, iterations=5),
-    "lq_lora": _low_rank(2, metric="fisher", requantize=True, first="l", iterations=100, stop_when_worse=True),
-    "zeroquant_v2": _low_rank(metric="plain"),
-    "lqer": _low_rank(metric="absmean"),
-    "qera_approx": _low_rank(metric="diagonal"),
-    "qera_exact": _low_rank(),
-    "eora": _low_rank(),
-    "cloq": _low_rank(**_REFIT),
-    "svdquant": Method(SvdQuantConfig, svdquant, svdquant_needs, scope="block"),
-    "caldera": _low_rank(**_REFIT, iterations=20, factor_bits=4),
-    "srr": _low_rank(**_REFIT, kept_rank=None),
-    "best": _low_rank(2, **_REFIT, **_BEST),
+    "loftq": _low_rank(
+        "rounding and L in turn, on the plain error", "LoftQ, arXiv:2310.08659", metric="plain", requantize=True, iterations=5
+    ),
+    "lq_lora": _low_rank(
+        "L and rounding in turn under the Fisher information",
+        "LQ-LoRA, arXiv:2311.12023",
+        2,
+        metric="fisher",
+        requantize=True,
+        first="l",
+        iterations=100,
+        stop_when_worse=True,
+    ),
+    "zeroquant_v2": _low_rank("L of the plain error", "ZeroQuant-V2, arXiv:2303.08302", metric="plain"),
+    "lqer": _low_rank("L of the error scaled by the mean |x|", "LQER, arXiv:2402.02446", metric="absmean"),
+    "qera_approx": _low_rank("L of the error scaled by the root mean square of x", "QERA, arXiv:2410.06040", metric="diagonal"),
+    "qera_exact": _low_rank("the best L under the second moment of x", "QERA, arXiv:2410.06040"),
+    "eora": _low_rank("the best L under the second moment of x", "EoRA, arXiv:2410.21271"),
+    "cloq": _low_rank("GPTQ of W − L, then the best L", "CLoQ, arXiv:2501.18475", **_REFIT),
+    "svdquant": Method(
+        SvdQuantConfig,
+        svdquant,
+        svdquant_needs,
+        scope="block",
+        by_matrix=_OF_TERM,
+        does="smoothed inputs, L of the weight, the rest on a grid",
+        paper="SVDQuant, arXiv:2411.05007",
+    ),
+    "caldera": _low_rank("GPTQ and L in turn, the factors in 4 bits", "CALDERA, arXiv:2405.18886", **_REFIT, iterations=20, factor_bits=4),
+    "srr": _low_rank("some ranks of W before GPTQ, the others after it", "SRR, arXiv:2602.02001", **_REFIT, kept_rank=None),
+    "best": _low_rank("from the stored codes, GPTQ errs where L makes up for it", "", 2, **_REFIT, **_BEST),
 }
 
 
@@ -76,17 +102,35 @@ def _feedback_needs(config: Any) -> frozenset[str]:
 
 
 PRUNE: Mapping[str, Method] = {
-    "magnitude": Method(MagnitudeConfig, magnitude, needs=_magnitude_needs),
-    "wanda": Method(WandaConfig, wanda, needs=lambda config: frozenset({"norms"})),
-    "sparsegpt": Method(SparseGptConfig, sparsegpt, needs=_feedback_needs),
+    "magnitude": Method(MagnitudeConfig, magnitude, needs=_magnitude_needs, does="drops the smallest |w|", paper="arXiv:1506.02626"),
+    "wanda": Method(
+        WandaConfig,
+        wanda,
+        needs=lambda config: frozenset({"norms"}),
+        does="drops the smallest |w|·‖x‖ of each output row",
+        paper="Wanda, arXiv:2306.11695",
+    ),
+    "sparsegpt": Method(
+        SparseGptConfig,
+        sparsegpt,
+        needs=_feedback_needs,
+        does="drops block by block, later columns make up for it",
+        paper="SparseGPT, arXiv:2301.00774",
+    ),
 }
 
 QUANTIZE: Mapping[str, Method] = {
-    "rtn": Method(RtnConfig, rtn, needs=lambda config: clip_needs(config.clip)),
-    "gptq": Method(GptqConfig, gptq, needs=_feedback_needs),
-    "gptq_nf": Method(GptqNormalFloatConfig, gptq_nf, needs=_feedback_needs),
-    "nf4": Method(Nf4Config, nf4),
-    "normal_float": Method(NormalFloatConfig, normal_float),
+    "rtn": Method(RtnConfig, rtn, needs=lambda config: clip_needs(config.clip), does="the nearest code of a uniform grid"),
+    "gptq": Method(
+        GptqConfig, gptq, needs=_feedback_needs, does="column by column, later ones make up for the error", paper="GPTQ, arXiv:2210.17323"
+    ),
+    "gptq_nf": Method(
+        GptqNormalFloatConfig, gptq_nf, needs=_feedback_needs, does="GPTQ on a NormalFloat book", paper="GPTQ, arXiv:2210.17323"
+    ),
+    "nf4": Method(Nf4Config, nf4, does="NF4, bit for bit bitsandbytes'", paper="QLoRA, arXiv:2305.14314"),
+    "normal_float": Method(
+        NormalFloatConfig, normal_float, does="the nearest code of a NormalFloat book of 2 to 8 bits", paper="LQ-LoRA, arXiv:2311.12023"
+    ),
     "learned_rounding": Method(
         LearnedRoundingConfig,
         learned_rounding,
@@ -94,9 +138,22 @@ QUANTIZE: Mapping[str, Method] = {
         scope="block",
         version=2,
         dense_outputs=True,
+        by_matrix=_OF_GRID,
         departs="AutoRound with one range multiplier a group, where it has one for each end; starts from GPTQ",
+        does="rounding offsets and ranges trained block by block",
+        paper="AutoRound, arXiv:2309.05516",
     ),
-    "block_training": Method(BlockTrainingConfig, block_training, needs=block_needs, scope="block", version=2, dense_outputs=True),
+    "block_training": Method(
+        BlockTrainingConfig,
+        block_training,
+        needs=block_needs,
+        scope="block",
+        version=2,
+        dense_outputs=True,
+        by_matrix=_OF_GRID,
+        does="weights, scales and zeros trained block by block",
+        paper="EfficientQAT, arXiv:2407.11062",
+    ),
 }
 
 __all__ = ["DECOMPOSE", "PRUNE", "QUANTIZE", "BlockProblem", "Method"]

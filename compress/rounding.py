@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from . import normal_float as nf
-from .grids import Clip, UniformGrid, check_grid, clip_needs, divide, fit, round_to_grid, to_record
+from .grids import Clip, UniformGrid, check_zeros, clip_needs, divide, fit, round_to_grid, to_record
 from .masks import finite
 from .packing import pack_codes
+from .ranges import Bits, Group, Width
 from .statistics import LayerStatistics
 from .weights import ActivationGrid, Base, DenseWeight, NormalFloatWeight, StoredWeight, UniformWeight
 
@@ -22,40 +23,34 @@ class RtnConfig:
     weighted with the inputs' mean squares, "joint" searches scale and zero together under that weight. `float_zeros` stores a
     zero point in 16 bits instead of an integer: no packed format of others carries it, and 0 is not on the grid."""
 
-    bits: int = 4
-    group_size: int = 64
+    bits: Bits = 4
+    group_size: Group = 64
     symmetric: bool = False
     clip: Clip = "power"
     float_zeros: bool = False
     activations: ActivationGrid | None = None
 
     def __post_init__(self) -> None:
-        check_grid(self.bits, self.group_size, self.clip, self.symmetric, self.float_zeros)
+        check_zeros(self.symmetric, self.float_zeros)
 
 
 @dataclass(frozen=True)
 class NormalFloatConfig:
     """Blocks of `block_size` along a row; their absmax in 8 bits when `double_quantize`."""
 
-    bits: int = 4
-    block_size: int = 64
+    bits: Bits = 4
+    block_size: Width = 64
     double_quantize: bool = True
     activations: ActivationGrid | None = None
-
-    def __post_init__(self) -> None:
-        check_grid(self.bits, self.block_size, "none")
 
 
 @dataclass(frozen=True)
 class Nf4Config:
     """NF4 as bitsandbytes writes it."""
 
-    block_size: int = 64
+    block_size: Width = 64
     double_quantize: bool = True
     activations: ActivationGrid | None = None
-
-    def __post_init__(self) -> None:
-        check_grid(4, self.block_size, "none")
 
 
 def round_uniform(weight_OI: Tensor, grid: UniformGrid, clip: Clip = "none", importance_I: Tensor | None = None) -> UniformWeight:

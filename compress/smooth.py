@@ -8,7 +8,7 @@ Legend: T sampled tokens, O out, I in.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from torch import Tensor
 from .activation_grid import fake_quantize
 from .block import BlockProblem
 from .factors import FactorForm, store_factors
-from .grids import Clip, UniformGrid, check_grid
+from .grids import Clip, UniformGrid
 from .lowrank import Metric, WeightedError, check_rank
+from .ranges import Bits, Group, Iterations, ReadWhere, Width
 from .requantize import is_quantized, requantize
 from .rounding import grid_importance, round_uniform
 from .statistics import InputStatistics, LayerStatistics
@@ -30,23 +31,17 @@ class SvdQuantConfig:
     activation_bits 16 leaves the input alone. smoothing_steps: exponents α tried from 0 to 1, beside no smoothing at all.
     iterations: how often L and Q are found, ended by the first rise of the output error."""
 
-    rank: int = 32
-    bits: int = 4
-    group_size: int = 64
+    rank: Width = 32
+    bits: Bits = 4
+    group_size: Group = 64
     symmetric: bool = True
     activation_bits: Literal[4, 8, 16] = 8
-    activation_group_size: int = 64
+    activation_group_size: Annotated[Width, ReadWhere("activation_bits is below 16", lambda config: config.activation_bits < 16)] = 64
     quantizer: Literal["rtn", "gptq"] = "rtn"
     clip: Clip = "power"
-    smoothing_steps: int = 10
-    iterations: int = 4
+    smoothing_steps: Iterations = 10
+    iterations: Iterations = 4
     factor_dtype: Literal["float16", "bfloat16"] = "float16"
-
-    def __post_init__(self) -> None:
-        check_grid(self.bits, self.group_size, self.clip)
-        for name in ("rank", "activation_group_size", "smoothing_steps", "iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -5,38 +5,40 @@ Knows tensors and records only. Legend: O out, I in, S columns of a sub-block, M
 """
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from .feedback import BLOCK, InverseFactor, RoundRow, factor_of, feed_back_
-from .gptq import check_feedback, feedback_metrics, uniform_rounding
-from .grids import Clip, UniformGrid, check_grid, fit, to_record
+from .gptq import feedback_metrics, uniform_rounding
+from .grids import Clip, UniformGrid, fit, to_record
 from .masks import Allocation, check_pattern, keep_highest, parse_pattern
+from .ranges import Bits, Damp, Group, Pattern, ReadWhere, Share
 from .rounding import base_target, grid_importance, quantized
 from .statistics import LayerStatistics
 from .weights import ActivationGrid, DenseWeight, StoredWeight
+
+_ROUNDS = ReadWhere("bits is set", lambda config: config.bits is not None)
 
 
 @dataclass(frozen=True)
 class SparseGptConfig:
     """`bits` None keeps the weights' dtype; else kept weights are rounded to a uniform grid in the same sweep."""
 
-    sparsity: float = 0.5
-    pattern: str = "unstructured"
+    sparsity: Share = 0.5
+    pattern: Pattern = "unstructured"
     allocation: Allocation = "uniform"
-    spread: float | None = None
-    damp: float = 0.01
-    bits: int | None = None
-    group_size: int = 64
-    symmetric: bool = False
-    clip: Clip = "hessian"
+    spread: Share | None = None
+    damp: Damp = 0.01
+    bits: Bits | None = None
+    group_size: Annotated[Group, _ROUNDS] = 64
+    symmetric: Annotated[bool, _ROUNDS] = False
+    clip: Annotated[Clip, _ROUNDS] = "hessian"
     activations: ActivationGrid | None = None
 
     def __post_init__(self) -> None:
         check_pattern(self.sparsity, self.pattern, self.allocation, self.spread)
-        check_feedback(self.damp, 0.0)
-        check_grid(4 if self.bits is None else self.bits, self.group_size, self.clip)
         if self.bits is None and self.activations is not None:
             raise ValueError("activations are rounded only beside a quantized weight; set bits, or leave activations out")
 

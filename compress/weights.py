@@ -7,13 +7,14 @@ Legend: O out, I in, R rank, G groups, N stored values.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from . import normal_float
 from .packing import pack_codes, pack_mask, unpack_codes, unpack_mask
+from .ranges import Width
 
 
 @dataclass(frozen=True)
@@ -203,11 +204,11 @@ class SparseDelta:
 class ActivationGrid:
     """Dynamic, symmetric quantization of the input, per token per group (W4A8, W4A4); simulated outside the kernels."""
 
-    bits: int
-    group_size: int = 64
+    bits: Literal[4, 8]
+    group_size: Width = 64
 
     def __post_init__(self) -> None:
-        if self.bits not in ACTIVATION_BITS or self.group_size < 1:
+        if self.bits not in ACTIVATION_BITS or self.group_size < 1:  # of a record as well, which comes from disk
             raise ValueError(
                 f"activations of {self.bits} bits in groups of {self.group_size}; choose one of {ACTIVATION_BITS} bits and groups of at least 1"
             )

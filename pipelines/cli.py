@@ -4,8 +4,8 @@
 Imports nothing heavy: torch and transformers come in with the command that needs them.
 """
 
+import contextlib
 import errno
-import os
 import signal
 import sys
 import traceback
@@ -16,6 +16,7 @@ import typer
 
 from . import logs
 from .commands import about, finished, runs
+from .commands.streams import STDOUT, abandon, echo, flush, prepare_streams, settle_streams
 from .errors import PipelineError, is_shortage
 
 # typer brings its own copy of click or uses the installed one; its public exception leads to the family's roots
@@ -62,12 +63,12 @@ def _root(
         from importlib.metadata import version as installed
 
         try:
-            typer.echo(installed("bitmend"))
+            echo(installed("bitmend"))
         except PackageNotFoundError:
-            typer.echo("not installed")
+            echo("not installed")
         raise typer.Exit
     if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        echo(context.get_help())
 
 
 class Terminated(KeyboardInterrupt):
@@ -80,13 +81,21 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code. Every failure is one line on stderr (with -v the traceback as well)."""
+    prepare_streams()
+    try:
+        return _run(arguments)
+    finally:
+        settle_streams()
+
+
+def _run(arguments: list[str] | None) -> int:
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup asked for SIGHUP to be ignored
             signal.signal(number, _terminate)
     try:
         result: Any = app(args=arguments, prog_name="pipeline", standalone_mode=False)
-        sys.stdout.flush()
+        flush()
     except KeyboardInterrupt:
         result = INTERRUPTED
     except SystemExit as left:  # how typer answers a broken pipe
@@ -114,6 +123,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 2, _usage_line(error)
     if isinstance(error, typer.Abort):
         return INTERRUPTED, "interrupted"
+    if isinstance(error, OSError) and error.filename == STDOUT:
+        return 5 if error.errno in _NO_SPACE else 3, f"{STDOUT}: {error.strerror}"
     if _has_no_space(error):
         return (
             5,
@@ -148,15 +159,13 @@ def _one_line(text: str) -> str:
 
 
 def _say(line: str) -> None:
-    if sys.stderr.isatty():
-        typer.secho(line, err=True, fg="red")
-    else:
-        typer.echo(line, err=True)
+    with contextlib.suppress(OSError):  # a stderr that takes nothing: the exit code is what is left to say
+        print(typer.style(line, fg="red") if sys.stderr.isatty() else line, file=sys.stderr)
 
 
 def _reader_left() -> int:
     """Whoever read stdout went away: no error, and the interpreter must not complain when it flushes at exit."""
-    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    abandon("stdout")
     return 0
 
 

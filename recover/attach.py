@@ -5,10 +5,11 @@ Virtual tokens are in `prompts`, bottlenecks in `bottlenecks`, sparse deltas in 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
+from ..compress.ranges import Factor, ReadWhere, Share, Width, WidthOrZero
 from .adapters import LoraVariant, Magnitude, MaskedLowRank, PooledPair, Spectrum, prune_ranks, start_factors, takes_dense
 from .compressed_linear import as_records
 from .scales import RelativeScales
@@ -23,31 +24,31 @@ class Lora:
     (α = R): no scaling. `scales`: the group scales of the quantized weights beside them, which costs no byte (auto: wherever there are any).
     `prune_ranks`: the share of all ranks dropped after training, those whose removal costs least; a linear may lose all of its own."""
 
-    rank: int = 16
+    rank: Width = 16
     norms: bool = False
     biases: bool = False
     scales: bool | Literal["auto"] = False
-    prune_ranks: float = 0.0
+    prune_ranks: Share = 0.0
 
 
 @dataclass(frozen=True)
 class Dora:
-    rank: int = 16
+    rank: Width = 16
     norms: bool = False
 
 
 @dataclass(frozen=True)
 class QaLora:
-    rank: int = 16
+    rank: Width = 16
 
 
 @dataclass(frozen=True)
 class Svft:
     """rank 0 keeps every singular vector; width is the band's half width, or the mean number of random entries a row."""
 
-    rank: int = 64
+    rank: WidthOrZero = 64
     pattern: Literal["plain", "banded", "random"] = "banded"
-    width: int = 8
+    width: Annotated[WidthOrZero, ReadWhere("pattern is banded or random", lambda config: config.pattern != "plain")] = 8
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Perp:
     head: bool = False
     embeddings: bool = False
     lora: LoraVariant | Literal["none"] = "none"
-    rank: int = 16
-    alpha: float = 32.0
+    rank: Annotated[Width, ReadWhere("lora is not none", lambda config: config.lora != "none")] = 16
+    alpha: Annotated[Factor, ReadWhere("lora is mask_lora or lora_prune", lambda config: config.lora in ("mask_lora", "lora_prune"))] = 32.0
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..compress.ranges import Factor, Share, Width
 from .compressed_linear import compressed_linears
 from .experts import is_expert
 from .extra_modules import PARTS, Beside, Bottleneck, Place, hang, start_tensors
@@ -27,21 +28,21 @@ class SerialAdapter:
     """Houlsby's adapter (arXiv:1902.00751): y + σ(y·W_down)·W_up behind each sublayer. `targets` chooses sublayers by their linears;
     `prune_units`: the share of all hidden units dropped after training, those that do least."""
 
-    bottleneck: int = 32
+    bottleneck: Width = 32
     at: At = "both"
     activation: Literal["relu", "gelu", "silu"] = "relu"
-    prune_units: float = 0.0
+    prune_units: Share = 0.0
 
 
 @dataclass(frozen=True)
 class ParallelAdapter:
     """He et al.'s scaled parallel adapter (arXiv:2110.04366): sublayer(x) + s·σ(x·W_down)·W_up."""
 
-    bottleneck: int = 32
+    bottleneck: Width = 32
     at: At = "mlp"
     activation: Literal["relu", "gelu", "silu"] = "relu"
-    scaling: float = 4.0
-    prune_units: float = 0.0
+    scaling: Factor = 4.0
+    prune_units: Share = 0.0
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ What they learn is a sparse delta: added to dense weights, stored beside quantiz
 
 import math
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
+from ..compress.ranges import Count, FactorOrZero, ReadWhere, ShareOrAll, SomeOrAll, StepsOrZero
 from ..compress.weights import SparseDelta, StoredWeight
 from .adapters import takes_dense
 from .compressed_linear import CompressedLinear, SparseValues, merge_delta
@@ -16,13 +18,19 @@ from .criteria import By, Criterion, Quota, Selection, choose, fisher_diagonal, 
 from .site import AttachSite
 from .trainable import Attached, Trainable, through
 
+_PARTS = ReadWhere("by is weight or channel", lambda config: config.by != "layer")
+_FISHER = ReadWhere(
+    "criterion is fisher or saliency, or reestimate_every is above 0",
+    lambda config: config.criterion != "magnitude" or config.reestimate_every > 0,
+)
+
 
 @dataclass(frozen=True)
 class Pafi:
     """`share` of the weights, the smallest |w| among the kept ones (arXiv:2305.16742); no data needed."""
 
-    share: float = 0.005
-    quota: Quota = "global"
+    share: SomeOrAll = 0.005
+    quota: Annotated[Quota, _PARTS] = "global"
     by: By = "weight"
 
 
@@ -32,13 +40,13 @@ class FishMask:
     gives way to the most informative others. FishDip itself chooses all positions anew, by the Fisher information of the samples with the
     highest loss."""
 
-    share: float = 0.005
-    samples: int = 128
+    share: SomeOrAll = 0.005
+    samples: Annotated[Count, _FISHER] = 128
     criterion: Criterion = "fisher"
-    quota: Quota = "global"
+    quota: Annotated[Quota, _PARTS] = "global"
     by: By = "weight"
-    reestimate_every: int = 0
-    swap: float = 0.3
+    reestimate_every: StepsOrZero = 0
+    swap: Annotated[SomeOrAll, ReadWhere("reestimate_every is above 0", lambda config: config.reestimate_every > 0)] = 0.3
 
 
 @dataclass(frozen=True)
@@ -46,10 +54,10 @@ class DiffPruning:
     """Hard-concrete gates (l, r) = (−1.5, 1.5), α₀ = 5 for `gated` of the steps, then the `share` with the largest |z·w| is fixed and
     tuned (arXiv:2012.07463). structured: one more gate per output row."""
 
-    share: float = 0.005
+    share: SomeOrAll = 0.005
     structured: bool = False
-    gated: float = 0.5
-    penalty: float = 1.0
+    gated: ShareOrAll = 0.5
+    penalty: Annotated[FactorOrZero, ReadWhere("gated is above 0", lambda config: config.gated > 0)] = 1.0
 
 
 def pafi(site: AttachSite, config: Pafi) -> Attached:

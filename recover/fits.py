@@ -31,12 +31,7 @@ def misfit(own: Any, shared: Any, model: nn.Module, shapes: Shapes, low_rank: fr
         return str(error)
     if isinstance(own, VIRTUAL):
         return _virtual(own, shared, model) or _bottleneck(own, model, place, shapes, chosen)
-    return (
-        _nothing(own, model, place, chosen)
-        or _share(own)
-        or _rank(own, shapes, chosen, low_rank)
-        or _bottleneck(own, model, place, shapes, chosen)
-    )
+    return _nothing(own, model, place, chosen) or _rank(own, shapes, chosen, low_rank) or _bottleneck(own, model, place, shapes, chosen)
 
 
 def left_alone(own: Any, shared: Any, model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -61,7 +56,7 @@ def _trains_biases(own: Any) -> bool:
 
 def _virtual(own: Any, shared: Any, model: nn.Module) -> str | None:
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if own.tokens < 1 or (limit is not None and own.tokens + shared.seq_len > limit):
+    if limit is not None and own.tokens + shared.seq_len > limit:
         return (
             f"{own.tokens} virtual tokens and a seq_len of {shared.seq_len} do not fit a model of {limit} positions; choose fewer of either"
         )
@@ -98,17 +93,6 @@ def _rank(own: Any, shapes: Shapes, chosen: list[str], low_rank: frozenset[str])
             rows, columns = shapes[name]
             if not 0 < own.rank <= min(rows, columns):
                 return f"rank {own.rank} does not fit {name}, a layer of {rows} × {columns}; choose 1…{min(rows, columns)}"
-    return None
-
-
-def _share(own: Any) -> str | None:
-    share = getattr(own, "share", 1.0)
-    if not 0 < share <= 1:
-        return f"share {share} of weights to train must lie in (0, 1]"
-    for name in ("prune_ranks", "prune_units"):
-        value = getattr(own, name, 0.0)
-        if not 0 <= value < 1:
-            return f"{name} {value} must lie in [0, 1): it is the share that is dropped"
     return None
 
 

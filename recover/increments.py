@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compress.packing import pack_codes
+from ..compress.ranges import Open, Width
 from ..compress.weights import StoredWeight, UniformWeight
 from .scales import RelativeScales
 from .site import AttachSite, joined, train_norms
@@ -22,8 +23,8 @@ from .whole_matrices import spread
 class Lota:
     """LoTA-QAF's ternary adapters without its offset matrices, which would shift zero points. A code moves by ±1 where |up·down| (integers in −R…R) exceeds `threshold`·R."""
 
-    rank: int = 16
-    threshold: float = 0.2
+    rank: Width = 16
+    threshold: Open = 0.2
     norms: bool = True
 
 
@@ -31,7 +32,7 @@ class Lota:
 class LrQat:
     """`scales`: the grid's scales train beside the low rank, as in the paper."""
 
-    rank: int = 16
+    rank: Width = 16
     norms: bool = True
     scales: bool = True
 
@@ -102,8 +103,6 @@ class GridIncrement(nn.Module):
 
 
 def lota(site: AttachSite, config: Lota) -> Attached:
-    if not 0 < config.threshold < 1:
-        raise ValueError(f"threshold {config.threshold} must lie in (0, 1)")
     return _increments(site, config.rank, config.threshold, config.norms)
 
 

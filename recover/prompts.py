@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..compress.ranges import Factor, Width
 from .bottlenecks import ParallelAdapter, parallel_adapter
 from .extra_modules import TOKENS, Beside, Tokens, cache_argument
 from .site import AttachSite, joined
@@ -22,31 +23,31 @@ from .trainable import Attached, Trainable
 class PrefixTuning:
     """Trained keys and values in front of every attention (arXiv:2101.00190), started from the model's own on `tokens` tokens of text."""
 
-    tokens: int = 16
+    tokens: Width = 16
 
 
 @dataclass(frozen=True)
 class PromptTuning:
     """Trained input embeddings in front of the text (arXiv:2104.08691), started from tokens of the vocabulary."""
 
-    tokens: int = 16
+    tokens: Width = 16
 
 
 @dataclass(frozen=True)
 class PTuning:
     """Input embeddings that a small network makes (arXiv:2103.10385)."""
 
-    tokens: int = 16
-    hidden: int = 128
+    tokens: Width = 16
+    hidden: Width = 128
 
 
 @dataclass(frozen=True)
 class MamAdapter:
     """Mix-and-match (arXiv:2110.04366): a prefix on the attention, a scaled parallel adapter on the MLP."""
 
-    tokens: int = 16
-    bottleneck: int = 32
-    scaling: float = 4.0
+    tokens: Width = 16
+    bottleneck: Width = 32
+    scaling: Factor = 4.0
 
 
 class Switch:

@@ -11,11 +11,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..compress.ranges import Batch, Count, FactorOrZero, Layers, Rate, ReadWhere, Steps, StepsOrZero, Targets, Tokens, Width
 from . import attach as methods
 from .adamw import AdamW
 from .compressed_linear import CompressedLinear, compressed_linears
@@ -37,18 +38,18 @@ class Reconstruct:
     fitted attention. `steps` are for each window of each block; `samples` windows of `seq_len` tokens of training text."""
 
     train: Literal["auto", "mask_lora", "weights", "norms", "biases", "scales", "lora"] = "auto"
-    norms: bool = True
-    rank: int = 16
+    norms: Annotated[bool, ReadWhere("train is not norms", lambda config: config.train != "norms")] = True
+    rank: Annotated[Width, ReadWhere("train is auto, mask_lora or lora", lambda config: config.train in ("auto", "mask_lora", "lora"))] = 16
     window: Literal["block", "split"] = "block"
-    steps: int = 100
-    learning_rate: float | None = None
-    batch_size: int = 4
-    seq_len: int = 256
-    samples: int = 64
-    warmup: int = 10
-    clip: float = 1.0
-    targets: str | tuple[str, ...] = "all"
-    layers: str | tuple[int, ...] = "all"
+    steps: Steps = 100
+    learning_rate: Rate | None = None
+    batch_size: Batch = 4
+    seq_len: Tokens = 256
+    samples: Count = 64
+    warmup: StepsOrZero = 10
+    clip: FactorOrZero = 1.0
+    targets: Targets = "all"
+    layers: Layers = "all"
 
 
 TRAINS: dict[str, tuple[str, Callable[[Reconstruct], object], str]] = {

@@ -56,7 +56,7 @@ class Ways:
 class RecoveryMethod:
     """`own` is the method's own config and `config` that with TrainConfig's fields in one flat dataclass. main: the kind of parameter
     that `learning_rate` means (trainable.RATES has the defaults). mask_safe: masked weights stay exactly 0. grid_safe: codes stay.
-    departs: where it is not what its paper has.
+    paper: its name and arXiv id, empty where there is none; departs: where it is not what its paper has.
     serves(kinds, own config) → why it cannot, or None; kinds are those of `site.kinds`. by_block: trained block by block
     (`reconstruct`), with a config that is all its own."""
 
@@ -72,6 +72,7 @@ class RecoveryMethod:
     departs: str = ""
     version: int = 1
     by_block: bool = False
+    paper: str = ""
 
     @property
     def config(self) -> type:
@@ -170,14 +171,30 @@ _TOKENS = Ways("virtual tokens beside the model", "in front of the kernels", "ba
 _GRID = Ways("scales and codes in place", "as it was stored", "any grid format", "in place")
 
 RECOVER: dict[str, RecoveryMethod] = {
-    "lora": RecoveryMethod(methods.Lora, methods.lora, "factors", "up·down", _PAIR, serves=_lora, version=3),
+    "lora": RecoveryMethod(
+        methods.Lora, methods.lora, "factors", "up·down", _PAIR, serves=_lora, version=3, paper="LoRA, arXiv:2106.09685"
+    ),
     "perp": RecoveryMethod(
-        methods.Perp, methods.perp, "norms", "norms, biases, head, embeddings, pairs under the mask", _MODEL, serves=_perp, version=2
+        methods.Perp,
+        methods.perp,
+        "norms",
+        "norms, biases, head, embeddings, pairs under the mask",
+        _MODEL,
+        serves=_perp,
+        version=2,
+        paper="PERP, arXiv:2312.15230",
     ),
     "scales": RecoveryMethod(
-        methods.Scales, methods.scales, "scales", "group scales (and zeros, norms, biases, factors)", _GRID, serves=_scales, version=3
+        methods.Scales,
+        methods.scales,
+        "scales",
+        "group scales (and zeros, norms, biases, factors)",
+        _GRID,
+        serves=_scales,
+        version=3,
+        paper="PEQA, arXiv:2305.14152",
     ),
-    "bitfit": RecoveryMethod(methods.BitFit, methods.bitfit, "biases", "biases", _MODEL, version=2),
+    "bitfit": RecoveryMethod(methods.BitFit, methods.bitfit, "biases", "biases", _MODEL, version=2, paper="BitFit, arXiv:2106.10199"),
     "full": RecoveryMethod(methods.Full, methods.full, "dense", "every weight under the mask", _MODEL, serves=_full, version=4),
     "qat": RecoveryMethod(
         methods.Qat,
@@ -196,6 +213,7 @@ RECOVER: dict[str, RecoveryMethod] = {
         "up·down and row magnitudes",
         Ways("magnitudes in the scales and in up", "low-rank term", "rescaled base in any format + PEFT LoRA", "scales or dense rows"),
         version=3,
+        paper="DoRA, arXiv:2402.09353",
     ),
     "qa_lora": RecoveryMethod(
         methods.QaLora,
@@ -205,14 +223,46 @@ RECOVER: dict[str, RecoveryMethod] = {
         Ways("float32 zero points", "kernels with float zeros", "dense; other formats refused", "zero points"),
         mask_safe=False,
         serves=_qa_lora,
+        paper="QA-LoRA, arXiv:2309.14717",
     ),
-    "svft": RecoveryMethod(methods.Svft, methods.svft, "spectrum", "a sparse matrix between singular vectors", _PAIR, serves=_svft),
-    "qlora": RecoveryMethod(methods.Lora, methods.lora, "factors", "up·down on a quantized base", _PAIR, serves=_qlora, version=3),
+    "svft": RecoveryMethod(
+        methods.Svft,
+        methods.svft,
+        "spectrum",
+        "a sparse matrix between singular vectors",
+        _PAIR,
+        serves=_svft,
+        paper="SVFT, arXiv:2405.19597",
+    ),
+    "qlora": RecoveryMethod(
+        methods.Lora,
+        methods.lora,
+        "factors",
+        "up·down on a quantized base",
+        _PAIR,
+        serves=_qlora,
+        version=3,
+        paper="QLoRA, arXiv:2305.14314",
+    ),
     "lq_lora": RecoveryMethod(
-        methods.Lora, methods.lora, "factors", "the factors of lq_lora's decomposition", _PAIR, serves=_from_decomposition, version=3
+        methods.Lora,
+        methods.lora,
+        "factors",
+        "the factors of lq_lora's decomposition",
+        _PAIR,
+        serves=_from_decomposition,
+        version=3,
+        paper="LQ-LoRA, arXiv:2311.12023",
     ),
     "loftq": RecoveryMethod(
-        methods.Lora, methods.lora, "factors", "the factors of loftq's decomposition", _PAIR, serves=_from_decomposition, version=3
+        methods.Lora,
+        methods.lora,
+        "factors",
+        "the factors of loftq's decomposition",
+        _PAIR,
+        serves=_from_decomposition,
+        version=3,
+        paper="LoftQ, arXiv:2310.08659",
     ),
     "dequantize_train_requantize": RecoveryMethod(
         methods.DequantizeTrainRequantize,
@@ -235,6 +285,7 @@ RECOVER: dict[str, RecoveryMethod] = {
         serves=_needs_uniform,
         departs="LoTA-QAF without its offset matrices",
         version=2,
+        paper="LoTA-QAF, arXiv:2505.18724",
     ),
     "lr_qat": RecoveryMethod(
         increments.LrQat,
@@ -245,8 +296,11 @@ RECOVER: dict[str, RecoveryMethod] = {
         grid_safe=False,
         serves=_needs_uniform,
         version=3,
+        paper="LR-QAT, arXiv:2406.06385",
     ),
-    "pafi": RecoveryMethod(deltas.Pafi, deltas.pafi, "sparse", "the smallest kept weights", _DELTA, version=3),
+    "pafi": RecoveryMethod(
+        deltas.Pafi, deltas.pafi, "sparse", "the smallest kept weights", _DELTA, version=3, paper="PaFi, arXiv:2305.16742"
+    ),
     "fish_mask": RecoveryMethod(
         deltas.FishMask,
         deltas.fish_mask,
@@ -256,9 +310,17 @@ RECOVER: dict[str, RecoveryMethod] = {
         needs=frozenset({"fisher"}),
         departs="FishDip's re-estimation is a swap: the weights that moved least give way, their number stays",
         version=2,
+        paper="FishMask, arXiv:2111.09839",
     ),
     "diff_pruning": RecoveryMethod(
-        deltas.DiffPruning, deltas.diff_pruning, "sparse", "a sparse delta with learned gates", _DELTA, serves=_diff_pruning, version=3
+        deltas.DiffPruning,
+        deltas.diff_pruning,
+        "sparse",
+        "a sparse delta with learned gates",
+        _DELTA,
+        serves=_diff_pruning,
+        version=3,
+        paper="arXiv:2012.07463",
     ),
     "reconstruct": RecoveryMethod(
         Reconstruct,
@@ -269,15 +331,31 @@ RECOVER: dict[str, RecoveryMethod] = {
         serves=_reconstruct,
         version=4,
         by_block=True,
+        paper="PERP, arXiv:2312.15230",
     ),
-    "serial_adapter": RecoveryMethod(bottlenecks.SerialAdapter, bottlenecks.serial_adapter, "adapters", "bottlenecks behind sublayers", _BESIDE),
+    "serial_adapter": RecoveryMethod(
+        bottlenecks.SerialAdapter, bottlenecks.serial_adapter, "adapters", "bottlenecks behind sublayers", _BESIDE, paper="arXiv:1902.00751"
+    ),
     "parallel_adapter": RecoveryMethod(
-        bottlenecks.ParallelAdapter, bottlenecks.parallel_adapter, "adapters", "bottlenecks beside sublayers", _BESIDE
+        bottlenecks.ParallelAdapter,
+        bottlenecks.parallel_adapter,
+        "adapters",
+        "bottlenecks beside sublayers",
+        _BESIDE,
+        paper="arXiv:2110.04366",
     ),
-    "mam_adapter": RecoveryMethod(prompts.MamAdapter, prompts.mam_adapter, "adapters", "a prefix and parallel bottlenecks", _BESIDE),
-    "prefix_tuning": RecoveryMethod(prompts.PrefixTuning, prompts.prefix_tuning, "tokens", "keys and values in front", _TOKENS),
-    "prompt_tuning": RecoveryMethod(prompts.PromptTuning, prompts.prompt_tuning, "tokens", "input embeddings in front", _TOKENS),
-    "p_tuning": RecoveryMethod(prompts.PTuning, prompts.p_tuning, "tokens", "a network that makes input embeddings", _TOKENS),
+    "mam_adapter": RecoveryMethod(
+        prompts.MamAdapter, prompts.mam_adapter, "adapters", "a prefix and parallel bottlenecks", _BESIDE, paper="arXiv:2110.04366"
+    ),
+    "prefix_tuning": RecoveryMethod(
+        prompts.PrefixTuning, prompts.prefix_tuning, "tokens", "keys and values in front", _TOKENS, paper="arXiv:2101.00190"
+    ),
+    "prompt_tuning": RecoveryMethod(
+        prompts.PromptTuning, prompts.prompt_tuning, "tokens", "input embeddings in front", _TOKENS, paper="arXiv:2104.08691"
+    ),
+    "p_tuning": RecoveryMethod(
+        prompts.PTuning, prompts.p_tuning, "tokens", "a network that makes input embeddings", _TOKENS, paper="arXiv:2103.10385"
+    ),
 }
 _FLAT: dict[type, type] = {}
 _FLAT.update({row.own: flat(row.own) for row in RECOVER.values() if not row.by_block})

@@ -6,12 +6,13 @@ Knows parameters and moments; not batches, losses or the loop.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from ..compress.precision import Matmul
+from ..compress.ranges import Batch, FactorOrZero, Layers, Rate, ReadWhere, Steps, StepsOrZero, Targets, Temperature, Tokens
 from .adamw import AdamW, TrainState
 from .losses import LossName
 from .student import Student
@@ -27,19 +28,19 @@ class TrainConfig:
     in float32 all the same. gradient_checkpointing recomputes each block in backward; auto is decided by whoever knows the device's memory
     (a pipeline's stage), and is off where nobody did."""
 
-    steps: int = 200
-    learning_rate: float | None = None
-    batch_size: int = 4
-    seq_len: int = 256
-    accumulation: int = 1
-    warmup: int = 10
+    steps: Steps = 200
+    learning_rate: Rate | None = None
+    batch_size: Batch = 4
+    seq_len: Tokens = 256
+    accumulation: Batch = 1
+    warmup: StepsOrZero = 10
     loss: LossName = "distill"
-    temperature: float = 1.0
-    clip: float = 1.0
-    eval_every: int | None = None
+    temperature: Annotated[Temperature, ReadWhere("loss is distill or both", lambda config: config.loss != "cross_entropy")] = 1.0
+    clip: FactorOrZero = 1.0
+    eval_every: Steps | None = None
     gradient_checkpointing: bool | Literal["auto"] = "auto"
-    targets: str | tuple[str, ...] = "all"
-    layers: str | tuple[int, ...] = "all"
+    targets: Targets = "all"
+    layers: Layers = "all"
     cache_dense: Literal["auto", "always", "never"] = "auto"
     matmul: Matmul = "auto"
 

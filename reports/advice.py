@@ -25,7 +25,7 @@ def suggestions(record: RunRecord) -> list[str]:
     if last is not None and baseline is not None and last is not baseline and _left(last, baseline) > 0.02:
         tips += _more_recovery(record, present)
     for change in found:
-        if change.after.stage.startswith("fuse") and abs(change.nats) > 1e-3:
+        if change.after.stage.startswith("fuse") and abs(change.nats) > 1e-3 and not change.is_noise:
             apart = f"{change.after.stage} differs by {percent(abs(math.expm1(change.nats)))} from the stage before it"
             tips.append(f"{apart}: check the kernels with `pipeline doctor`.")
     return list(dict.fromkeys(tips))

@@ -109,8 +109,8 @@ def _metric(key: str) -> Callable[[Any], Any]:
 
 def protocol_rows(protocol: Protocol) -> list[tuple[str, str]]:
     """(title, text) of every field of the protocol that is known."""
-    rows = [(title, _protocol_text(getattr(protocol, key))) for key, title in PROTOCOL_TITLES.items() if getattr(protocol, key) is not None]
-    return rows + [(str(key), _protocol_text(value)) for key, value in protocol.details.items() if value is not None]
+    rows = [(title, protocol_text(getattr(protocol, key))) for key, title in PROTOCOL_TITLES.items() if getattr(protocol, key) is not None]
+    return rows + [(str(key), protocol_text(value)) for key, value in protocol.details.items() if value is not None]
 
 
 def protocol_line(protocol: Protocol) -> str:
@@ -125,7 +125,9 @@ def protocol_line(protocol: Protocol) -> str:
     return ", ".join(part for part in parts if part) or "protocol not recorded"
 
 
-def _protocol_text(value: Any) -> str:
+def protocol_text(value: Any) -> str:
+    if value is None:
+        return MISSING
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, str):

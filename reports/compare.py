@@ -1,6 +1,6 @@
 """Several runs beside each other: one row each, the Pareto line of bytes against perplexity, and who loses at equal bytes.
 
-Perplexities are compared only between runs of one protocol. Where two runs differ by less than two standard errors, neither
+Perplexities are compared only between runs of one protocol, text and model. Where two runs differ by less than two standard errors, neither
 is called better: the paired error between two runs is at most the sum of their paired errors to a common baseline.
 """
 
@@ -8,14 +8,11 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from .columns import STAGE_COLUMNS, Column, protocol_line, used
-from .drawing import WIDTH, inline_svg
-from .page import LABELS, Plot, records, template
-from .plots import pareto_figure, pareto_front
+from .columns import PROTOCOL_TITLES, STAGE_COLUMNS, Column, protocol_text, used
+from .pareto import pareto_front
 from .record import SCHEMA, RunRecord, StageRecord
-from .tables import cells, markdown_table, plain_table
+from .tables import cells, fitted_table, fitting, markdown_table, paragraph, plain_table, short_cells
 from .units import difference, number
 
 EQUAL_BYTES = 0.01
@@ -38,10 +35,10 @@ class Entry:
 def entries(runs: Sequence[RunRecord]) -> list[Entry]:
     """One entry per run that has a measured stage, in the given order, each with its verdict."""
     found = [entry for run in runs if (entry := _entry(run)) is not None]
-    groups: dict[str, list[int]] = {}
-    for index, entry in enumerate(found):
-        groups.setdefault(entry.protocol, []).append(index)
-    for members in groups.values():
+    for members in groups(found):
+        if len(members) == 1 < len(found):
+            found[members[0]] = replace(found[members[0]], verdict="not judged: no other run has its model and protocol")
+            continue
         placed = [index for index in members if found[index].stage.total_bytes is not None]
         front = {placed[index] for index in pareto_front([_point(found[index]) for index in placed])}
         for index in placed:
@@ -50,18 +47,43 @@ def entries(runs: Sequence[RunRecord]) -> list[Entry]:
     return found
 
 
+def groups(found: Sequence[Entry]) -> list[list[int]]:
+    """The places of the entries that may be judged against one another: of one model, measured on one text under one protocol."""
+    alike: dict[tuple[str, str], list[int]] = {}
+    for index, entry in enumerate(found):
+        alike.setdefault((entry.model, entry.protocol), []).append(index)
+    return list(alike.values())
+
+
 def warnings(runs: Sequence[RunRecord]) -> list[str]:
     """What forbids or weakens the comparison."""
     found = [entry for run in runs if (entry := _entry(run)) is not None]
     texts = []
     if len({entry.protocol for entry in found}) > 1:
-        named = "; ".join(f"{run.run}: {protocol_line(run.protocol)}" for run in runs)
-        texts.append(f"These runs were measured under different protocols, so their perplexities do not compare ({named}).")
+        texts.append(f"These runs were measured under different protocols, so their perplexities do not compare. {_apart(found)}")
     if len({entry.model for entry in found}) > 1:
-        texts.append("These runs are of different models: token perplexities compare only within one tokenizer; bits per byte do across.")
+        named = _who([(entry.run, entry.model) for entry in found])
+        texts.append(
+            f"These runs are of different models ({named}): token perplexities compare only within one tokenizer; bits per byte do across."
+        )
     if missing := [run.run for run in runs if run.run not in {entry.run for entry in found}]:
         texts.append(f"Not measured yet: {', '.join(missing)}.")
     return texts
+
+
+def _apart(found: Sequence[Entry]) -> str:
+    """In which fields of the protocol they differ, and who has what."""
+    known = [(entry.run, json.loads(entry.protocol)) for entry in found]
+    apart = [key for key in PROTOCOL_TITLES if len({json.dumps(protocol[key]) for _, protocol in known}) > 1]
+    return " ".join(
+        f"{PROTOCOL_TITLES[key].capitalize()}: {_who([(run, protocol_text(protocol[key])) for run, protocol in known])}." for key in apart
+    )
+
+
+def _who(pairs: Sequence[tuple[str, str]]) -> str:
+    """`512 (a, b), 2,048 (c)` from (run, value)."""
+    values = dict.fromkeys(value for _, value in pairs)
+    return ", ".join(f"{value} ({', '.join(run for run, its in pairs if its == value)})" for value in values)
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -76,12 +98,18 @@ COLUMNS: tuple[Column, ...] = (
 )
 
 
-def table(runs: Sequence[RunRecord], markdown: bool = False) -> str:
-    """Plain text or Markdown, warnings below the table."""
-    found = entries(runs)
-    parts = cells(used(COLUMNS, found), found)
-    text = markdown_table(*parts) if markdown else plain_table(*parts)
-    return text + "".join(f"\n{line}\n" for line in warnings(runs))
+def table(runs: Sequence[RunRecord], markdown: bool = False, width: int | None = None) -> str:
+    """Plain text (of at most `width` characters) or Markdown; below the plain table what each run did and its verdict, then the warnings."""
+    found, below = entries(runs), warnings(runs)
+    if markdown:
+        return markdown_table(*cells(used(COLUMNS, found), found)) + "".join(f"\n{line}\n" for line in below)
+    columns = [column for column in COLUMNS if column.key not in ("way", "verdict")]
+    if width is None:
+        text = plain_table(*cells(used(columns, found), found))
+    else:
+        text = fitted_table(*short_cells(fitting(columns, found, width), found), width)
+    lines = [f"{entry.run}: {entry.way}{f'; {entry.verdict}' if entry.verdict else ''}" for entry in found]
+    return text + "".join(f"\n{paragraph(line, width)}\n" for line in [*lines, *below])
 
 
 def json_text(runs: Sequence[RunRecord]) -> str:
@@ -93,25 +121,6 @@ def json_text(runs: Sequence[RunRecord]) -> str:
         head = {"run": entry.run, "model": entry.model, "stages": entry.way}
         rows.append({**head, **stage, "pareto": entry.on_front, "beaten_by": entry.beaten_by, "verdict": entry.verdict})
     return json.dumps({"schema": SCHEMA, "runs": rows, "warnings": warnings(runs)}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def html(runs: Sequence[RunRecord]) -> str:
-    """A self-contained page: the table, the verdicts and the figure."""
-    found = entries(runs)
-    hidden = {"verdict"} if len({entry.model for entry in found}) > 1 else {"verdict", "bits_per_byte"}
-    sentences = [("protocol", LABELS["protocol"], text) for text in warnings(runs)]
-    for entry in found:
-        if entry.verdict:
-            kind = "loses" if entry.beaten_by else "unbeaten"
-            sentences.append((kind, LABELS[kind], f"{entry.run}: {entry.verdict}."))
-    return template("compare.html.jinja").render(
-        title=f"{len(found)} runs compared",
-        models=", ".join(dict.fromkeys(entry.model for entry in found)),
-        protocol_line="; ".join(dict.fromkeys(protocol_line(run.protocol) for run in runs)),
-        sentences=sentences,
-        figures=_figures(found),
-        runs=records([column for column in used(COLUMNS, found) if column.key not in hidden], found),
-    )
 
 
 def _entry(run: RunRecord) -> Entry | None:
@@ -163,26 +172,3 @@ def _judged(entry: Entry, on_front: bool, rivals: Sequence[Entry]) -> Entry:
 def _noise(a: Entry, b: Entry) -> float:
     """Two standard errors of the difference, from above."""
     return 2 * ((a.stage.nll_difference_stderr or 0.0) + (b.stage.nll_difference_stderr or 0.0))
-
-
-def _figures(found: Sequence[Entry]) -> list[Plot]:
-    plots = []
-    for index, protocol in enumerate(dict.fromkeys(entry.protocol for entry in found)):
-        rows: list[dict[str, Any]] = [
-            {
-                "megabytes": entry.stage.total_bytes / 1e6,
-                "perplexity": entry.stage.perplexity,
-                "run": entry.run,
-                "kind": "loses" if entry.beaten_by else "unbeaten",
-            }
-            for entry in found
-            if entry.protocol == protocol and entry.stage.total_bytes is not None
-        ]
-        if rows:
-            figure = pareto_figure(
-                rows, "megabytes", "perplexity", "run", "kind", xlabel="size on disk, MB", ylabel="perplexity", width=WIDTH
-            )
-            text = "Down and to the left is better; the line joins the runs that no other beats in both."
-            described = ", ".join(f"{row['run']} {number(row['megabytes'])} MB {number(row['perplexity'])}" for row in rows)
-            plots.append(Plot("Perplexity against total bytes", text, inline_svg(figure, f"plot{index}", described)))
-    return plots

@@ -1,7 +1,7 @@
 """A run in words: what each stage did to perplexity, which layers suffered. What to try next is `advice`.
 
-Every sentence follows from numbers of the record. A change within two paired standard errors is called noise; a perplexity
-below the baseline is called adaptation to the text's domain.
+Every sentence follows from numbers of the record. A change within two paired standard errors is called noise, one that no printed digit
+shows is no verdict either; a perplexity below the baseline is called adaptation to the text's domain.
 """
 
 import math
@@ -14,6 +14,8 @@ from statistics import fmean, median
 from .record import LayerRecord, RunRecord, StageRecord, is_finite
 from .units import difference, duration, number, percent, size
 
+SLIGHT = 5e-4
+"""Relative change of perplexity that is written as 0.0 %."""
 KINDS = ("summary", "hurt", "helped", "layers", "noise", "adaptation", "bytes", "allocation", "note")
 
 
@@ -37,6 +39,15 @@ class Change:
     @property
     def is_noise(self) -> bool:
         return self.stderr is not None and abs(self.nats) <= 2 * self.stderr
+
+    @property
+    def is_slight(self) -> bool:
+        return abs(math.expm1(self.nats)) < SLIGHT
+
+    @property
+    def counts(self) -> bool:
+        """Whether it may be called a loss or a gain."""
+        return not self.is_noise and not self.is_slight
 
     @property
     def text(self) -> str:
@@ -81,7 +92,7 @@ def _notes(stages: Sequence[StageRecord]) -> list[Finding]:
 
 
 def worst_change(found: Sequence[Change]) -> Change | None:
-    rising = [change for change in found if change.nats > 0 and not change.is_noise]
+    rising = [change for change in found if change.nats > 0 and change.counts]
     return max(rising, key=lambda change: change.nats, default=None)
 
 
@@ -111,15 +122,17 @@ def _hurt(found: Sequence[Change], worst: Change | None) -> list[Finding]:
     if not found:
         return []
     if worst is None:
-        return [Finding("hurt", "No stage raised perplexity by more than two standard errors.")]
-    total = math.fsum(change.nats for change in found if change.nats > 0 and not change.is_noise)
+        slight = any(change.is_slight and not change.is_noise for change in found)
+        least = f"{percent(SLIGHT * 2)}" if slight else "two standard errors"
+        return [Finding("hurt", f"No stage raised perplexity by {'as much as' if slight else 'more than'} {least}.")]
+    total = math.fsum(change.nats for change in found if change.nats > 0 and change.counts)
     share = f", {percent(worst.nats / total)} of all that was lost on the way" if worst.nats < total else ""
     error = "" if worst.stderr is None else f"; {difference(worst.nats, worst.stderr)} nats per token"
     return [Finding("hurt", f"{named(worst.after)} hurt most: {worst.text}{share}{error}.")]
 
 
 def _helped(found: Sequence[Change]) -> list[Finding]:
-    falling = [change for change in found if change.nats < 0 and not change.is_noise]
+    falling = [change for change in found if change.nats < 0 and change.counts]
     sentences = []
     for change in falling:
         closed = change.after.gap_closed
@@ -178,6 +191,8 @@ def _noise(found: Sequence[Change]) -> list[Finding]:
             moved = f"{difference(change.nats, change.stderr)} nats per token"
             told = f"{named(change.after)}: {change.text} is within two standard errors ({moved})"
             sentences.append(Finding("noise", f"{told}: not a difference this evaluation can tell from none."))
+        elif change.is_slight:
+            sentences.append(Finding("noise", f"{named(change.after)}: {change.text} is too little to count as a loss or a gain."))
     blind = [change.after.stage for change in found if change.stderr is None]
     if blind:
         text = f"No paired standard error was recorded for {', '.join(blind)}: small changes there may be noise."

@@ -14,16 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from .drawing import INK, MARKERS, MUTED, PALETTE, PAPER, STYLE, new_figure, nice_log_axis, panel_title, place_labels, plain
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other beats in both coordinates (smaller is better), by rising first coordinate."""
-    best, front = math.inf, []
-    for index in sorted(range(len(points)), key=lambda index: points[index]):
-        if points[index][1] < best:
-            best = points[index][1]
-            front.append(index)
-    return front
+from .pareto import pareto_front
 
 
 def lines_figure(

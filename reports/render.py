@@ -1,17 +1,17 @@
 """What the command line calls: a run as text in one of the formats, or on a terminal; several runs compared."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
-
-from rich.console import Console
-from rich.text import Text
+from typing import TYPE_CHECKING, Literal
 
 from .advice import suggestions
 from .columns import STAGE_COLUMNS, extra_rows, protocol_line, protocol_rows, series, series_columns
 from .findings import findings
 from .record import RunRecord, dumps
-from .tables import cells, csv_text, layer_table, markdown_table, rich_table, stage_table
+from .tables import cells, csv_text, fitted_table, fitting, layer_table, markdown_table, paragraph, short_cells, stage_table
 from .units import exact
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Format = Literal["html", "md", "csv", "json"]
 ComparisonFormat = Literal["table", "md", "html", "json"]
@@ -26,24 +26,28 @@ def render(record: RunRecord, format: Format) -> str:
     return known[format](record)
 
 
-def show(record: RunRecord, console: Console) -> None:
+def show(record: RunRecord, console: "Console") -> None:
     """The stage table and the words, for a terminal."""
-    console.print(rich_table(STAGE_COLUMNS, record.stages, title=f"{record.model}, {record.run}", width=console.width))
-    console.print(Text(f"perplexity on {protocol_line(record.protocol)}", style="dim"))
-    for found in findings(record):
-        console.print(Text(found.text, style=TONES.get(found.kind, "")))
-    for tip in suggestions(record):
-        console.print(Text(f"try: {tip.replace('`', '')}", style="cyan"))
+    from rich.text import Text
+
+    columns = fitting(STAGE_COLUMNS, record.stages, console.width)
+    console.print(Text(f"{record.model}, {record.run}", style="italic"))
+    console.print(Text(fitted_table(*short_cells(columns, record.stages), console.width), end=""), soft_wrap=True)
+    lines = [(f"perplexity on {protocol_line(record.protocol)}", "dim")]
+    lines += [(found.text, TONES.get(found.kind, "")) for found in findings(record)]
+    lines += [(f"try: {tip.replace('`', '')}", "cyan") for tip in suggestions(record)]
+    for line, style in lines:
+        console.print(Text(paragraph(line, console.width), style=style), soft_wrap=True)
 
 
-def compare(records: Sequence[RunRecord], format: ComparisonFormat = "table") -> str:
-    """Several runs as one text: a plain or Markdown table, JSON, or a page."""
-    from .compare import html, json_text, table
+def compare(records: Sequence[RunRecord], format: ComparisonFormat = "table", width: int | None = None) -> str:
+    """Several runs as one text: a plain table, of at most `width` characters, a Markdown table, JSON, or a page."""
+    from .compare import json_text, table
 
     known: dict[str, Callable[[Sequence[RunRecord]], str]] = {
-        "table": table,
+        "table": lambda runs: table(runs, width=width),
         "md": lambda runs: table(runs, markdown=True),
-        "html": html,
+        "html": _comparison_page,
         "json": json_text,
     }
     if format not in known:
@@ -68,6 +72,12 @@ def markdown(record: RunRecord) -> str:
         if stage.layers:
             parts += [f"## Layers after {stage.stage}\n", layer_table(stage, markdown=True)]
     return "\n".join(parts)
+
+
+def _comparison_page(records: Sequence[RunRecord]) -> str:
+    from .compare_page import comparison_html
+
+    return comparison_html(records)
 
 
 def _html(record: RunRecord) -> str:

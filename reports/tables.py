@@ -1,4 +1,4 @@
-"""Records as text: a table for a terminal, plain text, Markdown, CSV.
+"""Records as text: a table as wide as a terminal, plain text, Markdown, CSV.
 
 Knows widths, quoting and alignment; `columns` knows what is in a table.
 """
@@ -6,48 +6,91 @@ Knows widths, quoting and alignment; `columns` knows what is in a table.
 import csv
 import io
 import json
+import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from itertools import zip_longest
 from typing import Any
-
-from rich.table import Table
-from rich.text import Text
 
 from .columns import STAGE_COLUMNS, Column, layer_columns, series, used
 from .record import RunRecord, StageRecord, finite
 from .units import number as number
 
+BOUND = "\u00a0"
 
-def rich_table(columns: Sequence[Column], rows: Sequence[Any], title: str | None = None, width: int | None = None) -> Table:
-    """A rich table of the columns in use; those of high rank are left out until it fits `width` characters."""
+
+def fitting(columns: Sequence[Column], rows: Sequence[Any], width: int) -> list[Column]:
+    """The columns in use; those of the highest rank are left out until the table fits `width` characters."""
     shown = used(columns, rows)
-    while width is not None and _table_width(shown, rows) > width and any(column.rank for column in shown):
+    while any(column.rank for column in shown) and _natural_width(*short_cells(shown, rows)[:2]) > width:
         shown.remove(max(shown, key=lambda column: column.rank))
-    table = Table(title=title, title_justify="left", header_style="bold", pad_edge=False, box=None, padding=(0, 1))
-    for column in shown:
-        table.add_column(column.short or column.title, justify="right" if column.numeric else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(column.show(column.get(row))) for column in shown))
-    return table
+    return shown
 
 
-def _table_width(columns: Sequence[Column], rows: Sequence[Any]) -> int:
-    widths = [
-        max(len(text) for text in (column.short or column.title, *(column.show(column.get(row)) for row in rows))) for column in columns
-    ]
-    return sum(widths) + 2 * (len(columns) - 1)
+def short_cells(columns: Sequence[Column], rows: Sequence[Any]) -> tuple[list[str], list[list[str]], list[bool]]:
+    """As `cells`, under the short titles."""
+    _, texts, numeric = cells(columns, rows)
+    return [column.short or column.title for column in columns], texts, numeric
+
+
+def _natural_width(header: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    return sum(max(map(len, column)) for column in zip(header, *rows, strict=True)) + 2 * (len(header) - 1)
+
+
+def fitted_table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[bool], width: int) -> str:
+    """Aligned text of at most `width` characters: what is no number wraps between words; where that is not enough, one paragraph a row."""
+    columns = list(zip(header, *rows, strict=True))
+    natural = [max(map(len, column)) for column in columns]
+    words = [max((len(word) for cell in column for word in _bound(cell).split(" ")), default=0) for column in columns]
+    least = [whole if right else word for whole, word, right in zip(natural, words, numeric, strict=True)]
+    spare = width - 2 * (len(header) - 1) - sum(least)
+    if spare < 0:
+        return "".join(_paragraph(header, row, width) for row in rows)
+    wanted = sum(natural) - sum(least)
+    widths = [low + (high - low) * min(spare, wanted) // max(wanted, 1) for low, high in zip(least, natural, strict=True)]
+    wrapped = [[_lines(cell, size) for cell, size in zip(row, widths, strict=True)] for row in (header, *rows)]
+    lines = [list(line) for row in wrapped for line in zip_longest(*row, fillvalue="")]
+    titles = max(map(len, wrapped[0]), default=1)
+    return _aligned([*lines[:titles], ["-" * size for size in widths], *lines[titles:]], widths, numeric)
+
+
+def paragraph(text: str, width: int | None) -> str:
+    """The text in lines of at most `width` characters, broken between words."""
+    return text if width is None else "\n".join(_lines(text, width))
+
+
+def _lines(text: str, width: int) -> list[str]:
+    lines = textwrap.wrap(_bound(text), max(width, 1), break_long_words=False, break_on_hyphens=False) or [""]
+    return [line.replace(BOUND, " ") for line in lines]
+
+
+def _bound(text: str) -> str:
+    """No line ends between a number and its unit, its error or the other end of its range."""
+    return re.sub(r"(?<=[\d…±]) (?=[%…±]|[kMGT]?B\b|s\b|min\b|h\b)|(?<=[…±]) (?=[\d−-])", BOUND, text)
+
+
+def _paragraph(header: Sequence[str], row: Sequence[str], width: int) -> str:
+    texts = [f"{title}: {cell}" for title, cell in zip(header, row, strict=True)]
+    wrapped = [_lines(text, max(width - 4, 1)) for text in texts]
+    return "".join(
+        f"{'  ' * ((place > 0) + (number > 0))}{line}\n" for place, lines in enumerate(wrapped) for number, line in enumerate(lines)
+    )
 
 
 def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[bool]) -> str:
     """Aligned text without colours or lines."""
-    cells = [list(header), *map(list, rows)]
-    widths = [max(len(row[index]) for row in cells) for index in range(len(header))]
-    lines = [
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(row[index]) for row in lines) for index in range(len(header))]
+    return _aligned([lines[0], ["-" * width for width in widths], *lines[1:]], widths, numeric)
+
+
+def _aligned(lines: Sequence[Sequence[str]], widths: Sequence[int], numeric: Sequence[bool]) -> str:
+    made = (
         "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, numeric, strict=True))
-        for row in cells
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(line.rstrip() for line in lines) + "\n"
+        for row in lines
+    )
+    return "".join(f"{line.rstrip()}\n" for line in made)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[bool]) -> str:

@@ -19,9 +19,10 @@ ALLOWED = {
     "reports": set(),
     "pipelines": {"compress", "recover", "kernels", "reports"},
 }
-RECORDS = {"weights", "grids", "normal_float", "packing", "precision", "activation_grid"}
-"""Of compress, what says how a stored weight or an input is represented: all that kernels and recover may know of it; no solver, no statistics."""
-COMPRESS_MAY_IMPORT = {"torch", "scipy", "numpy"}
+RECORDS = {"weights", "grids", "normal_float", "packing", "precision", "activation_grid", "ranges"}
+"""Of compress, what says how a stored weight or an input is represented, and what range a setting lies in: all that kernels and recover may know
+of it; no solver, no statistics."""
+COMPRESS_MAY_IMPORT = {"torch", "scipy", "numpy", "annotated_types"}
 LOOSE = {"__init__", "cli", "doctor", "errors", "logs"}  # the files of pipelines/ that lie in no room
 ROOMS = (
     "recipes", "demo", "text", "store", "devices", "formats", "models", "evaluation", "stages", "allocation", "planning", "run", "export",

@@ -76,10 +76,6 @@ class ErrorTable:
     seconds: float
 
 
-def finished_blocks(directory: Path) -> int:
-    return len(list(directory.glob("block-?????.safetensors")))
-
-
 def build(directory: Path, parent: Artifact, stages: Spent, settings: list[Setting], allocation: AllocationSettings, context: Context) -> ErrorTable:
     """Go on with the table in `directory` until it is whole. KeyboardInterrupt between two blocks when the user asks to end."""
     reader = BlockReader(parent, keeps=True)

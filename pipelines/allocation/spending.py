@@ -60,6 +60,8 @@ def spent(recipe: Recipe) -> Spent:
             )
     quantize, decompose = named["quantize"][0], next(iter(named["decompose"]), None)
     _check_method(option, quantize, ("bits",), "no bits to choose")
+    if hasattr(quantize.config, "block_size") and -1 in recipe.allocation.group_sizes:
+        raise UsageError(f"{option}: allocation.group_sizes: {quantize.method} has no blocks of a whole row (-1); name their sizes")
     if recipe.allocation.errors == "iterates" and decompose is None:
         raise UsageError(f"{option}: allocation.errors: iterates are those of a decompose stage, and this recipe has none; set rounding")
     if decompose is not None:

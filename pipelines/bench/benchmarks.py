@@ -31,6 +31,7 @@ from ..recipes.recipe import resolve
 from ..recipes.settings import unknown
 from ..recipes.stage_settings import StageSpec, build, methods
 from . import solvers
+from .command_times import command_rows
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +77,11 @@ def run(subject: str, options: Options) -> dict[str, Any]:
 
         return generate(options.device, options.model, options.repeats, options.output)
     device = _device(options)
-    chosen = _chosen(subject, options.only) if subject != "allocate" else []
+    chosen = _chosen(subject, options.only) if subject not in ("allocate", "commands") else []
     if subject == "allocate":
         rows = solvers.allocation(options.repeats)
+    elif subject == "commands":
+        rows = command_rows(options.model, options.repeats)
     elif options.model is not None or subject == "recover":
         rows = _on_model(subject, chosen, options)
     else:

@@ -1,6 +1,7 @@
 """Commands about the program itself: list, show, doctor, bench."""
 
-from dataclasses import MISSING, fields
+from collections.abc import Mapping
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,6 +10,9 @@ import typer
 from ..errors import UsageError
 from . import common as o
 from .runs import RecipeName, start
+from .streams import echo
+
+MethodName = Annotated[str | None, typer.Argument(metavar="METHOD", help="the settings of this method")]
 
 FORMATS = {
     "dense": "plain safetensors, any program",
@@ -19,21 +23,71 @@ FORMATS = {
 }
 
 
-def list_(json: o.Json = False, verbose: o.Verbose = False, quiet: o.Quiet = False) -> None:
-    """Recipes, the methods of each stage with their settings and defaults, export formats."""
+def list_(method: MethodName = None, json: o.Json = False, verbose: o.Verbose = False, quiet: o.Quiet = False) -> None:
+    """Recipes, the methods of each stage, export formats; with METHOD its settings, their ranges and defaults, and advice."""
     start(verbose, quiet)
-    from ..recipes.recipe import STAGES, known_recipes, methods
-    from ..recipes.settings import read_mapping
+    from ..recipes import catalog
 
-    recipes = {name: read_mapping(_recipe_file(name)).get("about", "") for name in known_recipes()}
-    stages = {stage: {name: _defaults(row) for name, row in methods(stage).items()} for stage in STAGES}
-    of_stages = {stage: _of_stage(stage) for stage in STAGES if _of_stage(stage)}
-    departs = {s: {name: row.departs for name, row in methods(s).items() if getattr(row, "departs", "")} for s in STAGES}
-    shown: dict[str, Any] = {stage: _lines(settings, departs[stage]) for stage, settings in stages.items()}
-    for stage, settings in of_stages.items():
-        shown[stage] = {"(any method)": " ".join(f"{key}={value}" for key, value in settings.items())} | shown[stage]
-    machine = {**stages, "stage_settings": of_stages, "departures_from_papers": {s: found for s, found in departs.items() if found}}
-    o.write({"recipes": recipes, **(machine if json else shown), "export_formats": FORMATS}, json)
+    if method is not None:
+        found = catalog.named(method)
+        if json:
+            o.write_json({"methods": found})
+            return
+        for place, row in enumerate(found):
+            _write_method(row, place)
+    elif json:
+        o.write_json(_machine_list(catalog.catalog()))
+    else:
+        _write_list(catalog.catalog())
+
+
+def _machine_list(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Setting → default of every method, and beside it what all methods of a stage share, what each does and where it departs from its paper."""
+    from ..recipes.stage_settings import STAGES
+
+    stages, of_stages, does, departs = {}, {}, {}, {}
+    for stage, rows in known["methods"].items():
+        shared = STAGES[stage][3]
+        defaults = {name: {item["name"]: item["default"] for item in row["settings"]} for name, row in rows.items()}
+        stages[stage] = {name: {key: value for key, value in row.items() if key not in shared} for name, row in defaults.items()}
+        if shared:
+            of_stages[stage] = {key: next(iter(defaults.values()))[key] for key in shared}
+        does[stage] = {name: {"does": row["does"], "paper": row["paper"]} for name, row in rows.items()}
+        if departing := {name: row["departs"] for name, row in rows.items() if row["departs"]}:
+            departs[stage] = departing
+    recipes = {name: row["about"] for name, row in known["recipes"].items()}
+    more = {"stage_settings": of_stages, "methods": does, "departures_from_papers": departs, "export_formats": FORMATS}
+    return {"recipes": recipes, **stages, **more}
+
+
+def _write_list(known: Mapping[str, Any]) -> None:
+    """One line for each name."""
+    from ...reports.tables import paragraph
+
+    echo(o.table([{"recipe": name, "what it does": row["about"]} for name, row in known["recipes"].items()]))
+    for stage, rows in known["methods"].items():
+        lines = [{stage: name, "what it does": row["does"], "paper": row["paper"] or "–"} for name, row in rows.items()]
+        echo(o.table(lines))
+    echo(o.table([{"export format": name, "what it is": text} for name, text in FORMATS.items()]))
+    echo(paragraph("`pipeline list METHOD` has a method's settings, `pipeline show RECIPE` those of a recipe.", o.width()))
+
+
+def _write_method(row: Mapping[str, Any], place: int) -> None:
+    from ...reports.tables import paragraph
+
+    facts = [f"{row['method']} ({row['stage']}): {row['does']}"]
+    facts += [f"paper: {row['paper']}"] if row["paper"] else []
+    facts += [f"departs from it: {row['departs']}"] if row["departs"] else []
+    facts += [f"{key.replace('_', ' ')}: {text}" for key, text in row["ways"].items()]
+    echo("\n" * (place > 0) + "\n".join(paragraph(fact, o.width()) for fact in facts) + "\n")
+    lines = [{"setting": s["name"], "default": _as_written(s["default"]), "range": s["range"]} for s in row["settings"]]
+    echo(o.table(lines))
+    echo("\n".join(paragraph(text, o.width()) for text in row["advice"]))
+
+
+def _as_written(value: Any) -> str:
+    """As a recipe has it."""
+    return value if isinstance(value, str) else dumps(value)
 
 
 def show(
@@ -48,13 +102,18 @@ def show(
 ) -> None:
     """A recipe with every default written out, ready to save and change."""
     start(verbose, quiet)
-    from ..recipes.recipe import resolve
+    from ..recipes.catalog import packaged
+    from ..recipes.settings import dump
 
-    resolved = resolve(recipe, file=config, sets=sets or [], options={"model": model, "profile": profile})
+    settings = packaged(recipe, model, profile) if config is None and not sets else None
+    if settings is None:
+        from ..recipes.recipe import resolve
+
+        settings = resolve(recipe, file=config, sets=sets or [], options={"model": model, "profile": profile}).settings()
     if json:
-        o.write_json(resolved.settings())
+        o.write_json(settings)
     else:
-        typer.echo(resolved.to_yaml().rstrip("\n"))
+        echo(dump(settings).rstrip("\n"))
 
 
 def doctor(json: o.Json = False, verbose: o.Verbose = False, quiet: o.Quiet = False) -> None:
@@ -67,10 +126,11 @@ def doctor(json: o.Json = False, verbose: o.Verbose = False, quiet: o.Quiet = Fa
 
 def bench(
     subject: Annotated[
-        Literal["compress", "decompose", "allocate", "recover", "kernels", "generate"], typer.Argument(help="what to measure")
+        Literal["compress", "decompose", "allocate", "recover", "kernels", "generate", "commands"], typer.Argument(help="what to measure")
     ],
     model: Annotated[
-        str | None, typer.Option("-m", "--model", metavar="MODEL", help="whole stages of this model, not synthetic layers")
+        str | None,
+        typer.Option("-m", "--model", metavar="MODEL", help="whole stages of this model, not synthetic layers; generate, commands: a run"),
     ] = None,
     sizes: Annotated[list[int] | None, typer.Option("--size", metavar="N", min=64, help="width of a synthetic layer; repeatable")] = None,
     only: Annotated[list[str] | None, typer.Option("--method", metavar="NAME", help="this method only; repeatable")] = None,
@@ -106,36 +166,3 @@ def _numbers(text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UsageError(f"--depths {text}: expected numbers of blocks, as in 4,8,16,32")
     return tuple(int(part) for part in parts)
-
-
-def _recipe_file(name: str) -> Path:
-    from ..recipes.recipe import RECIPES
-
-    return RECIPES / f"{name}.yaml"
-
-
-def _defaults(row: Any) -> dict[str, Any]:
-    """Setting → default of a method."""
-    preset = dict(getattr(row, "defaults", None) or {})
-    return {item.name: preset.get(item.name, None if item.default is MISSING else item.default) for item in fields(row.config)}
-
-
-def _of_stage(stage: str) -> dict[str, Any]:
-    """Setting → default of what every method of a stage takes besides its own settings."""
-    from ..recipes.recipe import STAGES, StageSpec
-
-    defaults = {item.name: item.default if item.default is not MISSING else {} for item in fields(StageSpec)}
-    return {key: list(defaults[key]) if isinstance(defaults[key], tuple) else defaults[key] for key in STAGES[stage][3]}
-
-
-def _lines(settings: dict[str, dict[str, Any]], departs: dict[str, str]) -> dict[str, str]:
-    """One line a method, with where it departs from its paper; what all methods of the stage agree on stands once."""
-    every = [set(map(repr, defaults.items())) for defaults in settings.values()]
-    common = set.intersection(*every) if len(every) > 1 else set()
-    lines = {}
-    if common:
-        lines["(all)"] = " ".join(f"{key}={value}" for key, value in next(iter(settings.values())).items() if repr((key, value)) in common)
-    for name, defaults in settings.items():
-        lines[name] = " ".join(f"{key}={value}" for key, value in defaults.items() if repr((key, value)) not in common)
-        lines[name] += f" ({departs[name]})" if name in departs else ""
-    return lines

@@ -1,6 +1,9 @@
 """The options that several commands share, spelled once, and how results are written to stdout."""
 
+import io
 import json
+import math
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..recipes.settings import DtypeName
+from ...compress.ranges import DtypeName
+from .streams import echo, takes
 
 Model = Annotated[str | None, typer.Option("-m", "--model", metavar="MODEL", help="demo, a directory, a Hub id or a .gguf file")]
 Revision = Annotated[str | None, typer.Option("--revision", metavar="REV", help="revision of a Hub model")]
@@ -34,24 +38,38 @@ OutputRun = Annotated[Path | None, typer.Option("-o", "--output", metavar="RUN_D
 FromStage = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="refuse to run unless all before it is finished")]
 UntilStage = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="stop after this stage")]
 ForceStage = Annotated[str | None, typer.Option("--force", metavar="STAGE", help="redo this stage and those after it, finished or not")]
+
+
+def _finite_number(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
+
+
 Gate = Annotated[
-    float | None, typer.Option("--max-perplexity-ratio", metavar="X", min=0.0, help="exit 4 if the result is worse than X × baseline")
+    float | None,
+    typer.Option(
+        "--max-perplexity-ratio", metavar="X", min=0.0, callback=_finite_number, help="exit 4 if the result is worse than X × baseline"
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="more log lines, tracebacks")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="errors only")]
 
 
-def console() -> Any:
-    """Results for a person; wide enough for tables where stdout is no terminal."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+def width() -> int:
+    """Characters of a line of results: $COLUMNS, else the terminal's, else 140."""
+    return shutil.get_terminal_size((140, 24)).columns
 
 
 def write_json(value: Any) -> None:
     """One JSON object on stdout; numbers that JSON cannot hold become null."""
-    typer.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str))
+    echo_json(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str))
+
+
+def echo_json(text: str) -> None:
+    """JSON whose characters a stream in ASCII gets as escapes, so that it says the same."""
+    echo(text if takes(text) else json.dumps(json.loads(text), indent=2))
 
 
 def write(value: Mapping[str, Any], as_json: bool) -> None:
@@ -59,7 +77,7 @@ def write(value: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         write_json(value)
     else:
-        _write_section(value, console(), "")
+        _write_section(value, "")
 
 
 def show_record(record: Any, as_json: bool) -> None:
@@ -67,38 +85,35 @@ def show_record(record: Any, as_json: bool) -> None:
     from ...reports.render import render, show
 
     if as_json:
-        typer.echo(render(record, "json").rstrip("\n"))
-    else:
-        show(record, console())
+        echo_json(render(record, "json").rstrip("\n"))
+        return
+    from rich.console import Console
+
+    text = io.StringIO()
+    show(record, Console(file=text, width=width(), highlight=False, force_terminal=sys.stdout.isatty()))
+    echo(text.getvalue(), end="")
 
 
-def _write_section(section: Mapping[str, Any], out: Any, indent: str) -> None:
-    from rich.text import Text
-
+def _write_section(section: Mapping[str, Any], indent: str) -> None:
     for key, value in section.items():
         if isinstance(value, Mapping) and value:
-            out.print(Text(f"{indent}{key}:"))
-            _write_section(value, out, indent + "  ")
+            echo(f"{indent}{key}:")
+            _write_section(value, indent + "  ")
         elif isinstance(value, Sequence) and value and all(isinstance(row, Mapping) for row in value):
-            out.print(Text(f"{indent}{key}:"))
-            out.print(table(value))
+            echo(f"{indent}{key}:")
+            echo(table(value).rstrip("\n"))
         else:
-            out.print(Text(f"{indent}{key}: {_cell(str(key), value)}"), soft_wrap=True)
+            echo(f"{indent}{key}: {_cell(str(key), value)}")
 
 
-def table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str] | None = None) -> Any:
-    """A rich table of mappings; `titles` are shorter names for keys."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-    from rich.text import Text
+def table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str] | None = None) -> str:
+    """A table of mappings, as wide as the terminal at most; `titles` are shorter names for keys."""
+    from ...reports.tables import fitted_table
 
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    made = Table(box=SIMPLE)
-    for key in keys:
-        made.add_column((titles or {}).get(key, str(key)), overflow="fold")
-    for row in rows:
-        made.add_row(*(Text(_cell(str(key), row.get(key))) for key in keys))
-    return made
+    numeric = [all(isinstance(row.get(key), int | float | None) for row in rows) for key in keys]
+    header = [(titles or {}).get(key, str(key)) for key in keys]
+    return fitted_table(header, [[_cell(str(key), row.get(key)) for key in keys] for row in rows], numeric, width())
 
 
 def _cell(key: str, value: Any) -> str:

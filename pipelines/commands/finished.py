@@ -10,6 +10,7 @@ import typer
 from ..errors import UsageError
 from . import common as o
 from .runs import existing, start
+from .streams import echo, flush
 
 RUN_FILES = ("run.json", "record.json", "environment.json", "recipe.resolved.yaml", "log.jsonl", ".lock")
 
@@ -36,9 +37,9 @@ def show(run_directory: o.RunDirectory, json: o.Json = False, verbose: o.Verbose
     """The stage table in the terminal."""
     start(verbose, quiet)
     existing(run_directory)
-    from ..run import runner
+    from ..run import ledger
 
-    o.show_record(runner.record(run_directory), json)
+    o.show_record(ledger.record(run_directory), json)
 
 
 @report.command("export")
@@ -53,9 +54,9 @@ def export_report(
     start(verbose, quiet)
     existing(run_directory)
     from ...reports.render import render
-    from ..run import runner
+    from ..run import ledger
 
-    _deliver(render(runner.record(run_directory), format_), output)
+    _deliver(render(ledger.record(run_directory), format_), output, format_)
 
 
 def compare(
@@ -73,10 +74,10 @@ def compare(
     for directory in run_directories:
         existing(directory)
     from ...reports.render import compare as compared
-    from ..run import runner
+    from ..run import ledger
 
-    records = [runner.record(directory) for directory in run_directories]
-    _deliver(compared(records, "json" if json else format_), output)
+    records = [ledger.record(directory) for directory in run_directories]
+    _deliver(compared(records, "json" if json else format_, width=None if output else o.width()), output, "json" if json else format_)
 
 
 def eval_(
@@ -155,15 +156,15 @@ def generate(
         o.write_json({"prompt": text, "text": "".join(pieces)})
         return
     for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+        echo(piece, end="")
+        flush()
+    echo("")
 
 
-def _deliver(text: str, output: Path | None) -> None:
+def _deliver(text: str, output: Path | None, format_: str) -> None:
     """To stdout, or to a file that appears whole."""
     if output is None:
-        typer.echo(text.rstrip("\n"))
+        (o.echo_json if format_ == "json" else echo)(text.rstrip("\n"))
         return
     if not output.parent.is_dir():
         raise UsageError(f"{output.parent}: no such directory; make it first")
@@ -174,7 +175,7 @@ def _deliver(text: str, output: Path | None) -> None:
         scratch.replace(output)
     finally:
         scratch.unlink(missing_ok=True)
-    typer.echo(str(output))
+    echo(str(output))
 
 
 def _refuse_to_overwrite(output: Path) -> None:

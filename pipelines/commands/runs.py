@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +11,7 @@ import typer
 from .. import logs
 from ..errors import InputError, OutOfMemoryError, QualityError, UsageError
 from . import common as o
+from .streams import echo
 
 if TYPE_CHECKING:
     from ..recipes.recipe import Recipe
@@ -58,11 +59,14 @@ def run(
     start(verbose, quiet)
     given = {"model": model, "data": data, "calibration": calibration, "train": train, "eval": eval_, "seed": seed, "dtype": dtype}
     given |= {"profile": profile, "revision": revision, "budget": budget, "teacher": teacher}
-    from ..recipes.recipe import resolve, run_directory
+    from ..recipes.recipe import planned_directory, resolve
+    from ..store.rundir import RunDirectory
 
-    resolved = resolve(recipe, file=config, sets=sets or [], options=given)
-    resolved.check_addresses(from_stage, until_stage, force)
-    directory = output or run_directory(resolved)
+    layers: Any = {"file": config, "sets": sets or [], "options": given}
+    directory = output or planned_directory(recipe, **layers)
+    with nullcontext() if dry_run else RunDirectory(directory.absolute()).created():  # `status` finds it before torch is there
+        resolved = resolve(recipe, **layers)
+        resolved.check_addresses(from_stage, until_stage, force)
     if dry_run:
         predict(resolved, directory, device, json)
         return
@@ -100,9 +104,9 @@ def status(
     """Which stages are finished, which is under way, and what is still to do."""
     start(verbose, quiet)
     existing(run_directory)
-    from ..run import runner
+    from ..run import ledger
 
-    o.write(runner.status(run_directory, verify), json)
+    o.write(ledger.status(run_directory, verify), json)
 
 
 def gc(
@@ -111,9 +115,9 @@ def gc(
     """Delete what nothing needs: stages of other settings and leftovers of interrupted ones. The points of a sweep are needed."""
     start(verbose, quiet)
     existing(run_directory)
-    from ..run import runner
+    from ..run import ledger
 
-    o.write(runner.gc(run_directory, dry_run), json)
+    o.write(ledger.gc(run_directory, dry_run), json)
 
 
 def sweep(
@@ -155,9 +159,9 @@ def sweep(
     if json:
         o.write_json(outcome.to_json())
     else:
-        o.console().print(o.table(outcome.rows(), sweeping.TITLES))
+        echo(o.table(outcome.rows(), sweeping.TITLES).rstrip("\n"))
         if (page := directory / "sweep" / "compare.html").is_file():
-            typer.echo(f"report: {page}")
+            echo(f"report: {page}")
     outcome.raise_failure()
 
 
@@ -199,9 +203,9 @@ def reported(directory: Path, as_json: bool) -> Iterator[None]:
 
 
 def _show(directory: Path, as_json: bool) -> None:
-    from ..run import runner
+    from ..run import ledger
 
-    o.show_record(runner.record(directory), as_json)
+    o.show_record(ledger.record(directory), as_json)
     page = directory / "report.html"
     if page.is_file() and not as_json:
-        typer.echo(f"report: {page if page.is_absolute() else os.path.relpath(page)}")
+        echo(f"report: {page if page.is_absolute() else os.path.relpath(page)}")

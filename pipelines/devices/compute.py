@@ -14,9 +14,9 @@ from typing import Any, get_args
 
 import torch
 
+from ...compress.ranges import DtypeName
 from ..doctor import memory
 from ..errors import UsageError
-from ..recipes.settings import DtypeName
 
 AMPERE = (8, 0)
 """The first compute capability that multiplies bfloat16; cards before it take float16."""

@@ -25,6 +25,7 @@ from ..models.hidden import Room
 from ..store.artifact import Artifact
 from ..text.data import Windows
 from . import perplexity
+from .scores import Scores, load_scores, save_scores
 
 
 @dataclass
@@ -88,12 +89,12 @@ def scores_of(
     dtype: torch.dtype,
     bind: Binder | None = None,
     label: str = "perplexity, blocks",
-) -> tuple[perplexity.Scores, dict[str, Any]]:
+) -> tuple[Scores, dict[str, Any]]:
     """Scores under a protocol: read if they were measured, else measured and kept. Without a teacher (the baseline itself) the last
     hidden states are kept as well, for the stages that follow."""
     key = perplexity.protocol_key(windows)
     path = metrics / f"{key}.json"
-    found = perplexity.load_scores(path)
+    found = load_scores(path)
     if found is not None and (teacher is not None or perplexity.has_hidden(metrics / f"{key}.hidden.safetensors")):
         return found
     began = time.monotonic()
@@ -109,7 +110,7 @@ def scores_of(
     }
     if teacher is None:
         hidden.save(metrics / f"{key}.hidden.safetensors")
-    perplexity.save_scores(path, scores, windows, extra)
+    save_scores(path, scores, windows.protocol, extra)
     return scores, extra
 
 
@@ -145,7 +146,7 @@ def size_of(artifact: Artifact) -> dict[str, Any]:
 
 def stage_record(
     address: str, method: str | None, settings: dict[str, Any], metrics: Path, size: dict[str, Any],
-    scores: perplexity.Scores, extra: dict[str, Any], baseline: perplexity.Scores, previous: perplexity.Scores | None,
+    scores: Scores, extra: dict[str, Any], baseline: Scores, previous: Scores | None,
 ) -> StageRecord:  # fmt: skip
     """A stage's record from what lies beside its artifact."""
     path = metrics / "stage.json"

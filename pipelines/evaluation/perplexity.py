@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import torch
@@ -22,29 +21,13 @@ from ..devices.compute import Compute
 from ..errors import InputError
 from ..models.blocks import StreamedModel
 from ..models.hidden import HiddenStates, Room
-from ..store import artifact
 from ..text.data import Windows
+from .scores import Scores
 
 TOKENS_AT_ONCE = 2048
 LOGITS_AT_ONCE = 512
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Per window: mean NLL in nats over its predicted tokens and, against a teacher, mean KL(teacher ‖ model) and top-1 agreement.
-    Where only some tokens count, a window's sum is over those, divided by how many of them a window has on average, so that the mean over
-    windows is the mean over counted tokens."""
-
-    nll: tuple[float, ...]
-    kl: tuple[float, ...] | None
-    top1: tuple[float, ...] | None
-
-    @property
-    def perplexity(self) -> float:
-        mean = math.fsum(self.nll) / len(self.nll)
-        return math.exp(mean) if mean < 700 else math.inf
 
 
 @dataclass(frozen=True)
@@ -173,24 +156,6 @@ def protocol_key(windows: Windows) -> str:
     if (protocol.get("dtype", "float32"), protocol.get("device", "cpu")) == ("float32", "cpu"):
         protocol = {name: value for name, value in protocol.items() if name not in ("dtype", "device")}
     return hashlib.sha256(json.dumps(protocol, sort_keys=True, default=str).encode()).hexdigest()[:8]
-
-
-def save_scores(path: Path, scores: Scores, windows: Windows, extra: dict[str, Any]) -> None:
-    """One JSON file for one artifact under one protocol."""
-    record = {"protocol": windows.protocol, "nll": scores.nll, "kl": scores.kl, "top1": scores.top1, **extra}
-    artifact.write_json(path, record)
-
-
-def load_scores(path: Path) -> tuple[Scores, dict[str, Any]] | None:
-    """None when not measured yet."""
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text())
-        kl, top1 = record["kl"], record["top1"]
-        return Scores(tuple(record["nll"]), kl and tuple(kl), top1 and tuple(top1)), record
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a measurement of this program ({error}); delete it and run again") from error
 
 
 def has_hidden(path: Path) -> bool:

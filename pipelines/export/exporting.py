@@ -22,7 +22,8 @@ from ..formats.checkpoint import Checkpoint, Lazy, dtype_of
 from ..models.source import load_config
 from ..models.structure import inspect, skeleton, tied_names
 from ..recipes.recipe import Recipe, resolve
-from ..run.ledger import last_artifact, record
+from ..run.ledger import record
+from ..run.opening import last_artifact
 from ..stages.baseline import build_baseline, fingerprint
 from ..stages.inputs import Inputs
 from ..store.artifact import Artifact

@@ -167,13 +167,13 @@ def _resize(spec: StageSpec, site: Site, config: Any, size: Size) -> None:
             raise ValueError(f"in_features {columns} is not a multiple of the {pattern.split(':')[1]} of pattern {pattern}")
         if getattr(config, "bits", None) is not None:
             _quantized(rows, columns, config, size)
-    elif spec.name == "quantize":
+    elif spec.name == "quantize" and getattr(config, "start", "") != "stored":
         _quantized(rows, columns, config, size)
     elif spec.name == "decompose":
         rank = getattr(config, "rank", 0)
         if rank > min(rows, columns):
             raise ValueError(f"rank {rank} is above the smaller dimension {min(rows, columns)}; choose a smaller one")
-        if hasattr(config, "bits"):
+        if hasattr(config, "bits") and "base.codes" not in size.base_names:
             _quantized(rows, columns, config, size)
         with_factors(size, site.shape, rank, getattr(config, "factor_bits", None) or 16)
         size.open_factors = getattr(config, "factor_bits", 16) is None

@@ -15,7 +15,9 @@ from ..store.files import cached_sha256
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
-    """The local Hugging Face directory behind `demo`, a directory, a `.gguf` file or a Hub id. InputError says which it was not."""
+    """The local Hugging Face directory behind `demo`, a directory, a `.gguf` file or a Hub id. InputError says which it was not; UsageError
+    for a revision of what has none."""
+    refuse_revision(model, revision)
     if model == "demo":
         return imported.demo_model()
     path = Path(model).expanduser()
@@ -32,6 +34,11 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
             f"{model}: no such model directory; give a directory with config.json, a .gguf file, a Hub id (owner/name) or 'demo'"
         )
     return _from_hub(model, revision)
+
+
+def refuse_revision(model: str, revision: str | None) -> None:
+    if revision is not None and (model == "demo" or Path(model).expanduser().exists()):
+        raise UsageError(f"--revision {revision}: {model} is no model of the Hub and has no revisions; leave it out")
 
 
 def weights_home(directory: Path) -> Path:

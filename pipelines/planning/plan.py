@@ -11,7 +11,6 @@ import torch
 
 from ...compress.options import Setting
 from ..allocation import spending
-from ..allocation.error_tables import finished_blocks
 from ..devices.compute import Compute
 from ..devices.environment import compute_of
 from ..errors import InputError
@@ -22,12 +21,13 @@ from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec, methods
 from ..stages.baseline import check_source
 from ..stages.inputs import Inputs
-from ..store.rundir import RunDirectory
+from ..store.rundir import RunDirectory, finished_blocks
 from . import recovery_plan
 from .imported_sizes import imported_sizes
 from .run_costs import RunCosts
 from .stage_costs import Needs
 from .steps import Step, found_choice, plan_steps
+from .unread import unread
 
 
 def refusals(recipe: Recipe, source: Path) -> list[str]:
@@ -44,6 +44,7 @@ def refusals(recipe: Recipe, source: Path) -> list[str]:
     for spec in recipe.stages:
         if spec.name == "recover":
             refused += recovery_plan.refusals(spec, recipe, model, sizes, imported)
+        refused += unread(spec, recipe, model, sizes)
         said = apply(spec, sizes)
         refused += [] if spec.address in left_open else said
     return refused
@@ -118,7 +119,7 @@ def predict(recipe: Recipe, directory: Path | None = None, device: str = "auto")
         **most,
         "disk_bytes": round(sum(row["total_bytes"] for row in stages[1:])),
         "seconds": round(sum(row.get("seconds", 0) for row in stages)),
-        "finished": [step.address for step in steps if place is not None and step.state(place) == "done"],
+        "finished": [step.address for step in steps if place is not None and place.state(step.name) == "done"],
     }
 
 

@@ -38,11 +38,6 @@ class Step:
     settings: dict[str, Any]
     spec: StageSpec | None = None
 
-    def state(self, directory: RunDirectory) -> str:
-        if directory.artifact(self.name).is_dir():
-            return "done"
-        return "partial" if directory.scratch(self.name).is_dir() else "missing"
-
 
 def plan_steps(chosen: Recipe, source: Path, inputs: Inputs, compute: Compute, place: RunDirectory | None = None) -> list[Step]:
     """Every stage; those that a budget chooses for, and all behind them, have no key until the choice lies in the run's directory."""

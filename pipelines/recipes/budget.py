@@ -4,10 +4,12 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from annotated_types import MinLen, Predicate, doc
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from ...compress.ranges import Bits, Group, WidthOrZero
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-Bits = Literal[2, 3, 4, 8]
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Budget:
     def parse(cls, given: object) -> "Budget | None":
         if given is None or isinstance(given, Budget):
             return given
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(bpw|[kmg]?i?b)\s*", str(given), flags=re.IGNORECASE)
+        match = re.fullmatch(r"\s*([0-9]{0,9}\.?[0-9]{1,9})\s*(bpw|[kmg]?i?b)\s*", str(given), flags=re.IGNORECASE)
         if match is None or float(match[1]) <= 0 or match[2].upper() == "IB":
             raise ValueError("expected bits per weight or bytes, as in 3.0bpw or 60MB")
         text = f"{match[1]}{match[2]}"
@@ -49,11 +51,24 @@ def _up(value: float) -> str:
 
 def _listed(value: Any) -> Any:
     """A single value where a list is meant; nothing twice."""
-    return list(dict.fromkeys(value if isinstance(value, (list, tuple)) else [value]))
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(item for number, item in enumerate(items) if item not in items[:number])
 
 
 def _texts(value: Any) -> Any:
-    return [str(item) for item in _listed(value)]
+    """0.5 is a share whether it was written as a number or as text."""
+    return tuple(str(item) if isinstance(item, float) else item for item in _listed(value))
+
+
+def _is_sparsity(text: str) -> bool:
+    try:
+        pattern(text)
+    except ValueError:
+        return False
+    return True
+
+
+Sparsity = Annotated[str, Predicate(_is_sparsity)]
 
 
 class AllocationSettings(BaseModel):
@@ -67,31 +82,16 @@ class AllocationSettings(BaseModel):
     from its iterates: a solution each, so that few settings are meant.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    bits: Annotated[tuple[Bits, ...], BeforeValidator(_listed), Field(min_length=1)] = (2, 3, 4)
-    group_sizes: Annotated[tuple[int, ...], BeforeValidator(_listed), Field(min_length=1)] = (32, 64, 128)
-    double_quantize: Annotated[tuple[bool, ...], BeforeValidator(_listed), Field(min_length=1)] = (False, True)
-    ranks: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_listed), Field(min_length=1)] = (0, 4, 8, 16, 32)
-    factor_bits: Annotated[tuple[Literal[4, 8, 16], ...], BeforeValidator(_listed), Field(min_length=1)] = (16, 8)
-    sparsities: Annotated[tuple[str, ...], BeforeValidator(_texts)] = ()
+    bits: Annotated[tuple[Bits, ...], BeforeValidator(_listed), MinLen(1), doc("a list of 2|3|4|8")] = (2, 3, 4)
+    group_sizes: Annotated[tuple[Group, ...], BeforeValidator(_listed), MinLen(1), doc("a list of -1 or 1 … 65,536")] = (32, 64, 128)
+    double_quantize: Annotated[tuple[bool, ...], BeforeValidator(_listed), MinLen(1), doc("a list of true|false")] = (False, True)
+    ranks: Annotated[tuple[WidthOrZero, ...], BeforeValidator(_listed), MinLen(1), doc("a list of 0 … 65,536")] = (0, 4, 8, 16, 32)
+    factor_bits: Annotated[tuple[Literal[4, 8, 16], ...], BeforeValidator(_listed), MinLen(1), doc("a list of 4|8|16")] = (16, 8)
+    sparsities: Annotated[tuple[Sparsity, ...], BeforeValidator(_texts), doc("a list of dense, N:M or shares such as 0.5")] = ()
     weighting: Literal["output", "relative", "fisher"] = "fisher"
     errors: Literal["rounding", "iterates"] = "rounding"
-
-    @field_validator("group_sizes")
-    @classmethod
-    def _sizes(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        for size in sizes:
-            if size != -1 and size < 1:
-                raise ValueError(f"a group size of {size} must be positive, or -1 for one group a row")
-        return sizes
-
-    @field_validator("sparsities")
-    @classmethod
-    def _patterns(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
-        for text in texts:
-            pattern(text)
-        return texts
 
 
 def pattern(text: str) -> tuple[str, float]:

@@ -12,12 +12,16 @@ from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer, ValidationError
+from annotated_types import MinLen, Predicate, doc
+from pydantic import BeforeValidator, Field, InstanceOf, PlainSerializer, ValidationError
 
+from ...compress.ranges import DtypeName, Seed
 from ..errors import UsageError
 from .budget import AllocationSettings, Budget
-from .settings import DtypeName, dump, merged, nested, read_mapping, refuse_unknown, split_assignment, unknown
-from .stage_settings import FUSE, STAGES, StageSpec, build, config_keys, methods, validation_message, with_implied
+from .fields import complaint
+from .sections import Calibration, Data, Evaluation, Model, Section
+from .settings import absolute, dump, merged, nested, read_mapping, refuse_unknown, split_assignment, unknown
+from .stage_settings import FUSE, STAGES, StageSpec, build, config_keys, methods, with_implied
 
 __all__ = [
     "FUSE",
@@ -39,51 +43,32 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Data(_Section):
-    """Where text comes from: `demo`, a .txt/.raw/.md/.jsonl/.parquet file or a `datasets` id."""
-
-    calibration: str = "demo"
-    train: str = "demo"
-    evaluation: str = "demo"
-
-
-class Calibration(_Section):
-    samples: Annotated[int, Field(ge=1)] = 128
-    seq_len: Annotated[int, Field(ge=2)] = 2048
-
-
-class Evaluation(_Section):
-    """`windows` None means all that the text holds."""
-
-    seq_len: Annotated[int, Field(ge=2)] = 2048
-    windows: Annotated[int, Field(ge=1)] | None = None
-
-
-class Recipe(_Section):
+class Recipe(Section):
     """Everything that decides a run's results, validated. `stages` holds those that run; `skipped` remembers, by their place
     in the written list, those with `method: none`, so that addresses survive the round trip through YAML. `dtype`: that of forward passes;
     `deterministic` false lets a GPU sum in any order, faster, so that a resumed run may differ in its last bits (`devices`)."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "recipe"
-    about: str = ""
-    model: Annotated[str, Field(min_length=1)] = "demo"
-    revision: str | None = None
-    teacher: str | None = None
+    name: Annotated[str, Predicate(lambda name: re.fullmatch(r"[\w.-]+", name) is not None), doc("letters, digits, . _ -")] = "recipe"
+    about: Annotated[str, doc("text")] = ""
+    model: Model = "demo"
+    revision: Annotated[str, MinLen(1), doc("a revision of a Hub model")] | None = None
+    teacher: Model | None = None
     data: Data = Data()
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Seed = 0
     dtype: DtypeName = "auto"
     deterministic: bool = True
     profile: Literal["demo", "standard"] = "standard"
-    budget: Annotated[Budget | None, BeforeValidator(Budget.parse), PlainSerializer(lambda budget: budget.text if budget else None)] = None
+    budget: Annotated[
+        Budget | None,
+        BeforeValidator(Budget.parse),
+        PlainSerializer(lambda budget: budget.text if budget else None),
+        doc("bits per weight or bytes, as in 3.0bpw or 60MB, or null"),
+    ] = None
     allocation: AllocationSettings = AllocationSettings()
-    stages: list[InstanceOf[StageSpec]] = []
-    skipped: Annotated[dict[int, str], Field(exclude=True)] = {}
+    stages: list[InstanceOf[StageSpec]] = Field(default_factory=list)
+    skipped: dict[int, str] = Field(default_factory=dict, exclude=True)
 
     def stage(self, address: str) -> StageSpec:
         """The stage of that address; UsageError with the nearest known one."""
@@ -92,9 +77,9 @@ class Recipe(_Section):
                 return spec
         raise UsageError(unknown("stage", address, [spec.address for spec in self.stages]))
 
-    def check_addresses(self, *addresses: str | None) -> None:
-        """UsageError for one that is neither a stage's nor "baseline"."""
-        check_addresses(["baseline", *(spec.address for spec in self.stages)], *addresses)
+    def check_addresses(self, first: str | None, last: str | None, force: str | None) -> None:
+        """As the function, of this recipe's stages and "baseline"."""
+        check_addresses(["baseline", *(spec.address for spec in self.stages)], first, last, force)
 
     def settings(self) -> dict[str, Any]:
         """Plain values, as in the YAML file."""
@@ -160,10 +145,23 @@ class _Draft:
         raise UsageError(f"{origin}: the recipe has no stage {address!r}; its stages are: {here}")
 
 
-def check_addresses(known: Sequence[str], *addresses: str | None) -> None:
-    for address in addresses:
+def check_addresses(known: Sequence[str], first: str | None = None, last: str | None = None, force: str | None = None) -> None:
+    """UsageError for an address that is not known, and for a first stage (--from) behind the last one (--until)."""
+    for address in (first, last, force):
         if address is not None and address.removesuffix(".1") not in known:
             raise UsageError(unknown("stage", address, known))
+    if first is not None and last is not None and known.index(first.removesuffix(".1")) > known.index(last.removesuffix(".1")):
+        raise UsageError(f"--from {first} lies behind --until {last}: nothing would be done; the stages are {', '.join(known)}")
+
+
+def _refuse_unread(chosen: Recipe) -> None:
+    """UsageError for what the stages of this recipe do not read."""
+    if chosen.budget is None and chosen.allocation != (usual := AllocationSettings()):
+        key = next(key for key in AllocationSettings.model_fields if getattr(chosen.allocation, key) != getattr(usual, key))
+        raise UsageError(f"allocation.{key}: is read only where there is a budget; give one, as in --budget 3.0bpw, or leave it out")
+    learns = any(spec.name == "recover" and getattr(spec.config, "loss", None) != "cross_entropy" for spec in chosen.stages)
+    if chosen.teacher is not None and not learns:
+        raise UsageError("teacher: no stage of this recipe learns from one; add a recover stage (loss distill or both), or leave it out")
 
 
 def known_recipes() -> list[str]:
@@ -176,17 +174,36 @@ def run_directory(recipe: Recipe) -> Path:
     return Path("runs") / f"{recipe.name}{model}"
 
 
+def planned_directory(
+    recipe: str, *, file: Path | None = None, sets: list[str] | None = None, options: Mapping[str, Any] | None = None
+) -> Path:
+    """`run_directory` of what `resolve` will give, before its methods are looked up, which brings torch. UsageError as there."""
+    return run_directory(_without_stages(recipe, file, sets or [], options or {})[0])
+
+
 def resolve(
     recipe: str | Mapping[str, Any], *, file: Path | None = None, sets: list[str] | None = None, options: Mapping[str, Any] | None = None
 ) -> Recipe:
     """The validated recipe: of a name or a YAML file, or a mapping with what such a file would hold. `options` are the command line's (model, revision, data, calibration, train, eval, seed, dtype,
     profile, budget, teacher; None where not given), `sets` its KEY=VALUE texts. UsageError says which key of which layer is wrong."""
+    checked, drafts = _without_stages(recipe, file, sets or [], options or {})
+    specs = [build(stage.name, stage.address, stage.keys, frozenset(stage.soft)) for stage in drafts]
+    skipped = {place: drafts[place].name for place, spec in enumerate(specs) if spec is None}
+    chosen = checked.model_copy(update={"stages": [spec for spec in specs if spec is not None], "skipped": skipped})
+    _refuse_unread(chosen)
+    return chosen
+
+
+def _without_stages(
+    recipe: str | Mapping[str, Any], file: Path | None, sets: list[str], options: Mapping[str, Any]
+) -> tuple[Recipe, list[_Stage]]:
+    """All layers, validated but for the stages, which are yet to be built."""
     path = None if isinstance(recipe, Mapping) else _recipe_path(recipe)
     origin = str(path or "recipe")
     documents = [(_document(recipe if isinstance(recipe, Mapping) else read_mapping(Path(origin)), origin), origin)]
     if file is not None:
         documents.append((_document(read_mapping(file), str(file)), str(file)))
-    documents.append((_document(_command_line(sets or [], options or {}), "command line"), "command line"))
+    documents.append((_document(_command_line(sets, options), "command line"), "command line"))
     upper = {key: document[key] for document, _ in documents for key in ("model", "profile") if document.get(key) is not None}
     profile = upper.get("profile") or ("demo" if upper.get("model", "demo") == "demo" else "standard")
     if profile not in PROFILES:
@@ -196,36 +213,25 @@ def resolve(
         draft.lay(document, origin)
         overlay = _mapping(document.get("profiles"), f"{origin}: profiles").get(profile)
         draft.lay(_document(_mapping(overlay, f"{origin}: profiles.{profile}"), f"{origin}: profiles.{profile}", inner=True), origin)
-    return _recipe(draft.fields | {"profile": profile}, draft.stages)
+    if not draft.stages:
+        raise UsageError("the recipe has no stages; give it a list, as in stages: [{quantize: {method: gptq, bits: 4}}]")
+    return _checked(draft.fields | {"profile": profile}), draft.stages
 
 
-def _recipe(fields: Mapping[str, Any], drafts: list[_Stage]) -> Recipe:
+def _checked(fields: Mapping[str, Any]) -> Recipe:
     fields = dict(fields)
     for key in ("model", "teacher"):
-        fields[key] = _absolute(fields.get(key, Recipe.model_fields[key].default))
+        fields[key] = absolute(fields.get(key, Recipe.model_fields[key].default))
     if isinstance(fields.get("data"), Mapping):
-        fields["data"] = {use: _absolute(source) for use, source in fields["data"].items()}
+        fields["data"] = {use: absolute(source) for use, source in fields["data"].items()}
     try:
-        checked = Recipe.model_validate(fields)
+        return Recipe.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         if first["type"] == "extra_forbidden":
             section = Recipe.model_fields[str(first["loc"][0])].annotation
             raise UsageError(f"{first['loc'][0]}: {unknown('key', first['loc'][-1], getattr(section, 'model_fields', {}))}") from error
-        raise UsageError(validation_message(error).removeprefix(".")) from error
-    if not drafts:
-        raise UsageError("the recipe has no stages; give it a list, as in stages: [{quantize: {method: gptq, bits: 4}}]")
-    specs = [build(stage.name, stage.address, stage.keys, frozenset(stage.soft)) for stage in drafts]
-    skipped = {place: drafts[place].name for place, spec in enumerate(specs) if spec is None}
-    return checked.model_copy(update={"stages": [spec for spec in specs if spec is not None], "skipped": skipped})
-
-
-def _absolute(source: Any) -> Any:
-    """A path that exists, independent of the working directory, so that a run can be resumed from anywhere."""
-    if not isinstance(source, str) or source in ("", "demo"):
-        return source
-    path = Path(source).expanduser()
-    return str(path.absolute()) if path.exists() else source
+        raise UsageError(complaint(Recipe, fields, error).removeprefix(".")) from error
 
 
 def _recipe_path(name_or_path: str) -> Path:

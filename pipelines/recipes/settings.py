@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import yaml
 
@@ -21,9 +21,6 @@ _SCALARS = (
     ("tag:yaml.org,2002:float", r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$", "-+.0123456789"),
     ("tag:yaml.org,2002:float", r"^(?:[-+]?\.(?:inf|Inf|INF)|\.nan|\.NaN|\.NAN)$", "-+."),
 )
-
-DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-"""Of forward passes. Here, since who reads a recipe does not wait for torch."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -53,7 +50,10 @@ for _tag, _pattern, _first in _SCALARS:
 
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return int(node.value)  # 0010 is ten, not eight
+    try:
+        return int(node.value)  # 0010 is ten, not eight
+    except ValueError as error:  # more digits than Python converts
+        raise yaml.constructor.ConstructorError(None, None, f"a number of {len(node.value)} digits", node.start_mark) from error
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
@@ -84,6 +84,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UsageError(f"{path}: holds a {type(found).__name__}; expected `key: value` lines (see `pipeline show`)")
     return found
+
+
+def absolute(source: Any) -> Any:
+    """A path that exists, independent of the working directory, so that a run can be resumed from anywhere."""
+    if not isinstance(source, str) or source in ("", "demo"):
+        return source
+    path = Path(source).expanduser()
+    return str(path.absolute()) if path.exists() else source
 
 
 def dump(value: Any) -> str:

@@ -1,4 +1,7 @@
-"""What a run has left: its plan, its state, its record, its artifacts, and what may be dropped. Knows the directory; runs nothing."""
+"""What a run has left: its plan, its state, its record, and what may be dropped. Knows the directory; runs nothing.
+
+Imports nothing heavy: `status`, `report show` and `gc` do not wait for torch.
+"""
 
 import json
 import re
@@ -7,16 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from ...reports.record import RunRecord
-from .. import stages
-from ..allocation.error_tables import finished_blocks
 from ..errors import InputError
-from ..evaluation.perplexity import load_scores
-from ..planning.steps import Step
-from ..store.artifact import Artifact, open_artifact
-from ..store.rundir import RunDirectory
+from ..evaluation.scores import load_scores
+from ..store.files import safetensors_metadata
+from ..store.rundir import TRAINING_STATE, RunDirectory, finished_blocks
 
 
 def status(directory: Path, verify: bool = False) -> dict[str, Any]:
@@ -25,15 +23,16 @@ def status(directory: Path, verify: bool = False) -> dict[str, Any]:
     place = RunDirectory(directory.resolve())
     last, rows = place.read(), []
     for row in last["stages"]:
-        step = Step(row["address"], row["method"], row["key"], row["name"], row["settings"])
-        state = step.state(place)
-        entry = {"stage": step.address, "method": step.method, "state": state, "directory": f"stages/{step.name}"}
+        name, state = row["name"], place.state(row["name"])
+        entry = {"stage": row["address"], "method": row["method"], "state": state, "directory": f"stages/{name}"}
         if verify and state == "done":
-            open_artifact(place.artifact(step.name)).verify(full=True)
+            from ..store.artifact import open_artifact  # brings torch, which a look at the state does without
+
+            open_artifact(place.artifact(name)).verify(full=True)
         if state == "partial":
-            entry["finished_parts"] = len(list(place.scratch(step.name).glob("*.part.json")))
-            entry |= _training_step(place.scratch(step.name) / stages.STATE)
-        scores = sorted(place.metrics(step.name).glob("????????.json"), key=lambda p: p.stat().st_mtime)
+            entry["finished_parts"] = len(list(place.scratch(name).glob("*.part.json")))
+            entry |= _training_step(place.scratch(name) / TRAINING_STATE)
+        scores = sorted(place.metrics(name).glob("????????.json"), key=lambda p: p.stat().st_mtime)
         if scores:
             entry["perplexity"] = _mean_perplexity(scores[-1])
         rows.append(entry)
@@ -54,9 +53,8 @@ def _training_step(path: Path) -> dict[str, int]:
     if not path.is_file():
         return {}
     try:
-        with safe_open(path, framework="pt") as file:
-            return {"finished_steps": json.loads((file.metadata() or {})["meta"])["step"]}
-    except (SafetensorError, KeyError, ValueError):
+        return {"finished_steps": json.loads(safetensors_metadata(path)["meta"])["step"]}
+    except (KeyError, ValueError):
         return {}
 
 
@@ -73,18 +71,6 @@ def record(directory: Path) -> RunRecord:
     if not path.is_file():
         raise InputError(f"{directory}: no stage has been measured yet; `pipeline resume {directory}` goes on")
     return RunRecord.from_json(json.loads(path.read_text()))
-
-
-def last_artifact(directory: Path, stage: str | None = None) -> Artifact:
-    """The artifact of a stage (by address), or the last finished one."""
-    place = RunDirectory(directory.resolve())
-    rows = [row for row in place.read()["stages"] if place.artifact(row["name"]).is_dir()]
-    if stage is not None:
-        rows = [row for row in rows if row["address"] == stage]
-    if not rows:
-        what = f"stage {stage!r}" if stage else "finished stage"
-        raise InputError(f"{directory}: has no {what}; `pipeline status {directory}` lists what there is")
-    return open_artifact(place.artifact(rows[-1]["name"]))
 
 
 def keep_plan(directory: Path) -> None:

@@ -14,17 +14,29 @@ from ..devices.environment import compute_of
 from ..errors import InputError
 from ..models.binding import KernelBinder
 from ..models.loading import whole_model
-from ..models.source import resolve_model
+from ..models.source import refuse_revision, resolve_model
 from ..stages.baseline import build_baseline, fingerprint
 from ..store.artifact import MANIFEST, Artifact, open_artifact
-from ..store.rundir import run_of
-from .ledger import last_artifact
+from ..store.rundir import RunDirectory, run_of
+
+
+def last_artifact(directory: Path, stage: str | None = None) -> Artifact:
+    """The artifact of a stage (by address), or the last finished one."""
+    place = RunDirectory(directory.resolve())
+    rows = [row for row in place.read()["stages"] if place.artifact(row["name"]).is_dir()]
+    if stage is not None:
+        rows = [row for row in rows if row["address"] == stage]
+    if not rows:
+        what = f"stage {stage!r}" if stage else "finished stage"
+        raise InputError(f"{directory}: has no {what}; `pipeline status {directory}` lists what there is")
+    return open_artifact(place.artifact(rows[-1]["name"]))
 
 
 @contextmanager
 def opened(model: str, revision: str | None = None) -> Iterator[Artifact]:
     """The artifact behind a stage directory, a run directory (its last stage), or anything that names a model. InputError where its files
     are not those that were written."""
+    refuse_revision(model, revision)
     path = Path(model).expanduser()
     if (path / MANIFEST).is_file() or (path / "run.json").is_file():
         artifact = open_artifact(path.resolve()) if (path / MANIFEST).is_file() else last_artifact(path)

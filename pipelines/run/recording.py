@@ -12,7 +12,7 @@ from ...reports.record import Protocol, RunRecord, StageRecord, derive
 from .. import stages
 from ..allocation.choice import explained
 from ..evaluation import measure
-from ..evaluation.perplexity import Scores
+from ..evaluation.scores import Scores
 from ..planning.steps import Step
 from ..store.artifact import Artifact, open_artifact, write_bytes, write_json
 from ..text.data import Windows
@@ -46,7 +46,7 @@ def measured(
 
 def save_record(under_way: Session, records: list[StageRecord], windows: Windows, page: bool) -> RunRecord:
     """record.json, written anew after every stage that was worked on, and report.html, which takes a second to draw."""
-    from ...reports import render
+    from ...reports.render import render
 
     place = under_way.directory
     environment = json.loads((place.path / "environment.json").read_text())

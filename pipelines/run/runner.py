@@ -25,7 +25,8 @@ from ..devices.environment import compute_of, write_environment
 from ..devices.shortage import shortage
 from ..errors import InputError, QualityError, UsageError
 from ..evaluation.measure import Peak
-from ..evaluation.perplexity import Scores, evaluated_by
+from ..evaluation.perplexity import evaluated_by
+from ..evaluation.scores import Scores
 from ..models.source import resolve_model
 from ..planning.plan import refusals, warnings
 from ..planning.steps import Step, plan_steps
@@ -34,7 +35,8 @@ from ..stages.baseline import build_baseline
 from ..stages.inputs import Inputs
 from ..store.artifact import MANIFEST, Artifact, ArtifactWriter, disk_errors, open_artifact, settle, write_json
 from ..store.rundir import RunDirectory
-from .ledger import gc, last_artifact, record, status
+from .ledger import gc, record, status
+from .opening import last_artifact
 from .recording import measured, save_record
 from .session import Session, plan_run, take_up
 from .signals import Stop, signals
@@ -103,7 +105,7 @@ def _prepare(chosen: Recipe, place: RunDirectory, compute: Compute, stop: Stop) 
     for warning in dict.fromkeys(under_way.warnings.values()):
         log.warning("%s", warning)
     plan_run(under_way)
-    inputs.check(step.spec for step in under_way.steps if step.spec is not None and step.state(place) != "done")
+    inputs.check(step.spec for step in under_way.steps if step.spec is not None and place.state(step.name) != "done")
     return under_way
 
 
@@ -122,7 +124,7 @@ def _advance(under_way: Session, until_stage: str | None, force: str | None, pag
         if parent is not None and not under_way.steps[len(records)].key:
             _spend(under_way, parent)
         step = under_way.steps[len(records)]
-        began, news = time.monotonic(), step.state(place) != "done"
+        began, news = time.monotonic(), place.state(step.name) != "done"
         with shortage(step.address, step.spec, under_way.compute):
             artifact = _finish(under_way, step, parent)
             made, found = measured(under_way, step, artifact, windows, scores, records)
@@ -252,7 +254,7 @@ def _need_finished(place: RunDirectory, steps: list[Step], address: str) -> None
     for step in steps:
         if step.address == address:
             return
-        if step.state(place) != "done":
+        if place.state(step.name) != "done":
             raise UsageError(f"--from {address}: {step.address} is not finished with these settings; run without --from")
 
 

@@ -9,7 +9,7 @@ from ..store.artifact import Artifact, ArtifactWriter
 from .compress import compress
 from .context import Context, Outcome
 from .fuse import fuse
-from .recover import STATE, recover
+from .recover import recover
 
 PERFORM = {"prune": compress, "quantize": compress, "decompose": compress, "recover": recover, "fuse": fuse}
 
@@ -23,4 +23,4 @@ def binder(spec: StageSpec | None, device: torch.device, artifact: Artifact) -> 
     return KernelBinder(spec.config.backend, device) if spec is not None and spec.name == "fuse" else None
 
 
-__all__ = ["PERFORM", "STATE", "Context", "Outcome", "binder", "perform"]
+__all__ = ["PERFORM", "Context", "Outcome", "binder", "perform"]

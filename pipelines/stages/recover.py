@@ -37,13 +37,13 @@ from ..models.structure import inspect, skeleton
 from ..recipes.stage_settings import StageSpec
 from ..store.artifact import Artifact, ArtifactWriter
 from ..store.files import write_bytes
+from ..store.rundir import TRAINING_STATE
 from .block_reconstruction import reconstruct_blocks
 from .context import Context, Outcome
 from .requantize_trained import requantize_trained
 from .teacher import streamed_teacher
 from .writing import SLACK, InPlace, Trained, as_stored_before, audited, trained, untouched, write_model
 
-STATE = "training.safetensors"
 SMALL_STATE_BYTES = 200e6
 ROOM = 0.8
 """The share of the free memory that a training step may take without recomputing its blocks."""
@@ -193,7 +193,7 @@ def _train(
     context: Context,
 ) -> tuple[TrainResult, float]:
     """What training came to, and its tokens a second since this process took it up."""
-    path = context.scratch / STATE
+    path = context.scratch / TRAINING_STATE
 
     def keep(state: TrainState) -> None:
         write_bytes(

@@ -28,7 +28,6 @@ from .files import cached_sha256, disk_errors, link, sha256, sync, write_bytes, 
 
 SCHEMA = 1
 MANIFEST = "artifact.json"
-PARTIAL = ".partial"
 ADAPTER = "adapter-"
 """Begins the names of parts that hold what recovery keeps beside the model: adapter-00, adapter-01, …"""
 

@@ -13,6 +13,9 @@ from typing import Any
 from ...kernels.cache import cache_directory
 from ..errors import OutOfMemoryError
 
+PARTIAL = ".partial"
+"""Ends the name of a directory that is not finished."""
+
 
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
@@ -21,17 +24,27 @@ def sha256(path: Path) -> str:
 
 def cached_sha256(path: Path) -> str:
     """As it was when this very file was last hashed: same path, size, inode, times of change of contents and of status; else hashed now.
-    Where the cache cannot be written it is hashed every time."""
+    Where the cache cannot be read or written it is hashed every time."""
     stat = path.stat()
     identity = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
     note = cache_directory() / "sha256" / hashlib.sha256(identity.encode()).hexdigest()
-    if note.is_file():
+    with contextlib.suppress(OSError):
         return note.read_text()
     digest = sha256(path)
     with contextlib.suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(note, digest.encode())
     return digest
+
+
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """What stands in a safetensors file beside its tensors, read off its header. ValueError where it has none or is torn."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size)) if size < path.stat().st_size else None
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict):
+        raise ValueError(f"{path}: has no safetensors header with metadata")
+    return header["__metadata__"]
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -13,18 +13,20 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, UsageError
-from .artifact import PARTIAL, disk_errors, write_json
+from .files import PARTIAL, disk_errors, write_json
 
 SCHEMA = 1
 HEARTBEAT_SECONDS = 10
 STALE_SECONDS = 60
+TRAINING_STATE = "training.safetensors"
+"""In the scratch directory of a stage that trains: where it is, to go on from."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,31 @@ class RunDirectory:
                 self.write({"stages": []})
             self.stages.mkdir(exist_ok=True)
 
+    @contextmanager
+    def created(self) -> Iterator[None]:
+        """`create`, before work that may refuse: it is then as if nothing had been made. Where another process has taken the directory up it
+        stays."""
+        new = [place for place in (self.path, *self.path.parents) if not place.exists()]
+        mine = not (self.path / "run.json").is_file()
+        self.create()
+        try:
+            yield
+        except Exception:
+            if mine:
+                with suppress(InputError, OSError), self.held():
+                    self._withdraw()
+                with suppress(OSError):
+                    for place in new:
+                        place.rmdir()
+            raise
+
+    def _withdraw(self) -> None:
+        """What `create` made and `held` left, if nothing has been planned since."""
+        if not self.read()["stages"]:
+            self.stages.rmdir()
+            for name in ("run.json", ".lock"):
+                (self.path / name).unlink()
+
     def log(self, event: str, **fields: Any) -> None:
         """One line of log.jsonl."""
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}, default=str)
@@ -99,6 +126,10 @@ class RunDirectory:
 
     def metrics(self, name: str) -> Path:
         return self.stages / f"{name}.metrics"
+
+    def state(self, name: str) -> str:
+        """Of a stage: done, partial or missing."""
+        return "done" if self.artifact(name).is_dir() else "partial" if self.scratch(name).is_dir() else "missing"
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -156,6 +187,11 @@ def refuse_inside_run(output: Path, itself: bool = True) -> None:
     place = output.expanduser().resolve()
     if (run := holding_run(place if itself else place.parent)) is not None:
         raise UsageError(f"{output}: lies in the run directory {run.path}, which holds nothing but its run; give another place with -o")
+
+
+def finished_blocks(table: Path) -> int:
+    """Of a budget's table of errors, one file a block."""
+    return len(list(table.glob("block-?????.safetensors")))
 
 
 def run_of(place: Path) -> RunDirectory | None:

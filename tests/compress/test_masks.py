@@ -93,12 +93,10 @@ def test_floating_zero_points_cannot_hold_a_mask():
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
-        ({"sparsity": 1.0}, r"sparsity 1.0 must lie in \[0, 1\)"),
         ({"pattern": "2/4"}, 'choose "unstructured" or "N:M"'),
         ({"pattern": "4:4"}, 'choose "unstructured" or "N:M"'),
         ({"pattern": "1:4"}, "keeps 1 of 4, a sparsity of 0.75, not 0.5; set one to match"),
         ({"pattern": "2:4", "allocation": "depth"}, "needs pattern 'unstructured'"),
-        ({"allocation": "magic"}, "allocation 'magic' is unknown"),
     ],
 )
 def test_contradictions_are_refused(settings_, message):

@@ -1,7 +1,5 @@
 """SVDQuant: the record computes what was optimised, smoothing is shared and pays, and nothing gets worse."""
 
-from typing import Any
-
 import pytest
 import torch
 from bitmend.compress.activation_grid import fake_quantize
@@ -165,13 +163,9 @@ def test_a_dead_channel_and_zero_inputs_leave_finite_records():
         assert torch.isfinite(records[name].dense()).all() and all(v == v for v in metrics[name].values())
 
 
-def test_bad_settings_are_refused_by_name():
+def test_a_rank_beyond_the_matrix_is_refused():
     with pytest.raises(ValueError, match="rank 65 does not fit a 64×128 matrix"):
         part_of(dense(matrix(64)), matrix(64), LayerStatistics(outlier_inputs()), SvdQuantConfig(rank=65))
-    wrongs: list[dict[str, Any]] = [{"rank": 0}, {"iterations": 0}, {"smoothing_steps": 0}, {"activation_group_size": 0}, {"bits": 5}]
-    for wrong in wrongs:
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            SvdQuantConfig(**wrong)
 
 
 def test_the_row_is_a_block_method_with_the_statistics_it_reads():

@@ -12,7 +12,7 @@ from bitmend.pipelines import cli
 from bitmend.pipelines.bench.training_step import step_seconds
 from bitmend.pipelines.formats.registry import FORMATS
 from bitmend.pipelines.recipes.recipe import resolve
-from bitmend.pipelines.run.ledger import last_artifact
+from bitmend.pipelines.run.opening import last_artifact
 from bitmend.pipelines.store import artifact
 
 from ..pipelines.runs import hashes, write_recipe

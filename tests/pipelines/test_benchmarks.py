@@ -12,7 +12,7 @@ from bitmend.pipelines.bench import benchmarks, solvers, training_step
 from bitmend.pipelines.bench.benchmarks import Options, run, synthetic_layer
 from bitmend.pipelines.errors import UsageError
 from bitmend.pipelines.recipes.stage_settings import build
-from bitmend.pipelines.run.ledger import last_artifact
+from bitmend.pipelines.run.opening import last_artifact
 
 
 def test_a_size_gives_the_same_layer_every_time() -> None:

@@ -5,6 +5,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from bitmend.pipelines import cli, errors, logs
 from bitmend.pipelines.recipes import stage_settings
 from bitmend.pipelines.recipes.recipe import resolve
 from bitmend.pipelines.run import sweep
+from bitmend.pipelines.store.rundir import RunDirectory
 from bitmend.reports.record import Protocol, RunRecord, StageRecord
 from typer.testing import CliRunner
 
@@ -101,7 +103,8 @@ def module(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> Any:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> str:
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "basic.yaml"
     path.write_text(RECIPE)
     return str(path)
@@ -200,9 +203,10 @@ def test_a_missing_run_directory_is_bad_input(command: list[str], capsys: pytest
 def test_run_hands_everything_on_and_shows_the_table(
     recipe: str, module: Any, calls: Calls, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    module("run.runner", run=record(), record=record())
+    module("run.runner", run=record())
+    module("run.ledger", record=record())
     output = tmp_path / "out"
-    output.mkdir()
+    RunDirectory(output).create()
     (output / "report.html").write_text("page")
     settings = tmp_path / "more.yaml"
     settings.write_text("calibration: {samples: 7}\n")
@@ -233,7 +237,8 @@ def test_run_names_its_directory_and_prints_json(
     recipe: str, module: Any, calls: Calls, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    module("run.runner", run=record(), record=record())
+    module("run.runner", run=record())
+    module("run.ledger", record=record())
     assert cli.main(["run", recipe, "--json"]) == 0
     assert calls[0][1][1] == Path("runs/basic-model")
     printed = json.loads(capsys.readouterr().out)
@@ -243,12 +248,13 @@ def test_run_names_its_directory_and_prints_json(
 def test_unknown_stage_addresses_are_refused_before_any_work(
     recipe: str, module: Any, calls: Calls, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module("run.runner", run=record(), record=record())
+    module("run.runner", run=record())
+    module("run.ledger", record=record())
     for option in ("--from", "--until", "--force"):
         code, line = failing(capsys, "run", recipe, option, "quantise")
         assert code == 2
         assert "did you mean 'quantize'? known: baseline, fuse, quantize, recover" in line
-    assert calls == []
+    assert calls == [] and not Path("runs").exists()
     assert cli.main(["run", recipe, "--force", "baseline"]) == 0
 
 
@@ -273,7 +279,8 @@ def test_dry_run_predicts_and_names_refusals(recipe: str, module: Any, calls: Ca
 
 def test_resume_status_and_gc(module: Any, calls: Calls, run_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = {"run": "x", "stages": [{"stage": "quantize", "state": "done"}]}
-    module("run.runner", resume=record(), record=record(), status=status, gc={"dropped": [], "freed_bytes": 3_000_000})
+    module("run.runner", resume=record())
+    module("run.ledger", record=record(), status=status, gc={"dropped": [], "freed_bytes": 3_000_000})
     assert cli.main(["resume", str(run_directory), "--until", "quantize", "--device", "cpu"]) == 0
     assert calls[0] == (
         "resume",
@@ -290,7 +297,8 @@ def test_resume_status_and_gc(module: Any, calls: Calls, run_directory: Path, ca
 
 
 def test_the_gate_shows_the_table_and_exits_4(recipe: str, module: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    module("run.runner", run=errors.QualityError("perplexity 40 is above"), record=record())
+    module("run.runner", run=errors.QualityError("perplexity 40 is above"))
+    module("run.ledger", record=record())
     assert cli.main(["run", recipe, "--max-perplexity-ratio", "1.1"]) == 4
     shown = capsys.readouterr()
     assert "quantize" in shown.out
@@ -298,7 +306,7 @@ def test_the_gate_shows_the_table_and_exits_4(recipe: str, module: Any, capsys: 
 
 
 def test_report_show_and_export(module: Any, run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    module("run.runner", record=record())
+    module("run.ledger", record=record())
     assert cli.main(["report", "show", str(run_directory)]) == 0
     assert "28.7" in capsys.readouterr().out
     for kind, mark in (("html", "<html"), ("md", "| stage"), ("csv", "perplexity,"), ("json", '"schema": 2')):
@@ -315,7 +323,7 @@ def test_report_show_and_export(module: Any, run_directory: Path, tmp_path: Path
 def test_a_report_takes_the_place_of_a_report_alone(
     module: Any, run_directory: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    module("run.runner", record=record())
+    module("run.ledger", record=record())
     (run_directory / "stages" / "00-baseline").mkdir(parents=True)
     for name in ("run.json", "record.json", "log.jsonl"):
         (run_directory / name).write_text('{"perplexity": 1}')
@@ -334,7 +342,7 @@ def test_a_report_takes_the_place_of_a_report_alone(
 
 
 def test_compare(module: Any, calls: Calls, run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    module("run.runner", record=record())
+    module("run.ledger", record=record())
     assert cli.main(["compare", str(run_directory), str(tmp_path)]) == 0
     assert "basic" in capsys.readouterr().out
     assert cli.main(["compare", str(run_directory), str(tmp_path), "--json"]) == 0
@@ -413,24 +421,43 @@ def test_list_names_recipes_methods_and_formats(capsys: pytest.CaptureFixture[st
     assert {"lora", "perp"} <= set(printed["recover"])
     assert {"dense", "gptq", "compressed-tensors"} <= set(printed["export_formats"])
     assert printed["stage_settings"]["quantize"]["embedding_bits"] == 8 and "true_sequential" in printed["stage_settings"]["decompose"]
-    assert cli.main(["list"]) == 0
-    shown = capsys.readouterr().out
-    assert "compress_and_recover" in shown and "include_embeddings=False" in shown
+    assert printed["methods"]["prune"]["wanda"]["paper"] == "Wanda, arXiv:2306.11695"
     departures = printed["departures_from_papers"]
     assert (
         departures["recover"]["lota"] == "LoTA-QAF without its offset matrices"
         and "range multiplier" in departures["quantize"]["learned_rounding"]
     )
-    assert "LoTA-QAF without its offset matrices" in " ".join(shown.split())
+
+
+def test_list_has_a_line_for_each_method_and_of_one_its_settings(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    assert cli.main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for stage in stage_settings.STAGES:
+        begin = next(place for place, line in enumerate(lines) if re.match(rf"{stage} +what it does +paper", line))
+        for line, name in zip(lines[begin + 2 :], stage_settings.methods(stage), strict=False):
+            assert line.split()[0] == name and (line.endswith("–") or re.search(r"arXiv:\d{4}\.\d{5}$", line)), line
+    assert cli.main(["list", "lota"]) == 0
+    shown = capsys.readouterr().out
+    assert "departs from it: LoTA-QAF without its offset matrices" in shown and "merges into: in place" in shown
+    assert re.search(r"^threshold +0\.2 +\(0, 1\)$", shown, re.MULTILINE) and "A code moves by ±1" in shown
+    assert cli.main(["list", "loftq", "--json"]) == 0
+    assert [row["stage"] for row in json.loads(capsys.readouterr().out)["methods"]] == ["decompose", "recover"]
+    code, line = failing(capsys, "list", "gtpq")
+    assert code == 2 and "did you mean 'gptq'?" in line
 
 
 def test_show_writes_a_recipe_that_can_be_saved_and_run(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, module: Any, calls: Calls
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, module: Any, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     assert cli.main(["show", "compress_and_recover", "--profile", "standard", "--set", "quantize.bits=3"]) == 0
     saved = tmp_path / "mine.yaml"
     saved.write_text(capsys.readouterr().out)
-    module("run.runner", run=record(), record=record())
+    module("run.runner", run=record())
+    module("run.ledger", record=record())
     assert cli.main(["run", str(saved), "-q"]) == 0
     assert (calls[0][1][0].stage("quantize").config.bits, calls[0][1][0].profile) == (3, "standard")
     capsys.readouterr()
@@ -468,14 +495,14 @@ class OutOfMemoryError(RuntimeError):
 def test_errors_become_exit_codes(
     error: BaseException, code: int, expected: str, module: Any, run_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module("run.runner", status=error)
+    module("run.ledger", status=error)
     found, line = failing(capsys, "status", str(run_directory))
     assert found == code
     assert expected in line
 
 
 def test_verbose_shows_the_traceback(module: Any, run_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    module("run.runner", status=_Exotic("odd"))
+    module("run.ledger", status=_Exotic("odd"))
     assert cli.main(["status", str(run_directory), "-v"]) == 1
     shown = capsys.readouterr().err
     assert "Traceback (most recent call last)" in shown
@@ -566,12 +593,12 @@ def test_the_installed_command_exits_with_the_code(tmp_path: Path) -> None:
 SLEEPER = """
 import sys, time, types
 import bitmend.pipelines.run
-runner = types.ModuleType("bitmend.pipelines.run.runner")
+ledger = types.ModuleType("bitmend.pipelines.run.ledger")
 def status(directory, verify):
     print("ready", file=sys.stderr, flush=True)
     time.sleep(60)
-runner.status = status
-sys.modules[runner.__name__] = bitmend.pipelines.run.runner = runner
+ledger.status = status
+sys.modules[ledger.__name__] = bitmend.pipelines.run.ledger = ledger
 from bitmend.pipelines.cli import main
 sys.exit(main(["status", "."]))
 """

@@ -9,7 +9,8 @@ import pytest
 import torch
 from bitmend.pipelines.errors import InputError
 from bitmend.pipelines.evaluation import perplexity
-from bitmend.pipelines.evaluation.perplexity import BaselineOutputs, Scores
+from bitmend.pipelines.evaluation.perplexity import BaselineOutputs
+from bitmend.pipelines.evaluation.scores import Scores, load_scores, save_scores
 from bitmend.pipelines.models.blocks import StreamedModel
 from bitmend.pipelines.run import runner
 from bitmend.pipelines.run.evaluate import evaluate
@@ -150,13 +151,13 @@ def test_eval_of_a_model_outside(small_model: Path, small_text: Path) -> None:
 
 def test_scores_survive_the_disk(tmp_path: Path, windows: Windows) -> None:
     scores = Scores((1.5, 2.5), (0.1, 0.2), (1.0, 0.5))
-    perplexity.save_scores(tmp_path / "a.json", scores, windows, {"evaluation_seconds": 1.0})
-    found = perplexity.load_scores(tmp_path / "a.json")
+    save_scores(tmp_path / "a.json", scores, windows.protocol, {"evaluation_seconds": 1.0})
+    found = load_scores(tmp_path / "a.json")
     assert found is not None and found[0] == scores and found[1]["evaluation_seconds"] == 1.0
-    assert perplexity.load_scores(tmp_path / "b.json") is None
+    assert load_scores(tmp_path / "b.json") is None
     (tmp_path / "b.json").write_text('{"nll": [1.0]}')
     with pytest.raises(InputError, match=r"not a measurement of this program .* delete it and run again"):
-        perplexity.load_scores(tmp_path / "b.json")
+        load_scores(tmp_path / "b.json")
 
 
 def test_a_perplexity_beyond_numbers_is_infinite() -> None:

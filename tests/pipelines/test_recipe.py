@@ -2,9 +2,11 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import pytest
+from annotated_types import Ge, Le
+from bitmend.compress.ranges import Factor, Iterations, Layers, Pattern, Rate, Share, Steps, Width
 from bitmend.pipelines.errors import UsageError
 from bitmend.pipelines.recipes import recipe as recipes
 from bitmend.pipelines.recipes import settings, stage_settings
@@ -17,20 +19,20 @@ REAL_METHODS = stage_settings.methods
 
 @dataclass(frozen=True)
 class Prune:
-    sparsity: float = 0.5
-    pattern: str = "unstructured"
+    sparsity: Share = 0.5
+    pattern: Pattern = "unstructured"
 
 
 @dataclass(frozen=True)
 class Grid:
     clip: bool = True
-    norm: float = 2.4
+    norm: Factor = 2.4
 
 
 @dataclass(frozen=True)
 class Gptq:
     bits: Literal[2, 3, 4, 8] = 4
-    group_size: int = 64
+    group_size: Annotated[int, Ge(-1), Le(1024)] = 64
     act_order: bool = True
     grid: Grid = field(default_factory=Grid)
 
@@ -42,20 +44,20 @@ class Gptq:
 @dataclass(frozen=True)
 class Rtn:
     bits: Literal[2, 3, 4, 8] = 4
-    group_size: int = 64
+    group_size: Width = 64
 
 
 @dataclass(frozen=True)
 class Decompose:
-    rank: int = 16
-    iterations: int = 1
+    rank: Width = 16
+    iterations: Iterations = 1
 
 
 @dataclass(frozen=True)
 class Lora:
-    steps: int = 100
-    learning_rate: float | None = None
-    layers: str | tuple[int, ...] = "all"
+    steps: Steps = 100
+    learning_rate: Rate | None = None
+    layers: Layers = "all"
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ def test_existing_paths_become_absolute(basic: Path, tmp_path: Path, monkeypatch
     (tmp_path / "model").mkdir()
     (tmp_path / "text.txt").write_text("a text")
     monkeypatch.chdir(tmp_path)
+    basic.write_text(BASIC + "  - recover: {method: lora}\n")
     made = resolve(str(basic), options={"model": "model", "data": "text.txt", "teacher": "org/model"})
     assert made.model == str(tmp_path / "model")
     assert made.data.calibration == str(tmp_path / "text.txt")
@@ -199,25 +202,25 @@ def test_common_settings_and_overrides(basic: Path) -> None:
         (["quantise.bits=3"], "did you mean 'quantize'?"),
         (["quantize.bit=3"], "did you mean 'bits'?"),
         (["quantize.method=gtpq"], "did you mean 'gptq'? known: gptq, none, rtn"),
-        (["quantize.bits=5"], "quantize.bits: input should be 2, 3, 4 or 8, got 5"),
+        (["quantize.bits=5"], "quantize.bits: expected 2|3|4|8, got 5"),
         (["quantize.group_size=0"], "group_size 0 is not positive; choose 32, 64 or 128"),
         (["quantize.grid.clp=true"], "quantize.grid: unknown setting 'clp'; did you mean 'clip'?"),
         (["quantize.3.bits=4"], "no stage 'quantize.3'; its stages are: prune, quantize, quantize.2, fuse"),
         (["quantize.overrides={x: {bit: 3}}"], "quantize.overrides[x]: unknown setting of quantize gptq 'bit'"),
         (["quantize.overrides={x: {bits: 7}}"], "quantize.overrides[x].bits"),
         (["quantize.overrides=3"], "quantize.overrides: expected {REGEX"),
-        (["quantize.ignore=['(']"], "quantize.ignore: '(' is not a regular expression"),
-        (["quantize.include_head=3"], "quantize.include_head: expected true or false, got 3"),
-        (["fuse.backend=gpu"], "fuse.backend: input should be 'auto', 'triton', 'cpu-int4', 'cpu-int8', 'dense' or 'reference', got 'gpu'"),
+        (["quantize.ignore=['(']"], "quantize.ignore: expected regular expressions, got ['(']"),
+        (["quantize.include_head=3"], "quantize.include_head: expected true|false, got 3"),
+        (["fuse.backend=gpu"], "fuse.backend: expected auto|triton|cpu-int4|cpu-int8|dense|reference, got 'gpu'"),
         (["evaluation.seqlen=3"], "evaluation: unknown key 'seqlen'; did you mean 'seq_len'?"),
-        (["evaluation.windows=0"], "evaluation.windows: input should be greater than or equal to 1"),
+        (["evaluation.windows=0"], "evaluation.windows: expected 1 … 1,000,000 or null, got 0"),
         (["data.evalation=x"], "did you mean 'evaluation'?"),
         (["calibration=5"], "calibration: "),
         (["seed=-1"], "seed: "),
-        (["seed=18446744073709551616"], "seed: input should be less than"),
-        (["prune.sparsity=.nan"], "prune.sparsity: nan is no finite number"),
-        (["quantize.overrides={q_proj: {bits: .inf}}"], "quantize.overrides[q_proj].bits: inf is no finite number"),
-        (["budget=3"], "budget: expected bits per weight or bytes, as in 3.0bpw or 60MB, got 3"),
+        (["seed=18446744073709551616"], "seed: expected 0 … 9,223,372,036,854,775,807, got 18446744073709551616"),
+        (["prune.sparsity=.nan"], "prune.sparsity: expected [0, 1), got nan"),
+        (["quantize.overrides={q_proj: {bits: .inf}}"], "quantize.overrides[q_proj].bits: expected 2|3|4|8, got inf"),
+        (["budget=3"], "budget: expected bits per weight or bytes, as in 3.0bpw or 60MB, or null, got 3"),
         (["quantize"], "expected KEY=VALUE"),
         (["quantize.bits=[1"], "--set quantize.bits, line 1: not readable as YAML"),
         (["quantize=3"], "quantize: expected `key: value` settings, got 3"),
@@ -273,6 +276,7 @@ def test_the_resolved_recipe_round_trips(basic: Path, tmp_path: Path) -> None:
         "quantize.2.ignore=[head]",
         "evaluation.windows=null",
     ]
+    basic.write_text(BASIC + "  - recover: {method: lora}\n")
     made = resolve(str(basic), sets=sets, options={"budget": "2.75bpw", "model": "org/m", "revision": "main", "teacher": "t"})
     again = resolve(str(written(tmp_path, made.to_yaml(), "recipe.resolved.yaml")))
     assert again == made

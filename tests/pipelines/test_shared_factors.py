@@ -10,7 +10,7 @@ from bitmend.pipelines.export.exporting import export
 from bitmend.pipelines.models.loading import whole_model
 from bitmend.pipelines.planning.plan import predict
 from bitmend.pipelines.run import runner
-from bitmend.pipelines.run.ledger import last_artifact
+from bitmend.pipelines.run.opening import last_artifact
 from bitmend.pipelines.store.artifact import Artifact
 
 from .runs import chosen

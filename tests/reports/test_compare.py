@@ -1,12 +1,13 @@
 """Comparison of runs: the line of the unbeaten, losers named at equal bytes, noise and foreign protocols respected."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
-from bitmend.reports import compare
 from bitmend.reports.compare import entries
 from bitmend.reports.record import Protocol, RunRecord, StageRecord
+from bitmend.reports.render import compare
 
 PROTOCOL = Protocol("wikitext2", "test", fingerprint="a", seq_len=512, windows=40)
 
@@ -49,8 +50,30 @@ def test_runs_of_different_protocols_are_not_judged_against_each_other() -> None
     assert [entry.beaten_by for entry in entries(runs)] == [None, None]
     for format in ("table", "md", "html"):
         assert "different protocols" in compare(runs, format)
+        assert "not beaten" not in compare(runs, format) and "not judged: no other run has its model and protocol" in compare(runs, format)
+        assert "Window, tokens: 512 (a), 2,048 (b)." in compare(runs, format)
     assert "different protocols" in json.loads(compare(runs, "json"))["warnings"][0]
+    assert [row["pareto"] for row in json.loads(compare(runs, "json"))["runs"]] == [False, False]
     assert "different protocols" not in compare([runs[0], runs[0]], "table")
+
+
+def test_only_runs_of_one_text_and_one_model_are_judged_against_each_other() -> None:
+    other_text = made("c", 10.0, 100, protocol=replace(PROTOCOL, fingerprint="b"))
+    other_model = replace(made("d", 10.0, 100), model="another")
+    found = {entry.run: entry for entry in entries([made("a", 30.0, 100), made("b", 25.0, 100), other_text, other_model])}
+    assert found["a"].beaten_by == "b" and found["b"].verdict == "not beaten by a run of its size or below"
+    assert found["c"].verdict == found["d"].verdict == "not judged: no other run has its model and protocol"
+    text = compare([made("a", 30.0, 100), other_text, other_model], "md")
+    assert "Fingerprint: a (a, d), b (c)." in text and "different models (demo (a, c), another (d))" in text
+    assert entries([made("a", 30.0, 100)])[0].verdict == "not beaten by a run of its size or below"
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 140, 200])
+def test_a_comparison_is_as_wide_as_it_may_be(width: int) -> None:
+    runs = [made("a run of some name", 31.2034, 101_000_000), made("b", 25.5, 202_000_000, protocol=replace(PROTOCOL, windows=9))]
+    lines = compare(runs, "table", width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert {"31.20", "25.50", "202.0 MB"} <= {part.strip() for line in lines for part in re.split(r"  +|: ", line)}
 
 
 def test_a_record_from_before_dtypes_was_float32_and_the_device_does_not_matter() -> None:

@@ -40,6 +40,23 @@ def test_a_change_within_two_standard_errors_is_noise_and_no_loss() -> None:
     assert "prune hurt most" in said(clear, "hurt") and said(clear, "noise") == ""
 
 
+@pytest.mark.parametrize("stderr", [None, 1e-7])
+def test_a_change_that_no_digit_shows_is_neither_a_loss_nor_a_gain(stderr: float | None) -> None:
+    """Of one window, or of so many that the error is tiny: 525.3 → 525.3 (+0.0 %) hurt nobody."""
+    for after in (525.3 * math.exp(4e-5), 525.3 * math.exp(-4e-5)):
+        record = run(stage("baseline", 525.3), stage("fuse", after, 525.3, stderr=stderr, method="bind"))
+        assert said(record, "hurt") == "No stage raised perplexity by as much as 0.1 %." and said(record, "helped") == ""
+        assert "0.0 %) is too little to count as a loss or a gain" in said(record, "noise")
+    shown = run(stage("baseline", 525.3), stage("fuse", 526.0, 525.3, stderr=stderr, method="bind"))
+    assert "fuse (bind) hurt most" in said(shown, "hurt")
+
+
+def test_kernels_are_not_suspected_for_a_difference_within_noise() -> None:
+    for stderr, advised in ((0.002, False), (0.0005, True)):
+        tips = suggestions(run(stage("baseline", 20.0), stage("fuse", 20.04, 20.0, stderr=stderr)))
+        assert any("check the kernels" in tip for tip in tips) == advised
+
+
 def test_missing_standard_errors_are_admitted() -> None:
     record = run(stage("baseline", 20.0), StageRecord("prune", perplexity=30.0))
     assert "prune hurt most" in said(record, "hurt")

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bitmend.reports import drawing, run_plots
-from bitmend.reports.plots import kernels_figure, lines_figure, pareto_figure, pareto_front
+from bitmend.reports.pareto import pareto_front
+from bitmend.reports.plots import kernels_figure, lines_figure, pareto_figure
 from bitmend.reports.record import LayerRecord, RunRecord, StageRecord
 from hypothesis import given
 from hypothesis import strategies as st

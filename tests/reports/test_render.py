@@ -9,9 +9,12 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from bitmend.reports import columns, render, show
+from bitmend.reports import columns
 from bitmend.reports.record import LayerRecord, RunRecord, StageRecord, numbers
-from bitmend.reports.tables import layer_table, stage_table
+from bitmend.reports.render import render, show
+from bitmend.reports.tables import fitted_table, layer_table, stage_table
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 VOID = {"meta", "link", "br", "img", "path", "use", "rect", "circle", "line", "image"}
@@ -213,3 +216,20 @@ def test_plain_tables_are_aligned_and_complete(full_run: RunRecord) -> None:
     ends = [match.end() for match in re.finditer("-+", rule)]
     assert all(row[end : end + 2].strip() == "" for row in (header, *rows) for end in ends)
     assert len(layer_table(full_run.stages[1]).splitlines()) == 2 + len(full_run.stages[1].layers)
+
+
+@given(st.data(), st.integers(20, 120))
+def test_a_fitted_table_loses_nothing_and_breaks_no_number(data: st.DataObject, width: int) -> None:
+    """Words are at most 16 characters, so that a paragraph fits 20."""
+    words = st.text("abcxyz", min_size=1, max_size=16)
+    quantity = st.sampled_from(["1,024.5", "+0.0431 ± 0.0052", "269.3 MB", "–", "5.1 %"])
+    columns = data.draw(st.integers(1, 5))
+    numeric = [data.draw(st.booleans()) for _ in range(columns)]
+    cell = {True: quantity, False: st.lists(words | quantity, min_size=1, max_size=4).map(" ".join)}
+    rows = [[data.draw(cell[right]) for right in numeric] for _ in range(data.draw(st.integers(1, 4)))]
+    lines = fitted_table([f"c{place}" for place in range(columns)], rows, numeric, width).splitlines()
+    assert max(map(len, lines)) <= max(width, 24)
+    text = "\n".join(lines)
+    for row in rows:
+        for cell_, right in zip(row, numeric, strict=True):
+            assert all(part in text for part in ([cell_] if right else re.split(" (?![±%M]|0\\.0052)", cell_)))

@@ -1,0 +1,121 @@
+"""The commands that read a run's JSON, or tell of the program, import nothing heavy; and a run's directory is there before what is."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bitmend.pipelines.errors import UsageError
+from bitmend.pipelines.store.files import write_json
+from bitmend.pipelines.store.rundir import TRAINING_STATE, RunDirectory
+from bitmend.reports.record import Protocol, RunRecord, StageRecord
+
+HEAVY = {"torch", "transformers", "datasets", "numpy", "scipy", "matplotlib", "jinja2", "safetensors", "tokenizers"}
+EACH = """
+import json, sys
+from bitmend.pipelines.cli import main
+for arguments in json.loads(sys.argv[1]):
+    code = main(arguments)
+    print(json.dumps([arguments, code, sorted(set(json.loads(sys.argv[2])) & set(sys.modules))]), file=sys.stderr)
+"""
+
+
+def made_run(path: Path) -> Path:
+    """A run's directory without its weights: one stage done, one under way."""
+    run = RunDirectory(path)
+    run.create()
+    rows = [
+        {"address": name, "method": "scales", "key": "k" * 64, "name": f"0{place}-{name}-{'k' * 8}", "settings": {}}
+        for place, name in enumerate(("baseline", "recover"))
+    ]
+    run.write({"stages": rows, "model": "demo", "recipe": "x"})
+    run.artifact(rows[0]["name"]).mkdir()
+    run.metrics(rows[0]["name"]).mkdir()
+    write_json(run.metrics(rows[0]["name"]) / "01234567.json", {"nll": [3.0, 3.0], "kl": None, "top1": None})
+    run.scratch(rows[1]["name"]).mkdir()
+    header = json.dumps({"__metadata__": {"meta": json.dumps({"step": 40})}}).encode()
+    (run.scratch(rows[1]["name"]) / TRAINING_STATE).write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+    stages = (StageRecord("baseline", perplexity=20.1, total_bytes=1000), StageRecord("quantize", "gptq", perplexity=25.0, total_bytes=100))
+    write_json(path / "record.json", RunRecord(path.name, "demo", Protocol("demo", seq_len=64), stages).to_json())
+    return path
+
+
+def test_small_commands_import_nothing_heavy(tmp_path: Path) -> None:
+    one, two = str(made_run(tmp_path / "one")), str(made_run(tmp_path / "two"))
+    commands = [
+        ["--version"], ["--help"], ["status", "--help"], ["run", "--help"], ["list"], ["list", "gptq"], ["list", "--json"],
+        ["show", "compress_and_recover"], ["show", "recover", "-m", "org/model", "--profile", "demo", "--json"],
+        ["status", one], ["status", one, "--json"], ["report", "show", one], ["report", "show", one, "--json"], ["gc", one, "--dry-run"],
+        *(["report", "export", one, "--format", kind] for kind in ("json", "md", "csv")),
+        ["compare", one, two], ["compare", one, two, "--json"], ["gc", two],
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", EACH, json.dumps(commands), json.dumps(sorted(HEAVY))], capture_output=True, text=True, timeout=120
+    )
+    found = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("[[")]
+    assert found == [[arguments, 0, []] for arguments in commands], done.stderr
+    assert '"finished_steps": 40' in done.stdout
+
+
+WATCH = """
+import os, sys
+from pathlib import Path
+from bitmend.pipelines import cli
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "datasets"):
+            from bitmend.pipelines.run import ledger
+            print(name, ledger.status(Path(sys.argv[1]))["stages"], flush=True)
+            os._exit(0)
+
+sys.meta_path.insert(0, Watch())
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["-o", "out/mine"], ["--set", "prune.pattern=2:4"]])
+def test_a_runs_directory_is_there_before_the_first_heavy_import(options: list[str], tmp_path: Path) -> None:
+    place = "out/mine" if "-o" in options else "runs/compress_and_recover"
+    command = [sys.executable, "-c", WATCH, place, "run", "compress_and_recover", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "torch []\n", done.stderr
+
+
+def test_a_refusal_leaves_no_directory_behind_and_takes_none_that_was_there(tmp_path: Path) -> None:
+    def refused(path: Path) -> None:
+        with pytest.raises(UsageError), RunDirectory(path).created():
+            assert RunDirectory(path).read()["stages"] == []
+            raise UsageError("no")
+
+    refused(tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty")
+    assert list((tmp_path / "empty").iterdir()) == []
+    before = made_run(tmp_path / "run")
+    with pytest.raises(UsageError), RunDirectory(before).created():
+        raise UsageError("no")
+    assert RunDirectory(before).read()["model"] == "demo"
+
+
+def test_a_directory_that_another_process_took_up_meanwhile_stays(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(UsageError), run.created():
+        run.write({"stages": [{"address": "baseline"}]})
+        raise UsageError("no")
+    assert run.read()["stages"]
+    with pytest.raises(UsageError), RunDirectory(tmp_path / "held").created(), RunDirectory(tmp_path / "held").held():
+        raise UsageError("no")
+
+
+@pytest.mark.parametrize("torn", [b"", b"\xff" * 8, b"\x02\0\0\0\0\0\0\0{}", b"\x09\0\0\0\0\0\0\0[1, 2"])
+def test_a_torn_training_state_is_not_read(torn: bytes, tmp_path: Path) -> None:
+    from bitmend.pipelines.run import ledger
+
+    run = made_run(tmp_path / "run")
+    next(run.glob(f"stages/*/{TRAINING_STATE}")).write_bytes(torn)
+    rows: list[dict[str, Any]] = ledger.status(run)["stages"]
+    assert [row["state"] for row in rows] == ["done", "partial"] and "finished_steps" not in rows[1]
