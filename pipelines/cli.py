@@ -125,6 +125,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         return INTERRUPTED, "interrupted"
     if isinstance(error, OSError) and error.filename == STDOUT:
         return 5 if error.errno in _NO_SPACE else 3, f"{STDOUT}: {error.strerror}"
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
+        return 3, f"{_one_line(str(error))}: links that lead to themselves"
     if _has_no_space(error):
         return (
             5,

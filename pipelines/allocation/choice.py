@@ -23,7 +23,8 @@ from ..models.sizes import sizes_before
 from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec
 from ..stages.context import Context
-from ..store.artifact import Artifact, write_json
+from ..store.artifact import Artifact
+from ..store.files import read_json, write_json
 from .error_tables import ErrorTable, build
 from .spending import Costs, Spent, costs, infeasible, settings_of, spent
 
@@ -64,7 +65,10 @@ class Choice:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Choice":
-        rows = [ChosenSetting(**{**row, "setting": Setting(**{**row["setting"], "grid": Grid(**row["setting"]["grid"])})}) for row in data["rows"]]
+        rows = [
+            ChosenSetting(**{**row, "setting": Setting(**{**row["setting"], "grid": Grid(**row["setting"]["grid"])})})
+            for row in data["rows"]
+        ]
         return cls(**{**data, "rows": rows})
 
 
@@ -76,7 +80,7 @@ def choice_path(recipe: Recipe, directory: Path) -> Path:
 
 
 def read_choice(path: Path) -> Choice | None:
-    return Choice.from_json(json.loads(path.read_text())) if path.is_file() else None
+    return Choice.from_json(read_json(path, "delete it and resume")) if path.is_file() else None
 
 
 def spend(recipe: Recipe, parent: Artifact, directory: Path, context: Context) -> Choice:

@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from ...compress.gptq import GptqConfig
@@ -40,7 +38,8 @@ from ..recipes.budget import AllocationSettings
 from ..recipes.stage_settings import StageSpec
 from ..stages.context import Context, check_stop
 from ..stages.fisher import fisher_diagonal
-from ..store.artifact import Artifact, write_bytes
+from ..store.artifact import Artifact
+from ..store.kept import keep, kept
 from .spending import Spent
 
 VERSION = 2
@@ -76,7 +75,9 @@ class ErrorTable:
     seconds: float
 
 
-def build(directory: Path, parent: Artifact, stages: Spent, settings: list[Setting], allocation: AllocationSettings, context: Context) -> ErrorTable:
+def build(
+    directory: Path, parent: Artifact, stages: Spent, settings: list[Setting], allocation: AllocationSettings, context: Context
+) -> ErrorTable:
     """Go on with the table in `directory` until it is whole. KeyboardInterrupt between two blocks when the user asks to end."""
     reader = BlockReader(parent, keeps=True)
     targets = reader if parent.key == context.baseline.key else BlockReader(context.baseline, keeps=True)
@@ -97,7 +98,7 @@ def build(directory: Path, parent: Artifact, stages: Spent, settings: list[Setti
                 targets.expect(walk.model.prefix(index))
                 if _read(files[index], sites[index]) is None:
                     tensors = walk.block(index, sites[index], hidden, fisher)
-                    write_bytes(files[index], save(tensors, metadata={"seconds": str(time.monotonic() - began)}))
+                    keep(files[index], tensors, {"seconds": str(time.monotonic() - began)})
                 if index < len(files) - 1:
                     hidden.through(partial(walk.model.run_block, index))
                 for read in (reader, targets):
@@ -113,12 +114,11 @@ def build(directory: Path, parent: Artifact, stages: Spent, settings: list[Setti
 
 def _read(path: Path, sites: list[Site]) -> tuple[dict[str, Tensor], dict[str, Tensor], float] | None:
     """Errors [V, K] and energies [V] by site, and the seconds they took; None where the file is not there or not whole."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            errors, energies = ({site.name: file.get_tensor(f"{site.name}.{kind}") for site in sites} for kind in ("errors", "energy"))
-            return errors, energies, float((file.metadata() or {})["seconds"])
-    except (OSError, SafetensorError):
+    found = kept(path)
+    if found is None:
         return None
+    errors, energies = ({site.name: found[0][f"{site.name}.{kind}"] for site in sites} for kind in ("errors", "energy"))
+    return errors, energies, float(found[1]["seconds"])
 
 
 def _needs(solver: StageSpec) -> frozenset[str]:

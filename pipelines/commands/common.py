@@ -34,7 +34,18 @@ Dtype = Annotated[
     typer.Option("--dtype", help="of forward passes; auto: bfloat16 on a GPU, on a CPU what is faster"),
 ]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="a directory that `pipeline run` made")]
-OutputRun = Annotated[Path | None, typer.Option("-o", "--output", metavar="RUN_DIR", help="run directory; default runs/<recipe>")]
+
+
+def place(text: str) -> Path:
+    """A path that names something: `-o ""` would mean the working directory."""
+    if not text.strip():
+        raise typer.BadParameter("the name is empty; give a path")
+    return Path(text)
+
+
+OutputRun = Annotated[
+    Path | None, typer.Option("-o", "--output", parser=place, metavar="RUN_DIR", help="run directory; default runs/<recipe>")
+]
 FromStage = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="refuse to run unless all before it is finished")]
 UntilStage = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="stop after this stage")]
 ForceStage = Annotated[str | None, typer.Option("--force", metavar="STAGE", help="redo this stage and those after it, finished or not")]

@@ -22,8 +22,8 @@ CompareFormat = Annotated[Literal["table", "html", "md", "json"], typer.Option("
 ExportFormat = Annotated[
     Literal["dense", "gptq", "gptq-v2", "compressed-tensors", "bnb"], typer.Option("--format", help="checkpoint format")
 ]
-OutputFile = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="instead of stdout")]
-OutputDirectory = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="a new or empty directory")]
+OutputFile = Annotated[Path | None, typer.Option("-o", "--output", parser=o.place, metavar="FILE", help="instead of stdout")]
+OutputDirectory = Annotated[Path, typer.Option("-o", "--output", parser=o.place, metavar="DIR", help="a new or empty directory")]
 Evaluated = Annotated[str, typer.Argument(metavar="MODEL_OR_ARTIFACT", help="demo, a model, a run's stage directory or an export")]
 SeqLen = Annotated[int | None, typer.Option("--seq-len", metavar="N", min=2, help="tokens a window")]
 Windows = Annotated[int | None, typer.Option("--windows", metavar="N", min=1, help="how many windows; default all (16 for demo)")]
@@ -196,11 +196,10 @@ def _protocol(model: str) -> tuple[str, int, int | None]:
     """Source, window length and number of windows to measure with unless told: those of the run that holds the artifact,
     else the profile that this model would be given."""
     from ..recipes.recipe import PROFILES, resolve
+    from ..store.rundir import run_of
 
-    place = Path(model).absolute()
-    for directory in (place, *place.parents) if place.is_dir() else ():
-        if (written := directory / "recipe.resolved.yaml").is_file():
-            recipe = resolve(str(written))
-            return recipe.data.evaluation, recipe.evaluation.seq_len, recipe.evaluation.windows
+    if (run := run_of(Path(model))) is not None:
+        recipe = resolve(run.checked_recipe())
+        return recipe.data.evaluation, recipe.evaluation.seq_len, recipe.evaluation.windows
     evaluation = PROFILES["demo" if model == "demo" else "standard"]["evaluation"]
     return "demo", evaluation["seq_len"], evaluation["windows"]

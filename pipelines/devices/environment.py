@@ -3,14 +3,13 @@
 Knows torch's settings and the process; no recipe, no stage.
 """
 
-import json
 import logging
 import os
 import platform
 
 import torch
 
-from ..store.artifact import write_json
+from ..store.files import read_json, write_json
 from ..store.rundir import RunDirectory
 from .compute import Compute, chosen_device, chosen_dtype
 
@@ -21,7 +20,7 @@ def compute_of(place: RunDirectory | None, device: str, dtype: str = "auto", det
     """Where and how a run computes: what is asked for, `auto` being what environment.json says it began with. A run that began on a GPU
     and is continued where there is none goes on on the CPU. UsageError for a device or a dtype that is not there."""
     path = None if place is None else place.path / "environment.json"
-    found = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+    found = read_json(path, "delete it and resume") if path is not None and path.is_file() else {}
     before = str(found.get("device", "auto"))
     if device == "auto" and not (before.startswith("cuda") and not torch.cuda.is_available()):
         device = before
@@ -40,7 +39,7 @@ def write_environment(place: RunDirectory, compute: Compute) -> None:
         "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
         "transformers": transformers.__version__, "platform": platform.platform(), "cores": os.cpu_count(),
     }  # fmt: skip
-    found = json.loads(path.read_text()) if path.is_file() else found
+    found = read_json(path, "delete it and resume") if path.is_file() else found
     where = {"device": str(compute.device), "dtype": compute.dtype_name, "deterministic": compute.deterministic}
     if compute.device.type == "cuda":
         where["device_name"] = torch.cuda.get_device_name(compute.device)

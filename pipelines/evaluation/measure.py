@@ -6,7 +6,6 @@ Numbers lie beside the artifact, one file for each protocol; another protocol me
 import contextlib
 import ctypes
 import gc
-import json
 import math
 import resource
 import threading
@@ -23,6 +22,8 @@ from ..logs import bar
 from ..models.blocks import Binder, StreamedModel
 from ..models.hidden import Room
 from ..store.artifact import Artifact
+from ..store.files import read_json
+from ..store.kept import is_whole
 from ..text.data import Windows
 from . import perplexity
 from .scores import Scores, load_scores, save_scores
@@ -95,7 +96,7 @@ def scores_of(
     key = perplexity.protocol_key(windows)
     path = metrics / f"{key}.json"
     found = load_scores(path)
-    if found is not None and (teacher is not None or perplexity.has_hidden(metrics / f"{key}.hidden.safetensors")):
+    if found is not None and (teacher is not None or is_whole(metrics / f"{key}.hidden.safetensors")):
         return found
     began = time.monotonic()
     model = StreamedModel(artifact, device, dtype, bind)
@@ -114,10 +115,12 @@ def scores_of(
     return scores, extra
 
 
-def teacher_of(baseline: Artifact, metrics: Path, windows: Windows, device: torch.device, dtype: torch.dtype) -> perplexity.BaselineOutputs | None:
+def teacher_of(
+    baseline: Artifact, metrics: Path, windows: Windows, device: torch.device, dtype: torch.dtype
+) -> perplexity.BaselineOutputs | None:
     """The baseline's kept hidden states under this protocol as a teacher; None before they were measured."""
     path = metrics / f"{perplexity.protocol_key(windows)}.hidden.safetensors"
-    if not perplexity.has_hidden(path):
+    if not is_whole(path):
         return None
     return perplexity.BaselineOutputs(perplexity.hidden_reader(path), StreamedModel(baseline, device, dtype).logits)
 
@@ -150,7 +153,7 @@ def stage_record(
 ) -> StageRecord:  # fmt: skip
     """A stage's record from what lies beside its artifact."""
     path = metrics / "stage.json"
-    stage = json.loads(path.read_text()) if path.is_file() else {}
+    stage = read_json(path, "delete it and its stage, and run again") if path.is_file() else {}
     difference, error = paired_difference(scores.nll, baseline.nll)
     before, before_error = paired_difference(scores.nll, previous.nll) if previous is not None else (None, None)
     errors = {layer["name"]: layer for layer in stage.get("layers", [])}

@@ -67,7 +67,11 @@ def last_hidden(model: StreamedModel, ids_NT: Tensor) -> Tensor:
 
 
 def score(
-    model: StreamedModel, windows: Windows, teacher: BaselineOutputs | None = None, progress: Progress | None = None, room: Room | None = None
+    model: StreamedModel,
+    windows: Windows,
+    teacher: BaselineOutputs | None = None,
+    progress: Progress | None = None,
+    room: Room | None = None,
 ) -> tuple[Scores, HiddenStates]:
     """Scores of the model on the windows' counted tokens, and its last hidden states, which take `room` (default: all there is). InputError
     when no token counts, or a number is not finite."""
@@ -90,7 +94,9 @@ def score(
     return Scores(nll, kl if teacher else None, top1 if teacher else None), states
 
 
-def _window(model: StreamedModel, hidden_TD: Tensor, ids_T: Tensor, counts_T: Tensor, teacher: BaselineOutputs | None, index: int) -> Tensor:
+def _window(
+    model: StreamedModel, hidden_TD: Tensor, ids_T: Tensor, counts_T: Tensor, teacher: BaselineOutputs | None, index: int
+) -> Tensor:
     """float64 [3]: NLL, KL and top-1 agreement summed over the counted tokens of a window, a span of tokens at a time."""
     sums = torch.zeros(3, dtype=torch.float64)
     theirs_TD = None if teacher is None else teacher.hidden_TD(index)
@@ -107,7 +113,9 @@ def counted(windows: Windows) -> Tensor:
     return torch.ones_like(windows.ids[:, 1:], dtype=torch.bool) if windows.loss is None else windows.loss[:, 1:]
 
 
-def _span_sums(model: StreamedModel, hidden_TD: Tensor, next_T: Tensor, counts_T: Tensor, taught: tuple[BaselineOutputs, Tensor] | None) -> Tensor:
+def _span_sums(
+    model: StreamedModel, hidden_TD: Tensor, next_T: Tensor, counts_T: Tensor, taught: tuple[BaselineOutputs, Tensor] | None
+) -> Tensor:
     """The same of a span of one window; `taught`: the teacher, and its hidden states of the span."""
     out = torch.zeros(3, dtype=torch.float64)
     hidden_1TD, next_T = hidden_TD[counts_T.to(hidden_TD.device)].unsqueeze(0), next_T[counts_T]
@@ -156,17 +164,6 @@ def protocol_key(windows: Windows) -> str:
     if (protocol.get("dtype", "float32"), protocol.get("device", "cpu")) == ("float32", "cpu"):
         protocol = {name: value for name, value in protocol.items() if name not in ("dtype", "device")}
     return hashlib.sha256(json.dumps(protocol, sort_keys=True, default=str).encode()).hexdigest()[:8]
-
-
-def has_hidden(path: Path) -> bool:
-    """Whether `HiddenStates.save` wrote it, and it is whole; a torn one is a cache that is measured again."""
-    if not path.is_file():
-        return False
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return "hidden" in file.keys()  # noqa: SIM118
-    except safetensors.SafetensorError:
-        return False
 
 
 def hidden_reader(path: Path) -> Callable[[int], Tensor]:

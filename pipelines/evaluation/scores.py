@@ -1,6 +1,5 @@
 """The scores of one artifact under one evaluation protocol, in memory and as the file that keeps them. Knows no model."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..store.files import write_json
+from ..store.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ def load_scores(path: Path) -> tuple[Scores, dict[str, Any]] | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text())
+        record = read_json(path, "delete it and run again")
         kl, top1 = record["kl"], record["top1"]
         return Scores(tuple(record["nll"]), kl and tuple(kl), top1 and tuple(top1)), record
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise InputError(f"{path}: not a measurement of this program ({error}); delete it and run again") from error

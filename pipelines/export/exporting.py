@@ -43,7 +43,7 @@ def export(
     refuse_inside_run(output)
     artifact = last_artifact(directory, stage)
     artifact.verify()
-    recipe = resolve(str(place.recipe), file=None, sets=[], options={})
+    recipe = resolve(place.checked_recipe(), file=None, sets=[], options={})
     said = _embeddings_made_dense(artifact)
     card = _card(directory, artifact, said)
     if merge and requantize:

@@ -20,12 +20,13 @@ from ...compress.normal_float import NESTED_BLOCK
 from ...compress.packing import pack_codes
 from ...compress.weights import DenseWeight, NormalFloatWeight, StoredWeight, UniformWeight
 from ..errors import InputError, UsageError
+from ..store.files import read_json
 from .biases import with_room_for_biases
 from .checkpoint import Checkpoint, Lazy, config_dtype, masked_note, refuse_beyond_codes, untie_compressed
 from .folder import write_folder
 from .fusing import to_memory
 from .naming import expert_parameter, to_file
-from .shards import SHARD_BYTES, Stored, fresh_directory, open_directory, read_json, write_shards
+from .shards import SHARD_BYTES, Stored, fresh_directory, open_directory, write_shards
 from .untouched import dense_linears
 
 LABEL = "bitsandbytes"

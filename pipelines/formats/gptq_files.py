@@ -16,13 +16,14 @@ from torch import Tensor
 from ...compress.packing import BITS, pack_codes, unpack_codes
 from ...compress.weights import DenseWeight, StoredWeight, UniformWeight
 from ..errors import InputError, UsageError
+from ..store.files import read_json
 from .biases import with_room_for_biases
 from .checkpoint import Checkpoint, Lazy, half_scales, masked_note, refuse_beyond_codes, uniform_codes, untie_compressed
 from .folder import write_folder
 from .fusing import to_memory
 from .gptq_settings import CHECKPOINT_FORMATS, Settings
 from .naming import to_file
-from .shards import SHARD_BYTES, Stored, fresh_directory, open_directory, read_json, write_json, write_shards
+from .shards import SHARD_BYTES, Stored, fresh_directory, open_directory, write_json, write_shards
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 MULTIPLE = 32  # auto-gptq and GPTQModel unpack whole 32-bit words along both sides

@@ -17,9 +17,10 @@ from ...compress.weights import DenseWeight, LowRank, StoredWeight, UniformWeigh
 from ...recover.extra_modules import TOKENS, Beside, Tokens
 from ...recover.prompts import peft_settings
 from ..errors import InputError, UsageError
+from ..store.files import read_json
 from .checkpoint import Checkpoint, Lazy
 from .naming import expert_parameter
-from .shards import Stored, fresh_directory, open_directory, read_json, save, write_json
+from .shards import Stored, fresh_directory, open_directory, save, write_json
 
 PREFIX = "base_model.model."
 VIRTUAL = {"PREFIX_TUNING": "prefix_tuning", "PROMPT_TUNING": "prompt_tuning", "P_TUNING": "p_tuning"}

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..store.files import read_json
 from .biases import with_room_for_biases
 from .checkpoint import Checkpoint, Lazy, config_dtype
 from .folder import write_folder
 from .fusing import to_memory
 from .naming import Names, expert_parameter, file_tensors
-from .shards import SHARD_BYTES, fresh_directory, open_directory, read_json, write_shards
+from .shards import SHARD_BYTES, fresh_directory, open_directory, write_shards
 
 HOW_TO_LOAD = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")'
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, UsageError
+from ..store.files import read_json
 from . import bitsandbytes, compressed_tensors, gptq_files, peft, plain
 from .checkpoint import Checkpoint
-from .shards import read_json
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError, OutOfMemoryError, UsageError
-from ..store.files import sync
+from ..store.files import read_json, sync
 
 SHARD_BYTES = 5_000_000_000
 ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -102,19 +102,6 @@ def _inside(file: Path) -> Path:
     if not target.is_relative_to(home) and not (home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"):
         raise InputError(f"{file}: a link to {target}, out of its directory; copy the file to its place")
     return file
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """InputError when the file is missing, not JSON or not an object."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{file} is missing") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is not readable JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} holds {type(content).__name__}, not a JSON object")
-    return content
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

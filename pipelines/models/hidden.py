@@ -5,7 +5,6 @@ file in a thread. A file loses its name as soon as it is mapped, so nothing of i
 Legend: N windows of a batch, M windows of all batches, T tokens, D model width.
 """
 
-import json
 import math
 import os
 import tempfile
@@ -13,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal, Self
 
@@ -22,14 +21,13 @@ from torch import Tensor
 
 from ..devices.compute import free_bytes
 from ..errors import InputError
-from ..store.files import disk_errors, write_pieces
+from ..store.files import disk_errors
+from ..store.kept import NAMES, data_of, keep_pieces
 from .reading import in_background
 
 SHARE = 0.5
 """Of what is free when a walk begins, how much its hidden states may take; the rest is for a block, its statistics and a solver."""
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-"""As safetensors calls them."""
 
 Place = Literal["device", "host", "file"]
 
@@ -236,11 +234,8 @@ class HiddenStates:
         """[M, T, D] as the tensor `hidden` of a safetensors file, written batch by batch."""
         (_, length, width), dtype = self.slots[0].tensor.shape, self.slots[0].tensor.dtype
         size = sum(slot.size for slot in self.slots)
-        entry = {"dtype": DTYPES[dtype], "shape": [self.windows, length, width], "data_offsets": [0, size]}
-        header = json.dumps({"hidden": entry}).encode()
-        header += b" " * (-len(header) % 8)
-        data = (batch_NTD.cpu().contiguous().view(-1).view(torch.uint8).numpy().data for batch_NTD in self)
-        write_pieces(path, chain((len(header).to_bytes(8, "little"), header), data))
+        entry = {"dtype": NAMES[str(dtype)], "shape": [self.windows, length, width], "data_offsets": [0, size]}
+        keep_pieces(path, {"hidden": entry}, map(data_of, self))
 
     def rows(self) -> "StateRows":
         return StateRows(self)

@@ -62,7 +62,8 @@ def _from_hub(model: str, revision: str | None) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise InputError(
-            f"{model}: not in the local cache and the Hub cannot be reached{offline}; give a local directory or 'demo'"
+            f"{model}: no such directory, and as a model of the Hub not in the local cache, nor can the Hub be reached{offline}; "
+            "give a local directory or 'demo'"
         ) from error
 
 

@@ -66,6 +66,8 @@ def parse(text: str, origin: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UsageError(f"{origin}{line}: not readable as YAML: {error.problem or error.context}") from error
+    except RecursionError as error:
+        raise UsageError(f"{origin}: nested too deep to be settings") from error
     except yaml.YAMLError as error:
         raise UsageError(f"{origin}: not readable as YAML: {' '.join(str(error).split())}") from error
 

@@ -31,7 +31,7 @@ def evaluate(
     another text, length or number is asked for."""
 
     run = run_of(Path(model))
-    recipe = None if run is None else resolve(str(run.recipe))
+    recipe = None if run is None else resolve(run.checked_recipe())
     compute = compute_of(run, device, dtype or (recipe.dtype if recipe is not None else "auto"))
     with opened(model) as found, tempfile.TemporaryDirectory(prefix="bitmend-") as scratch:
         tokenizer, config = load_tokenizer(found.directory), load_config(found.directory)

@@ -13,7 +13,7 @@ from typing import Any
 from ...reports.record import RunRecord
 from ..errors import InputError
 from ..evaluation.scores import load_scores
-from ..store.files import safetensors_metadata
+from ..store.files import read_json, safetensors_metadata
 from ..store.rundir import TRAINING_STATE, RunDirectory, finished_blocks
 
 
@@ -70,7 +70,11 @@ def record(directory: Path) -> RunRecord:
     path = place.path / "record.json"
     if not path.is_file():
         raise InputError(f"{directory}: no stage has been measured yet; `pipeline resume {directory}` goes on")
-    return RunRecord.from_json(json.loads(path.read_text()))
+    again = f"`pipeline resume {directory}` writes it anew"
+    try:
+        return RunRecord.from_json(read_json(path, again))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: {error}; {again}") from error
 
 
 def keep_plan(directory: Path) -> None:

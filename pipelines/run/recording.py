@@ -3,7 +3,6 @@
 Knows measures and reports; not what a stage does, nor in which order they come.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +13,8 @@ from ..allocation.choice import explained
 from ..evaluation import measure
 from ..evaluation.scores import Scores
 from ..planning.steps import Step
-from ..store.artifact import Artifact, open_artifact, write_bytes, write_json
+from ..store.artifact import Artifact, open_artifact
+from ..store.files import read_json, write_bytes, write_json
 from ..text.data import Windows
 from .session import Session
 
@@ -49,7 +49,7 @@ def save_record(under_way: Session, records: list[StageRecord], windows: Windows
     from ...reports.render import render
 
     place = under_way.directory
-    environment = json.loads((place.path / "environment.json").read_text())
+    environment = read_json(place.path / "environment.json", "delete it and resume")
     known = {k: v for k, v in windows.protocol.items() if k in Protocol.__dataclass_fields__}
     details = {k: v for k, v in windows.protocol.items() if k not in known}
     made = RunRecord(place.path.name, under_way.recipe.model, Protocol(**known, details=details), derive(records), environment)

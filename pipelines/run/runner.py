@@ -5,7 +5,6 @@ leaves the old one. A budget is spent when the first of its stages is reached. K
 its key is made of (`steps`). What a run has left is read in `ledger`, whose functions are offered here as well.
 """
 
-import json
 import logging
 import shutil
 import time
@@ -33,7 +32,8 @@ from ..planning.steps import Step, plan_steps
 from ..recipes.recipe import Recipe, check_addresses, resolve, run_directory
 from ..stages.baseline import build_baseline
 from ..stages.inputs import Inputs
-from ..store.artifact import MANIFEST, Artifact, ArtifactWriter, disk_errors, open_artifact, settle, write_json
+from ..store.artifact import MANIFEST, Artifact, ArtifactWriter, open_artifact, settle
+from ..store.files import disk_errors, read_json, write_json
 from ..store.rundir import RunDirectory
 from .ledger import gc, record, status
 from .opening import last_artifact
@@ -87,7 +87,7 @@ def resume(directory: Path, **options: Any) -> RunRecord:
     place.read()
     if not place.recipe.is_file():
         raise InputError(f"{place.recipe}: missing, so nothing says what to resume; run the recipe again with -o {directory}")
-    return run(resolve(str(place.recipe)), directory, **options)
+    return run(resolve(place.checked_recipe()), directory, **options)
 
 
 # -- planning --------------------------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def _make(under_way: Session, step: Step, parent: Artifact | None) -> Artifact:
 def _timed(device: torch.device, metrics: Path) -> Iterator[Peak]:
     """Peak memory and seconds, those of attempts that were stopped before included."""
     path = metrics / "interrupted.json"
-    earlier = json.loads(path.read_text())["seconds"] if path.is_file() else 0.0
+    earlier = read_json(path, "delete it and resume")["seconds"] if path.is_file() else 0.0
     peak = Peak(device)
     try:
         with peak:

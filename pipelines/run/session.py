@@ -12,7 +12,6 @@ from ..devices.compute import Compute
 from ..planning.steps import Step, found_choice, plan_steps
 from ..recipes.recipe import Recipe
 from ..stages.inputs import Inputs
-from ..store.artifact import write_bytes
 from ..store.rundir import RunDirectory
 from .signals import Stop
 
@@ -49,7 +48,7 @@ def take_up(under_way: Session) -> None:
     """Make these steps the plan of record, and say what it sends back to work."""
     place = under_way.directory
     announce(under_way.steps, under_way.before, under_way.compute, place)
-    write_bytes(place.recipe, under_way.recipe.to_yaml().encode())
+    place.write_recipe(under_way.recipe.to_yaml())
     rows = [{"address": s.address, "method": s.method, "key": s.key, "name": s.name, "settings": s.settings} for s in under_way.steps]
     table = {} if under_way.table is None else {"allocation": str(under_way.table.relative_to(place.path))}
     computed = {"compute": under_way.compute.words()}

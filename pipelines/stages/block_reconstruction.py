@@ -5,7 +5,6 @@ A finished block is run as it was written, so a resumed stage goes on with the s
 Legend: B batch, T tokens, D model width.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,7 +27,7 @@ from ..models.source import load_config
 from ..models.structure import Site, skeleton
 from ..recipes.stage_settings import StageSpec
 from ..store.artifact import Artifact, ArtifactWriter
-from ..store.files import write_json
+from ..store.files import read_json, write_json
 from .context import Context, Outcome, check_stop
 from .writing import SLACK, InPlace, Trained, as_stored_before, audited, trained, untouched, write_block, write_rest
 
@@ -81,12 +80,12 @@ def reconstruct_blocks(parent: Artifact, writer: ArtifactWriter, spec: StageSpec
             check_stop(context)
     undone = writer.scratch / UNDONE
     if undone.is_file():
-        before, after = json.loads(undone.read_text())
+        before, after = read_json(undone)["losses"]
     else:
         before, after = _loss(model, walk.start, held_out), _loss(model, walk.now, held_out)
     worse = not after <= before + SLACK
     if worse:
-        write_json(undone, [before, after])
+        write_json(undone, {"losses": [before, after]})
         _undo(walk)
     write_rest(parent, writer, model, Trained())
     audited(parent, writer, spec.address, codes_move=False)

@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from ...compress.statistics import Fisher
@@ -22,7 +20,7 @@ from ..logs import bar
 from ..models.blocks import StreamedModel
 from ..models.hidden import HiddenStates, Room
 from ..models.structure import Site
-from ..store.artifact import write_bytes
+from ..store.kept import keep, kept
 from .context import Context, check_stop
 
 VERSION = 2
@@ -34,20 +32,19 @@ Sums = dict[str, tuple[Tensor, Tensor]]
 def fisher_diagonal(context: Context) -> dict[str, Fisher]:
     """Site name → Fisher (arXiv:2311.12023, section 3.2), on the CPU; kept beside the baseline for the next method."""
     path = _kept(context)
-    if path.is_file():
-        with safe_open(path, framework="pt") as file:
-            names = {key.rpartition(".")[0] for key in file.keys()}  # noqa: SIM118
-            return {n: Fisher(file.get_tensor(f"{n}.row"), file.get_tensor(f"{n}.column")) for n in names}
+    if (found := kept(path)) is not None:
+        names = {key.rpartition(".")[0] for key in found[0]}
+        return {n: Fisher(found[0][f"{n}.row"], found[0][f"{n}.column"]) for n in names}
     sums = _collect(context)
     if not any(bool(row_O.any()) for row_O, _ in sums.values()):
         raise InputError(
             "Fisher information is 0 everywhere: the loss does not depend on any matrix; check the calibration text and the model"
         )
-    found = {name: Fisher(row_O.float(), column_I.float()) for name, (row_O, column_I) in sums.items()}
-    tensors = {f"{n}.{kind}": t for n, f in found.items() for kind, t in (("row", f.row_mean_O), ("column", f.column_mean_I))}
+    made = {name: Fisher(row_O.float(), column_I.float()) for name, (row_O, column_I) in sums.items()}
+    tensors = {f"{n}.{kind}": t for n, f in made.items() for kind, t in (("row", f.row_mean_O), ("column", f.column_mean_I))}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, save(tensors))
-    return found
+    keep(path, tensors)
+    return made
 
 
 def _kept(context: Context) -> Path:

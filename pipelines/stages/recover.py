@@ -11,8 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 
 from ...recover.activations import training_activation_bytes
@@ -36,7 +34,7 @@ from ..models.source import load_config
 from ..models.structure import inspect, skeleton
 from ..recipes.stage_settings import StageSpec
 from ..store.artifact import Artifact, ArtifactWriter
-from ..store.files import write_bytes
+from ..store.kept import keep, kept
 from ..store.rundir import TRAINING_STATE
 from .block_reconstruction import reconstruct_blocks
 from .context import Context, Outcome
@@ -195,10 +193,8 @@ def _train(
     """What training came to, and its tokens a second since this process took it up."""
     path = context.scratch / TRAINING_STATE
 
-    def keep(state: TrainState) -> None:
-        write_bytes(
-            path, save({n: t.detach().cpu().contiguous() for n, t in state.tensors.items()}, metadata={"meta": json.dumps(state.meta)})
-        )
+    def save(state: TrainState) -> None:
+        keep(path, state.tensors, {"meta": json.dumps(state.meta)})
 
     every = 5 if attached.count() * 4 * 5 < SMALL_STATE_BYTES else 50
     with bar(f"{spec.address} {spec.method}, steps", config.steps) as shown:
@@ -213,7 +209,7 @@ def _train(
         try:
             result = train(
                 model, attached, batches, held_out, teacher, config, student=student,
-                main=RECOVER[spec.method].main, resume=_saved(path), save=keep, save_every=every, progress=progress, stop=context.stop,
+                main=RECOVER[spec.method].main, resume=_saved(path), save=save, save_every=every, progress=progress, stop=context.stop,
             )  # fmt: skip
             return result, speed
         except TrainingDiverged as error:
@@ -223,14 +219,9 @@ def _train(
 
 
 def _saved(path: Any) -> TrainState | None:
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {})["meta"])
-            return TrainState({n: file.get_tensor(n).clone() for n in file.keys()}, meta)  # noqa: SIM118
-    except (SafetensorError, KeyError, json.JSONDecodeError):
-        return None  # torn by a full disk or a failing one: training starts again from its first step, which gives the same result
+    """None for one that is torn, too: training starts again from its first step, which gives the same result."""
+    found = kept(path)
+    return None if found is None else TrainState(found[0], json.loads(found[1]["meta"]))
 
 
 # -- what is kept ----------------------------------------------------------------------------------------------------------------

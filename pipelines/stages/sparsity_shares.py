@@ -3,7 +3,6 @@
 Knows the baseline and the calibration text. What was found lies in the stage's scratch directory, so a resumed stage does not look again.
 """
 
-import json
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -20,7 +19,7 @@ from ..models.collecting import collecting
 from ..models.hidden import Room
 from ..models.structure import Site
 from ..recipes.stage_settings import StageSpec
-from ..store.artifact import write_json
+from ..store.files import read_json, write_json
 from .context import Context, check_stop
 
 SHARED = frozenset({"sparsity", "pattern", "allocation", "spread"})
@@ -52,7 +51,7 @@ def _kept_outlier_shares(spec: StageSpec, blocks: dict[int, list[Site]], context
     path = context.scratch / "outliers.json"
     if not path.is_file():
         write_json(path, {"shares": outlier_shares(spec, blocks, context)})
-    return json.loads(path.read_text())["shares"]
+    return read_json(path, f"delete {context.scratch} and run again")["shares"]
 
 
 def outlier_shares(spec: StageSpec, blocks: dict[int, list[Site]], context: Context) -> list[float]:

@@ -10,13 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from ...recover.student import Batch, Teacher
 from ..models.blocks import StreamedModel
-from ..store.files import write_bytes
+from ..store.kept import keep, kept
 from .context import Context
 
 TEACHER_TOKENS = 16384
@@ -38,15 +36,13 @@ class StateFiles:
         self.left = min(STATE_BYTES - taken, shutil.disk_usage(self.directory).free // 4)
 
     def read(self, ids_BT: Tensor) -> Tensor | None:
-        try:
-            return load(self._path(ids_BT).read_bytes())["hidden"].to(ids_BT.device)
-        except (OSError, SafetensorError, KeyError):
-            return None
+        found = kept(self._path(ids_BT))
+        return None if found is None else found[0]["hidden"].to(ids_BT.device)
 
     def write(self, ids_BT: Tensor, hidden_BTD: Tensor) -> None:
         size = hidden_BTD.numel() * hidden_BTD.element_size()
         if size <= self.left:
-            write_bytes(self._path(ids_BT), save({"hidden": hidden_BTD.cpu().contiguous()}))
+            keep(self._path(ids_BT), {"hidden": hidden_BTD})
             self.left -= size
 
     def has(self, ids_BT: Tensor) -> bool:

@@ -6,7 +6,6 @@ gives it; a compressed linear `L` stores the tensors of its record as `L.base.co
 """
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -24,7 +23,7 @@ from ...compress.sharing import SHARED, holder_of, own_tensors, settled
 from ...compress.weights import StoredWeight, describe, from_tensors
 from ...recover.extra_modules import Beside, beside_of
 from ..errors import InputError
-from .files import cached_sha256, disk_errors, link, sha256, sync, write_bytes, write_json
+from .files import cached_sha256, disk_errors, link, read_json, sha256, sync, write_bytes, write_json
 
 SCHEMA = 1
 MANIFEST = "artifact.json"
@@ -143,17 +142,19 @@ class Artifact:
                 )
 
 
+_MANIFEST = {"key": str, "stage": dict, "files": dict, "linears": dict}
+
+
 def open_artifact(directory: Path) -> Artifact:
     """InputError when it is missing, of another schema, or a file is missing or of another size."""
     path = directory / MANIFEST
     if not path.is_file():
         raise InputError(f"{directory}: no {MANIFEST}, so this is no artifact; give a stage directory of a run")
-    try:
-        manifest = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON ({error}); delete {directory} and run again") from error
+    manifest = read_json(path, f"delete {directory} and run again")
     if manifest.get("schema") != SCHEMA:
         raise InputError(f"{path}: schema {manifest.get('schema')}, this program reads {SCHEMA}; run again into a new directory (-o)")
+    if any(not isinstance(manifest.get(name), kind) for name, kind in _MANIFEST.items()):
+        raise InputError(f"{path}: does not hold what a manifest does ({', '.join(_MANIFEST)}); delete {directory} and run again")
     artifact = Artifact(directory, manifest)
     for name, entry in manifest["files"].items():
         file = artifact.weights / name if name.endswith(".safetensors") else directory / name
@@ -271,7 +272,7 @@ class ArtifactWriter:
 
 def settle(scratch: Path, final: Path) -> Artifact:
     """The end of `seal`, which may be repeated: a scratch directory that has its manifest has everything else."""
-    files = json.loads((scratch / MANIFEST).read_text())["files"]
+    files = read_json(scratch / MANIFEST)["files"]
     for stray in scratch.iterdir():
         if stray.name not in files and stray.name != MANIFEST:
             stray.unlink() if stray.is_file() else shutil.rmtree(stray)
@@ -315,9 +316,9 @@ def shards_of(tensors: Mapping[str, Tensor], linears: Mapping[str, StoredWeight]
 def _read_marker(marker: Path, directory: Path) -> dict[str, Any] | None:
     """A part's marker, or None when it or one of its shards is not whole (the part is then written again)."""
     try:
-        part = json.loads(marker.read_text())
+        part = read_json(marker)
         files = part["files"].items()
-    except (ValueError, KeyError, TypeError, AttributeError):  # torn: not JSON, not text, or not all of it
+    except (InputError, KeyError, AttributeError):  # torn: not JSON, not what was written, or not all of it
         return None
     for name, entry in files:
         file = directory / name

@@ -6,15 +6,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...kernels.cache import cache_directory
-from ..errors import OutOfMemoryError
+from ..errors import InputError, OutOfMemoryError
 
 PARTIAL = ".partial"
 """Ends the name of a directory that is not finished."""
+
+CHECKSUM = "checksum"
 
 
 def sha256(path: Path) -> str:
@@ -22,12 +24,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def identity(path: Path) -> str:
+    """Of a file whose contents have not changed: path, size, times of change of contents and of status, inode."""
+    stat = path.stat()
+    return f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
+
+
 def cached_sha256(path: Path) -> str:
     """As it was when this very file was last hashed: same path, size, inode, times of change of contents and of status; else hashed now.
     Where the cache cannot be read or written it is hashed every time."""
-    stat = path.stat()
-    identity = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
-    note = cache_directory() / "sha256" / hashlib.sha256(identity.encode()).hexdigest()
+    note = cache_directory() / "sha256" / hashlib.sha256(identity(path).encode()).hexdigest()
     with contextlib.suppress(OSError):
         return note.read_text()
     digest = sha256(path)
@@ -52,14 +58,18 @@ def write_bytes(path: Path, data: bytes) -> None:
     write_pieces(path, (data,))
 
 
-def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
-    """The same for what need not lie in memory together."""
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview], patch: Callable[[], tuple[int, bytes]] | None = None) -> None:
+    """The same for what need not lie in memory together; `patch`, asked when all is written, gives an offset and what belongs there."""
     with disk_errors(path):
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with scratch.open("wb") as file:
                 for piece in pieces:
                     file.write(piece)
+                if patch is not None:
+                    offset, data = patch()
+                    file.seek(offset)
+                    file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(scratch, path)
@@ -68,8 +78,31 @@ def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
             raise
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """One of the program's own files, with a checksum of what it says."""
+    plain = json.loads(json.dumps(value))  # as it will be read: keys are strings
+    write_bytes(path, (json.dumps({**plain, CHECKSUM: _checksum(plain)}, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: Path, way_out: str = "") -> dict[str, Any]:
+    """What `write_json` wrote, or another program's JSON object. InputError, which ends in the way out, for what is missing or unreadable, is no
+    JSON object, or is not what was written."""
+    end = f"; {way_out}" if way_out else ""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing{end}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error}){end}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds {type(content).__name__}, not a JSON object{end}")
+    if CHECKSUM in content and content.pop(CHECKSUM) != _checksum(content):
+        raise InputError(f"{path}: has changed since it was written (its checksum is another){end}")
+    return content
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def link(source: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ Knows files and locks; no models, no maths.
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -20,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, UsageError
-from .files import PARTIAL, disk_errors, write_json
+from .files import PARTIAL, disk_errors, read_json, write_bytes, write_json
 
 SCHEMA = 1
 HEARTBEAT_SECONDS = 10
 STALE_SECONDS = 60
+RECIPE_CHECKSUM = "# checksum of the lines above: "
 TRAINING_STATE = "training.safetensors"
 """In the scratch directory of a stage that trains: where it is, to go on from."""
 
@@ -47,6 +49,22 @@ class RunDirectory:
     def recipe(self) -> Path:
         return self.path / "recipe.resolved.yaml"
 
+    def checked_recipe(self) -> str:
+        """The path of the recipe that `write_recipe` wrote. InputError where it is another one now: it decides every stage's key."""
+        try:
+            text = self.recipe.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.recipe}: cannot be read ({error}); run the recipe again with -o {self.path}") from error
+        body, mark, told = text.rpartition(RECIPE_CHECKSUM)
+        if mark and told.strip() != _checksum(body):
+            raise InputError(
+                f"{self.recipe}: has changed since it was written; run its recipe again with -o {self.path}, with --set for what is to be another"
+            )
+        return str(self.recipe)
+
+    def write_recipe(self, text: str) -> None:
+        write_bytes(self.recipe, f"{text}{RECIPE_CHECKSUM}{_checksum(text)}\n".encode())
+
     def read(self) -> dict[str, Any]:
         """run.json. InputError when this is no run directory, or one of another schema."""
         file = self.path / "run.json"
@@ -54,10 +72,7 @@ class RunDirectory:
             raise InputError(f"{self.path}: no such run directory; `pipeline run compress_and_recover -o {self.path}` makes one")
         if not file.is_file():
             raise InputError(f"{self.path}: no run.json, so this is not a run directory; give another one with -o")
-        try:
-            state = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise InputError(f"{file}: not JSON ({error}); start again in a new directory with -o") from error
+        state = read_json(file, "start again in a new directory with -o")
         if state.get("schema") != SCHEMA or state.get("program") != "bitmend":
             raise InputError(
                 f"{self.path}: written with run schema {state.get('schema')}, this program uses {SCHEMA}; give a new directory with -o"
@@ -173,6 +188,10 @@ def _heartbeat(path: Path) -> Iterator[None]:
         done.set()
         thread.join()
         beat.unlink(missing_ok=True)
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def holding_run(path: Path) -> RunDirectory | None:

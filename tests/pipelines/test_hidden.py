@@ -12,10 +12,11 @@ import torch
 from bitmend.pipelines.devices import compute
 from bitmend.pipelines.errors import InputError, OutOfMemoryError
 from bitmend.pipelines.evaluation import perplexity
-from bitmend.pipelines.evaluation.perplexity import has_hidden, hidden_reader
+from bitmend.pipelines.evaluation.perplexity import hidden_reader
 from bitmend.pipelines.models import hidden
 from bitmend.pipelines.models.hidden import HiddenStates, Room
 from bitmend.pipelines.run import runner
+from bitmend.pipelines.store.kept import is_whole
 from safetensors.torch import load_file
 
 from .families import save_speaking
@@ -56,7 +57,7 @@ def test_bits_do_not_depend_on_the_place(places: list[str], dtype: torch.dtype, 
     assert torch.equal(states.whole(), whole[:, 1:]), "a prompt is cut off behind the last block"
     states.save(tmp_path / "states.safetensors")
     assert torch.equal(load_file(tmp_path / "states.safetensors")["hidden"], whole[:, 1:])
-    assert has_hidden(tmp_path / "states.safetensors")
+    assert is_whole(tmp_path / "states.safetensors")
     assert torch.equal(hidden_reader(tmp_path / "states.safetensors")(4), whole[4, 1:])
 
 
