@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bitmend.pipelines.errors import UsageError
+from bitmend.pipelines.bench import command_times
+from bitmend.pipelines.errors import InputError, UsageError
+from bitmend.pipelines.store import files
 from bitmend.pipelines.store.files import write_json
 from bitmend.pipelines.store.rundir import TRAINING_STATE, RunDirectory
 from bitmend.reports.record import Protocol, RunRecord, StageRecord
@@ -119,3 +121,31 @@ def test_a_torn_training_state_is_not_read(torn: bytes, tmp_path: Path) -> None:
     next(run.glob(f"stages/*/{TRAINING_STATE}")).write_bytes(torn)
     rows: list[dict[str, Any]] = ledger.status(run)["stages"]
     assert [row["state"] for row in rows] == ["done", "partial"] and "finished_steps" not in rows[1]
+
+
+def test_the_benchmark_times_each_of_them_and_names_the_one_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="-m RUN_DIR"):
+        command_times.command_rows(None, 1)
+    with pytest.raises(InputError, match=r"^pipeline status nowhere: nowhere: no such run directory"):
+        command_times._seconds(["status", "nowhere"])
+    started: list[list[str]] = []
+    monkeypatch.setattr(command_times, "_seconds", lambda words: started.append(words) or (1.0 / len(started), 0.1))
+    rows = command_times.command_rows("RUN", 2)
+    assert [row["command"] for row in rows][-2:] == ["compare", "gc --dry-run"] and ["compare", "RUN", "RUN"] in started
+    assert len(started) == 3 * len(rows) and rows[0]["least_seconds"] == 1 / 3 and rows[0]["seconds"] == (1 / 2 + 1 / 3) / 2
+
+
+def test_a_cache_that_cannot_be_read_or_written_costs_a_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"text")
+    known = files.sha256(tmp_path / "file")
+    monkeypatch.setenv("BITMEND_CACHE", "/dev/null/cache")
+    assert files.cached_sha256(tmp_path / "file") == known
+
+    def refused(*arguments: Any, **options: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(
+        Path, "stat", lambda self, plain=Path.stat, **options: refused() if "cache" in self.parts else plain(self, **options)
+    )
+    monkeypatch.setattr(Path, "read_text", refused)
+    assert files.cached_sha256(tmp_path / "file") == known
