@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +16,7 @@ from bitmend.pipelines.errors import InputError, OutOfMemoryError
 from bitmend.pipelines.stages.baseline import build_baseline, fingerprint
 from bitmend.pipelines.store import artifact
 from bitmend.pipelines.store.artifact import Artifact, ArtifactWriter, open_artifact, settle, shards_of
+from bitmend.pipelines.store.files import read_json
 
 from .runs import stage_directory
 
@@ -229,7 +229,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
     with pytest.raises(OSError, match="broken"):
         artifact.write_json(target, {"new": 2})
-    assert json.loads(target.read_text()) == {"old": 1}
+    assert read_json(target) == {"old": 1}
 
 
 def test_no_pickle_anywhere(finished: Path) -> None:
