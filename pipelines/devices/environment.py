@@ -9,6 +9,7 @@ import platform
 
 import torch
 
+from ..errors import InputError
 from ..store.files import read_json, write_json
 from ..store.rundir import RunDirectory
 from .compute import Compute, chosen_device, chosen_dtype
@@ -40,6 +41,8 @@ def write_environment(place: RunDirectory, compute: Compute) -> None:
         "transformers": transformers.__version__, "platform": platform.platform(), "cores": os.cpu_count(),
     }  # fmt: skip
     found = read_json(path, "delete it and resume") if path.is_file() else found
+    if not isinstance(found.get("threads"), int):
+        raise InputError(f"{path}: does not say how many threads the run began with; delete it and resume")
     where = {"device": str(compute.device), "dtype": compute.dtype_name, "deterministic": compute.deterministic}
     if compute.device.type == "cuda":
         where["device_name"] = torch.cuda.get_device_name(compute.device)

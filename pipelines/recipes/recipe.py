@@ -275,9 +275,15 @@ def _command_line(sets: list[str], options: Mapping[str, Any]) -> dict[str, Any]
     return document
 
 
+MOST_STAGES = 99
+"""Their directories are numbered in two digits."""
+
+
 def _stage_list(stages: object, origin: str) -> list[_Stage]:
     if not isinstance(stages, list):
         raise UsageError(f"{origin}: stages: expected a list, as in [{{quantize: {{method: gptq, bits: 4}}}}], got {stages!r}")
+    if len(stages) > MOST_STAGES:
+        raise UsageError(f"{origin}: stages: {len(stages)} are more than a recipe may have ({MOST_STAGES})")
     found: list[_Stage] = []
     for place, item in enumerate(stages, start=1):
         entry = {item: None} if isinstance(item, str) else item

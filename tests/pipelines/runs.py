@@ -53,14 +53,15 @@ class Processes:
     server: subprocess.Popen[str]
 
     def run(
-        self, arguments: list[str], log: Path, end: dict[str, Any] | None = None, fault: tuple[str | None, int, str] | None = None
+        self, arguments: list[str], log: Path, end: dict[str, Any] | None = None, fault: tuple[str | None, int, str] | None = None,
+        unprivileged: bool = False,
     ) -> int:
         """Exit code of `pipeline ARGUMENTS`, its output in `log`. `end` {signal, step, path}: the process gets this signal right before
         the step-th renaming, linking or removing of a file whose path contains `path`. `fault` (kind, step, path) as in `faults`; how many
-        operations there were is the log's last line."""
+        operations there were is the log's last line. `unprivileged`: the modes of files count, even for root."""
         assert self.server.stdin is not None and self.server.stdout is not None
         faults = str(Path(__file__).with_name("faults.py"))
-        asked = {"arguments": arguments, "log": str(log), "end": end, "fault": fault, "faults": faults}
+        asked = {"arguments": arguments, "log": str(log), "end": end, "fault": fault, "faults": faults, "unprivileged": unprivileged}
         self.server.stdin.write(json.dumps(asked) + "\n")
         self.server.stdin.flush()
         return int(self.server.stdout.readline())
@@ -103,6 +104,8 @@ for line in sys.stdin:
             os.dup2(log, 1), os.dup2(log, 2)
             if asked["end"]:
                 end_at(**asked["end"])
+            if asked["unprivileged"]:
+                runpy.run_path(asked["faults"])["unprivileged"]()
             faults = runpy.run_path(asked["faults"])["Faults"](*asked["fault"]) if asked["fault"] else None
             if faults:
                 faults.inject()
