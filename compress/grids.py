@@ -25,7 +25,8 @@ def divide(in_features: int, size: int, name: str = "group_size") -> int:
     columns = in_features if size == -1 else size
     if columns <= 0 or in_features % columns:
         divisors = [d for d in range(8, in_features + 1) if in_features % d == 0]
-        raise ValueError(f"in_features {in_features} is not a multiple of {name} {size}; choose one of {divisors} or -1")
+        row = " or -1" if name == "group_size" else ""
+        raise ValueError(f"in_features {in_features} is not a multiple of {name} {size}; choose one of {divisors}{row}")
     return columns
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...compress.factors import FactorBits, FactorForm
-from ...compress.grids import UniformGrid
+from ...compress.grids import divide
 from ...compress.options import Grid
 from ...recover.selection import roles
 from ..recipes.stage_settings import StageSpec, methods
@@ -217,7 +217,7 @@ def has_index(config: Any) -> bool:
 def _quantized(rows: int, columns: int, config: Any, size: Size) -> None:
     """ValueError when the groups do not divide the row."""
     grid = grid_of(config)
-    UniformGrid(grid.bits, grid.group_size).size(columns)
+    divide(columns, grid.group_size, "block_size" if grid.kind == "normal_float" else "group_size")
     if (activations := getattr(config, "activations", None)) is not None:
         activations.divide(columns)
     on_grid(size, (rows, columns), grid, has_index(config))

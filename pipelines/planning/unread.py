@@ -5,7 +5,6 @@ Knows names and sizes; reads no weights.
 
 import difflib
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from ...recover.attach import Dora, Lora
@@ -30,7 +29,7 @@ def unread(spec: StageSpec, recipe: Recipe, model: Any, sizes: Sizes) -> list[st
     return [f"{spec.address}.{line}" for line in found]
 
 
-def _patterns(spec: StageSpec, structure: Structure) -> Iterable[str]:
+def _patterns(spec: StageSpec, structure: Structure) -> list[str]:
     reached = [s.name for s in structure.sites if (s.block is not None or spec.include_head) and not spec.skips(s.name)]
     known = [s.name for s in structure.sites] + [s.name for s in structure.skipped]
     known += [] if structure.embeddings is None else [structure.embeddings.name]

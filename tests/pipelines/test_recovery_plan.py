@@ -30,13 +30,12 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
     "nothing chosen is quantized": ([{"quantize": {**RTN["quantize"], "ignore": ["mlp"]}}, recover("scales")], "scales cannot serve"),
     "no bias": ([recover("bitfit", create=False)], "create=false leaves no trainable parameter: this model has no biases"),
     "all off": ([recover("perp", norms=False, biases=False)], "lora none leaves no trainable parameter"),
-    "share": ([recover("pafi", share=0)], "share 0.0 of weights to train must lie in (0, 1]"),
     "tokens": ([recover("prefix_tuning", tokens=500)], "500 virtual tokens and a seq_len of 256 do not fit a model of 512 positions"),
     "tokens somewhere": ([recover("prompt_tuning", layers="last:2")], "virtual tokens stand in front of the whole model"),
     "tokens twice": ([recover("prompt_tuning"), recover("prefix_tuning")], "recover.2: prefix_tuning trains virtual tokens, and recover puts"),
     "a prefix recomputed": ([recover("mam_adapter", gradient_checkpointing=True)], "set gradient_checkpointing=false"),
     "a compressed head": ([HEAD, recover("perp", head=True)], "the head is compressed and cannot train as a plain tensor"),
-    "pruned to nothing": ([recover("lora", prune_ranks=1.0)], "prune_ranks 1.0 must lie in [0, 1)"),
+    "a rank that nothing reads": ([RTN, LOFTQ, recover("lora", rank=40)], "recover.rank: 40 would not be read: every chosen matrix has factors of"),
 }  # fmt: skip
 
 
@@ -48,9 +47,9 @@ def test_refused(case: str, small_model: Path, small_text: Path, tmp_path: Path)
 
 
 def test_what_is_ignored_or_left_alone_is_no_reason(small_model: Path, small_text: Path, tmp_path: Path) -> None:
-    """The chosen linears alone decide; factors that are there already train whatever the rank."""
+    """The chosen linears alone decide; factors that are there already train, whatever the rank would be by default."""
     some = [{"quantize": {**RTN["quantize"], "ignore": ["mlp"]}}, recover("scales", targets="q,k,v,o", norms=False)]
-    for stages in (some, [RTN, LOFTQ, recover("lora", rank=4000)], [recover("bitfit", create=False, head=True)]):
+    for stages in (some, [RTN, LOFTQ, recover("lora")], [recover("bitfit", create=False, head=True)]):
         assert refusals(chosen(tmp_path, small_model, small_text, stages), small_model) == []
 
 
