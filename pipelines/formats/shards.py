@@ -101,6 +101,8 @@ def _inside(file: Path) -> Path:
     home, target = file.parent.resolve(), file.resolve()
     if not target.is_relative_to(home) and not (home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"):
         raise InputError(f"{file}: a link to {target}, out of its directory; copy the file to its place")
+    if not os.access(file, os.R_OK):  # safetensors would say that there is no such file
+        raise InputError(f"{file}: permission denied; make it readable")
     return file
 
 

@@ -56,7 +56,7 @@ class RunDirectory:
         except (OSError, ValueError) as error:
             raise InputError(f"{self.recipe}: cannot be read ({error}); run the recipe again with -o {self.path}") from error
         body, mark, told = text.rpartition(RECIPE_CHECKSUM)
-        if mark and told.strip() != _checksum(body):
+        if "stages:" not in text or (mark and told.strip() != _checksum(body)):
             raise InputError(
                 f"{self.recipe}: has changed since it was written; run its recipe again with -o {self.path}, with --set for what is to be another"
             )
