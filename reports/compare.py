@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .columns import STAGE_COLUMNS, Column, protocol_line, used
+from .columns import Column, protocol_line, stage_columns, used
 from .drawing import WIDTH, inline_svg
 from .page import LABELS, Plot, records, template
 from .plots import pareto_figure, pareto_front
-from .record import SCHEMA, RunRecord, StageRecord
+from .record import SCHEMA, Protocol, RunRecord, StageRecord
 from .tables import cells, markdown_table, plain_table
 from .units import difference, number
 
@@ -57,6 +57,9 @@ def warnings(runs: Sequence[RunRecord]) -> list[str]:
     if len({entry.protocol for entry in found}) > 1:
         named = "; ".join(f"{run.run}: {protocol_line(run.protocol)}" for run in runs)
         texts.append(f"These runs were measured under different protocols, so their perplexities do not compare ({named}).")
+    for name in dict.fromkeys(name for run in runs for name in run.texts):
+        if len({_identity(run.texts[name]) for run in runs if name in run.texts}) > 1:
+            texts.append(f"The runs measured {name} under different protocols, so its perplexities do not compare.")
     if len({entry.model for entry in found}) > 1:
         texts.append("These runs are of different models: token perplexities compare only within one tokenizer; bits per byte do across.")
     if missing := [run.run for run in runs if run.run not in {entry.run for entry in found}]:
@@ -64,22 +67,23 @@ def warnings(runs: Sequence[RunRecord]) -> list[str]:
     return texts
 
 
-COLUMNS: tuple[Column, ...] = (
-    Column("run", "run", lambda entry: entry.run, str, numeric=False),
-    Column("way", "stages", lambda entry: entry.way, str, numeric=False),
-    *(
-        replace(column, get=(lambda get: lambda entry: get(entry.stage))(column.get))
-        for column in STAGE_COLUMNS
-        if column.key not in ("stage", "method", "nll_difference_previous", "gap_closed", "trainable_parameters")
-    ),
-    Column("verdict", "at equal bytes", lambda entry: entry.verdict or None, number, numeric=False),
-)
+def columns(found: Sequence[Entry]) -> list[Column]:
+    """Those in use: a run's head, its last stage's, the verdict."""
+    left_out = ("stage", "method", "nll_difference_previous", "gap_closed", "trainable_parameters")
+    of_stage = [column for column in stage_columns([entry.stage for entry in found]) if column.key not in left_out]
+    every = [
+        Column("run", "run", lambda entry: entry.run, str, numeric=False),
+        Column("way", "stages", lambda entry: entry.way, str, numeric=False),
+        *(replace(column, get=(lambda get: lambda entry: get(entry.stage))(column.get)) for column in of_stage),
+        Column("verdict", "at equal bytes", lambda entry: entry.verdict or None, number, numeric=False),
+    ]
+    return used(every, found)
 
 
 def table(runs: Sequence[RunRecord], markdown: bool = False) -> str:
     """Plain text or Markdown, warnings below the table."""
     found = entries(runs)
-    parts = cells(used(COLUMNS, found), found)
+    parts = cells(columns(found), found)
     text = markdown_table(*parts) if markdown else plain_table(*parts)
     return text + "".join(f"\n{line}\n" for line in warnings(runs))
 
@@ -110,7 +114,7 @@ def html(runs: Sequence[RunRecord]) -> str:
         protocol_line="; ".join(dict.fromkeys(protocol_line(run.protocol) for run in runs)),
         sentences=sentences,
         figures=_figures(found),
-        runs=records([column for column in used(COLUMNS, found) if column.key not in hidden], found),
+        runs=records([column for column in columns(found) if column.key not in hidden], found),
     )
 
 
@@ -122,10 +126,13 @@ def _entry(run: RunRecord) -> Entry | None:
     peaks = [stage.peak_bytes for stage in run.stages if stage.peak_bytes is not None]
     whole = replace(measured[-1], seconds=math.fsum(taken) if taken else None, peak_bytes=max(peaks, default=None))
     way = " → ".join(_step(stage) for stage in run.stages if stage.stage not in ("baseline", "fuse")) or run.stages[-1].stage
-    known = {**run.protocol.to_json(), "details": None, "device": None}  # the same sums on another device differ by rounding
+    return Entry(run.run, run.model, way, whole, _identity(run.protocol))
+
+
+def _identity(protocol: Protocol) -> str:
+    known = {**protocol.to_json(), "details": None, "device": None}  # the same sums on another device differ by rounding
     known["dtype"] = known["dtype"] or "float32"  # what was measured before a protocol said so
-    protocol = json.dumps(known, sort_keys=True)
-    return Entry(run.run, run.model, way, whole, protocol)
+    return json.dumps(known, sort_keys=True)
 
 
 def _step(stage: StageRecord) -> str:

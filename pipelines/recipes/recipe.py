@@ -12,10 +12,11 @@ from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer, ValidationError, field_validator
 
 from ..errors import UsageError
 from .budget import AllocationSettings, Budget
+from .mixture import SELF, shares, with_sources
 from .settings import DtypeName, dump, merged, nested, read_mapping, refuse_unknown, split_assignment, unknown
 from .stage_settings import FUSE, STAGES, StageSpec, build, config_keys, methods, validation_message, with_implied
 
@@ -44,11 +45,23 @@ class _Section(BaseModel):
 
 
 class Data(_Section):
-    """Where text comes from: `demo`, a .txt/.raw/.md/.jsonl/.parquet file or a `datasets` id."""
+    """Where text comes from: `wiki` (also `demo`), `news`, `code`, a .txt/.raw/.md/.jsonl/.parquet file or a `datasets` id; calibration
+    and training may mix several (`mixture.shares`), among them `self`, what the dense model writes."""
 
     calibration: str = "demo"
     train: str = "demo"
     evaluation: str = "demo"
+
+    @field_validator("calibration", "train")
+    @classmethod
+    def _mixture(cls, text: str) -> str:
+        shares(text)
+        return text
+
+    @field_validator("evaluation")
+    @classmethod
+    def _one_source(cls, text: str) -> str:
+        return _evaluated(text)
 
 
 class Calibration(_Section):
@@ -57,10 +70,30 @@ class Calibration(_Section):
 
 
 class Evaluation(_Section):
-    """`windows` None means all that the text holds."""
+    """`windows` None means all that a text holds. `also`: other texts, measured after every stage beside that of `data.evaluation`."""
 
     seq_len: Annotated[int, Field(ge=2)] = 2048
     windows: Annotated[int, Field(ge=1)] | None = None
+    also: tuple[str, ...] = ()
+
+    @field_validator("also")
+    @classmethod
+    def _texts(cls, also: tuple[str, ...]) -> tuple[str, ...]:
+        names = [text_name(_evaluated(source)) for source in also]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two texts are called {twice[0]!r}")
+        return also
+
+
+def text_name(source: str) -> str:
+    """What a report calls an evaluation text: a file by its own name."""
+    return Path(source).name
+
+
+def _evaluated(text: str) -> str:
+    if len(shares(text)) > 1 or text == SELF:
+        raise ValueError("one text that the model did not write; put further ones into evaluation.also")
+    return text
 
 
 class Recipe(_Section):
@@ -204,7 +237,9 @@ def _recipe(fields: Mapping[str, Any], drafts: list[_Stage]) -> Recipe:
     for key in ("model", "teacher"):
         fields[key] = _absolute(fields.get(key, Recipe.model_fields[key].default))
     if isinstance(fields.get("data"), Mapping):
-        fields["data"] = {use: _absolute(source) for use, source in fields["data"].items()}
+        fields["data"] = {use: _absolute_sources(source) for use, source in fields["data"].items()}
+    if isinstance(fields.get("evaluation"), Mapping) and isinstance(also := fields["evaluation"].get("also"), list | tuple):
+        fields["evaluation"] = {**fields["evaluation"], "also": [_absolute(source) for source in also]}
     try:
         checked = Recipe.model_validate(fields)
     except ValidationError as error:
@@ -226,6 +261,13 @@ def _absolute(source: Any) -> Any:
         return source
     path = Path(source).expanduser()
     return str(path.absolute()) if path.exists() else source
+
+
+def _absolute_sources(text: Any) -> Any:
+    try:
+        return with_sources(text, _absolute) if isinstance(text, str) else text
+    except ValueError:  # refused where it is validated
+        return text
 
 
 def _recipe_path(name_or_path: str) -> Path:

@@ -25,7 +25,6 @@ from ..devices.environment import compute_of, write_environment
 from ..devices.shortage import shortage
 from ..errors import InputError, QualityError, UsageError
 from ..evaluation.measure import Peak
-from ..evaluation.perplexity import Scores, evaluated_by
 from ..models.source import resolve_model
 from ..planning.plan import refusals, warnings
 from ..planning.steps import Step, plan_steps
@@ -35,7 +34,7 @@ from ..stages.inputs import Inputs
 from ..store.artifact import MANIFEST, Artifact, ArtifactWriter, disk_errors, open_artifact, settle, write_json
 from ..store.rundir import RunDirectory
 from .ledger import gc, last_artifact, record, status
-from .recording import measured, save_record
+from .recording import Measures, measured, save_record, texts_of
 from .session import Session, plan_run, take_up
 from .signals import Stop, signals
 
@@ -97,13 +96,13 @@ def _prepare(chosen: Recipe, place: RunDirectory, compute: Compute, stop: Stop) 
     refused = refusals(chosen, source)
     if refused:
         raise UsageError(refused[0] + (f" (and {len(refused) - 1} more: --dry-run lists them)" if len(refused) > 1 else ""))
-    inputs = Inputs(chosen, source)
+    inputs = Inputs(chosen, source, str(compute.device))
     under_way = Session(chosen, place, compute, inputs, stop, place.read())
     under_way.warnings = warnings(chosen, source)
     for warning in dict.fromkeys(under_way.warnings.values()):
         log.warning("%s", warning)
     plan_run(under_way)
-    inputs.evaluation()
+    inputs.evaluation(), inputs.also()
     for step in under_way.steps:
         if step.spec is not None and step.spec.name == "recover" and step.state(place) != "done":
             inputs.training(step.spec.config.seq_len, step.spec.config.batch_size)
@@ -120,8 +119,8 @@ def _advance(under_way: Session, until_stage: str | None, force: str | None, pag
         _set_aside(place, under_way.steps, force)
     parent: Artifact | None = None
     records: list[StageRecord] = []
-    scores: list[Scores] = []
-    windows = evaluated_by(under_way.compute, under_way.inputs.evaluation())
+    scores: list[Measures] = []
+    texts = texts_of(under_way)
     while len(records) < len(under_way.steps):
         if parent is not None and not under_way.steps[len(records)].key:
             _spend(under_way, parent)
@@ -129,15 +128,15 @@ def _advance(under_way: Session, until_stage: str | None, force: str | None, pag
         began, news = time.monotonic(), step.state(place) != "done"
         with shortage(step.address, step.spec, under_way.compute):
             artifact = _finish(under_way, step, parent)
-            made, found = measured(under_way, step, artifact, windows, scores, records)
+            made, found = measured(under_way, step, artifact, texts, scores, records)
         records.append(made)
         scores.append(found)
         if news:
-            save_record(under_way, records, windows, page=page and time.monotonic() - began > PAGE_SECONDS)
+            save_record(under_way, records, texts, page=page and time.monotonic() - began > PAGE_SECONDS)
         parent = artifact
         if step.address == until_stage:
             break
-    return save_record(under_way, records, windows, page=page)
+    return save_record(under_way, records, texts, page=page)
 
 
 def _spend(under_way: Session, parent: Artifact) -> None:

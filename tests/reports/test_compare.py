@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from bitmend.reports import compare
 from bitmend.reports.compare import entries
-from bitmend.reports.record import Protocol, RunRecord, StageRecord
+from bitmend.reports.record import Protocol, RunRecord, StageRecord, TextRecord
 
 PROTOCOL = Protocol("wikitext2", "test", fingerprint="a", seq_len=512, windows=40)
 
@@ -51,6 +51,18 @@ def test_runs_of_different_protocols_are_not_judged_against_each_other() -> None
         assert "different protocols" in compare(runs, format)
     assert "different protocols" in json.loads(compare(runs, "json"))["warnings"][0]
     assert "different protocols" not in compare([runs[0], runs[0]], "table")
+
+
+def test_further_texts_have_their_columns_and_their_warning() -> None:
+    def also(run: RunRecord, fingerprint: str) -> RunRecord:
+        last = replace(run.stages[-1], texts={"news": TextRecord(perplexity=17.25)})
+        return replace(run, stages=(*run.stages[:-1], last), texts={"news": replace(PROTOCOL, fingerprint=fingerprint)})
+
+    runs = [also(made("a", 30.0, 100), "x"), made("b", 25.0, 100), also(made("c", 24.0, 90), "x")]
+    for format in ("table", "md", "html"):
+        assert "perplexity, news" in compare(runs, format) and "17.25" in compare(runs, format)
+        assert "measured news under different" not in compare(runs, format)
+    assert "measured news under different protocols" in compare([*runs, also(made("d", 24.0, 90), "y")], "md")
 
 
 def test_a_record_from_before_dtypes_was_float32_and_the_device_does_not_matter() -> None:
