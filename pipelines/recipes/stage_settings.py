@@ -33,7 +33,7 @@ class FuseMethod:
 
 FUSE = {"bind": FuseMethod()}
 
-_OF_QUANTIZE = ("include_embeddings", "embedding_bits")
+_OF_QUANTIZE = ("include_embeddings", "embedding_bits", "head_bits")
 # stage → module and name of its literal dict of methods, the method taken when none is named, the settings every method shares
 STAGES: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "prune": ("...compress.methods", "PRUNE", "wanda", ("ignore", "include_head", "true_sequential", "overrides")),
@@ -51,7 +51,7 @@ class StageSpec:
     `config` is the frozen dataclass of the method; `ignore` are regexes of modules left alone; `overrides` maps regexes to
     config fields for the modules they match (a later match lies over an earlier one). `true_sequential`: inside a block, matrices
     see the inputs that the compressed ones before them give. `include_embeddings`: the token embeddings are rounded to
-    `embedding_bits`, too. `address` is how --set, --from, --until and --force name it: `quantize`, or `quantize.2` for the second one.
+    `embedding_bits`, too; `head_bits`: an output head that the method leaves alone is rounded to so many. `address` is how --set, --from, --until and --force name it: `quantize`, or `quantize.2` for the second one.
     """
 
     name: str
@@ -63,6 +63,7 @@ class StageSpec:
     true_sequential: bool = False
     include_embeddings: bool = False
     embedding_bits: int = 8
+    head_bits: int | None = None
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def skips(self, module: str) -> bool:
@@ -84,13 +85,14 @@ class StageSpec:
                 changes.update(with_implied(fields))
         return changes
 
-    def embedding_config(self, width: int) -> Any:
-        """How token embeddings [V, width] are rounded to nearest: `embedding_bits`, the method's groups or the largest that divides."""
+    def embedding_config(self, width: int, bits: int | None = None) -> Any:
+        """How token embeddings or a head [V, width] are rounded to nearest: `bits`, else `embedding_bits`; the method's groups or the largest
+        that divides."""
         from ...compress.rounding import RtnConfig
 
         wanted = getattr(self.config, "group_size", None) or getattr(self.config, "block_size", 64)
         size = -1 if wanted == -1 else max(d for d in range(1, min(wanted, width) + 1) if width % d == 0)
-        return RtnConfig(self.embedding_bits, size, getattr(self.config, "symmetric", False), clip="power")
+        return RtnConfig(bits or self.embedding_bits, size, getattr(self.config, "symmetric", False), clip="power")
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the result, as plain YAML/JSON values; building from it gives an equal spec."""
@@ -178,6 +180,12 @@ def _common(written: Mapping[str, Any], address: str) -> dict[str, Any]:
             checked[key] = written[key]
     if "embedding_bits" in written:
         checked["embedding_bits"] = _bits(written["embedding_bits"], f"{address}.embedding_bits")
+    if written.get("head_bits") is not None:
+        checked["head_bits"] = _bits(written["head_bits"], f"{address}.head_bits")
+        if checked.get("include_head"):
+            raise UsageError(
+                f"{address}.head_bits: include_head compresses the head by the method; set head_bits to null, or include_head to false"
+            )
     if (ignore := written.get("ignore")) is not None:
         patterns = [ignore] if isinstance(ignore, str) else ignore
         if not isinstance(patterns, (list, tuple)):

@@ -9,7 +9,7 @@ import torch
 from bitmend.pipelines.errors import InputError, UsageError
 from bitmend.pipelines.models.source import load_tokenizer
 from bitmend.pipelines.planning.plan import refusals
-from bitmend.pipelines.recipes.mixture import Share, shares, with_sources
+from bitmend.pipelines.recipes.mixture import SELF, Share, shares, with_sources
 from bitmend.pipelines.recipes.recipe import Recipe, resolve
 from bitmend.pipelines.run import runner
 from bitmend.pipelines.run.evaluate import evaluate
@@ -95,6 +95,25 @@ def test_any_beginning_of_a_schedule_holds_the_weights():
         for source, weight in enumerate(weights):
             turns = [turn for which, turn in drawn[:length] if which == source]
             assert abs(len(turns) - weight * length) < 1 and turns == list(range(len(turns)))
+
+
+def test_the_packaged_recipes_round_embeddings_and_head_and_measure_on_other_texts() -> None:
+    for name in ("compress_and_recover", "sparse_compress_and_recover"):
+        for model in ("demo", "org/model"):
+            quantize = resolve(name, options={"model": model}).stage("quantize")
+            assert (quantize.include_embeddings, quantize.embedding_bits, quantize.head_bits) == (True, 8, 8)
+        assert resolve(name).evaluation.also == ("news", "code") and resolve(name, options={"model": "org/model"}).evaluation.also == ()
+    plain = resolve("compress_and_recover")
+    assert [spec.address for spec in plain.stages] == ["quantize", "recover", "fuse"] and set(plain.skipped.values()) == {
+        "prune",
+        "decompose",
+    }
+    trained = {text for share in (*shares(plain.data.train), *shares(plain.data.calibration)) for text in [share.source]}
+    assert SELF in trained and not trained & set(plain.evaluation.also)
+    assert resolve("compress_and_recover", options={"model": "org/model"}).data.train == "demo"
+    assert resolve("compress_and_recover", options={"data": "wikitext2"}).data.train == "wikitext2"
+    sparse = resolve("sparse_compress_and_recover")
+    assert [spec.method for spec in sparse.stages] == ["wanda", "gptq", "best", "lora", "bind"]
 
 
 # mixtures
