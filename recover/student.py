@@ -5,7 +5,7 @@ Legend: B batch, T tokens, D model, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Batch:
-    """ids int64 [B, T]; loss_mask bool [B, T], True where a token counts as a target (position 0 never does), None for all."""
+    """ids int64 [B, T]; loss_mask bool [B, T], True where a token counts as a target (position 0 never does), None for all. `kind`: of which
+    text it is; held-out losses are averaged over kinds. `generated`: the teacher wrote it, so it is imitated there and nothing else."""
 
     ids: Tensor
     loss_mask: Tensor | None = None
+    kind: str = ""
+    generated: bool = False
 
     def targets(self) -> tuple[Tensor, Tensor]:
         """(positions bool [B, T−1] whose prediction counts, their target ids [N])."""
@@ -25,7 +28,7 @@ class Batch:
         return mask[:, 1:], self.ids[:, 1:][mask[:, 1:]]
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(self.ids.to(device), None if self.loss_mask is None else self.loss_mask.to(device))
+        return replace(self, ids=self.ids.to(device), loss_mask=None if self.loss_mask is None else self.loss_mask.to(device))
 
 
 @dataclass(frozen=True)

@@ -94,12 +94,14 @@ def checkpointed(model: nn.Module, active: bool) -> Iterator[None]:
 
 @torch.no_grad()
 def held_out_loss(student: Student, held_out: Sequence[Batch]) -> float:
-    total, count = 0.0, 0
+    """Mean over kinds of the mean negative log-likelihood of their tokens."""
+    sums: dict[str, tuple[float, int]] = {}
     for batch in held_out:
         positions, targets = batch.targets()
+        total, count = sums.get(batch.kind, (0.0, 0))
         total += negative_log_likelihood(student.hidden(batch.ids)[:, :-1][positions], student.logits, targets)
-        count += len(targets)
-    return total / max(1, count)
+        sums[batch.kind] = (total, count + len(targets))
+    return sum(total / max(1, count) for total, count in sums.values()) / max(1, len(sums))
 
 
 def train(
@@ -202,8 +204,9 @@ def _update(run: TrainingRun, batches: Callable[[int], Batch], teacher: Teacher 
     total = 0.0
     for k in range(config.accumulation):
         batch = batches(step * config.accumulation + k).to(device)
+        objective = Objective("distill" if batch.generated else config.loss, config.temperature)
         with matmuls(config.matmul):
-            loss = batch_loss(run.student, batch, teacher, Objective(config.loss, config.temperature)) / config.accumulation
+            loss = batch_loss(run.student, batch, teacher, objective) / config.accumulation
             if attached.penalty is not None:
                 loss = loss + attached.penalty() / config.accumulation
             torch.autograd.backward(loss)

@@ -6,10 +6,10 @@ Knows what a reader wants to see of a stage, a layer, a layer type and a protoco
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from .record import LayerRecord, Protocol, StageRecord, numbers
+from .record import LayerRecord, Protocol, RunRecord, StageRecord, TextRecord, numbers
 from .units import MISSING, difference, duration, exact, number, percent, ratio, size
 
 
@@ -66,6 +66,34 @@ STAGE_COLUMNS: tuple[Column, ...] = (
     Column("tokens_per_second", "tokens/s", _field("tokens_per_second"), number, group="cost", rank=9),
 )
 
+
+def stage_columns(stages: Sequence[StageRecord]) -> list[Column]:
+    """Every column of a stage: behind those of quality, two for each further evaluation text."""
+    names = dict.fromkeys(name for stage in stages for name in stage.texts)
+    of_texts = [column for name in names for column in _text_columns(name)]
+    cost = next(place for place, column in enumerate(STAGE_COLUMNS) if column.group == "cost")
+    return [*STAGE_COLUMNS[:cost], *of_texts, *STAGE_COLUMNS[cost:]]
+
+
+def _text_columns(name: str) -> list[Column]:
+    """In the table of the run: perplexity, and what was lost to the baseline."""
+    perplexity, lost = (next(c for c in text_table(name) if c.key == key) for key in ("perplexity", "nll_difference"))
+    return [
+        replace(perplexity, key=f"texts.{name}.perplexity", title=f"perplexity, {name}", rank=1, short=name),
+        replace(lost, key=f"texts.{name}.nll_difference", title=f"Δ to baseline, {name}", rank=12, short=""),
+    ]
+
+
+def text_table(name: str) -> list[Column]:
+    """The columns of a table of one further evaluation text, a row a stage."""
+
+    def of(get: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return lambda stage: get(stage.texts[name]) if name in stage.texts else None
+
+    known = {field.name for field in fields(TextRecord)}
+    return [STAGE_COLUMNS[0], *(replace(column, get=of(column.get)) for column in STAGE_COLUMNS if column.key in known)]
+
+
 LAYER_COLUMNS: tuple[Column, ...] = (
     Column("name", "layer", _field("name"), str, numeric=False),
     Column("relative_output_error", "relative output error", _field("relative_output_error"), number),
@@ -111,6 +139,22 @@ def protocol_rows(protocol: Protocol) -> list[tuple[str, str]]:
     """(title, text) of every field of the protocol that is known."""
     rows = [(title, protocol_text(getattr(protocol, key))) for key, title in PROTOCOL_TITLES.items() if getattr(protocol, key) is not None]
     return rows + [(str(key), protocol_text(value)) for key, value in protocol.details.items() if value is not None]
+
+
+def all_protocol_rows(record: RunRecord) -> list[tuple[str, str]]:
+    """Those of the run's text, then of each further text what is not the same."""
+    rows = protocol_rows(record.protocol)
+    return rows + [
+        (f"{name}: {title}", text)
+        for name, other in record.texts.items()
+        for title, text in protocol_rows(other)
+        if (title, text) not in rows
+    ]
+
+
+def protocol_lines(record: RunRecord) -> list[str]:
+    """A caption a text."""
+    return [protocol_line(record.protocol), *(f"{name}: {protocol_line(protocol)}" for name, protocol in record.texts.items())]
 
 
 def protocol_line(protocol: Protocol) -> str:

@@ -9,9 +9,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .columns import PROTOCOL_TITLES, STAGE_COLUMNS, Column, protocol_text, used
+from .columns import PROTOCOL_TITLES, Column, protocol_text, stage_columns, used
 from .pareto import pareto_front
-from .record import SCHEMA, RunRecord, StageRecord
+from .record import SCHEMA, Protocol, RunRecord, StageRecord
 from .tables import cells, fitted_table, fitting, markdown_table, paragraph, plain_table, short_cells
 from .units import difference, number
 
@@ -61,6 +61,9 @@ def warnings(runs: Sequence[RunRecord]) -> list[str]:
     texts = []
     if len({entry.protocol for entry in found}) > 1:
         texts.append(f"These runs were measured under different protocols, so their perplexities do not compare. {_apart(found)}")
+    for name in dict.fromkeys(name for run in runs for name in run.texts):
+        if len({_identity(run.texts[name]) for run in runs if name in run.texts}) > 1:
+            texts.append(f"The runs measured {name} under different protocols, so its perplexities do not compare.")
     if len({entry.model for entry in found}) > 1:
         named = _who([(entry.run, entry.model) for entry in found])
         texts.append(
@@ -86,28 +89,29 @@ def _who(pairs: Sequence[tuple[str, str]]) -> str:
     return ", ".join(f"{value} ({', '.join(run for run, its in pairs if its == value)})" for value in values)
 
 
-COLUMNS: tuple[Column, ...] = (
-    Column("run", "run", lambda entry: entry.run, str, numeric=False),
-    Column("way", "stages", lambda entry: entry.way, str, numeric=False),
-    *(
-        replace(column, get=(lambda get: lambda entry: get(entry.stage))(column.get))
-        for column in STAGE_COLUMNS
-        if column.key not in ("stage", "method", "nll_difference_previous", "gap_closed", "trainable_parameters")
-    ),
-    Column("verdict", "at equal bytes", lambda entry: entry.verdict or None, number, numeric=False),
-)
+def columns(found: Sequence[Entry]) -> list[Column]:
+    """A run's head, its last stage's columns, the verdict."""
+    left_out = ("stage", "method", "nll_difference_previous", "gap_closed", "trainable_parameters")
+    of_stage = [column for column in stage_columns([entry.stage for entry in found]) if column.key not in left_out]
+    return [
+        Column("run", "run", lambda entry: entry.run, str, numeric=False),
+        Column("way", "stages", lambda entry: entry.way, str, numeric=False),
+        *(replace(column, get=(lambda get: lambda entry: get(entry.stage))(column.get)) for column in of_stage),
+        Column("verdict", "at equal bytes", lambda entry: entry.verdict or None, number, numeric=False),
+    ]
 
 
 def table(runs: Sequence[RunRecord], markdown: bool = False, width: int | None = None) -> str:
     """Plain text (of at most `width` characters) or Markdown; below the plain table what each run did and its verdict, then the warnings."""
     found, below = entries(runs), warnings(runs)
+    every = columns(found)
     if markdown:
-        return markdown_table(*cells(used(COLUMNS, found), found)) + "".join(f"\n{line}\n" for line in below)
-    columns = [column for column in COLUMNS if column.key not in ("way", "verdict")]
+        return markdown_table(*cells(used(every, found), found)) + "".join(f"\n{line}\n" for line in below)
+    shown = [column for column in every if column.key not in ("way", "verdict")]
     if width is None:
-        text = plain_table(*cells(used(columns, found), found))
+        text = plain_table(*cells(used(shown, found), found))
     else:
-        text = fitted_table(*short_cells(fitting(columns, found, width), found), width)
+        text = fitted_table(*short_cells(fitting(shown, found, width), found), width)
     lines = [f"{entry.run}: {entry.way}{f'; {entry.verdict}' if entry.verdict else ''}" for entry in found]
     return text + "".join(f"\n{paragraph(line, width)}\n" for line in [*lines, *below])
 
@@ -131,10 +135,13 @@ def _entry(run: RunRecord) -> Entry | None:
     peaks = [stage.peak_bytes for stage in run.stages if stage.peak_bytes is not None]
     whole = replace(measured[-1], seconds=math.fsum(taken) if taken else None, peak_bytes=max(peaks, default=None))
     way = " → ".join(_step(stage) for stage in run.stages if stage.stage not in ("baseline", "fuse")) or run.stages[-1].stage
-    known = {**run.protocol.to_json(), "details": None, "device": None}  # the same sums on another device differ by rounding
+    return Entry(run.run, run.model, way, whole, _identity(run.protocol))
+
+
+def _identity(protocol: Protocol) -> str:
+    known = {**protocol.to_json(), "details": None, "device": None}  # the same sums on another device differ by rounding
     known["dtype"] = known["dtype"] or "float32"  # what was measured before a protocol said so
-    protocol = json.dumps(known, sort_keys=True)
-    return Entry(run.run, run.model, way, whole, protocol)
+    return json.dumps(known, sort_keys=True)
 
 
 def _step(stage: StageRecord) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .columns import protocol_line, used
-from .compare import COLUMNS, Entry, entries, warnings
+from .compare import Entry, columns, entries, warnings
 from .drawing import WIDTH, inline_svg
 from .page import LABELS, Plot, records, template
 from .plots import pareto_figure
@@ -27,7 +27,7 @@ def comparison_html(runs: Sequence[RunRecord]) -> str:
         protocol_line="; ".join(dict.fromkeys(protocol_line(run.protocol) for run in runs)),
         sentences=sentences,
         figures=_figures(found),
-        runs=records([column for column in used(COLUMNS, found) if column.key not in hidden], found),
+        runs=records([column for column in used(columns(found), found) if column.key not in hidden], found),
     )
 
 

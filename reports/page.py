@@ -17,15 +17,16 @@ from . import run_plots
 from .advice import suggestions
 from .columns import (
     ROLE_COLUMNS,
-    STAGE_COLUMNS,
     Column,
+    all_protocol_rows,
     extra_rows,
     layer_columns,
-    protocol_line,
-    protocol_rows,
+    protocol_lines,
     role_rows,
     series,
     series_columns,
+    stage_columns,
+    text_table,
     used,
 )
 from .drawing import describe, inline_svg
@@ -85,21 +86,23 @@ def html(record: RunRecord) -> str:
     """The page of one run."""
     told = findings(record)
     sentences = [(found.kind, LABELS[found.kind], found.text) for found in told if found.kind != "summary"]
-    quality = [column for column in STAGE_COLUMNS if column.group in ("quality", "both")]
-    cost = [column for column in STAGE_COLUMNS if column.group in ("cost", "both")]
+    columns = stage_columns(record.stages)
+    quality = [column for column in columns if column.group in ("quality", "both")]
+    cost = [column for column in columns if column.group in ("cost", "both")]
     measured_cost = used([column for column in cost if column.group == "cost"], record.stages)
     chosen = _allocated(record.stages)
     roles = role_rows(chosen.layers) if chosen else []
     return template("page.html.jinja").render(
         title=f"{record.model}: {record.run}",
         record=record,
-        protocol_line=protocol_line(record.protocol),
+        protocol_line="; ".join(protocol_lines(record)),
         lead=next((found.text for found in told if found.kind == "summary"), ""),
         cards=_cards(record),
         sentences=sentences,
         tips=[("try", LABELS["try"], text) for text in suggestions(record)],
         figures=_figures(record),
         quality=records(used(quality, record.stages), record.stages),
+        texts=[records(used(text_table(name), record.stages), record.stages, f"On {name}") for name in record.texts],
         cost=records(used(cost, record.stages), record.stages) if measured_cost else None,
         extra=_extra(record),
         series=[
@@ -110,7 +113,7 @@ def html(record: RunRecord) -> str:
         roles=records(used(ROLE_COLUMNS, roles), roles, f"By type of layer, {named(chosen)}") if chosen and roles else None,
         layers=[records(layer_columns(stage.layers), stage.layers, _layer_title(stage)) for stage in record.stages if stage.layers],
         settings=[(named(stage), _listed(stage.settings)) for stage in record.stages if stage.settings],
-        protocol=protocol_rows(record.protocol) or [("protocol", "not recorded")],
+        protocol=all_protocol_rows(record) or [("protocol", "not recorded")],
         environment=[(str(key), _text(value)) for key, value in record.environment.items()],
     )
 

@@ -71,6 +71,24 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class TextRecord:
+    """The numbers of a further evaluation text; as in StageRecord."""
+
+    perplexity: float | None = None
+    perplexity_ratio: float | None = None
+    bits_per_byte: float | None = None
+    nll_difference: float | None = None
+    nll_difference_stderr: float | None = None
+    kl_to_baseline: float | None = None
+    top1_agreement: float | None = None
+    gap_closed: float | None = None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "TextRecord":
+        return cls(**_known(cls, data, "text"))
+
+
+@dataclass(frozen=True)
 class StageRecord:
     """What is true of the artifact a stage left on disk, and what making it took.
 
@@ -78,7 +96,7 @@ class StageRecord:
     the baseline's, in nats, with the paired standard error over windows; nll_difference_previous likewise against the stage
     before. kl_to_baseline: nats per token. top1_agreement, sparsity, gap_closed: fractions. bits_per_weight: over the
     compressed linears, everything they store. total_bytes: the artifact's weights on disk. settings: the stage's resolved
-    configuration. metrics: whatever else was measured.
+    configuration. metrics: whatever else was measured. texts: by name, the same on the further evaluation texts.
     """
 
     stage: str
@@ -104,6 +122,7 @@ class StageRecord:
     settings: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     layers: tuple[LayerRecord, ...] = ()
+    texts: Mapping[str, TextRecord] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         lost: list[str] = []
@@ -116,6 +135,7 @@ class StageRecord:
         known = _known(cls, data, f"stage {data.get('stage', '?')!r}")
         known["notes"] = tuple(known.get("notes") or ())
         known["layers"] = tuple(LayerRecord.from_json(layer) for layer in known.get("layers") or ())
+        known["texts"] = {name: TextRecord.from_json(text) for name, text in (known.get("texts") or {}).items()}
         return cls(**known)
 
 
@@ -123,7 +143,8 @@ class StageRecord:
 class RunRecord:
     """One run: the model, the protocol of its perplexities and its stages in order.
 
-    `environment` says where and how it ran (versions, device, command), as much as is known.
+    `environment` says where and how it ran (versions, device, command), as much as is known. `texts`: the protocols of the further
+    evaluation texts, by name.
     """
 
     run: str
@@ -131,6 +152,7 @@ class RunRecord:
     protocol: Protocol = field(default_factory=Protocol)
     stages: tuple[StageRecord, ...] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
+    texts: Mapping[str, Protocol] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -140,6 +162,7 @@ class RunRecord:
             "protocol": self.protocol.to_json(),
             "stages": [stage.to_json() for stage in self.stages],
             "environment": finite(self.environment),
+            "texts": {name: protocol.to_json() for name, protocol in self.texts.items()},
         }
 
     @classmethod
@@ -151,6 +174,7 @@ class RunRecord:
             )
         known = _known(cls, {key: value for key, value in data.items() if key != "schema"}, "run")
         known["protocol"] = Protocol.from_json(known.get("protocol") or {})
+        known["texts"] = {name: Protocol.from_json(protocol) for name, protocol in (known.get("texts") or {}).items()}
         stages = tuple(StageRecord.from_json(stage) for stage in known.get("stages") or ())
         known["stages"] = tuple(map(_of_schema_1, stages)) if schema == 1 else stages
         return cls(**known)
@@ -219,9 +243,16 @@ def derive(stages: Sequence[StageRecord]) -> tuple[StageRecord, ...]:
     for stage in stages:
         baseline = done[0].perplexity if done else stage.perplexity
         previous = done[-1].perplexity if done else None
-        ratio = perplexity_ratio(stage.perplexity, baseline)
-        done.append(replace(stage, perplexity_ratio=ratio, gap_closed=gap_closed(stage.perplexity, previous, baseline)))
+        ratio, closed = perplexity_ratio(stage.perplexity, baseline), gap_closed(stage.perplexity, previous, baseline)
+        texts = {name: _derived(text, name, done) for name, text in stage.texts.items()}
+        done.append(replace(stage, perplexity_ratio=ratio, gap_closed=closed, texts=texts))
     return tuple(done)
+
+
+def _derived(text: TextRecord, name: str, before: Sequence[StageRecord]) -> TextRecord:
+    baseline, previous = (before[place].texts[name].perplexity if before and name in before[place].texts else None for place in (0, -1))
+    ratio = perplexity_ratio(text.perplexity, baseline if before else text.perplexity)
+    return replace(text, perplexity_ratio=ratio, gap_closed=gap_closed(text.perplexity, previous, baseline))
 
 
 def place_of(name: str) -> tuple[int | None, str]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from .advice import suggestions
-from .columns import STAGE_COLUMNS, extra_rows, protocol_line, protocol_rows, series, series_columns
+from .columns import all_protocol_rows, extra_rows, protocol_lines, series, series_columns, stage_columns, text_table, used
 from .findings import findings
 from .record import RunRecord, dumps
 from .tables import cells, csv_text, fitted_table, fitting, layer_table, markdown_table, paragraph, short_cells, stage_table
@@ -30,10 +30,10 @@ def show(record: RunRecord, console: "Console") -> None:
     """The stage table and the words, for a terminal."""
     from rich.text import Text
 
-    columns = fitting(STAGE_COLUMNS, record.stages, console.width)
+    columns = fitting(stage_columns(record.stages), record.stages, console.width)
     console.print(Text(f"{record.model}, {record.run}", style="italic"))
     console.print(Text(fitted_table(*short_cells(columns, record.stages), console.width), end=""), soft_wrap=True)
-    lines = [(f"perplexity on {protocol_line(record.protocol)}", "dim")]
+    lines = [(f"perplexity on {'; '.join(protocol_lines(record))}", "dim")]
     lines += [(found.text, TONES.get(found.kind, "")) for found in findings(record)]
     lines += [(f"try: {tip.replace('`', '')}", "cyan") for tip in suggestions(record)]
     for line, style in lines:
@@ -57,17 +57,20 @@ def compare(records: Sequence[RunRecord], format: ComparisonFormat = "table", wi
 
 def markdown(record: RunRecord) -> str:
     """The whole record for a pull request or a README: words and stage table first, layers last."""
-    parts = [f"# {record.model}: {record.run}\n", f"Perplexity on {protocol_line(record.protocol)}.\n", stage_table(record, markdown=True)]
+    line = f"Perplexity on {'; '.join(protocol_lines(record))}.\n"
+    parts = [f"# {record.model}: {record.run}\n", line, stage_table(record, markdown=True)]
     sentences = [found.text for found in findings(record)] + [f"Try: {tip}" for tip in suggestions(record)]
     parts.append("".join(f"- {text}\n" for text in sentences))
     extra = [(stage, path, exact(value)) for stage, path, value in extra_rows(record.stages)]
     if extra:
         parts += ["## Also measured\n", markdown_table(("stage", "what", "value"), extra, (False, False, True))]
+    for name in record.texts:
+        parts += [f"## On {name}\n", markdown_table(*cells(used(text_table(name), record.stages), record.stages))]
     for stage in record.stages:
         for name, rows in series(stage):
             table = cells(series_columns(rows), rows)
             parts += [f"## {stage.stage}: {name.replace('_', ' ')}\n", markdown_table(*table)]
-    parts += ["## Protocol\n", markdown_table(("field", "value"), protocol_rows(record.protocol), (False, False))]
+    parts += ["## Protocol\n", markdown_table(("field", "value"), all_protocol_rows(record), (False, False))]
     for stage in record.stages:
         if stage.layers:
             parts += [f"## Layers after {stage.stage}\n", layer_table(stage, markdown=True)]

@@ -59,35 +59,58 @@ def perplexity_by_stage(stages: Sequence[StageRecord]) -> Figure | None:
     return figure
 
 
-def size_against_perplexity(stages: Sequence[StageRecord]) -> Figure | None:
-    """The run's way through (bytes on disk, perplexity), stage after stage."""
-    known = [stage for stage in stages if is_finite(stage.perplexity) and (stage.perplexity or 0) > 0 and stage.total_bytes]
-    if not known:
+def size_against_perplexity(stages: Sequence[StageRecord], rivals: Sequence[StageRecord] = ()) -> Figure | None:
+    """The run's way through (bytes on disk, perplexity), stage after stage: a panel for each text. `rivals` are single points."""
+    names = [None, *dict.fromkeys(name for stage in stages for name in stage.texts)]
+    drawn = [(name, _placed(stages, name), _placed(rivals, name)) for name in names]
+    drawn = [(name, way, others) for name, way, others in drawn if way]
+    if not drawn:
         return None
-    figure, (axes,) = new_figure(height=2.9)
-    sizes = [float(stage.total_bytes or 0) / 1e6 for stage in known]
-    values = [float(stage.perplexity or 0.0) for stage in known]
-    for start in range(len(known) - 1):
+    figure, panels = new_figure(len(drawn), 1, height=2.9)
+    for axes, (name, way, others) in zip(panels, drawn, strict=True):
+        _size_panel(axes, way, others)
+        if len(drawn) > 1:
+            panel_title(axes, name or "the run's text")
+        if axes is not panels[-1]:
+            axes.set_xlabel("")
+    return figure
+
+
+def _placed(stages: Sequence[StageRecord], text: str | None) -> list[tuple[float, float, str]]:
+    """(MB on disk, perplexity on the text, name) of the stages that have both."""
+    found = []
+    for stage in stages:
+        measured = stage if text is None else stage.texts.get(text)
+        perplexity = measured.perplexity if measured is not None else None
+        if _positive(perplexity) and stage.total_bytes:
+            found.append((float(stage.total_bytes) / 1e6, float(perplexity or 0.0), stage.stage))
+    return found
+
+
+def _size_panel(axes: Axes, way: Sequence[tuple[float, float, str]], rivals: Sequence[tuple[float, float, str]]) -> None:
+    sizes, values, _ = zip(*way, strict=True)
+    for start in range(len(way) - 1):
         axes.annotate(
             "",
             (sizes[start + 1], values[start + 1]),
             (sizes[start], values[start]),
             arrowprops={"arrowstyle": "-|>", "color": MUTED, "linewidth": 1.1, "shrinkA": 4, "shrinkB": 4},
         )
-    for index, stage in enumerate(known):
-        color = stage_color(stage.stage, index)
-        axes.scatter([sizes[index]], [values[index]], s=48, color=color, edgecolors=PAPER, linewidths=0.8, zorder=3)
-    _perplexity_axis(axes, values)
-    low, high = min(sizes), max(sizes)
+    for index, (size, value, stage) in enumerate(way):
+        axes.scatter([size], [value], s=48, color=stage_color(stage, index), edgecolors=PAPER, linewidths=0.8, zorder=3)
+    for size, value, _ in rivals:
+        axes.scatter([size], [value], s=40, facecolors="none", edgecolors=MUTED, linewidths=1.2, zorder=2)
+    every = [*way, *rivals]
+    _perplexity_axis(axes, [value for _, value, _ in every])
+    low, high = min(size for size, _, _ in every), max(size for size, _, _ in every)
     if high > 2.5 * low:
         nice_log_axis(axes, "x", low / 1.1, high * 1.1)
     else:
         axes.set_xlim(low - 0.15 * (high - low or low), high + 0.15 * (high - low or low))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
     axes.set_xlabel("size on disk, MB")
-    way = [point for start in range(len(known) - 1) for point in _between(axes, sizes, values, start)]
-    place_labels(axes, [(x, y, stage.stage) for x, y, stage in zip(sizes, values, known, strict=True)], size=8.0, avoid=way)
-    return figure
+    along = [point for start in range(len(way) - 1) for point in _between(axes, sizes, values, start)]
+    place_labels(axes, every, size=8.0, avoid=along)
 
 
 def error_heat_map(stages: Sequence[StageRecord]) -> Figure | None:

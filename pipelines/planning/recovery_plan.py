@@ -10,6 +10,7 @@ from ...recover.recovery_methods import RECOVER, refusal, split
 from ...recover.selection import where
 from ..models.sizes import Size, Sizes
 from ..models.source import load_config, positions, resolve_model
+from ..recipes.mixture import SELF, shares
 from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec
 
@@ -31,7 +32,11 @@ def refusals(spec: StageSpec, recipe: Recipe, model: Any, sizes: Sizes, imported
     by_block = RECOVER[spec.method].by_block
     if by_block and imported and recipe.teacher is None:
         found.append(f"{spec.method} imitates dense blocks, and the model came quantized: give the dense one with --teacher")
-    if recipe.teacher is not None and getattr(shared, "loss", None) != "cross_entropy":
+    loss, from_self = getattr(shared, "loss", None), SELF in [share.source for share in shares(recipe.data.train)]
+    if from_self and (loss == "cross_entropy" or (imported and recipe.teacher is None)):
+        why = "loss: cross_entropy" if loss == "cross_entropy" else "the model came quantized and no --teacher was given"
+        found.append(f"--train {SELF}: what the dense model writes teaches by imitation alone, and {why}; leave {SELF} out of the sources")
+    if recipe.teacher is not None and loss != "cross_entropy":
         found += _teacher_differs(model.config, resolve_model(recipe.teacher), by_block)
     return [f"{spec.address}: {line}" for line in found]
 

@@ -157,8 +157,9 @@ def _with_rest(plan: CostPlan, spec: StageSpec, found: Needs) -> Needs:
     for site in rest:
         cost = solver_cost(spec.name, spec.method, spec.config_for(site.name), site.shape, True)
         found = found.most(Needs(cost.work, plan.outside_bytes + 4.0 * site.shape[0] * site.shape[1] + cost.peak, found.host))
-    if spec.include_embeddings and anatomy.structure.embeddings is not None:
-        shape = anatomy.structure.embeddings.shape
+    nearest = [anatomy.structure.embeddings.shape] if spec.include_embeddings and anatomy.structure.embeddings is not None else []
+    nearest += [anatomy.head.shape] if spec.head_bits is not None and anatomy.head is not None else []
+    for shape in nearest:
         cost = solver_cost("quantize", "rtn", spec.embedding_config(shape[1]), shape, False)
         found = found.most(Needs(cost.work, plan.outside_bytes + 4.0 * shape[0] * shape[1] + cost.peak, found.host))
     return found

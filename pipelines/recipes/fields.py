@@ -169,6 +169,10 @@ def value_of(hint: Any, value: Any, where: str) -> Any:
         raise UsageError(f"{where}: expected {range_words(hint)}, got {shown(value)}") from error
 
 
+SAID = "said"
+"""The type of a validator's error whose words say everything."""
+
+
 def complaint(config_type: Any, values: Mapping[str, Any], error: Any) -> str:
     """The first of pydantic's complaints as `.field: expected its range, got value`; what a config says of two fields as it says it."""
     first = error.errors(include_url=False)[0]
@@ -181,7 +185,7 @@ def complaint(config_type: Any, values: Mapping[str, Any], error: Any) -> str:
         if not isinstance(given, Mapping) or part not in given:
             return f"{path}: is missing; expected {range_words(hint)}"
         given = given[part]
-    if not path or (first["type"] == "value_error" and any(_has_fields(o) for o in options(hint))):
+    if not path or first["type"] == SAID or (first["type"] == "value_error" and any(_has_fields(o) for o in options(hint))):
         return f"{path}: {first['msg'].removeprefix('Value error, ')}"
     return f"{path}: expected {range_words(hint)}, got {shown(given)}"
 
@@ -192,7 +196,7 @@ def shown(value: Any) -> str:
 
 
 def _has_fields(hint: Any) -> bool:
-    return isinstance(hint, type) and (dataclasses.is_dataclass(hint) or hasattr(hint, "model_fields"))
+    return isinstance(hint, type) and typing.get_origin(hint) is None and (dataclasses.is_dataclass(hint) or hasattr(hint, "model_fields"))
 
 
 def _refuse_unknown_fields(config_type: type, values: Mapping[str, Any], where: str) -> None:

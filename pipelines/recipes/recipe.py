@@ -19,6 +19,7 @@ from ...compress.ranges import DtypeName, Seed
 from ..errors import UsageError
 from .budget import AllocationSettings, Budget
 from .fields import complaint
+from .mixture import with_sources
 from .sections import Calibration, Data, Evaluation, Model, Section
 from .settings import absolute, dump, merged, nested, read_mapping, refuse_unknown, split_assignment, unknown
 from .stage_settings import FUSE, STAGES, StageSpec, build, config_keys, methods, with_implied
@@ -223,7 +224,9 @@ def _checked(fields: Mapping[str, Any]) -> Recipe:
     for key in ("model", "teacher"):
         fields[key] = absolute(fields.get(key, Recipe.model_fields[key].default))
     if isinstance(fields.get("data"), Mapping):
-        fields["data"] = {use: absolute(source) for use, source in fields["data"].items()}
+        fields["data"] = {use: _absolute_sources(source) for use, source in fields["data"].items()}
+    if isinstance(fields.get("evaluation"), Mapping) and isinstance(also := fields["evaluation"].get("also"), list | tuple):
+        fields["evaluation"] = {**fields["evaluation"], "also": [absolute(source) for source in also]}
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
@@ -232,6 +235,13 @@ def _checked(fields: Mapping[str, Any]) -> Recipe:
             section = Recipe.model_fields[str(first["loc"][0])].annotation
             raise UsageError(f"{first['loc'][0]}: {unknown('key', first['loc'][-1], getattr(section, 'model_fields', {}))}") from error
         raise UsageError(complaint(Recipe, fields, error).removeprefix(".")) from error
+
+
+def _absolute_sources(text: Any) -> Any:
+    try:
+        return with_sources(text, absolute) if isinstance(text, str) else text
+    except ValueError:  # refused where it is validated
+        return text
 
 
 def _recipe_path(name_or_path: str) -> Path:

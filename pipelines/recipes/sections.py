@@ -1,13 +1,19 @@
 """The sections of a recipe beside its stages: where text comes from, and how much of it calibrates and is measured. Knows text and numbers only."""
 
-from typing import Annotated
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
 
 from annotated_types import MinLen, doc
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic_core import PydanticCustomError
 
 from ...compress.ranges import Count, Tokens
+from .fields import SAID
+from .mixture import SELF, shares
 
-Source = Annotated[str, MinLen(1), doc("demo, a file or a datasets id")]
+T = TypeVar("T")
+Source = Annotated[str, MinLen(1), doc("wiki, news, code, a file, a datasets id, or a mixture of them")]
 Model = Annotated[str, MinLen(1), doc("demo, a directory, a .gguf file or a Hub id")]
 
 
@@ -16,11 +22,22 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    """Where text comes from: `demo`, a .txt/.raw/.md/.jsonl/.parquet file or a `datasets` id."""
+    """Where text comes from: `wiki` (also `demo`), `news`, `code`, a .txt/.raw/.md/.jsonl/.parquet file or a `datasets` id; calibration
+    and training may mix several (`mixture.shares`), among them `self`, what the dense model writes."""
 
     calibration: Source = "demo"
     train: Source = "demo"
     evaluation: Source = "demo"
+
+    @field_validator("calibration", "train")
+    @classmethod
+    def _mixture(cls, text: str) -> str:
+        return _said(text, shares)
+
+    @field_validator("evaluation")
+    @classmethod
+    def _one_source(cls, text: str) -> str:
+        return _said(text, _evaluated)
 
 
 class Calibration(Section):
@@ -29,7 +46,40 @@ class Calibration(Section):
 
 
 class Evaluation(Section):
-    """`windows` None means all that the text holds."""
+    """`windows` None means all that a text holds. `also`: other texts, measured after every stage beside that of `data.evaluation`."""
 
     seq_len: Tokens = 2048
     windows: Count | None = None
+    also: Annotated[list[Source], doc("names of texts, files or datasets ids")] = []
+
+    @field_validator("also")
+    @classmethod
+    def _texts(cls, also: list[str]) -> list[str]:
+        return _said(also, _named_apart)
+
+
+def text_name(source: str) -> str:
+    """What a report calls an evaluation text: a file by its own name."""
+    return Path(source).name
+
+
+def _evaluated(text: str) -> None:
+    if len(shares(text)) > 1 or text == SELF:
+        raise ValueError("one text that the model did not write; put further ones into evaluation.also")
+
+
+def _named_apart(also: list[str]) -> None:
+    for source in also:
+        _evaluated(source)
+    names = [text_name(source) for source in also]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two texts are called {twice[0]!r}")
+
+
+def _said(value: T, check: Callable[[T], object]) -> T:
+    """The value, checked; what the check says is what the user reads."""
+    try:
+        check(value)
+    except ValueError as error:
+        raise PydanticCustomError(SAID, "{words}", {"words": str(error)}) from error
+    return value

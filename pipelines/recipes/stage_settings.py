@@ -36,7 +36,7 @@ class FuseMethod:
 
 FUSE = {"bind": FuseMethod()}
 
-_OF_QUANTIZE = ("include_embeddings", "embedding_bits")
+_OF_QUANTIZE = ("include_embeddings", "embedding_bits", "head_bits")
 # stage → module and name of its literal dict of methods, the method taken when none is named, the settings every method shares
 STAGES: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "prune": ("...compress.methods", "PRUNE", "wanda", ("ignore", "include_head", "true_sequential", "overrides")),
@@ -51,6 +51,7 @@ SHARED = {
     "true_sequential": "inside a block, matrices see the inputs that the compressed ones before them give.",
     "include_embeddings": "the token embeddings are rounded to `embedding_bits`, too.",
     "embedding_bits": "of the token embeddings, where they are included.",
+    "head_bits": "an output head that the method leaves alone is rounded to so many; null: it stays as it is.",
     "overrides": "regular expressions and the settings of the modules that they match; a later match lies over an earlier one.",
 }
 
@@ -71,6 +72,7 @@ class StageSpec:
     true_sequential: bool = False
     include_embeddings: bool = False
     embedding_bits: Bits = 8
+    head_bits: Bits | None = None
     overrides: Annotated[dict[Regex, dict[str, Any]], doc("{REGEX: {setting: value}}")] = field(default_factory=dict)
 
     def skips(self, module: str) -> bool:
@@ -92,13 +94,14 @@ class StageSpec:
                 changes.update(with_implied(fields))
         return changes
 
-    def embedding_config(self, width: int) -> Any:
-        """How token embeddings [V, width] are rounded to nearest: `embedding_bits`, the method's groups or the largest that divides."""
+    def embedding_config(self, width: int, bits: Bits | None = None) -> Any:
+        """How token embeddings or a head [V, width] are rounded to nearest: `bits`, else `embedding_bits`; the method's groups or the largest
+        that divides."""
         from ...compress.rounding import RtnConfig
 
         wanted = getattr(self.config, "group_size", None) or getattr(self.config, "block_size", 64)
         size = -1 if wanted == -1 else max(d for d in range(1, min(wanted, width) + 1) if width % d == 0)
-        return RtnConfig(self.embedding_bits, size, getattr(self.config, "symmetric", False), clip="power")
+        return RtnConfig(bits or self.embedding_bits, size, getattr(self.config, "symmetric", False), clip="power")
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the result, as plain YAML/JSON values; building from it gives an equal spec."""
@@ -191,4 +194,9 @@ def _common(written: Mapping[str, Any], address: str) -> dict[str, Any]:
     """The settings every method of a stage shares, checked; one pattern is a list of one."""
     known = hints(StageSpec)
     values = {key: [value] if key == "ignore" and isinstance(value, str) else value for key, value in written.items()}
-    return {key: value_of(known[key], value, f"{address}.{key}") for key, value in values.items()}
+    checked = {key: value_of(known[key], value, f"{address}.{key}") for key, value in values.items()}
+    if checked.get("head_bits") is not None and checked.get("include_head"):
+        raise UsageError(
+            f"{address}.head_bits: include_head compresses the head by the method; set head_bits to null, or include_head to false"
+        )
+    return checked

@@ -4,13 +4,15 @@ Knows measures and reports; not what a stage does, nor in which order they come.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from ...reports.record import Protocol, RunRecord, StageRecord, derive
 from .. import stages
 from ..allocation.choice import explained
 from ..evaluation import measure
+from ..evaluation.perplexity import evaluated_by
 from ..evaluation.scores import Scores
 from ..planning.steps import Step
 from ..store.artifact import Artifact, open_artifact
@@ -21,39 +23,74 @@ from .session import Session
 log = logging.getLogger("bitmend")
 
 
+MAIN = ""
+"""The name of `data.evaluation` among the texts; the others go by what `evaluation.also` calls them."""
+Measures = dict[str, Scores]
+
+
+def texts_of(under_way: Session) -> dict[str, Windows]:
+    """The evaluation texts by name, MAIN first."""
+    inputs = under_way.inputs
+    return {name: evaluated_by(under_way.compute, found) for name, found in {MAIN: inputs.evaluation(), **inputs.also()}.items()}
+
+
 def measured(
-    under_way: Session, step: Step, artifact: Artifact, windows: Windows, scores: Sequence[Scores], before: Sequence[StageRecord]
-) -> tuple[StageRecord, Scores]:
+    under_way: Session,
+    step: Step,
+    artifact: Artifact,
+    texts: Mapping[str, Windows],
+    scores: Sequence[Measures],
+    before: Sequence[StageRecord],
+) -> tuple[StageRecord, Measures]:
     """Measure an artifact as it lies on disk: its record and its scores. `scores` and `before` are those of the stages before it."""
-    place, device, dtype = under_way.directory, under_way.compute.device, under_way.compute.dtype
-    metrics, baseline = place.metrics(step.name), under_way.steps[0]
-    teacher = None
-    if scores:
-        opened = open_artifact(place.artifact(baseline.name))
-        teacher = measure.teacher_of(opened, place.metrics(baseline.name), windows, device, dtype)
-    bind = stages.binder(step.spec, device, artifact)
-    found, extra = measure.scores_of(artifact, metrics, windows, teacher, device, dtype, bind, f"{step.address}: perplexity, blocks")
+    metrics = under_way.directory.metrics(step.name)
+    found = {name: _scores(under_way, step, artifact, name, windows, bool(scores)) for name, windows in texts.items()}
+    main, extra = found.pop(MAIN)
     size = measure.size_of(artifact)
-    first, previous = (scores[0], scores[-1]) if scores else (found, None)
-    made = measure.stage_record(step.address, step.method, step.settings, metrics, size, found, extra, first, previous)
+    first, previous = (scores[0], scores[-1]) if scores else ({}, None)
+    made = measure.stage_record(
+        step.address, step.method, step.settings, metrics, size, main, extra, first.get(MAIN, main), previous[MAIN] if previous else None
+    )
+    made = replace(made, texts={name: measure.text_record(*pair, first.get(name)) for name, pair in found.items()})
     if step.address in under_way.warnings:
         made = replace(made, notes=(*made.notes, under_way.warnings[step.address]))
-    log.info("%s: perplexity %.3f, %.1f MB", step.address, found.perplexity, size["total_bytes"] / 1e6)
+    others = "".join(f", {name} {text.perplexity:.3f}" for name, text in made.texts.items())
+    log.info("%s: perplexity %.3f%s, %.1f MB", step.address, main.perplexity, others, size["total_bytes"] / 1e6)
     if under_way.choice is not None:
         made = explained(made, under_way.choice, under_way.recipe, before)
-    return made, found
+    return made, {MAIN: main, **{name: pair[0] for name, pair in found.items()}}
 
 
-def save_record(under_way: Session, records: list[StageRecord], windows: Windows, page: bool) -> RunRecord:
+def _scores(
+    under_way: Session, step: Step, artifact: Artifact, name: str, windows: Windows, compared: bool
+) -> tuple[Scores, dict[str, Any]]:
+    """Scores on one text, `compared` to the baseline's."""
+    place, device, dtype = under_way.directory, under_way.compute.device, under_way.compute.dtype
+    baseline, teacher = under_way.steps[0], None
+    if compared:
+        opened = open_artifact(place.artifact(baseline.name))
+        teacher = measure.teacher_of(opened, place.metrics(baseline.name), windows, device, dtype)
+    label = f"{step.address}: perplexity{f' on {name}' if name else ''}, blocks"
+    return measure.scores_of(
+        artifact, place.metrics(step.name), windows, teacher, device, dtype, stages.binder(step.spec, device, artifact), label
+    )
+
+
+def save_record(under_way: Session, records: list[StageRecord], texts: Mapping[str, Windows], page: bool) -> RunRecord:
     """record.json, written anew after every stage that was worked on, and report.html, which takes a second to draw."""
     from ...reports.render import render
 
     place = under_way.directory
     environment = read_json(place.path / "environment.json", "delete it and resume")
-    known = {k: v for k, v in windows.protocol.items() if k in Protocol.__dataclass_fields__}
-    details = {k: v for k, v in windows.protocol.items() if k not in known}
-    made = RunRecord(place.path.name, under_way.recipe.model, Protocol(**known, details=details), derive(records), environment)
+    protocols = {name: _protocol(windows) for name, windows in texts.items()}
+    main = protocols.pop(MAIN)
+    made = RunRecord(place.path.name, under_way.recipe.model, main, derive(records), environment, protocols)
     write_json(place.path / "record.json", made.to_json())
     if page:
         write_bytes(place.path / "report.html", render(made, "html").encode())
     return made
+
+
+def _protocol(windows: Windows) -> Protocol:
+    known = {k: v for k, v in windows.protocol.items() if k in Protocol.__dataclass_fields__}
+    return Protocol(**known, details={k: v for k, v in windows.protocol.items() if k not in known})

@@ -24,8 +24,6 @@ from ..devices.environment import compute_of, write_environment
 from ..devices.shortage import shortage
 from ..errors import InputError, QualityError, UsageError
 from ..evaluation.measure import Peak
-from ..evaluation.perplexity import evaluated_by
-from ..evaluation.scores import Scores
 from ..models.source import resolve_model
 from ..planning.plan import refusals, warnings
 from ..planning.steps import Step, plan_steps
@@ -37,7 +35,7 @@ from ..store.files import disk_errors, read_json, write_json
 from ..store.rundir import RunDirectory
 from .ledger import gc, record, status
 from .opening import last_artifact
-from .recording import measured, save_record
+from .recording import Measures, measured, save_record, texts_of
 from .session import Session, plan_run, take_up
 from .signals import Stop, signals
 
@@ -99,7 +97,7 @@ def _prepare(chosen: Recipe, place: RunDirectory, compute: Compute, stop: Stop) 
     refused = refusals(chosen, source)
     if refused:
         raise UsageError(refused[0] + (f" (and {len(refused) - 1} more: --dry-run lists them)" if len(refused) > 1 else ""))
-    inputs = Inputs(chosen, source)
+    inputs = Inputs(chosen, source, str(compute.device))
     under_way = Session(chosen, place, compute, inputs, stop, place.read())
     under_way.warnings = warnings(chosen, source)
     for warning in dict.fromkeys(under_way.warnings.values()):
@@ -118,8 +116,8 @@ def _advance(under_way: Session, until_stage: str | None, force: str | None, pag
         _set_aside(place, under_way.steps, force)
     parent: Artifact | None = None
     records: list[StageRecord] = []
-    scores: list[Scores] = []
-    windows = evaluated_by(under_way.compute, under_way.inputs.evaluation())
+    scores: list[Measures] = []
+    texts = texts_of(under_way)
     while len(records) < len(under_way.steps):
         if parent is not None and not under_way.steps[len(records)].key:
             _spend(under_way, parent)
@@ -127,15 +125,15 @@ def _advance(under_way: Session, until_stage: str | None, force: str | None, pag
         began, news = time.monotonic(), place.state(step.name) != "done"
         with shortage(step.address, step.spec, under_way.compute):
             artifact = _finish(under_way, step, parent)
-            made, found = measured(under_way, step, artifact, windows, scores, records)
+            made, found = measured(under_way, step, artifact, texts, scores, records)
         records.append(made)
         scores.append(found)
         if news:
-            save_record(under_way, records, windows, page=page and time.monotonic() - began > PAGE_SECONDS)
+            save_record(under_way, records, texts, page=page and time.monotonic() - began > PAGE_SECONDS)
         parent = artifact
         if step.address == until_stage:
             break
-    return save_record(under_way, records, windows, page=page)
+    return save_record(under_way, records, texts, page=page)
 
 
 def _spend(under_way: Session, parent: Artifact) -> None:

@@ -66,8 +66,8 @@ def reconstruct_blocks(parent: Artifact, writer: ArtifactWriter, spec: StageSpec
     model = StreamedModel(parent, context.device, context.dtype, virtual=False)
     dense = StreamedModel(context.teacher, context.device, context.dtype, virtual=False)
     draw = context.inputs.training(config.seq_len, config.batch_size)
-    ids = [draw(i)[0] for i in range(-(-config.samples // config.batch_size))]
-    held_out = [Batch(ids, mask) for ids, mask in context.inputs.held_out(config.seq_len, config.batch_size)]
+    ids = [draw(i).ids for i in range(-(-config.samples // config.batch_size))]
+    held_out = context.inputs.held_out(config.seq_len, config.batch_size)
     for some in (ids[0], *(batch.ids for batch in held_out)):
         dense.embed(some)  # what its blocks are called with, learnt while none of them is loaded
     room = Room.measured(context.device, context.scratch)

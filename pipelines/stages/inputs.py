@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,23 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...recover.student import Batch
 from ..errors import InputError
 from ..models.source import load_config, load_tokenizer, refuse_unknown_tokens, resolve_model
+from ..recipes.mixture import SELF, shares
 from ..recipes.recipe import Recipe
+from ..recipes.sections import text_name
 from ..recipes.stage_settings import StageSpec, methods
 from ..text import data
+from ..text.sources import Body
 from .baseline import fingerprint
+from .self_text import self_text
 
 HELD_OUT_TOKENS = 4096
-_SOURCE = {"calibration": "calibration", "train": "train", "held_out": "train", "evaluation": "evaluation"}
 
 
 @dataclass
 class Inputs:
-    """`model` is the local model directory, whose tokenizer cuts every text."""
+    """`model` is the local model directory, whose tokenizer cuts every text; `device` is where it writes text itself."""
 
     recipe: Recipe
     model: Path
+    device: str = "cpu"
     _kept: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -35,69 +41,109 @@ class Inputs:
         return load_tokenizer(self.model)
 
     @cached_property
-    def parts(self) -> dict[str, data.Documents]:
+    def parts(self) -> data.Parts:
         """calibration, train, held_out and evaluation, with evaluation text kept out of the other three."""
-        sources = self.recipe.data
-        return data.load_parts(sources.calibration, sources.train, sources.evaluation, self.tokenizer)
+        sources, also = self.recipe.data, self.recipe.evaluation.also
+        calibration, train = ([share.source for share in shares(text)] for text in (sources.calibration, sources.train))
+        return data.Parts(calibration, train, sources.evaluation, also, self.tokenizer, self._written)
 
     def evaluation(self) -> data.Windows:
-        wanted = self.recipe.evaluation
-        return self._windows("evaluation", wanted.seq_len, wanted.windows)
+        return self._evaluated(self.recipe.data.evaluation)
+
+    def also(self) -> dict[str, data.Windows]:
+        """The further evaluation texts, by the name that reports give them."""
+        return {text_name(source): self._evaluated(source) for source in self.recipe.evaluation.also}
 
     def calibration(self) -> Tensor:
-        """Token ids int64 [samples, seq_len]."""
-        wanted = self.recipe.calibration
-        return self._windows("calibration", wanted.seq_len, wanted.samples, self.recipe.seed).ids
+        """Token ids int64 [samples, seq_len]: every source's share of them."""
+        wanted, mixed = self.recipe.calibration, shares(self.recipe.data.calibration)
+        if "calibration ids" not in self._kept:
+            at = data.schedule([share.weight for share in mixed])
+            counts = Counter(at(index)[0] for index in range(wanted.samples))
+            found = [self._windows("calibration", mixed[i].source, wanted.seq_len, counts[i], self.recipe.seed).ids for i in sorted(counts)]
+            self._kept["calibration ids"] = torch.cat(found)
+        return self._kept["calibration ids"]
 
-    def training(self, seq_len: int, batch_size: int) -> Callable[[int], tuple[Tensor, Tensor | None]]:
-        """index → (ids int64 [batch, seq_len], loss mask or None): a pure function of (seed, index)."""
-        windows = self._teaching(self._windows("train", seq_len, None))
-        if len(windows.ids) < batch_size:
-            raise InputError(
-                f"{self.recipe.data.train}: {len(windows.ids)} windows of {seq_len} tokens are less than one batch of {batch_size}; "
-                "give more text (--train), or a smaller recover.batch_size or recover.seq_len"
-            )
-        return lambda index: data.batch(windows, index, self.recipe.seed, batch_size)
+    def training(self, seq_len: int, batch_size: int) -> Callable[[int], Batch]:
+        """index → micro-batch: a pure function of (seed, index). Each is of one source, which takes its turn by its weight."""
+        mixed = shares(self.recipe.data.train)
+        windows = [self._teaching(self._windows("train", share.source, seq_len, None), share.source) for share in mixed]
+        for share, found in zip(mixed, windows, strict=True):
+            if len(found.ids) < batch_size:
+                raise InputError(
+                    f"{share.source}: {len(found.ids)} windows of {seq_len} tokens are less than one batch of {batch_size}; "
+                    "give more text (--train), or a smaller recover.batch_size or recover.seq_len"
+                )
+        at = data.schedule([share.weight for share in mixed])
 
-    def held_out(self, seq_len: int, batch_size: int) -> list[tuple[Tensor, Tensor | None]]:
-        """The batches on which recovery chooses its best step: about HELD_OUT_TOKENS tokens."""
-        found = self._teaching(self._windows("held_out", seq_len, max(1, HELD_OUT_TOKENS // seq_len), self.recipe.seed))
-        pieces = [slice(start, start + batch_size) for start in range(0, len(found.ids), batch_size)]
-        return [(found.ids[piece], None if found.loss is None else found.loss[piece]) for piece in pieces]
+        def draw(index: int) -> Batch:
+            which, turn = at(index)
+            return self._batch(mixed[which].source, *data.batch(windows[which], turn, self.recipe.seed, batch_size))
 
-    def check(self, specs: Iterable[StageSpec]) -> None:
-        """InputError for texts that these stages cannot work on: missing, too short, of another tokenizer."""
+        return draw
+
+    def held_out(self, seq_len: int, batch_size: int) -> list[Batch]:
+        """The batches on which recovery chooses its best step: about HELD_OUT_TOKENS tokens, as many of every source."""
+        mixed = shares(self.recipe.data.train)
+        count = max(1, HELD_OUT_TOKENS // seq_len // len(mixed))
+        batches = []
+        for source in (share.source for share in mixed):
+            found = self._teaching(self._windows("held_out", source, seq_len, count, self.recipe.seed), source)
+            pieces = [slice(start, start + batch_size) for start in range(0, len(found.ids), batch_size)]
+            batches += [self._batch(source, found.ids[p], None if found.loss is None else found.loss[p]) for p in pieces]
+        return batches
+
+    def check(self, specs: Iterable[StageSpec], writes: bool = True) -> None:
+        """InputError for texts that these stages cannot work on: missing, too short, of another tokenizer. Unless it `writes`, mixtures with text
+        that the model has yet to write are left to the run."""
         self.evaluation()
+        self.also()
+        written = {use: any(share.source == SELF for share in shares(getattr(self.recipe.data, use))) for use in ("calibration", "train")}
         for spec in specs:
-            if spec.name == "recover":
+            if spec.name == "recover" and (writes or not written["train"]):
                 self.training(spec.config.seq_len, spec.config.batch_size)
                 self.held_out(spec.config.seq_len, spec.config.batch_size)
-            if _needs(spec, methods(spec.name)[spec.method]):
+            if _needs(spec, methods(spec.name)[spec.method]) and (writes or not written["calibration"]):
                 self.calibration()
 
-    def _teaching(self, windows: data.Windows) -> data.Windows:
+    def _batch(self, source: str, ids_BT: Tensor, loss_BT: Tensor | None) -> Batch:
+        return Batch(ids_BT, loss_BT, source, generated=source == SELF)
+
+    def _teaching(self, windows: data.Windows, source: str) -> data.Windows:
         """Without the windows that hold no token of a completion. InputError when none is left."""
         if windows.loss is None:
             return windows
         kept = windows.loss[:, 1:].any(1)
         if not bool(kept.any()):
             raise InputError(
-                f"{self.recipe.data.train}: none of {len(kept)} windows of {windows.ids.shape[1]} tokens holds a token of a completion; "
+                f"{source}: none of {len(kept)} windows of {windows.ids.shape[1]} tokens holds a token of a completion; "
                 "give longer completions, or a larger recover.seq_len"
             )
         return data.Windows(windows.ids[kept], windows.loss[kept], windows.protocol)
 
-    def _windows(self, part: str, seq_len: int, count: int | None, seed: int | None = None) -> data.Windows:
-        key = f"{part}:{seq_len}:{count}:{seed}"
+    def _evaluated(self, source: str) -> data.Windows:
+        wanted = self.recipe.evaluation
+        return self._windows("evaluation", source, wanted.seq_len, wanted.windows)
+
+    def _windows(self, part: str, source: str, seq_len: int, count: int | None, seed: int | None = None) -> data.Windows:
+        key = f"{part}:{source}:{seq_len}:{count}:{seed}"
         if key not in self._kept:
-            self._kept[key] = data.tokenize(self.parts[part], self.tokenizer, seq_len, count, seed=seed)
-            refuse_unknown_tokens(load_config(self.model), self._kept[key].ids, getattr(self.recipe.data, _SOURCE[part]))
+            self._kept[key] = data.tokenize(self.parts[part][source], self.tokenizer, seq_len, count, seed=seed)
+            refuse_unknown_tokens(load_config(self.model), self._kept[key].ids, source)
         return self._kept[key]
+
+    def _written(self) -> Body:
+        """What the teacher, else the model itself, writes."""
+        chosen = self.recipe
+        writer = resolve_model(chosen.teacher) if chosen.teacher else resolve_model(chosen.model, chosen.revision)
+        return self_text(writer, self.tokenizer, chosen.seed, torch.device(self.device))
 
     def fingerprint(self, spec: StageSpec, row: Any) -> list[Any]:
         """Whatever of the data decides a stage's result: nothing for a method that reads no text."""
         if spec.name == "recover":
-            parts = [self.parts[part].protocol for part in ("train", "held_out")]
+            mixed = shares(self.recipe.data.train)
+            parts = [self.parts[part][share.source].protocol for part in ("train", "held_out") for share in mixed]
+            parts += [] if len(mixed) == 1 else [[share.weight for share in mixed]]
             return [*parts, self.calibration_fingerprint() if _needs(spec, row) else None, self.teacher_fingerprint()]
         return [self.calibration_fingerprint() if _needs(spec, row) else None]
 
@@ -109,12 +155,8 @@ class Inputs:
 
     def calibration_fingerprint(self) -> str:
         """Hash of the very tokens."""
-        if "calibration ids" not in self._kept:
-            ids = self.calibration()
-            self._kept["calibration ids"] = hashlib.sha256(
-                json.dumps([list(ids.shape)]).encode() + ids.to(torch.int64).numpy().tobytes()
-            ).hexdigest()
-        return self._kept["calibration ids"]
+        ids = self.calibration()
+        return hashlib.sha256(json.dumps([list(ids.shape)]).encode() + ids.to(torch.int64).numpy().tobytes()).hexdigest()
 
 
 def _needs(spec: StageSpec, row: Any) -> bool:

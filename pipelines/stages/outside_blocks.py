@@ -34,8 +34,9 @@ def _records(
     blocks = f"{stage.model.structure.prefix}."
     records = {n: stage.parent.stored(n) for n in stage.parent.linears if not n.startswith(blocks)}
     layers = []
-    for site in [*head, *embeddings(stage, head)]:
-        made, layer = _rounded(stage, site) if site.kind == "embedding" else solve(stage, site, {site.name: statistics_of(site)})
+    nearest = rounded(stage, head)
+    for site in [*head, *nearest]:
+        made, layer = _rounded(stage, site) if site in nearest else solve(stage, site, {site.name: statistics_of(site)})
         for name in shared_names(stage.model.model, f"{site.module}.weight"):
             records.pop(name.removesuffix(".weight"), None)
         records[site.name] = made
@@ -52,33 +53,49 @@ def embeddings(stage: Stage, head: list[Site]) -> list[Site]:
     return [] if any(f"{other.module}.weight" in shared for other in head) else [site]
 
 
+def rounded(stage: Stage, head: list[Site]) -> list[Site]:
+    """What is rounded to nearest: the embeddings, when asked, and a head of its own, where `head_bits` says to how many bits."""
+    found, spec = embeddings(stage, head), stage.spec
+    if spec.head_bits is None:
+        return found
+    shared = {name for site in found for name in shared_names(stage.model.model, f"{site.module}.weight")}
+    others = [s for s in stage.model.structure.sites if s.block is None and s not in head and not spec.skips(s.name)]
+    return [*found, *(s for s in others if f"{s.module}.weight" not in shared)]
+
+
 def said_of_rest(stage: Stage, head: list[Site]) -> list[str]:
     """Notes on what lies outside the blocks: what was left alone, and what is one matrix with something that was not."""
     spec, table = stage.spec, stage.model.structure.embeddings
     heads = [s for s in stage.model.structure.sites if s.block is None]
     shared = table is not None and any(f"{s.module}.weight" in shared_names(stage.model.model, f"{table.module}.weight") for s in heads)
-    rounded = bool(embeddings(stage, head))
+    nearest = rounded(stage, head)
+    of_table = table in nearest
     notes = []
     for site in heads:
-        if site not in head and not (rounded and shared):
-            notes.append(f"left alone: {site.name} (the output head stays as it is unless include_head is set)")
+        if site in nearest:
+            notes.append(f"{site.name} is rounded to {spec.head_bits} bits")
+        elif site not in head and not (of_table and shared):
+            notes.append(f"left alone: {site.name} (the output head stays as it is unless include_head or head_bits is set)")
         elif site not in head and table is not None:
             notes.append(f"{site.name} is one matrix with {table.name}: both are rounded to {spec.embedding_bits} bits")
         elif spec.include_embeddings and shared and table is not None:
             notes.append(f"{table.name} is one matrix with {site.name}, which {spec.method} compressed: embedding_bits does not count")
-    if table is not None and spec.name == "quantize" and not rounded and not (shared and head):
+    if table is not None and spec.name == "quantize" and not of_table and not (shared and (head or nearest)):
         notes.append(f"left alone: {table.name} (token embeddings stay as they are unless include_embeddings is set)")
     return notes
 
 
 def _rounded(stage: Stage, site: Site) -> tuple[StoredWeight, dict[str, Any]]:
-    """Rows are looked up, not multiplied, so there are no inputs to weigh an error by: rounded to nearest. Its output's error is that of the
-    rows that the text looks up."""
-    target_OI = target(stage, site)
+    """Rounded to nearest. An embedding's rows are looked up, not multiplied, so there are no inputs to weigh an error by: its output's error
+    is that of the rows that the text looks up; a head's is not measured."""
+    target_OI, table = target(stage, site), site.kind == "embedding"
     none = InputStatistics(site.shape[1], frozenset())
-    config = stage.spec.embedding_config(site.shape[1])
+    config = stage.spec.embedding_config(site.shape[1], None if table else stage.spec.head_bits)
     record, metrics = rtn(current(stage, site).to(stage.context.device), target_OI, LayerStatistics(none), config)
+    layer = described(site, record, target_OI, None, metrics)
+    if not table:
+        return record, layer | {"output_error": None}
     ids_T = stage.calibration().flatten()[:SAMPLES].to(target_OI.device)
     wanted_TD = target_OI[ids_T]
     lost, whole = ((m.double().square().sum()) for m in (wanted_TD - record.dense()[ids_T], wanted_TD))
-    return record, described(site, record, target_OI, None, metrics) | {"output_error": float(lost / whole) if whole > 0 else 0.0}
+    return record, layer | {"output_error": float(lost / whole) if whole > 0 else 0.0}

@@ -169,12 +169,8 @@ def _texts(context: Context, config: TrainConfig) -> tuple[Callable[[int], Batch
     """Micro-batches by number, and the held-out batches, all where the model is."""
     draw = context.inputs.training(config.seq_len, config.batch_size)
 
-    def batches(index: int) -> Batch:
-        ids, mask = draw(index)
-        return Batch(ids, mask).to(context.device)
-
-    held_out = [Batch(ids, mask).to(context.device) for ids, mask in context.inputs.held_out(config.seq_len, config.batch_size)]
-    return batches, held_out
+    held_out = [batch.to(context.device) for batch in context.inputs.held_out(config.seq_len, config.batch_size)]
+    return (lambda index: draw(index).to(context.device)), held_out
 
 
 # -- training --------------------------------------------------------------------------------------------------------------------

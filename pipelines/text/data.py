@@ -9,8 +9,9 @@ Shapes: N windows, B batch, T tokens of a window.
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, UsageError
-from .sources import read
+from ..recipes.mixture import SELF
+from .sources import Body, read
 from .splits import PARTS, Document, Exclusion, split_documents
 
 log = logging.getLogger(__name__)
@@ -47,9 +49,16 @@ class Windows:
 
 
 def load_text(
-    source: str, part: str, *, roles: Iterable[str] | None = None, tokenizer: Any = None, exclude: Exclusion | None = None
+    source: str,
+    part: str,
+    *,
+    roles: Iterable[str] | None = None,
+    tokenizer: Any = None,
+    exclude: Exclusion | None = None,
+    body: Body | None = None,
 ) -> Documents:
-    """One part of a source: `demo`, a local .txt/.raw/.md/.jsonl/.parquet, or a `datasets` id `ID[:CONFIG][:SPLIT]` (alias `wikitext2`).
+    """One part of a source: `demo` and its like (`demo.texts`), a local .txt/.raw/.md/.jsonl/.parquet, or a `datasets` id
+    `ID[:CONFIG][:SPLIT]` (alias `wikitext2`); `body`: its text, if it has been read.
 
     `roles` are all parts that the user draws from this source, for which a file is split; None means `part` alone, which then
     gets all of it. The demo and official splits of data sets do not depend on it. `exclude` is text that must not occur.
@@ -57,7 +66,7 @@ def load_text(
     """
     if part not in PARTS:
         raise UsageError(f"unknown part of a text '{part}'; known are {', '.join(PARTS)}")
-    body = read(source, part, tokenizer)
+    body = body or read(source, part, tokenizer)
     try:
         parts, rule = split_documents(body.documents, body.roles or frozenset(roles or ()) | {part})
     except ValueError as error:
@@ -84,21 +93,44 @@ def load_text(
     return Documents(tuple(chosen), body.join, protocol)
 
 
-def load_parts(calibration: str, train: str, evaluation: str, tokenizer: Any = None) -> dict[str, Documents]:
-    """All four parts, keyed by PARTS; `held_out` comes from the training source.
+class Parts:
+    """The parts of a run's texts, each loaded when it is first asked for: `source` → its documents.
 
-    Whatever the sources are, no document and no long line of the evaluation text is in another part, and none of the held-out text
-    in calibration or training.
+    Whatever the sources are, no document and no long line of an evaluation text (`also` are further ones) is in another part, and none of
+    the held-out text, which comes from the training sources, in calibration or training. `written` gives the documents of the
+    source `self`, which the model wrote.
     """
-    sources = {"evaluation": evaluation, "held_out": train, "calibration": calibration, "train": train}
-    loaded: dict[str, Documents] = {}
-    exclude = Exclusion.of(())
-    for part in PARTS:
-        roles = [other for other in PARTS if sources[other] == sources[part]]
-        loaded[part] = load_text(sources[part], part, roles=roles, tokenizer=tokenizer, exclude=exclude)
-        if part in ("evaluation", "held_out"):
-            exclude = exclude.union(Exclusion.of(loaded[part].documents))
-    return loaded
+
+    def __init__(
+        self,
+        calibration: Iterable[str],
+        train: Iterable[str],
+        evaluation: str,
+        also: Iterable[str] = (),
+        tokenizer: Any = None,
+        written: Callable[[], Body] | None = None,
+    ) -> None:
+        self.sources = {
+            "evaluation": (evaluation, *also),
+            "held_out": tuple(train),
+            "calibration": tuple(calibration),
+            "train": tuple(train),
+        }
+        self.tokenizer, self.written = tokenizer, written
+        self._loaded: dict[str, dict[str, Documents]] = {}
+
+    def __getitem__(self, part: str) -> dict[str, Documents]:
+        if part not in self._loaded:
+            before = ("evaluation", "held_out")[: PARTS.index(part)]
+            excluded = [Exclusion.of(documents.documents) for other in before for documents in self[other].values()]
+            self._loaded[part] = {source: self._load(source, part, excluded) for source in dict.fromkeys(self.sources[part])}
+        return self._loaded[part]
+
+    def _load(self, source: str, part: str, excluded: list[Exclusion]) -> Documents:
+        roles = [other for other in PARTS if source in self.sources[other]]
+        exclude = reduce(Exclusion.union, excluded, Exclusion.of(()))
+        body = self.written() if source == SELF and self.written is not None else None
+        return load_text(source, part, roles=roles, tokenizer=self.tokenizer, exclude=exclude, body=body)
 
 
 def tokenize(
@@ -141,6 +173,22 @@ def tokenize(
         answered = predicted[loss[predicted]]
         protocol["loss_bytes"] = int((end_byte[answered] - start_byte[answered]).sum())
     return Windows(torch.from_numpy(ids_NT), torch.from_numpy(loss_NT) if completions_only else None, protocol)
+
+
+def schedule(weights: Sequence[float]) -> Callable[[int], tuple[int, int]]:
+    """index → (which source that draw is of, how many of the source came before): each draw is of the source that is furthest behind its
+    weight, so that any beginning holds the weights as nearly as whole numbers can."""
+    counts, drawn = [0] * len(weights), []
+
+    def at(index: int) -> tuple[int, int]:
+        while len(drawn) <= index:
+            wanted = len(drawn) + 1
+            chosen = max(range(len(weights)), key=lambda i: (weights[i] * wanted - counts[i], -i))
+            drawn.append((chosen, counts[chosen]))
+            counts[chosen] += 1
+        return drawn[index]
+
+    return at
 
 
 def batch(windows: Windows, step: int, seed: int, batch_size: int) -> tuple[Tensor, Tensor | None]:

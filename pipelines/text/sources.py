@@ -12,7 +12,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-from ..demo.imported import demo_text
+from ..demo.texts import TEXTS
 from ..errors import InputError
 from .splits import PARTS, Document
 
@@ -49,9 +49,9 @@ class Body:
 
 def read(source: str, part: str, tokenizer: Any = None) -> Body:
     """The text of `source` in which `part` lies. Raises InputError for what does not exist or cannot be understood."""
-    if source == "demo":
-        documents, join = _from_rows(_json_lines(demo_text()), "demo", tokenizer)
-        return Body(documents, join, "demo (Wikipedia, CC BY-SA)", "by document", frozenset(PARTS))
+    if source in TEXTS:
+        named = TEXTS[source]
+        return Body([Document(text) for text in named.documents()], PARAGRAPH, named.dataset, "by document", frozenset(PARTS))
     path = Path(source).expanduser()
     if path.is_file() or path.suffix in FILE_ENDINGS:
         return _from_file(path, tokenizer)

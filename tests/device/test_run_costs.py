@@ -54,14 +54,15 @@ def outline(directory: Path, name: str) -> Path:
     return directory
 
 
-def predicted(model: Path, gigabytes: float, *sets: str) -> dict[str, Any]:
-    asked = resolve("compress_and_recover", sets=list(sets), options={"model": str(model)})
+def predicted(model: Path, gigabytes: float, *sets: str, recipe: str = "compress_and_recover") -> dict[str, Any]:
+    asked = resolve(recipe, sets=list(sets), options={"model": str(model)})
     with pretended_cuda(total_memory=int(gigabytes * 1e9)):
         return plan.predict(asked, None, device="cuda")
 
 
-def test_8b_through_the_default_recipe_on_a_card_of_24_gb(tmp_path: Path) -> None:
-    made = predicted(outline(tmp_path / "8b", "8b"), 24)
+@pytest.mark.parametrize("recipe", ["compress_and_recover", "sparse_compress_and_recover"])
+def test_8b_through_the_packaged_recipes_on_a_card_of_24_gb(recipe: str, tmp_path: Path) -> None:
+    made = predicted(outline(tmp_path / "8b", "8b"), 24, recipe=recipe)
     assert (made["device"], made["dtype"]) == ("cuda", "bfloat16") and made["parameters"] == 8_030_261_248
     assert made["refusals"] == made["shortages"] == []
     for row in made["stages"]:
@@ -69,7 +70,8 @@ def test_8b_through_the_default_recipe_on_a_card_of_24_gb(tmp_path: Path) -> Non
 
 
 def test_70b_through_quantize_and_decompose_on_a_card_of_48_gb(tmp_path: Path) -> None:
-    made = predicted(outline(tmp_path / "70b", "70b"), 48, "prune.method=none", "recover.method=none", "fuse.method=none")
+    stages = ("prune.method=none", "recover.method=none", "fuse.method=none")
+    made = predicted(outline(tmp_path / "70b", "70b"), 48, *stages, recipe="sparse_compress_and_recover")
     assert [row["method"] for row in made["stages"][1:]] == ["gptq", "best"]
     assert made["shortages"] == [] and all(row["device_bytes"] <= 48e9 for row in made["stages"])
 

@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 import torch
 from bitmend.pipelines.errors import InputError, UsageError
-from bitmend.pipelines.text.data import Documents, Windows, batch, load_parts, load_text, tokenize
+from bitmend.pipelines.text.data import Documents, Parts, Windows, batch, load_text, tokenize
 from bitmend.pipelines.text.splits import PARTS, normalised_hash
 from pyarrow import parquet
 from transformers import AutoTokenizer
@@ -36,6 +36,12 @@ def jsonl(path: Path, rows: list[Any]) -> str:
 
 def long_lines(documents: Documents) -> set[str]:
     return {normalised_hash(line) for line in documents.text.split("\n") if len(line) >= 100}
+
+
+def load_parts(calibration: str, train: str, evaluation: str) -> dict[str, Documents]:
+    """Of one source a part."""
+    parts = Parts([calibration], [train], evaluation)
+    return {part: documents for part in PARTS for documents in parts[part].values()}
 
 
 def assert_no_leak(parts: dict[str, Documents]) -> None:

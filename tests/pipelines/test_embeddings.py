@@ -99,6 +99,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, int]]] = {
     "tied, the head too": ("llama", {"tie_word_embeddings": True}, {"include_head": True}, {"lm_head": 4}),
     "apart": ("llama", {"tie_word_embeddings": False}, {"embedding_bits": 4}, {TABLE: 4}),
     "apart, both": ("llama", {"tie_word_embeddings": False}, {"include_head": True}, {TABLE: 8, "lm_head": 4}),
+    "apart, the head to nearest": ("llama", {"tie_word_embeddings": False}, {"head_bits": 3}, {TABLE: 8, "lm_head": 3}),
+    "tied, the head to nearest": ("llama", {"tie_word_embeddings": True}, {"include_embeddings": False, "head_bits": 8}, {"lm_head": 8}),
+    "tied, both to nearest": ("llama", {"tie_word_embeddings": True}, {"head_bits": 3}, {TABLE: 8}),
     "positions stay": ("gpt2", {}, {}, {"transformer.wte": 8}),
     "narrower than the model": ("opt", {}, {"group_size": 64}, {"model.decoder.embed_tokens": 8}),
     "scaled by the model": ("gemma3_text", {}, {}, {TABLE: 8}),
@@ -139,11 +142,21 @@ def test_quantized_twice_is_one_matrix_still(small_model: Path, small_text: Path
 
 
 @pytest.mark.parametrize(("setting", "words"), [
-    ({"embedding_bits": 5}, "quantize.embedding_bits: expected one of 2, 3, 4, 8, got 5"),
-    ({"include_embeddings": "yes"}, "quantize.include_embeddings: expected true or false, got 'yes'"),
+    ({"embedding_bits": 5}, r"quantize.embedding_bits: expected 2\|3\|4\|8, got 5"),
+    ({"head_bits": 5}, r"quantize.head_bits: expected 2\|3\|4\|8\|null, got 5"),
+    ({"head_bits": 8, "include_head": True}, "quantize.head_bits: include_head compresses the head by the method"),
+    ({"include_embeddings": "yes"}, r"quantize.include_embeddings: expected true\|false, got 'yes'"),
 ])  # fmt: skip
 def test_settings_that_make_no_sense(setting: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=words):
         resolve(str(write_recipe(tmp_path / "r.yaml", [{"quantize": {"method": "rtn", **setting}}])))
     with pytest.raises(UsageError, match="unknown setting of prune wanda 'include_embeddings'"):
         resolve(str(write_recipe(tmp_path / "r.yaml", [{"prune": {"include_embeddings": True}}])))
+
+
+def test_embeddings_that_are_one_matrix_with_an_exact_head_are_refused(small_model: Path, small_text: Path, tmp_path: Path) -> None:
+    save_speaking("llama", tmp_path / "source", small_model, num_hidden_layers=1, tie_word_embeddings=True)
+    recipe = chosen(tmp_path, tmp_path / "source", small_text, [{"quantize": {**RTN, "ignore": ["lm_head"]}}], **FEW)
+    words = f"quantize: lm_head is to stay as it is \\(ignore\\) and is one matrix with {TABLE}; set include_embeddings to false"
+    with pytest.raises(UsageError, match=words):
+        runner.run(recipe, tmp_path / "run")

@@ -45,7 +45,8 @@ def held_out_loss(place: Path, artifact: Artifact) -> float:
 
     recipe = resolve(str(place / "run" / "recipe.resolved.yaml"))
     model, total, count = StreamedModel(artifact, CPU), 0.0, 0
-    for ids, loss in Inputs(recipe, artifact.directory).held_out(STEPS["seq_len"], STEPS["batch_size"]):
+    for batch in Inputs(recipe, artifact.directory).held_out(STEPS["seq_len"], STEPS["batch_size"]):
+        ids, loss = batch.ids, batch.loss_mask
         with torch.no_grad():
             log_p = model.logits(last_hidden(model, ids)).log_softmax(-1)[:, :-1]
         nll = -log_p.gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)

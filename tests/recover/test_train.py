@@ -29,6 +29,29 @@ def values(attached):
     return {name: t.parameter.detach().clone() for name, t in attached.trainables.items()}
 
 
+def test_on_what_the_teacher_wrote_it_is_imitated_and_nothing_else():
+    """Both losses on generated batches are distillation to the bit; with real ones between them they are not."""
+    ways = {"both, generated": ("both", [True, True]), "distill": ("distill", [False, False]), "both, mixed": ("both", [True, False])}
+    trained = {}
+    for way, (loss, generated) in ways.items():
+        model, attached, config = start("scales", "3-bit", steps=4, loss=loss)
+        batches = lambda index, generated=generated: replace(batch(index), generated=generated[index % 2])  # noqa: E731
+        result = train(model, attached, batches, held_out(), teacher(llama()), config)
+        trained[way] = [row["loss"] for row in result.history if "loss" in row]
+    assert trained["both, generated"] == trained["distill"]
+    assert trained["both, mixed"][0] == trained["distill"][0] and trained["both, mixed"][1] != trained["distill"][1]
+
+
+def test_the_held_out_loss_is_the_mean_over_kinds():
+    student = student_of(llama().requires_grad_(False))
+    ids = [batch(index).ids for index in range(4)]
+    alone = [held_out_loss(student, [Batch(some)]) for some in ids]
+    assert len(set(alone)) == 4
+    assert held_out_loss(student, [Batch(some) for some in ids]) == pytest.approx(sum(alone) / 4)
+    kinds = [Batch(some, kind=kind) for some, kind in zip(ids, "aaab", strict=True)]
+    assert held_out_loss(student, kinds) == pytest.approx((sum(alone[:3]) / 3 + alone[3]) / 2)
+
+
 def test_distillation_brings_the_student_to_the_teacher():
     dense = llama()
     model, attached, config = start("scales", "3-bit", steps=30, loss="distill", eval_every=10, learning_rate=2e-2)

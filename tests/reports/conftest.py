@@ -3,9 +3,10 @@
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
-from bitmend.reports.record import LayerRecord, Protocol, RunRecord, StageRecord, derive
+from bitmend.reports.record import LayerRecord, Protocol, RunRecord, StageRecord, TextRecord, derive
 
 ROLES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 WAY = (
@@ -31,6 +32,18 @@ def layers(seed: int, blocks: int = 3) -> tuple[LayerRecord, ...]:
         )
         for block in range(blocks)
         for role in ROLES
+    )
+
+
+def text(draw: random.Random, index: int) -> TextRecord:
+    error = None if index == 0 else draw.uniform(0.001, 0.009)
+    return TextRecord(
+        perplexity=draw.uniform(11, 19),
+        bits_per_byte=draw.uniform(1.0, 1.5),
+        nll_difference=None if index == 0 else draw.uniform(0.1, 0.5),
+        nll_difference_stderr=error,
+        kl_to_baseline=draw.uniform(0.1, 0.5),
+        top1_agreement=draw.uniform(0.6, 0.9),
     )
 
 
@@ -64,6 +77,7 @@ def stages(blocks: int = 3) -> tuple[StageRecord, ...]:
                 if stage == "recover"
                 else {"held_out": {"best": draw.uniform(3, 4), "best_step": draw.randrange(1000)}},
                 layers=layers(index, blocks) if index in (1, 2, 3) else (),
+                texts={name: text(draw, index) for name in ("news", "code")},
             )
         )
     return derive(made)
@@ -72,7 +86,8 @@ def stages(blocks: int = 3) -> tuple[StageRecord, ...]:
 @pytest.fixture(scope="session")
 def full_run() -> RunRecord:
     protocol = Protocol("wikitext2", "test", "9d1c0e7a", "SmolLM2", "\n\n", False, 512, 40, 20440, {"domain": "encyclopaedia"})
-    return RunRecord("three bits", "demo & <model>", protocol, stages(), {"torch": "2.13.0", "threads": 2})
+    texts = {"news": replace(protocol, dataset="papers", fingerprint="77aa"), "code": replace(protocol, dataset="programs")}
+    return RunRecord("three bits", "demo & <model>", protocol, stages(), {"torch": "2.13.0", "threads": 2}, texts)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from bitmend.reports.compare import entries
-from bitmend.reports.record import Protocol, RunRecord, StageRecord
+from bitmend.reports.record import Protocol, RunRecord, StageRecord, TextRecord
 from bitmend.reports.render import compare
 
 PROTOCOL = Protocol("wikitext2", "test", fingerprint="a", seq_len=512, windows=40)
@@ -106,3 +106,15 @@ def test_runs_without_sizes_and_no_runs_are_served() -> None:
             assert compare(runs, format)
     with pytest.raises(ValueError, match="'csv'"):
         compare([], "csv")  # pyright: ignore[reportArgumentType]
+
+
+def test_further_texts_have_their_columns_and_their_warning() -> None:
+    def also(run: RunRecord, fingerprint: str) -> RunRecord:
+        last = replace(run.stages[-1], texts={"news": TextRecord(perplexity=17.25)})
+        return replace(run, stages=(*run.stages[:-1], last), texts={"news": replace(PROTOCOL, fingerprint=fingerprint)})
+
+    runs = [also(made("a", 30.0, 100), "x"), made("b", 25.0, 100), also(made("c", 24.0, 90), "x")]
+    for format in ("table", "md", "html"):
+        assert "perplexity, news" in compare(runs, format) and "17.25" in compare(runs, format)
+        assert "measured news under different" not in compare(runs, format)
+    assert "measured news under different protocols" in compare([*runs, also(made("d", 24.0, 90), "y")], "md")

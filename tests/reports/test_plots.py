@@ -1,6 +1,7 @@
 """Figures: the Pareto line is the Pareto line, axes hold their points, labels keep clear, missing numbers are left out."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,10 @@ def test_labels_do_not_cover_each_other_and_points_together_share_one() -> None:
 
 def test_run_figures_exist_where_there_is_something_to_draw(full_run: RunRecord) -> None:
     stages = full_run.stages
-    assert run_plots.perplexity_by_stage(stages) and run_plots.size_against_perplexity(stages)
+    assert run_plots.perplexity_by_stage(stages)
+    sizes = run_plots.size_against_perplexity(stages, [replace(stages[2], stage="plain", texts={"code": stages[0].texts["code"]})])
+    assert sizes is not None and [axes.get_title(loc="left") for axes in sizes.axes] == ["the run's text", "news", "code"]
+    assert [any("plain" in text.get_text() for text in axes.texts) for axes in sizes.axes] == [True, False, True]
     heat = run_plots.error_heat_map(stages)
     assert heat is not None and [axes.get_title(loc="left") for axes in heat.axes][:3] == [
         "after prune, wanda", "after quantize, gptq", "after decompose, qera_exact"

@@ -124,7 +124,7 @@ def test_plots_take_their_colours_from_the_page(page: str) -> None:
 def test_markdown_holds_every_number_as_it_is_shown(full_run: RunRecord) -> None:
     text = render(full_run, "md")
     for stage in full_run.stages:
-        for column in columns.STAGE_COLUMNS:
+        for column in columns.stage_columns(full_run.stages):
             assert column.show(column.get(stage)) in text, column.key
         for layer in stage.layers:
             for column in columns.layer_columns(stage.layers):
@@ -134,6 +134,18 @@ def test_markdown_holds_every_number_as_it_is_shown(full_run: RunRecord) -> None
     for _, _, value in columns.extra_rows(full_run.stages):
         assert columns.exact(value) in text
     assert "hurt most" in text and "20,440" in text and all(note in text for stage in full_run.stages for note in stage.notes)
+
+
+def test_every_format_says_what_the_further_texts_measured_and_on_what(full_run: RunRecord, page: str) -> None:
+    last = full_run.stages[-1].texts["news"]
+    assert last.perplexity_ratio == last.perplexity / full_run.stages[0].texts["news"].perplexity
+    markdown, table = render(full_run, "md"), list(csv.DictReader(io.StringIO(render(full_run, "csv"))))
+    for text in (markdown, " ".join(read(page).text)):
+        assert "perplexity, news" in text and "Δ to baseline, code" in text and columns.number(last.perplexity) in text
+        assert "news: papers test, 40 windows of 512 tokens" in text and "77aa" in text
+    stage = next(row for row in table if row["kind"] == "stage" and row["stage"] == "fuse")
+    assert stage["texts.news.perplexity"] == repr(last.perplexity) and stage["texts.code.protocol.dataset"] == "programs"
+    assert RunRecord.from_json(json.loads(render(full_run, "json"))) == full_run
 
 
 def test_markdown_tables_are_rectangular(full_run: RunRecord) -> None:
