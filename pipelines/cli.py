@@ -24,6 +24,7 @@ _CLICK_USAGE = typer.BadParameter.__mro__[1]
 _CLICK_ERROR = typer.BadParameter.__mro__[2]
 
 INTERRUPTED = 130
+LONGEST_LINE = 1200
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _NO_SPACE_TEXT = "No space left on device"
 
@@ -157,7 +158,9 @@ def _has_no_space(error: BaseException) -> bool:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    """What a message quotes may have any length, a line has not."""
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE * 2 // 3]} … {line[-LONGEST_LINE // 4 :]}"
 
 
 def _say(line: str) -> None:

@@ -4,6 +4,8 @@ The message is one line: what is wrong, with the numbers, and what to do about i
 """
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class PipelineError(Exception):
@@ -34,6 +36,21 @@ class OutOfMemoryError(PipelineError):
     """No memory or no disk space left; what was finished is kept."""
 
     exit_code = 5
+
+
+@contextmanager
+def as_input_error(what: str, advice: str = "") -> Iterator[None]:
+    """Around another library's reader of a file: whatever it raises becomes `what (its first line); advice`. A shortage of memory, and an
+    error of our own, stay what they are."""
+    try:
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:
+        if is_shortage(error):
+            raise
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(f"{what} ({first}){advice and f'; {advice}'}") from error
 
 
 _SHORTAGE_TEXTS = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from ...kernels.cache import cache_directory
-from ..errors import InputError, OutOfMemoryError
+from ..errors import InputError, OutOfMemoryError, as_input_error
 from .download import Progress, WheelFile, fetch, file_sha256, locked
 from .permute import permute_llama_
 
@@ -134,14 +134,9 @@ def _import_once(gguf: Path, target: Path, facts: dict, change_: Callable[[Any],
 
 def _convert(gguf: Path, directory: Path, change_: Callable[[Any], None] | None) -> None:
     """Write the Hugging Face directory of a gguf file: config without gguf traces, float32 safetensors, tokenizer."""
-    try:
+    with as_input_error(f"{gguf.name}: transformers cannot import this gguf", "convert it to a Hugging Face directory first"):
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-    except (ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{gguf.name}: transformers cannot import this gguf ({reason}); convert it to a Hugging Face directory first"
-        ) from error
     fields = loaded.config.to_dict()
     fields.pop("quantization_config", None)
     config = type(loaded.config).from_dict(fields)
@@ -186,12 +181,8 @@ def _check_gguf(path: Path) -> int:
         magic = stream.read(4)
     if magic != b"GGUF":
         raise InputError(f"{path}: begins with {magic!r} instead of b'GGUF'; this is no gguf file")
-    try:
+    with as_input_error(f"{path}: damaged or truncated gguf", f"{path.stat().st_size} bytes are here, copy the file again"):
         reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
-        raise InputError(
-            f"{path}: damaged or truncated gguf ({error}); {path.stat().st_size} bytes are here, copy the file again"
-        ) from error
     end = max((int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors), default=0)
     if not reader.tensors or end > path.stat().st_size:
         raise InputError(f"{path}: its tensors end at byte {end} but the file has {path.stat().st_size}; it is truncated, copy it again")

@@ -20,10 +20,9 @@ from ...compress.normal_float import NESTED_BLOCK
 from ...compress.packing import pack_codes
 from ...compress.weights import DenseWeight, NormalFloatWeight, StoredWeight, UniformWeight
 from ..errors import InputError, UsageError
-from ..store.files import read_json
 from .biases import with_room_for_biases
 from .checkpoint import Checkpoint, Lazy, config_dtype, masked_note, refuse_beyond_codes, untie_compressed
-from .folder import write_folder
+from .folder import read_config, write_folder
 from .fusing import to_memory
 from .naming import expert_parameter, to_file
 from .shards import SHARD_BYTES, Stored, fresh_directory, open_directory, write_shards
@@ -127,8 +126,8 @@ def _config(dtype: torch.dtype, double: bool, skipped: list[str]) -> dict[str, A
 
 def read(directory: Path) -> Checkpoint:
     """A 4-bit directory that bitsandbytes (through transformers) saved, or ours. InputError for int8, FP4 and what does not fit together."""
-    config = read_json(directory / "config.json")
-    quantization = config.pop("quantization_config", None) or {}
+    config, quantization = read_config(directory)
+    quantization = quantization or {}
     if quantization.get("quant_method") != "bitsandbytes" or not quantization.get("load_in_4bit", quantization.get("_load_in_4bit")):
         raise InputError(f"{directory}: only bitsandbytes' 4-bit checkpoints are read (load_in_4bit), not its 8-bit ones")
     stored = open_directory(directory)

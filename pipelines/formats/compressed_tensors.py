@@ -18,10 +18,9 @@ from torch import Tensor
 from ...compress.packing import BITS, pack_codes, packed_words, unpack_codes
 from ...compress.weights import DenseWeight, StoredWeight, UniformWeight
 from ..errors import InputError, UsageError
-from ..store.files import read_json
 from .biases import with_room_for_biases
 from .checkpoint import Checkpoint, Lazy, masked_note, refuse_beyond_codes, uniform_codes, untie_compressed
-from .folder import write_folder
+from .folder import read_config, write_folder
 from .fusing import to_memory
 from .naming import expert_parameter, to_file
 from .shards import SHARD_BYTES, Stored, fresh_directory, open_directory, write_shards
@@ -150,9 +149,8 @@ def quantization_config(schemes: Mapping[Scheme, Mapping[str, int]], ignored: li
 
 def read(directory: Path) -> Checkpoint:
     """A pack-quantized directory. InputError for the other layouts of that package and for what does not fit together."""
-    config = read_json(directory / "config.json")
-    quantization = config.pop("quantization_config", None) or {}
-    _check_config(directory, quantization)
+    config, quantization = read_config(directory)
+    _check_config(directory, quantization := quantization or {})
     stored = open_directory(directory)
     linears, taken = {}, set()
     for entry in [name for name in stored if name.endswith(".weight_packed")]:
@@ -167,7 +165,7 @@ def read(directory: Path) -> Checkpoint:
 
 
 def _check_config(directory: Path, quantization: Mapping[str, Any]) -> None:
-    kinds = {quantization.get("format")} | {g.get("format") or FORMAT for g in quantization.get("config_groups", {}).values()}
+    kinds = {quantization.get("format")} | {g.get("format") or FORMAT for g in (quantization.get("config_groups") or {}).values()}
     if kinds != {FORMAT}:
         raise InputError(
             f"{directory}: compressed-tensors format {', '.join(sorted(map(str, kinds - {FORMAT})))} is not read; only {FORMAT} is"
@@ -175,6 +173,8 @@ def _check_config(directory: Path, quantization: Mapping[str, Any]) -> None:
     for entry in ("kv_cache_scheme", "sparsity_config", "transform_config"):
         if quantization.get(entry):
             raise InputError(f"{directory}: quantization_config has a {entry}, which changes what the model computes and is not read")
+    if not quantization.get("config_groups"):
+        raise InputError(f"{directory}: quantization_config has no config_groups, which say how many bits the weights have")
     for group in quantization["config_groups"].values():
         weights = group.get("weights") or {}
         if weights.get("type", "int") != "int" or weights.get("num_bits") not in BITS:

@@ -1,4 +1,4 @@
-"""What every exported directory holds beside its weights: a config that old and new programs read, tokenizer files, a model card.
+"""What every checkpoint directory holds beside its weights: a config that old and new programs read, tokenizer files, a model card.
 
 Knows no weights.
 """
@@ -8,8 +8,47 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
+from ..store.files import read_json
 from .checkpoint import Checkpoint
 from .shards import copy_files, write_json
+
+OF_QUANTIZATION: Mapping[str, tuple[type, ...]] = {
+    "quant_method": (str,), "checkpoint_format": (str,), "format": (str,), "type": (str,), "bits": (int,), "num_bits": (int,), "group_size": (int,),
+    "desc_act": (bool,), "sym": (bool,), "is_marlin_format": (bool,), "load_in_4bit": (bool,), "_load_in_4bit": (bool,), "dynamic": (dict, bool),
+    "config_groups": (dict,), "weights": (dict,), "targets": (list,),
+}  # fmt: skip
+"""Types of what the readers here ask a quantization_config for; null stands for what is left out."""
+
+
+def read_config(directory: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """(config.json without it, the quantization settings), which old GPTQ directories keep in quantize_config.json alone. InputError for
+    a setting of another type than programs write."""
+    config = read_json(directory / "config.json")
+    file, quantization = directory / "config.json", config.pop("quantization_config", None)
+    if quantization is None and (directory / "quantize_config.json").is_file():
+        file = directory / "quantize_config.json"
+        quantization = read_json(file)
+    if not quantization:
+        return config, None
+    if not isinstance(quantization, dict):
+        raise InputError(f"{file}: quantization_config is {quantization!r}, not a mapping of settings")
+    groups = quantization.get("config_groups")
+    for group in [quantization, *(groups.values() if isinstance(groups, dict) else ())]:
+        for settings in (group, group.get("weights") or {}) if isinstance(group, dict) else (group,):
+            _check_types(file, settings)
+    return config, quantization
+
+
+def _check_types(file: Path, settings: Any) -> None:
+    if not isinstance(settings, dict):
+        raise InputError(f"{file}: quantization_config holds {settings!r} where settings belong")
+    for name, kinds in OF_QUANTIZATION.items():
+        value = settings.get(name)
+        if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+            raise InputError(
+                f"{file}: quantization_config says {name} {value!r}; {' or '.join(kind.__name__ for kind in kinds)} was expected"
+            )
 
 
 def write_folder(

@@ -16,10 +16,9 @@ from torch import Tensor
 from ...compress.packing import BITS, pack_codes, unpack_codes
 from ...compress.weights import DenseWeight, StoredWeight, UniformWeight
 from ..errors import InputError, UsageError
-from ..store.files import read_json
 from .biases import with_room_for_biases
 from .checkpoint import Checkpoint, Lazy, half_scales, masked_note, refuse_beyond_codes, uniform_codes, untie_compressed
-from .folder import write_folder
+from .folder import read_config, write_folder
 from .fusing import to_memory
 from .gptq_settings import CHECKPOINT_FORMATS, Settings
 from .naming import to_file
@@ -109,7 +108,7 @@ def pack(name: str, record: StoredWeight, version: int) -> tuple[dict[str, Tenso
 
 def read(directory: Path) -> Checkpoint:
     """A GPTQ directory of either version. InputError, with tensor and file, for what does not fit together."""
-    config, quantization = read_config(directory)
+    config, quantization = _settings(directory)
     stored = open_directory(directory)
     linears = {name.removesuffix(".qweight"): entry for name, entry in stored.items() if name.endswith(".qweight")}
     if not linears:
@@ -125,12 +124,10 @@ def read(directory: Path) -> Checkpoint:
     return to_memory(Checkpoint(config, Lazy(loaders), Lazy(tensors), files=directory))
 
 
-def read_config(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(config.json without it, the quantization settings), which old directories keep in quantize_config.json alone."""
-    config = read_json(directory / "config.json")
-    quantization = config.pop("quantization_config", None)
-    if quantization is None:
-        quantization = read_json(directory / "quantize_config.json")
+def _settings(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(config.json without it, the quantization settings). InputError for what is not read here."""
+    config, quantization = read_config(directory)
+    quantization = quantization or {}
     if quantization.get("quant_method", "gptq") != "gptq":
         raise InputError(f"{directory}: quant_method is {quantization['quant_method']!r}, not gptq")
     kind = quantization.get("checkpoint_format") or "gptq"

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ...compress.weights import StoredWeight
-from ..errors import InputError, UsageError
+from ..errors import UsageError, as_input_error
 from .checkpoint import Checkpoint, Lazy
 from .rows import take_rows
 
@@ -26,11 +26,8 @@ def empty_model(config: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {name: value for name, value in config.items() if name not in ("model_type", "quantization_config", "torch_dtype")}
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.for_model(config.get("model_type", ""), **settings))
-    except (KeyError, ValueError) as error:
-        raise InputError(f"transformers knows no causal language model for model_type {config.get('model_type')!r} ({error})") from error
+    with as_input_error(f"transformers makes no causal language model of model_type {config.get('model_type')!r}"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config.get("model_type", ""), **settings))
 
 
 @dataclass(frozen=True)

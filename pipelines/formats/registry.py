@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, UsageError
-from ..store.files import read_json
 from . import bitsandbytes, compressed_tensors, gptq_files, peft, plain
 from .checkpoint import Checkpoint
+from .folder import read_config
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,8 @@ FORMATS: Mapping[str, Format] = {
 
 def detect(directory: Path) -> str:
     """The name in FORMATS of what `directory` holds, from its config. InputError for unknown formats and versions."""
-    quantization = read_json(directory / "config.json").get("quantization_config")
-    if quantization is None and (directory / "quantize_config.json").is_file():
-        quantization = read_json(directory / "quantize_config.json")
-    if not quantization:
+    quantization = read_config(directory)[1]
+    if quantization is None:
         return "dense"
     method = quantization.get("quant_method", "gptq" if "desc_act" in quantization else None)
     if method == "gptq":

@@ -9,9 +9,21 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from ..demo import imported
-from ..errors import InputError, UsageError
+from ..errors import InputError, UsageError, as_input_error
 from ..formats.shards import weight_files
 from ..store.files import cached_sha256
+
+LARGEST = {
+    "_layers": 10_000,
+    "_layer": 10_000,
+    "_experts": 10_000,
+    "_heads": 2**20,
+    "_head": 2**20,
+    "_dim": 2**24,
+    "_size": 2**24,
+    "_embd": 2**24,
+}
+"""What sizes in a config may be at most, by the ends of their names: a skeleton of more takes all time and memory before it fails."""
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
@@ -68,11 +80,13 @@ def _from_hub(model: str, revision: str | None) -> Path:
 
 
 def load_config(directory: Path) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(weights_home(directory), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{directory}: transformers cannot read config.json: {first}") from error
+    with as_input_error(f"{directory}: transformers cannot read config.json"):
+        config = AutoConfig.from_pretrained(weights_home(directory), trust_remote_code=False)
+    for name, value in config.to_dict().items():
+        limit = next((most for ending, most in LARGEST.items() if name.endswith(ending)), None)
+        if limit is not None and isinstance(value, int) and value > limit:
+            raise InputError(f"{directory}: config.json says {name} {value}, and no model has more than {limit}; fetch the file again")
+    return config
 
 
 def positions(config: PretrainedConfig) -> int | None:
@@ -100,12 +114,10 @@ def refuse_unknown_tokens(config: PretrainedConfig, ids: Tensor, text: str) -> N
 
 
 def load_tokenizer(directory: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(weights_home(directory), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{directory}: no tokenizer that transformers can read ({str(error).splitlines()[0]}); put tokenizer.json beside config.json"
-        ) from error
+    with as_input_error(f"{directory}: no tokenizer that transformers can read", "put tokenizer.json beside config.json"):
+        tokenizer = AutoTokenizer.from_pretrained(weights_home(directory), trust_remote_code=False)
+        tokenizer("a")  # what its settings say wrongly shows at the first text
+        return tokenizer
 
 
 def source_files(directory: Path) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from ...recover.selection import decoder_blocks
-from ..errors import InputError
+from ..errors import InputError, as_input_error
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,10 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
     config._experts_implementation = "eager"  # one linear for each expert and its tokens: what `blocks` can watch
-    try:
+    with as_input_error(f"model type {config.model_type!r}: its config makes no language model"):
         with init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    except ValueError as error:
-        raise InputError(f"model type {config.model_type!r}: {str(error).splitlines()[0]}") from error
-    model.tie_weights()
+        model.tie_weights()
     model.config.use_cache = False
     return model.eval()
 

@@ -207,7 +207,7 @@ def _without_stages(
     documents.append((_document(_command_line(sets, options), "command line"), "command line"))
     upper = {key: document[key] for document, _ in documents for key in ("model", "profile") if document.get(key) is not None}
     profile = upper.get("profile") or ("demo" if upper.get("model", "demo") == "demo" else "standard")
-    if profile not in PROFILES:
+    if not isinstance(profile, str) or profile not in PROFILES:
         raise UsageError(unknown("profile", profile, PROFILES))
     draft = _Draft(merged(PROFILES[profile], {} if path is None else {"name": path.stem}))
     for document, origin in documents:

@@ -68,6 +68,8 @@ def parse(text: str, origin: str) -> Any:
         raise UsageError(f"{origin}{line}: not readable as YAML: {error.problem or error.context}") from error
     except RecursionError as error:
         raise UsageError(f"{origin}: nested too deep to be settings") from error
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # what PyYAML makes of `!!float x`
+        raise UsageError(f"{origin}: not readable as YAML: a value does not fit its tag ({error})") from error
     except yaml.YAMLError as error:
         raise UsageError(f"{origin}: not readable as YAML: {' '.join(str(error).split())}") from error
 

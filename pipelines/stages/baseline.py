@@ -12,7 +12,7 @@ import safetensors
 import torch
 from transformers import AutoModelForCausalLM
 
-from ..errors import InputError
+from ..errors import InputError, as_input_error
 from ..formats import detect, read
 from ..models.source import load_config, source_files, source_paths, weights_home
 from ..models.structure import inspect, skeleton, tied_names
@@ -90,12 +90,10 @@ def _names_match(directory: Path) -> bool:
 
 def _convert(writer: ArtifactWriter, directory: Path) -> None:
     """Load through transformers (which knows every checkpoint layout) and write the tensors by their names in memory."""
-    try:
+    with as_input_error(f"{directory}: transformers cannot load it"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory, dtype="auto", trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        raise InputError(f"{directory}: transformers cannot load it: {str(error).splitlines()[0]}") from error
     model, info = loaded
     missing = sorted(set(info["missing_keys"]) - set(tied_names(model)))
     if missing:

@@ -5,7 +5,7 @@ Knows the two usual shapes (`prompt`/`completion`, `messages`) and chat template
 
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, as_input_error
 from .splits import Document
 
 REWRITES = "the chat template rewrites earlier turns, so the answers cannot be located; give 'prompt' and 'completion' as strings"
@@ -54,9 +54,5 @@ def _conversation(messages: Any, first_answer: int, where: str, tokenizer: Any) 
 
 
 def _templated(messages: list[dict[str, Any]], ask: bool, where: str, tokenizer: Any) -> str:
-    from jinja2 import TemplateError
-
-    try:
+    with as_input_error(f"{where}: the chat template refuses it"):
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-    except (TemplateError, KeyError, TypeError) as error:
-        raise InputError(f"{where}: the chat template refuses it ({error})") from error

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..demo.texts import TEXTS
-from ..errors import InputError
+from ..errors import InputError, as_input_error
 from .splits import PARTS, Document
 
 log = logging.getLogger(__name__)
@@ -98,22 +98,20 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}: line {number} is not JSON ({error.msg} at column {error.colno})") from error
+        except (ValueError, RecursionError) as error:  # a number of too many digits; lists within lists without end
+            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise InputError(f"{path}: line {number} is not JSON ({reason})") from error
         if not isinstance(row, dict):
             raise InputError(f"{path}: line {number} holds a {type(row).__name__} instead of an object with a field 'text'")
         yield row
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    from pyarrow import ArrowException, parquet
+    from pyarrow import parquet
 
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                yield from batch.to_pylist()
-    except (ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+    with as_input_error(f"{path}: not a readable parquet file"), parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches():
+            yield from batch.to_pylist()
 
 
 def _from_datasets(source: str, part: str, tokenizer: Any) -> Body:
