@@ -121,7 +121,7 @@ def test_what_makes_the_whole_worse_is_undone(small_model: Path, tmp_path: Path,
 
 
 def test_scales_of_a_quantized_model(small_model: Path, tmp_path: Path) -> None:
-    made = run(tmp_path, small_model, toy_text(tmp_path / "toy.jsonl"), [RTN, {"recover": {**QUICK, "train": "scales"}}])
+    made = run(tmp_path, small_model, toy_text(tmp_path / "toy.jsonl"), [RTN, {"recover": {**QUICK, "train": "scales", "rank": 16}}])
     before, after = opened(tmp_path, "quantize"), opened(tmp_path, "recover")
     assert made.stages[-1].metrics["held_out_loss_kept"] < made.stages[-1].metrics["held_out_loss_start"]
     assert audit({n: before.stored(n) for n in before.linears}, {n: after.stored(n) for n in after.linears}) == []
@@ -133,7 +133,7 @@ def test_refused_before_any_work(small_model: Path, small_text: Path, tmp_path: 
     cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         ({"train": "mask_lora"}, {}, "mask_lora merges into dense weights"),
         ({"train": "lora", "rank": 500}, {}, "rank 500 does not fit"),
-        ({"train": "scales"}, {"teacher": str(tmp_path / "teacher")}, "--teacher: width and blocks are 64 and 3, the model's 128 and 4"),
+        ({"train": "scales", "rank": 16}, {"teacher": str(tmp_path / "teacher")}, "--teacher: width and blocks are 64 and 3, the model's 128 and 4"),
     ]
     for changes, sections, words in cases:
         recipe = chosen(tmp_path, small_model, small_text, [RTN, {"recover": {**QUICK, **changes}}], **sections)
