@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from .columns import PROTOCOL_TITLES, Column, protocol_text, stage_columns, used
 from .pareto import pareto_front
-from .record import SCHEMA, Protocol, RunRecord, StageRecord
+from .record import SCHEMA, RunRecord, StageRecord
 from .tables import cells, fitted_table, fitting, markdown_table, paragraph, plain_table, short_cells
 from .units import difference, number
 
@@ -62,7 +62,7 @@ def warnings(runs: Sequence[RunRecord]) -> list[str]:
     if len({entry.protocol for entry in found}) > 1:
         texts.append(f"These runs were measured under different protocols, so their perplexities do not compare. {_apart(found)}")
     for name in dict.fromkeys(name for run in runs for name in run.texts):
-        if len({_identity(run.texts[name]) for run in runs if name in run.texts}) > 1:
+        if len({run.texts[name].identity() for run in runs if name in run.texts}) > 1:
             texts.append(f"The runs measured {name} under different protocols, so its perplexities do not compare.")
     if len({entry.model for entry in found}) > 1:
         named = _who([(entry.run, entry.model) for entry in found])
@@ -135,13 +135,7 @@ def _entry(run: RunRecord) -> Entry | None:
     peaks = [stage.peak_bytes for stage in run.stages if stage.peak_bytes is not None]
     whole = replace(measured[-1], seconds=math.fsum(taken) if taken else None, peak_bytes=max(peaks, default=None))
     way = " → ".join(_step(stage) for stage in run.stages if stage.stage not in ("baseline", "fuse")) or run.stages[-1].stage
-    return Entry(run.run, run.model, way, whole, _identity(run.protocol))
-
-
-def _identity(protocol: Protocol) -> str:
-    known = {**protocol.to_json(), "details": None, "device": None}  # the same sums on another device differ by rounding
-    known["dtype"] = known["dtype"] or "float32"  # what was measured before a protocol said so
-    return json.dumps(known, sort_keys=True)
+    return Entry(run.run, run.model, way, whole, run.protocol.identity())
 
 
 def _step(stage: StageRecord) -> str:

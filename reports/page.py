@@ -31,6 +31,7 @@ from .columns import (
 )
 from .drawing import describe, inline_svg
 from .findings import findings, named
+from .plain_rows import rivals
 from .record import RunRecord, StageRecord, perplexity_ratio
 from .units import exact, number, percent, ratio, size
 
@@ -179,11 +180,13 @@ def _figures(record: RunRecord) -> list[Plot]:
     chosen = _allocated(stages)
     trained = [(stage, figure) for stage in stages if (figure := run_plots.training(stage)) is not None]
     by_stage = "Bars: two paired standard errors of the difference to the baseline. Logarithmic."
+    plain = rivals(record)
     by_size = "The way from the baseline to the last stage; down and to the left is better."
+    by_size += " Circles: plain methods on this model with embeddings in 8 bits, as published." if plain else ""
     by_layer = "Relative output error of every compressed linear, by block and type."
     drawn = [
         ("Perplexity by stage", by_stage, run_plots.perplexity_by_stage(stages)),
-        ("Size against perplexity", by_size, run_plots.size_against_perplexity(stages)),
+        ("Size against perplexity", by_size, run_plots.size_against_perplexity(stages, plain)),
         ("Where the error is", by_layer, run_plots.error_heat_map(stages)),
     ]
     for stage, figure in trained:

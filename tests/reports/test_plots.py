@@ -1,5 +1,6 @@
 """Figures: the Pareto line is the Pareto line, axes hold their points, labels keep clear, missing numbers are left out."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bitmend.reports import drawing, run_plots
+from bitmend.reports.page import html
 from bitmend.reports.pareto import pareto_front
+from bitmend.reports.plain_rows import ROWS, rivals
 from bitmend.reports.plots import kernels_figure, lines_figure, pareto_figure
 from bitmend.reports.record import LayerRecord, RunRecord, StageRecord
 from hypothesis import given
@@ -171,3 +174,13 @@ def test_saved_files_are_whole_and_repeat_byte_for_byte(tmp_path: Path) -> None:
     first = [path.read_bytes() for path in drawing.save(lines_figure(rows, "x", "y"), tmp_path / "a.b")]
     second = [path.read_bytes() for path in drawing.save(lines_figure(rows, "x", "y"), tmp_path / "a.b")]
     assert first == second and sorted(path.name for path in tmp_path.iterdir()) == ["a.b.png", "a.b.svg"]
+
+
+def test_the_plain_rows_stand_beside_a_run_that_was_measured_as_they_were(full_run: RunRecord) -> None:
+    published = RunRecord.from_json(json.loads(ROWS.read_text(encoding="utf-8")))
+    run = replace(full_run, model="demo", protocol=published.protocol, texts={**published.texts, "code": full_run.texts["code"]})
+    found = rivals(run)
+    assert [row.stage for row in found] == ["RTN", "GPTQ", "NF4"] and all(list(row.texts) == ["news"] for row in found)
+    assert all(label in html(run) for label in ("Circles: plain methods", "RTN", "NF4"))
+    for other in (replace(run, model="org/m"), replace(run, protocol=replace(run.protocol, windows=40))):
+        assert not rivals(other) and "Circles" not in html(other)
