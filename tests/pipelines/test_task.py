@@ -97,7 +97,7 @@ def test_a_window_without_a_completion_weighs_nothing(small_model: Path, small_t
 def test_text_that_teaches_nothing_is_refused_before_any_work(small_model: Path, small_text: Path, tmp_path: Path) -> None:
     inputs = Inputs(resolve(str(write_recipe(tmp_path / "r.yaml")), options={"model": str(small_model)}), small_model)
     with pytest.raises(InputError, match="none of 3 windows of 8 tokens holds a token of a completion"):
-        inputs._teaching(Windows(torch.zeros(3, 8, dtype=torch.long), torch.zeros(3, 8, dtype=torch.bool), {}))
+        inputs._teaching(Windows(torch.zeros(3, 8, dtype=torch.long), torch.zeros(3, 8, dtype=torch.bool), {}), "answers.jsonl")
     short = task(tmp_path / "short.jsonl", "In the garden.", rows=12)  # a batch, but what is held out of it is shorter than a window
     recipe = write_recipe(tmp_path / "r.yaml", [RTN, {"recover": {"method": "lora", **STEPS, "seq_len": 48, "batch_size": 1}}], **SECTIONS)
     chosen = resolve(str(recipe), options={"model": str(small_model), "data": str(small_text), "train": str(short)})
