@@ -15,6 +15,8 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 """Of forward passes."""
 Width = Annotated[int, Ge(1), Le(65536)]
 """Of a rank, a group, a bottleneck: no more than the widest matrices have columns."""
+SquareWidth = Annotated[int, Ge(1), Le(4096)]
+"""Of a layer whose weights are the square of it, trained with their moments."""
 WidthOrZero = Annotated[int, Ge(0), Le(65536)]
 Group = Literal[-1] | Width
 """Columns of a group; −1 takes the whole row."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..compress.ranges import Factor, Width
+from ..compress.ranges import Factor, SquareWidth, Width
 from .bottlenecks import ParallelAdapter, parallel_adapter
 from .extra_modules import TOKENS, Beside, Tokens, cache_argument
 from .site import AttachSite, joined
@@ -38,7 +38,7 @@ class PTuning:
     """Input embeddings that a small network makes (arXiv:2103.10385)."""
 
     tokens: Width = 16
-    hidden: Width = 128
+    hidden: SquareWidth = 128
 
 
 @dataclass(frozen=True)
