@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...compress.packing import BITS, pack_codes, packed_words, unpack_codes
+from ...compress.ranges import is_regex
 from ...compress.weights import DenseWeight, StoredWeight, UniformWeight
 from ..errors import InputError, UsageError
 from .biases import with_room_for_biases
@@ -181,6 +182,9 @@ def _check_config(directory: Path, quantization: Mapping[str, Any]) -> None:
             raise InputError(
                 f"{directory}: weights of {weights.get('num_bits')} bits of type {weights.get('type')}; integers of {BITS} bits are read"
             )
+        for target in group.get("targets") or []:
+            if not isinstance(target, str) or (target.startswith("re:") and not is_regex(target.removeprefix("re:"))):
+                raise InputError(f"{directory}: config group target {target!r} is no name of modules, nor re: and a pattern")
         for side in ("input_activations", "output_activations"):
             if group.get(side):
                 raise InputError(f"{directory}: the checkpoint quantizes {side.replace('_', ' ')} too, which is not read; only weights are")
@@ -190,7 +194,7 @@ def _configured_bits(name: str, groups: Mapping[str, Any]) -> int | None:
     """What the scheme says whose targets name this linear; one that goes by class (`Linear`) reaches every linear."""
     by_class = None
     for group in groups.values():
-        for target in group.get("targets", ["Linear"]):
+        for target in group.get("targets") or ["Linear"]:
             if target == name or (target.startswith("re:") and re.match(target.removeprefix("re:"), name)):
                 return group["weights"]["num_bits"]
             if not target.startswith("re:") and "." not in target:

@@ -79,7 +79,8 @@ def opened(files: Files, place: Path) -> None:
         return
     source = resolve_model(str(directory))
     if "tokenizer.json" in files:
-        load_config(source), load_tokenizer(source)("The river", return_tensors="pt")
+        load_config(source)
+        load_tokenizer(source)("The river", return_tensors="pt")
         return
     model = skeleton(load_config(source))
     structure, _ = inspect(model, include_head=True), positions(model.config)
