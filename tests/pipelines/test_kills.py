@@ -89,7 +89,8 @@ def test_chains(name: str, commands: Processes, models: dict[str, Path], small_t
     ends_at_same_bits(commands, arguments, tmp_path / "run", tmp_path, KILLS, random.Random(name))
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, 8])
 def test_sweep(kills: int, commands: Processes, small_model: Path, small_text: Path, tmp_path: Path) -> None:
     """Killed within a point and between points."""
     recipe = write_recipe(tmp_path / "r.yaml", [RTN, {"decompose": {"method": "zeroquant_v2", "rank": 2}}], **FEW)
@@ -99,7 +100,7 @@ def test_sweep(kills: int, commands: Processes, small_model: Path, small_text: P
     assert len([name for name in hashes(tmp_path / "run") if name.endswith("artifact.json")]) == 1 + 1 + 2
 
 
-@pytest.mark.parametrize("form", ["gptq-v2", "compressed-tensors", "dense"])
+@pytest.mark.parametrize("form", ["gptq-v2", *(pytest.param(form, marks=pytest.mark.slow) for form in ("compressed-tensors", "dense"))])
 def test_export(form: str, commands: Processes, finished: Path, tmp_path: Path) -> None:
     """No half directory under its name; repeated, the same bytes."""
     arguments = ["export", str(finished), "--format", form, "--stage", "quantize", "-o", str(tmp_path / "out" / "model")]
@@ -108,7 +109,7 @@ def test_export(form: str, commands: Processes, finished: Path, tmp_path: Path) 
     ends_at_same_bits(commands, arguments, tmp_path / "out" / "model", tmp_path, KILLS, draw, anew=True)
 
 
-@pytest.mark.parametrize("form", ["html", "csv", "json"])
+@pytest.mark.parametrize("form", ["json", *(pytest.param(form, marks=pytest.mark.slow) for form in ("html", "csv"))])
 def test_report_export(form: str, commands: Processes, finished: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     output = tmp_path / "out" / f"report.{form}"
