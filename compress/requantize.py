@@ -3,7 +3,7 @@
 Knows which row of `rounding` and `gptq` a record came from; not how they work, nor where L comes from.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -27,17 +27,18 @@ def requantize(
     rtn. ValueError for a dense weight, which has no grid.
     """
     base, activations = weight.base, weight.activations
+    bits: Any = getattr(base, "bits", None)  # one of those that the configs name, or no such record could be
     if isinstance(base, NormalFloatWeight):
         double = base.absmax is None
         if quantizer == "gptq":
-            config = GptqNormalFloatConfig(base.bits, base.block_size, double, activations=activations)
+            config = GptqNormalFloatConfig(bits, base.block_size, double, activations=activations)
             return gptq_nf(weight, target_OI, statistics, config)[0]
-        return normal_float(weight, target_OI, statistics, NormalFloatConfig(base.bits, base.block_size, double, activations))[0]
+        return normal_float(weight, target_OI, statistics, NormalFloatConfig(bits, base.block_size, double, activations))[0]
     if isinstance(base, UniformWeight):
         if quantizer == "gptq":
             order: Literal["static_groups", "full"] = "static_groups" if base.group_index is None else "full"
-            grid = GptqConfig(base.bits, base.group_size, base.symmetric, clip, base.float_zeros, order, activations=activations)
+            grid = GptqConfig(bits, base.group_size, base.symmetric, clip, base.float_zeros, order, activations=activations)
             return gptq(weight, target_OI, statistics, grid)[0]
-        plain = RtnConfig(base.bits, base.group_size, base.symmetric, clip, base.float_zeros, activations)
+        plain = RtnConfig(bits, base.group_size, base.symmetric, clip, base.float_zeros, activations)
         return rtn(weight, target_OI, statistics, plain)[0]
     raise ValueError("a dense weight has no grid to requantize on; quantize it first, or set requantize: false")

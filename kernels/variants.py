@@ -6,7 +6,7 @@ Legend: M rows of activations, O out, I in, R rank.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ def synthetic(layer: Layer, bits: int, rank: int, activation_bits: int | None, p
     if rank:
         up = torch.randn(layer.out, rank, generator=random) / rank**0.5 / 4
         low_rank = LowRank(up.bfloat16(), (torch.randn(rank, layer.inputs, generator=random) / layer.inputs**0.5).bfloat16())
-    activations = None if activation_bits is None else ActivationGrid(activation_bits)
+    activations = None if activation_bits is None else ActivationGrid(cast(Literal[4, 8], activation_bits))
     return StoredWeight(base, low_rank=low_rank, activations=activations).to(place)
 
 
