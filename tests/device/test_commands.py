@@ -73,7 +73,7 @@ def test_a_run_says_where_it_computed(finished: Path) -> None:
 @pytest.fixture
 def cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process goes right after the first block is written, and in the next run after the first training state is."""
-    whole, kept, wrote = artifact.ArtifactWriter.write_part, recover.write_bytes, [0, 0]
+    whole, kept, wrote = artifact.ArtifactWriter.write_part, recover.keep, [0, 0]
 
     def write_part(self: artifact.ArtifactWriter, *arguments: Any, **options: Any) -> Any:
         done = whole(self, *arguments, **options)
@@ -90,7 +90,7 @@ def cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(artifact.ArtifactWriter, "write_part", write_part)
-    monkeypatch.setattr(recover, "write_bytes", write_bytes)
+    monkeypatch.setattr(recover, "keep", write_bytes)
 
 
 def test_resumed_is_uninterrupted(finished: Path, started: list[str], tmp_path: Path, cut_short: None) -> None:

@@ -126,8 +126,8 @@ def test_no_format_carries_it(format_: str, run: Path, tmp_path: Path) -> None:
 
 
 BAD = {
-    "bits": ({"bits": 6}, "activations of 6 bits in groups of 64; choose one of"),
-    "groups of nothing": ({"bits": 8, "group_size": 0}, "activations of 8 bits in groups of 0"),
+    "bits": ({"bits": 6}, "activations.bits: expected 4.8, got 6"),
+    "groups of nothing": ({"bits": 8, "group_size": 0}, "activations.group_size: expected 1 … 65,536, got 0"),
     "an unknown key": ({"bits": 8, "size": 3}, "did you mean|unknown setting"),
 }  # fmt: skip
 

@@ -110,7 +110,7 @@ def test_offline_the_hub_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(InputError, match=r"not in the local cache and the Hub cannot be reached \(HF_HUB_OFFLINE is set\)"):
+    with pytest.raises(InputError, match=r"not in the local cache, nor can the Hub be reached \(HF_HUB_OFFLINE is set\)"):
         resolve_model("bitmend-tests/no-such-model")
 
 
