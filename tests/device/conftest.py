@@ -40,7 +40,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("BITMEND_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(inputs, "HELD_OUT_TOKENS", 32)
         patch.setattr(speed.tokens_per_second, "__defaults__", (2,))
-        patch.setattr("bitmend.reports.render.render", lambda record, kind: f"{kind}\n")
+        patch.setattr("bitmend.reports.page.html", lambda record: "html\n")
         yield
 
 

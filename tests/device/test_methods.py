@@ -62,7 +62,7 @@ def parent_of(method: str) -> str:
 
 def settings_of(method: str) -> dict[str, Any]:
     known = RECOVER[method].config.__dataclass_fields__
-    wanted = {**SHORT, "eval_every": 2, "samples": 2, "rank": 2}
+    wanted = {**SHORT, "eval_every": 2, "samples": 2, **({"rank": 2} if method != "perp" else {})}  # perp has none unless asked for pairs
     return {key: value for key, value in wanted.items() if key in known}
 
 

@@ -44,4 +44,4 @@ def commands(own_cache: Path, torch_threads: None) -> Iterator[Processes]:
 @pytest.fixture
 def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs without the second that drawing report.html takes; `finished` has a real one."""
-    monkeypatch.setattr("bitmend.reports.render.render", lambda record, kind: f"{kind}\n")
+    monkeypatch.setattr("bitmend.reports.page.html", lambda record: "html\n")

@@ -40,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, small_model: Path, small_text:
         {"fuse": {"backend": "reference"}},
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bitmend.reports.render.render", lambda record, kind: f"{kind}\n")
+        patch.setattr("bitmend.reports.page.html", lambda record: "html\n")
         runner.run(chosen(place, small_model, small_text, stages, **FEW), place / "run")
     return place / "run"
 

@@ -31,7 +31,7 @@ def short_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
 def whole(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> tuple[Path, Any]:
     """A run that was never stopped, and its stage's record."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bitmend.reports.render.render", lambda record, kind: f"{kind}\n")
+        patch.setattr("bitmend.reports.page.html", lambda record: "html\n")
         patch.setattr("bitmend.pipelines.stages.inputs.HELD_OUT_TOKENS", 256)
         place = tmp_path_factory.mktemp("whole")
         return place, run(place, small_model, toy_text(place / "toy.jsonl"), [PRUNE, {"recover": QUICK}]).stages[-1]

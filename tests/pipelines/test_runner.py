@@ -16,6 +16,7 @@ from bitmend.pipelines.export.exporting import export
 from bitmend.pipelines.recipes.recipe import Recipe, resolve
 from bitmend.pipelines.run import runner, sweep
 from bitmend.pipelines.run.evaluate import evaluate
+from bitmend.pipelines.store.files import read_json, write_json
 
 from .runs import CHAIN, chosen, hashes, stage_directory, write_recipe
 
@@ -307,8 +308,8 @@ def test_masks_and_codes_survive_the_chain(finished: Path) -> None:
 
 def test_an_artifact_of_another_key_is_refused(mine: Path, small_model: Path, small_text: Path, tmp_path: Path) -> None:
     place = stage_directory(mine, "prune")
-    manifest = json.loads((place / "artifact.json").read_text())
-    (place / "artifact.json").write_text(json.dumps({**manifest, "key": "0" * 64}))
+    manifest = read_json(place / "artifact.json")
+    write_json(place / "artifact.json", {**manifest, "key": "0" * 64})
     with pytest.raises(InputError, match="its key is 00000000, expected"):
         runner.run(chosen(tmp_path, small_model, small_text), mine)
 

@@ -83,7 +83,7 @@ REFUSED = {
     "a pattern": ({"pattern": "2:4", "allocation": "depth"}, "pattern 2:4 fixes the sparsity of every matrix; allocation 'depth' needs"),
     "a rule for some": ({"overrides": {"q_proj": {"allocation": "depth"}}}, "one mean is shared among all blocks; set prune.allocation"),
     "a spread of nothing": ({"spread": 0.1}, "spread 0.1 has nothing to spread under allocation 'uniform'"),
-    "a spread beyond all": ({"allocation": "depth", "spread": 1.5}, r"spread 1.5 must lie in \[0, 1\)"),
+    "a spread beyond all": ({"allocation": "depth", "spread": 1.5}, r"prune\.spread: expected \[0, 1\) or null, got 1\.5"),
 }  # fmt: skip
 
 
