@@ -24,7 +24,7 @@ from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec
 from ..stages.context import Context
 from ..store.artifact import Artifact
-from ..store.files import CHECKSUM, read_json, write_json
+from ..store.files import read_json, write_json
 from .error_tables import ErrorTable, build
 from .spending import Costs, Spent, costs, infeasible, settings_of, spent
 
@@ -69,7 +69,7 @@ class Choice:
             ChosenSetting(**{**row, "setting": Setting(**{**row["setting"], "grid": Grid(**row["setting"]["grid"])})})
             for row in data["rows"]
         ]
-        return cls(**{**{key: value for key, value in data.items() if key != CHECKSUM}, "rows": rows})
+        return cls(**{**data, "rows": rows})
 
 
 def choice_path(recipe: Recipe, directory: Path) -> Path:

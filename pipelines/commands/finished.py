@@ -196,12 +196,9 @@ def _protocol(model: str) -> tuple[str, int, int | None]:
     """Source, window length and number of windows to measure with unless told: those of the run that holds the artifact,
     else the profile that this model would be given."""
     from ..recipes.recipe import PROFILES, resolve
-    from ..store.rundir import RunDirectory
+    from ..store.rundir import run_of
 
-    place = Path(model).absolute()
-    for run in map(RunDirectory, (place, *place.parents) if place.is_dir() else ()):
-        if not run.recipe.is_file():
-            continue
+    if (run := run_of(Path(model))) is not None:
         recipe = resolve(run.checked_recipe())
         return recipe.data.evaluation, recipe.evaluation.seq_len, recipe.evaluation.windows
     evaluation = PROFILES["demo" if model == "demo" else "standard"]["evaluation"]

@@ -55,7 +55,7 @@ def build_baseline(directory: Path, scratch: Path, final: Path, manifest: dict[s
 
 def check_source(directory: Path) -> None:
     """InputError for what the headers of a dense model's files show to be wrong."""
-    if weights_home(directory) == directory and "quantization_config" not in json.loads((directory / "config.json").read_text()):
+    if weights_home(directory) == directory and detect(directory) == "dense":
         _names_match(directory)
 
 

@@ -33,14 +33,19 @@ def identity(path: Path) -> str:
 def cached_sha256(path: Path) -> str:
     """As it was when this very file was last hashed: same path, size, inode, times of change of contents and of status; else hashed now.
     Where the cache cannot be read or written it is hashed every time."""
-    note = cache_directory() / "sha256" / hashlib.sha256(identity(path).encode()).hexdigest()
+    return remembered(path, "sha256", sha256)
+
+
+def remembered(path: Path, what: str, find: Callable[[Path], str]) -> str:
+    """What was found of this very file before, else found now and noted in the cache under `what`."""
+    note = cache_directory() / what / hashlib.sha256(identity(path).encode()).hexdigest()
     with contextlib.suppress(OSError):
         return note.read_text()
-    digest = sha256(path)
+    found = find(path)
     with contextlib.suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(note, digest.encode())
-    return digest
+        write_bytes(note, found.encode())
+    return found
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
@@ -102,7 +107,11 @@ def read_json(path: Path, way_out: str = "") -> dict[str, Any]:
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return checksum(json.dumps(content, sort_keys=True))
+
+
+def checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def link(source: Path, target: Path) -> None:

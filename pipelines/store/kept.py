@@ -4,7 +4,6 @@ checksum in its header: what is torn or flipped is made again, never used.
 Knows files and tensors; not what they mean. The shards of artifacts have their checksums in the manifest.
 """
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,8 +14,7 @@ from typing import Any
 import safetensors
 from torch import Tensor, uint8
 
-from ...kernels.cache import cache_directory
-from .files import identity, safetensors_metadata, write_bytes, write_pieces
+from .files import remembered, safetensors_metadata, write_pieces
 
 FIELD = "sha256"
 UNKNOWN = "0" * 64
@@ -55,19 +53,11 @@ def is_whole(path: Path) -> bool:
     """Whether the file is there as it was written. One that is as it was when it was last found whole is not read again."""
     if not path.is_file():
         return False
-    note = cache_directory() / FIELD / hashlib.sha256(f"kept:{identity(path)}".encode()).hexdigest()
-    if note.is_file():
-        return True
     try:
         told = safetensors_metadata(path)[FIELD]
     except (OSError, ValueError, KeyError):
         return False
-    if _digest(path, told.encode()) != told:
-        return False
-    with contextlib.suppress(OSError):
-        note.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(note, b"")
-    return True
+    return remembered(path, "kept", lambda file: _digest(file, told.encode())) == told
 
 
 def kept(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:

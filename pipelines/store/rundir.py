@@ -7,7 +7,6 @@ Knows files and locks; no models, no maths.
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import socket
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, UsageError
-from .files import PARTIAL, disk_errors, read_json, write_bytes, write_json
+from .files import PARTIAL, checksum, disk_errors, read_json, write_bytes, write_json
 
 SCHEMA = 1
 HEARTBEAT_SECONDS = 10
@@ -56,14 +55,14 @@ class RunDirectory:
         except (OSError, ValueError) as error:
             raise InputError(f"{self.recipe}: cannot be read ({error}); run the recipe again with -o {self.path}") from error
         body, mark, told = text.rpartition(RECIPE_CHECKSUM)
-        if "stages:" not in text or (mark and told.strip() != _checksum(body)):
+        if "stages:" not in text or (mark and told.strip() != checksum(body)):
             raise InputError(
                 f"{self.recipe}: has changed since it was written; run its recipe again with -o {self.path}, with --set for what is to be another"
             )
         return str(self.recipe)
 
     def write_recipe(self, text: str) -> None:
-        write_bytes(self.recipe, f"{text}{RECIPE_CHECKSUM}{_checksum(text)}\n".encode())
+        write_bytes(self.recipe, f"{text}{RECIPE_CHECKSUM}{checksum(text)}\n".encode())
 
     def read(self) -> dict[str, Any]:
         """run.json. InputError when this is no run directory, or one of another schema."""
@@ -188,10 +187,6 @@ def _heartbeat(path: Path) -> Iterator[None]:
         done.set()
         thread.join()
         beat.unlink(missing_ok=True)
-
-
-def _checksum(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def holding_run(path: Path) -> RunDirectory | None:

@@ -1,6 +1,5 @@
 """A budget on the command line: what is chosen, what is stored, what is done again, what is said before any work, and what is refused."""
 
-import json
 import re
 import signal
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import pytest
 from bitmend.compress.options import Grid, Setting
 from bitmend.pipelines import stages
 from bitmend.pipelines.allocation import error_tables
-from bitmend.pipelines.allocation.choice import Choice, ChosenSetting, choose_settings, exactly, losses, resolved
+from bitmend.pipelines.allocation.choice import Choice, ChosenSetting, choose_settings, exactly, losses, read_choice, resolved
 from bitmend.pipelines.allocation.error_tables import ErrorTable
 from bitmend.pipelines.allocation.spending import costs, spent
 from bitmend.pipelines.errors import UsageError
@@ -50,7 +49,7 @@ def spent_run(budgeted: Callable[..., Recipe], tmp_path_factory: pytest.TempPath
 
 def choice_of(run: Path, budget: str | None = None) -> Choice:
     """The only choice of a run, or the only one for a budget."""
-    chosen = [Choice.from_json(json.loads(path.read_text())) for path in run.glob("allocation/*/choice-*.json")]
+    chosen = [read_choice(path) for path in run.glob("allocation/*/choice-*.json")]
     (one,) = [choice for choice in chosen if budget in (None, choice.budget)]
     return one
 

@@ -356,6 +356,7 @@ def test_eval_takes_the_protocol_of_the_run_that_holds_the_artifact(
     module("run.evaluate", evaluate={"perplexity": 31.25, "protocol": {"windows": 16}, "broken": float("nan")})
     artifact = run_directory / "stages" / "01-quantize"
     artifact.mkdir(parents=True)
+    (run_directory / "run.json").write_text("{}")
     (run_directory / "recipe.resolved.yaml").write_text(
         resolve(recipe, sets=["evaluation={seq_len: 64, windows: 3}", "data.evaluation=t.txt"]).to_yaml()
     )

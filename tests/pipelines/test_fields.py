@@ -69,6 +69,12 @@ def test_a_field_without_a_range_is_named() -> None:
             fields.field_ranges(make_dataclass("Bare", [("bare", kind, 1)]), {})
 
 
+@pytest.mark.parametrize("value", [-0.1, 1.5])
+def test_a_lean_outside_of_its_range_is_refused(value: float) -> None:
+    line = refused({"stages": [{"quantize": {"method": "gptq", "refit": value}}]})
+    assert line == f"quantize.refit: expected [0, 1] or null, got {value}"
+
+
 SECTIONS: dict[str, type] = {
     "": recipe.Recipe,
     "calibration": sections.Calibration,
