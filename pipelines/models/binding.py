@@ -3,12 +3,9 @@
 Knows modules and records; the kernels are `kernels/`, what a block is is `blocks`.
 """
 
-import inspect
-import re
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ...compress.weights import DenseWeight, StoredWeight
 from ...kernels.linear import bind, bind_group
 from ...kernels.table import bind_table
-from .structure import set_parameter
+from .structure import parameters_are_read, set_parameter
 
 # leaves of a block's modules that read the same input, in the order in which they are called
 ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -38,7 +35,7 @@ class KernelBinder:
     def __call__(self, model: nn.Module, prefix: str, records: dict[str, StoredWeight]) -> None:
         modules = {name: module for name in records if isinstance(module := _find(model, name), nn.Module)}
         dtype = next((p.dtype for p in model.parameters() if not p.is_meta), torch.float32)
-        read = {name for name in modules if _parameters_are_read(model, name)}
+        read = {name for name in modules if parameters_are_read(model, name)}
         self._keep_dense(model, read, records, dtype)
         for names in one_input([name for name in modules if name not in read]):
             members = [(records[name], _bias(modules[name])) for name in names]
@@ -49,12 +46,9 @@ class KernelBinder:
                 self._note(name, linear)
 
     def _keep_dense(self, model: nn.Module, names: Collection[str], records: dict[str, StoredWeight], dtype: torch.dtype) -> None:
-        """Linears that the model's code does not only call, as Mamba's dt_proj. ValueError where their input is rounded, which only a call can do."""
+        """Linears that the model's code does not only call, as Mamba's dt_proj; no stage rounds their inputs."""
         for name in names:
-            if records[name].activations is not None:
-                raise ValueError(
-                    f"{name}: the model multiplies with its weight by itself, so its input cannot be rounded; leave it out (ignore)"
-                )
+            assert records[name].activations is None, name
             module = model.get_submodule(name)
             dense = records[name].dense().to(self.device, dtype)
             set_parameter(model, f"{name}.weight", dense.T.contiguous() if isinstance(module, Conv1D) else dense)
@@ -120,21 +114,6 @@ def one_input(names: list[str]) -> list[list[str]]:
         else:
             groups.setdefault((owner, place), []).append(name)
     return [sorted(g, key=lambda n: ONE_INPUT[place].index(n.rpartition(".")[2])) for (_, place), g in groups.items()] + alone
-
-
-def _parameters_are_read(model: nn.Module, name: str) -> bool:
-    """Whether the code of the module that holds this linear reads its weight or bias instead of calling it."""
-    owner, _, leaf = name.rpartition(".")
-    return leaf in _leaves_read(type(model.get_submodule(owner)))
-
-
-@lru_cache(maxsize=256)
-def _leaves_read(owner: type) -> frozenset[str]:
-    try:
-        source = inspect.getsource(owner)
-    except (OSError, TypeError):  # made at run time: nothing to read
-        return frozenset()
-    return frozenset(re.findall(r"\bself\.(\w+)\.(?:weight|bias)\b(?!\.(?:dtype|device|shape|is_)|\s+is\s)", source))
 
 
 def _find(model: nn.Module, name: str) -> Any:

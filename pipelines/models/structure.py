@@ -3,8 +3,11 @@
 Models are walked by structure, not by name. Knows transformers; not how a weight is compressed.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from inspect import getsource
 
 import torch
 from accelerate import init_empty_weights
@@ -133,6 +136,21 @@ def _experts(module: nn.Module, full: str, parameter: str, value: Tensor, index:
     rows, columns = (value.shape[2], value.shape[1]) if transposed else (value.shape[1], value.shape[2])
     for expert in range(value.shape[0]):
         yield Site(f"{full}.{parameter}.{expert}", full, "expert", (rows, columns), index, parameter, expert, transposed)
+
+
+def parameters_are_read(model: nn.Module, name: str) -> bool:
+    """Whether the code of the module that holds this linear reads its weight or bias instead of calling it."""
+    owner, _, leaf = name.rpartition(".")
+    return leaf in _leaves_read(type(model.get_submodule(owner)))
+
+
+@lru_cache(maxsize=256)
+def _leaves_read(owner: type) -> frozenset[str]:
+    try:
+        source = getsource(owner)
+    except (OSError, TypeError):  # made at run time: nothing to read
+        return frozenset()
+    return frozenset(re.findall(r"\bself\.(\w+)\.(?:weight|bias)\b(?!\.(?:dtype|device|shape|is_)|\s+is\s)", source))
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

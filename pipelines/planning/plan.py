@@ -16,7 +16,7 @@ from ..devices.environment import compute_of
 from ..errors import InputError
 from ..models.sizes import Sizes, apply, dense_sizes
 from ..models.source import load_config, positions, resolve_model, source_paths, weights_home
-from ..models.structure import Structure, inspect, skeleton
+from ..models.structure import Structure, inspect, parameters_are_read, skeleton
 from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec, methods
 from ..stages.baseline import check_source
@@ -47,7 +47,7 @@ def refusals(recipe: Recipe, source: Path) -> list[str]:
         refused += unread(spec, recipe, model, sizes)
         said = apply(spec, sizes)
         refused += [] if spec.address in left_open else said
-    return refused
+    return refused + _unroundable(model, sizes)
 
 
 def warnings(recipe: Recipe, source: Path) -> dict[str, str]:
@@ -183,6 +183,14 @@ def _element_bytes(source: Path) -> float:
             return torch.empty(0, dtype=shard.get_tensor(name).dtype).element_size()
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{first}: not a readable safetensors file ({error}); download the model again") from error
+
+
+def _unroundable(model: Any, sizes: Sizes) -> list[str]:
+    """Matrices whose inputs a stage rounds, which only a call of their linear can do, where the model's code multiplies by itself."""
+    linears = [s.name for s in sizes.structure.sites if s.expert is None and sizes.of[s.name].rounds_inputs]
+    found = [name for name in linears if parameters_are_read(model, name)]
+    leaves = sorted({name.rpartition(".")[2] for name in found})
+    return [f"activations: the model's code multiplies with {found[0]} by itself; leave such out, as in ignore={leaves}"] if found else []
 
 
 def _too_long(recipe: Recipe, limit: int | None) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...kernels.cache import cache_directory
 from ..demo.download import locked
 from ..errors import InputError
+from ..formats import detect
 from ..logs import bar
 from ..models.source import weights_home
 from ..store.files import write_bytes
@@ -69,7 +70,7 @@ def _beginning(tokenizer: Any) -> tuple[int | None, str]:
 def _written(model: Path, tokenizer: Any, begin: int | None, seed: int, device: torch.device) -> list[str]:
     from transformers import AutoModelForCausalLM
 
-    if weights_home(model) != model or "quantization_config" in json.loads((model / "config.json").read_text()):
+    if weights_home(model) != model or detect(model) != "dense":
         raise InputError(f"{model}: is quantized, and 'self' is what a dense model writes; give it with --teacher, or leave 'self' out")
     try:
         writer: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False, use_safetensors=True)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from bitmend.kernels.linear import resident_bytes
 from bitmend.kernels.table import FusedEmbedding
-from bitmend.pipelines.errors import InputError
+from bitmend.pipelines.errors import InputError, UsageError
 from bitmend.pipelines.evaluation.speed import measure
 from bitmend.pipelines.models.binding import KernelBinder, one_input
 from bitmend.pipelines.models.blocks import StreamedModel
 from bitmend.pipelines.models.loading import whole_model
+from bitmend.pipelines.planning.plan import predict
 from bitmend.pipelines.run import runner
 from bitmend.pipelines.run.generate import generate
 from bitmend.pipelines.run.opening import load
@@ -51,6 +52,24 @@ def test_a_weight_that_the_models_code_reads_stays_dense(tmp_path: Path, small_m
     assert made.stages[2].perplexity == pytest.approx(made.stages[1].perplexity, rel=1e-3)
     assert any("dt_proj: the model's code reads its weight, so it stays dense" in note for note in made.stages[2].notes)
     assert "".join(generate(tmp_path / "run", "The river", max_new_tokens=4, device="cpu"))
+
+
+def test_inputs_that_no_linear_is_called_with_cannot_be_rounded(tmp_path: Path, small_model: Path, small_text: Path) -> None:
+    save_speaking("mamba", tmp_path / "source", small_model)
+    rtn: dict[str, Any] = {"method": "rtn", "bits": 4, "group_size": 16, "activations": {"bits": 8, "group_size": 16}}
+    recipe = chosen(tmp_path, tmp_path / "source", small_text, [{"quantize": rtn}], **SHORT)
+    with pytest.raises(UsageError, match=r"activations: the model's code multiplies with \S+ by itself; leave such out, as in .*'dt_proj'"):
+        runner.run(recipe, tmp_path / "run", device="cpu")
+    assert any("multiplies with" in line for line in predict(recipe, device="cpu")["refusals"])
+    ignored = chosen(
+        tmp_path,
+        tmp_path / "source",
+        small_text,
+        [{"quantize": rtn | {"ignore": ["dt_proj", "out_proj", "x_proj"]}}, {"fuse": {}}],
+        **SHORT,
+    )
+    made = runner.run(ignored, tmp_path / "run", device="cpu")
+    assert made.stages[2].perplexity == pytest.approx(made.stages[1].perplexity, rel=1e-2)
 
 
 @pytest.mark.usefixtures("patient")
