@@ -50,7 +50,8 @@ def spent_run(budgeted: Callable[..., Recipe], tmp_path_factory: pytest.TempPath
 def choice_of(run: Path, budget: str | None = None) -> Choice:
     """The only choice of a run, or the only one for a budget."""
     chosen = [read_choice(path) for path in run.glob("allocation/*/choice-*.json")]
-    (one,) = [choice for choice in chosen if budget in (None, choice.budget)]
+    (one,) = [choice for choice in chosen if choice is None or budget in (None, choice.budget)]
+    assert one is not None, "a choice in the run directory is damaged"
     return one
 
 

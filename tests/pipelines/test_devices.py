@@ -10,6 +10,7 @@ from bitmend.pipelines.devices import compute
 from bitmend.pipelines.devices.compute import Compute, chosen, chosen_device, chosen_dtype, determinism
 from bitmend.pipelines.errors import UsageError
 from bitmend.pipelines.run import runner
+from bitmend.pipelines.store.files import read_json, write_json
 
 from .runs import CHAIN, stage_directory
 from .runs import chosen as recipe_of
@@ -109,11 +110,11 @@ def test_a_run_that_began_on_a_card_goes_on_without_one(
     recipe, place = recipe_of(tmp_path, small_model, small_text, [{"quantize": {"method": "rtn"}}]), tmp_path / "run"
     runner.run(recipe, place, device="cpu", page=False)
     for name, changes in (("environment.json", {"device": "cuda", "dtype": "bfloat16"}), ("run.json", {"compute": "cuda in bfloat16"})):
-        state = json.loads((place / name).read_text()) | changes
+        state = read_json(place / name) | changes
         for row in state.get("stages", [])[1:]:
             (place / "stages" / row["name"]).rename(place / "stages" / "02-other")
             row |= {"key": "other", "name": "02-other"}
-        (place / name).write_text(json.dumps(state))
+        write_json(place / name, state)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with caplog.at_level(logging.INFO, "bitmend"):
         record = runner.run(recipe, place, page=False)

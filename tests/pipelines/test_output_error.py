@@ -31,7 +31,7 @@ LAST: dict[str, list[dict[str, Any]]] = {
     "loftq": [RTN, {"decompose": {"method": "loftq", "rank": 4, "iterations": 1}}],
     "lqer": [RTN, {"decompose": {"method": "lqer", "rank": 4}}],
     "qera_exact": [RTN, {"decompose": {"method": "qera_exact", "rank": 4}}],
-    "svdquant": [RTN, {"decompose": {"method": "svdquant", "rank": 4, "group_size": 32, "iterations": 1, "smoothing_steps": 1}}],
+    "svdquant": [RTN, {"decompose": {"method": "svdquant", "rank": 4, "iterations": 1, "smoothing_steps": 1}}],
 }
 Q = "model.layers.{}.self_attn.q_proj"
 
