@@ -7,7 +7,7 @@ Legend: O rows, I values in a row, W 32-bit words in a row.
 import torch
 from torch import Tensor
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 
 
 def packed_words(count: int, bits: int) -> int:
@@ -50,18 +50,15 @@ def unpack_codes(packed_OW: Tensor, bits: int, count: int) -> Tensor:
     if bits == 2:
         parts = (stream & 3, (stream >> 2) & 3, (stream >> 4) & 3, stream >> 6)
         return torch.stack(parts, dim=-1).view(rows, -1)[:, :count].contiguous()
-    triples = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 3)).view(rows, -1, 3)  # eight values in three bytes
-    low, middle, high = triples.unbind(-1)
-    parts = (
-        low & 7,
-        (low >> 3) & 7,
-        (low >> 6) | ((middle & 1) << 2),
-        (middle >> 1) & 7,
-        (middle >> 4) & 7,
-        (middle >> 7) | ((high & 3) << 1),
-        (high >> 2) & 7,
-        high >> 5,
-    )
+    # any other width: eight values fill exactly `bits` bytes, and none reaches over more than two of them
+    whole = torch.nn.functional.pad(stream, (0, -stream.shape[1] % bits)).view(rows, -1, bits)
+    mask, parts = (1 << bits) - 1, []
+    for i in range(8):
+        byte, shift = divmod(i * bits, 8)
+        value = whole[..., byte] >> shift
+        if shift + bits > 8:
+            value = value | (whole[..., byte + 1] << (8 - shift))  # uint8: what is shifted out at the top is the next value's
+        parts.append(value & mask)
     return torch.stack(parts, dim=-1).view(rows, -1)[:, :count].contiguous()
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen, Predicate, doc
 
-Bits = Literal[2, 3, 4, 8]
+Bits = Literal[2, 3, 4, 5, 6, 8]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 """Of forward passes."""
 Width = Annotated[int, Ge(1), Le(65536)]

@@ -3,7 +3,7 @@
 A row is cut into tiles of SLOTS·LANES inputs. The 16-bit field `lane` of a tile holds the codes of inputs lane, lane + LANES,
 lane + 2·LANES, … (low bits first): one contiguous load gives SLOTS fragments of LANES consecutive inputs each, a shift and a
 mask of a 32-bit word yield two neighbours where a matrix instruction wants them, and a fragment never leaves its group, so
-that its scale is one number per row. At 3 bits five codes share a field (3.2 bits).
+that its scale is one number per row. At 3 bits five codes share a field (3.2 bits), at 5 three (5.3), at 6 two (8).
 Knows codes and scales; not masks, low-rank terms or devices.
 Legend: O out, I in, G groups, T tiles, L lanes.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..compress import normal_float
 from ..compress.weights import Base, NormalFloatWeight, UniformWeight
 
-SLOTS = {2: 8, 3: 5, 4: 4, 8: 2}
+SLOTS = {2: 8, 3: 5, 4: 4, 5: 3, 6: 2, 8: 2}
 LANES = (64, 32, 16)
 # A segment (row, rows, rank, ranks): outputs [row, row + rows) read h[:, rank : rank + ranks].
 Segments = Sequence[tuple[int, int, int, int]]

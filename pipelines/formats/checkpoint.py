@@ -18,6 +18,8 @@ from ...recover.extra_modules import Beside
 from ..errors import UsageError
 
 T = TypeVar("T")
+BITS = (2, 3, 4, 8)
+"""Widths of codes that the formats of other programs have."""
 
 
 class Lazy(Mapping[str, T], Generic[T]):
@@ -106,6 +108,30 @@ def uniform_codes(name: str, record: StoredWeight, format_name: str) -> tuple[Un
     if mask is not None:
         codes = codes.where(mask, column_zeros(base, zeros_OG).to(codes.dtype))
     return base, codes, zeros_OG
+
+
+def in_bytes(checkpoint: Checkpoint, format_name: str) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint with codes of 5 and 6 bits in 8, value for value, since other programs' formats have no such widths; and a note."""
+    names = [name for name, record in checkpoint.linears.items() if isinstance(record.base, UniformWeight) and record.base.bits not in BITS]
+    if not names:
+        return checkpoint, []
+
+    def load(name: str) -> StoredWeight:
+        record = checkpoint.linears[name]
+        return replace(record, base=_in_bytes(record.base)) if name in wide and isinstance(record.base, UniformWeight) else record
+
+    wide = set(names)
+    linears = Lazy({name: partial(load, name) for name in checkpoint.linears})
+    return checkpoint.with_linears(linears), [
+        f"{len(names)} linears have codes of 5 or 6 bits, which {format_name} does not know: they are written in 8, the same values in more bytes"
+    ]
+
+
+def _in_bytes(base: UniformWeight) -> UniformWeight:
+    """Codes and zero points move by the same number, so that a grid without zero points stays one."""
+    shift = 128 - (1 << (base.bits - 1))
+    zeros = None if base.zeros is None else base.zeros_OG(torch.float32 if base.float_zeros else torch.int64) + shift
+    return UniformWeight.from_codes(base.codes_OI().int() + shift, base.scales, zeros, 8, base.group_size, base.group_index)
 
 
 def refuse_normal_float(name: str, base: NormalFloatWeight, format_name: str) -> NoReturn:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...compress.packing import BITS, pack_codes, packed_words, unpack_codes
+from ...compress.packing import pack_codes, packed_words, unpack_codes
 from ...compress.ranges import is_regex
 from ...compress.weights import DenseWeight, StoredWeight, UniformWeight
 from ..errors import InputError, UsageError
 from .biases import with_room_for_biases
-from .checkpoint import Checkpoint, Lazy, masked_note, refuse_beyond_codes, uniform_codes, untie_compressed
+from .checkpoint import BITS, Checkpoint, Lazy, in_bytes, masked_note, refuse_beyond_codes, uniform_codes, untie_compressed
 from .folder import read_config, write_folder
 from .fusing import to_memory
 from .naming import expert_parameter, to_file
@@ -42,6 +42,8 @@ def write(checkpoint: Checkpoint, directory: Path, shard_bytes: int = SHARD_BYTE
         name = sorted(checkpoint.transposed & set(checkpoint.linears))[0]
         raise UsageError(f"{name} is a Conv1D, which compressed-tensors programs do not compress; use --format gptq, bnb or dense")
     checkpoint, notes = untie_compressed(with_room_for_biases(checkpoint))
+    checkpoint, widened = in_bytes(checkpoint, LABEL)
+    notes += widened
     _refuse_experts(checkpoint)
     ignored = [*dense_linears(checkpoint), *routers(checkpoint)]
     checkpoint = to_file(checkpoint)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...compress.packing import BITS, pack_codes, unpack_codes
+from ...compress.packing import pack_codes, unpack_codes
 from ...compress.weights import DenseWeight, StoredWeight, UniformWeight
 from ..errors import InputError, UsageError
 from .biases import with_room_for_biases
-from .checkpoint import Checkpoint, Lazy, half_scales, masked_note, refuse_beyond_codes, uniform_codes, untie_compressed
+from .checkpoint import BITS, Checkpoint, Lazy, half_scales, in_bytes, masked_note, refuse_beyond_codes, uniform_codes, untie_compressed
 from .folder import read_config, write_folder
 from .fusing import to_memory
 from .gptq_settings import CHECKPOINT_FORMATS, Settings
@@ -37,10 +37,10 @@ HOW_TO_LOAD = {
 def write(checkpoint: Checkpoint, directory: Path, version: int = 1, shard_bytes: int = SHARD_BYTES) -> list[str]:
     """What to tell the user about the export. UsageError when something has no place in the format."""
     checkpoint, notes = untie_compressed(with_room_for_biases(checkpoint))
-    checkpoint = to_file(checkpoint)
-    settings = Settings.of(checkpoint)
-    notes += settings.notes()
     label = f"GPTQ version {version}"
+    checkpoint, widened = in_bytes(to_file(checkpoint), label)
+    settings = Settings.of(checkpoint)
+    notes += settings.notes() + widened
     rounded: list[str] = []
     pruned: list[str] = []
 

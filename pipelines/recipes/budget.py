@@ -84,7 +84,7 @@ class AllocationSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    bits: Annotated[tuple[Bits, ...], BeforeValidator(_listed), MinLen(1), doc("a list of 2|3|4|8")] = (2, 3, 4)
+    bits: Annotated[tuple[Bits, ...], BeforeValidator(_listed), MinLen(1), doc("a list of 2|3|4|5|6|8")] = (2, 3, 4)
     group_sizes: Annotated[tuple[Group, ...], BeforeValidator(_listed), MinLen(1), doc("a list of -1 or 1 … 65,536")] = (32, 64, 128)
     double_quantize: Annotated[tuple[bool, ...], BeforeValidator(_listed), MinLen(1), doc("a list of true|false")] = (False, True)
     ranks: Annotated[tuple[WidthOrZero, ...], BeforeValidator(_listed), MinLen(1), doc("a list of 0 … 65,536")] = (0, 4, 8, 16, 32)

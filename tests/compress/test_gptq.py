@@ -192,7 +192,7 @@ def test_correction_brings_the_output_nearer_to_the_dense_one():
     assert found[0] > found[1] > found[2]
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("act_order", ["static_groups", "none", "full"])
 def test_better_than_rounding_to_nearest(bits, act_order):
     case = layer(rows=64, columns=192, dtype=torch.float32)

@@ -8,7 +8,7 @@ from bitmend.compress.grids import UniformGrid, fit, min_max, round_to_grid, sea
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-grids = st.builds(UniformGrid, bits=st.sampled_from((2, 3, 4, 8)), group_size=st.just(-1), symmetric=st.booleans())
+grids = st.builds(UniformGrid, bits=st.sampled_from((2, 3, 4, 5, 6, 8)), group_size=st.just(-1), symmetric=st.booleans())
 
 
 def dequantized(codes_OS, scale_O1, zero_O1):
@@ -57,7 +57,7 @@ KINDS = ({}, {"symmetric": True}, {"float_zeros": True})
 
 
 @settings(max_examples=60, deadline=None)
-@given(bits=st.sampled_from((2, 3, 4, 8)), kind=st.sampled_from(KINDS), seed=st.integers(0, 2**20), shift=st.floats(-2, 2))
+@given(bits=st.sampled_from((2, 3, 4, 5, 6, 8)), kind=st.sampled_from(KINDS), seed=st.integers(0, 2**20), shift=st.floats(-2, 2))
 def test_every_search_is_at_least_as_good_as_the_one_it_begins_with(bits, kind, seed, shift):
     grid, weight = UniformGrid(bits, -1, **kind), groups(seed, shift=shift)
     importance = torch.rand(32, generator=torch.Generator().manual_seed(seed)) ** 4

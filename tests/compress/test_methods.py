@@ -14,7 +14,7 @@ MATRIX_ROWS = {name: row for name, row in QUANTIZE.items() if row.scope == "matr
 ROWS = {**PRUNE, **MATRIX_ROWS}
 WEIGHT = torch.randn(48, 192, generator=torch.Generator().manual_seed(0)) * 0.05
 MASK = torch.rand(48, 192, generator=torch.Generator().manual_seed(1)) < 0.5
-BIT_ROWS = [(name, bits) for name, row in MATRIX_ROWS.items() if "bits" in {f.name for f in fields(row.config)} for bits in (2, 3, 4, 8)]
+BIT_ROWS = [(name, bits) for name, row in MATRIX_ROWS.items() if "bits" in {f.name for f in fields(row.config)} for bits in (2, 3, 4, 5, 6, 8)]
 
 
 def configured(row, **settings):
@@ -108,7 +108,7 @@ def test_values_lie_on_a_grid_of_that_many_levels_and_err_accordingly(name, bits
     assert isinstance(found.base, UniformWeight | NormalFloatWeight)
     assert found.base.bits == bits
     assert levels_per_group(found.base) <= 1 << bits
-    assert output_error(found.dense()) < {2: 0.6, 3: 0.25, 4: 0.12, 8: 0.02}[bits]
+    assert output_error(found.dense()) < {2: 0.6, 3: 0.25, 4: 0.12, 5: 0.07, 6: 0.04, 8: 0.02}[bits]
     assert bits < found.bits_per_weight() < bits + 0.6
 
 

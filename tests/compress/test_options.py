@@ -38,7 +38,7 @@ def quantized(target: torch.Tensor, grid: Grid, found: LayerStatistics, quantize
 
 
 def every_grid() -> list[Grid]:
-    uniform = [Grid("uniform", b, g, s) for b in (2, 3, 4, 8) for g in (32, 64, -1) for s in (False, True)]
+    uniform = [Grid("uniform", b, g, s) for b in (2, 3, 4, 5, 6, 8) for g in (32, 64, -1) for s in (False, True)]
     books = [Grid("normal_float", b, g, False, d) for b in (2, 3, 4, 8) for g in (32, 64) for d in (False, True)]
     sparse = [Grid("uniform", 4, 64, pattern="2:4", sparsity=0.5), Grid("normal_float", 3, 64, pattern="unstructured", sparsity=0.5)]
     return uniform + books + sparse

@@ -40,8 +40,8 @@ def test_masks_come_back_a_bit_each(shape, seed):
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="5 bits cannot be packed; choose one of"):
-        pack_codes(torch.zeros(1, 8, dtype=torch.long), 5)
+    with pytest.raises(ValueError, match="7 bits cannot be packed; choose one of"):
+        pack_codes(torch.zeros(1, 8, dtype=torch.long), 7)
     with pytest.raises(ValueError, match=r"codes lie in 0…9; 3 bits hold 0…7"):
         pack_codes(torch.tensor([[0, 9]]), 3)
     with pytest.raises(ValueError, match=r"codes lie in -1…2"):

@@ -51,6 +51,19 @@ def test_what_is_written_is_read_back_exactly(single, tmp_path_factory, base):
     assert torch.equal(back.tensors["model.norm.weight"], torch.ones(base.in_features))
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [5, 6])
+def test_codes_of_5_and_6_bits_are_written_in_8(bits, symmetric, single, tmp_path):
+    generator = torch.Generator().manual_seed(bits)
+    codes, zeros = (torch.randint(0, 1 << bits, shape, generator=generator) for shape in ((7, 48), (7, 3)))
+    base = UniformWeight.from_codes(codes, torch.rand(7, 3, generator=generator).half(), None if symmetric else zeros, bits, 16)
+    notes = write(single(base), tmp_path / "out")
+    (record,) = read(tmp_path / "out").linears.values()
+    assert torch.equal(record.dense(), base.dense())
+    assert isinstance(record.base, UniformWeight) and (record.base.bits, record.base.symmetric) == (8, symmetric)
+    assert any("1 linears have codes of 5 or 6 bits" in note for note in notes)
+
+
 @settings(max_examples=40, deadline=None)
 @given(uniform_weights())
 def test_the_package_itself_unpacks_the_same_weights(base):

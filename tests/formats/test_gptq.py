@@ -50,6 +50,20 @@ def test_what_is_written_is_read_back_exactly(version, single, tmp_path_factory,
     assert torch.equal(back.tensors["model.norm.weight"], torch.ones(base.in_features))
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [5, 6])
+@pytest.mark.parametrize("version", [1, 2])
+def test_codes_of_5_and_6_bits_are_written_in_8(version, bits, symmetric, single, tmp_path):
+    generator = torch.Generator().manual_seed(bits)
+    codes, zeros = (torch.randint(0, 1 << bits, shape, generator=generator) for shape in ((32, 64), (32, 2)))
+    base = UniformWeight.from_codes(codes, torch.rand(32, 2, generator=generator).half(), None if symmetric else zeros, bits, 32)
+    notes = write(single(base), tmp_path / "out", version=version)
+    (record,) = read(tmp_path / "out").linears.values()
+    assert torch.equal(record.dense(), base.dense())
+    assert isinstance(record.base, UniformWeight) and record.base.bits == 8 and record.base.symmetric == symmetric
+    assert any("1 linears have codes of 5 or 6 bits" in note for note in notes)
+
+
 @settings(max_examples=30, deadline=None)
 @given(uniform_weights(low_zero=0))
 def test_version_2_keeps_zeros_of_0(single, tmp_path_factory, base):

@@ -38,7 +38,7 @@ def test_narrow_zero_points_stay_exact(bits: int, uniform: Maker) -> None:
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("bits, out, inputs, group", [(8, 77, 96, 32), (8, 40, 192, -1), (4, 64, 128, 64), (3, 9, 24, 24)])
+@pytest.mark.parametrize("bits, out, inputs, group", [(8, 77, 96, 32), (8, 40, 192, -1), (6, 40, 128, 64), (5, 40, 96, 32), (4, 64, 128, 64), (3, 9, 24, 24)])
 def test_bytes_are_the_record(bits: int, out: int, inputs: int, group: int, symmetric: bool, uniform: Maker) -> None:
     base = uniform(out, inputs, bits, group, symmetric)
     torch.testing.assert_close(cpu_wide.pack_bytes(base).dense(), base.dense(), rtol=1e-6, atol=0)

@@ -30,7 +30,7 @@ def truth(x: Tensor, weight: TiledWeight, up: Tensor, down: Tensor, bias: Tensor
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_uniform_grids(
     bits: int, rows: int, dtype: torch.dtype, device: str, uniform: Callable[..., UniformWeight], within_budget: Callable[..., None]
 ) -> None:
@@ -54,7 +54,7 @@ def test_odd_shapes(
 
 
 @pytest.mark.parametrize("rows", [2, SMALL_ROWS + 1])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_code_books(
     bits: int, rows: int, device: str, normal_float: Callable[..., NormalFloatWeight], within_budget: Callable[..., None]
 ) -> None:

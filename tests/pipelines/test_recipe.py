@@ -31,7 +31,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Gptq:
-    bits: Literal[2, 3, 4, 8] = 4
+    bits: Literal[2, 3, 4, 5, 6, 8] = 4
     group_size: Annotated[int, Ge(-1), Le(1024)] = 64
     act_order: bool = True
     grid: Grid = field(default_factory=Grid)
@@ -43,7 +43,7 @@ class Gptq:
 
 @dataclass(frozen=True)
 class Rtn:
-    bits: Literal[2, 3, 4, 8] = 4
+    bits: Literal[2, 3, 4, 5, 6, 8] = 4
     group_size: Width = 64
 
 
@@ -202,7 +202,7 @@ def test_common_settings_and_overrides(basic: Path) -> None:
         (["quantise.bits=3"], "did you mean 'quantize'?"),
         (["quantize.bit=3"], "did you mean 'bits'?"),
         (["quantize.method=gtpq"], "did you mean 'gptq'? known: gptq, none, rtn"),
-        (["quantize.bits=5"], "quantize.bits: expected 2|3|4|8, got 5"),
+        (["quantize.bits=7"], "quantize.bits: expected 2|3|4|5|6|8, got 7"),
         (["quantize.group_size=0"], "group_size 0 is not positive; choose 32, 64 or 128"),
         (["quantize.grid.clp=true"], "quantize.grid: unknown setting 'clp'; did you mean 'clip'?"),
         (["quantize.3.bits=4"], "no stage 'quantize.3'; its stages are: prune, quantize, quantize.2, fuse"),
@@ -219,7 +219,7 @@ def test_common_settings_and_overrides(basic: Path) -> None:
         (["seed=-1"], "seed: "),
         (["seed=18446744073709551616"], "seed: expected 0 … 9,223,372,036,854,775,807, got 18446744073709551616"),
         (["prune.sparsity=.nan"], "prune.sparsity: expected [0, 1), got nan"),
-        (["quantize.overrides={q_proj: {bits: .inf}}"], "quantize.overrides[q_proj].bits: expected 2|3|4|8, got inf"),
+        (["quantize.overrides={q_proj: {bits: .inf}}"], "quantize.overrides[q_proj].bits: expected 2|3|4|5|6|8, got inf"),
         (["budget=3"], "budget: expected bits per weight or bytes, as in 3.0bpw or 60MB, or null, got 3"),
         (["quantize"], "expected KEY=VALUE"),
         (["quantize.bits=[1"], "--set quantize.bits, line 1: not readable as YAML"),
