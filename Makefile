@@ -70,7 +70,7 @@ clean:
 
 FORCE:
 
-# Reference results into reports/published, all tables or TABLE=compress|decompose|recover|perp|grid|dtype. Hours; can be stopped and continued.
-TABLE ?= compress decompose recover perp grid dtype
+# Reference results into reports/published, all tables or TABLE=compress|decompose|recover|perp|grid|dtype|demo. Hours; can be stopped and continued.
+TABLE ?= compress decompose recover perp grid dtype demo
 publish: venv
 	for table in $(TABLE); do $(BIN)/python -P -m bitmend.pipelines.publish.publishing $$table || exit; done

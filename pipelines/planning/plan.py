@@ -90,7 +90,7 @@ def predict(recipe: Recipe, directory: Path | None = None, device: str = "auto")
     steps = plan_steps(recipe, source, inputs, compute, place) if place is not None and not refused else []
     budget = _allocation(recipe, sizes, inputs, compute, place, steps) if recipe.budget is not None and not refused else None
     specs = [step.spec for step in steps if step.spec is not None] or recipe.stages
-    beside, gathers_fisher = 0, True
+    beside, gathers_fisher, writes = 0, True, not refused and inputs.to_write(specs)
     for number, spec in enumerate(specs):
         before = copy.deepcopy(sizes)
         apply(spec, sizes)
@@ -99,6 +99,7 @@ def predict(recipe: Recipe, directory: Path | None = None, device: str = "auto")
         gathered = [] if budget is None or number != budget.first else budget.gathered(costs, before)
         if gathers_fisher and (_reads_fisher(spec) or (gathered and recipe.allocation.weighting == "fisher")):
             gathered, gathers_fisher = [costs.fisher(), *gathered], False
+        gathered = [costs.self_text(), *gathered] if writes and number == 0 else gathered
         stages.append(row | (costs.stage(spec, before, sizes, number == 0, gathered) if not refused else {}))
     most = {kind: max(row.get(kind, 0) for row in stages) for kind in ("device_bytes", "host_bytes")}
     return {

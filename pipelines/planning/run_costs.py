@@ -63,6 +63,9 @@ class RunCosts:
         """A stage from what its parent stores to what it leaves, and its evaluation; what is `gathered` for it first."""
         return self._said(*gathered, self.needs(spec, before, after, first), self._evaluation(after, teacher=True))
 
+    def self_text(self) -> Needs:
+        return table_costs.self_text(self.plan)
+
     def fisher(self) -> Needs:
         return table_costs.fisher(self.plan)
 

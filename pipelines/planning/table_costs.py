@@ -1,6 +1,7 @@
-"""What is gathered once in a run for stages that ask for it: Fisher information, and the table of errors that a budget is spent by.
+"""What is gathered once in a run for stages that ask for it: text that the model writes, Fisher information, and the table of errors that a
+budget is spent by.
 
-Knows the order in which `stages/fisher` and `allocation/error_tables` do things; what a matrix costs is `solver_costs`. Reads no weights.
+Knows the order in which `stages/self_text`, `stages/fisher` and `allocation/error_tables` do things; what a matrix costs is `solver_costs`. Reads no weights.
 Legend: N sequences, T tokens, O out, I in, D model, V vocabulary.
 """
 
@@ -17,12 +18,26 @@ from ..allocation.spending import Spent
 from ..devices.rates import Work
 from ..evaluation.perplexity import LOGITS_AT_ONCE
 from ..models.structure import Site
+from ..stages.self_text import AT_ONCE, DOCUMENTS, TOKENS
 from .solver_costs import factor_work, factors_work, solver_cost, term_work
 from .stage_costs import ATTENTION_SHARE, DENSE, OPENED, READ_AHEAD, RUNNING_BYTES, CostPlan, Needs, gathering
 
 F32, F64 = torch.float32, torch.float64
 SQUARED = 6.0
 """Reads and writes of a weight in float32 while its gradient is squared and summed up by rows and by columns."""
+
+
+def self_text(plan: CostPlan) -> Needs:
+    """The whole dense model, token after token of all documents at once; every number of the vocabulary is read some times to draw one."""
+    anatomy = plan.anatomy
+    weights = anatomy.in_blocks + anatomy.outside
+    steps, drawn = TOKENS * DOCUMENTS // AT_ONCE, 8.0 * 4 * AT_ONCE * anatomy.vocabulary
+    step = Work(
+        {plan.dtype if plan.element < 4 else F32: float(AT_ONCE * weights)},
+        passes=weights * plan.element + drawn,
+        calls=60.0 * anatomy.blocks,
+    )
+    return Needs(step * steps + OPENED * 3, weights * plan.element + drawn, 0.0)
 
 
 def fisher(plan: CostPlan) -> Needs:

@@ -31,8 +31,8 @@ from ..run import runner
 from ..run.evaluate import evaluate
 from ..stages.inputs import Inputs
 from ..store.rundir import RunDirectory
-from . import other_programs
-from .reference_rows import SETTINGS, SMALL, ReferenceRow, ReferenceTable
+from . import demo_table, other_programs
+from .reference_rows import DEMO, SETTINGS, SMALL, ReferenceRow, ReferenceTable
 from .reference_tables import tables
 
 SMALL_MODEL = Path("tests/small_model")
@@ -215,13 +215,14 @@ def _numbers(record: RunRecord) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=sorted(tables()))
+    parser.add_argument("name", choices=sorted([DEMO, *tables()]))
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/published"))
     parser.add_argument("--only", help="a regular expression on 'MODEL METHOD TAGS', as in 'demo gptq 3'")
     parser.add_argument("--model", choices=sorted(SETTINGS), help="only the rows of this model")
     given = parser.parse_args()
     logs.setup()
-    for path in publish(given.name, given.output.resolve(), given.only, given.model):
+    place = given.output.resolve()
+    for path in demo_table.publish(place) if given.name == DEMO else publish(given.name, place, given.only, given.model):
         print(path)
 
 

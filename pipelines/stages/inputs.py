@@ -22,7 +22,7 @@ from ..recipes.stage_settings import StageSpec, methods
 from ..text import data
 from ..text.sources import Body
 from .baseline import fingerprint
-from .self_text import self_text
+from .self_text import is_written, self_text
 
 HELD_OUT_TOKENS = 4096
 
@@ -98,13 +98,25 @@ class Inputs:
         that the model has yet to write are left to the run."""
         self.evaluation()
         self.also()
-        written = {use: any(share.source == SELF for share in shares(getattr(self.recipe.data, use))) for use in ("calibration", "train")}
+        written = {use: self._is_mixed_in(use) for use in ("calibration", "train")}
         for spec in specs:
             if spec.name == "recover" and (writes or not written["train"]):
                 self.training(spec.config.seq_len, spec.config.batch_size)
                 self.held_out(spec.config.seq_len, spec.config.batch_size)
             if _needs(spec, methods(spec.name)[spec.method]) and (writes or not written["calibration"]):
                 self.calibration()
+
+    def to_write(self, specs: Iterable[StageSpec]) -> bool:
+        """Whether a run of these stages begins with text that the model has yet to write."""
+        reads = {
+            "train" if spec.name == "recover" else "calibration"
+            for spec in specs
+            if spec.name == "recover" or _needs(spec, methods(spec.name)[spec.method])
+        }
+        return any(map(self._is_mixed_in, reads)) and not is_written(self._writer(), self.tokenizer, self.recipe.seed)
+
+    def _is_mixed_in(self, use: str) -> bool:
+        return any(share.source == SELF for share in shares(getattr(self.recipe.data, use)))
 
     def _batch(self, source: str, ids_BT: Tensor, loss_BT: Tensor | None) -> Batch:
         return Batch(ids_BT, loss_BT, source, generated=source == SELF)
@@ -134,9 +146,11 @@ class Inputs:
 
     def _written(self) -> Body:
         """What the teacher, else the model itself, writes."""
+        return self_text(self._writer(), self.tokenizer, self.recipe.seed, torch.device(self.device))
+
+    def _writer(self) -> Path:
         chosen = self.recipe
-        writer = resolve_model(chosen.teacher) if chosen.teacher else resolve_model(chosen.model, chosen.revision)
-        return self_text(writer, self.tokenizer, chosen.seed, torch.device(self.device))
+        return resolve_model(chosen.teacher) if chosen.teacher else resolve_model(chosen.model, chosen.revision)
 
     def fingerprint(self, spec: StageSpec, row: Any) -> list[Any]:
         """Whatever of the data decides a stage's result: nothing for a method that reads no text."""

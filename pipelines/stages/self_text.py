@@ -32,11 +32,8 @@ DOCUMENTS, TOKENS, AT_ONCE = 128, 128, 64
 
 def self_text(model: Path, tokenizer: Any, seed: int, device: torch.device) -> Body:
     """What the model in this directory writes. InputError for a quantized one, and for a kept text that another model wrote."""
+    path, facts = _place(model, tokenizer, seed)
     begin, said = _beginning(tokenizer)
-    settings = {"version": VERSION, "documents": DOCUMENTS, "tokens": TOKENS, "seed": seed, "begins": said}
-    facts = {"model": fingerprint(model), "settings": settings}
-    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    path = cache_directory() / "text" / f"self-{name}.jsonl"
     with locked(path):
         if not path.is_file():
             log.info("self: %s writes %d documents of %d tokens; each begins %s", model.name, DOCUMENTS, TOKENS, said)
@@ -44,6 +41,19 @@ def self_text(model: Path, tokenizer: Any, seed: int, device: torch.device) -> B
             write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     documents = [Document(text) for text in _kept(path, facts)]
     return Body(documents, PARAGRAPH, f"self (written by {facts['model'][:8]}, {said})", "by document")
+
+
+def is_written(model: Path, tokenizer: Any, seed: int) -> bool:
+    """Whether that text is in the cache."""
+    return _place(model, tokenizer, seed)[0].is_file()
+
+
+def _place(model: Path, tokenizer: Any, seed: int) -> tuple[Path, dict[str, Any]]:
+    """Where the text lies, and the facts that name it."""
+    settings = {"version": VERSION, "documents": DOCUMENTS, "tokens": TOKENS, "seed": seed, "begins": _beginning(tokenizer)[1]}
+    facts = {"model": fingerprint(model), "settings": settings}
+    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_directory() / "text" / f"self-{name}.jsonl", facts
 
 
 def _kept(path: Path, facts: dict[str, Any]) -> list[str]:

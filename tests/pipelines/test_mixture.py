@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from bitmend.pipelines.devices.rates import Speeds
 from bitmend.pipelines.errors import InputError, UsageError
-from bitmend.pipelines.models.source import load_tokenizer
-from bitmend.pipelines.planning.plan import refusals
+from bitmend.pipelines.models.source import load_config, load_tokenizer
+from bitmend.pipelines.models.structure import skeleton
+from bitmend.pipelines.planning import run_costs, table_costs
+from bitmend.pipelines.planning.plan import predict, refusals
 from bitmend.pipelines.recipes.mixture import SELF, Share, shares, with_sources
 from bitmend.pipelines.recipes.recipe import Recipe, resolve
 from bitmend.pipelines.run import runner
@@ -221,6 +224,23 @@ def test_without_bos_another_beginning_is_chosen_and_said(small_model: Path, lit
     tokenizer.eos_token = None
     made = self_text(small_model, tokenizer, 0, CPU)
     assert "with a token drawn from the vocabulary" in made.dataset and len({d.text[:3] for d in made.documents}) > 2
+
+
+def test_a_dry_run_counts_what_is_yet_to_be_written(
+    small_model: Path, small_text: Path, little_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    one_a_second = {dtype: 1.0 for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+    monkeypatch.setattr(run_costs, "measured", lambda compute: Speeds(one_a_second, *(float("inf"),) * 5))
+    seconds = {}
+    for train in (str(small_text), f"{small_text}=0.5,self=0.5"):
+        recipe = recipe_of(tmp_path, small_model, data=str(small_text), train=train)
+        seconds[train] = [row["seconds"] for row in predict(recipe, device="cpu")["stages"]]
+    without, with_it = seconds.values()
+    weights = sum(p.numel() for p in skeleton(load_config(small_model)).parameters())
+    assert with_it[1] - without[1] == pytest.approx(table_costs.DOCUMENTS * table_costs.TOKENS * weights, rel=1e-6)
+    assert with_it[2:] == without[2:]
+    self_text(small_model, load_tokenizer(small_model), 0, CPU)
+    assert [row["seconds"] for row in predict(recipe, device="cpu")["stages"]] == without
 
 
 @pytest.mark.usefixtures("no_pages")

@@ -1,0 +1,95 @@
+"""The demo's own table: the default recipe's run, stage after stage, beside plain methods on the same model, texts and embeddings.
+
+Writes `plain.json`, which the report of every run of the demo model draws beside it, and `demo.{json,md,png,svg}`, the README's picture.
+Rows are stages of run directories, so that a killed one goes on. Knows the default recipe; not how a figure is drawn.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ...reports import plain_rows, published
+from ...reports.record import RunRecord, StageRecord
+from ...reports.run_plots import size_against_perplexity
+from ..errors import InputError
+from ..export.exporting import export
+from ..recipes import recipe
+from ..recipes.recipe import Recipe, run_directory
+from ..run import runner
+from ..stages.inputs import Inputs
+from ..store.files import write_bytes
+from . import other_programs
+from .reference_rows import DEMO, SETTINGS
+
+log = logging.getLogger("bitmend")
+PLAIN: dict[str, dict[str, Any]] = {
+    "RTN": {"method": "rtn", "bits": 4, "group_size": 64},
+    "GPTQ": {"method": "gptq", "bits": 4, "group_size": 64},
+    "NF4": {"method": "nf4"},
+}
+"""As they come, but for the embeddings, which are the default recipe's. Calibrated on the text that they are measured on first."""
+AUTO_ROUND = {"program": "auto_round", "bits": 4, "group_size": 64, "iterations": 200, "samples": 128, "batch_size": 8}
+COLUMNS = (
+    ("stage", "stage", "text"), ("method", "method", "text"), ("perplexity", "perplexity", "perplexity"), ("news", "news", "perplexity"),
+    ("code", "code", "perplexity"), ("total_bytes", "bytes", "bytes"), ("seconds", "seconds", "seconds"),
+)  # fmt: skip
+
+
+def publish(directory: Path) -> list[Path]:
+    """Run what is not finished, then write the files. `directory` is where the plain rows' runs lie; the default recipe's is its own."""
+    chosen = recipe.resolve("compress_and_recover", options={"model": DEMO, "profile": DEMO})
+    plain = _plain(chosen, directory)
+    write_bytes(plain_rows.ROWS, (json.dumps(plain.to_json(), indent=1, ensure_ascii=False) + "\n").encode())
+    record = runner.run(chosen, run_directory(chosen))
+    rows = [_row(stage) for stage in (*record.stages, *plain.stages)]
+    protocols = {name: protocol.to_json() for name, protocol in {DEMO: record.protocol, **record.texts}.items()}
+    notes = ["Below the recipe's stages: plain methods, the recipe's embeddings, 32 × 512 calibration tokens of the demo text.", "Made by `make publish TABLE=demo`."]
+    figure, title = size_against_perplexity(record.stages, plain_rows.rivals(record)), "The default recipe on the demo model"
+    return published.write("demo", rows, COLUMNS, protocols, figure, title=title, notes=notes)
+
+
+def _plain(chosen: Recipe, directory: Path) -> RunRecord:
+    found = {name: _measured(chosen, directory / "demo-plain", settings, {"model": DEMO}) for name, settings in PLAIN.items()}
+    try:
+        found["AutoRound"] = _auto_round(chosen, directory)
+    except InputError as error:
+        log.warning("AutoRound's row is left out: %s", error)
+    stages = tuple(replace(record.stages[-1], stage=name, layers=(), metrics={}, notes=()) for name, record in found.items())
+    first = next(iter(found.values()))
+    return RunRecord("plain methods, the default recipe's embeddings", DEMO, first.protocol, stages, {}, first.texts)
+
+
+def _measured(chosen: Recipe, directory: Path, settings: Mapping[str, Any], options: Mapping[str, Any]) -> RunRecord:
+    """A run of one quantizer, with the recipe's embeddings and evaluation."""
+    (quantize,) = [stage for stage in chosen.stages if stage.name == "quantize"]
+    embeddings = {key: getattr(quantize, key) for key in ("include_embeddings", "embedding_bits", "head_bits")}
+    document = {
+        "name": "plain",
+        "calibration": SETTINGS[DEMO]["calibration"],
+        "evaluation": chosen.evaluation.model_dump(mode="json"),
+        "stages": [{"quantize": {**settings, **embeddings}}],
+    }
+    return runner.run(recipe.resolve(document, options=options), directory, page=False)
+
+
+def _auto_round(chosen: Recipe, directory: Path) -> RunRecord:
+    """The other program's checkpoint, of which the blocks stay as they are."""
+    beside = directory / "demo-plain-rivals"
+    first = directory / "demo-plain"
+    if not (beside / "dense").is_dir():
+        export(first, "dense", beside / "dense", stage="baseline")
+    document = {"name": "plain", "calibration": SETTINGS[DEMO]["calibration"], "stages": [{"quantize": PLAIN["RTN"]}]}
+    ids_NT = Inputs(recipe.resolve(document, options={"model": DEMO}), beside / "dense").calibration()
+    checkpoint, said = other_programs.made(beside, beside / "dense", ids_NT, AUTO_ROUND)
+    untouched = {"method": "rtn", "ignore": [r"\.layers\."]}
+    record = _measured(chosen, beside / "run", untouched, {"model": str(checkpoint), "data": DEMO, "teacher": DEMO})
+    last = replace(record.stages[-1], method="auto_round", seconds=said["seconds"], peak_bytes=said["peak_bytes"])
+    return replace(record, stages=(*record.stages[:-1], last))
+
+
+def _row(stage: StageRecord) -> dict[str, Any]:
+    own = {key: getattr(stage, key) for key in ("stage", "method", "perplexity", "total_bytes", "seconds")}
+    return own | {name: text.perplexity for name, text in stage.texts.items()}
