@@ -13,7 +13,7 @@ from .fields import SAID
 from .mixture import SELF, shares
 
 T = TypeVar("T")
-Source = Annotated[str, MinLen(1), doc("wiki, news, code, a file, a datasets id, or a mixture of them")]
+Source = Annotated[str, MinLen(1), doc("wiki, news, code, docs, a file, a datasets id, or a mixture of them")]
 Model = Annotated[str, MinLen(1), doc("demo, a directory, a .gguf file or a Hub id")]
 
 
@@ -22,7 +22,7 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    """Where text comes from: `wiki` (also `demo`), `news`, `code`, a .txt/.raw/.md/.jsonl/.parquet file or a `datasets` id; calibration
+    """Where text comes from: `wiki` (also `demo`), `news`, `code`, `docs` (of a library), a .txt/.raw/.md/.jsonl/.parquet file or a `datasets` id; calibration
     and training may mix several (`mixture.shares`), among them `self`, what the dense model writes."""
 
     calibration: Source = "demo"

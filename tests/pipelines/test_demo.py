@@ -266,6 +266,29 @@ def test_the_demo_text_is_made_once(text_wheel: Path):
     assert imported.demo_text() == path
 
 
+def test_documentation_is_read_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    long, longer = "What it returns.\n" * 100, "Line of notes.\n" * 400
+    (tmp_path / "linalg").mkdir()
+    (tmp_path / "linalg" / "a.py").write_text(
+        f"def solve():\n    '''{long}'''\nclass Solver:\n    '''{longer}'''\n    def step(self): 'short'\n"
+        f"def _inner():\n    '''{long}'''\ndef again():\n    '''{long}'''\ndef none(): pass\n"
+    )
+    monkeypatch.setattr(texts, "DOCUMENTED", ("linalg",))
+    monkeypatch.setattr(texts, "_package", lambda name: tmp_path)
+    first, second = texts.TEXTS["docs"].documents()
+    assert first == long.rstrip() and second.endswith("Line of notes.") and 3900 < len(second) <= 4000
+    monkeypatch.setattr(texts, "_package", lambda name: pytest.fail("read again"))
+    assert texts.TEXTS["docs"].documents() == [first, second]
+    assert "BSD" in texts.TEXTS["docs"].dataset
+
+
+def test_the_documentation_that_is_installed_is_prose(cache: Path):
+    """The real one: enough of it, without what is private."""
+    found = texts.TEXTS["docs"].documents()
+    assert len(found) > 150 and sum(map(len, found)) > 400_000 and len(set(found)) == len(found)
+    assert sum("Parameters" in text for text in found) > 0.8 * len(found)
+
+
 def test_texts_by_name(text_wheel: Path):
     assert [text[:6] for text in texts.TEXTS["wiki"].documents()] == ["Hill n"] * 3
     assert texts.TEXTS["demo"] is texts.TEXTS["wiki"]

@@ -1,6 +1,7 @@
 """Both ends of what every field may be, really run on a tiny model: done, or one line with exit 2 or 3 before the work; never exit 1."""
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 from bitmend.pipelines import cli
 from bitmend.pipelines.recipes.stage_settings import STAGES, config_keys, methods
+from bitmend.recover.recovery_methods import RECOVER
+from bitmend.recover.training_run import TrainConfig
 
 from .drawn import beside, ends, every_field
 from .families import save_speaking
@@ -102,6 +105,49 @@ def test_every_end_of_every_field(stage: str, method: str, run: Run) -> None:
                 wrong.append(f"{field}={value!r}: exit {code}, {line}")
     print(f"{stage} {method}: {done} ends done, {len(refused)} refused", *sorted(set(refused)), *wrong, sep="\n  ")
     assert not wrong, "\n".join(wrong)
+
+
+NOT_THE_WORK = ("dataclasses", "bitmend.pipelines.recipes.", "bitmend.pipelines.planning.", "bitmend.recover.recovery_methods", "tests.")
+"""What reads every field to name, compare, check or predict a stage."""
+OF_A_DATACLASS = ("__eq__", "__hash__", "__repr__", "__init__", "__post_init__")
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> Callable[..., set[str]]:
+    """The names of fields that the work itself reads from configs of these classes, from now on."""
+
+    def recorded(*classes: type) -> set[str]:
+        found: set[str] = set()
+
+        def attribute(config: Any, name: str) -> Any:
+            frame = sys._getframe(1)
+            place = frame.f_globals.get("__name__", "")
+            if not place.startswith(NOT_THE_WORK) and frame.f_code.co_name not in OF_A_DATACLASS:
+                found.add(name)
+            return object.__getattribute__(config, name)
+
+        for kind in classes:
+            monkeypatch.setattr(kind, "__getattribute__", attribute)
+        return found
+
+    return recorded
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "method"), [(stage, method) for stage in STAGES for method in methods(stage)])
+def test_every_setting_is_read_by_the_work(stage: str, method: str, run: Run, read: Callable[..., set[str]]) -> None:
+    row = methods(stage)[method]
+    found = read(row.config, *([TrainConfig, RECOVER[method].own] if stage == "recover" else []))
+    assert any([run([*base, small(stage, method)])[0] == 0 for base in BASES[stage]]), "its defaults can follow nothing"
+    for _, _, field, hint in (one for one in FIELDS if one[:2] == (stage, method)):
+        for value in ends(hint):
+            if field in found:
+                break
+            if LONG.get(field) != value:
+                written = small(stage, method, **{**beside(stage, method, field, value), field: value})
+                for base in BASES[stage]:
+                    run([*base, written])
+        assert field in found, f"{field} is accepted and nothing that works reads it"
 
 
 TRAINING: list[dict[str, Any]] = [
