@@ -7,6 +7,8 @@ from pathlib import Path
 
 SELF = "self"
 """The source of what the dense model writes itself."""
+NAMED = frozenset({"demo", "wiki", "news", "code", "docs", SELF})
+"""Texts that a name stands for (`demo/texts` has them): a file or folder of that name is written ./docs."""
 
 
 @dataclass(frozen=True)

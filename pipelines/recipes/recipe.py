@@ -19,7 +19,7 @@ from ...compress.ranges import DtypeName, Seed
 from ..errors import UsageError
 from .budget import AllocationSettings, Budget
 from .fields import complaint
-from .mixture import with_sources
+from .mixture import NAMED, with_sources
 from .sections import Calibration, Data, Evaluation, Model, Section
 from .settings import absolute, dump, merged, nested, read_mapping, refuse_unknown, split_assignment, unknown
 from .stage_settings import FUSE, STAGES, StageSpec, build, config_keys, methods, with_implied
@@ -226,7 +226,7 @@ def _checked(fields: Mapping[str, Any]) -> Recipe:
     if isinstance(fields.get("data"), Mapping):
         fields["data"] = {use: _absolute_sources(source) for use, source in fields["data"].items()}
     if isinstance(fields.get("evaluation"), Mapping) and isinstance(also := fields["evaluation"].get("also"), list | tuple):
-        fields["evaluation"] = {**fields["evaluation"], "also": [absolute(source) for source in also]}
+        fields["evaluation"] = {**fields["evaluation"], "also": [_absolute_source(source) for source in also]}
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
@@ -237,9 +237,13 @@ def _checked(fields: Mapping[str, Any]) -> Recipe:
         raise UsageError(complaint(Recipe, fields, error).removeprefix(".")) from error
 
 
+def _absolute_source(source: Any) -> Any:
+    return source if isinstance(source, str) and source in NAMED else absolute(source)
+
+
 def _absolute_sources(text: Any) -> Any:
     try:
-        return with_sources(text, absolute) if isinstance(text, str) else text
+        return with_sources(text, _absolute_source) if isinstance(text, str) else text
     except ValueError:  # refused where it is validated
         return text
 

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from bitmend.pipelines.demo.texts import TEXTS
 from bitmend.pipelines.devices.rates import Speeds
 from bitmend.pipelines.errors import InputError, UsageError
 from bitmend.pipelines.models.source import load_config, load_tokenizer
 from bitmend.pipelines.models.structure import skeleton
 from bitmend.pipelines.planning import run_costs, table_costs
 from bitmend.pipelines.planning.plan import predict, refusals
-from bitmend.pipelines.recipes.mixture import SELF, Share, shares, with_sources
+from bitmend.pipelines.recipes.mixture import NAMED, SELF, Share, shares, with_sources
 from bitmend.pipelines.recipes.recipe import Recipe, resolve
 from bitmend.pipelines.run import runner
 from bitmend.pipelines.run.evaluate import evaluate
@@ -50,6 +51,17 @@ def test_weights_are_read_and_written(tmp_path: Path):
     odd = tmp_path / "x=1,y.txt"
     odd.write_text("a file of that name")
     assert shares(str(odd)) == (Share(str(odd), 1.0),)
+
+
+def test_a_folder_of_the_same_name_does_not_hide_a_text(tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch):
+    """Folders called docs and code are everywhere."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("docs", "code", "own.txt"):
+        (tmp_path / name).mkdir()
+    recipe = recipe_of(tmp_path, small_model, data="docs", train="docs=0.5,own.txt=0.3,self=0.2", eval="./docs")
+    assert recipe.data.calibration == "docs" and recipe.data.evaluation == str(tmp_path / "docs")
+    assert recipe.data.train == f"docs=0.5,{tmp_path / 'own.txt'}=0.3,self=0.2"
+    assert set(TEXTS) | {SELF} == NAMED
 
 
 @pytest.mark.parametrize(
