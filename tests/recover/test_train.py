@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bitmend.recover.compressed_linear import compressed_linears
+from bitmend.recover.compressed_linear import compressed_linears, install
 from bitmend.recover.recovery_methods import RECOVER, attach, split
 from bitmend.recover.student import Batch, Teacher, student_of
 from bitmend.recover.train import TrainingDiverged, held_out_loss, train
 from bitmend.recover.training_run import TrainConfig, learning_rate
 
-from .conftest import batch, compressed, gpt2, held_out, llama
+from .conftest import batch, compressed, gpt2, held_out, llama, records
 
 
 def start(name="scales", kind="3-bit", seed=0, **settings):
@@ -232,3 +232,26 @@ def test_coarser_products_train_the_updates_alone(matmul: str) -> None:
     train(model, attached, batch, held_out(), Teacher(taught, student.logits), config, student=replace(student, hidden=hidden))
     assert seen == {"student": {matmul}, "teacher": {"highest"}, "held out": {before}}
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_the_same_function_trains_the_same_whatever_the_gains_of_its_norms_are():
+    """Gains that are c times as large before matrices that are 1/c as large: rates that were chosen on one model serve the other."""
+    losses = {}
+    for factor in (1.0, 0.125):
+        dense = llama()
+        with torch.no_grad():
+            for block in dense.model.layers:
+                for norm, readers in (
+                    (block.input_layernorm, (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)),
+                    (block.post_attention_layernorm, (block.mlp.gate_proj, block.mlp.up_proj)),
+                ):
+                    norm.weight.mul_(factor)
+                    for linear in readers:
+                        linear.weight.div_(factor)
+        install(dense, records(dense, "3-bit"))
+        config = {"steps": 12, "loss": "cross_entropy", "eval_every": 3, "warmup": 2, "clip": 0, "norms": True, "learning_rate": 2e-2}
+        attached = attach("scales", dense, config)
+        result = train(dense, attached, batch, held_out(), None, split("scales", config)[0], main="scales")
+        losses[factor] = torch.tensor([row["loss"] for row in result.history if "loss" in row])
+        assert result.best_loss < result.start_loss - 0.01
+    torch.testing.assert_close(losses[0.125], losses[1.0], rtol=1e-4, atol=0)
