@@ -199,5 +199,5 @@ def test_the_checkout_is_importable_through_its_link(tmp_path: Path) -> None:
 
 def test_the_demos_table_in_the_readme_is_read() -> None:
     table = readme_table()
-    assert list(table) == ["baseline", "prune", "quantize", "decompose", "recover", "fuse"]
+    assert list(table) == ["baseline", "quantize", "recover", "fuse"]
     assert table["recover"]["cpu_perplexity"] < table["quantize"]["cpu_perplexity"] and table["recover"]["cpu_seconds"] > 60

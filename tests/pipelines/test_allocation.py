@@ -281,7 +281,7 @@ def test_refusals(case: str, budgeted: Callable[..., Recipe], tmp_path: Path) ->
 
 @pytest.mark.parametrize(("allocation", "words"), [
     ({"bit": 3}, r"allocation: unknown key 'bit'; did you mean 'bits'\?"),
-    ({"bits": 5}, r"allocation\.bits"),
+    ({"bits": 7}, r"allocation\.bits"),
     ({"ranks": -1}, r"allocation\.ranks"),
     ({"group_sizes": 0}, r"allocation\.group_sizes: expected a list of -1 or 1 … 65,536, got 0"),
     ({"sparsities": "4:2"}, r"allocation\.sparsities: expected a list of dense, N:M or shares such as 0\.5, got '4:2'"),

@@ -164,7 +164,7 @@ SETTINGS: dict[str, tuple[list[str], int, str]] = {
     "an unknown method": (["--set", "quantize.method=gtpq"], 2, r"unknown method 'gtpq'; did you mean 'gptq'\?"),
     "an unknown key": (["--set", "quantize.bit=3"], 2, r"unknown setting of quantize gptq 'bit'; did you mean 'bits'\?"),
     "an unknown section": (["--set", "evaluate.windows=3"], 2, r"unknown key 'evaluate'; did you mean 'evaluation'\?"),
-    "an impossible value": (["--set", "quantize.bits=5"], 2, r"quantize.*5"),
+    "an impossible value": (["--set", "quantize.bits=7"], 2, r"quantize.*7"),
     "a budget nothing can meet": (["--budget", "1bpw"], 2, r"--budget 1bpw is infeasible: the smallest that the choices of `allocation` can store is 3\.\d+bpw"),
     "a budget nothing spends": (["--budget", "3bpw", "--set", "quantize.method=none"], 2, r"--budget 3bpw: .*this recipe's quantize: none"),
     "a choice that is none": (["--budget", "4bpw", "--set", "allocation.bit=3"], 2, r"allocation: unknown key 'bit'; did you mean 'bits'\?"),

@@ -142,8 +142,8 @@ def test_quantized_twice_is_one_matrix_still(small_model: Path, small_text: Path
 
 
 @pytest.mark.parametrize(("setting", "words"), [
-    ({"embedding_bits": 5}, r"quantize.embedding_bits: expected 2\|3\|4\|8, got 5"),
-    ({"head_bits": 5}, r"quantize.head_bits: expected 2\|3\|4\|8\|null, got 5"),
+    ({"embedding_bits": 7}, r"quantize.embedding_bits: expected 2\|3\|4\|5\|6\|8, got 7"),
+    ({"head_bits": 7}, r"quantize.head_bits: expected 2\|3\|4\|5\|6\|8\|null, got 7"),
     ({"head_bits": 8, "include_head": True}, "quantize.head_bits: include_head compresses the head by the method"),
     ({"include_embeddings": "yes"}, r"quantize.include_embeddings: expected true\|false, got 'yes'"),
 ])  # fmt: skip

@@ -113,10 +113,10 @@ def test_any_beginning_of_a_schedule_holds_the_weights():
 
 
 def test_the_packaged_recipes_round_embeddings_and_head_and_measure_on_other_texts() -> None:
-    for name in ("compress_and_recover", "sparse_compress_and_recover"):
+    for name, bits in (("compress_and_recover", 6), ("sparse_compress_and_recover", 8)):
         for model in ("demo", "org/model"):
             quantize = resolve(name, options={"model": model}).stage("quantize")
-            assert (quantize.include_embeddings, quantize.embedding_bits, quantize.head_bits) == (True, 8, 8)
+            assert (quantize.include_embeddings, quantize.embedding_bits, quantize.head_bits) == (True, bits, bits)
         assert resolve(name).evaluation.also == ["news", "code"] and resolve(name, options={"model": "org/model"}).evaluation.also == []
     plain = resolve("compress_and_recover")
     assert [spec.address for spec in plain.stages] == ["quantize", "recover", "fuse"] and set(plain.skipped.values()) == {
