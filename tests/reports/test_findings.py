@@ -199,3 +199,11 @@ def test_what_a_budget_was_spent_on() -> None:
     )
     assert "decompose (qera_exact): predicted loss 5.000, measured 5.500 (10.0 % off), over 5 layers" in text
     assert "budget" not in said(run(*stages[:2]), "allocation")
+
+
+def test_of_an_imitation_the_divergence_comes_first() -> None:
+    measured = {"kl_to_baseline": 0.0712, "top1_agreement": 0.861}
+    for loss, first in (("distill", "KL to it 0.0712 nats per token, the same first choice for 86.1 % of the tokens; perplexity"), ("both", "perplexity")):
+        taught = stage("recover", 21.0, 24.0, method="scales", settings={"loss": loss})
+        record = run(stage("baseline", 20.0), stage("quantize", 24.0, 20.0), taught, stage("fuse", 21.0, 21.0, method="bind", **measured))
+        assert said(record, "summary").startswith(f"From baseline to fuse (bind): {first} 20.00 → 21.00")
