@@ -182,7 +182,7 @@ def _figures(record: RunRecord) -> list[Plot]:
     by_stage = "Bars: two paired standard errors of the difference to the baseline. Logarithmic."
     plain = rivals(record)
     by_size = "The way from the baseline to the last stage; down and to the left is better."
-    by_size += " Circles: plain methods on this model with embeddings in 8 bits, as published." if plain else ""
+    by_size += " Circles: plain methods on this model with the default recipe's embeddings, as published." if plain else ""
     by_layer = "Relative output error of every compressed linear, by block and type."
     drawn = [
         ("Perplexity by stage", by_stage, run_plots.perplexity_by_stage(stages)),

@@ -6,17 +6,18 @@ are not; pip is run as a program so that the user's own configuration (mirrors, 
 
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from ...kernels.cache import cache_directory
 from ..errors import InputError, OutOfMemoryError
@@ -46,6 +47,16 @@ class WheelFile:
     @property
     def name(self) -> str:
         return Path(self.member).name if self.member else self.requirement.replace("==", "-") + ".whl"
+
+
+def write_lines(target: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object a line; a killed writer leaves nothing that counts."""
+    partial = target.with_name(f".{target.name}.partial")
+    with partial.open("w", encoding="utf-8") as sink:
+        sink.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        sink.flush()
+        os.fsync(sink.fileno())
+    os.replace(partial, target)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from ...kernels.cache import cache_directory
 from ..errors import InputError, OutOfMemoryError, as_input_error
-from .download import Progress, WheelFile, fetch, file_sha256, locked
+from .download import Progress, WheelFile, fetch, file_sha256, locked, write_lines
 from .permute import permute_llama_
 
 log = logging.getLogger(__name__)
@@ -100,13 +100,8 @@ def demo_text(progress: Progress | None = None) -> Path:
             "mwparserfromhell": version("mwparserfromhell"),
         }
         target.with_name(target.stem + "." + SOURCE_NAME).write_text(json.dumps(facts, indent=2) + "\n")
-        partial = target.with_name(f".{target.name}.partial")
-        with zipfile.ZipFile(wheel) as opened, opened.open(DUMP) as dump, partial.open("w", encoding="utf-8") as sink:
-            for article in articles(dump):
-                sink.write(json.dumps(asdict(article), ensure_ascii=False) + "\n")
-            sink.flush()
-            os.fsync(sink.fileno())
-        os.replace(partial, target)
+        with zipfile.ZipFile(wheel) as opened, opened.open(DUMP) as dump:
+            write_lines(target, (asdict(article) for article in articles(dump)))
     return target
 
 

@@ -13,8 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ...kernels.cache import cache_directory
-from ..store.files import write_bytes
-from .download import fetch, locked
+from .download import fetch, locked, write_lines
 from .imported import TEXT_WHEEL, demo_text
 
 NEWS = "gensim/test/test_data/lee_background.cor"
@@ -59,7 +58,7 @@ def _docs() -> list[str]:
     with locked(path):
         if not path.is_file():
             rows = dict.fromkeys(text for part in DOCUMENTED for text in _strings(_package("scipy") / part))
-            write_bytes(path, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in rows).encode())
+            write_lines(path, ({"text": text} for text in rows))
         return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 

@@ -203,7 +203,7 @@ def test_what_a_budget_was_spent_on() -> None:
 
 def test_of_an_imitation_the_divergence_comes_first() -> None:
     measured = {"kl_to_baseline": 0.0712, "top1_agreement": 0.861}
-    for loss, first in (("distill", "KL to it 0.0712 nats per token, the same first choice for 86.1 % of the tokens; perplexity"), ("both", "perplexity")):
+    for loss, first in (("distill", "KL to it 0.07120 nats per token, the same first choice for 86.1 % of the tokens; perplexity"), ("both", "perplexity")):
         taught = stage("recover", 21.0, 24.0, method="scales", settings={"loss": loss})
         record = run(stage("baseline", 20.0), stage("quantize", 24.0, 20.0), taught, stage("fuse", 21.0, 21.0, method="bind", **measured))
         assert said(record, "summary").startswith(f"From baseline to fuse (bind): {first} 20.00 → 21.00")
