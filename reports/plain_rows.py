@@ -6,11 +6,11 @@ Knows where the rows lie; draws nothing.
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
+from .published import DIRECTORY
 from .record import RunRecord, StageRecord
 
-ROWS = Path(__file__).parent / "published" / "plain.json"
+ROWS = DIRECTORY / "plain.json"
 
 
 def rivals(record: RunRecord) -> Sequence[StageRecord]:

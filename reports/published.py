@@ -17,7 +17,8 @@ from .record import Protocol, finite
 from .tables import markdown_table
 from .units import duration, exact, number, percent, size
 
-DIRECTORY = Path(__file__).parent / "published"
+DIRECTORY = Path(__file__).resolve().parent / "published"
+"""In the repository, too, where the package is a farm of links: a table written beside the links would be lost with them."""
 SCHEMA = 1
 """Of a published table."""
 
