@@ -41,7 +41,9 @@ def commands(own_cache: Path, torch_threads: None) -> Iterator[Processes]:
         yield found
 
 
-@pytest.fixture
-def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs without the second that drawing report.html takes; `finished` has a real one."""
-    monkeypatch.setattr("bitmend.reports.page.html", lambda record: "html\n")
+@pytest.fixture(scope="module")
+def no_pages() -> Iterator[None]:
+    """Runs without the seconds that drawing report.html takes, those of a file's own fixtures, too; `finished` has a real one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bitmend.reports.page.html", lambda record: "html\n")
+        yield

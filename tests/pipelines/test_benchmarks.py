@@ -138,7 +138,8 @@ def test_where_every_method_is_refused_there_is_no_table(small_model: Path, tmp_
 def test_steps_are_timed_in_turn_and_blocks_have_none(finished: Path) -> None:
     parent = last_artifact(finished, "decompose")
     names = ("lora", "scales", "fish_mask", "reconstruct")
-    specs = [build("recover", "recover", {"method": name, "batch_size": 1, "seq_len": 32}) for name in names]
+    few = {"fish_mask": {"samples": 4}}
+    specs = [build("recover", "recover", {"method": name, "batch_size": 1, "seq_len": 32, **few.get(name, {})}) for name in names]
     found = training_step.step_seconds(parent, [spec for spec in specs if spec is not None], torch.device("cpu"), 2)
     assert set(found) == {"lora", "scales", "fish_mask"}
     assert all(0 <= row["step_spread"] < 60 and row["seconds_per_step"] > 0 for row in found.values())
