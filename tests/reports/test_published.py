@@ -105,5 +105,5 @@ def test_a_row_without_its_identity_and_a_foreign_file_are_refused(tmp_path: Pat
 
 
 def test_tables_lie_in_the_repository_and_not_beside_the_links_of_an_editable_install() -> None:
-    assert published.DIRECTORY == Path(__file__).parents[2] / "reports" / "published"
+    assert Path(__file__).parents[2] / "reports" / "published" == published.DIRECTORY
     assert {path.name for path in published.DIRECTORY.iterdir()} >= {"README.md", "plain.json", "demo.md", "demo.svg"}
