@@ -5,12 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from bitmend.pipelines.publish import publishing
+from bitmend.pipelines.errors import InputError
+from bitmend.pipelines.publish import demo_table, publishing
 from bitmend.pipelines.publish.reference_rows import SMALL, ReferenceRow, ReferenceTable
 from bitmend.pipelines.publish.reference_tables import tables
-from bitmend.pipelines.recipes.recipe import resolve
+from bitmend.pipelines.recipes.recipe import Recipe, resolve
 from bitmend.pipelines.recipes.settings import dump
-from bitmend.reports import published
+from bitmend.reports import plain_rows, published
+from bitmend.reports.record import Protocol, RunRecord, StageRecord, TextRecord
 
 
 @pytest.mark.parametrize("name", sorted(tables()))
@@ -74,3 +76,39 @@ def test_two_models_share_no_panel(table: ReferenceTable) -> None:
     ]
     titles = [axes.get_title(loc="left") or axes.get_title() for axes in publishing._figure(rows, replace(table, panel="bits")).axes]
     assert [title for title in titles if title] == ["small: 3", "small: 4", "demo: 3", "demo: 4"]
+
+
+def test_the_demos_table_has_plain_rows_with_the_recipes_embeddings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[Recipe] = []
+
+    def run(chosen: Recipe, directory: Path, **_: object) -> RunRecord:
+        asked.append(chosen)
+        stages = [StageRecord("baseline", perplexity=20.0, total_bytes=500, texts={"news": TextRecord(28.0)})]
+        for number, spec in enumerate(chosen.stages):
+            one = StageRecord(spec.name, spec.method, 24.0 + len(asked) - number, total_bytes=80, texts={"news": TextRecord(30.0 + len(asked))})
+            stages.append(one)
+        return RunRecord("r", "demo", Protocol("demo"), tuple(stages), {}, {"news": Protocol("news")})
+
+    def missing(*_: object) -> RunRecord:
+        raise InputError("no such program")
+
+    monkeypatch.setattr(demo_table.runner, "run", run)
+    monkeypatch.setattr(demo_table, "_auto_round", missing)
+    monkeypatch.setattr(plain_rows, "ROWS", tmp_path / "plain.json")
+    monkeypatch.setattr(published, "DIRECTORY", tmp_path)
+    written = demo_table.publish(tmp_path / "runs")
+    assert [path.suffix for path in written] == [".json", ".md", ".png", ".svg"] and "AutoRound's row is left out: no such program" in caplog.text
+    *plain, default = asked
+    (own,) = [spec for spec in default.stages if spec.name == "quantize"]
+    assert [spec.method for chosen in plain for spec in chosen.stages] == ["rtn", "gptq", "nf4"]
+    for chosen in plain:
+        (spec,) = chosen.stages
+        assert (spec.include_embeddings, spec.embedding_bits, spec.head_bits) == (own.include_embeddings, own.embedding_bits, own.head_bits)
+        assert chosen.evaluation == default.evaluation and chosen.data.calibration == "demo"
+    rows = {row["stage"]: row for row in json.loads((tmp_path / "demo.json").read_text())["rows"]}
+    assert list(rows) == ["baseline", "quantize", "recover", "fuse", "RTN", "GPTQ", "NF4"]
+    assert rows["NF4"]["perplexity"] == 27.0 and rows["NF4"]["news"] == 33.0
+    stood = RunRecord.from_json(json.loads((tmp_path / "plain.json").read_text()))
+    assert [stage.stage for stage in plain_rows.rivals(run(default, tmp_path))] == ["RTN", "GPTQ", "NF4"] == [s.stage for s in stood.stages]
