@@ -154,17 +154,22 @@ def _state(name: str, parts: Mapping[str, Stored]) -> dict[str, Any]:
     try:
         state = json.loads(bytes(entry.load().tolist()))
         rows, columns = state["shape"]
-        block, nested = int(state["blocksize"]), "nested_offset" in state
+        block, nested = state["blocksize"], "nested_offset" in state
+        outer = state["nested_blocksize"] if nested else 1
+        if any(type(size) is not int or size < 1 for size in (rows, columns, block, outer)):
+            raise ValueError(f"shape {rows} × {columns} in blocks of {block} and {outer}")
+        if nested:
+            float(state["nested_offset"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{entry.file}: {name}.{STATE} is not the JSON bitsandbytes writes ({error!r})") from error
     blocks = -(-rows * columns // block)
-    needed = {"weight.absmax": blocks, "weight.quant_map": 16}
+    needed: dict[str, int | None] = {"weight": None, "weight.absmax": blocks, "weight.quant_map": 16}
     if nested:
-        needed |= {"weight.nested_absmax": -(-blocks // int(state["nested_blocksize"])), "weight.nested_quant_map": 256}
+        needed |= {"weight.nested_absmax": -(-blocks // outer), "weight.nested_quant_map": 256}
     for part, count in needed.items():
         if part not in parts:
             raise InputError(f"{entry.file}: {name}.{STATE} is there, {name}.{part} is not")
-        if parts[part].shape != (count,):
+        if count is not None and parts[part].shape != (count,):
             raise InputError(
                 f"{parts[part].file}: {name}.{part} has shape {list(parts[part].shape)}; {rows} × {columns} in blocks of {block} need [{count}]"
             )

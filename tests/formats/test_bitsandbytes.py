@@ -186,12 +186,24 @@ def written(single, tmp_path):
     return tmp_path / "out"
 
 
+
+
+def stated(**changed):
+    said = {"shape": [64, 64], "blocksize": 64, "nested_blocksize": 256, "nested_offset": 0.1} | changed
+    return {STATE: torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)}
+
+
 BROKEN = {
     "codes": (dict(weight=torch.ones(2047, 1, dtype=torch.uint8)), "2047 bytes"),
     "absmax": ({"weight.absmax": torch.ones(63, dtype=torch.uint8)}, r"need \[64\]"),
     "nested": ({"weight.nested_absmax": None}, "nested_absmax is not"),
     "json": ({STATE: torch.tensor(list(b"{"), dtype=torch.uint8)}, "not the JSON"),
     "shape": ({STATE: torch.tensor(list(b'{"blocksize": 64}'), dtype=torch.uint8)}, "shape"),
+    "no codes": ({"weight": None}, "weight is not"),
+    "no block": (stated(blocksize=0), "not the JSON"),
+    "no outer block": (stated(nested_blocksize=0), "not the JSON"),
+    "half a row": (stated(shape=[64, 63.5]), "not the JSON"),
+    "no offset": (stated(nested_offset=None), "not the JSON"),
 }
 
 
