@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +46,8 @@ TEXT_WHEEL = WheelFile(
 DUMP = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 DUMP_VERSION = "a53f4648"  # its sha256 begins so
 PERMUTATION_SEED = 20240817
+DEEP = 512
+"""Blocks that are made in about a second."""
 IMPORT_VERSION = 1
 CLEANING_VERSION = 1  # goes up when `wiki` makes other prose of the dump
 SOURCE_NAME = "bitmend-source.json"
@@ -181,4 +183,16 @@ def _check_gguf(path: Path) -> int:
     end = max((int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors), default=0)
     if not reader.tensors or end > path.stat().st_size:
         raise InputError(f"{path}: its tensors end at byte {end} but the file has {path.stat().st_size}; it is truncated, copy it again")
+    for name, field in reader.fields.items():
+        if name.endswith(".block_count"):
+            refuse_more_blocks(f"{path}: {name}", field.contents(), lambda: (tensor.name for tensor in reader.tensors))
     return len(reader.tensors)
+
+
+def refuse_more_blocks(name: str, said: object, tensors: Callable[[], Iterable[str]]) -> None:
+    """InputError where a model says to have so many blocks that making them takes minutes, and more than the names of its tensors count."""
+    if not isinstance(said, int) or said <= DEEP:
+        return
+    held = 1 + max((int(part) for tensor in tensors() for part in tensor.split(".") if part.isdecimal()), default=-1)
+    if said > held:
+        raise InputError(f"{name} is {said}, and its tensors are those of {held} blocks; it is damaged, fetch it again")

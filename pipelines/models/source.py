@@ -24,8 +24,6 @@ LARGEST = {
     "_embd": 2**24,
 }
 """What sizes in a config may be at most, by the ends of their names: a skeleton of more takes all time and memory before it fails."""
-DEEP = 512
-"""Blocks, of which a skeleton takes about a second to make; a config that says more is compared with the weights beside it first."""
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
@@ -88,15 +86,9 @@ def load_config(directory: Path) -> PretrainedConfig:
         limit = next((most for ending, most in LARGEST.items() if name.endswith(ending)), None)
         if limit is not None and isinstance(value, int) and value > limit:
             raise InputError(f"{directory}: config.json says {name} {value}, and no model has more than {limit}; fetch the file again")
-        if name.endswith(("_layers", "_layer")) and isinstance(value, int) and value > DEEP and value > (held := _blocks_held(directory)):
-            raise InputError(f"{directory}: config.json says {name} {value}, and its weights hold {held} blocks; fetch the files again")
+        if name.endswith(("_layers", "_layer")):
+            imported.refuse_more_blocks(f"{directory}: config.json: {name}", value, lambda: open_directory(weights_home(directory)))
     return config
-
-
-def _blocks_held(directory: Path) -> int:
-    """One more than the largest number in the names of the weights."""
-    numbers = (int(part) for name in open_directory(weights_home(directory)) for part in name.split(".") if part.isdecimal())
-    return 1 + max(numbers, default=-1)
 
 
 def positions(config: PretrainedConfig) -> int | None:
