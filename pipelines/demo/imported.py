@@ -46,8 +46,8 @@ TEXT_WHEEL = WheelFile(
 DUMP = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 DUMP_VERSION = "a53f4648"  # its sha256 begins so
 PERMUTATION_SEED = 20240817
-DEEP = 512
-"""Blocks that are made in about a second."""
+FURTHER = 4
+"""Blocks that a model may count and a file leave out: those that predict further tokens."""
 IMPORT_VERSION = 1
 CLEANING_VERSION = 1  # goes up when `wiki` makes other prose of the dump
 SOURCE_NAME = "bitmend-source.json"
@@ -183,16 +183,17 @@ def _check_gguf(path: Path) -> int:
     end = max((int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors), default=0)
     if not reader.tensors or end > path.stat().st_size:
         raise InputError(f"{path}: its tensors end at byte {end} but the file has {path.stat().st_size}; it is truncated, copy it again")
-    for name, field in reader.fields.items():
-        if name.endswith(".block_count"):
-            refuse_more_blocks(f"{path}: {name}", field.contents(), lambda: (tensor.name for tensor in reader.tensors))
+    counts = {name: field.contents() for name, field in reader.fields.items() if name.endswith(".block_count")}
+    if not counts:  # transformers would then make as many as its own default
+        raise InputError(f"{path}: says nowhere how many blocks it has (ARCHITECTURE.block_count); it is damaged, fetch it again")
+    for name, said in counts.items():
+        refuse_more_blocks(f"{path}: {name}", said, (tensor.name for tensor in reader.tensors))
     return len(reader.tensors)
 
 
-def refuse_more_blocks(name: str, said: object, tensors: Callable[[], Iterable[str]]) -> None:
-    """InputError where a model says to have so many blocks that making them takes minutes, and more than the names of its tensors count."""
-    if not isinstance(said, int) or said <= DEEP:
-        return
-    held = 1 + max((int(part) for tensor in tensors() for part in tensor.split(".") if part.isdecimal()), default=-1)
-    if said > held:
+def refuse_more_blocks(name: str, said: object, tensors: Iterable[str]) -> None:
+    """InputError where a model says to have more blocks than the names of its tensors count, and so many that it is not the few that some keep
+    for predicting further tokens: making them takes minutes before anything fails."""
+    held = 1 + max((int(part) for tensor in tensors for part in tensor.split(".") if part.isdecimal()), default=-1)
+    if isinstance(said, int) and said > held + FURTHER:
         raise InputError(f"{name} is {said}, and its tensors are those of {held} blocks; it is damaged, fetch it again")

@@ -24,6 +24,8 @@ LARGEST = {
     "_embd": 2**24,
 }
 """What sizes in a config may be at most, by the ends of their names: a skeleton of more takes all time and memory before it fails."""
+DEEP = 512
+"""Blocks that a skeleton of is made in about a second; a config that says more is compared with the weights beside it."""
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
@@ -86,8 +88,8 @@ def load_config(directory: Path) -> PretrainedConfig:
         limit = next((most for ending, most in LARGEST.items() if name.endswith(ending)), None)
         if limit is not None and isinstance(value, int) and value > limit:
             raise InputError(f"{directory}: config.json says {name} {value}, and no model has more than {limit}; fetch the file again")
-        if name.endswith(("_layers", "_layer")):
-            imported.refuse_more_blocks(f"{directory}: config.json: {name}", value, lambda: open_directory(weights_home(directory)))
+        if name.endswith(("_layers", "_layer")) and isinstance(value, int) and value > DEEP:
+            imported.refuse_more_blocks(f"{directory}: config.json: {name}", value, open_directory(weights_home(directory)))
     return config
 
 

@@ -95,14 +95,15 @@ def half_split(weight: Tensor, heads: int) -> numpy.ndarray:
     return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns).numpy()
 
 
-def write_gguf(path: Path, directory: Path, architecture: str = "llama", blocks: int | None = None) -> Path:
+def write_gguf(path: Path, directory: Path, architecture: str = "llama", blocks: int = -1) -> Path:
     """The model of a Hugging Face directory as llama.cpp would store it, in float32."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
     config, state = model.config, model.state_dict()
     writer = GGUFWriter(path, architecture)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(blocks or config.num_hidden_layers)
+    if blocks:
+        writer.add_block_count(blocks if blocks > 0 else config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
@@ -204,9 +205,12 @@ def test_an_architecture_transformers_cannot_read_is_named(cache: Path, small_mo
         imported.import_gguf(path)
 
 
-def test_more_blocks_than_its_tensors_are_of(cache: Path, small_model: Path, tmp_path: Path):
-    with pytest.raises(InputError, match=r"deep.gguf: llama.block_count is 9999, and its tensors are those of \d+ blocks"):
-        imported.import_gguf(write_gguf(tmp_path / "deep.gguf", small_model, blocks=9999))
+@pytest.mark.parametrize(
+    ("blocks", "says"), [(40, r"odd.gguf: llama.block_count is 40, and its tensors are those of \d+ blocks"), (0, "says nowhere how many blocks")]
+)
+def test_blocks_that_its_tensors_are_not_of(cache: Path, small_model: Path, tmp_path: Path, blocks: int, says: str):
+    with pytest.raises(InputError, match=says):
+        imported.import_gguf(write_gguf(tmp_path / "odd.gguf", small_model, blocks=blocks))
 
 
 # the demo itself, with the small model in place of the download
