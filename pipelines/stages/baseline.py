@@ -16,7 +16,8 @@ from ..errors import InputError, as_input_error
 from ..formats import detect, read
 from ..models.source import load_config, source_files, source_paths, weights_home
 from ..models.structure import inspect, skeleton, tied_names
-from ..store.artifact import SCHEMA, Artifact, ArtifactWriter, shards_of
+from ..store.artifact import Artifact, ArtifactWriter, shards_of
+from ..store.manifest import SCHEMA
 
 DOCUMENTS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
