@@ -84,11 +84,20 @@ sys.exit(cli.main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("options", [[], ["-o", "out/mine"], ["--set", "prune.pattern=2:4"]])
-def test_a_runs_directory_is_there_before_the_first_heavy_import(options: list[str], tmp_path: Path) -> None:
-    place = "out/mine" if "-o" in options else "runs/compress_and_recover"
-    command = [sys.executable, "-c", WATCH, place, "run", "compress_and_recover", *options]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+SWEEP = ["sweep", "compress_and_recover", "--over", "quantize.bits=3,4"]
+COMMANDS = [
+    (["run", "compress_and_recover"], "runs/compress_and_recover"),
+    (["run", "compress_and_recover", "-o", "out/mine"], "out/mine"),
+    (["run", "compress_and_recover", "--set", "prune.pattern=2:4"], "runs/compress_and_recover"),
+    (SWEEP, "runs/compress_and_recover-sweep"),
+    ([*SWEEP, "--over", "model=org/a,org/b", "--budget", "3bpw"], "runs/compress_and_recover-a-sweep"),
+    ([*SWEEP, "-o", "out/mine"], "out/mine"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "place"), COMMANDS)
+def test_a_runs_directory_is_there_before_the_first_heavy_import(arguments: list[str], place: str, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", WATCH, place, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.stdout == "torch []\n", done.stderr
 
 
