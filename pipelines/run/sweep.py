@@ -108,9 +108,7 @@ def combinations(
     name: str, over: Sequence[str], *, file: Path | None = None, sets: Sequence[str] = (), options: Mapping[str, Any] | None = None
 ) -> list[Point]:
     """Every combination of the `KEY=A,B,C` texts, each resolved and checked before anything runs."""
-    return [
-        Point(settings, resolve(name, file=file, sets=_assignments(sets, settings), options=options)) for settings in _product(over)
-    ]
+    return [Point(settings, resolve(name, file=file, sets=_assignments(sets, settings), options=options)) for settings in _product(over)]
 
 
 def directory(

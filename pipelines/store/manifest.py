@@ -41,7 +41,9 @@ def verify_files(directory: Path, manifest: Mapping[str, Any], full: bool = Fals
         path = place_of(directory, manifest, name)
         found = sha256(path) if full else cached_sha256(path)
         if found != entry["sha256"]:
-            raise InputError(f"{path}: sha256 is {found[:12]}…, the manifest says {entry['sha256'][:12]}…; delete {directory} and run again")
+            raise InputError(
+                f"{path}: sha256 is {found[:12]}…, the manifest says {entry['sha256'][:12]}…; delete {directory} and run again"
+            )
 
 
 def weights_of(directory: Path, manifest: Mapping[str, Any]) -> Path:
