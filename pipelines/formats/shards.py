@@ -29,6 +29,7 @@ log = logging.getLogger("bitmend")
 
 SHARD_BYTES = 5_000_000_000
 ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+FLOATING = ("F64", "F32", "F16", "BF16")
 INDEX = "model.safetensors.index.json"
 COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
