@@ -1,7 +1,8 @@
 """A recipe: what to do with which model, from YAML, a settings file and the command line, validated once.
 
 Layers, the upper one wins: command line > settings file > recipe > what the profile gives. Each document may hold
-`profiles: {demo: …, standard: …}`, laid over that document alone. Stages are a list; a stage is addressed by its name
+`profiles: {demo: …, standard: …}`, laid over that document alone. A file may write out every default, as `pipeline show` does and a run's
+own recipe; a setting of the command line that nothing reads is refused at its default, too. Stages are a list; a stage is addressed by its name
 (`quantize`), the second of that name as `quantize.2`. Knows no model and no files beside the recipe's own.
 """
 
@@ -101,19 +102,23 @@ class Recipe(Section):
 
 
 FIELDS = [name for name in Recipe.model_fields if name != "skipped"]
+COMMAND_LINE = "command line"
 _STAGE_KEY = re.compile(rf"({'|'.join(STAGES)})(?:\.([1-9][0-9]*))?")
 
 
 @dataclass
 class _Stage:
-    """A stage while layers are laid over one another; `soft` keys were meant for another method."""
+    """A stage while layers are laid over one another; `soft` keys were meant for another method, `named` ones stand on the command line."""
 
     name: str
     address: str
     keys: dict[str, Any]
     soft: set[str] = dataclass_field(default_factory=set)
+    named: frozenset[str] = frozenset()
 
-    def lay(self, keys: Mapping[str, Any]) -> None:
+    def lay(self, keys: Mapping[str, Any], origin: str) -> None:
+        if origin == COMMAND_LINE:
+            self.named |= keys.keys()
         keys = with_implied(keys)
         if "method" in keys and keys["method"] != self.keys.get("method", STAGES[self.name][2]):
             self.soft |= set(self.keys)
@@ -135,7 +140,7 @@ class _Draft:
             self.stages = _stage_list(document["stages"], origin)
         for key, keys in document.items():
             if _STAGE_KEY.fullmatch(str(key)):
-                self._stage(key, origin).lay(_mapping(keys, f"{origin}: {key}"))
+                self._stage(key, origin).lay(_mapping(keys, f"{origin}: {key}"), origin)
 
     def _stage(self, key: str, origin: str) -> _Stage:
         address = key.removesuffix(".1")
@@ -155,10 +160,12 @@ def check_addresses(known: Sequence[str], first: str | None = None, last: str | 
         raise UsageError(f"--from {first} lies behind --until {last}: nothing would be done; the stages are {', '.join(known)}")
 
 
-def _refuse_unread(chosen: Recipe) -> None:
-    """UsageError for what the stages of this recipe do not read."""
-    if chosen.budget is None and chosen.allocation != (usual := AllocationSettings()):
-        key = next(key for key in AllocationSettings.model_fields if getattr(chosen.allocation, key) != getattr(usual, key))
+def _refuse_unread(chosen: Recipe, named: Mapping[str, Any] | None) -> None:
+    """UsageError for what the stages of this recipe do not read; of the allocation's settings `named` are those of the command line."""
+    usual, named = AllocationSettings(), named or {}
+    given = [key for key in AllocationSettings.model_fields if key in named or getattr(chosen.allocation, key) != getattr(usual, key)]
+    if chosen.budget is None and given:
+        key = given[0]
         raise UsageError(f"allocation.{key}: is read only where there is a budget; give one, as in --budget 3.0bpw, or leave it out")
     learns = any(spec.name == "recover" and getattr(spec.config, "loss", None) != "cross_entropy" for spec in chosen.stages)
     if chosen.teacher is not None and not learns:
@@ -188,10 +195,10 @@ def resolve(
     """The validated recipe: of a name or a YAML file, or a mapping with what such a file would hold. `options` are the command line's (model, revision, data, calibration, train, eval, seed, dtype,
     profile, budget, teacher; None where not given), `sets` its KEY=VALUE texts. UsageError says which key of which layer is wrong."""
     checked, drafts = _without_stages(recipe, file, sets or [], options or {})
-    specs = [build(stage.name, stage.address, stage.keys, frozenset(stage.soft)) for stage in drafts]
+    specs = [build(stage.name, stage.address, stage.keys, frozenset(stage.soft), stage.named) for stage in drafts]
     skipped = {place: drafts[place].name for place, spec in enumerate(specs) if spec is None}
     chosen = checked.model_copy(update={"stages": [spec for spec in specs if spec is not None], "skipped": skipped})
-    _refuse_unread(chosen)
+    _refuse_unread(chosen, _command_line(sets or [], {}).get("allocation"))
     return chosen
 
 
@@ -204,7 +211,7 @@ def _without_stages(
     documents = [(_document(recipe if isinstance(recipe, Mapping) else read_mapping(Path(origin)), origin), origin)]
     if file is not None:
         documents.append((_document(read_mapping(file), str(file)), str(file)))
-    documents.append((_document(_command_line(sets, options), "command line"), "command line"))
+    documents.append((_document(_command_line(sets, options), COMMAND_LINE), COMMAND_LINE))
     upper = {key: document[key] for document, _ in documents for key in ("model", "profile") if document.get(key) is not None}
     profile = upper.get("profile") or ("demo" if upper.get("model", "demo") == "demo" else "standard")
     if not isinstance(profile, str) or profile not in PROFILES:
