@@ -209,3 +209,14 @@ def test_a_setting_of_the_command_line_that_nothing_reads_is_refused_at_its_defa
     assert resolve(str(tmp_path / "written.yaml")) == usual
     with pytest.raises(UsageError, match=re.escape("decompose.overrides[q].iterations: 1 is read only where requantize is true")):
         resolve({"stages": [{"decompose": {"overrides": {"q": {"iterations": 1}}}}]})
+
+
+def test_a_setting_of_the_command_line_may_take_back_what_a_file_says() -> None:
+    """A method that does not read what the recipe gave another one: the value of the recipe is refused, its default is the way out."""
+    file = {"stages": [{"decompose": {"method": "best", "iterations": 3}}], "allocation": {"bits": 2}}
+    with pytest.raises(UsageError, match=re.escape("decompose.iterations: 3 is read only where requantize is true")):
+        resolve(file, sets=["decompose.method=zeroquant_v2"])
+    with pytest.raises(UsageError, match=re.escape("allocation.bits: is read only where there is a budget")):
+        resolve(file, sets=["decompose.method=zeroquant_v2", "decompose.iterations=1"])
+    found = resolve(file, sets=["decompose.method=zeroquant_v2", "decompose.iterations=1", "allocation.bits=[2,3,4]"])
+    assert found.stages[0].method == "zeroquant_v2"
