@@ -54,7 +54,7 @@ def entries(device: torch.device) -> dict[str, Any]:
     path = cache_file(device)
     try:
         stored = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         log.warning("%s cannot be read (%s): measuring again", path, error)
@@ -64,6 +64,8 @@ def entries(device: torch.device) -> dict[str, Any]:
 
 
 _known: dict[Path, dict[str, Any]] = {}
+_unwritable: set[Path] = set()
+"""Files of which that has been said."""
 
 
 def remembered(device: torch.device, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -85,6 +87,7 @@ def known(device: torch.device, key: str) -> dict[str, Any] | None:
 def forget() -> None:
     """Drop what this process holds in memory; the files stay."""
     _known.clear()
+    _unwritable.clear()
 
 
 def _write(path: Path, device: torch.device, content: dict[str, Any]) -> None:
@@ -96,4 +99,6 @@ def _write(path: Path, device: torch.device, content: dict[str, Any]) -> None:
             json.dump(document, scratch, indent=1)
         os.replace(scratch.name, path)
     except OSError as error:
-        log.warning("%s cannot be written (%s): this choice is measured again next time", path, error)
+        if path not in _unwritable:
+            log.warning("%s cannot be written (%s): these choices are measured again next time; BITMEND_CACHE=DIR keeps them", path, error)
+        _unwritable.add(path)

@@ -9,6 +9,7 @@ import errno
 import signal
 import sys
 import traceback
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,7 +18,7 @@ import typer
 from . import logs
 from .commands import about, finished, runs
 from .commands.streams import STDOUT, abandon, echo, flush, prepare_streams, settle_streams
-from .errors import PipelineError, is_shortage
+from .errors import UNWRITABLE, PipelineError, is_shortage
 
 # typer brings its own copy of click or uses the installed one; its public exception leads to the family's roots
 _CLICK_USAGE = typer.BadParameter.__mro__[1]
@@ -27,6 +28,10 @@ INTERRUPTED = 130
 LONGEST_LINE = 1200
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _NO_SPACE_TEXT = "No space left on device"
+_NO_HOME = "Could not determine home directory."
+"""What pathlib says."""
+_CACHES = {".triton": "TRITON_CACHE_DIR", "huggingface": "HF_HOME", "matplotlib": "MPLCONFIGDIR"}
+"""A directory in the path of a library's cache → the variable that moves it."""
 
 app = typer.Typer(
     help="Compress a language model, recover its quality, run it on fused kernels; perplexity and bytes after every stage.",
@@ -140,9 +145,18 @@ def explain(error: BaseException) -> tuple[int, str]:
             f"out of memory{f' ({detail})' if detail else ''}; try fewer calibration samples, a shorter seq_len or a smaller batch_size",
         )
     if isinstance(error, OSError) and error.strerror:
-        return 3, f"{error.filename or 'a file'}: {error.strerror}"
+        return 3, f"{error.filename or 'a file'}: {error.strerror}{_other_cache(error)}"
+    if isinstance(error, RuntimeError) and str(error) == _NO_HOME:
+        return 2, "a path begins with ~, and there is no such home directory; write the path out, or set HOME"
     hint = "" if logs.is_verbose() else "; run again with -v for the traceback"
     return 1, f"unexpected {type(error).__name__}: {_one_line(str(error)) or 'no message'}{hint}"
+
+
+def _other_cache(error: OSError) -> str:
+    """The way out where another library's cache, in the home directory unless told, cannot be written."""
+    parts = Path(str(error.filename or "")).parts
+    variable = next((variable for part, variable in _CACHES.items() if part in parts), None)
+    return f"; set {variable} to a directory of yours" if variable and error.errno in UNWRITABLE else ""
 
 
 def _usage_line(error: Any) -> str:

@@ -205,7 +205,7 @@ def _memory_limit() -> int:
 
 
 def _existing(path: Path) -> Path:
-    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    return next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
 
 
 def _free(path: Path) -> int:

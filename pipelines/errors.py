@@ -7,6 +7,9 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+"""How a place says that this user may not write there."""
+
 
 class PipelineError(Exception):
     """Something the user can fix; shown as one line, without a traceback unless -v."""

@@ -41,7 +41,7 @@ def setup(verbose: bool = False, quiet: bool = False) -> None:
     if not verbose:
         warnings.simplefilter("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        for name in ("transformers", "datasets", "huggingface_hub", "accelerate", "bitsandbytes", "torch"):
+        for name in ("transformers", "datasets", "huggingface_hub", "accelerate", "bitsandbytes", "torch", "matplotlib"):
             logging.getLogger(name).setLevel(logging.ERROR)
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

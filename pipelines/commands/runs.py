@@ -147,11 +147,14 @@ def sweep(
     start(verbose, quiet)
     given = {"model": model, "data": data, "calibration": calibration, "train": train, "eval": eval_, "seed": seed, "dtype": dtype}
     from ..run import sweep as sweeping
+    from ..store.rundir import RunDirectory
 
     limit = sweeping.trainable_limit(budget)
     given |= {"profile": profile, "revision": revision, "budget": budget if limit is None else None, "teacher": teacher}
-    points = sweeping.combinations(recipe, over, file=config, sets=sets or [], options=given)
-    directory = output or sweeping.directory(points)
+    layers: Any = {"file": config, "sets": sets or [], "options": given}
+    directory = output or sweeping.directory(recipe, over, **layers)
+    with nullcontext() if dry_run else RunDirectory(directory.absolute()).created():  # `status` finds it before torch is there
+        points = sweeping.combinations(recipe, over, **layers)
     if dry_run:
         o.write({"directory": str(directory), "runs": [point.settings for point in points]}, json)
         return

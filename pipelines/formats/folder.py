@@ -36,19 +36,18 @@ def read_config(directory: Path) -> tuple[dict[str, Any], dict[str, Any] | None]
     groups = quantization.get("config_groups")
     for group in [quantization, *(groups.values() if isinstance(groups, dict) else ())]:
         for settings in (group, group.get("weights") or {}) if isinstance(group, dict) else (group,):
-            _check_types(file, settings)
+            check_types(f"{file}: quantization_config", settings, OF_QUANTIZATION)
     return config, quantization
 
 
-def _check_types(file: Path, settings: Any) -> None:
+def check_types(where: str, settings: Any, kinds_of: Mapping[str, tuple[type, ...]]) -> None:
+    """InputError, which begins with `where`, unless `settings` is a mapping whose values have one of these types each, or are null or left out."""
     if not isinstance(settings, dict):
-        raise InputError(f"{file}: quantization_config holds {settings!r} where settings belong")
-    for name, kinds in OF_QUANTIZATION.items():
+        raise InputError(f"{where} holds {settings!r} where settings belong")
+    for name, kinds in kinds_of.items():
         value = settings.get(name)
         if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
-            raise InputError(
-                f"{file}: quantization_config says {name} {value!r}; {' or '.join(kind.__name__ for kind in kinds)} was expected"
-            )
+            raise InputError(f"{where} says {name} {value!r}; {' or '.join(kind.__name__ for kind in kinds)} was expected")
 
 
 def write_folder(

@@ -4,6 +4,7 @@ Each module's scaling is 1: lora_alpha equals r, per module where ranks differ. 
 Legend: O out, I in, R rank, P virtual tokens, L layers, K key-value heads, W head width, D model width.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,12 +20,20 @@ from ...recover.prompts import peft_settings
 from ..errors import InputError, UsageError
 from ..store.files import read_json
 from .checkpoint import Checkpoint, Lazy
+from .folder import check_types
 from .naming import expert_parameter
-from .shards import Stored, fresh_directory, open_directory, save, write_json
+from .shards import FLOATING, Stored, fresh_directory, open_directory, save, write_json
 
 PREFIX = "base_model.model."
 VIRTUAL = {"PREFIX_TUNING": "prefix_tuning", "PROMPT_TUNING": "prompt_tuning", "P_TUNING": "p_tuning"}
 BASE, ADAPTER = "base", "adapter"
+SETTINGS = "adapter_config.json"
+OF_ADAPTER: Mapping[str, tuple[type, ...]] = {
+    "peft_type": (str,), "lora_alpha": (int, float), "alpha_pattern": (dict,), "bias": (str,), "use_rslora": (bool,), "use_dora": (bool,),
+    "modules_to_save": (list,), "num_layers": (int,), "num_attention_heads": (int,),
+}  # fmt: skip
+"""Types of what is read of an adapter's settings."""
+LARGEST_ALPHA = 1e6
 WriteBase = Callable[..., list[str]]
 
 CARD = """---
@@ -90,7 +99,7 @@ def write(checkpoint: Checkpoint, directory: Path, write_base: WriteBase, **opti
 
 def _write_adapter(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], title: str) -> None:
     directory.mkdir()
-    write_json(directory / "adapter_config.json", config)
+    write_json(directory / SETTINGS, config)
     save(directory / "adapter_model.safetensors", dict(tensors))
     (directory / "README.md").write_text(CARD.format(title=title, about=ABOUT[title].format(base=BASE), base=BASE), encoding="utf-8")
 
@@ -123,24 +132,25 @@ def adapter_config(ranks: Mapping[str, int]) -> dict[str, Any]:
 
 def read(directory: Path, read_base: Callable[[Path], Checkpoint]) -> Checkpoint:
     """DIR/base by `read_base` with the factors of DIR/adapter in its records, or its virtual tokens beside it. InputError for adapters
-    of another kind."""
+    of another kind, and for settings and factors that no program writes."""
     base, adapter = read_base(directory / BASE), directory / ADAPTER
-    config = read_json(adapter / "adapter_config.json")
+    config = read_json(adapter_settings(directory))
+    check_types(str(adapter_settings(directory)), config, OF_ADAPTER)
     file = adapter / "adapter_model.safetensors"
     if not file.is_file() and (adapter / "adapter_model.bin").is_file():
         raise InputError(f"{adapter / 'adapter_model.bin'} is a pickle file, which can run code when opened; only safetensors are read")
     stored = open_directory(adapter)
     if config.get("peft_type") in VIRTUAL:
-        return replace(base, beside=(_read_tokens(config, _entry(stored, "prompt_embeddings", file).load(), file),))
+        return replace(base, beside=(_read_tokens(config, _entry(stored, "prompt_embeddings", file)),))
     _check_config(adapter, config)
     modules = sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in stored})
     linears: dict[str, Callable[[], StoredWeight]] = {name: partial(base.linears.__getitem__, name) for name in base.linears}
     tensors: dict[str, Callable[[], Tensor]] = {name: partial(base.tensors.__getitem__, name) for name in base.tensors}
     for module in modules:
         up, down = (_entry(stored, f"{PREFIX}{module}.lora_{letter}.weight", file) for letter in "BA")
-        if len(up.shape) != 2 or len(down.shape) != 2 or up.shape[1] != down.shape[0]:
-            raise InputError(f"{file}: {module} has lora_B {list(up.shape)} and lora_A {list(down.shape)}, which do not multiply")
-        scaling = _scaling(config, module, down.shape[0])
+        if len(up.shape) != 2 or len(down.shape) != 2 or up.shape[1] != down.shape[0] or not down.shape[0]:
+            raise InputError(f"{file}: {module} has lora_B {list(up.shape)} and lora_A {list(down.shape)}, which are no factors of a matrix")
+        scaling = _scaling(adapter, config, module, down.shape[0])
         if module not in linears and f"{module}.weight" not in tensors:
             raise InputError(f"{file}: the adapter reaches {module}, which {directory / BASE} does not have")
         linears[module] = partial(_joined, base, module, up, down, scaling)
@@ -148,15 +158,41 @@ def read(directory: Path, read_base: Callable[[Path], Checkpoint]) -> Checkpoint
     return replace(base, linears=Lazy(linears), tensors=Lazy(tensors))
 
 
-def _read_tokens(config: Mapping[str, Any], values: Tensor, file: Path) -> Beside:
+def adapter_settings(directory: Path) -> Path:
+    return directory / ADAPTER / SETTINGS
+
+
+def _read_tokens(config: Mapping[str, Any], entry: Stored) -> Beside:
     """A prompt [P, D] or a prefix [P, L·2·K·W] as PEFT saves what it trained, p-tuning's network already run."""
-    method = VIRTUAL[config["peft_type"]]
+    if len(entry.shape) != 2 or not all(entry.shape):
+        raise InputError(f"{entry.file}: {entry.name} is {list(entry.shape)}; a row of numbers for each virtual token was expected")
+    method, values = VIRTUAL[config["peft_type"]], entry.load()
     if method != "prefix_tuning":
         return Beside(method, tokens="prompt", tensors={TOKENS: values})
-    layers, heads = config.get("num_layers"), config.get("num_attention_heads")
-    if not layers or not heads or values.shape[1] % (2 * layers * heads):
-        raise InputError(f"{file}: {list(values.shape)} values are no keys and values of {layers} layers of {heads} heads")
+    layers, heads = config.get("num_layers") or 0, config.get("num_attention_heads") or 0
+    if layers < 1 or heads < 1 or values.shape[1] % (2 * layers * heads):
+        raise InputError(f"{entry.file}: {list(values.shape)} values are no keys and values of {layers} layers of {heads} heads")
     return Beside(method, tokens="prefix", tensors={TOKENS: values.view(len(values), layers, 2, heads, -1)})
+
+
+def refuse_other_models_tokens(beside: Beside, model: Any, directory: Path) -> None:
+    """InputError for virtual tokens of another size than the model's; of a prefix, as far as its config says it."""
+    tokens, config = beside.virtual(), model.config.get_text_config()
+    if tokens is None:
+        return
+    if tokens.kind == "prompt":
+        found, wanted = {"width": tokens.values.shape[1]}, {"width": model.get_input_embeddings().weight.shape[1]}
+    else:
+        _, layers, _, heads, width = tokens.values.shape
+        found = {"layers": layers, "key-value heads": heads, "head width": width}
+        known = {"key-value heads": getattr(config, "num_key_value_heads", None), "head width": getattr(config, "head_dim", None)}
+        wanted = {"layers": config.num_hidden_layers} | (known if all(known.values()) else {})
+    for name, number in wanted.items():
+        if found[name] != number:
+            raise InputError(
+                f"{directory / ADAPTER}: its virtual tokens have {name} {found[name]}, the model of {directory / BASE} has {number}; "
+                "the two do not belong together"
+            )
 
 
 def _check_config(adapter: Path, config: Mapping[str, Any]) -> None:
@@ -168,11 +204,15 @@ def _check_config(adapter: Path, config: Mapping[str, Any]) -> None:
         raise InputError(f"{adapter}: the adapter replaces biases (bias {config['bias']!r}); merge it with PEFT first")
 
 
-def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    import re
-
+def _scaling(adapter: Path, config: Mapping[str, Any], module: str, rank: int) -> float:
     patterns = config.get("alpha_pattern") or {}
-    alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), config.get("lora_alpha", rank))
+    try:
+        own = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), None)
+    except re.error as error:
+        raise InputError(f"{adapter / SETTINGS}: alpha_pattern holds no regular expression ({error})") from error
+    alpha = next((a for a in (own, config.get("lora_alpha")) if a is not None), rank)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST_ALPHA:
+        raise InputError(f"{adapter / SETTINGS}: alpha {alpha!r} for {module}; a number of at most {LARGEST_ALPHA:g} was expected")
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
@@ -194,6 +234,8 @@ def _joined(base: Checkpoint, module: str, up: Stored, down: Stored, scaling: fl
 def _entry(stored: Mapping[str, Stored], name: str, file: Path) -> Stored:
     if name not in stored:
         raise InputError(f"{file}: tensor {name} is missing")
+    if stored[name].dtype not in FLOATING:
+        raise InputError(f"{file}: {name} is stored as {stored[name].dtype}; one of {', '.join(FLOATING)} was expected")
     return stored[name]
 
 

@@ -59,7 +59,7 @@ def write(name: str, checkpoint: Checkpoint, directory: Path, **options: Any) ->
 
 
 def is_pair(directory: Path) -> bool:
-    return (directory / peft.BASE / "config.json").is_file() and (directory / peft.ADAPTER / "adapter_config.json").is_file()
+    return (directory / peft.BASE / "config.json").is_file() and peft.adapter_settings(directory).is_file()
 
 
 def read(directory: Path) -> Checkpoint:

@@ -4,12 +4,16 @@ Knows files and tensors; not what a tensor means. Pickle files are never opened.
 """
 
 import errno
+import fcntl
+import glob
 import json
+import logging
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError, OutOfMemoryError, UsageError
-from ..store.files import read_json, sync
+from ..store.files import PARTIAL, read_json, sync
+
+log = logging.getLogger("bitmend")
 
 SHARD_BYTES = 5_000_000_000
 ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+FLOATING = ("F64", "F32", "F16", "BF16")
 INDEX = "model.safetensors.index.json"
 COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -164,29 +171,87 @@ def save(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def fresh_directory(directory: Path) -> Iterator[Path]:
-    """A scratch directory that becomes `directory` when the block ends well; nothing is left otherwise.
+    """A directory in a scratch place that becomes `directory` when the block ends well; nothing is left otherwise, and what a killed process left
+    of the same is removed first.
 
     UsageError when `directory` exists and is not empty: exports never overwrite.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UsageError(f"{directory} exists and is not empty; choose another directory or remove it first")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    scratch = directory.parent / f".{directory.name}.{os.getpid()}.partial"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
-        yield scratch
-        for file in scratch.rglob("*"):
+    _remove_abandoned(directory)
+    with _claimed(directory.with_name(f".{directory.name}.{os.getpid()}{PARTIAL}")) as made:
+        yield made
+        for file in made.rglob("*"):
             if file.suffix != ".safetensors":  # these were synced as they were written
                 sync(file)
-        sync(scratch)
+        sync(made)
         if directory.exists():
             directory.rmdir()
-        scratch.rename(directory)
+        made.rename(directory)
         sync(directory.parent)
-    except BaseException:
+
+
+LOCK, MADE = ".lock", "output"
+"""In a scratch place: the file that its process locks and writes its claim into, and what becomes the output."""
+
+
+@contextmanager
+def _claimed(scratch: Path) -> Iterator[Path]:
+    """An empty directory in a scratch place of this process, which is removed at the end. UsageError where the place is taken."""
+    try:
+        scratch.mkdir()
+    except FileExistsError as error:
+        raise UsageError(f"{scratch}: is there already, of a process that still writes or was killed; wait for it or remove it") from error
+    try:
+        with (scratch / LOCK).open("w") as lock:
+            with suppress(OSError):  # where a file system has no locks, nothing proves that a process is gone
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.write(_claim(os.getpid()))
+            lock.flush()
+            (scratch / MADE).mkdir()
+            yield scratch / MADE
+    finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        raise
+
+
+def _claim(process: int) -> str:
+    return f"bitmend export, process {process}\n"
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Scratch places of this output that a process of this program claimed and holds no more, and empty ones whose process is not there."""
+    for scratch in directory.parent.glob(f".{glob.escape(directory.name)}.*{PARTIAL}"):
+        number = scratch.name[len(directory.name) + 2 : -len(PARTIAL)]
+        if re.fullmatch(r"[1-9][0-9]{0,8}", number) and scratch.is_dir() and not scratch.is_symlink():
+            with suppress(OSError):
+                _remove_if_abandoned(scratch, int(number))
+
+
+def _remove_if_abandoned(scratch: Path, process: int) -> None:
+    names = {path.name for path in scratch.iterdir()}
+    if not names <= {LOCK, MADE}:
+        return
+    if not names and not _lives(process):
+        scratch.rmdir()
+    else:
+        with (scratch / LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            claim = lock.read()
+            if claim != _claim(process) and (claim or MADE in names or _lives(process)):
+                return
+            shutil.rmtree(scratch)
+    log.info("%s: removed; an export that was killed left it", scratch)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 def copy_files(source: Path | None, directory: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from ..demo import imported
-from ..errors import InputError, UsageError, as_input_error
+from ..errors import UNWRITABLE, InputError, UsageError, as_input_error
 from ..formats.shards import open_directory, weight_files
 from ..store.files import cached_sha256
 
@@ -74,6 +74,10 @@ def _from_hub(model: str, revision: str | None) -> Path:
             f"{model}: neither a local directory nor a model on the Hub (or it is private: log in with `hf auth login`)"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            raise InputError(
+                f"{model}: {error.filename or 'the cache of the Hub'} cannot be written ({error.strerror}); set HF_HOME to a directory of yours"
+            ) from error
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise InputError(
             f"{model}: no such directory, and as a model of the Hub not in the local cache, nor can the Hub be reached{offline}; "

@@ -19,7 +19,7 @@ from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec, methods
 from ..stages.baseline import fingerprint
 from ..stages.inputs import Inputs
-from ..store.artifact import SCHEMA
+from ..store.manifest import SCHEMA
 from ..store.rundir import RunDirectory
 
 log = logging.getLogger("bitmend")

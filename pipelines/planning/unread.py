@@ -60,7 +60,8 @@ def _rank(spec: StageSpec, recipe: Recipe, model: Any, sizes: Sizes) -> list[str
     chosen = [s.name for s in sizes.structure.sites if s.block is not None and place.linear(s.name)]
     earlier = recipe.stages[: [s.address for s in recipe.stages].index(spec.address)]
     ranks = {s.config_for(n).rank for s in earlier if s.name == "decompose" for n in chosen if not s.skips(n)}
-    if not chosen or not ranks or any(not sizes.of[n].low_rank for n in chosen) or own.rank in (ranks | {type(own)().rank}):
+    usual = set() if "rank" in spec.named else {type(own)().rank}
+    if not chosen or not ranks or any(not sizes.of[n].low_rank for n in chosen) or own.rank in (ranks | usual):
         return []
     return [
         f"rank: {own.rank} would not be read: every chosen matrix has factors of rank {', '.join(map(str, sorted(ranks)))} from a decompose "
@@ -74,7 +75,8 @@ def _grid(spec: StageSpec, sizes: Sizes) -> list[str]:
     if not sites or any("base.codes" not in sizes.of[n].base_names for n in sites):
         return []
     default = methods(spec.name)[spec.method].config()
-    written = [key for key in ("bits", "group_size", "symmetric") if getattr(spec.config, key) != getattr(default, key)]
+    keys = ("bits", "group_size", "symmetric")
+    written = [key for key in keys if key in spec.named or getattr(spec.config, key) != getattr(default, key)]
     return [
         f"{key}: {getattr(spec.config, key)} would not be read: every matrix keeps the grid of the quantize stage before; set it there"
         for key in written

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -46,13 +46,13 @@ def field_ranges(config_type: type, defaults: Mapping[str, Any]) -> list[FieldRa
     return found
 
 
-def refuse_unread(config: Any, defaults: Mapping[str, Any], where: str) -> None:
-    """UsageError for a field that differs from its default where the other settings say that nothing reads it."""
+def refuse_unread(config: Any, defaults: Mapping[str, Any], where: str, named: Collection[str]) -> None:
+    """UsageError for a field that differs from its default, or is among those `named`, where the other settings say that nothing reads it."""
     known = hints(type(config))
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         for condition in _conditions(known[item.name]):
-            if value != _default(item, defaults) and not condition.holds(config):
+            if (item.name in named or value != _default(item, defaults)) and not condition.holds(config):
                 raise UsageError(f"{where}.{item.name}: {shown(value)} is read only where {condition.words}; change that, or leave it out")
 
 

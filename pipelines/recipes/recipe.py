@@ -1,7 +1,8 @@
 """A recipe: what to do with which model, from YAML, a settings file and the command line, validated once.
 
 Layers, the upper one wins: command line > settings file > recipe > what the profile gives. Each document may hold
-`profiles: {demo: …, standard: …}`, laid over that document alone. Stages are a list; a stage is addressed by its name
+`profiles: {demo: …, standard: …}`, laid over that document alone. A file may write out every default, as `pipeline show` does and a run's
+own recipe; a setting of the command line that nothing reads is refused at its default, too, unless it takes back what a file says. Stages are a list; a stage is addressed by its name
 (`quantize`), the second of that name as `quantize.2`. Knows no model and no files beside the recipe's own.
 """
 
@@ -101,19 +102,24 @@ class Recipe(Section):
 
 
 FIELDS = [name for name in Recipe.model_fields if name != "skipped"]
+COMMAND_LINE = "command line"
 _STAGE_KEY = re.compile(rf"({'|'.join(STAGES)})(?:\.([1-9][0-9]*))?")
 
 
 @dataclass
 class _Stage:
-    """A stage while layers are laid over one another; `soft` keys were meant for another method."""
+    """A stage while layers are laid over one another; `soft` keys were meant for another method, `named` ones stand on the command line and take
+    nothing back."""
 
     name: str
     address: str
     keys: dict[str, Any]
     soft: set[str] = dataclass_field(default_factory=set)
+    named: frozenset[str] = frozenset()
 
-    def lay(self, keys: Mapping[str, Any]) -> None:
+    def lay(self, keys: Mapping[str, Any], origin: str) -> None:
+        if origin == COMMAND_LINE:
+            self.named |= _taking_nothing_back(keys, self.keys)
         keys = with_implied(keys)
         if "method" in keys and keys["method"] != self.keys.get("method", STAGES[self.name][2]):
             self.soft |= set(self.keys)
@@ -123,19 +129,22 @@ class _Stage:
 
 @dataclass
 class _Draft:
-    """The layers laid so far."""
+    """The layers laid so far; `named` is of the allocation what it is of a stage."""
 
     fields: dict[str, Any]
     stages: list[_Stage] = dataclass_field(default_factory=list)
+    named: frozenset[str] = frozenset()
 
     def lay(self, document: Mapping[str, Any], origin: str) -> None:
         fields = {key: value for key, value in document.items() if key in FIELDS and key != "stages"}
+        if origin == COMMAND_LINE and isinstance(given := fields.get("allocation"), Mapping):
+            self.named |= _taking_nothing_back(given, self.fields.get("allocation"))
         self.fields = merged(self.fields, fields)
         if "stages" in document:
             self.stages = _stage_list(document["stages"], origin)
         for key, keys in document.items():
             if _STAGE_KEY.fullmatch(str(key)):
-                self._stage(key, origin).lay(_mapping(keys, f"{origin}: {key}"))
+                self._stage(key, origin).lay(_mapping(keys, f"{origin}: {key}"), origin)
 
     def _stage(self, key: str, origin: str) -> _Stage:
         address = key.removesuffix(".1")
@@ -155,10 +164,17 @@ def check_addresses(known: Sequence[str], first: str | None = None, last: str | 
         raise UsageError(f"--from {first} lies behind --until {last}: nothing would be done; the stages are {', '.join(known)}")
 
 
-def _refuse_unread(chosen: Recipe) -> None:
-    """UsageError for what the stages of this recipe do not read."""
-    if chosen.budget is None and chosen.allocation != (usual := AllocationSettings()):
-        key = next(key for key in AllocationSettings.model_fields if getattr(chosen.allocation, key) != getattr(usual, key))
+def _taking_nothing_back(keys: Mapping[str, Any], below: object) -> set[str]:
+    """Those that lower layers do not hold, or hold at the same value."""
+    return {key for key, value in keys.items() if not isinstance(below, Mapping) or key not in below or below[key] == value}
+
+
+def _refuse_unread(chosen: Recipe, named: frozenset[str]) -> None:
+    """UsageError for what the stages of this recipe do not read; `named` settings of the allocation even at their default."""
+    usual = AllocationSettings()
+    given = [key for key in AllocationSettings.model_fields if key in named or getattr(chosen.allocation, key) != getattr(usual, key)]
+    if chosen.budget is None and given:
+        key = given[0]
         raise UsageError(f"allocation.{key}: is read only where there is a budget; give one, as in --budget 3.0bpw, or leave it out")
     learns = any(spec.name == "recover" and getattr(spec.config, "loss", None) != "cross_entropy" for spec in chosen.stages)
     if chosen.teacher is not None and not learns:
@@ -187,24 +203,24 @@ def resolve(
 ) -> Recipe:
     """The validated recipe: of a name or a YAML file, or a mapping with what such a file would hold. `options` are the command line's (model, revision, data, calibration, train, eval, seed, dtype,
     profile, budget, teacher; None where not given), `sets` its KEY=VALUE texts. UsageError says which key of which layer is wrong."""
-    checked, drafts = _without_stages(recipe, file, sets or [], options or {})
-    specs = [build(stage.name, stage.address, stage.keys, frozenset(stage.soft)) for stage in drafts]
-    skipped = {place: drafts[place].name for place, spec in enumerate(specs) if spec is None}
+    checked, draft = _without_stages(recipe, file, sets or [], options or {})
+    specs = [build(stage.name, stage.address, stage.keys, frozenset(stage.soft), stage.named) for stage in draft.stages]
+    skipped = {place: draft.stages[place].name for place, spec in enumerate(specs) if spec is None}
     chosen = checked.model_copy(update={"stages": [spec for spec in specs if spec is not None], "skipped": skipped})
-    _refuse_unread(chosen)
+    _refuse_unread(chosen, draft.named)
     return chosen
 
 
 def _without_stages(
     recipe: str | Mapping[str, Any], file: Path | None, sets: list[str], options: Mapping[str, Any]
-) -> tuple[Recipe, list[_Stage]]:
+) -> tuple[Recipe, _Draft]:
     """All layers, validated but for the stages, which are yet to be built."""
     path = None if isinstance(recipe, Mapping) else _recipe_path(recipe)
     origin = str(path or "recipe")
     documents = [(_document(recipe if isinstance(recipe, Mapping) else read_mapping(Path(origin)), origin), origin)]
     if file is not None:
         documents.append((_document(read_mapping(file), str(file)), str(file)))
-    documents.append((_document(_command_line(sets, options), "command line"), "command line"))
+    documents.append((_document(_command_line(sets, options), COMMAND_LINE), COMMAND_LINE))
     upper = {key: document[key] for document, _ in documents for key in ("model", "profile") if document.get(key) is not None}
     profile = upper.get("profile") or ("demo" if upper.get("model", "demo") == "demo" else "standard")
     if not isinstance(profile, str) or profile not in PROFILES:
@@ -216,7 +232,7 @@ def _without_stages(
         draft.lay(_document(_mapping(overlay, f"{origin}: profiles.{profile}"), f"{origin}: profiles.{profile}", inner=True), origin)
     if not draft.stages:
         raise UsageError("the recipe has no stages; give it a list, as in stages: [{quantize: {method: gptq, bits: 4}}]")
-    return _checked(draft.fields | {"profile": profile}), draft.stages
+    return _checked(draft.fields | {"profile": profile}), draft
 
 
 def _checked(fields: Mapping[str, Any]) -> Recipe:

@@ -61,6 +61,7 @@ class StageSpec:
     """A stage with its validated settings.
 
     `config` is the frozen dataclass of the method; SHARED says what the settings of all methods mean. `address` is how --set, --from, --until and --force name it: `quantize`, or `quantize.2` for the second one.
+    `named`: what --set gives it, even if it is the default; no part of what the stage is.
     """
 
     name: str
@@ -74,6 +75,7 @@ class StageSpec:
     embedding_bits: Bits = 8
     head_bits: Bits | None = None
     overrides: Annotated[dict[Regex, dict[str, Any]], doc("{REGEX: {setting: value}}")] = field(default_factory=dict)
+    named: frozenset[str] = field(default=frozenset(), compare=False)
 
     def skips(self, module: str) -> bool:
         return any(re.search(pattern, module) for pattern in self.ignore)
@@ -133,10 +135,13 @@ def _yaml(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def build(name: str, address: str, settings: Mapping[str, Any], soft: frozenset[str] = frozenset()) -> StageSpec | None:
+def build(
+    name: str, address: str, settings: Mapping[str, Any], soft: frozenset[str] = frozenset(), named: frozenset[str] = frozenset()
+) -> StageSpec | None:
     """Validate a stage's settings; None where the method is `none`.
 
     `soft` keys were written for another method, further down; they are dropped where this one does not know them.
+    `named` keys are refused where nothing reads them even at their default, as are those of an override.
     """
     method = settings.get("method", STAGES[name][2])
     if method is None or method == "none":
@@ -151,14 +156,15 @@ def build(name: str, address: str, settings: Mapping[str, Any], soft: frozenset[
     refuse_unknown(f"setting of {name} {method}", written, [*fields, *common, "method"], address)
     defaults = getattr(row, "defaults", None) or {}
     config = validated(row.config, {**defaults, **{key: value for key, value in written.items() if key in fields}}, address)
-    refuse_unread(config, defaults, address)
-    spec = StageSpec(name, address, method, config, **_common({key: written[key] for key in common if key in written}, address))
+    refuse_unread(config, defaults, address, named)
+    shared = _common({key: written[key] for key in common if key in written}, address)
+    spec = StageSpec(name, address, method, config, **shared, named=named)
     if getattr(row, "scope", "matrix") == "block":
         _refuse_for_blocks(spec)
     for pattern, changes in spec.overrides.items():
         where = f"{address}.overrides[{pattern}]"
         refuse_unknown(f"setting of {name} {method}", changes, fields, where)
-        refuse_unread(validated(row.config, plain(config) | with_implied(changes), where), vars(config), where)
+        refuse_unread(validated(row.config, plain(config) | with_implied(changes), where), vars(config), where, changes)
         by_matrix = getattr(row, "by_matrix", None)
         if by_matrix is not None and (whole := sorted(changes.keys() - by_matrix)):
             raise UsageError(f"{where}.{whole[0]}: {method} trains matrices together, so this is one for all; set {address}.{whole[0]}")

@@ -14,6 +14,7 @@ from ...reports.record import RunRecord
 from ..errors import InputError
 from ..evaluation.scores import load_scores
 from ..store.files import read_json, safetensors_metadata
+from ..store.manifest import read_manifest, verify_files
 from ..store.rundir import TRAINING_STATE, RunDirectory, finished_blocks
 
 
@@ -26,9 +27,8 @@ def status(directory: Path, verify: bool = False) -> dict[str, Any]:
         name, state = row["name"], place.state(row["name"])
         entry = {"stage": row["address"], "method": row["method"], "state": state, "directory": f"stages/{name}"}
         if verify and state == "done":
-            from ..store.artifact import open_artifact  # brings torch, which a look at the state does without
-
-            open_artifact(place.artifact(name)).verify(full=True)
+            final = place.artifact(name)
+            verify_files(final, read_manifest(final), full=True)
         if state == "partial":
             entry["finished_parts"] = len(list(place.scratch(name).glob("*.part.json")))
             entry |= _training_step(place.scratch(name) / TRAINING_STATE)

@@ -16,7 +16,8 @@ from ..models.binding import KernelBinder
 from ..models.loading import whole_model
 from ..models.source import refuse_revision, resolve_model
 from ..stages.baseline import build_baseline, fingerprint
-from ..store.artifact import MANIFEST, Artifact, open_artifact
+from ..store.artifact import Artifact, open_artifact
+from ..store.manifest import MANIFEST
 from ..store.rundir import RunDirectory, run_of
 
 

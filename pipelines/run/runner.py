@@ -30,8 +30,9 @@ from ..planning.steps import Step, plan_steps
 from ..recipes.recipe import Recipe, check_addresses, resolve, run_directory
 from ..stages.baseline import build_baseline
 from ..stages.inputs import Inputs
-from ..store.artifact import MANIFEST, Artifact, ArtifactWriter, open_artifact, settle
+from ..store.artifact import Artifact, ArtifactWriter, open_artifact, settle
 from ..store.files import disk_errors, read_json, write_json
+from ..store.manifest import MANIFEST
 from ..store.rundir import RunDirectory
 from .ledger import gc, record, status
 from .opening import last_artifact

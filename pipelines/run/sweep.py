@@ -1,7 +1,8 @@
 """One recipe under every combination of some settings, in one run directory, compared in one table.
 
 Stage directories are named by their keys, so combinations that agree up to a stage share it, and a sweep that was stopped goes
-on where it was. A combination that fails is reported in its row; the others still run.
+on where it was. A combination that fails is reported in its row; the others still run. Torch comes in with the first combination that is
+resolved, after the directory is there.
 """
 
 import hashlib
@@ -15,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PipelineError, UsageError
-from ..recipes.recipe import Recipe, resolve, run_directory
-from . import runner
+from ..recipes.recipe import Recipe, planned_directory, resolve
 from .ledger import keep_plan
 
 log = logging.getLogger(__name__)
@@ -108,22 +108,29 @@ def combinations(
     name: str, over: Sequence[str], *, file: Path | None = None, sets: Sequence[str] = (), options: Mapping[str, Any] | None = None
 ) -> list[Point]:
     """Every combination of the `KEY=A,B,C` texts, each resolved and checked before anything runs."""
+    return [Point(settings, resolve(name, file=file, sets=_assignments(sets, settings), options=options)) for settings in _product(over)]
+
+
+def directory(
+    name: str, over: Sequence[str], *, file: Path | None = None, sets: Sequence[str] = (), options: Mapping[str, Any] | None = None
+) -> Path:
+    """runs/<recipe>-sweep: beside the single run, so that its pages stay its own. Known before a method is looked up, which brings torch;
+    UsageError as in `combinations`, but for the stages."""
+    single = planned_directory(name, file=file, sets=_assignments(sets, _product(over)[0]), options=options)
+    return single.with_name(f"{single.name}-sweep")
+
+
+def _product(over: Sequence[str]) -> list[dict[str, str]]:
+    """The KEY → value of every combination."""
     axes = [_axis(text) for text in over]
     keys = [key for key, _ in axes]
     if len(set(keys)) < len(keys):
         raise UsageError(f"--over names a setting twice: {', '.join(keys)}; give all its values in one list")
-    points = []
-    for values in itertools.product(*(values for _, values in axes)):
-        settings = dict(zip(keys, values, strict=True))
-        recipe = resolve(name, file=file, sets=[*sets, *(f"{key}={value}" for key, value in settings.items())], options=options)
-        points.append(Point(settings, recipe))
-    return points
+    return [dict(zip(keys, values, strict=True)) for values in itertools.product(*(values for _, values in axes))]
 
 
-def directory(points: Sequence[Point]) -> Path:
-    """runs/<recipe>-sweep: beside the single run, so that its pages stay its own."""
-    single = run_directory(points[0].recipe)
-    return single.with_name(f"{single.name}-sweep")
+def _assignments(sets: Sequence[str], settings: Mapping[str, str]) -> list[str]:
+    return [*sets, *(f"{key}={value}" for key, value in settings.items())]
 
 
 def trainable_limit(budget: str | None) -> int | None:
@@ -135,6 +142,7 @@ def trainable_limit(budget: str | None) -> int | None:
 def sweep(points: Sequence[Point], directory: Path, *, device: str = "auto", max_trainable: int | None = None) -> SweepOutcome:
     """Run each combination in `directory`; each record and one page that compares them lie in its `sweep/`."""
     from ...reports.render import compare
+    from . import runner
 
     results: list[Result] = []
     keep_plan(directory)

@@ -14,9 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from ..errors import InputError, as_input_error
 from ..formats import detect, read
+from ..formats.checkpoint import Checkpoint
+from ..formats.peft import adapter_settings, refuse_other_models_tokens
+from ..formats.shards import FLOATING
 from ..models.source import load_config, source_files, source_paths, weights_home
 from ..models.structure import inspect, skeleton, tied_names
-from ..store.artifact import SCHEMA, Artifact, ArtifactWriter, shards_of
+from ..store.artifact import Artifact, ArtifactWriter, shards_of
+from ..store.manifest import SCHEMA
 
 DOCUMENTS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
@@ -24,13 +28,11 @@ DOCUMENTS = (
 )  # fmt: skip
 
 
-FLOATING = ("F64", "F32", "F16", "BF16")
-
-
 def fingerprint(directory: Path) -> str:
-    """Names the model: every weight file's hash and the config's."""
-    files = source_files(directory)
-    config = hashlib.sha256((weights_home(directory) / "config.json").read_bytes()).hexdigest()
+    """Names the model: every weight file's hash and the config's, an adapter's included."""
+    files, home = source_files(directory), weights_home(directory)
+    settings = (home / "config.json").read_bytes() + (b"" if home == directory else adapter_settings(directory).read_bytes())
+    config = hashlib.sha256(settings).hexdigest()
     return hashlib.sha256(json.dumps([SCHEMA, config, {n: e["sha256"] for n, e in files.items()}]).encode()).hexdigest()
 
 
@@ -54,9 +56,19 @@ def build_baseline(directory: Path, scratch: Path, final: Path, manifest: dict[s
 
 
 def check_source(directory: Path) -> None:
-    """InputError for what the headers of a dense model's files show to be wrong."""
-    if weights_home(directory) == directory and detect(directory) == "dense":
+    """InputError for what the headers of a dense model's files show to be wrong, and for an adapter beside it that does not fit."""
+    if weights_home(directory) != directory:
+        _read(directory)
+    elif detect(directory) == "dense":
         _names_match(directory)
+
+
+def _read(directory: Path) -> Checkpoint:
+    """A quantized checkpoint, or a base with an adapter: InputError where its virtual tokens are those of another model."""
+    checkpoint = read(directory)
+    for beside in checkpoint.beside:
+        refuse_other_models_tokens(beside, skeleton(load_config(directory)), directory)
+    return checkpoint
 
 
 def _names_match(directory: Path) -> bool:
@@ -106,7 +118,7 @@ def _convert(writer: ArtifactWriter, directory: Path) -> None:
 def _import(writer: ArtifactWriter, directory: Path) -> None:
     """A checkpoint that some program quantized: its codes, scales and zeros as they are."""
     detect(weights_home(directory))
-    checkpoint = read(directory)
+    checkpoint = _read(directory)
     model = skeleton(load_config(weights_home(directory)))
     structure = inspect(model, include_head=True)
     for index in range(structure.blocks):

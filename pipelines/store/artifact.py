@@ -23,18 +23,16 @@ from ...compress.sharing import SHARED, holder_of, own_tensors, settled
 from ...compress.weights import StoredWeight, describe, from_tensors
 from ...recover.extra_modules import Beside, beside_of
 from ..errors import InputError
-from .files import cached_sha256, disk_errors, link, read_json, sha256, sync, write_bytes, write_json
+from .files import disk_errors, link, read_json, sha256, sync, write_bytes, write_json
+from .manifest import MANIFEST, SCHEMA, read_manifest, verify_files, weights_of
 
-SCHEMA = 1
-MANIFEST = "artifact.json"
 ADAPTER = "adapter-"
 """Begins the names of parts that hold what recovery keeps beside the model: adapter-00, adapter-01, …"""
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """An artifact opened for reading. `weights` is where its shards lie: the directory itself, or, for the baseline of a
-    local model, the model's own directory."""
+    """An artifact opened for reading. `weights` is where its shards lie."""
 
     directory: Path
     manifest: dict[str, Any]
@@ -45,8 +43,7 @@ class Artifact:
 
     @property
     def weights(self) -> Path:
-        source = self.manifest.get("source")
-        return Path(source) if source else self.directory
+        return weights_of(self.directory, self.manifest)
 
     @property
     def linears(self) -> dict[str, Any]:
@@ -131,38 +128,13 @@ class Artifact:
         return sum(entry["bytes"] for name, entry in self.manifest["files"].items() if name.endswith(".safetensors"))
 
     def verify(self, full: bool = False) -> None:
-        """InputError names the first file whose sha256 is not the manifest's. A file that is as it was when it was last hashed (size, inode,
-        times) is not read again, unless `full`."""
-        for name, entry in self.manifest["files"].items():
-            path = self.weights / name if name.endswith(".safetensors") else self.directory / name
-            found = sha256(path) if full else cached_sha256(path)
-            if found != entry["sha256"]:
-                raise InputError(
-                    f"{path}: sha256 is {found[:12]}…, the manifest says {entry['sha256'][:12]}…; delete {self.directory} and run again"
-                )
-
-
-_MANIFEST = {"key": str, "stage": dict, "files": dict, "linears": dict}
+        """As the function, of this artifact's files."""
+        verify_files(self.directory, self.manifest, full)
 
 
 def open_artifact(directory: Path) -> Artifact:
-    """InputError when it is missing, of another schema, or a file is missing or of another size."""
-    path = directory / MANIFEST
-    if not path.is_file():
-        raise InputError(f"{directory}: no {MANIFEST}, so this is no artifact; give a stage directory of a run")
-    manifest = read_json(path, f"delete {directory} and run again")
-    if manifest.get("schema") != SCHEMA:
-        raise InputError(f"{path}: schema {manifest.get('schema')}, this program reads {SCHEMA}; run again into a new directory (-o)")
-    if any(not isinstance(manifest.get(name), kind) for name, kind in _MANIFEST.items()):
-        raise InputError(f"{path}: does not hold what a manifest does ({', '.join(_MANIFEST)}); delete {directory} and run again")
-    artifact = Artifact(directory, manifest)
-    for name, entry in manifest["files"].items():
-        file = artifact.weights / name if name.endswith(".safetensors") else directory / name
-        size = file.stat().st_size if file.is_file() else None
-        if size != entry["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise InputError(f"{file}: {found}, the manifest says {entry['bytes']}; delete {directory} and run again")
-    return artifact
+    """InputError as `read_manifest`."""
+    return Artifact(directory, read_manifest(directory))
 
 
 @dataclass

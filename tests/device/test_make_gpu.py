@@ -40,7 +40,7 @@ SHORT = (
     "quantize.group_size=32",
 )
 STEP = ("recover.steps=1", "recover.batch_size=16", "recover.seq_len=64", "recover.eval_every=1")
-QUICK = ("prune.method=none", "decompose.method=zeroquant_v2", "decompose.iterations=1", "recover.accumulation=1", "fuse.backend=reference")
+QUICK = ("prune.method=none", "decompose.method=zeroquant_v2", "recover.accumulation=1", "fuse.backend=reference")
 
 
 @pytest.fixture

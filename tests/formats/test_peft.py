@@ -5,6 +5,7 @@ import torch
 from bitmend.compress.weights import LowRank, StoredWeight
 from bitmend.pipelines.errors import InputError, UsageError
 from bitmend.pipelines.formats import gptq_files, peft, plain, registry
+from bitmend.pipelines.stages.baseline import fingerprint
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
@@ -103,3 +104,11 @@ def test_an_adapter_with_a_scaling_of_its_own(case, on_grid, tmp_path):
     expected = made.checkpoint.linears["model.layers.1.mlp.down_proj"]
     assert expected.low_rank is not None
     torch.testing.assert_close(back.dense(), expected.dense() + expected.low_rank.dense())
+
+
+def test_its_settings_are_part_of_what_the_model_is(case, on_grid, tmp_path):
+    """Another scaling is another model, though no tensor moved."""
+    registry.write("dense", case("llama", on_grid, with_low_rank).checkpoint, tmp_path / "out")
+    file, before = peft.adapter_settings(tmp_path / "out"), fingerprint(tmp_path / "out")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 40}))
+    assert fingerprint(tmp_path / "out") != before

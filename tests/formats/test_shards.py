@@ -1,5 +1,9 @@
+import contextlib
 import json
+import logging
 import os
+import shutil
+import signal
 
 import pytest
 import torch
@@ -112,6 +116,84 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path):
         (scratch / "half").write_text("x")
         raise RuntimeError
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def exporting(tmp_path):
+    """(what kills a process that writes an export to `out`, its scratch place)."""
+    here, there = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with fresh_directory(tmp_path / "out") as scratch:
+            (scratch / "half").write_text("x")
+            os.write(there, b"x")
+            signal.pause()
+
+    def kill():
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return child
+
+    os.read(here, 1)
+    try:
+        yield kill, tmp_path / f".out.{child}.partial"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            kill()
+        os.close(here), os.close(there)
+
+
+def exported(tmp_path):
+    """What lies beside `out` while it is exported once more, its own scratch place left out."""
+    with fresh_directory(tmp_path / "out") as scratch:
+        return set(tmp_path.iterdir()) - {scratch.parent}
+
+
+def test_what_a_killed_export_left_is_removed_and_said(exporting, tmp_path, caplog):
+    kill, left = exporting
+    other = left.with_name(left.name.replace("out", "other"))
+    other.mkdir()
+    assert exported(tmp_path) == {left, other}, "its process lives"
+    (tmp_path / "out").rmdir()
+    kill()
+    caplog.set_level(logging.INFO, "bitmend")
+    assert exported(tmp_path) == {other}
+    assert [record.getMessage() for record in caplog.records] == [f"{left}: removed; an export that was killed left it"]
+
+
+def test_what_no_killed_export_is_proven_to_have_left_stays(exporting, tmp_path):
+    """The same name with other contents, another number in the claim, a link; and a place that a living process has only just made."""
+    kill, left = exporting
+    dead = kill()
+    (left / "notes.txt").write_text("mine")
+    names = [f".out.{n}.partial" for n in (os.getppid(), "1x", dead + 1, dead + 2)]
+    for name in names:
+        (tmp_path / name).mkdir()
+    (tmp_path / names[-2] / ".lock").write_text(f"bitmend export, process {dead}\n")
+    (tmp_path / names[-1] / "model.safetensors").touch()
+    (tmp_path / ".out.7.partial").symlink_to(tmp_path / names[0])
+    (tmp_path / ".out.8.partial").write_text("a file")
+    before = set(tmp_path.iterdir())
+    assert exported(tmp_path) == before
+
+
+def test_a_scratch_place_that_was_never_claimed_goes_with_its_process(exporting, tmp_path):
+    kill, left = exporting
+    kill()
+    shutil.rmtree(left)
+    left.mkdir()
+    assert exported(tmp_path) == set()
+    (tmp_path / "out").rmdir()
+    left.mkdir()
+    (left / ".lock").touch()
+    assert exported(tmp_path) == set()
+
+
+def test_a_place_that_is_taken_is_refused(tmp_path):
+    (tmp_path / f".out.{os.getpid()}.partial").mkdir()
+    with pytest.raises(UsageError, match=r"\.out\.\d+\.partial: is there already"), fresh_directory(tmp_path / "out"):
+        pass
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_full_disk_is_said(monkeypatch, tmp_path):

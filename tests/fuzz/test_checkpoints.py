@@ -3,10 +3,12 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from bitmend.compress.weights import NormalFloatWeight, UniformWeight
 from bitmend.pipelines.demo import imported
 from bitmend.pipelines.formats import write
@@ -14,10 +16,12 @@ from bitmend.pipelines.models.source import load_config, load_tokenizer, positio
 from bitmend.pipelines.models.structure import inspect, skeleton
 from bitmend.pipelines.planning.imported_sizes import imported_sizes
 from bitmend.pipelines.stages.baseline import build_baseline, check_source
+from bitmend.recover.extra_modules import TOKENS, Beside
 from torch import Tensor
 
 from ..formats.conftest import build, uniform
 from ..formats.test_bitsandbytes import quantized
+from ..formats.test_peft import with_low_rank
 from ..pipelines.families import save_speaking
 from ..pipelines.test_demo import write_gguf
 from .changes import Change, Files, changed, drawn, files_of, write_files
@@ -51,6 +55,15 @@ BASES: dict[str, tuple[str, str, Callable[[Tensor], Any], dict[str, Any]]] = {
     "compressed-tensors": ("llama", "compressed-tensors", uniform, {}),
     "bnb": ("llama", "bnb", nf4, {}),
 }
+HEADS = torch.zeros(2, 1, 2, 4, 8)  # a prefix [P, L, 2, K, W] of TINY
+ADAPTERS: dict[str, tuple[str, Callable[..., Any] | None, tuple[Beside, ...]]] = {
+    "lora": ("dense", with_low_rank, ()),
+    "lora on gptq": ("gptq-v2", with_low_rank, ()),
+    "prefix": ("dense", None, (Beside("prefix_tuning", tokens="prefix", tensors={TOKENS: HEADS}),)),
+    "prompt": ("gptq-v2", None, (Beside("prompt_tuning", tokens="prompt", tensors={TOKENS: torch.zeros(3, 32)}),)),
+}
+"""A base and a PEFT adapter beside it: the base's format, its low-rank terms, its virtual tokens."""
+NAMES = [*BASES, *ADAPTERS, "gguf", "tokenizer"]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +73,10 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
     made: dict[str, Files] = {}
     for name, (family, form, base_of, options) in BASES.items():
         write(form, build(family, base_of, **TINY).checkpoint, place / name, **options)
-        made[name] = {file: data for file, data in files_of(place / name).items() if file != "README.md"}
+    for name, (form, low_rank, tokens) in ADAPTERS.items():
+        write(form, replace(build("llama", uniform, low_rank, **TINY).checkpoint, beside=tokens), place / name)
+    for name in (*BASES, *ADAPTERS):
+        made[name] = {file: data for file, data in files_of(place / name).items() if Path(file).name != "README.md"}
     save_speaking("llama", place / "speaking", Path(__file__).parents[1] / "small_model" / "model", num_hidden_layers=1)
     made["gguf"] = {"model.gguf": write_gguf(place / "model.gguf", place / "speaking").read_bytes()}
     made["tokenizer"] = {
@@ -89,14 +105,14 @@ def opened(files: Files, place: Path) -> None:
     build_baseline(source, place / "a.partial", place / "a", {"key": "0", "stage": {"name": "baseline"}})
 
 
-@pytest.mark.parametrize("name", [*BASES, "gguf", "tokenizer"])
+@pytest.mark.parametrize("name", NAMES)
 def test_unchanged_they_are_read(name: str, bases: dict[str, Files], tmp_path: Path, cache: Path) -> None:
     opened(bases[name], tmp_path / "warm")  # what is imported and compiled at first use is not counted below
     assert ending(lambda: opened(bases[name], tmp_path / "m")) == 0
 
 
 @counts(10, 3000)
-@pytest.mark.parametrize("name", [*BASES, "gguf", "tokenizer"])
+@pytest.mark.parametrize("name", NAMES)
 def test_changed(name: str, count: int, bases: dict[str, Files], tmp_path: Path, cache: Path) -> None:
     opened(bases[name], tmp_path / "m")
     changes = drawn(bases[name], 0.02 if name == "gguf" else 1.0)

@@ -19,7 +19,6 @@ import typer
 from bitmend.pipelines import cli, errors, logs
 from bitmend.pipelines.recipes import stage_settings
 from bitmend.pipelines.recipes.recipe import resolve
-from bitmend.pipelines.run import sweep
 from bitmend.pipelines.store.rundir import RunDirectory
 from bitmend.reports.record import Protocol, RunRecord, StageRecord
 from typer.testing import CliRunner
@@ -513,7 +512,6 @@ def test_verbose_shows_the_traceback(module: Any, run_directory: Path, capsys: p
 def test_sweep_runs_every_combination_and_ranks_them(
     recipe: str, module: Any, calls: Calls, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module("run.runner")
     answers = {2: record(perplexity=90.0), 3: record(perplexity=31.0, trainable=500_000), 4: errors.OutOfMemoryError("full")}
 
     def run(made: Any, directory: Path, **options: Any) -> RunRecord:
@@ -523,7 +521,8 @@ def test_sweep_runs_every_combination_and_ranks_them(
             raise answer
         return answer
 
-    monkeypatch.setattr(sweep.runner, "run", run)
+    module("run.runner")
+    monkeypatch.setattr(sys.modules["bitmend.pipelines.run.runner"], "run", run, raising=False)
     arguments = [
         "sweep",
         recipe,
@@ -537,6 +536,7 @@ def test_sweep_runs_every_combination_and_ranks_them(
     ]
     code, line = failing(capsys, *arguments)
     assert (code, "unknown method" in line, calls) == (2, True, [])
+    assert not (tmp_path / "s").exists()
     arguments = ["sweep", recipe, "--over", "quantize.bits=2,3,4", "-o", str(tmp_path / "s"), "--budget", "200k", "--device", "cpu"]
     assert cli.main([*arguments, "--json"]) == 5
     shown = capsys.readouterr()

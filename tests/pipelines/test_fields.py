@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
+import yaml
 from bitmend.pipelines import cli
 from bitmend.pipelines.errors import UsageError
 from bitmend.pipelines.recipes import fields, recipe, sections
@@ -186,3 +187,36 @@ def test_a_field_that_nothing_reads_is_refused() -> None:
         assert words in refused({"stages": [{stage: written}]})
     assert "allocation.bits: is read only where there is a budget" in refused({"stages": [{"quantize": {}}], "allocation": {"bits": 2}})
     assert "no stage of this recipe learns from one" in refused({"stages": [{"quantize": {}}], "teacher": "org/model"})
+
+
+UNREAD = {
+    "decompose.iterations=1": "decompose.iterations: 1 is read only where requantize is true",
+    "recover.temperature=1": "recover.temperature: 1.0 is read only where loss is distill or both",
+    "allocation.weighting=fisher": "allocation.weighting: is read only where there is a budget",
+}
+
+
+@pytest.mark.parametrize("text", UNREAD)
+def test_a_setting_of_the_command_line_that_nothing_reads_is_refused_at_its_default_too(text: str, tmp_path: Path) -> None:
+    """A file may hold it, as what `show` prints does; an override, which holds nothing but what was written, may not."""
+    stages = [{"decompose": {"method": "qera_exact"}}, {"recover": {"loss": "cross_entropy"}}]
+    usual = resolve({"stages": stages})
+    (stage, _, field), value = text.split("=")[0].partition("."), text.split("=")[1]
+    assert getattr(usual.allocation if stage == "allocation" else usual.stage(stage).config, field) == yaml.safe_load(value)
+    with pytest.raises(UsageError, match=re.escape(UNREAD[text])):
+        resolve({"stages": stages}, sets=[text])
+    (tmp_path / "written.yaml").write_text(usual.to_yaml())
+    assert resolve(str(tmp_path / "written.yaml")) == usual
+    with pytest.raises(UsageError, match=re.escape("decompose.overrides[q].iterations: 1 is read only where requantize is true")):
+        resolve({"stages": [{"decompose": {"overrides": {"q": {"iterations": 1}}}}]})
+
+
+def test_a_setting_of_the_command_line_may_take_back_what_a_file_says() -> None:
+    """A method that does not read what the recipe gave another one: the value of the recipe is refused, its default is the way out."""
+    file = {"stages": [{"decompose": {"method": "best", "iterations": 3}}], "allocation": {"bits": 2}}
+    with pytest.raises(UsageError, match=re.escape("decompose.iterations: 3 is read only where requantize is true")):
+        resolve(file, sets=["decompose.method=zeroquant_v2"])
+    with pytest.raises(UsageError, match=re.escape("allocation.bits: is read only where there is a budget")):
+        resolve(file, sets=["decompose.method=zeroquant_v2", "decompose.iterations=1"])
+    found = resolve(file, sets=["decompose.method=zeroquant_v2", "decompose.iterations=1", "allocation.bits=[2,3,4]"])
+    assert found.stages[0].method == "zeroquant_v2"

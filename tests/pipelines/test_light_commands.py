@@ -11,6 +11,7 @@ from bitmend.pipelines.bench import command_times
 from bitmend.pipelines.errors import InputError, UsageError
 from bitmend.pipelines.store import files
 from bitmend.pipelines.store.files import write_json
+from bitmend.pipelines.store.manifest import MANIFEST, SCHEMA
 from bitmend.pipelines.store.rundir import TRAINING_STATE, RunDirectory
 from bitmend.reports.record import Protocol, RunRecord, StageRecord
 
@@ -33,7 +34,12 @@ def made_run(path: Path) -> Path:
         for place, name in enumerate(("baseline", "recover"))
     ]
     run.write({"stages": rows, "model": "demo", "recipe": "x"})
-    run.artifact(rows[0]["name"]).mkdir()
+    baseline = run.artifact(rows[0]["name"])
+    baseline.mkdir()
+    (baseline / "config.json").write_text("{}")
+    entry = {"sha256": files.sha256(baseline / "config.json"), "bytes": 2}
+    manifest = {"schema": SCHEMA, "key": "k" * 64, "stage": {"name": "baseline"}, "files": {"config.json": entry}, "linears": {}}
+    write_json(baseline / MANIFEST, manifest)
     run.metrics(rows[0]["name"]).mkdir()
     write_json(run.metrics(rows[0]["name"]) / "01234567.json", {"nll": [3.0, 3.0], "kl": None, "top1": None})
     run.scratch(rows[1]["name"]).mkdir()
@@ -49,7 +55,7 @@ def test_small_commands_import_nothing_heavy(tmp_path: Path) -> None:
     commands = [
         ["--version"], ["--help"], ["status", "--help"], ["run", "--help"], ["list"], ["list", "gptq"], ["list", "--json"],
         ["show", "compress_and_recover"], ["show", "recover", "-m", "org/model", "--profile", "demo", "--json"],
-        ["status", one], ["status", one, "--json"], ["report", "show", one], ["report", "show", one, "--json"], ["gc", one, "--dry-run"],
+        ["status", one], ["status", one, "--json"], ["status", one, "--verify"], ["report", "show", one], ["report", "show", one, "--json"], ["gc", one, "--dry-run"],
         *(["report", "export", one, "--format", kind] for kind in ("json", "md", "csv")),
         ["compare", one, two], ["compare", one, two, "--json"], ["gc", two],
     ]  # fmt: skip
@@ -78,11 +84,20 @@ sys.exit(cli.main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("options", [[], ["-o", "out/mine"], ["--set", "prune.pattern=2:4"]])
-def test_a_runs_directory_is_there_before_the_first_heavy_import(options: list[str], tmp_path: Path) -> None:
-    place = "out/mine" if "-o" in options else "runs/compress_and_recover"
-    command = [sys.executable, "-c", WATCH, place, "run", "compress_and_recover", *options]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+SWEEP = ["sweep", "compress_and_recover", "--over", "quantize.bits=3,4"]
+COMMANDS = [
+    (["run", "compress_and_recover"], "runs/compress_and_recover"),
+    (["run", "compress_and_recover", "-o", "out/mine"], "out/mine"),
+    (["run", "compress_and_recover", "--set", "prune.pattern=2:4"], "runs/compress_and_recover"),
+    (SWEEP, "runs/compress_and_recover-sweep"),
+    ([*SWEEP, "--over", "model=org/a,org/b", "--budget", "3bpw"], "runs/compress_and_recover-a-sweep"),
+    ([*SWEEP, "-o", "out/mine"], "out/mine"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "place"), COMMANDS)
+def test_a_runs_directory_is_there_before_the_first_heavy_import(arguments: list[str], place: str, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", WATCH, place, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.stdout == "torch []\n", done.stderr
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from bitmend.pipelines.errors import UsageError
 from bitmend.pipelines.planning.plan import refusals
+from bitmend.pipelines.recipes.recipe import resolve
 from bitmend.pipelines.run import runner
 
 from .families import save_speaking
@@ -13,6 +14,7 @@ from .runs import chosen
 
 RTN: dict[str, Any] = {"quantize": {"method": "rtn", "group_size": 32}}
 HEAD: dict[str, Any] = {"quantize": {"method": "rtn", "group_size": 32, "include_head": True}}
+SVD: dict[str, Any] = {"decompose": {"method": "svdquant", "rank": 4}}
 LOFTQ: dict[str, Any] = {"decompose": {"method": "loftq", "rank": 4}}
 
 
@@ -51,6 +53,15 @@ def test_what_is_ignored_or_left_alone_is_no_reason(small_model: Path, small_tex
     some = [{"quantize": {**RTN["quantize"], "ignore": ["mlp"]}}, recover("scales", targets="q,k,v,o", norms=False)]
     for stages in (some, [RTN, LOFTQ, recover("lora")], [recover("bitfit", create=False, head=True)]):
         assert refusals(chosen(tmp_path, small_model, small_text, stages), small_model) == []
+
+
+@pytest.mark.parametrize("sets", ["recover.rank=16", "decompose.bits=4", "decompose.symmetric=true"])
+def test_what_stages_before_have_decided_is_refused_on_the_command_line_even_at_its_default(sets: str, small_model: Path) -> None:
+    stages = [RTN, SVD if sets.startswith("decompose") else LOFTQ, recover("lora")]
+    options = {"model": str(small_model), "profile": "demo"}
+    assert refusals(resolve({"stages": stages}, options=options), small_model) == []
+    (line,) = refusals(resolve({"stages": stages}, sets=[sets], options=options), small_model)
+    assert line.startswith(sets.split("=")[0]) and "would not be read" in line
 
 
 def test_evaluation_leaves_room_for_virtual_tokens(small_model: Path, small_text: Path, tmp_path: Path) -> None:

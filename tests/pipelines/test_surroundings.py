@@ -1,12 +1,24 @@
 """What surrounds a command: names that lead nowhere, files that are something else, modes that forbid. One line, the right code."""
 
+import errno
+import json
 import os
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from bitmend.kernels.cache import cache_directory
+from bitmend.pipelines import cli
+from bitmend.pipelines.errors import InputError
+from bitmend.pipelines.models.source import resolve_model
 
+from .families import save_speaking
 from .runs import Processes, hashes, write_recipe
 from .test_bad_input import one_line
 
@@ -131,3 +143,95 @@ def test_a_cache_that_may_not_be_written(commands: Processes, arguments: list[st
     if code == 99 and "laid down" in text:
         pytest.skip("this system lets no process lay down root's right to read everything")
     assert code == 0, text
+
+
+NO_HOME = """
+import json, sys
+from bitmend.pipelines.cli import main
+for arguments in json.loads(sys.argv[1]):
+    print(json.dumps([arguments, main(arguments)]), file=sys.stderr, flush=True)
+"""
+CACHES = ("HOME", "HF_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TRITON_CACHE_DIR", "MPLCONFIGDIR", "BITMEND_CACHE")
+
+
+@pytest.fixture
+def ordinary() -> Iterator[tuple[list[str], Path]]:
+    """(what begins a command of an ordinary user without a home, a directory of theirs that they reach)."""
+    user = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"] if os.geteuid() == 0 else []
+    reading = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]  # an interpreter in root's home, say
+    environment = {name: value for name, value in os.environ.items() if name not in CACHES} | {"HOME": "/nonexistent"}
+    begins = ["env", "-i", *(f"{name}={value}" for name, value in environment.items()), sys.executable, "-P"]
+    with tempfile.TemporaryDirectory() as place:
+        for more in ([], reading) if user else ([],):
+            found = [*user, *more, *begins]
+            if (shutil.which("setpriv") or not user) and not subprocess.run(
+                [*found, "-c", "import bitmend"], cwd="/", capture_output=True
+            ).returncode:
+                break
+        else:
+            pytest.skip("root cannot become an ordinary user here who reads this interpreter (setpriv)")
+        os.chown(place, 54321 if user else -1, -1)
+        yield found, Path(place)
+
+
+def test_a_home_that_may_not_be_written(ordinary: tuple[list[str], Path], small_model: Path, small_text: Path) -> None:
+    """Every command works where it needs no cache, else it says in one line which variable names another place; no library grumbles."""
+    begins, place = ordinary
+    save_speaking("llama", place / "model", small_model, num_hidden_layers=1)
+    (place / "model" / "model.safetensors").chmod(0o644)
+    shutil.copy(small_text, place / "text.jsonl")
+    chain = [
+        {"quantize": {"method": "rtn", "group_size": 32}},
+        {"recover": {"method": "lora", "rank": 2, "steps": 1, "batch_size": 1, "seq_len": 32}},
+    ]
+    sizes = {"calibration": {"samples": 2, "seq_len": 32}, "evaluation": {"seq_len": 32, "windows": 2}}
+    write_recipe(place / "r.yaml", [*chain, {"fuse": {}}], **sizes)
+    write_recipe(place / "one.yaml", chain[:1], **sizes)
+    demo = ["run", "r.yaml", "-m", "model", "--device", "cpu"]
+    given = ["-m", "model", "--data", "text.jsonl", "--device", "cpu"]
+    commands = [
+        ["list"], ["run", "r.yaml", *given, "-o", "run"], ["status", "run", "--verify"],
+        ["report", "export", "run", "--format", "html", "-o", "page.html"], ["eval", "run", "--device", "cpu"],
+        ["export", "run", "--format", "dense", "--stage", "quantize", "-o", "out"], ["generate", "run", "The river", "--max-new-tokens", "2"],
+        ["bench", "compress", "--size", "64", "--method", "rtn", "--repeats", "1", "--device", "cpu"],
+        ["sweep", "one.yaml", *given, "--over", "quantize.bits=4", "-o", "sweep"], demo,
+    ]  # fmt: skip
+    done = subprocess.run([*begins, "-c", NO_HOME, json.dumps(commands)], cwd=place, capture_output=True, text=True, timeout=300)
+    codes = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("[[")]
+    assert codes == [[command, 3 if command == demo else 0] for command in commands], done.stderr
+    other = [line for line in done.stderr.splitlines() if not re.match(r"\[\[|\d\d:\d\d:\d\d [A-Z]+ ", line)]
+    assert len(other) == 1 and re.fullmatch(
+        r"error: cache /nonexistent/\S+: cannot be written \(.*\); set BITMEND_CACHE to a directory of yours", other[0]
+    )
+    assert done.stderr.count("these choices are measured again next time; BITMEND_CACHE=DIR keeps them") == 1
+
+
+def test_a_user_whom_the_system_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No HOME and no entry of its id: there is no place for a cache, and `~` is none."""
+
+    def nobody(number: int) -> Any:
+        raise KeyError(number)
+
+    for name in CACHES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert not cache_directory().parent.parent.is_dir()
+    with pytest.raises(RuntimeError) as caught:
+        Path("~/model").expanduser()
+    assert cli.explain(caught.value) == (2, "a path begins with ~, and there is no such home directory; write the path out, or set HOME")
+
+
+@pytest.mark.parametrize(
+    ("path", "variable"), [("/home/x/.triton/cache", "TRITON_CACHE_DIR"), ("/home/x/.cache/huggingface/hub", "HF_HOME")]
+)
+def test_a_librarys_cache_that_may_not_be_written_names_its_variable(path: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = PermissionError(errno.EACCES, "Permission denied", path)
+    assert cli.explain(error) == (3, f"{path}: Permission denied; set {variable} to a directory of yours")
+    assert cli.explain(PermissionError(errno.EACCES, "Permission denied", "/home/x/text")) == (3, "/home/x/text: Permission denied")
+
+    def refused(*arguments: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refused)
+    with pytest.raises(InputError, match=f"org/model: {path} cannot be written .*; set HF_HOME to a directory of yours"):
+        resolve_model("org/model")
