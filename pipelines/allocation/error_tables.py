@@ -37,7 +37,7 @@ from ..models.structure import Site
 from ..recipes.budget import AllocationSettings
 from ..recipes.stage_settings import StageSpec
 from ..stages.context import Context, check_stop
-from ..stages.fisher import fisher_diagonal
+from ..stages.fisher import fisher_diagonal, nats_per_square
 from ..store.artifact import Artifact
 from ..store.kept import keep, kept
 from .spending import Spent
@@ -172,12 +172,10 @@ class _Walk:
 
     def row_weights(self, known: LayerStatistics, rows: int) -> Tensor:
         """[V, O]: ones; and, where Fisher information is known, half the mean square of a token's gradient at each output: errors are then nats
-        per token, to second order. The Fisher diagonal sums (over sequences) squared means (over tokens) of gradients that hardly depend on one
-        another, so it lacks a factor of tokens per sequence / sequences."""
+        per token, to second order."""
         views = [torch.ones(rows, dtype=torch.float64)]
         if known.fisher is not None:
-            calibration = self.context.inputs.recipe.calibration
-            views.append(gradient_squares(known).cpu() * (calibration.seq_len - 1) / (2 * calibration.samples))
+            views.append(gradient_squares(known).cpu() * nats_per_square(self.context.inputs.recipe.calibration) / 2)
         return torch.stack(views)
 
     def quantized(self, site: Site, target_OI: Tensor, known: LayerStatistics, grid: Grid) -> StoredWeight:
