@@ -76,10 +76,12 @@ def test_squares_at_the_embeddings_and_the_head(
     found = fisher.output_squares(given)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
     outs: list[torch.Tensor] = []
-    model.get_output_embeddings().register_forward_hook(lambda module, args, out: (out.retain_grad(), outs.append(out)) and None)
+    model.get_output_embeddings().register_forward_hook(lambda module, args, out: outs.append(out))
     table = direct(tmp_path / "source", ids_NT)[next(n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight)]
     for ids in ids_NT:
-        model(ids.unsqueeze(0), labels=ids.unsqueeze(0)).loss.backward()
+        loss = model(ids.unsqueeze(0), labels=ids.unsqueeze(0)).loss
+        outs[-1].retain_grad()
+        loss.backward()
     assert found.looked_up_D is not None and found.logits_V is not None
     torch.testing.assert_close(found.looked_up_D.float(), table.sum(0), rtol=1e-3, atol=1e-10)
     squares_V = sum((out.grad.square().sum((0, 1)) for out in outs), torch.zeros(1024))  # type: ignore[union-attr]
