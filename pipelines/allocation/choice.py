@@ -165,8 +165,8 @@ def explained(made: StageRecord, chosen: Choice, recipe: Recipe, before: Sequenc
     """The record of a stage that the budget chose for, with what every matrix was given and the losses predicted and measured.
 
     The measured loss is the predicted one times (measured / predicted squared output error): the same weighing of what was found.
-    A matrix that the stage left alone has the error that the stage before left it. One that is embeddings and head has no measured loss: the
-    stage measures the rows that are looked up.
+    A matrix that the stage left alone has the error that the stage before left it. One that is embeddings and head has neither a predicted error
+    nor a measured loss: the stage measures the rows that are looked up, and what was predicted is of logits as well.
     """
     stages = spent(recipe)
     if made.stage not in (stages.quantize.address, getattr(stages.decompose, "address", None)):
@@ -189,5 +189,7 @@ def _explained(row: ChosenSetting, whole: bool, measured_error: float | None) ->
     loss, error = (row.predicted_loss, row.predicted_error) if whole else (row.predicted_loss_q, row.predicted_error_q)
     given = {"bits": setting.grid.bits, "group_size": setting.grid.group_size, "bytes": row.bytes}
     given |= {"factor_bits": setting.factor_bits} if setting.rank and whole else {}
-    measured = loss * measured_error / error**2 if measured_error is not None and error > 0 and not row.tied else None
+    if row.tied:
+        return {**given, "predicted_output_error": None, "predicted_loss": loss, "measured_loss": None}
+    measured = loss * measured_error / error**2 if measured_error is not None and error > 0 else None
     return {**given, "predicted_output_error": error**2, "predicted_loss": loss, "measured_loss": measured}

@@ -51,11 +51,13 @@ def _up(value: float) -> str:
 
 
 def _listed(value: Any) -> Any:
-    """A single value where a list is meant; nothing twice; null where it may be."""
-    if value is None:
-        return None
+    """A single value where a list is meant; nothing twice."""
     items = value if isinstance(value, (list, tuple)) else [value]
     return tuple(item for number, item in enumerate(items) if item not in items[:number])
+
+
+def _listed_or_null(value: Any) -> Any:
+    return None if value is None else _listed(value)
 
 
 def _texts(value: Any) -> Any:
@@ -94,7 +96,7 @@ class AllocationSettings(BaseModel):
     group_sizes: Annotated[tuple[Group, ...], BeforeValidator(_listed), MinLen(1), doc("a list of -1 or 1 … 65,536")] = (32, 64, 128)
     double_quantize: Annotated[tuple[bool, ...], BeforeValidator(_listed), MinLen(1), doc("a list of true|false")] = (False, True)
     ranks: Annotated[tuple[WidthOrZero, ...], BeforeValidator(_listed), MinLen(1), doc("a list of 0 … 65,536")] = (0, 4, 8, 16, 32)
-    embedding_bits: Annotated[tuple[Bits, ...] | None, BeforeValidator(_listed), doc("a list of 2|3|4|5|6|8, or null")] = None
+    embedding_bits: Annotated[tuple[Bits, ...] | None, BeforeValidator(_listed_or_null), doc("a list of 2|3|4|5|6|8, or null")] = None
     factor_bits: Annotated[tuple[Literal[4, 8, 16], ...], BeforeValidator(_listed), MinLen(1), doc("a list of 4|8|16")] = (16, 8)
     sparsities: Annotated[tuple[Sparsity, ...], BeforeValidator(_texts), doc("a list of dense, N:M or shares such as 0.5")] = ()
     weighting: Literal["output", "relative", "fisher"] = "fisher"
