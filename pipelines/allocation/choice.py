@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,8 @@ VERSION = 1
 @dataclass(frozen=True)
 class ChosenSetting:
     """What one matrix was given, what it stores, and what was predicted: losses (weighed, as they are summed) and relative output
-    errors, with the low-rank term and for Q alone."""
+    errors, with the low-rank term and for Q alone. Of a matrix outside the blocks, `key` is the setting of quantize that says its bits, and `tied`
+    whether it is both ends of the model."""
 
     name: str
     setting: Setting
@@ -44,6 +45,8 @@ class ChosenSetting:
     predicted_error: float
     predicted_loss_q: float
     predicted_error_q: float
+    key: Literal["embedding_bits", "head_bits"] | None = None
+    tied: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Choice:
 
 def choice_path(recipe: Recipe, directory: Path) -> Path:
     """Where the choice for this recipe lies beside the table it is made from."""
-    budget, allocation = recipe.budget.text if recipe.budget else None, recipe.allocation.model_dump(mode="json")
+    budget, allocation = recipe.budget.text if recipe.budget else None, recipe.allocation.model_dump(mode="json", exclude_none=True)
     identity = json.dumps([VERSION, budget, allocation, [s.settings() for s in recipe.stages]], sort_keys=True, default=str)
     return directory / f"choice-{hashlib.sha256(identity.encode()).hexdigest()[:8]}.json"
 
@@ -86,8 +89,9 @@ def read_choice(path: Path) -> Choice | None:
 def spend(recipe: Recipe, parent: Artifact, directory: Path, context: Context) -> Choice:
     """Build the table in `directory`, or go on with it, choose, and keep the choice. UsageError names the smallest feasible budget."""
     stages = spent(recipe)
-    table = build(directory, parent, stages, settings_of(recipe, stages), recipe.allocation, context)
-    made = choose_settings(recipe, stages, costs(recipe, stages, sizes_before(parent)), table)
+    counted = costs(recipe, stages, sizes_before(parent))
+    table = build(directory, parent, stages, settings_of(recipe, stages), counted.outside, recipe.allocation, context)
+    made = choose_settings(recipe, stages, counted, table)
     write_json(choice_path(recipe, directory), asdict(made))
     return made
 
@@ -101,12 +105,15 @@ def choose_settings(recipe: Recipe, stages: Spent, counted: Costs, table: ErrorT
     except InfeasibleBudget as error:
         raise UsageError(infeasible(recipe, stages, counted)) from error
     alone = {setting.grid: k for k, setting in enumerate(counted.settings) if not setting.rank}
+    beside = {each.site.name: each for each in counted.outside}
     rows = []
     for m, k in enumerate(found.choice):
         setting = counted.settings[k]
         errors, lost = (table.relative_MVK[m, 0] ** 0.5).tolist(), losses_MK[m].tolist()
         q = alone[setting.grid]
-        rows.append(ChosenSetting(counted.sites[m].name, setting, round(counted.bytes_MK[m, k]), lost[k], errors[k], lost[q], errors[q]))
+        name, stored_bytes = counted.sites[m].name, round(counted.bytes_MK[m, k])
+        row = ChosenSetting(name, setting, stored_bytes, lost[k], errors[k], lost[q], errors[q])
+        rows.append(replace(row, key=beside[name].key, tied=beside[name].tied) if name in beside else row)
     most, stored = (stages.budget.said(n, counted.weights, counted.rest_bytes) for n in (counted.largest, found.total_bytes))
     note = f"the budget {stages.budget.text} is above all that the choices of `allocation` can store ({most}): every matrix got what errs least"
     measured = (found.settings, stored, found.total_bytes, found.total_loss, found.gap, found.seconds, table.seconds)
@@ -125,21 +132,24 @@ def losses(table: ErrorTable, weighting: str) -> NDArray[np.float64]:
 
 
 def resolved(recipe: Recipe, stages: Spent, chosen: Choice) -> list[StageSpec]:
-    """The recipe's stages with the choice as overrides, one for each setting that was given; a stage that is left nothing to do is left out."""
+    """The recipe's stages with the choice as overrides, one for each setting that was given, and as the bits of what lies outside the blocks; a
+    stage that is left nothing to do is left out."""
+    blocks, outside = [row for row in chosen.rows if row.key is None], {row.key: row.setting.grid.bits for row in chosen.rows if row.key}
     out = []
     for spec in recipe.stages:
         if spec.address not in stages.addresses:
             out.append(spec)
             continue
         groups: dict[str, list[str]] = {}
-        idle = [row.name for row in chosen.rows if spec.name not in overrides(row.setting)]
-        for row in chosen.rows:
+        idle = [row.name for row in blocks if spec.name not in overrides(row.setting)]
+        for row in blocks:
             if spec.name in (given := overrides(row.setting)):
                 groups.setdefault(json.dumps(given[spec.name]), []).append(row.name)
         if groups:
             more = {exactly(names): json.loads(given) for given, names in groups.items()}
             ignore = (*spec.ignore, exactly(idle)) if idle else spec.ignore
-            out.append(replace(spec, overrides={**spec.overrides, **more}, ignore=ignore))
+            changes = outside if spec.name == stages.quantize.name else {}
+            out.append(replace(spec, overrides={**spec.overrides, **more}, ignore=ignore, **changes))
     return out
 
 
@@ -155,7 +165,8 @@ def explained(made: StageRecord, chosen: Choice, recipe: Recipe, before: Sequenc
     """The record of a stage that the budget chose for, with what every matrix was given and the losses predicted and measured.
 
     The measured loss is the predicted one times (measured / predicted squared output error): the same weighing of what was found.
-    A matrix that the stage left alone has the error that the stage before left it.
+    A matrix that the stage left alone has the error that the stage before left it. One that is embeddings and head has neither a predicted error
+    nor a measured loss: the stage measures the rows that are looked up, and what was predicted is of logits as well.
     """
     stages = spent(recipe)
     if made.stage not in (stages.quantize.address, getattr(stages.decompose, "address", None)):
@@ -178,5 +189,7 @@ def _explained(row: ChosenSetting, whole: bool, measured_error: float | None) ->
     loss, error = (row.predicted_loss, row.predicted_error) if whole else (row.predicted_loss_q, row.predicted_error_q)
     given = {"bits": setting.grid.bits, "group_size": setting.grid.group_size, "bytes": row.bytes}
     given |= {"factor_bits": setting.factor_bits} if setting.rank and whole else {}
+    if row.tied:
+        return {**given, "predicted_output_error": None, "predicted_loss": loss, "measured_loss": None}
     measured = loss * measured_error / error**2 if measured_error is not None and error > 0 else None
     return {**given, "predicted_output_error": error**2, "predicted_loss": loss, "measured_loss": measured}

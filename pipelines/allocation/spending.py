@@ -8,20 +8,24 @@ import re
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...compress.grids import divide
 from ...compress.options import Setting, overrides, settings
+from ...compress.ranges import Bits
+from ...compress.rounding import RtnConfig
 from ..errors import UsageError
-from ..models.sizes import Size, Sizes, apply, grid_of, has_index, on_grid, with_factors
-from ..models.structure import Site
+from ..models.sizes import Sizes, apply, grid_of, has_index, on_grid, rounded_to_nearest, with_factors
+from ..models.structure import Site, Structure
 from ..recipes.budget import Budget, pattern
 from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec, methods
 
+EMBEDDING_BITS: tuple[Bits, ...] = (4, 5, 6, 8)
+"""Of matrices outside the blocks, where a budget in bytes is not told others."""
 SLACK = 0.01
 """What an estimate of the artifact's other bytes may be off before a budget is refused because of it."""
 
@@ -119,6 +123,56 @@ def settings_of(recipe: Recipe, stages: Spent) -> list[Setting]:
     ]
 
 
+@dataclass(frozen=True)
+class Outside:
+    """A matrix outside the blocks, and how it may be rounded to nearest; `key` is the setting of quantize that says its bits. `tied`: it is the
+    token embeddings and the head, whichever of them `site` is."""
+
+    site: Site
+    key: Literal["embedding_bits", "head_bits"]
+    tied: bool
+    configs: tuple[RtnConfig, ...]
+
+    @property
+    def settings(self) -> list[Setting]:
+        return [Setting(grid_of(config)) for config in self.configs]
+
+    @property
+    def looked_up(self) -> bool:
+        return self.tied or self.key == "embedding_bits"
+
+    @property
+    def multiplied(self) -> bool:
+        return self.tied or self.key == "head_bits"
+
+
+def embedding_bits(recipe: Recipe) -> tuple[Bits, ...]:
+    """What the matrices outside the blocks may have; empty where they are not the budget's."""
+    chosen, budget = recipe.allocation.embedding_bits, recipe.budget
+    return chosen if chosen is not None else EMBEDDING_BITS if budget is not None and budget.total_bytes is not None else ()
+
+
+def outside(recipe: Recipe, stages: Spent, structure: Structure, tied: bool) -> list[Outside]:
+    """UsageError where the recipe names their bits and quantize rounds none."""
+    bits, spec = embedding_bits(recipe), stages.quantize
+    found = rounded_to_nearest(spec, structure, tied)
+    if recipe.allocation.embedding_bits and not found:
+        raise UsageError(
+            f"--budget {stages.budget.text}: allocation.embedding_bits: {spec.address} rounds neither the embeddings nor a head of its own; "
+            f"set {spec.address}.include_embeddings or {spec.address}.head_bits, or leave it out"
+        )
+    return [
+        Outside(site, key, tied, tuple(spec.embedding_config(site.shape[1], b) for b in sorted(bits)))
+        for key, site in found.items()
+        if bits
+    ]
+
+
+def together(blocks: Iterable[Setting], beside: Iterable[Outside]) -> list[Setting]:
+    """Every setting once: those of the blocks' matrices first."""
+    return list(dict.fromkeys([*blocks, *(setting for each in beside for setting in each.settings)]))
+
+
 _LEFT_ALONE: dict[str, dict[str, Any]] = {"decompose": {"rank": 0}, "prune": {"pattern": "dense", "sparsity": 0.0}}
 """What a matrix that a stage ignores has, in that stage's words."""
 
@@ -154,12 +208,13 @@ def _needs_factors(recipe: Recipe) -> bool:
 @dataclass(frozen=True)
 class Costs:
     """Bytes at the end of the run: [M, K], inf where a setting may not be, headers counted when the budget is one of bytes; and what
-    everything else of the artifact takes."""
+    everything else of the artifact takes. Matrices outside the blocks come last."""
 
     sites: list[Site]
     settings: list[Setting]
     bytes_MK: NDArray[np.float64]
     rest_bytes: float
+    outside: list[Outside]
 
     @property
     def weights(self) -> int:
@@ -182,25 +237,30 @@ def costs(recipe: Recipe, stages: Spent, dense: Sizes) -> Costs:
         apply(spec, plain)
         if spec not in (stages.decompose, stages.prune):
             apply(spec, end)
-    sites, found = stages.sites(dense.structure.sites), settings_of(recipe, stages)
+    sites, beside, blocks = stages.sites(dense.structure.sites), outside(recipe, stages, dense.structure, dense.tied), settings_of(recipe, stages)
+    found, fitting = together(blocks, beside), set(blocks)
     headers = recipe.budget is not None and recipe.budget.total_bytes is not None
     rows = []
     for site in sites:
         index = has_index(stages.quantize.config_for(site.name))
-        rows.append([_stored(end.of[site.name], site, s, index, headers) if allowed(recipe, stages, site, s) else np.inf for s in found])
-    own = {site.name for site in sites}
+        fits = [s in fitting and allowed(recipe, stages, site, s) for s in found]
+        rows.append([_stored(end, site, s, index, headers) if fit else np.inf for s, fit in zip(found, fits, strict=True)])
+    for each in beside:
+        rows.append([_stored(plain, each.site, s, False, headers) if s in each.settings else np.inf for s in found])
+    sites += [each.site for each in beside]
+    own = {plain.name_of(site) for site in sites}
     others = replace(plain, of={name: size for name, size in plain.of.items() if name not in own})
-    return Costs(sites, found, np.array(rows), others.total_bytes())
+    return Costs(sites, found, np.array(rows), others.total_bytes(), beside)
 
 
-def _stored(end: Size, site: Site, setting: Setting, index: bool, headers: bool) -> float:
-    size = replace(end)
+def _stored(end: Sizes, site: Site, setting: Setting, index: bool, headers: bool) -> float:
+    size = replace(end.of[name := end.name_of(site)])
     on_grid(size, site.shape, replace(setting.grid, pattern="dense"), index)
     if setting.grid.pattern != "dense":
         size.mask = site.shape[0] * -(-site.shape[1] // 8) * 8
     if setting.rank:
         with_factors(size, site.shape, setting.rank, setting.factor_bits)
-    return size.bits / 8 + (size.header_bytes(site.name) if headers else 0)
+    return size.bits / 8 + (size.header_bytes(name) if headers else 0)
 
 
 def refusals(recipe: Recipe, dense: Sizes) -> list[str]:
@@ -220,7 +280,7 @@ def refusals(recipe: Recipe, dense: Sizes) -> list[str]:
 def _check_fits(recipe: Recipe, counted: Costs) -> None:
     option = f"--budget {recipe.budget.text}" if recipe.budget else ""
     for rank in recipe.allocation.ranks:
-        most = max(min(site.shape) for site in counted.sites)
+        most = max(min(site.shape) for site in counted.sites if site.block is not None)
         if rank > most:
             raise UsageError(f"{option}: allocation.ranks: rank {rank} is above the smaller dimension of every matrix, at most {most}")
     for m, site in enumerate(counted.sites):

@@ -223,6 +223,17 @@ class StreamedModel:
     def embed(self, ids_NT: Tensor) -> Tensor:
         """Hidden states [N, T, D] that enter the first block, [N, P + T, D] with a prompt; records what every block is called with at
         this shape."""
+        with torch.no_grad():
+            entered, calls = self._entering(ids_NT)
+        self._calls[entered.shape[0], entered.shape[1]] = calls
+        return entered
+
+    def embed_with_gradients(self, ids_NT: Tensor) -> Tensor:
+        """The same hidden states, and how they came about, for whoever hooks the token embeddings; nothing is recorded."""
+        return self._entering(ids_NT)[0]
+
+    def _entering(self, ids_NT: Tensor) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+        """What enters the first block, and what every block is called with besides."""
         ids = ids_NT.to(self.device)
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         entered: list[Tensor] = []
@@ -234,10 +245,9 @@ class StreamedModel:
                 raise _Stop
             return hidden
 
-        with self._stand_ins(record), torch.no_grad():
+        with self._stand_ins(record):
             self._forward_until_stop(**self._arguments(ids))
-        self._calls[entered[0].shape[0], entered[0].shape[1]] = calls
-        return entered[0]
+        return entered[0], calls
 
     def _arguments(self, ids_NT: Tensor) -> dict[str, Any]:
         """What the model is called with: the text, and its virtual tokens."""

@@ -101,6 +101,20 @@ def collect(
             handle.remove()
 
 
+def collect_head(
+    model: StreamedModel, hidden: Iterable[Tensor], site: Site, needs: frozenset[str], statistics: dict[str, InputStatistics]
+) -> None:
+    """The same of the output head, from hidden states that leave the last block, window by window; its product is left out."""
+    with collecting(model, [site], needs, statistics):
+        handle = model.model.get_submodule(site.module).register_forward_pre_hook(_stop)
+        try:
+            for window_1TD in (row for h in hidden for row in h.split(1)):
+                with suppress(_Enough):
+                    model.logits(window_1TD)
+        finally:
+            handle.remove()
+
+
 @contextmanager
 def dense_inputs_of(model: StreamedModel, sites: list[Site]) -> Iterator[dict[str, list[Tensor]]]:
     """While open, every call of a site's module in the dense model adds its input under the site's name; experts are left out."""

@@ -5,7 +5,7 @@ Knows stages' settings and the records they leave (compress/options.Grid counts 
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from ...compress.factors import FactorBits, FactorForm
 from ...compress.grids import divide
@@ -14,7 +14,7 @@ from ...recover.selection import roles
 from ..recipes.stage_settings import StageSpec, methods
 from ..store.artifact import Artifact
 from .source import load_config
-from .structure import Site, Structure, inspect, shared_names, skeleton, tied_names
+from .structure import Site, Structure, inspect, is_tied, skeleton, tied_names
 
 ENTRY_BYTES = 70
 """Of a tensor's entry in a safetensors header, besides its name."""
@@ -58,6 +58,15 @@ class Sizes:
     weights: dict[str, int] = field(default_factory=dict)
     embeddings: str | None = None
 
+    @property
+    def tied(self) -> bool:
+        table = self.structure.embeddings
+        return table is not None and self.embeddings not in (None, table.name)
+
+    def name_of(self, site: Site) -> str:
+        """By which a matrix goes here."""
+        return self.embeddings if site == self.structure.embeddings and self.embeddings is not None else site.name
+
     def total_bytes(self) -> float:
         return sum(size.bits / 8 + size.header_bytes(site) for site, size in self.of.items()) + self.rest_bytes
 
@@ -71,16 +80,15 @@ class Sizes:
 def dense_sizes(model: Any, structure: Structure, element: float) -> Sizes:
     """Before any stage: every matrix dense, `element` bytes a number."""
     sites, table = list(structure.sites), structure.embeddings
-    head = next((s for s in sites if s.block is None), None)
-    shared = table is not None and head is not None and f"{head.module}.weight" in shared_names(model, f"{table.module}.weight")
-    sites += [] if table is None or shared else [table]
+    head, tied = structure.head, is_tied(model, structure)
+    sites += [] if table is None or tied else [table]
     weights = {s.name: s.shape[0] * s.shape[1] for s in sites}
-    tied = tied_names(model)
+    copies = tied_names(model)
     plain = {f"{s.module}.{s.parameter}" for s in [*sites, *([table] if table else [])]}
-    others = [n for n in model.state_dict() if n not in plain and n not in tied]
+    others = [n for n in model.state_dict() if n not in plain and n not in copies]
     total = sum(p.numel() for p in model.parameters())
     rest = (total - sum(weights.values())) * element + headers(others, structure.blocks)
-    embeddings = head.name if shared and head is not None else table.name if table is not None else None
+    embeddings = head.name if tied and head is not None else table.name if table is not None else None
     return Sizes(structure, {n: Size(count * element * 8) for n, count in weights.items()}, rest, weights, embeddings)
 
 
@@ -117,17 +125,25 @@ def apply(spec: StageSpec, sizes: Sizes) -> list[str]:
         except ValueError as error:
             refused.append(f"{spec.address}: {site.name}: {error}")
     _share_factors(spec, sizes)
-    _apply_to_head(spec, sizes)
-    _apply_to_embeddings(spec, sizes)
+    for key, site in rounded_to_nearest(spec, sizes.structure, sizes.tied).items():
+        size = sizes.of[sizes.name_of(site)]
+        _quantized(*site.shape, spec.embedding_config(site.shape[1], getattr(spec, key)), size)
+        size.compressed = True
     refused += _exact_head(spec, sizes)
     return refused[:5] + ([f"{spec.address}: … and {len(refused) - 5} more"] if len(refused) > 5 else [])
 
 
-def _apply_to_head(spec: StageSpec, sizes: Sizes) -> None:
-    for site in sizes.structure.sites:
-        if spec.head_bits is not None and site.block is None and not spec.skips(site.name):
-            _quantized(*site.shape, spec.embedding_config(site.shape[1], spec.head_bits), sizes.of[site.name])
-            sizes.of[site.name].compressed = True
+def rounded_to_nearest(spec: StageSpec, structure: Structure, tied: bool) -> dict[Literal["embedding_bits", "head_bits"], Site]:
+    """What the stage rounds to nearest outside the blocks, by the setting that says to how many bits: the embeddings, when they are included,
+    and a head of its own. Not a head that the method compresses, nor embeddings that are one matrix with it."""
+    table, head = structure.embeddings, structure.head
+    by_method = head is not None and spec.include_head and not spec.skips(head.name)
+    found: dict[Literal["embedding_bits", "head_bits"], Site] = {}
+    if table is not None and spec.include_embeddings and not spec.skips(table.name) and not (tied and by_method):
+        found["embedding_bits"] = table
+    if head is not None and spec.head_bits is not None and not by_method and not spec.skips(head.name) and not (tied and found):
+        found["head_bits"] = head
+    return found
 
 
 def _exact_head(spec: StageSpec, sizes: Sizes) -> list[str]:
@@ -136,17 +152,6 @@ def _exact_head(spec: StageSpec, sizes: Sizes) -> list[str]:
     if table is None or name in (None, table.name) or not spec.include_embeddings or spec.skips(table.name) or not spec.skips(str(name)):
         return []
     return [f"{spec.address}: {name} is to stay as it is (ignore) and is one matrix with {table.name}; set include_embeddings to false"]
-
-
-def _apply_to_embeddings(spec: StageSpec, sizes: Sizes) -> None:
-    """Where they are one matrix with a head that the stage compresses, the head's settings hold."""
-    table, name = sizes.structure.embeddings, sizes.embeddings
-    if table is None or name is None or not spec.include_embeddings or spec.skips(table.name):
-        return
-    if name == table.name or not spec.include_head or spec.skips(name):
-        size = sizes.of[name]
-        _quantized(*table.shape, spec.embedding_config(table.shape[1]), size)
-        size.compressed = True
 
 
 def _share_factors(spec: StageSpec, sizes: Sizes) -> None:

@@ -61,6 +61,11 @@ class Structure:
     def of_block(self, index: int) -> list[Site]:
         return [site for site in self.sites if site.block == index]
 
+    @property
+    def head(self) -> Site | None:
+        """The output head, where it is among the sites."""
+        return next((site for site in self.sites if site.block is None), None)
+
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The model with parameters on the meta device and real (computed) buffers, in eval mode."""
@@ -170,6 +175,12 @@ def shared_names(model: nn.Module, name: str) -> list[str]:
     tied = tied_names(model)
     first = tied.get(name, name)
     return [first, *(copy for copy, source in tied.items() if source == first)]
+
+
+def is_tied(model: nn.Module, structure: Structure) -> bool:
+    """Whether the token embeddings and the output head are one matrix."""
+    table, head = structure.embeddings, structure.head
+    return table is not None and head is not None and f"{head.module}.weight" in shared_names(model, f"{table.module}.weight")
 
 
 def set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -60,7 +60,7 @@ class Anatomy:
         self.blocks = self.structure.blocks
         table = self.structure.embeddings
         self.vocabulary, self.width = table.shape if table is not None else (0, min(s.shape[1] for s in self.structure.sites))
-        self.head = next((s for s in self.structure.sites if s.block is None), None)
+        self.head = self.structure.head
         self.parameters = sum(p.numel() for p in model.parameters())
         self.in_blocks = sum(p.numel() for p in model.get_submodule(self.structure.prefix).parameters())
         config = model.config.get_text_config()

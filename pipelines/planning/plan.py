@@ -21,7 +21,7 @@ from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec, methods
 from ..stages.baseline import check_source
 from ..stages.inputs import Inputs
-from ..store.rundir import RunDirectory, finished_blocks
+from ..store.rundir import OUTSIDE, RunDirectory, finished_blocks
 from . import recovery_plan
 from .imported_sizes import imported_sizes
 from .run_costs import RunCosts
@@ -127,7 +127,7 @@ def predict(recipe: Recipe, directory: Path | None = None, device: str = "auto")
 @dataclass(frozen=True)
 class _Budget:
     """What is said of a budget, and what the stages from the `first` on take at most; nothing where the choice is made. `missing`: blocks of its
-    table that are not there."""
+    table that are not there, and `outside` the matrices outside of them."""
 
     said: dict[str, Any]
     first: int
@@ -135,10 +135,12 @@ class _Budget:
     stages: spending.Spent
     settings: list[Setting]
     missing: int
+    outside: list[spending.Outside]
 
     def gathered(self, costs: RunCosts, before: Sizes) -> list[Needs]:
         """What building the table takes, or what is missing of it."""
-        return [costs.table(self.stages, self.settings, before, self.missing)] if self.missing else []
+        lacking = self.missing or self.outside
+        return [costs.table(self.stages, self.settings, before, self.missing, self.outside)] if lacking else []
 
     def at_most(self, number: int) -> dict[str, Any]:
         return self.limit if number >= self.first else {}
@@ -150,16 +152,18 @@ def _allocation(recipe: Recipe, dense: Sizes, inputs: Inputs, compute: Compute, 
     counted = spending.costs(recipe, stages, dense)
     smallest, largest = (stages.budget.said(n, counted.weights, counted.rest_bytes) for n in (counted.smallest, counted.largest))
     limit = min(stages.budget.bytes_for(counted.weights, counted.rest_bytes), counted.largest)
-    blocks, chosen = 0, None
+    blocks, chosen, beside = 0, None, counted.outside
     if place is not None:
         directory, chosen = found_choice(recipe, steps[stages.first].key, inputs, compute, place)
-        blocks = finished_blocks(directory)
+        blocks, beside = finished_blocks(directory), [] if (directory / OUTSIDE).is_file() else beside
     missing = dense.structure.blocks - blocks
-    table = f"will be built for {missing} of {dense.structure.blocks} blocks" if missing else "is there"
+    parts = [f"{missing} of {dense.structure.blocks} blocks"] if missing else []
+    parts += [each.site.name for each in beside]
+    table = f"will be built for {', '.join(parts)}" if parts else "is there"
     said = {"budget": stages.budget.text, "settings": len(counted.settings), "matrices": len(counted.sites)}
     said |= {"smallest": smallest, "largest": largest, "table": table, "chosen": None if chosen is None else chosen.stored}
     at_most = {"bits_per_weight": round(limit * 8 / counted.weights, 4), "total_bytes": round(limit + counted.rest_bytes)}
-    return _Budget(said, stages.first, {} if chosen is not None else at_most, stages, counted.settings, missing)
+    return _Budget(said, stages.first, {} if chosen is not None else at_most, stages, spending.settings_of(recipe, stages), missing, beside)
 
 
 def _reads_fisher(spec: StageSpec) -> bool:

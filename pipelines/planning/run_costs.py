@@ -11,7 +11,7 @@ import torch
 
 from ...compress.options import Setting
 from .. import doctor
-from ..allocation.spending import Spent
+from ..allocation.spending import Outside, Spent
 from ..devices.compute import Compute
 from ..devices.rates import Speeds, Work, measured
 from ..devices.shortage import advice
@@ -69,9 +69,10 @@ class RunCosts:
     def fisher(self) -> Needs:
         return table_costs.fisher(self.plan)
 
-    def table(self, stages: Spent, settings: Sequence[Setting], before: Sizes, blocks: int) -> Needs:
-        """Of so many blocks, of a budget's table of errors."""
-        return table_costs.table(self.plan, stages, settings, _has_records(before), blocks)
+    def table(self, stages: Spent, settings: Sequence[Setting], before: Sizes, blocks: int, outside: Sequence[Outside]) -> Needs:
+        """Of so many blocks, and of matrices outside of them, of a budget's table of errors."""
+        found = table_costs.table(self.plan, stages, settings, _has_records(before), blocks)
+        return found.most(table_costs.outside_table(self.plan, outside)) if outside else found
 
     def needs(self, spec: StageSpec, before: Sizes, after: Sizes, first: bool) -> Needs:
         """Of the stage alone, without its evaluation."""

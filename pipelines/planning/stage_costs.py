@@ -13,7 +13,8 @@ import torch
 from ...compress.statistics import SAMPLES
 from ..devices.rates import Work
 from ..evaluation.perplexity import LOGITS_AT_ONCE, TOKENS_AT_ONCE
-from ..models.structure import Site
+from ..models.sizes import rounded_to_nearest
+from ..models.structure import Site, is_tied
 from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec, methods
 from .anatomy import Anatomy
@@ -157,11 +158,10 @@ def _with_rest(plan: CostPlan, spec: StageSpec, found: Needs) -> Needs:
     for site in rest:
         cost = solver_cost(spec.name, spec.method, spec.config_for(site.name), site.shape, True)
         found = found.most(Needs(cost.work, plan.outside_bytes + 4.0 * site.shape[0] * site.shape[1] + cost.peak, found.host))
-    nearest = [anatomy.structure.embeddings.shape] if spec.include_embeddings and anatomy.structure.embeddings is not None else []
-    nearest += [anatomy.head.shape] if spec.head_bits is not None and anatomy.head is not None else []
-    for shape in nearest:
-        cost = solver_cost("quantize", "rtn", spec.embedding_config(shape[1]), shape, False)
-        found = found.most(Needs(cost.work, plan.outside_bytes + 4.0 * shape[0] * shape[1] + cost.peak, found.host))
+    nearest = rounded_to_nearest(spec, anatomy.structure, is_tied(anatomy.model, anatomy.structure))
+    for key, site in nearest.items():
+        cost = solver_cost("quantize", "rtn", spec.embedding_config(site.shape[1], getattr(spec, key)), site.shape, False)
+        found = found.most(Needs(cost.work, plan.outside_bytes + 4.0 * site.shape[0] * site.shape[1] + cost.peak, found.host))
     return found
 
 

@@ -13,8 +13,10 @@ from typing import Any
 
 from ..allocation.choice import Choice, choice_path, read_choice, resolved
 from ..allocation.error_tables import table_key
-from ..allocation.spending import settings_of, spent
+from ..allocation.spending import outside, settings_of, spent
 from ..devices.compute import Compute
+from ..models.source import load_config
+from ..models.structure import inspect, is_tied, skeleton
 from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec, methods
 from ..stages.baseline import fingerprint
@@ -75,7 +77,9 @@ def found_choice(
 ) -> tuple[Path, Choice | None]:
     """Where the budget's table lies (or will), and the choice beside it, if it was made."""
     stages = spent(chosen)
-    settings = settings_of(chosen, stages)
-    key = table_key(parent_key, inputs.calibration_fingerprint(), stages, settings, chosen.allocation, compute.identity())
+    settings, model = settings_of(chosen, stages), skeleton(load_config(inputs.model))
+    structure = inspect(model, include_head=True)
+    beside = outside(chosen, stages, structure, is_tied(model, structure))
+    key = table_key(parent_key, inputs.calibration_fingerprint(), stages, settings, beside, chosen.allocation, compute.identity())
     directory = (place.path if place is not None else Path()) / "allocation" / key[:8]
     return directory, read_choice(choice_path(chosen, directory)) if place is not None else None

@@ -14,7 +14,8 @@ import torch
 from ...compress.gptq import GptqConfig
 from ...compress.methods import QUANTIZE, Method
 from ...compress.options import Grid, Setting, overrides
-from ..allocation.spending import Spent
+from ..allocation.outside_errors import ROWS_AT_ONCE
+from ..allocation.spending import Outside, Spent
 from ..devices.rates import Work
 from ..evaluation.perplexity import LOGITS_AT_ONCE
 from ..models.structure import Site
@@ -83,6 +84,24 @@ def table(plan: CostPlan, stages: Spent, settings: Sequence[Setting], records: b
     read = anatomy.block_parameters * plan.element * (2 if records else 1)
     host = max(anatomy.outside * plan.element, READ_AHEAD * read) + RUNNING_BYTES
     return Needs(work * blocks + OPENED, device, host, plan.hidden_bytes(tokens))
+
+
+def outside_table(plan: CostPlan, outside: Sequence[Outside]) -> Needs:
+    """Of the matrices outside the blocks: rows of a vocabulary rounded and compared, some at once, and the text through the last block once more."""
+    calibration = plan.recipe.calibration
+    tokens, work, peak = float(calibration.samples * calibration.seq_len), Work(), 0.0
+    for each in outside:
+        rows, columns = each.site.shape
+        span = (min(rows, ROWS_AT_ONCE), columns)
+        held = 4.0 * span[0] * columns + (8.0 * (3 * span[0] + 2 * columns) * columns if each.multiplied else 8.0 * span[0] * columns)
+        for config in each.configs:
+            cost = solver_cost("quantize", "rtn", config, span, False)
+            work += cost.work * (rows / span[0]) + Work(passes=4.0 * rows * columns * (DENSE + 20))
+            peak = max(peak, held + cost.peak)
+        if each.multiplied:
+            work += Work({F32: 0.6 * tokens * columns**2, F64: float(len(each.configs) + 1) * rows * columns**2})
+    work += plan.pass_of(tokens, calibration.seq_len)
+    return Needs(work, plan.outside_bytes + peak, plan.anatomy.outside * plan.element + RUNNING_BYTES, plan.hidden_bytes(tokens))
 
 
 def _of_matrix(stages: Spent, site: Site, settings: Sequence[Setting], iterates: bool) -> tuple[Work, float]:

@@ -14,7 +14,8 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2*
 
 @dataclass(frozen=True)
 class Budget:
-    """Bits per weight over the matrices it is spent on, or bytes of the whole artifact; exactly one is set."""
+    """Bits per weight over the matrices it is spent on (those of the blocks; the embeddings and the head, where `allocation.embedding_bits` says
+    so), or bytes of the whole artifact; exactly one is set."""
 
     text: str
     bits_per_weight: float | None = None
@@ -55,6 +56,10 @@ def _listed(value: Any) -> Any:
     return tuple(item for number, item in enumerate(items) if item not in items[:number])
 
 
+def _listed_or_null(value: Any) -> Any:
+    return None if value is None else _listed(value)
+
+
 def _texts(value: Any) -> Any:
     """0.5 is a share whether it was written as a number or as text."""
     return tuple(str(item) if isinstance(item, float) else item for item in _listed(value))
@@ -77,7 +82,10 @@ class AllocationSettings(BaseModel):
     double_quantize counts for NormalFloat methods only; sparsities are "dense", an "N:M" pattern or a share of each row ("0.5"), and
     need a prune stage, which otherwise does what it says. weighting: which sum of the matrices' errors is least. output: squared output errors as
     they are; relative: each as a share of its output's energy; fisher: each output weighed by the mean square of the loss's gradient
-    there, which makes the sum an estimate of nats per token. errors: rounding: what is left of rounding W by the best term of each rank, read
+    there, which makes the sum an estimate of nats per token. embedding_bits: of the token embeddings and of a head of its own, where the quantize
+    stage rounds them (include_embeddings, head_bits), in place of what it says; an empty list leaves both to the stage and out of the budget,
+    null stands for 4, 5, 6, 8 with a budget in bytes and for the empty list with one in bits per weight. The output of embeddings is the rows
+    that the calibration text looks up, that of a head its logits; where both are one matrix, its error is the sum of the two. errors: rounding: what is left of rounding W by the best term of each rank, read
     off one spectrum; iterates: what the decompose stage's own method leaves, solved for every setting with a rank, as LQ-LoRA takes its table
     from its iterates: a solution each, so that few settings are meant.
     """
@@ -88,6 +96,7 @@ class AllocationSettings(BaseModel):
     group_sizes: Annotated[tuple[Group, ...], BeforeValidator(_listed), MinLen(1), doc("a list of -1 or 1 … 65,536")] = (32, 64, 128)
     double_quantize: Annotated[tuple[bool, ...], BeforeValidator(_listed), MinLen(1), doc("a list of true|false")] = (False, True)
     ranks: Annotated[tuple[WidthOrZero, ...], BeforeValidator(_listed), MinLen(1), doc("a list of 0 … 65,536")] = (0, 4, 8, 16, 32)
+    embedding_bits: Annotated[tuple[Bits, ...] | None, BeforeValidator(_listed_or_null), doc("a list of 2|3|4|5|6|8, or null")] = None
     factor_bits: Annotated[tuple[Literal[4, 8, 16], ...], BeforeValidator(_listed), MinLen(1), doc("a list of 4|8|16")] = (16, 8)
     sparsities: Annotated[tuple[Sparsity, ...], BeforeValidator(_texts), doc("a list of dense, N:M or shares such as 0.5")] = ()
     weighting: Literal["output", "relative", "fisher"] = "fisher"

@@ -96,14 +96,13 @@ class StageSpec:
                 changes.update(with_implied(fields))
         return changes
 
-    def embedding_config(self, width: int, bits: Bits | None = None) -> Any:
-        """How token embeddings or a head [V, width] are rounded to nearest: `bits`, else `embedding_bits`; the method's groups or the largest
-        that divides."""
+    def embedding_config(self, width: int, bits: Bits) -> Any:
+        """How token embeddings or a head [V, width] are rounded to nearest: the method's groups, or the largest below that divide."""
         from ...compress.rounding import RtnConfig
 
         wanted = getattr(self.config, "group_size", None) or getattr(self.config, "block_size", 64)
         size = -1 if wanted == -1 else max(d for d in range(1, min(wanted, width) + 1) if width % d == 0)
-        return RtnConfig(bits or self.embedding_bits, size, getattr(self.config, "symmetric", False), clip="power")
+        return RtnConfig(bits, size, getattr(self.config, "symmetric", False), clip="power")
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the result, as plain YAML/JSON values; building from it gives an equal spec."""

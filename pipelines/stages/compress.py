@@ -20,7 +20,7 @@ from ..errors import InputError, UsageError
 from ..evaluation.perplexity import embedded
 from ..logs import bar
 from ..models.blocks import StreamedModel
-from ..models.collecting import collect, collecting, dense_inputs_of, input_groups
+from ..models.collecting import collect, collect_head, collecting, dense_inputs_of, input_groups
 from ..models.hidden import Room
 from ..models.reading import BlockReader, BlockTensors
 from ..models.structure import Site
@@ -168,9 +168,7 @@ def _head_statistics(stage: Stage, site: Site) -> InputStatistics:
                 for h in _behind_dense(stage, paired, partial(_window_by_window, stage.dense)):
                     _window_by_window(stage.model, h)
         else:
-            with collecting(stage.model, [site], needs, statistics):
-                for h in stage.hidden:
-                    _window_by_window(stage.model, h)
+            collect_head(stage.model, stage.hidden, site, needs, statistics)
     return statistics.get(site.name) or InputStatistics(site.shape[1], needs, stage.context.device)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...compress.methods import Method
 from ...compress.metrics import output_error
@@ -92,8 +92,12 @@ def target(stage: Stage, site: Site) -> Tensor:
 def _matrix(stage: Stage, reader: BlockReader, site: Site) -> StoredWeight:
     if site.block is not None:
         return reader.block(stage.model.prefix(site.block)).matrix(site)
-    artifact = reader.artifact
-    names = shared_names(stage.model.model, f"{site.module}.{site.parameter}")
+    return matrix_outside(stage.model.model, reader.artifact, site)
+
+
+def matrix_outside(model: nn.Module, artifact: Artifact, site: Site) -> StoredWeight:
+    """The record of a matrix outside the blocks, under whichever of its tied names it is stored; a plain weight as a dense one."""
+    names = shared_names(model, f"{site.module}.{site.parameter}")
     linear = next((n for name in names if (n := name.removesuffix(".weight")) in artifact.linears), None)
     if linear is not None:
         return artifact.stored(linear)

@@ -6,10 +6,12 @@ Knows the model's structure and the stage's settings; the maths is `compress/`.
 from collections.abc import Callable
 from typing import Any
 
+from ...compress.ranges import Bits
 from ...compress.rounding import rtn
 from ...compress.statistics import SAMPLES, InputStatistics, LayerStatistics
 from ...compress.weights import StoredWeight
-from ..models.structure import Site, shared_names, tied_names
+from ..models.sizes import rounded_to_nearest
+from ..models.structure import Site, is_tied, shared_names, tied_names
 from ..store.artifact import shards_of
 from .matrices import Stage, current, described, solve, target
 
@@ -34,9 +36,10 @@ def _records(
     blocks = f"{stage.model.structure.prefix}."
     records = {n: stage.parent.stored(n) for n in stage.parent.linears if not n.startswith(blocks)}
     layers = []
-    nearest = rounded(stage, head)
+    structure = stage.model.structure
+    nearest = {s: getattr(stage.spec, key) for key, s in rounded_to_nearest(stage.spec, structure, is_tied(stage.model.model, structure)).items()}
     for site in [*head, *nearest]:
-        made, layer = _rounded(stage, site) if site in nearest else solve(stage, site, {site.name: statistics_of(site)})
+        made, layer = _rounded(stage, site, nearest[site]) if site in nearest else solve(stage, site, {site.name: statistics_of(site)})
         for name in shared_names(stage.model.model, f"{site.module}.weight"):
             records.pop(name.removesuffix(".weight"), None)
         records[site.name] = made
@@ -44,31 +47,11 @@ def _records(
     return records, layers
 
 
-def embeddings(stage: Stage, head: list[Site]) -> list[Site]:
-    """The token embeddings, when they are to be rounded: not where they are one matrix with a head that is compressed already."""
-    site = stage.model.structure.embeddings
-    if site is None or not stage.spec.include_embeddings or stage.spec.skips(site.name):
-        return []
-    shared = shared_names(stage.model.model, f"{site.module}.weight")
-    return [] if any(f"{other.module}.weight" in shared for other in head) else [site]
-
-
-def rounded(stage: Stage, head: list[Site]) -> list[Site]:
-    """What is rounded to nearest: the embeddings, when asked, and a head of its own, where `head_bits` says to how many bits."""
-    found, spec = embeddings(stage, head), stage.spec
-    if spec.head_bits is None:
-        return found
-    shared = {name for site in found for name in shared_names(stage.model.model, f"{site.module}.weight")}
-    others = [s for s in stage.model.structure.sites if s.block is None and s not in head and not spec.skips(s.name)]
-    return [*found, *(s for s in others if f"{s.module}.weight" not in shared)]
-
-
 def said_of_rest(stage: Stage, head: list[Site]) -> list[str]:
     """Notes on what lies outside the blocks: what was left alone, and what is one matrix with something that was not."""
-    spec, table = stage.spec, stage.model.structure.embeddings
-    heads = [s for s in stage.model.structure.sites if s.block is None]
-    shared = table is not None and any(f"{s.module}.weight" in shared_names(stage.model.model, f"{table.module}.weight") for s in heads)
-    nearest = rounded(stage, head)
+    spec, structure = stage.spec, stage.model.structure
+    table, heads, shared = structure.embeddings, [s for s in structure.sites if s.block is None], is_tied(stage.model.model, structure)
+    nearest = list(rounded_to_nearest(spec, structure, shared).values())
     of_table = table in nearest
     notes = []
     for site in heads:
@@ -85,12 +68,12 @@ def said_of_rest(stage: Stage, head: list[Site]) -> list[str]:
     return notes
 
 
-def _rounded(stage: Stage, site: Site) -> tuple[StoredWeight, dict[str, Any]]:
+def _rounded(stage: Stage, site: Site, bits: Bits) -> tuple[StoredWeight, dict[str, Any]]:
     """Rounded to nearest. An embedding's rows are looked up, not multiplied, so there are no inputs to weigh an error by: its output's error
     is that of the rows that the text looks up; a head's is not measured."""
     target_OI, table = target(stage, site), site.kind == "embedding"
     none = InputStatistics(site.shape[1], frozenset())
-    config = stage.spec.embedding_config(site.shape[1], None if table else stage.spec.head_bits)
+    config = stage.spec.embedding_config(site.shape[1], bits)
     record, metrics = rtn(current(stage, site).to(stage.context.device), target_OI, LayerStatistics(none), config)
     layer = described(site, record, target_OI, None, metrics)
     if not table:

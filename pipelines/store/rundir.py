@@ -203,6 +203,10 @@ def refuse_inside_run(output: Path, itself: bool = True) -> None:
         raise UsageError(f"{output}: lies in the run directory {run.path}, which holds nothing but its run; give another place with -o")
 
 
+OUTSIDE = "outside.safetensors"
+"""Of a budget's table of errors, the matrices outside the blocks."""
+
+
 def finished_blocks(table: Path) -> int:
     """Of a budget's table of errors, one file a block."""
     return len(list(table.glob("block-?????.safetensors")))

@@ -63,6 +63,31 @@ def test_squared_gradients(family: str, tmp_path: Path, small_model: Path, small
         torch.testing.assert_close(found[site.name].column_mean_I, expected.mean(0), rtol=1e-3, atol=1e-12)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "opt"])
+def test_squares_at_the_embeddings_and_the_head(
+    family: str, tmp_path: Path, small_model: Path, small_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No token comes twice in a sequence, so that the gradient of a row of the table is that of one token: Gemma's table is multiplied when it is
+    looked up, OPT's is narrower than the model."""
+    save_speaking(family, tmp_path / "source", small_model, tie_word_embeddings=False)
+    given, generator = context(tmp_path, tmp_path / "source", small_text), torch.Generator().manual_seed(0)
+    ids_NT = torch.stack([2 + torch.randperm(1000, generator=generator)[:32] for _ in range(3)])
+    monkeypatch.setattr(Inputs, "calibration", lambda self: ids_NT)
+    found = fisher.output_squares(given)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    outs: list[torch.Tensor] = []
+    model.get_output_embeddings().register_forward_hook(lambda module, args, out: outs.append(out))
+    table = direct(tmp_path / "source", ids_NT)[next(n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight)]
+    for ids in ids_NT:
+        loss = model(ids.unsqueeze(0), labels=ids.unsqueeze(0)).loss
+        outs[-1].retain_grad()
+        loss.backward()
+    assert found.looked_up_D is not None and found.logits_V is not None
+    torch.testing.assert_close(found.looked_up_D.float(), table.sum(0), rtol=1e-3, atol=1e-10)
+    squares_V = sum((out.grad.square().sum((0, 1)) for out in outs), torch.zeros(1024))  # type: ignore[union-attr]
+    torch.testing.assert_close(found.logits_V.float(), squares_V, rtol=1e-3, atol=1e-10)
+
+
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_sums_do_not_depend_on_how_much_fits(
     family: str, tmp_path: Path, small_model: Path, small_text: Path, monkeypatch: pytest.MonkeyPatch
@@ -78,21 +103,25 @@ def test_sums_do_not_depend_on_how_much_fits(
             return super().run_block(index, hidden_NTD)
 
     monkeypatch.setattr(fisher, "StreamedModel", Watched)
-    together = fisher._collect(given)
+    together, outside = fisher._collect(given)
     calls = len(loaded)
     monkeypatch.setattr(hidden, "free_bytes", lambda device: 0)
     assert fisher._together(Watched(given.baseline, CPU), given.inputs.calibration(), Room.measured(CPU, tmp_path)) == 1
-    alone = fisher._collect(given)
+    alone, also_outside = fisher._collect(given)
     assert set(loaded) == {1} and len(loaded) == 2 * calls
     for name, (row_O, column_I) in together.items():
         assert torch.equal(row_O, alone[name][0]) and torch.equal(column_I, alone[name][1])
+    for found, again in zip(vars(outside).values(), vars(also_outside).values(), strict=True):
+        assert found.any() and torch.equal(found, again)
 
 
 def test_a_long_text_passes_the_head_in_spans(tmp_path: Path, small_model: Path, small_text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = context(tmp_path, small_model, small_text)
-    whole = fisher._collect(given)
+    whole, logits_V = fisher._collect(given)[0], fisher._collect(given)[1].logits_V
     monkeypatch.setattr(fisher, "LOGITS_AT_ONCE", 7)
-    for name, (row_O, column_I) in fisher._collect(given).items():
+    spans, outside = fisher._collect(given)
+    torch.testing.assert_close(outside.logits_V, logits_V, rtol=1e-4, atol=1e-14)
+    for name, (row_O, column_I) in spans.items():
         torch.testing.assert_close(row_O, whole[name][0], rtol=1e-3, atol=1e-14)
         torch.testing.assert_close(column_I, whole[name][1], rtol=1e-3, atol=1e-14)
 
