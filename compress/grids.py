@@ -17,7 +17,8 @@ from .weights import UniformWeight
 Clip = Literal["none", "power", "hessian", "joint"]
 _WEIGHTED = frozenset({"hessian", "joint"})
 STEPS, FLOOR = 20, 0.5
-_CHUNK = 1 << 19  # elements whose temporaries stay in cache while many clip ratios are tried
+_CHUNK = 1 << 19  # elements whose levels stay in cache while many clip ratios are tried
+_CARD_CHUNK = 1 << 26  # on a card: where more are no faster, and half a gigabyte is little beside the sweep that follows
 _WHOLE = torch.ones((), dtype=torch.float64)
 _ROWS = 64  # at least so many lie side by side, however long a group is
 
@@ -203,10 +204,11 @@ def _in_chunks(
 
 
 def _room(weight: Tensor) -> int:
-    """Elements of a piece: with their levels they take twice their own memory."""
+    """Elements of a piece. On a card: with their levels, which take as much memory, within a quarter of what is free."""
     if weight.device.type != "cuda":
         return _CHUNK
-    return max(_CHUNK, torch.cuda.mem_get_info(weight.device)[0] // (4 * 2 * weight.element_size()))
+    free_bytes, _ = torch.cuda.mem_get_info(weight.device)
+    return max(_CHUNK, min(_CARD_CHUNK, free_bytes // (4 * 2 * weight.element_size())))
 
 
 def _shrunk(search: _Search, steps: int, floor: float, offsets: tuple[float, ...] = (0.0,)) -> _Search:
