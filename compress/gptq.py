@@ -4,7 +4,8 @@ Knows tensors and records only. Masked weights stay at exactly 0; dropping them 
 Legend: O out, I in, G groups, S columns of a sub-block or group.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +13,17 @@ import torch
 from torch import Tensor
 
 from . import normal_float as nf
-from .feedback import BLOCK, InverseFactor, OpenColumns, RoundRow, factor_of, feed_back_
+from .feedback import (
+    BLOCK,
+    GivenGrids,
+    InverseFactor,
+    OpenColumns,
+    RoundRow,
+    factor_of,
+    feed_back_,
+    feed_back_uniform_,
+    uniform_rounding,
+)
 from .grids import Clip, UniformGrid, check_zeros, divide, fit, to_record
 from .masks import finite
 from .ranges import Bits, Damp, Group, Share, ShareOrAll, Width
@@ -102,11 +113,8 @@ def gptq_uniform(
     group_I = order_I // size
     scale_GO, zero_GO = _static_grids(weight_OI, grid, clip, importance_I, mask_OI)
 
-    def open_columns(start: int, stop: int, updated_IO: Tensor) -> tuple[Tensor, RoundRow]:
-        groups = group_I[start:stop]
-        return uniform_rounding(scale_GO[groups], zero_GO[groups], grid, None if keep_IO is None else keep_IO[start:stop])
-
-    levels_IO, loss_O = feed_back_(work_IO, factor, open_columns, (), block, first_order)
+    grids = GivenGrids(scale_GO, zero_GO, group_I, keep_IO, grid.top, grid.float_zeros)
+    levels_IO, loss_O = feed_back_uniform_(work_IO, factor, grids, block, first_order)
     codes_IO = levels_IO.add_(zero_GO[group_I]).round_()
     return to_record(codes_IO[factor.place_I].T, scale_GO.T, zero_GO.T, grid), loss_O
 
@@ -127,35 +135,9 @@ def _grids_on_the_way(
             scale, zero = fit(group_OS, grid, clip, None if importance_I is None else importance_I[columns])
             scale_GO[group], zero_GO[group] = scale.view(-1), zero.view(-1)
         scale_SO, zero_SO = (t[group].expand(stop - start, -1) for t in (scale_GO, zero_GO))
-        return uniform_rounding(scale_SO, zero_SO, grid, None if keep_IO is None else keep_IO[start:stop])
+        return uniform_rounding(scale_SO, zero_SO, grid.top, grid.float_zeros, None if keep_IO is None else keep_IO[start:stop])
 
     return scale_GO, zero_GO, open_columns
-
-
-def uniform_rounding(scale_SO: Tensor, zero_SO: Tensor, grid: UniformGrid, keep_SO: Tensor | None) -> tuple[Tensor, RoundRow]:
-    """Levels counted from the zero point (code − zero); a dropped weight has only the level 0."""
-    if grid.float_zeros:
-        return scale_SO, _float_rounding(list(zip(scale_SO, zero_SO, strict=True)), grid)
-    low_SO, high_SO = -zero_SO, grid.top - zero_SO
-    if keep_SO is not None:
-        low_SO, high_SO = low_SO * keep_SO, high_SO * keep_SO
-    limits = list(zip(scale_SO, low_SO, high_SO, strict=True))
-
-    def round_row(i: int, w: Tensor, out: Tensor) -> None:
-        scale, low, high = limits[i]
-        torch.div(w, scale, out=out)
-        torch.clamp(out.round_(), low, high, out=out)
-
-    return scale_SO, round_row
-
-
-def _float_rounding(grids: list[tuple[Tensor, Tensor]], grid: UniformGrid) -> RoundRow:
-    def round_row(i: int, w: Tensor, out: Tensor) -> None:
-        scale, zero = grids[i]
-        torch.div(w, scale, out=out)
-        out.add_(zero).round_().clamp_(0, grid.top).sub_(zero)
-
-    return round_row
 
 
 def gptq_book(
@@ -193,36 +175,46 @@ def gptq_together(
     weights: Mapping[str, StoredWeight], targets: Mapping[str, Tensor], statistics: Mapping[str, LayerStatistics], config: GptqConfig
 ) -> tuple[dict[str, StoredWeight], dict[str, dict[str, float]]]:
     """GPTQ of matrices that read one input (q/k/v, gate/up): rows do not know each other, so all of them go through one sweep. Matrices
-    whose inputs are smoothed differ in their factors and go one by one. ValueError names the matrix, where there are several."""
+    whose inputs are smoothed differ in their factors and go one by one. Where there are several, a ValueError begins with the name of the
+    matrix, or of the first where it is the input that will not do."""
     if len(weights) > 1 and any(weight.smooth is not None for weight in weights.values()):
         found = {n: gptq_together({n: weights[n]}, {n: targets[n]}, {n: statistics[n]}, config) for n in weights}
         return {n: records[n] for n, (records, _) in found.items()}, {n: metrics[n] for n, (_, metrics) in found.items()}
     grid = UniformGrid(config.bits, config.group_size, config.symmetric, config.float_zeros)
-    bases, (weight, known) = [], next((weights[n], statistics[n]) for n in weights)
-    grid.size(weight.shape[1])
+    first, several = next(iter(weights)), len(weights) > 1
+    known, bases = statistics[first], []
+    with _named(first, several):
+        grid.size(weights[first].shape[1])
     for name, weight in weights.items():
-        try:
+        with _named(name, several):
             refuse_float_zeros(weight, grid)
             bases.append(base_target(weight, targets[name]))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}" if len(weights) > 1 else str(error)) from error
-    factor = factor_of(known.inputs, config.damp, config.act_order != "none", weight.smooth)
-    if config.correction:
-        bases = [corrected_target(base_OI, _shift(weight, known), factor, config.correction) for base_OI in bases]
+    with _named(first, several):  # what all of them read
+        factor = factor_of(known.inputs, config.damp, config.act_order != "none", weights[first].smooth)
+        importance_I = grid_importance(weights[first], known, config.clip)
+        shift_II = _shift(weights[first], known) if config.correction else None
+    if shift_II is not None:
+        bases = [corrected_target(base_OI, shift_II, factor, config.correction) for base_OI in bases]
     counts = [len(base_OI) for base_OI in bases]
     mask_OI = _stacked_masks([weight.mask_OI() for weight in weights.values()], bases)
-    importance_I, static = grid_importance(weight, known, config.clip), config.act_order == "static_groups"
-    whole, loss_O = gptq_uniform(
-        torch.cat(bases) if len(bases) > 1 else bases[0], factor, grid, config.clip, static, importance_I, mask_OI, BLOCK, config.first_order
-    )
+    whole_OI, static = torch.cat(bases) if several else bases[0], config.act_order == "static_groups"
+    whole, loss_O = gptq_uniform(whole_OI, factor, grid, config.clip, static, importance_I, mask_OI, BLOCK, config.first_order)
     losses = torch.stack([loss.sum() for loss in loss_O.split(counts)]).tolist()
     records, metrics, end = dict[str, StoredWeight](), dict[str, dict[str, float]](), 0
     for name, base_OI, loss in zip(weights, bases, losses, strict=True):
-        base, end = whole if len(bases) == 1 else rows_of(whole, slice(end, end + len(base_OI))), end + len(base_OI)
+        base, end = whole if not several else rows_of(whole, slice(end, end + len(base_OI))), end + len(base_OI)
         base, loss = _refitted(base, loss, base_OI, weights[name], targets[name], known, config)
         records[name] = quantized(weights[name], base, config.activations)
         metrics[name] = feedback_metrics(factor, loss)
     return records, metrics
+
+
+@contextmanager
+def _named(name: str, several: bool) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}" if several else str(error)) from error
 
 
 def _stacked_masks(masks: list[Tensor | None], bases: list[Tensor]) -> Tensor | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...compress.feedback import factor_of, feed_back_
+from ...compress.feedback import factor_of, feed_back_, feed_back_uniform_
 from ...compress.grids import fit, to_record
 from ...compress.metrics import output_error
 from ...compress.statistics import InputStatistics
@@ -36,6 +36,7 @@ PARTS: dict[CodeType, str] = {
     factor_of.__code__: "factor",
     fit.__code__: "clip search",
     feed_back_.__code__: "sweep",
+    feed_back_uniform_.__code__: "sweep",
     to_record.__code__: "packing",
     output_error.__code__: "error",
     solve_all.__code__: "rest of the solver",

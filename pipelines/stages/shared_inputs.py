@@ -47,5 +47,6 @@ def _solve_few(
     try:
         records, metrics = stage.row.together(weights, targets, known, config)
     except ValueError as error:
-        raise InputError(f"{', '.join(targets)}: {error}") from error
+        one = any(str(error).startswith(f"{name}: ") for name in targets)
+        raise InputError(str(error) if one else f"{', '.join(targets)}: {error}") from error
     return records, {s.name: described(s, records[s.name], targets[s.name], statistics[s.name].samples_TI, metrics[s.name]) for s in sites}

@@ -227,8 +227,10 @@ def test_together_or_one_by_one_is_the_same(settings, monkeypatch):
         weights["v"] = weights["v"].with_mask(mask)
     known = dict.fromkeys(targets, case.statistics)
     apart = {name: gptq(weights[name], targets[name], case.statistics, config) for name in targets}
-    sweeps, plain = [], gptq_module.feed_back_
-    monkeypatch.setattr(gptq_module, "feed_back_", lambda work_IO, *rest: sweeps.append(work_IO.shape) or plain(work_IO, *rest))
+    sweeps = []
+    for sweep in ("feed_back_", "feed_back_uniform_"):
+        plain = getattr(gptq_module, sweep)
+        monkeypatch.setattr(gptq_module, sweep, lambda work_IO, *rest, plain=plain: sweeps.append(work_IO.shape) or plain(work_IO, *rest))
     records, metrics = gptq_together(weights, targets, known, config)
     assert sweeps == [(192, 84)]
     for name, (record, found) in apart.items():
