@@ -50,8 +50,9 @@ WAITS = frozenset({"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "mas
 
 @dataclass
 class OperatorCount:
-    """Operators; those among them that move no data (views); bytes of all tensors that the others were given; bytes that went from one
-    device to another; and how often the host waited for a card, or would have: for a number, a size or a copy."""
+    """Operators; those among them that move no data (views); bytes of all tensors that the others were given, of which a kernel may read a
+    part; bytes that went from one device to another; and how often the host waited for a card, or would have: for a number, a size or a copy
+    (a `tolist` on the CPU is no operator)."""
 
     operators: int = 0
     views: int = 0

@@ -20,7 +20,7 @@ FIELDS = ("operators", "waits")
 COLUMNS = (
     ("shape", "shape", "text"), ("part", "part", "text"), ("cpu_operators_before", "CPU, before", "exact"), ("cpu_operators", "CPU", "exact"),
     ("cuda_operators_before", "card, before", "exact"), ("cuda_operators", "card", "exact"), ("cuda_waits_before", "waits, before", "exact"),
-    ("cuda_waits", "waits", "exact"), ("cuda_read_bytes", "read on the card", "bytes"), ("cuda_copied_bytes", "copied to it and back", "bytes"),
+    ("cuda_waits", "waits", "exact"), ("cuda_copied_bytes", "copied to it and back", "bytes"),
 )  # fmt: skip
 NOTES = (
     "Operators that torch dispatches, views among them, while GPTQ (4 bits, group 64, hessian clip) solves the seven matrices of one block of Llama's shape; a kernel is one. Waits: how often the host waits for a number, a size or a copy.",

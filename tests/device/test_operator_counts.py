@@ -37,6 +37,8 @@ def test_a_block_is_counted_by_part(device: str, card: object, tmp_path: Path, m
     assert list(rows) == ["statistics", "factor", "clip search", "sweep", "packing", "error", "rest of the solver", "model", "solver"]
     parts = [row["operators"] for part, row in rows.items() if part not in ("statistics", "model", "solver")]
     assert rows["solver"]["operators"] == sum(parts)
+    if device == "cuda":  # one operator and one product a block of columns, one piece a search
+        assert rows["sweep"]["operators"] <= 60 and rows["clip search"]["operators"] <= 1100 and rows["solver"]["operators"] <= 2500
     assert rows["model"]["copied_bytes"] > 0 if device == "cuda" else all(row["copied_bytes"] == 0 for row in rows.values())
     assert (tmp_path / f"bench-compress-count-tiny-{device}.json").is_file()
     with pytest.raises(UsageError, match="nothing is left to count: name another -o"):
