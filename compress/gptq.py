@@ -29,7 +29,7 @@ from .masks import finite
 from .ranges import Bits, Damp, Group, Share, ShareOrAll, Width
 from .refit import refit_scales
 from .rounding import base_target, grid_importance, normal_float_record, quantized, refuse_float_zeros
-from .sharing import rows_of
+from .sharing import rows_on_grid
 from .statistics import LayerStatistics
 from .weights import ActivationGrid, StoredWeight, UniformWeight
 
@@ -202,7 +202,7 @@ def gptq_together(
     losses = torch.stack([loss.sum() for loss in loss_O.split(counts)]).tolist()
     records, metrics, end = dict[str, StoredWeight](), dict[str, dict[str, float]](), 0
     for name, base_OI, loss in zip(weights, bases, losses, strict=True):
-        base, end = whole if not several else rows_of(whole, slice(end, end + len(base_OI))), end + len(base_OI)
+        base, end = whole if not several else rows_on_grid(whole, slice(end, end + len(base_OI))), end + len(base_OI)
         base, loss = _refitted(base, loss, base_OI, weights[name], targets[name], known, config)
         records[name] = quantized(weights[name], base, config.activations)
         metrics[name] = feedback_metrics(factor, loss)

@@ -51,6 +51,7 @@ def _feed_back_block_kernel(
         grid = tl.load(group_ptr + place) * outputs + o
         scale = tl.load(scale_ptr + grid, mask=there_O, other=1.0)
         zero = tl.load(zero_ptr + grid, mask=there_O, other=0.0)
+        origin = w
         if PULLED:
             origin = tl.load(origin_ptr + place * outputs + o, mask=there_O, other=0.0)
             w = _toward(w, origin, pull)
