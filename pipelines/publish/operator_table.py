@@ -23,7 +23,7 @@ COLUMNS = (
     ("cuda_waits", "waits", "exact"), ("cuda_copied_bytes", "copied to it and back", "bytes"),
 )  # fmt: skip
 NOTES = (
-    "Operators that torch dispatches, views among them, while GPTQ (4 bits, group 64, hessian clip) solves the seven matrices of one block of Llama's shape; a kernel is one. Waits: how often the host waits for a number, a size or a copy.",
+    "Operators that torch dispatches, views among them, while GPTQ (4 bits, group 64, hessian clip) solves the seven matrices of one block of Llama's shape; a kernel is one. The card is the pretended one of the tests, sent what a real one would be. Waits: how often the host waits for a number, a size or a copy.",
     "Before: one sweep a matrix, columns one by one everywhere, grids searched in pieces of a CPU cache's size, codes packed word by word.",
     "Made by `make publish TABLE=operators` (the larger shape takes ten minutes and 7 GB): counted, not timed, the same on every machine.",
 )
