@@ -40,6 +40,19 @@ class InverseFactor:
     dead: int
 
 
+@dataclass(frozen=True)
+class GivenGrids:
+    """Uniform grids of all groups, scale and zero [G, O], in the processing order of the columns: `group_I` int64 names each column's group.
+    A weight that `keep_IO` (bool) drops has only the level 0. Codes are 0…`top`; with `float_zeros` a zero is no code."""
+
+    scale_GO: Tensor
+    zero_GO: Tensor
+    group_I: Tensor
+    keep_IO: Tensor | None
+    top: int
+    float_zeros: bool
+
+
 def inverse_factor(second_moment_II: Tensor, damp: float = 0.01, by_diagonal: bool = False) -> InverseFactor:
     """Factor a second moment [I, I], symmetric and positive semi-definite, in its own dtype.
 
@@ -97,34 +110,119 @@ def feed_back_(
     holds all the errors of the columns before it, whatever `block` is. Returns (levels [I, O], Σ(error/U_jj)² of every row [O]), the
     latter being diag((W − Q)·H·(W − Q)ᵀ) with the damped H.
     """
-    count = len(weight_IO)
-    levels_IO, errors = torch.empty_like(weight_IO), torch.empty_like(weight_IO[:block])
-    origin_IO = weight_IO.clone() if pull else None
-    loss_O = torch.zeros_like(weight_IO[0])
-    for start, stop in _blocks(count, periods, block):
-        for first, last in _sub_blocks(start, stop, periods):
-            error_SO = errors[first - start : last - start]
-            scale_SO, round_row = open_columns(first, last, weight_IO)
-            unit_SS = factor.unit_II[first:last, first:last]
-            if origin_IO is not None:
-                round_row = _pulled(round_row, origin_IO[first:last], pull)
-            _round_columns(weight_IO[first:last], levels_IO[first:last], error_SO, scale_SO, unit_SS, round_row)
-            if last < stop:
-                weight_IO[last:stop].addmm_(factor.unit_II[first:last, last:stop].T, error_SO, alpha=-1)
+    levels_IO, errors, origin_IO, loss_O = _sweep_room(weight_IO, block, pull)
+    for start, stop in _blocks(len(weight_IO), periods, block):
         error_SO = errors[: stop - start]
-        if stop < count:
-            weight_IO[stop:].addmm_(factor.unit_II[start:stop, stop:].T, error_SO, alpha=-1)
-        loss_O += (error_SO / factor.diagonal_I[start:stop].unsqueeze(1)).square_().sum(0)
+        _feed_back_block_(
+            weight_IO, levels_IO, error_SO, loss_O, factor.unit_II, factor.diagonal_I, open_columns, periods, start, stop, origin_IO, pull
+        )
+        _carry_on_(weight_IO, factor, error_SO, start, stop)
     return levels_IO, loss_O
+
+
+def feed_back_uniform_(
+    weight_IO: Tensor, factor: InverseFactor, grids: GivenGrids, block: int = BLOCK, pull: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """`feed_back_` with all grids known beforehand: nothing but the block's own numbers is needed to round it, so that it is one operator,
+    `bitmend::feed_back_block_`, of which a card has a kernel (kernels/column_sweep)."""
+    levels_IO, errors, origin_IO, loss_O = _sweep_room(weight_IO, block, pull)
+    # On the CPU the loop is called by name: what counts operators then sees its own.
+    run = feed_back_block_ if weight_IO.device.type == "cpu" else torch.ops.bitmend.feed_back_block_
+    for start, stop in _blocks(len(weight_IO), (), block):
+        error_SO = errors if stop - start == len(errors) else errors[: stop - start]
+        run(
+            weight_IO, levels_IO, error_SO, loss_O, factor.unit_II, factor.diagonal_I, grids.scale_GO, grids.zero_GO, grids.group_I,
+            grids.keep_IO, origin_IO, start, stop, grids.top, grids.float_zeros, pull,
+        )  # fmt: skip
+        _carry_on_(weight_IO, factor, error_SO, start, stop)
+    return levels_IO, loss_O
+
+
+def feed_back_block_(
+    weight_IO: Tensor, levels_IO: Tensor, error_SO: Tensor, loss_O: Tensor, unit_II: Tensor, diagonal_I: Tensor, scale_GO: Tensor,
+    zero_GO: Tensor, group_I: Tensor, keep_IO: Tensor | None, origin_IO: Tensor | None, start: int, stop: int, top: int, float_zeros: bool,
+    pull: float,
+) -> None:  # fmt: skip
+    """Round the columns [start, stop) and carry their errors on among themselves: into `weight_IO`, `levels_IO` and `error_SO` [stop − start,
+    O]; `loss_O` grows by theirs. group_I int64 names each column's row of scale and zero; `origin_IO` are the weights before the sweep,
+    read where `pull` is not 0. The slow twin of the kernel."""
+
+    def open_columns(first: int, last: int, updated_IO: Tensor) -> tuple[Tensor, RoundRow]:
+        groups = group_I[first:last]
+        return uniform_rounding(scale_GO[groups], zero_GO[groups], top, float_zeros, None if keep_IO is None else keep_IO[first:last])
+
+    _feed_back_block_(
+        weight_IO, levels_IO, error_SO, loss_O, unit_II, diagonal_I, open_columns, (), start, stop, origin_IO if pull else None, pull
+    )
+
+
+OPERATORS = torch.library.Library("bitmend", "DEF")
+OPERATORS.define(
+    "feed_back_block_(Tensor(a!) weight_IO, Tensor(b!) levels_IO, Tensor(c!) error_SO, Tensor(d!) loss_O, Tensor unit_II, Tensor diagonal_I, "
+    "Tensor scale_GO, Tensor zero_GO, Tensor group_I, Tensor? keep_IO, Tensor? origin_IO, int start, int stop, int top, bool float_zeros, "
+    "float pull) -> ()"
+)
+OPERATORS.impl("feed_back_block_", feed_back_block_, "CompositeExplicitAutograd")
+
+
+def uniform_rounding(scale_SO: Tensor, zero_SO: Tensor, top: int, float_zeros: bool, keep_SO: Tensor | None) -> tuple[Tensor, RoundRow]:
+    """Levels counted from the zero point (code − zero); a dropped weight has only the level 0."""
+    if float_zeros:
+        zeros = zero_SO.unbind()
+
+        def round_to_float_zeros(i: int, w: Tensor, out: Tensor) -> None:
+            torch.div(w, scales[i], out=out)
+            out.add_(zeros[i]).round_().clamp_(0, top).sub_(zeros[i])
+
+        scales = scale_SO.unbind()
+        return scale_SO, round_to_float_zeros
+    low_SO, high_SO = -zero_SO, top - zero_SO
+    if keep_SO is not None:
+        low_SO, high_SO = low_SO * keep_SO, high_SO * keep_SO
+    limits = list(zip(scale_SO, low_SO, high_SO, strict=True))
+
+    def round_row(i: int, w: Tensor, out: Tensor) -> None:
+        scale, low, high = limits[i]
+        torch.div(w, scale, out=out)
+        torch.clamp(out.round_(), low, high, out=out)
+
+    return scale_SO, round_row
+
+
+def _sweep_room(weight_IO: Tensor, block: int, pull: float) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """(levels [I, O], errors of a block, the weights as they are where they are drawn back to, loss [O])."""
+    origin_IO = weight_IO.clone() if pull else None
+    return torch.empty_like(weight_IO), torch.empty_like(weight_IO[:block]), origin_IO, torch.zeros_like(weight_IO[0])
+
+
+def _carry_on_(weight_IO: Tensor, factor: InverseFactor, error_SO: Tensor, start: int, stop: int) -> None:
+    """The errors of a block into all columns behind it, by one product."""
+    if stop < len(weight_IO):
+        weight_IO[stop:].addmm_(factor.unit_II[start:stop, stop:].T, error_SO, alpha=-1)
+
+
+def _feed_back_block_(
+    weight_IO: Tensor, levels_IO: Tensor, error_SO: Tensor, loss_O: Tensor, unit_II: Tensor, diagonal_I: Tensor, open_columns: OpenColumns,
+    periods: tuple[int, ...], start: int, stop: int, origin_IO: Tensor | None, pull: float,
+) -> None:  # fmt: skip
+    for first, last in _sub_blocks(start, stop, periods):
+        part_SO = error_SO[first - start : last - start]
+        scale_SO, round_row = open_columns(first, last, weight_IO)
+        if origin_IO is not None:
+            round_row = _pulled(round_row, origin_IO[first:last], pull)
+        _round_columns(weight_IO[first:last], levels_IO[first:last], part_SO, scale_SO, unit_II[first:last, first:last], round_row)
+        if last < stop:
+            weight_IO[last:stop].addmm_(unit_II[first:last, last:stop].T, part_SO, alpha=-1)
+    loss_O += (error_SO / diagonal_I[start:stop].unsqueeze(1)).square_().sum(0)
 
 
 def _round_columns(weight_SO: Tensor, levels_SO: Tensor, error_SO: Tensor, scale_SO: Tensor, unit_SS: Tensor, round_row: RoundRow) -> None:
     """The only loop over single columns: five small operations each."""
-    for i, (w, level, error, scale) in enumerate(zip(weight_SO, levels_SO, error_SO, scale_SO, strict=True)):
+    for i, (w, level, error, scale, unit_S) in enumerate(zip(weight_SO, levels_SO, error_SO, scale_SO, unit_SS, strict=True)):
         round_row(i, w, level)
         torch.addcmul(w, level, scale, value=-1, out=error)
         if i + 1 < len(weight_SO):
-            weight_SO[i + 1 :].addr_(unit_SS[i, i + 1 :], error, alpha=-1)
+            weight_SO[i + 1 :].addr_(unit_S[i + 1 :], error, alpha=-1)
 
 
 def _pulled(round_row: RoundRow, origin_SO: Tensor, pull: float) -> RoundRow:
@@ -177,9 +275,9 @@ def _factor(moment_II: Tensor, ridge: float) -> Tensor | None:
 
 
 def _invert_upper(upper_II: Tensor) -> Tensor:
-    """The inverse of an upper triangular matrix by halves: most of the work is matrix products."""
+    """The inverse of an upper triangular matrix by halves: most of the work is matrix products. A card solves larger ones in little time."""
     count = len(upper_II)
-    if count <= 256:
+    if count <= (256 if upper_II.device.type == "cpu" else 2048):
         return torch.linalg.solve_triangular(upper_II, torch.eye(count, dtype=upper_II.dtype, device=upper_II.device), upper=True)
     half = count // 2
     out = torch.zeros_like(upper_II)

@@ -4,6 +4,8 @@ Knows tensors and records only. Masked weights stay at exactly 0; dropping them 
 Legend: O out, I in, G groups, S columns of a sub-block or group.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,12 +13,23 @@ import torch
 from torch import Tensor
 
 from . import normal_float as nf
-from .feedback import BLOCK, InverseFactor, OpenColumns, RoundRow, factor_of, feed_back_
+from .feedback import (
+    BLOCK,
+    GivenGrids,
+    InverseFactor,
+    OpenColumns,
+    RoundRow,
+    factor_of,
+    feed_back_,
+    feed_back_uniform_,
+    uniform_rounding,
+)
 from .grids import Clip, UniformGrid, check_zeros, divide, fit, to_record
 from .masks import finite
 from .ranges import Bits, Damp, Group, Share, ShareOrAll, Width
 from .refit import refit_scales
 from .rounding import base_target, grid_importance, normal_float_record, quantized, refuse_float_zeros
+from .sharing import rows_on_grid
 from .statistics import LayerStatistics
 from .weights import ActivationGrid, StoredWeight, UniformWeight
 
@@ -82,8 +95,8 @@ def corrected_target(weight_OI: Tensor, shift_II: Tensor, factor: InverseFactor,
 def gptq_uniform(
     weight_OI: Tensor, factor: InverseFactor, grid: UniformGrid, clip: Clip, static: bool, importance_I: Tensor | None = None,
     mask_OI: Tensor | None = None, block: int = BLOCK, first_order: float = 0.0,
-) -> tuple[UniformWeight, float]:  # fmt: skip
-    """(record, weighted squared error). `static`: fit all grids now, on groups contiguous in the original order; else each when
+) -> tuple[UniformWeight, Tensor]:  # fmt: skip
+    """(record, weighted squared error of every row [O]). `static`: fit all grids now, on groups contiguous in the original order; else each when
     its group begins in the processing order, on the weights as updated until then (a group index is stored if the orders differ)."""
     size, order_I = grid.size(weight_OI.shape[1]), factor.order_I
     keep_IO = None if mask_OI is None else mask_OI.T[order_I].contiguous()
@@ -96,17 +109,14 @@ def gptq_uniform(
         group_I = torch.arange(len(order_I), device=order_I.device) // size
         codes_OI = levels_IO.add_(zero_GO[group_I]).round_()[factor.place_I].T
         index_I = None if torch.equal(order_I, order_I.sort()[0]) else group_I[factor.place_I]
-        return to_record(codes_OI, scale_GO.T, zero_GO.T, grid, index_I), float(loss_O.sum())
+        return to_record(codes_OI, scale_GO.T, zero_GO.T, grid, index_I), loss_O
     group_I = order_I // size
     scale_GO, zero_GO = _static_grids(weight_OI, grid, clip, importance_I, mask_OI)
 
-    def open_columns(start: int, stop: int, updated_IO: Tensor) -> tuple[Tensor, RoundRow]:
-        groups = group_I[start:stop]
-        return uniform_rounding(scale_GO[groups], zero_GO[groups], grid, None if keep_IO is None else keep_IO[start:stop])
-
-    levels_IO, loss_O = feed_back_(work_IO, factor, open_columns, (), block, first_order)
+    grids = GivenGrids(scale_GO, zero_GO, group_I, keep_IO, grid.top, grid.float_zeros)
+    levels_IO, loss_O = feed_back_uniform_(work_IO, factor, grids, block, first_order)
     codes_IO = levels_IO.add_(zero_GO[group_I]).round_()
-    return to_record(codes_IO[factor.place_I].T, scale_GO.T, zero_GO.T, grid), float(loss_O.sum())
+    return to_record(codes_IO[factor.place_I].T, scale_GO.T, zero_GO.T, grid), loss_O
 
 
 def _grids_on_the_way(
@@ -125,35 +135,9 @@ def _grids_on_the_way(
             scale, zero = fit(group_OS, grid, clip, None if importance_I is None else importance_I[columns])
             scale_GO[group], zero_GO[group] = scale.view(-1), zero.view(-1)
         scale_SO, zero_SO = (t[group].expand(stop - start, -1) for t in (scale_GO, zero_GO))
-        return uniform_rounding(scale_SO, zero_SO, grid, None if keep_IO is None else keep_IO[start:stop])
+        return uniform_rounding(scale_SO, zero_SO, grid.top, grid.float_zeros, None if keep_IO is None else keep_IO[start:stop])
 
     return scale_GO, zero_GO, open_columns
-
-
-def uniform_rounding(scale_SO: Tensor, zero_SO: Tensor, grid: UniformGrid, keep_SO: Tensor | None) -> tuple[Tensor, RoundRow]:
-    """Levels counted from the zero point (code − zero); a dropped weight has only the level 0."""
-    if grid.float_zeros:
-        return scale_SO, _float_rounding(list(zip(scale_SO, zero_SO, strict=True)), grid)
-    low_SO, high_SO = -zero_SO, grid.top - zero_SO
-    if keep_SO is not None:
-        low_SO, high_SO = low_SO * keep_SO, high_SO * keep_SO
-    limits = list(zip(scale_SO, low_SO, high_SO, strict=True))
-
-    def round_row(i: int, w: Tensor, out: Tensor) -> None:
-        scale, low, high = limits[i]
-        torch.div(w, scale, out=out)
-        torch.clamp(out.round_(), low, high, out=out)
-
-    return scale_SO, round_row
-
-
-def _float_rounding(grids: list[tuple[Tensor, Tensor]], grid: UniformGrid) -> RoundRow:
-    def round_row(i: int, w: Tensor, out: Tensor) -> None:
-        scale, zero = grids[i]
-        torch.div(w, scale, out=out)
-        out.add_(zero).round_().clamp_(0, grid.top).sub_(zero)
-
-    return round_row
 
 
 def gptq_book(
@@ -183,20 +167,76 @@ def gptq_book(
 
 def gptq(weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, config: GptqConfig) -> tuple[StoredWeight, dict[str, float]]:
     """GPTQ on a uniform grid."""
+    records, metrics = gptq_together({"": weight}, {"": target_OI}, {"": statistics}, config)
+    return records[""], metrics[""]
+
+
+def gptq_together(
+    weights: Mapping[str, StoredWeight], targets: Mapping[str, Tensor], statistics: Mapping[str, LayerStatistics], config: GptqConfig
+) -> tuple[dict[str, StoredWeight], dict[str, dict[str, float]]]:
+    """GPTQ of matrices that read one input (q/k/v, gate/up): rows do not know each other, so all of them go through one sweep. Matrices
+    whose inputs are smoothed differ in their factors and go one by one. Where there are several, a ValueError begins with the name of the
+    matrix, or of the first where it is the input that will not do."""
+    if len(weights) > 1 and any(weight.smooth is not None for weight in weights.values()):
+        found = {n: gptq_together({n: weights[n]}, {n: targets[n]}, {n: statistics[n]}, config) for n in weights}
+        return {n: records[n] for n, (records, _) in found.items()}, {n: metrics[n] for n, (_, metrics) in found.items()}
     grid = UniformGrid(config.bits, config.group_size, config.symmetric, config.float_zeros)
-    refuse_float_zeros(weight, grid)
-    grid.size(target_OI.shape[1])
-    base_OI, factor = _problem(weight, target_OI, statistics, config.damp, config.act_order != "none", config.correction)
-    importance_I, static = grid_importance(weight, statistics, config.clip), config.act_order == "static_groups"
-    base, loss = gptq_uniform(base_OI, factor, grid, config.clip, static, importance_I, weight.mask_OI(), BLOCK, config.first_order)
+    first, several = next(iter(weights)), len(weights) > 1
+    known, bases = statistics[first], []
+    with _named(first, several):
+        grid.size(weights[first].shape[1])
+    for name, weight in weights.items():
+        with _named(name, several):
+            refuse_float_zeros(weight, grid)
+            bases.append(base_target(weight, targets[name]))
+    with _named(first, several):  # what all of them read
+        factor = factor_of(known.inputs, config.damp, config.act_order != "none", weights[first].smooth)
+        importance_I = grid_importance(weights[first], known, config.clip)
+        shift_II = _shift(weights[first], known) if config.correction else None
+    if shift_II is not None:
+        bases = [corrected_target(base_OI, shift_II, factor, config.correction) for base_OI in bases]
+    counts = [len(base_OI) for base_OI in bases]
+    mask_OI = _stacked_masks([weight.mask_OI() for weight in weights.values()], bases)
+    whole_OI, static = torch.cat(bases) if several else bases[0], config.act_order == "static_groups"
+    whole, loss_O = gptq_uniform(whole_OI, factor, grid, config.clip, static, importance_I, mask_OI, BLOCK, config.first_order)
+    losses = torch.stack([loss.sum() for loss in loss_O.split(counts)]).tolist()
+    records, metrics, end = dict[str, StoredWeight](), dict[str, dict[str, float]](), 0
+    for name, base_OI, loss in zip(weights, bases, losses, strict=True):
+        base, end = whole if not several else rows_on_grid(whole, slice(end, end + len(base_OI))), end + len(base_OI)
+        base, loss = _refitted(base, loss, base_OI, weights[name], targets[name], known, config)
+        records[name] = quantized(weights[name], base, config.activations)
+        metrics[name] = feedback_metrics(factor, loss)
+    return records, metrics
+
+
+@contextmanager
+def _named(name: str, several: bool) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}" if several else str(error)) from error
+
+
+def _stacked_masks(masks: list[Tensor | None], bases: list[Tensor]) -> Tensor | None:
+    """Of all rows; None where no matrix has one."""
+    if all(mask_OI is None for mask_OI in masks):
+        return None
+    whole = (torch.ones_like(b, dtype=torch.bool) if mask_OI is None else mask_OI for mask_OI, b in zip(masks, bases, strict=True))
+    return torch.cat([*whole])
+
+
+def _refitted(
+    base: UniformWeight, loss: float, base_OI: Tensor, weight: StoredWeight, target_OI: Tensor, known: LayerStatistics, config: GptqConfig
+) -> tuple[UniformWeight, float]:
+    """The codes with scales solved anew, where the config says so, and the squared error."""
     if config.refit is not None:
-        moment_II = _seen(statistics.inputs.second_moment_II, weight)
-        cross_II = moment_II + config.refit * _shift(weight, statistics) if config.refit else moment_II
+        moment_II = _seen(known.inputs.second_moment_II, weight)
+        cross_II = moment_II + config.refit * _shift(weight, known) if config.refit else moment_II
         base = refit_scales(base, base_target(weight, target_OI), moment_II, cross_II, weight.mask_OI())
     if config.first_order or config.refit is not None:  # the sweep's own sum is not what is lost
         lost_OI = base_OI - base.dense() if weight.smooth is None else (base_OI - base.dense()) / weight.smooth.float()
-        loss = float(((lost_OI @ statistics.inputs.second_moment_II) * lost_OI).sum())
-    return quantized(weight, base, config.activations), feedback_metrics(factor, loss)
+        loss = float(((lost_OI @ known.inputs.second_moment_II) * lost_OI).sum())
+    return base, loss
 
 
 def gptq_nf(
@@ -204,7 +244,9 @@ def gptq_nf(
 ) -> tuple[StoredWeight, dict[str, float]]:
     """GPTQ on a NormalFloat book, columns visited by falling mean square."""
     divide(target_OI.shape[1], config.block_size, "block_size")
-    base_OI, factor = _problem(weight, target_OI, statistics, config.damp, True, config.correction)
+    base_OI, factor = base_target(weight, target_OI), factor_of(statistics.inputs, config.damp, True, weight.smooth)
+    if config.correction:
+        base_OI = corrected_target(base_OI, _shift(weight, statistics), factor, config.correction)
     mask_OI = weight.mask_OI()
     absmax_OG = nf.absmax_of(base_OI if mask_OI is None else base_OI.where(mask_OI, 0), config.block_size)
     seen_OG = nf.dequantize_absmax(*nf.quantize_absmax(absmax_OG)) if config.double_quantize else absmax_OG
@@ -217,17 +259,6 @@ def feedback_metrics(factor: InverseFactor, loss: float) -> dict[str, float]:
     """What a sweep reports: squared output error per token (with the damping), the damping used, dead inputs."""
     dead = float(factor.dead)
     return {"squared_error": loss, "damp": factor.damp, "dead_inputs": dead, "dead_layer": float(factor.dead == len(factor.order_I))}
-
-
-def _problem(
-    weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, damp: float, by_diagonal: bool, correction: float
-) -> tuple[Tensor, InverseFactor]:
-    """The matrix to imitate, its dropped weights included (their loss is made up for), and the factor of its inputs."""
-    base_OI, inputs = base_target(weight, target_OI), statistics.inputs
-    factor = factor_of(inputs, damp, by_diagonal, weight.smooth)
-    if correction:
-        base_OI = corrected_target(base_OI, _shift(weight, statistics), factor, correction)
-    return base_OI, factor
 
 
 def _shift(weight: StoredWeight, statistics: LayerStatistics) -> Tensor:

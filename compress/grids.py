@@ -17,7 +17,10 @@ from .weights import UniformWeight
 Clip = Literal["none", "power", "hessian", "joint"]
 _WEIGHTED = frozenset({"hessian", "joint"})
 STEPS, FLOOR = 20, 0.5
-_CHUNK = 1 << 18  # elements whose temporaries stay in cache while many clip ratios are tried
+_CHUNK = 1 << 19  # elements whose levels stay in cache while many clip ratios are tried
+_CARD_CHUNK = 1 << 26  # on a card: where more are no faster, and half a gigabyte is little beside the sweep that follows
+_WHOLE = torch.ones((), dtype=torch.float64)
+_ROWS = 64  # at least so many lie side by side, however long a group is
 
 
 def divide(in_features: int, size: int, name: str = "group_size") -> int:
@@ -59,10 +62,10 @@ class UniformGrid:
         return divide(in_features, self.group_size)
 
 
-def min_max(weight_OS: Tensor, grid: UniformGrid, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(scale, zero), both float32 [O, 1], of the grid that spans `shrink` times the group's range."""
+def min_max(weight_OS: Tensor, grid: UniformGrid) -> tuple[Tensor, Tensor]:
+    """(scale, zero), both float32 [O, 1], of the grid that spans the group's range."""
     low, high = weight_OS.amin(-1, keepdim=True).clamp_(max=0), weight_OS.amax(-1, keepdim=True).clamp_(min=0)
-    return _span(low, high, grid, shrink)
+    return _span(low, high, grid, _WHOLE)
 
 
 def round_to_grid(weight_OS: Tensor, scale_O1: Tensor, zero_O1: Tensor, grid: UniformGrid) -> Tensor:
@@ -82,9 +85,9 @@ def search_clip(
 ) -> tuple[Tensor, Tensor]:
     """Shrink the range from 1 down to `floor` and keep, per group, what errs least: Σ importance·|Δ|^power.
 
-    importance broadcasts against the weight. All groups are searched at once, in chunks of rows that fit the cache.
+    importance broadcasts against the weight. All groups are searched at once, in pieces that fit the cache, or a card's memory.
     """
-    return _in_chunks(weight_OS, lambda part: _shrunk(_Search(part, grid, importance_S, power), steps, floor))
+    return _in_chunks(weight_OS, importance_S, lambda part, weights: _shrunk(_Search(part, grid, weights, power), steps, floor))
 
 
 def search_joint(weight_OS: Tensor, grid: UniformGrid, importance_S: Tensor | None = None, rounds: int = 3) -> tuple[Tensor, Tensor]:
@@ -95,7 +98,7 @@ def search_joint(weight_OS: Tensor, grid: UniformGrid, importance_S: Tensor | No
     scale for the codes as they are (two unknowns, weighted least squares). Every candidate is rounded as it will be stored and
     measured; the best stays, so that no group is left worse than by `search_clip`.
     """
-    return _in_chunks(weight_OS, lambda part: _joint(_Search(part, grid, importance_S, 2.0), rounds))
+    return _in_chunks(weight_OS, importance_S, lambda part, weights: _joint(_Search(part, grid, weights, 2.0), rounds))
 
 
 def fit(weight_OS: Tensor, grid: UniformGrid, clip: Clip, importance_S: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -116,55 +119,111 @@ def to_record(
     """The stored form: scales in float16, zeros packed (none when symmetric) or, with float zeros, in float16."""
     zeros = None if grid.symmetric else zeros_OG.half() if grid.float_zeros else zeros_OG.to(torch.int64)
     size = grid.size(codes_OI.shape[1])
-    return UniformWeight.from_codes(codes_OI.to(torch.int64), scales_OG.half(), zeros, grid.bits, size, group_index_I)
+    return UniformWeight.from_codes(codes_OI, scales_OG.half(), zeros, grid.bits, size, group_index_I)
 
 
 class _Search:
-    """The best (scale, zero) of every group so far, and the room in which candidates are measured."""
+    """The best (scale, zero) [G, 1, O] of every group so far, and the room in which candidates are measured.
 
-    def __init__(self, weight_OS: Tensor, grid: UniformGrid, importance_S: Tensor | None, power: float) -> None:
-        self.weight_OS, self.grid, self.importance_S, self.power = weight_OS, grid, importance_S, power
-        self.low, self.high = weight_OS.amin(-1, keepdim=True).clamp_(max=0), weight_OS.amax(-1, keepdim=True).clamp_(min=0)
-        self.levels, self.error = torch.empty_like(weight_OS), torch.empty_like(weight_OS)
-        self.scale, self.zero = _span(self.low, self.high, grid, 1.0)
+    Weights lie as [G, S, O], rows last: a group's scale then meets whole runs of memory, at 2 to 3 times the speed of rows one by one.
+    """
+
+    def __init__(self, weight_GSO: Tensor, grid: UniformGrid, importance_GSO: Tensor | None, power: float) -> None:
+        self.weight_GSO, self.grid, self.importance_GSO, self.power = weight_GSO, grid, importance_GSO, power
+        self.low, self.high = weight_GSO.amin(1, keepdim=True).clamp_(max=0), weight_GSO.amax(1, keepdim=True).clamp_(min=0)
+        self.levels = torch.empty_like(weight_GSO)
+        self.scale, self.zero = _span(self.low, self.high, grid, _WHOLE)
         self.least = torch.full_like(self.scale, float("inf"))
 
-    def round(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """Levels (code − zero) of every weight, in `self.levels`."""
-        torch.div(self.weight_OS, scale, out=self.levels)
+    def ends(self, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(zero, the lowest level, the highest level)."""
+        return zero, -zero, self.grid.top - zero
+
+    def round(self, scale: Tensor, zero: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Levels (code − zero) of every weight, in `self.levels`; zero, low and high are `ends`'."""
+        torch.div(self.weight_GSO, scale, out=self.levels)
         if self.grid.float_zeros:
             return self.levels.add_(zero).round_().clamp_(0, self.grid.top).sub_(zero)
-        return torch.clamp(self.levels.round_(), -zero, self.grid.top - zero, out=self.levels)
+        return torch.clamp(self.levels.round_(), low, high, out=self.levels)
 
-    def consider(self, scale: Tensor, zero: Tensor) -> None:
-        """Measure a candidate per group and keep it where it errs less."""
-        torch.addcmul(self.weight_OS, self.round(scale, zero), scale, value=-1, out=self.error)
-        lost = self.error.square_() if self.power == 2.0 else self.error.abs_().pow_(self.power)
-        lost = (lost if self.importance_S is None else lost.mul_(self.importance_S)).sum(-1, keepdim=True)
-        better = lost < self.least
-        self.least = lost.where(better, self.least)
-        self.scale, self.zero = scale.where(better, self.scale), zero.where(better, self.zero)
+    def consider(self, scale_KG1O: Tensor, zero_KG1O: Tensor) -> None:
+        """Measure candidates of every group and keep the first that errs least, where it errs less than the best so far."""
+        lost_KG1O = torch.empty_like(scale_KG1O, dtype=self.weight_GSO.dtype)
+        for lost, scale, *ends in zip(lost_KG1O, scale_KG1O, *self.ends(zero_KG1O), strict=True):
+            error = torch.addcmul(self.weight_GSO, self.round(scale, *ends), scale, value=-1, out=self.levels)
+            error = error.square_() if self.power == 2.0 else error.abs_().pow_(self.power)
+            lost.copy_(_group_sum_(error if self.importance_GSO is None else error.mul_(self.importance_GSO)))
+        lost_KG1O.nan_to_num_(nan=float("inf"), posinf=float("inf"))  # what overflows is no candidate
+        lost, chosen = lost_KG1O.min(0, keepdim=True)
+        better = lost[0] < self.least
+        self.least = lost[0].where(better, self.least)
+        self.scale = scale_KG1O.gather(0, chosen)[0].where(better, self.scale)
+        self.zero = zero_KG1O.gather(0, chosen)[0].where(better, self.zero)
 
-    def weighted_sum(self, *factors: Tensor) -> Tensor:
-        """Σ importance·product over each group, float32 [O, 1]."""
-        product = self.error.copy_(factors[0])
-        for factor in factors[1:]:
-            product.mul_(factor)
-        return (product if self.importance_S is None else product.mul_(self.importance_S)).sum(-1, keepdim=True)
+    def weighted_sum(self, factor: Tensor, other: Tensor) -> Tensor:
+        """Σ importance·product over each group, float32 [G, 1, O]."""
+        product = factor * other
+        return _group_sum_(product if self.importance_GSO is None else product.mul_(self.importance_GSO))
 
 
-def _in_chunks(weight_OS: Tensor, search: Callable[[Tensor], _Search]) -> tuple[Tensor, Tensor]:
-    rows = max(1, _CHUNK // max(weight_OS[0].numel(), 1))
-    parts = [search(part) for part in weight_OS.split(rows)]
-    return torch.cat([part.scale for part in parts]), torch.cat([part.zero for part in parts])
+def _group_sum_(term_GSO: Tensor) -> Tensor:
+    """Σ over a group's columns, [G, 1, O], written over the terms. On the CPU torch would add the last rows of a piece in another order than the
+    others, and a row must not hang on its neighbours: so here one addition after the other, in the order of a sum along the row."""
+    groups, size, rows = term_GSO.shape
+    if size % 32 or term_GSO.device.type != "cpu":
+        return term_GSO.sum(1, keepdim=True)
+    for lanes in (32, 8, 1):
+        first, *others = term_GSO.view(groups, -1, lanes * rows).unbind(1)
+        for other in others:
+            first.add_(other)
+        term_GSO = first
+    return first.unsqueeze(1)
+
+
+def _in_chunks(
+    weight_OS: Tensor, importance_S: Tensor | None, search: Callable[[Tensor, Tensor | None], _Search]
+) -> tuple[Tensor, Tensor]:
+    """Search pieces [G, S, O] of as many rows, then groups, as there is room for."""
+    weight_OGS = weight_OS.reshape(len(weight_OS), -1, weight_OS.shape[-1])
+    importance_OGS = None if importance_S is None else importance_S.expand_as(weight_OS).reshape(weight_OGS.shape)
+    room = _room(weight_OS) // weight_OS.shape[-1]
+    rows = min(len(weight_OS), max(room, _ROWS))
+    groups = max(1, room // max(rows, 1))
+
+    def pieces(tensor_OGS: Tensor) -> list[list[Tensor]]:
+        return [[part.permute(1, 2, 0) for part in few.split(groups, 1)] for few in tensor_OGS.split(rows)]
+
+    scales, zeros, weights = [], [], pieces(weight_OGS)
+    importances = [[None] * len(few) for few in weights] if importance_OGS is None else pieces(importance_OGS)
+    for few, theirs in zip(weights, importances, strict=True):
+        found = [search(weight.contiguous(), importance) for weight, importance in zip(few, theirs, strict=True)]
+        scales.append(torch.cat([part.scale for part in found]))
+        zeros.append(torch.cat([part.zero for part in found]))
+    scale, zero = (torch.cat(parts, -1).permute(2, 0, 1).reshape(*weight_OS.shape[:-1], 1) for parts in (scales, zeros))
+    return scale, zero
+
+
+def _room(weight: Tensor) -> int:
+    """Elements of a piece. On a card: with their levels, which take as much memory, within a quarter of what is free."""
+    if weight.device.type != "cuda":
+        return _CHUNK
+    free_bytes, _ = torch.cuda.mem_get_info(weight.device)
+    return max(_CHUNK, min(_CARD_CHUNK, free_bytes // (4 * 2 * weight.element_size())))
 
 
 def _shrunk(search: _Search, steps: int, floor: float, offsets: tuple[float, ...] = (0.0,)) -> _Search:
-    for shrink in torch.linspace(1.0, floor, steps).tolist():
-        scale, zero = _span(search.low, search.high, search.grid, shrink)
-        for offset in offsets:
-            search.consider(scale, zero + offset if search.grid.float_zeros else (zero + offset).clamp(1, search.grid.top))
+    """From the whole range to `floor` of it, with each zero point moved by every one of `offsets`."""
+    shares = torch.linspace(1.0, floor, steps).double()
+    scale_KG1O, zero_KG1O = _span(search.low, search.high, search.grid, shares.view(-1, 1, 1, 1))
+    if len(offsets) > 1:
+        scale_KG1O = scale_KG1O.repeat_interleave(len(offsets), 0)
+        zero_KG1O = torch.stack([_moved(zero_KG1O, offset, search.grid) for offset in offsets], 1).flatten(0, 1)
+    search.consider(scale_KG1O, zero_KG1O)
     return search
+
+
+def _moved(zero: Tensor, offset: float, grid: UniformGrid) -> Tensor:
+    return zero + offset if grid.float_zeros else (zero + offset).clamp_(1, grid.top)
 
 
 def _joint(search: _Search, rounds: int) -> _Search:
@@ -173,22 +232,23 @@ def _joint(search: _Search, rounds: int) -> _Search:
     _shrunk(search, STEPS, FLOOR, offsets)
     for _ in range(rounds):
         if grid.float_zeros:
-            search.consider(*_solved(search))
+            scale, zero = _solved(search)
+            search.consider(scale.unsqueeze(0), zero.unsqueeze(0))
             continue
         zero = search.zero
         for offset in offsets:
-            moved = (zero + offset).clamp(1, grid.top)
-            levels = search.round(search.scale, moved)
-            best = search.weighted_sum(levels, search.weight_OS) / search.weighted_sum(levels, levels)
-            search.consider(_storable(best.where(best > 0, search.scale)), moved)
+            moved = _moved(zero, offset, grid)
+            levels = search.round(search.scale, *search.ends(moved))
+            best = search.weighted_sum(levels, search.weight_GSO) / search.weighted_sum(levels, levels)
+            search.consider(_storable(best.where(best > 0, search.scale)).unsqueeze(0), moved.unsqueeze(0))
     return search
 
 
 def _solved(search: _Search) -> tuple[Tensor, Tensor]:
     """Scale and float zero of the weighted least squares w ≈ scale·code − scale·zero, for the codes of the best so far."""
-    levels, weight = search.round(search.scale, search.zero), search.weight_OS
+    levels, weight = search.round(search.scale, *search.ends(search.zero)), search.weight_GSO
     one = torch.ones((), dtype=weight.dtype, device=weight.device).expand_as(weight)
-    mass, n, w = (search.weighted_sum(x).clone() for x in (one, levels, weight))
+    mass, n, w = (search.weighted_sum(x, one) for x in (one, levels, weight))
     nn, nw = search.weighted_sum(levels, levels), search.weighted_sum(levels, weight)
     scale = (mass * nw - n * w) / (mass * nn - n * n)
     usable = torch.isfinite(scale) & (scale > 0)
@@ -198,19 +258,20 @@ def _solved(search: _Search) -> tuple[Tensor, Tensor]:
     return scale, moved.where(usable & torch.isfinite(moved), search.zero).clamp(-top, 2 * top).half().float()
 
 
-def _span(low: Tensor, high: Tensor, grid: UniformGrid, shrink: float) -> tuple[Tensor, Tensor]:
-    """The grid over [low, high]·shrink, low ≤ 0 ≤ high."""
+def _span(low: Tensor, high: Tensor, grid: UniformGrid, shrink: Tensor) -> tuple[Tensor, Tensor]:
+    """The grid over [low, high]·shrink, low ≤ 0 ≤ high; shrink is float64, what comes of it rounded once."""
+    step = (shrink / grid.top).to(low)
     if grid.float_zeros:
-        scale = _storable((high - low) * (shrink / grid.top))
-        return scale, (low * -shrink / scale).clamp(0, grid.top).half().float()
+        scale = _storable((high - low) * step)
+        return scale, (low * -shrink.to(low) / scale).clamp(0, grid.top).half().float()
     if grid.symmetric:
-        scale = _storable(torch.maximum(high, -low) * (2 * shrink / grid.top))
+        scale = _storable(torch.maximum(high, -low) * (2 * step))
         return scale, torch.full_like(scale, 1 << (grid.bits - 1))
-    scale = _storable((high - low) * (shrink / grid.top))
-    zero = (low * -shrink / scale).round_()
+    scale = _storable((high - low) * step)
+    zero = (low * -shrink.to(low) / scale).round_()
     # A group without negative values gives code 0 away and spreads the others over its whole range.
     one_sided = zero < 1
-    scale = _storable(high * (shrink / (grid.top - 1))).where(one_sided, scale)
+    scale = _storable(high * (shrink / (grid.top - 1)).to(low)).where(one_sided, scale)
     return scale, zero.clamp_(1, grid.top)
 
 

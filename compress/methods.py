@@ -12,7 +12,7 @@ from typing import Any, Literal
 from .block import BlockProblem
 from .block_training import BlockTrainingConfig, LearnedRoundingConfig, block_needs, block_training, learned_rounding
 from .decompose import Decomposition, decompose, decompose_shared, needs
-from .gptq import GptqConfig, GptqNormalFloatConfig, gptq, gptq_nf
+from .gptq import GptqConfig, GptqNormalFloatConfig, gptq, gptq_nf, gptq_together
 from .grids import clip_needs
 from .masks import MagnitudeConfig, WandaConfig, magnitude, wanda
 from .rounding import Nf4Config, NormalFloatConfig, RtnConfig, nf4, normal_float, rtn
@@ -27,7 +27,7 @@ class Method:
     (compress/statistics.NEEDS) for a config; `inputs` whose inputs they are taken from:
     the already compressed model below, or the dense one; `version` rises when a fix changes results; `defaults` are the row's
     own values of the config's fields: a row is `config(**(defaults | what the user set))`; `together(weights, targets, statistics,
-    config)`, all by name, solves matrices that read one input at once, where the config says `shared`; `departs`: where it is not what
+    config)`, all by name, solves matrices that read one input and have one config at once, unless that says `shared: false`; `departs`: where it is not what
     its paper has; `dense_outputs`: with scope "block", whether it is trained towards what the dense block makes; `by_matrix`: the settings
     that may differ from matrix to matrix, where that is not all of them."""
 
@@ -122,7 +122,12 @@ PRUNE: Mapping[str, Method] = {
 QUANTIZE: Mapping[str, Method] = {
     "rtn": Method(RtnConfig, rtn, needs=lambda config: clip_needs(config.clip), does="the nearest code of a uniform grid"),
     "gptq": Method(
-        GptqConfig, gptq, needs=_feedback_needs, does="column by column, later ones make up for the error", paper="GPTQ, arXiv:2210.17323"
+        GptqConfig,
+        gptq,
+        needs=_feedback_needs,
+        together=gptq_together,
+        does="column by column, later ones make up for the error",
+        paper="GPTQ, arXiv:2210.17323",
     ),
     "gptq_nf": Method(
         GptqNormalFloatConfig, gptq_nf, needs=_feedback_needs, does="GPTQ on a NormalFloat book", paper="GPTQ, arXiv:2210.17323"

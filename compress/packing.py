@@ -19,21 +19,26 @@ def pack_codes(codes_OI: Tensor, bits: int) -> Tensor:
     """int32 [O, ⌈I·bits/32⌉]; value i of a row occupies bits [i·bits, (i+1)·bits) of the row's stream, low bits first."""
     _check_bits(bits)
     rows, count = codes_OI.shape
-    if codes_OI.numel() and (int(codes_OI.min()) < 0 or int(codes_OI.max()) >= 1 << bits):
-        raise ValueError(f"codes lie in {int(codes_OI.min())}…{int(codes_OI.max())}; {bits} bits hold 0…{(1 << bits) - 1}")
-    words = packed_words(count, bits)
-    padded = torch.zeros(rows, -(-count // 32) * 32, dtype=torch.int64, device=codes_OI.device)
-    padded[:, :count] = codes_OI
-    chunks = padded.view(rows, -1, 32)  # 32 values fill exactly `bits` words
-    out = torch.zeros(rows, chunks.shape[1], bits, dtype=torch.int64, device=codes_OI.device)
-    for i in range(32):
-        word, shift = divmod(i * bits, 32)
-        out[:, :, word] |= chunks[:, :, i] << shift
-        if shift + bits > 32:
-            out[:, :, word + 1] |= chunks[:, :, i] >> (32 - shift)
-    out &= 0xFFFFFFFF
-    out -= (out >> 31) << 32  # the same 32 bits, as a signed number
-    return out.view(rows, -1)[:, :words].to(torch.int32).contiguous()
+    if codes_OI.numel():
+        least, most = (int(code) for code in torch.stack(codes_OI.aminmax()).tolist())
+        if least < 0 or most >= 1 << bits:
+            raise ValueError(f"codes lie in {least}…{most}; {bits} bits hold 0…{(1 << bits) - 1}")
+    values = torch.nn.functional.pad(codes_OI.to(torch.uint8), (0, -count % 32))  # 32 values fill exactly `bits` words
+    if bits in (2, 4, 8):
+        per = 8 // bits
+        stream, *others = values.view(rows, -1, per).unbind(-1)
+        for place, value in enumerate(others, 1):
+            stream = stream | (value << (bits * place))
+    else:  # eight values fill exactly `bits` bytes, and none reaches over more than two of them
+        parts: list[Tensor | None] = [None] * bits
+        for place, value in enumerate(values.view(rows, -1, 8).unbind(-1)):
+            byte, shift = divmod(place * bits, 8)
+            low = value << shift  # what is shifted out at the top is the next byte's
+            parts[byte] = low if (begun := parts[byte]) is None else begun | low
+            if shift + bits > 8:
+                parts[byte + 1] = value >> (8 - shift)
+        stream = torch.stack([part for part in parts if part is not None], -1).view(rows, -1)
+    return stream.contiguous().view(torch.int32)[:, : packed_words(count, bits)].contiguous()
 
 
 def unpack_codes(packed_OW: Tensor, bits: int, count: int) -> Tensor:

@@ -29,11 +29,14 @@ def own_tensors(record: StoredWeight) -> dict[str, Tensor]:
 
 
 def rows_of(factor: Factor, rows: slice) -> Factor:
-    """Some rows of a factor, in memory of their own; on a grid, one without a group index."""
-    if not isinstance(factor, UniformWeight):
-        return factor[rows].clone()
-    zeros = None if factor.zeros is None else factor.zeros[rows].clone()
-    return replace(factor, codes=factor.codes[rows].clone(), scales=factor.scales[rows].clone(), zeros=zeros)
+    """Some rows of a factor, in memory of their own."""
+    return rows_on_grid(factor, rows) if isinstance(factor, UniformWeight) else factor[rows].clone()
+
+
+def rows_on_grid(weight: UniformWeight, rows: slice) -> UniformWeight:
+    """Some rows, in memory of their own, but for the group index, which is that of all rows."""
+    zeros = None if weight.zeros is None else weight.zeros[rows].clone()
+    return replace(weight, codes=weight.codes[rows].clone(), scales=weight.scales[rows].clone(), zeros=zeros)
 
 
 def settled(linears: Mapping[str, StoredWeight]) -> dict[str, StoredWeight]:

@@ -10,8 +10,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from .feedback import BLOCK, InverseFactor, RoundRow, factor_of, feed_back_
-from .gptq import feedback_metrics, uniform_rounding
+from .feedback import BLOCK, InverseFactor, RoundRow, factor_of, feed_back_, uniform_rounding
+from .gptq import feedback_metrics
 from .grids import Clip, UniformGrid, fit, to_record
 from .masks import Allocation, check_pattern, keep_highest, parse_pattern
 from .ranges import Bits, Damp, Group, Pattern, ReadWhere, Share
@@ -87,7 +87,7 @@ def sparsegpt_sweep(
             scale, zero = fit((updated_IO[group] * sweep.keep_IO[group]).T, grid, clip, importance)
             sweep.scale_GO[start // size], sweep.zero_GO[start // size] = scale.view(-1), zero.view(-1)
         scale_SO, zero_SO = (t[start // size].expand(stop - start, rows) for t in (sweep.scale_GO, sweep.zero_GO))
-        return uniform_rounding(scale_SO, zero_SO, grid, keep_SO)
+        return uniform_rounding(scale_SO, zero_SO, grid.top, grid.float_zeros, keep_SO)
 
     periods = (span,) if grid is None else (span, size)
     levels_IO, loss_O = feed_back_(work_IO, factor, open_columns, periods, block)

@@ -43,12 +43,15 @@ BEFORE = {
     "recover": [{"quantize": {"method": "rtn", "bits": 3}}],
 }
 RECOVERY_STEPS = 5
+COUNTED = "135m"
+"""The shape of which operators are counted where none is named."""
 
 
 @dataclass(frozen=True)
 class Options:
     """What the command line asked for; `model` None means synthetic layers (recover: the demo model). `depths` (numbers of blocks) and
-    `shape` (a name in synthetic.SHAPES, with so many of its `blocks`) mean whole runs on models made on the spot."""
+    `shape` (a name in synthetic.SHAPES, with so many of its `blocks`) mean whole runs on models made on the spot, `count` that of one block of
+    that shape, whose operators are counted."""
 
     device: str = "auto"
     sizes: tuple[int, ...] = SIZES
@@ -60,13 +63,14 @@ class Options:
     shape: str | None = None
     full: bool = False
     blocks: int | None = None
+    count: bool = False
 
 
 def run(subject: str, options: Options) -> dict[str, Any]:
     """Measure, write <output>/bench-<subject>.{json,md,png,svg} where an output directory is named, and return the JSON object."""
     if options.blocks is not None and options.shape is None:
         raise UsageError("--blocks says how many blocks of a --shape are made: give it with one")
-    if options.depths or options.shape is not None:
+    if options.depths or options.shape is not None or options.count:
         return _of_scale(subject, options)
     if subject == "kernels":
         from .kernel_tables import kernels
@@ -97,15 +101,21 @@ def _device(options: Options) -> torch.device:
 
 
 def _of_scale(subject: str, options: Options) -> dict[str, Any]:
-    """Time and memory against the number of blocks, or of a model of one shape."""
-    from . import scaling, shape
+    """Time and memory against the number of blocks, or of a model of one shape; or the operators of one block."""
+    from . import operator_counts, scaling, shape
 
-    asked = "depths" if options.depths else "shape"
+    asked = "depths" if options.depths else "count" if options.count else "shape"
     if subject != "compress" or options.model is not None or (options.depths and options.shape is not None):
         raise UsageError(f"--{asked} makes models of its own to compress: give it to `bench compress`, alone and without --model")
+    if options.count and (options.depths or options.blocks is not None):
+        raise UsageError("--count counts the operators of one block of a --shape: give it without --depths and --blocks")
     environment = _environment(_device(options), options) | {"repeats": 1, "warm_up": 0}  # whole runs, each in a process of its own
     measured: dict[str, Any] = {"schema": 1, "environment": environment}
-    if options.shape is not None:
+    if options.count:
+        name = options.shape or COUNTED
+        measured |= {"bench": f"compress-count-{name}-{environment['device'].partition(':')[0]}"}
+        measured["rows"] = operator_counts.of_block(name, options.only, options.device, options.output)
+    elif options.shape is not None:
         measured |= {"bench": f"compress-shape-{options.shape}"}
         measured["rows"] = shape.of_shape(options.shape, options.blocks, options.only, options.device, options.output)
     else:

@@ -27,11 +27,12 @@ class Shape:
 
 
 SHAPES = {
+    "135m": Shape(30, 576, 1536, 9, 3, 49_152),
     "1b": Shape(22, 2048, 5632, 32, 4, 32_000),
     "8b": Shape(32, 4096, 14336, 32, 8, 128_256),
     "70b": Shape(80, 8192, 28672, 64, 8, 128_256),
 }
-"""The shapes of TinyLlama (1,100,048,384 parameters), Llama 3 8B (8,030,261,248) and Llama 3 70B (70,553,706,496)."""
+"""The shapes of SmolLM2-135M (162,826,560 parameters, its head not tied), TinyLlama (1,100,048,384 parameters), Llama 3 8B (8,030,261,248) and Llama 3 70B (70,553,706,496)."""
 SHARD_BYTES = 500_000_000
 
 

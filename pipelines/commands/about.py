@@ -139,9 +139,12 @@ def bench(
         str | None, typer.Option("--depths", metavar="N,N,…", help="compress: time and peak memory of models with so many blocks")
     ] = None,
     shape: Annotated[
-        str | None, typer.Option("--shape", metavar="NAME", help="compress: a model of this shape, made on the spot: 1b, 8b, 70b")
+        str | None, typer.Option("--shape", metavar="NAME", help="compress: a model of this shape, made on the spot: 135m, 1b, 8b, 70b")
     ] = None,
     blocks: Annotated[int | None, typer.Option("--blocks", metavar="N", min=1, help="so many blocks of that shape, not all")] = None,
+    count: Annotated[
+        bool, typer.Option("--count", help="compress: the operators of one block of that shape (else of 135m), counted and not timed")
+    ] = False,
     full: Annotated[bool, typer.Option("--full", help="kernels: every shape, hours on a CPU; decompose: slow baselines")] = False,
     device: o.Device = "auto",
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="write JSON, table and plot there")] = None,
@@ -157,7 +160,7 @@ def bench(
 
     deep = _numbers(depths) if depths is not None else ()
     widths = tuple(sizes or benchmarks.SIZES)
-    chosen = benchmarks.Options(device, widths, tuple(only or ()), repeats, model, output, deep, shape, full, blocks)
+    chosen = benchmarks.Options(device, widths, tuple(only or ()), repeats, model, output, deep, shape, full, blocks, count)
     o.write(benchmarks.run(subject, chosen), json)
 
 

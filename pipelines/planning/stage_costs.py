@@ -190,9 +190,22 @@ def _solved(plan: CostPlan, spec: StageSpec, sites: list[Site], needs: frozenset
             measured = 4.0 * rows * (2 * columns + SAMPLES)
             peak = max(peak, kept + 4.0 * rows * columns * 1.5 + max(cost.peak, measured))
             found = max(found, cost.kept)
+        for config, rows in _stacks(spec, together).items():
+            cost = solver_cost(spec.name, spec.method, config, (rows, width), records)
+            peak = max(peak, kept + 4.0 * rows * width * 1.5 + cost.peak)
         work += factor_work(width) if found else Work()
         kept += found
     return Cost(work, max(peak, kept)), kept
+
+
+def _stacks(spec: StageSpec, together: list[Site]) -> dict[Any, int]:
+    """Config → rows of the matrices of one input that a method solves at once (stages/shared_inputs)."""
+    row, out = methods(spec.name)[spec.method], dict[Any, int]()
+    for site in together:
+        config = spec.config_for(site.name)
+        if row.together is not None and getattr(config, "shared", True):
+            out[config] = out.get(config, 0) + site.shape[0]
+    return out
 
 
 def _of_matrix(spec: StageSpec, site: Site, records: bool) -> Cost:

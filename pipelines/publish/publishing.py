@@ -31,11 +31,13 @@ from ..run import runner
 from ..run.evaluate import evaluate
 from ..stages.inputs import Inputs
 from ..store.rundir import RunDirectory
-from . import demo_table, other_programs
+from . import demo_table, operator_table, other_programs
 from .reference_rows import DEMO, SETTINGS, SMALL, ReferenceRow, ReferenceTable
 from .reference_tables import tables
 
 SMALL_MODEL = Path("tests/small_model")
+OWN = {DEMO: demo_table.publish, operator_table.NAME: operator_table.publish}
+"""Tables that are no list of runs."""
 MEASURED = (
     ("perplexity", "perplexity", "perplexity"), ("nll_difference", "Δ nats to dense", "exact"), ("nll_difference_stderr", "±", "exact"),
     ("other_baseline_perplexity", "other text, dense", "perplexity"), ("other_perplexity", "other text", "perplexity"),
@@ -215,14 +217,15 @@ def _numbers(record: RunRecord) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=sorted([DEMO, *tables()]))
+    parser.add_argument("name", choices=sorted([*OWN, *tables()]))
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/published"))
     parser.add_argument("--only", help="a regular expression on 'MODEL METHOD TAGS', as in 'demo gptq 3'")
     parser.add_argument("--model", choices=sorted(SETTINGS), help="only the rows of this model")
     given = parser.parse_args()
     logs.setup()
     place = given.output.resolve()
-    for path in demo_table.publish(place) if given.name == DEMO else publish(given.name, place, given.only, given.model):
+    own = OWN.get(given.name)
+    for path in publish(given.name, place, given.only, given.model) if own is None else own(place):
         print(path)
 
 

@@ -39,6 +39,10 @@ from .writing import by_reason
 def compress(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: Context) -> Outcome:
     """Run one of the compression stages; resumes behind the blocks that `writer` finds finished."""
     row: Method = methods(spec.name)[spec.method]
+    if context.device.type == "cuda":
+        from ...kernels import column_sweep  # imports Triton, which no run on a CPU needs
+
+        column_sweep.use_on_cards()
     model = StreamedModel(parent, context.device, context.dtype, virtual=False, reader=BlockReader(parent, keeps=True))
     chosen = [s for s in model.structure.sites if (s.block is not None or spec.include_head) and not spec.skips(s.name)]
     if not chosen:

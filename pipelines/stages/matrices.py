@@ -89,6 +89,19 @@ def target(stage: Stage, site: Site) -> Tensor:
     return record.dense().contiguous()
 
 
+def checked_target(stage: Stage, site: Site, config: Any) -> Tensor:
+    """`target`. InputError for one with NaN or Inf, and where the config rounds inputs in groups that do not divide the site's."""
+    target_OI = target(stage, site)
+    if not bool(torch.isfinite(target_OI).all()):
+        raise InputError(f"{site.name}.{site.parameter} holds NaN or Inf; repair the checkpoint or give another one")
+    if (grid := getattr(config, "activations", None)) is not None:
+        try:
+            grid.divide(site.shape[1])
+        except ValueError as error:
+            raise InputError(f"{site.name}: {error}") from error
+    return target_OI
+
+
 def _matrix(stage: Stage, reader: BlockReader, site: Site) -> StoredWeight:
     if site.block is not None:
         return reader.block(stage.model.prefix(site.block)).matrix(site)
@@ -106,13 +119,10 @@ def matrix_outside(model: nn.Module, artifact: Artifact, site: Site) -> StoredWe
 
 def solve(stage: Stage, site: Site, statistics: Mapping[str, InputStatistics]) -> tuple[StoredWeight, dict[str, Any]]:
     """(the site's new record, what is said of it). InputError names the site and what the method could not use."""
-    target_OI, config = target(stage, site), stage.config_for(site)
-    if not bool(torch.isfinite(target_OI).all()):
-        raise InputError(f"{site.name}.{site.parameter} holds NaN or Inf; repair the checkpoint or give another one")
+    config = stage.config_for(site)
+    target_OI = checked_target(stage, site, config)
     known = LayerStatistics(statistics[site.name], stage.fisher.get(site.name))
     try:
-        if (grid := getattr(config, "activations", None)) is not None:
-            grid.divide(site.shape[1])
         record, metrics = stage.row.function(current(stage, site).to(stage.context.device), target_OI, known, config)
     except ValueError as error:
         raise InputError(f"{site.name}: {error}") from error

@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+from bitmend.compress import grids as grids_module
 from bitmend.compress.grids import UniformGrid, fit, min_max, round_to_grid, search_clip, to_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -108,13 +109,27 @@ def test_all_groups_at_once_equal_one_by_one(symmetric):
             assert torch.equal(zero[:, group], one_zero)
 
 
-def test_chunks_of_rows_change_nothing(monkeypatch):
-    weight = groups(5, rows=50, columns=64)
-    whole = search_clip(weight, UniformGrid(4, -1))
-    monkeypatch.setattr("bitmend.compress.grids._CHUNK", 200)
-    chunked = search_clip(weight, UniformGrid(4, -1))
-    assert torch.equal(whole[0], chunked[0])
-    assert torch.equal(whole[1], chunked[1])
+def test_pieces_of_rows_and_groups_change_nothing(monkeypatch):
+    weight, pieces = groups(5, rows=50, columns=192).view(50, 3, 64), []
+    whole = search_clip(weight, UniformGrid(4, 64))
+    plain = grids_module._shrunk
+    monkeypatch.setattr(grids_module, "_shrunk", lambda search, *rest: pieces.append(search.weight_GSO.shape) or plain(search, *rest))
+    monkeypatch.setattr(grids_module, "_ROWS", 7)
+    for chunk, expected in ((200, 8 * 3), (64 * 50 * 2, 2)):
+        pieces.clear()
+        monkeypatch.setattr(grids_module, "_CHUNK", chunk)
+        found = search_clip(weight, UniformGrid(4, 64))
+        assert len(pieces) == expected and torch.equal(whole[0], found[0]) and torch.equal(whole[1], found[1])
+
+
+@pytest.mark.parametrize("size", [32, 64, 96])
+def test_what_a_row_loses_does_not_hang_on_its_neighbours(size):
+    """`sum(1)` adds the last rows, those that fill no register, in an order of their own."""
+    terms = torch.rand(2, size, 77, generator=torch.Generator().manual_seed(size))
+    whole = grids_module._group_sum_(terms.clone())
+    for first, last in ((0, 1), (40, 77), (3, 67)):
+        assert torch.equal(whole[:, :, first:last], grids_module._group_sum_(terms[:, :, first:last].clone()))
+    assert torch.allclose(whole, terms.sum(1, keepdim=True)) and not torch.equal(whole, terms.sum(1, keepdim=True))
 
 
 def test_a_one_sided_group_uses_all_codes_but_0():

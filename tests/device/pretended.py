@@ -118,7 +118,7 @@ class Below(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if types or (kwargs and ("device" in kwargs or "generator" in kwargs)):
+        if types or func is MOVE or (kwargs and ("device" in kwargs or "generator" in kwargs)):
             return met(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
@@ -144,8 +144,15 @@ class Traits:
 traits = functools.cache(Traits)
 
 
+MOVES = torch.library.Library("pretended", "DEF")
+MOVES.define("move(Tensor tensor, bool to_card) -> Tensor")
+MOVE = torch.ops.pretended.move.default  # so that a mode above this one sees what goes from one device to the other
+
+
 def met(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operator on the CPU in the card's name. RuntimeError for mixed devices, and as CUDA's where it is not deterministic."""
+    if func is MOVE:
+        return sent(*args)
     of, tensors = traits(func), flat(args)
     if kwargs:
         tensors += flat(kwargs.values())
@@ -254,8 +261,13 @@ def put(tensor: torch.Tensor, new: bool = True) -> OnCard:
 
 
 def copied(tensor: torch.Tensor, to_card: bool) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.ops.pretended.move(tensor.detach(), to_card)
+
+
+def sent(tensor: torch.Tensor, to_card: bool) -> torch.Tensor:
     with torch._C._DisableTorchDispatch(), torch.no_grad():
-        copy = torch.Tensor.clone(tensor.detach())
+        copy = torch.Tensor.clone(tensor)
         copy = torch.Tensor._make_subclass(torch.Tensor, copy)
     return put(copy) if to_card else copy
 

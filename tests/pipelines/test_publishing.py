@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from bitmend.pipelines.errors import InputError
-from bitmend.pipelines.publish import demo_table, publishing
+from bitmend.pipelines.publish import demo_table, operator_table, publishing
 from bitmend.pipelines.publish.reference_rows import SMALL, ReferenceRow, ReferenceTable
 from bitmend.pipelines.publish.reference_tables import tables
 from bitmend.pipelines.recipes.recipe import Recipe, resolve
@@ -112,3 +112,25 @@ def test_the_demos_table_has_plain_rows_with_the_recipes_embeddings(
     assert rows["NF4"]["perplexity"] == 27.0 and rows["NF4"]["news"] == 33.0
     stood = RunRecord.from_json(json.loads((tmp_path / "plain.json").read_text()))
     assert [stage.stage for stage in plain_rows.rivals(run(default, tmp_path))] == ["RTN", "GPTQ", "NF4"] == [s.stage for s in stood.stages]
+
+
+def test_what_operators_were_before_stays_with_their_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {"operators": 5, "views": 1, "read_bytes": 64, "copied_bytes": 0, "waits": 2}
+    for shape in operator_table.SHAPES:
+        for device in operator_table.DEVICES:
+            (tmp_path / "operators").mkdir(exist_ok=True)
+            rows = [{"method": "gptq", "shape": shape, "part": part} | counts for part in ("sweep", "model", "solver")]
+            (tmp_path / "operators" / f"bench-compress-count-{shape}-{device}.json").write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr(published, "DIRECTORY", tmp_path / "published")
+    operator_table.publish(tmp_path)
+    data = published.read("operators", tmp_path / "published")
+    assert [(row["shape"], row["part"]) for row in data["rows"]] == [(s, part) for s in operator_table.SHAPES for part in ("sweep", "solver")]
+    assert all(row["cpu_operators"] == row["cuda_operators"] == 5 and row["cuda_operators_before"] is None for row in data["rows"])
+    data["rows"][0]["cuda_operators_before"] = 900
+    (tmp_path / "published" / "operators.json").write_text(json.dumps(data))
+    operator_table.publish(tmp_path)
+    assert "| 135m | sweep | – | 5 | 900 | 5 |" in (tmp_path / "published" / "operators.md").read_text().replace("  ", " ")
+    assert operator_table.publish in publishing.OWN.values()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="run this from the root of the repository"):
+        operator_table.publish(tmp_path)
