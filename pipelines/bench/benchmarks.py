@@ -109,7 +109,7 @@ def _of_scale(subject: str, options: Options) -> dict[str, Any]:
         raise UsageError(f"--{asked} makes models of its own to compress: give it to `bench compress`, alone and without --model")
     if options.count and (options.depths or options.blocks is not None):
         raise UsageError("--count counts the operators of one block of a --shape: give it without --depths and --blocks")
-    environment = _environment(_device(options), options) | {"repeats": 1, "warm_up": 0}  # whole runs, each in a process of its own
+    environment: dict[str, Any] = _environment(_device(options), options) | {"repeats": 1, "warm_up": 0}  # whole runs, each in a process of its own
     measured: dict[str, Any] = {"schema": 1, "environment": environment}
     if options.count:
         name = options.shape or COUNTED

@@ -140,7 +140,8 @@ def exporting(tmp_path):
     finally:
         with contextlib.suppress(ProcessLookupError):
             kill()
-        os.close(here), os.close(there)
+        os.close(here)
+        os.close(there)
 
 
 def exported(tmp_path):
