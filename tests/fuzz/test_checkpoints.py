@@ -19,11 +19,11 @@ from bitmend.pipelines.stages.baseline import build_baseline, check_source
 from bitmend.recover.extra_modules import TOKENS, Beside
 from torch import Tensor
 
-from ..formats.conftest import build, uniform
-from ..formats.test_bitsandbytes import quantized
-from ..formats.test_peft import with_low_rank
+from ..pipelines.demo.test_demo import write_gguf
 from ..pipelines.families import save_speaking
-from ..pipelines.test_demo import write_gguf
+from ..pipelines.formats.conftest import build, uniform
+from ..pipelines.formats.test_bitsandbytes import quantized
+from ..pipelines.formats.test_peft import with_low_rank
 from .changes import Change, Files, changed, drawn, files_of, write_files
 from .ending import counts, ending, fuzz
 

@@ -1,0 +1,170 @@
+"""The numbers: equal to what transformers computes, to themselves, and to the files."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitmend.pipelines.errors import InputError
+from bitmend.pipelines.evaluation import perplexity
+from bitmend.pipelines.evaluation.perplexity import BaselineOutputs
+from bitmend.pipelines.evaluation.scores import Scores, load_scores, save_scores
+from bitmend.pipelines.models.blocks import StreamedModel
+from bitmend.pipelines.run import runner
+from bitmend.pipelines.run.evaluate import evaluate
+from bitmend.pipelines.stages.inputs import Inputs
+from bitmend.pipelines.store.artifact import Artifact
+from bitmend.pipelines.text.data import Windows
+from bitmend.reports.record import paired_difference
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..runs import chosen, stage_directory
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def baseline(finished: Path) -> Artifact:
+    return runner.last_artifact(finished, "baseline")
+
+
+@pytest.fixture(scope="module")
+def windows(small_model: Path, small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Windows:
+    """Those of the finished run."""
+    recipe = chosen(tmp_path_factory.mktemp("recipe"), small_model, small_text)
+    return Inputs(recipe, small_model).evaluation()
+
+
+def direct(model: Path, ids_NT: torch.Tensor) -> list[float]:
+    """Mean negative log-likelihood of each window by transformers' own loss."""
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        return [float(loaded(ids.unsqueeze(0), labels=ids.unsqueeze(0)).loss) for ids in ids_NT]
+
+
+def stages(run: Path) -> dict[str, Any]:
+    return {s.stage: s for s in runner.record(run).stages}
+
+
+def test_it_is_what_transformers_computes(baseline: Artifact, windows: Windows, small_model: Path, finished: Path) -> None:
+    expected = direct(small_model, windows.ids)
+    scores, _ = perplexity.score(StreamedModel(baseline, CPU), windows)
+    assert scores.nll == pytest.approx(expected, rel=1e-5)
+    assert scores.perplexity == pytest.approx(math.exp(sum(expected) / len(expected)), rel=1e-5)
+    assert stages(finished)["baseline"].perplexity == scores.perplexity
+    assert scores.kl is None and scores.top1 is None
+
+
+def test_long_windows_are_scored_in_spans(baseline: Artifact, windows: Windows, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = perplexity.score(StreamedModel(baseline, CPU), windows)
+    monkeypatch.setattr(perplexity, "LOGITS_AT_ONCE", 17)
+    monkeypatch.setattr(perplexity, "TOKENS_AT_ONCE", 64)
+    parts, _ = perplexity.score(StreamedModel(baseline, CPU), windows)
+    assert parts.nll == pytest.approx(whole.nll, rel=1e-6)
+
+
+def test_the_baseline_agrees_with_itself(baseline: Artifact, windows: Windows) -> None:
+    model = StreamedModel(baseline, CPU)
+    _, hidden = perplexity.score(model, windows)
+    scores, _ = perplexity.score(StreamedModel(baseline, CPU), windows, BaselineOutputs(hidden.window, model.logits))
+    assert scores.kl == pytest.approx([0.0] * len(windows.ids), abs=1e-7)
+    assert scores.top1 == (1.0,) * len(windows.ids)
+
+
+def test_kl_and_agreement_are_what_they_say(finished: Path, baseline: Artifact, windows: Windows, small_model: Path) -> None:
+    """Against dense logits of both models, by hand."""
+    quantized = runner.last_artifact(finished, "quantize")
+    student = AutoModelForCausalLM.from_pretrained(small_model)
+    for name in quantized.linears:
+        student.get_submodule(name).weight.data = quantized.stored(name).dense()
+    teacher = AutoModelForCausalLM.from_pretrained(small_model)
+    with torch.no_grad():
+        p, q = (torch.log_softmax(m(windows.ids).logits[:, :-1], -1) for m in (teacher, student))
+    made = stages(finished)["quantize"]
+    assert made.kl_to_baseline == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert made.top1_agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    assert made.kl_to_baseline > 0 and made.top1_agreement < 1
+
+
+def test_bits_per_byte_is_of_the_text(finished: Path, windows: Windows, small_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(small_model)
+    size = len("".join(tokenizer.decode(ids[1:]) for ids in windows.ids).encode())
+    made = stages(finished)["baseline"]
+    tokens = windows.ids.shape[0] * (windows.ids.shape[1] - 1)
+    assert made.bits_per_byte == pytest.approx(math.log(made.perplexity) * tokens / math.log(2) / size, rel=0.01)
+
+
+def test_the_paired_error_is_of_differences(finished: Path) -> None:
+    measured = {}
+    for address in ("baseline", "prune", "quantize"):
+        place = stage_directory(finished, address).with_suffix(".metrics")
+        measured[address] = torch.tensor(json.loads(next(place.glob("????????.json")).read_text())["nll"], dtype=torch.float64)
+    made = stages(finished)["quantize"]
+    for before, value, error in (
+        ("baseline", made.nll_difference, made.nll_difference_stderr),
+        ("prune", made.nll_difference_previous, made.nll_difference_previous_stderr),
+    ):
+        difference = measured["quantize"] - measured[before]
+        assert value == pytest.approx(float(difference.mean()))
+        assert error == pytest.approx(float(difference.std(correction=1)) / math.sqrt(len(difference)))
+    unpaired = float(measured["quantize"].std()) / math.sqrt(len(measured["quantize"]))
+    assert made.nll_difference_stderr is not None and made.nll_difference_stderr < unpaired / 3
+    assert paired_difference((1.0, 2.0), (1.0, 2.0)) == (0.0, 0.0)
+
+
+def test_the_gap_closed_is_of_logarithms(finished: Path) -> None:
+    made = stages(finished)
+    base, before, after = (made[a].perplexity for a in ("baseline", "quantize", "decompose"))
+    assert made["decompose"].gap_closed == pytest.approx(1 - math.log(after / base) / math.log(before / base))
+    assert made["decompose"].perplexity_ratio == pytest.approx(after / base)
+    assert made["baseline"].gap_closed is None
+
+
+def test_eval_inside_a_run_gives_the_runs_number(finished: Path) -> None:
+    for address, made in stages(finished).items():
+        found = evaluate(str(stage_directory(finished, address)), device="cpu")
+        assert found["perplexity"] == pytest.approx(made.perplexity, rel=1e-9), address
+        assert found["total_bytes"] == made.total_bytes
+    protocol = runner.record(finished).protocol
+    assert (found["protocol"]["windows"], found["protocol"]["seq_len"]) == (protocol.windows, protocol.seq_len)
+    assert found["protocol"]["fingerprint"] == protocol.fingerprint, "the same part of the text, not the whole of it"
+    assert evaluate(str(finished), device="cpu")["perplexity"] == found["perplexity"], "a run is its last stage"
+
+
+def test_eval_takes_what_it_is_told(finished: Path, small_text: Path, tmp_path: Path) -> None:
+    place = str(stage_directory(finished, "quantize"))
+    fewer = evaluate(place, windows=2, seq_len=32, device="cpu")
+    assert (fewer["protocol"]["windows"], fewer["protocol"]["seq_len"]) == (2, 32)
+    assert fewer["protocol"]["fingerprint"] == runner.record(finished).protocol.fingerprint
+    other = tmp_path / "other.txt"
+    other.write_text("A text of its own, about nothing in particular. " * 40)
+    assert evaluate(place, eval_source=str(other), seq_len=64, device="cpu")["protocol"]["dataset"] == "other.txt"
+
+
+def test_eval_of_a_model_outside(small_model: Path, small_text: Path) -> None:
+    found = evaluate(str(small_model), eval_source=str(small_text), seq_len=64, windows=3, device="cpu")
+    assert found["protocol"]["rule"] == "whole"
+    assert found["perplexity"] > 1 and found["total_bytes"] == (small_model / "model.safetensors").stat().st_size
+
+
+def test_scores_survive_the_disk(tmp_path: Path, windows: Windows) -> None:
+    scores = Scores((1.5, 2.5), (0.1, 0.2), (1.0, 0.5))
+    save_scores(tmp_path / "a.json", scores, windows.protocol, {"evaluation_seconds": 1.0})
+    found = load_scores(tmp_path / "a.json")
+    assert found is not None and found[0] == scores and found[1]["evaluation_seconds"] == 1.0
+    assert load_scores(tmp_path / "b.json") is None
+    (tmp_path / "b.json").write_text('{"nll": [1.0]}')
+    with pytest.raises(InputError, match=r"not a measurement of this program .* delete it and run again"):
+        load_scores(tmp_path / "b.json")
+
+
+def test_a_perplexity_beyond_numbers_is_infinite() -> None:
+    assert Scores((800.0,), None, None).perplexity == math.inf
+
+
+def test_protocols_have_keys_of_their_own(windows: Windows) -> None:
+    assert len(perplexity.protocol_key(windows)) == 8
+    others = [Windows(windows.ids, None, windows.protocol | change) for change in ({"seq_len": 1}, {"bos": "x"}, {"fingerprint": "y"})]
+    assert len({perplexity.protocol_key(w) for w in [windows, *others]}) == 4
