@@ -724,10 +724,11 @@ def test_bench_hands_its_options_on(module: Any, calls: Calls, capsys: pytest.Ca
     assert json.loads(capsys.readouterr().out)["rows"][0]["method"] == "gptq"
     assert cli.main(["bench", "recover", "-m", "some/model"]) == 0
     assert "1.5 s" in capsys.readouterr().out
-    assert calls[0][1] == ("compress", ("cpu", (64, 128), ("gptq",), 2, None, tmp_path, (), None, False, None))
-    assert calls[1][1] == ("recover", ("auto", (1,), (), 3, "some/model", None, (), None, False, None))
+    assert calls[0][1] == ("compress", ("cpu", (64, 128), ("gptq",), 2, None, tmp_path, (), None, False, None, False))
+    assert calls[1][1] == ("recover", ("auto", (1,), (), 3, "some/model", None, (), None, False, None, False))
     assert cli.main(["bench", "compress", "--depths", "4, 8"]) == 0 and cli.main(["bench", "compress", "--shape", "1b"]) == 0
-    assert [call[1][1][6:8] for call in calls[2:]] == [((4, 8), None), ((), "1b")]
+    assert cli.main(["bench", "compress", "--count", "--shape", "8b"]) == 0
+    assert [(*call[1][1][6:8], call[1][1][10]) for call in calls[2:]] == [((4, 8), None, False), ((), "1b", False), ((), "8b", True)]
     capsys.readouterr()
     assert "--depths 4,x: expected numbers of blocks" in failing(capsys, "bench", "compress", "--depths", "4,x")[1]
     (tmp_path / "file").write_text("x")
