@@ -34,9 +34,10 @@ def rows_of(factor: Factor, rows: slice) -> Factor:
 
 
 def rows_on_grid(weight: UniformWeight, rows: slice) -> UniformWeight:
-    """Some rows, in memory of their own, but for the group index, which is that of all rows."""
+    """Some rows, in memory of their own."""
     zeros = None if weight.zeros is None else weight.zeros[rows].clone()
-    return replace(weight, codes=weight.codes[rows].clone(), scales=weight.scales[rows].clone(), zeros=zeros)
+    index = None if weight.group_index is None else weight.group_index.clone()
+    return replace(weight, codes=weight.codes[rows].clone(), scales=weight.scales[rows].clone(), zeros=zeros, group_index=index)
 
 
 def settled(linears: Mapping[str, StoredWeight]) -> dict[str, StoredWeight]:

@@ -236,6 +236,8 @@ def test_together_or_one_by_one_is_the_same(settings, monkeypatch):
     for name, (record, found) in apart.items():
         assert_same_record(records[name], record)
         assert metrics[name] == pytest.approx(found, rel=1e-5)
+    places = [tensor.untyped_storage().data_ptr() for record in records.values() for tensor in to_tensors(record).values()]
+    assert len(set(places)) == len(places), "records that share memory cannot be saved"
 
 
 def test_together_what_cannot_be_is_refused_by_name_and_what_is_smoothed_goes_alone():
