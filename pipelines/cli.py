@@ -145,7 +145,7 @@ def explain(error: BaseException) -> tuple[int, str]:
             f"out of memory{f' ({detail})' if detail else ''}; try fewer calibration samples, a shorter seq_len or a smaller batch_size",
         )
     if isinstance(error, OSError) and error.strerror:
-        return 3, f"{error.filename or 'a file'}: {error.strerror}{_other_cache(error)}"
+        return 3, f"{_one_line(str(error.filename or 'a file'))}: {error.strerror}{_other_cache(error)}"
     if isinstance(error, RuntimeError) and str(error) == _NO_HOME:
         return 2, "a path begins with ~, and there is no such home directory; write the path out, or set HOME"
     hint = "" if logs.is_verbose() else "; run again with -v for the traceback"
