@@ -62,16 +62,10 @@ app.add_typer(finished.report, name="report")
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
-    version: bool = typer.Option(False, "--version", help="print the version"),
+    version: bool = typer.Option(False, "--version", help="print the version, and the commit of a checkout"),
 ) -> None:
     if version:
-        from importlib.metadata import PackageNotFoundError
-        from importlib.metadata import version as installed
-
-        try:
-            echo(installed("bitmend"))
-        except PackageNotFoundError:
-            echo("not installed")
+        echo(about.version())
         raise typer.Exit
     if context.invoked_subcommand is None:
         echo(context.get_help())

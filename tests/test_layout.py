@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,9 @@ def test_a_wheel_brings_every_package_and_its_data(tmp_path: Path) -> None:
     ]
     subprocess.run(build, check=True, capture_output=True, text=True, timeout=300)
     wheel = next(tmp_path.glob("bitmend-*.whl"))
+    with zipfile.ZipFile(wheel) as packed:
+        carried = next(name for name in packed.namelist() if name.endswith("/LICENSE"))
+        assert packed.read(carried) == (ROOT / "LICENSE").read_bytes()
     place = tmp_path / "env"
     venv.create(place, with_pip=False, system_site_packages=False)
     site = next(place.glob("lib/python*/site-packages"))
@@ -222,7 +226,7 @@ def copy_of_sources(tmp_path: Path) -> Path:
     import shutil
 
     copy = tmp_path / "sources"
-    keep = {"pyproject.toml", "README.md", *ALLOWED}
+    keep = {"pyproject.toml", "README.md", "LICENSE", *ALLOWED}
     for name in keep:
         source = ROOT / name
         if source.is_dir():

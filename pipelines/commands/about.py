@@ -1,6 +1,8 @@
-"""Commands about the program itself: list, show, doctor, bench."""
+"""Commands about the program itself: list, show, doctor, bench; and its version."""
 
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +23,43 @@ FORMATS = {
     "compressed-tensors": "pack-quantized (vLLM, transformers)",
     "bnb": "bitsandbytes NF4 (transformers)",
 }
+
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+"""What holds the folders; where that is a git checkout, `.git` lies in it, and nowhere in an installed wheel."""
+
+
+def version(checkout: Path = CHECKOUT) -> str:
+    """The installed version; of a checkout its commit as well, read from `.git` (a directory, or the file of a worktree) without git.
+    A commit that cannot be read there is said to be unknown."""
+    try:
+        number = installed_version("bitmend")
+    except PackageNotFoundError:
+        number = "not installed"
+    git = checkout / ".git"
+    return f"{number} (commit {_commit(git)})" if git.exists() else number
+
+
+def _commit(git: Path) -> str:
+    """12 digits of the commit that HEAD names: itself, or through a branch, whose file may be packed into one with others."""
+    try:
+        if git.is_file():  # a worktree: its own HEAD, branches in the directory that it shares with the others
+            git = git.parent / git.read_text(encoding="utf-8").removeprefix("gitdir:").strip()
+        shared = git / "commondir"
+        common = git / shared.read_text(encoding="utf-8").strip() if shared.is_file() else git
+        head = (git / "HEAD").read_text(encoding="utf-8").strip()
+        if head.startswith("ref:"):
+            head = _tip(common, head.removeprefix("ref:").strip())
+    except (OSError, UnicodeDecodeError):
+        return "unknown"
+    return head[:12] if len(head) >= 40 and set(head) <= set("0123456789abcdef") else "unknown"
+
+
+def _tip(common: Path, branch: str) -> str:
+    if (common / branch).is_file():
+        return (common / branch).read_text(encoding="utf-8").strip()
+    lines = (common / "packed-refs").read_text(encoding="utf-8").splitlines()
+    return next((line.split()[0] for line in lines if line.endswith(f" {branch}")), "")
 
 
 def list_(method: MethodName = None, json: o.Json = False, verbose: o.Verbose = False, quiet: o.Quiet = False) -> None:

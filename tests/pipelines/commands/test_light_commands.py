@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from bitmend.pipelines.bench import command_times
+from bitmend.pipelines.commands import about
 from bitmend.pipelines.errors import InputError, UsageError
 from bitmend.pipelines.store import files
 from bitmend.pipelines.store.files import write_json
@@ -65,6 +66,38 @@ def test_small_commands_import_nothing_heavy(tmp_path: Path) -> None:
     found = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("[[")]
     assert found == [[arguments, 0, []] for arguments in commands], done.stderr
     assert '"finished_steps": 40' in done.stdout
+
+
+TIP = "0123456789abcdef" * 2 + "01234567"
+LAYOUTS: dict[str, dict[str, str]] = {
+    "a branch": {".git/HEAD": "ref: refs/heads/a/b\n", ".git/refs/heads/a/b": f"{TIP}\n"},
+    "a packed branch": {".git/HEAD": "ref: refs/heads/b\n", ".git/packed-refs": f"# pack-refs\n{'f' * 40} refs/heads/a/b\n{TIP} refs/heads/b\n"},
+    "a commit": {".git/HEAD": f"{TIP}\n"},
+    "a worktree": {
+        ".git": "gitdir: ../main/.git/worktrees/x\n", "../main/.git/worktrees/x/HEAD": "ref: refs/heads/x\n",
+        "../main/.git/worktrees/x/commondir": "../..\n", "../main/.git/refs/heads/x": f"{TIP}\n",
+    },
+}  # fmt: skip
+UNREADABLE: dict[str, dict[str, str]] = {
+    "no commit yet": {".git/HEAD": "ref: refs/heads/main\n"},
+    "a branch that is none": {".git/HEAD": "ref: refs/heads/main\n", ".git/packed-refs": f"{TIP} refs/heads/x\n"},
+    "an empty directory": {".git/description": ""},
+    "a worktree that was removed": {".git": "gitdir: ../main/.git/worktrees/x\n"},
+    "something else": {".git/HEAD": "\x1b[31mred\n"},
+}
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, *UNREADABLE])
+def test_the_version_of_a_checkout_names_its_commit(layout: str, tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    for name, text in (LAYOUTS | UNREADABLE)[layout].items():
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text(text)
+    assert about.version(checkout).endswith(f" (commit {TIP[:12] if layout in LAYOUTS else 'unknown'})")
+
+
+def test_the_version_of_a_wheel_is_its_number_alone(tmp_path: Path) -> None:
+    assert about.version(tmp_path).replace(".", "").isdecimal()
 
 
 WATCH = """
