@@ -5,7 +5,7 @@ PYTHON ?= python3
 PACKAGES := compress recover kernels pipelines reports
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test proofs check gpu gpu-packages venv interop rivals publish clean FORCE
+.PHONY: demo test proofs check docs gpu gpu-packages venv interop rivals publish clean FORCE
 
 demo: venv
 	$(BIN)/pipeline run compress_and_recover
@@ -47,6 +47,11 @@ gpu-packages:
 check: venv
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+# The site, in build/site: a link, an anchor or a page that is not there ends it.
+docs: venv
+	$(BIN)/python -P docs/site_source.py
+	$(BIN)/mkdocs build # not --quiet: it takes the warnings away before they are counted
 
 venv: $(VENV)/.installed
 
