@@ -23,6 +23,8 @@ from bitmend.pipelines.store.rundir import RunDirectory
 from bitmend.reports.record import Protocol, RunRecord, StageRecord
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.usefixtures("as_before")
+
 COMMANDS = ("run", "resume", "status", "report", "compare", "eval", "export", "generate", "sweep", "bench", "doctor", "gc", "list", "show")
 RECIPE = "stages: [{quantize: {method: rtn, bits: 4}}, {recover: {method: lora}}, {fuse: {backend: auto}}]\nmodel: some/model\n"
 RUN_OPTIONS = [
@@ -114,22 +116,6 @@ def run_directory(tmp_path: Path) -> Path:
     path = tmp_path / "run"
     path.mkdir()
     return path
-
-
-@pytest.fixture(autouse=True)
-def _as_before(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A command sets signal handlers, log handlers and variables for its process; here the process goes on."""
-    signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    logger = logging.getLogger(logs.ROOT)
-    handlers, level, variables = list(logger.handlers), logger.level, dict(os.environ)
-    monkeypatch.setattr(logs, "_settings", dict(logs._settings))
-    yield
-    for number, handler in signals.items():
-        signal.signal(number, handler)
-    logger.handlers[:] = handlers
-    logger.setLevel(level)
-    for name in set(os.environ) - set(variables) - {"PYTEST_CURRENT_TEST"}:
-        del os.environ[name]
 
 
 def failing(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
