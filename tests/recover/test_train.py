@@ -22,7 +22,7 @@ def start(name="scales", kind="3-bit", seed=0, **settings):
 
 def teacher(model):
     dense = student_of(model.requires_grad_(False))
-    return Teacher(dense.hidden, dense.logits)
+    return Teacher(lambda batch: dense.hidden(batch.ids), dense.logits)
 
 
 def values(attached):
@@ -152,6 +152,24 @@ def test_nan_twice_stops_with_the_best_values_in_place():
     assert math.isfinite(held_out_loss(student_of(model), held_out()))
 
 
+@pytest.mark.parametrize("bad", [set(), {4}, {2, 5}])
+def test_when_steps_are_read_is_of_no_consequence(bad: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every step, or only where the values are judged, saved or stopped at."""
+    seen = []
+    for every_step in (True, False):
+        monkeypatch.setattr("bitmend.recover.train.overdue", lambda *_, now=every_step: now)
+        model, attached, config = start("scales", "3-bit")
+        student, saved, said = poisoned(bad)(student_of(model)), [], ""
+        try:
+            result = train(model, attached, batch, held_out(), None, config, student=student, save=saved.append, save_every=3)
+            said = f"{result.history} {result.rollbacks} {result.tokens} {result.best_step}"
+        except TrainingDiverged as error:
+            said = str(error)
+        seen.append((said, [state.meta for state in saved], values(attached)))
+    assert seen[0][:2] == seen[1][:2]
+    assert all(torch.equal(value, seen[1][2][name]) for name, value in seen[0][2].items())
+
+
 def test_a_scale_that_leaves_the_positive_numbers_is_named():
     model, attached, config = start("scales", learning_rate=20.0, warmup=0)
     with pytest.raises(TrainingDiverged, match=r"scales: (a scale went to -|scales run)"):
@@ -223,7 +241,7 @@ def test_coarser_products_train_the_updates_alone(matmul: str) -> None:
         seen["student" if torch.is_grad_enabled() else "held out"].add(torch.get_float32_matmul_precision())
         return student.hidden(ids)
 
-    def taught(_: torch.Tensor) -> torch.Tensor:
+    def taught(_: Batch) -> torch.Tensor:
         seen["teacher"].add(torch.get_float32_matmul_precision())
         return told
 
