@@ -58,12 +58,11 @@ def compress(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context:
     if "fisher" in needs:
         stage.fisher = {name: found.to(context.device) for name, found in fisher_diagonal(context).items()}
     ids_NT = stage.calibration()
-    stage.hidden = embedded(model, ids_NT, room)
-    if stage.dense is not None:
-        stage.dense_hidden = embedded(stage.dense, ids_NT, room)
+    begun = _begun(stage, ids_NT)
     blocks, behind = model.structure.blocks, any(site.block is None for site in chosen)
     with bar(f"{spec.address} {spec.method}, blocks", blocks) as shown:
-        for index in range(blocks):
+        shown.advance(begun)
+        for index in range(begun, blocks):
             _block(stage, index, [s for s in chosen if s.block == index], behind or index + 1 < blocks)
             shown.advance()
             check_stop(context)
@@ -71,9 +70,29 @@ def compress(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context:
     return Outcome(stage.layers, _measured(stage), _notes(stage, chosen))
 
 
+def _begun(stage: Stage, ids_NT: Tensor) -> int:
+    """How many blocks are done and need not be run again; the hidden states that enter the one behind them."""
+    finished, blocks = stage.writer.finished, stage.model.structure.blocks
+    done = next((index for index in range(blocks) if _part(index) not in finished), blocks)
+    begun = stage.walked.latest(done)
+    if begun:
+        found = stage.walked.load(begun, stage.room)
+        stage.hidden, stage.dense_hidden = found["hidden"], found.get("dense", stage.dense_hidden)
+        stage.layers += [layer for index in range(begun) for layer in finished[_part(index)]["extra"]["layers"]]
+        return begun
+    stage.hidden = embedded(stage.model, ids_NT, stage.room)
+    if stage.dense is not None:
+        stage.dense_hidden = embedded(stage.dense, ids_NT, stage.room)
+    return 0
+
+
+def _part(index: int) -> str:
+    return f"block-{index:05d}"
+
+
 def _block(stage: Stage, index: int, sites: list[Site], followed: bool) -> None:
     """Compress and write one block, unless that was done before, and hand its outputs on where somebody follows who reads them."""
-    part = f"block-{index:05d}"
+    part = _part(index)
     marker = stage.writer.finished.get(part)
     stage.model.load_block(index)
     if stage.dense is not None:
@@ -89,6 +108,7 @@ def _block(stage: Stage, index: int, sites: list[Site], followed: bool) -> None:
         for site in sites:
             stage.model.put(site, written.stored(site.name))
         _advance(stage, index)
+        stage.walked.keep(index + 1, {"hidden": stage.hidden, "dense": stage.dense_hidden})
     for model in (stage.model, stage.dense):
         if model is not None:
             model.unload_block(index)
@@ -98,7 +118,7 @@ def _block(stage: Stage, index: int, sites: list[Site], followed: bool) -> None:
 
 def _expect(stage: Stage, index: int) -> None:
     """Let a block be read while the one before it is computed on, where it will be needed."""
-    unsolved = f"block-{index:05d}" not in stage.writer.finished
+    unsolved = _part(index) not in stage.writer.finished
     stage.model.expect(index)
     if index < stage.model.structure.blocks and (unsolved or stage.dense is not None):
         stage.targets.expect(stage.model.prefix(index))

@@ -6,6 +6,7 @@ Legend: O out, I in.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from ..models.structure import Site, shared_names
 from ..recipes.stage_settings import StageSpec
 from ..store.artifact import Artifact, ArtifactWriter
 from .context import Context
+from .walked import Walked
 
 
 @dataclass
@@ -48,6 +50,11 @@ class Stage:
 
     def __post_init__(self) -> None:
         self.hidden, self.dense_hidden = HiddenStates(self.room), HiddenStates(self.room)
+
+    @cached_property
+    def walked(self) -> Walked:
+        """Kept are the states of the models that the stage runs."""
+        return Walked(self.context.scratch, ("hidden",) if self.dense is None else ("hidden", "dense"))
 
     @property
     def looks_at_inputs(self) -> bool:

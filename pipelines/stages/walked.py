@@ -1,0 +1,52 @@
+"""How far a stage's hidden states have come: kept once a minute, so that a killed stage does not run its finished blocks once more.
+
+What is torn, or was left by a kill between two files, is not there: the walk begins at an older one, or at the embeddings. Knows hidden states
+and files; not what a stage does with a block.
+"""
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..models.hidden import HiddenStates, Room
+from ..store.kept import is_whole
+
+SECONDS = 60.0
+"""Between two checkpoints: a resumed stage runs again what took at most so long."""
+DISK_SHARE = 0.25
+"""Of what is free, how much one may take."""
+
+
+@dataclass
+class Walked:
+    """Checkpoints in `scratch` of the states named `names`, each set under the number of blocks that it has passed."""
+
+    scratch: Path
+    names: tuple[str, ...]
+    written: float = field(default_factory=time.perf_counter)
+
+    def latest(self, blocks: int) -> int:
+        """How many of the first `blocks` blocks need not be run again."""
+        found = sorted({int(path.name.split("-")[1]) for path in self.scratch.glob("walked-*.safetensors")}, reverse=True)
+        return next((index for index in found if index <= blocks and all(is_whole(self._path(index, name)) for name in self.names)), 0)
+
+    def load(self, index: int, room: Room) -> dict[str, HiddenStates]:
+        """The states that enter block `index`."""
+        return {name: HiddenStates.load(self._path(index, name), room) for name in self.names}
+
+    def keep(self, index: int, states: Mapping[str, HiddenStates]) -> None:
+        """Write what enters block `index`, if the last time is long enough ago and the disk has room; older ones go."""
+        size = sum(slot.size for name in self.names for slot in states[name].slots)
+        if time.perf_counter() - self.written < SECONDS or size > DISK_SHARE * shutil.disk_usage(self.scratch).free:
+            return
+        for name in self.names:
+            states[name].save(self._path(index, name))
+        for path in self.scratch.glob("walked-*.safetensors"):
+            if not path.name.startswith(f"walked-{index:05d}-"):
+                path.unlink()
+        self.written = time.perf_counter()
+
+    def _path(self, index: int, name: str) -> Path:
+        return self.scratch / f"walked-{index:05d}-{name}.safetensors"
