@@ -57,6 +57,25 @@ class TrainResult:
         return self.best_step > 0
 
 
+@dataclass(frozen=True)
+class TrainingText:
+    """`batches(i)`: the i-th micro-batch (update s uses s·accumulation …); held-out batches, by which values are judged; who is imitated."""
+
+    batches: Callable[[int], Batch]
+    held_out: Sequence[Batch]
+    teacher: Teacher | None = None
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What others want of a training run: its state every so many steps and when it is stopped, news, and a say in whether it goes on."""
+
+    save: Callable[[TrainState], None] | None = None
+    save_every: int = 20
+    progress: Callable[[Progress], None] | None = None
+    stop: Callable[[], bool] | None = None
+
+
 class TrainingDiverged(RuntimeError):
     """Training became non-finite twice; the trainables hold their best values."""
 
@@ -109,23 +128,17 @@ def held_out_loss(student: Student, held_out: Sequence[Batch]) -> float:
 def train(
     model: nn.Module,
     attached: Attached,
-    batches: Callable[[int], Batch],
-    held_out: Sequence[Batch],
-    teacher: Teacher | None,
+    text: TrainingText,
     config: TrainConfig,
     *,
     main: str | None = None,
     student: Student | None = None,
     resume: TrainState | None = None,
-    save: Callable[[TrainState], None] | None = None,
-    save_every: int = 20,
-    progress: Callable[[Progress], None] | None = None,
-    stop: Callable[[], bool] | None = None,
+    hooks: Hooks | None = None,
 ) -> TrainResult:
     """Train `attached.trainables` for config.steps updates.
 
-    batches(i) gives the i-th micro-batch (update s uses s·accumulation …); `main` is the kind that config.learning_rate means.
-    Ends with the best held-out values in the model, the start among the candidates. Raises TrainingDiverged when the loss,
+    `main` is the kind that config.learning_rate means. Ends with the best held-out values in the model, the start among the candidates. Raises TrainingDiverged when the loss,
     the gradient or a trained scale becomes unusable twice; ValueError when nothing is to be trained.
     """
     if not attached.trainables:
@@ -137,10 +150,10 @@ def train(
     device = next(iter(attached.trainables.values())).parameter.device
     with checkpointed(model, config.gradient_checkpointing is True):
         if resume is None:
-            _begin(run, held_out)
+            _begin(run, text.held_out)
         else:
             run.load(resume)
-        finished = _loop(run, batches, held_out, teacher, save, save_every, progress, stop or (lambda: False), device)
+        finished = _loop(run, text, hooks or Hooks(), device)
     if finished:
         run.restore(run.best)
         if attached.stored_form is not None:
@@ -162,30 +175,21 @@ def _begin(run: TrainingRun, held_out: Sequence[Batch]) -> None:
     run.history.append({"step": 0, "held_out_loss": run.start_loss})
 
 
-def _loop(
-    run: TrainingRun,
-    batches: Callable[[int], Batch],
-    held_out: Sequence[Batch],
-    teacher: Teacher | None,
-    save: Callable[[TrainState], None] | None,
-    save_every: int,
-    progress: Callable[[Progress], None] | None,
-    stop: Callable[[], bool],
-    device: torch.device,
-) -> bool:
+def _loop(run: TrainingRun, text: TrainingText, hooks: Hooks, device: torch.device) -> bool:
+    save, progress, stop = hooks.save, hooks.progress, hooks.stop or (lambda: False)
     config, began, first_step, first_tokens = run.config, time.perf_counter(), run.step, run.tokens
     every, read = config.eval_every or max(1, config.steps // 5), began
     while run.step < config.steps:
         stopped = stop()
         if not stopped:
-            _update(run, batches, teacher, device)
+            _update(run, text, device)
         judged = not stopped and (run.step % every == 0 or run.step == config.steps)
-        saved = save is not None and (stopped or (run.step % save_every == 0 and run.step < config.steps))
+        saved = save is not None and (stopped or (run.step % hooks.save_every == 0 and run.step < config.steps))
         if not (stopped or judged or saved or overdue(device, read)):
             continue
         problem, read = _read(run), time.perf_counter()
         if problem is None and judged:
-            problem = _evaluate(run, held_out)
+            problem = _evaluate(run, text.held_out)
         if problem is not None:
             _roll_back(run, problem)
             first_step, began, first_tokens = run.step, time.perf_counter(), run.tokens
@@ -205,7 +209,7 @@ def overdue(device: torch.device, read: float) -> bool:
     return device.type == "cpu" or time.perf_counter() - read >= READ_SECONDS
 
 
-def _update(run: TrainingRun, batches: Callable[[int], Batch], teacher: Teacher | None, device: torch.device) -> None:
+def _update(run: TrainingRun, text: TrainingText, device: torch.device) -> None:
     """One optimizer step, without waiting for the device: what came of it is noted in `run.unread`."""
     config, attached, step = run.config, run.attached, run.step
     if attached.before_step is not None:
@@ -215,10 +219,10 @@ def _update(run: TrainingRun, batches: Callable[[int], Batch], teacher: Teacher 
         parameter.grad = None
     total = torch.zeros((), dtype=torch.float64, device=device)
     for k in range(config.accumulation):
-        batch = batches(step * config.accumulation + k).to(device)
+        batch = text.batches(step * config.accumulation + k).to(device)
         objective = Objective("distill" if batch.generated else config.loss, config.temperature)
         with matmuls(config.matmul):
-            loss = batch_loss(run.student, batch, teacher, objective) / config.accumulation
+            loss = batch_loss(run.student, batch, text.teacher, objective) / config.accumulation
             if attached.penalty is not None:
                 loss = loss + attached.penalty() / config.accumulation
             torch.autograd.backward(loss)

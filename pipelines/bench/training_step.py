@@ -16,7 +16,7 @@ from ...recover.recovery_methods import RECOVER, attach, split
 from ...recover.selection import decoder_blocks
 from ...recover.site import Gradients
 from ...recover.student import Batch, Teacher, student_of
-from ...recover.train import batch_loss, train
+from ...recover.train import Hooks, TrainingText, batch_loss, train
 from ..models.loading import whole_model
 from ..models.source import load_config
 from ..models.structure import inspect, skeleton
@@ -65,7 +65,7 @@ def _second_step(parent: Artifact, spec: StageSpec, device: torch.device, dtype:
         return len(ends) == 3
 
     train(
-        model, attached, batches, [], Teacher(lambda batch: states, student.logits), config,
-        student=attached.run or student, main=RECOVER[spec.method].main, stop=note,
+        model, attached, TrainingText(batches, [], Teacher(lambda batch: states, student.logits)), config,
+        student=attached.run or student, main=RECOVER[spec.method].main, hooks=Hooks(stop=note),
     )  # fmt: skip
     return ends[2] - ends[1]

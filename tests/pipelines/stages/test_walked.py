@@ -39,9 +39,9 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     plain = compress._block
 
-    def block(stage: Any, index: int, sites: Any, followed: bool) -> None:
+    def block(stage: Any, states: Any, index: int, *others: Any) -> list[dict[str, Any]]:
         seen.append(index)
-        plain(stage, index, sites, followed)
+        return plain(stage, states, index, *others)
 
     monkeypatch.setattr(compress, "_block", block)
     return seen
@@ -67,10 +67,10 @@ def killed(place: Path, model: Path, stages: list[dict[str, Any]], behind: int, 
         passed = iter(range(behind))
         plain = compress._advance
 
-        def advance(stage: Any, index: int) -> None:
+        def advance(*arguments: Any) -> None:
             if next(passed, None) is None:
                 raise Killed
-            plain(stage, index)
+            plain(*arguments)
 
         patch.setattr(compress, "_advance", advance)
         with pytest.raises(Killed):
