@@ -46,7 +46,8 @@ PARTS: dict[CodeType, str] = {
 }
 """An operator belongs to the first of these functions that its caller's callers come to; those outside of the stage are not counted."""
 BEFORE_SOLVER = ("statistics", "model")
-TRAINING: dict[CodeType, str] = {StreamedTeacher._look_ahead.__code__: "teacher ahead", train._update.__code__: "step"}
+STEP_PART = "step"
+TRAINING: dict[CodeType, str] = {StreamedTeacher._look_ahead.__code__: "teacher ahead", train._update.__code__: STEP_PART}
 STEPS = 2
 TRAINED = ("scales", "lora")
 STEP: dict[str, Any] = {"norms": True, "steps": STEPS, "batch_size": 1, "seq_len": 128, "loss": "both", "eval_every": STEPS}
@@ -152,6 +153,6 @@ def of_block(name: str, only: Sequence[str], device: str, output: Path | None) -
             rows += [{"method": method, "shape": name, "part": part} | asdict(count) for part, count in shown.items()]
         for method in () if only else TRAINED:
             stages: list[dict[str, Any]] = [{"quantize": {"method": "rtn", "bits": 4}}, {"recover": {"method": method} | STEP}]
-            step = counts(method, stages, TRAINING)["step"]
-            rows.append({"method": method, "shape": name, "part": "step"} | {key: value // STEPS for key, value in asdict(step).items()})
+            step = counts(method, stages, TRAINING)[STEP_PART]
+            rows.append({"method": method, "shape": name, "part": STEP_PART} | {key: value // STEPS for key, value in asdict(step).items()})
     return rows
