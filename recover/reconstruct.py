@@ -22,7 +22,7 @@ from .adamw import AdamW
 from .compressed_linear import CompressedLinear, compressed_linears
 from .selection import norms, roles, where
 from .site import AttachSite, joined, kinds, train_norms
-from .train import ROLLBACK_FACTOR, as_stored, unusable
+from .train import ROLLBACK_FACTOR, as_stored, beyond_limits, extremes
 from .trainable import Attached
 from .training_run import learning_rate, rates
 
@@ -260,11 +260,12 @@ def _step(block: Block, attached: Attached, optimizer: AdamW, now: Mapping[str, 
         parameter.grad = None
     loss = token_errors(block.forward(x), y).mean()
     torch.autograd.backward(loss)
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip if config.clip > 0 else math.inf))
-    if not math.isfinite(float(loss.detach())) or not math.isfinite(norm):
-        return f"step {step + 1}: the loss is not finite"
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip if config.clip > 0 else math.inf)
     optimizer.step(now, step / config.steps)
-    return unusable(attached.trainables)
+    error, size, *found = torch.cat([loss.detach().view(1), norm.view(1), *extremes(attached.trainables)]).tolist()
+    if not (math.isfinite(error) and math.isfinite(size)):
+        return f"step {step + 1}: the loss is not finite"
+    return beyond_limits(attached.trainables, found)
 
 
 def _stored_error(block: Block, attached: Attached) -> float:

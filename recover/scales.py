@@ -5,6 +5,8 @@ whose rates are absolute). Masked weights stay 0: the mask is applied to what a 
 Legend: O out, I in, G groups, S columns of a group.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from ..compress import normal_float
 from ..compress.weights import NormalFloatWeight, StoredWeight, UniformWeight
-from .trainable import Trainable
+from .trainable import Limits, Trainable
 
 HALF_MAX, HALF_TINY = 65504.0, 2.0**-24
 
@@ -67,7 +69,7 @@ class RelativeScales(nn.Module):
             return replace(stored, base=with_absmax(base, base.absmax_OG() * (1 + self.delta.detach()))) if moved else stored
         assert isinstance(base, UniformWeight)
         if moved:
-            wrong = self.problem(self.delta.detach())
+            wrong = self.problem(self.extremes(self.delta.detach()).tolist())
             if wrong:
                 raise ValueError(f"the trained scales cannot be stored as {base.scales.dtype}: {wrong}")
             base = replace(base, scales=self._scales(self.delta.detach(), base.scales.dtype))
@@ -78,7 +80,7 @@ class RelativeScales(nn.Module):
     def trainables(self, scales: bool = True) -> dict[str, Trainable]:
         out: dict[str, Trainable] = {}
         if scales:
-            out["scales"] = Trainable(self.delta, "scales", self.as_stored, check=self.problem)
+            out["scales"] = Trainable(self.delta, "scales", self.as_stored, limits=Limits(4 if self._in_half() else 2, self.extremes, self.problem))
         self.delta.requires_grad_(scales)
         if self.zeta is not None:
             out["zeros"] = Trainable(self.zeta, "zeros")
@@ -96,20 +98,29 @@ class RelativeScales(nn.Module):
             back = self._scales(delta_OG, base.scales.dtype).float()
         return torch.where(start == 0, 0, back / start - 1)
 
-    def problem(self, delta_OG: Tensor) -> str | None:
-        """What is wrong with a trained δ: a scale that is not positive, not finite, or beyond its storage dtype."""
+    def extremes(self, delta_OG: Tensor) -> Tensor:
+        """float32 [2] or, where scales are stored in float16, [4]: least and greatest factor 1 + δ, least and greatest size of a scale."""
         factor = 1 + delta_OG
-        if not bool(torch.isfinite(factor).all()):
-            return "a scale is not finite"
-        if bool((factor <= 0).any()):
-            return f"a scale went to {factor.min().item():.3g} times its start"
-        base = self.stored.base
-        if isinstance(base, UniformWeight) and base.scales.dtype == torch.float16:
+        ends = [*factor.aminmax()]
+        if self._in_half():
             start = self.start_scales()
-            trained = (start * factor)[start != 0]
-            if trained.numel() and (trained.abs().max() > HALF_MAX or trained.abs().min() < HALF_TINY):
-                low, high = trained.abs().min().item(), trained.abs().max().item()
-                return f"scales run from {low:.3g} to {high:.3g}; float16 holds {HALF_TINY:.3g} to {HALF_MAX:.0f}"
+            none, size = start == 0, (start * factor).abs()
+            ends += [size.masked_fill(none, math.inf).amin(), size.masked_fill(none, 0).amax()]
+        return torch.stack(ends)
+
+    def _in_half(self) -> bool:
+        return isinstance(self.stored.base, UniformWeight) and self.stored.base.scales.dtype == torch.float16
+
+    @staticmethod
+    def problem(extremes: Sequence[float]) -> str | None:
+        """What is wrong with a trained δ: a scale that is not positive, not finite, or beyond its storage dtype."""
+        least, greatest, *sizes = extremes
+        if not (math.isfinite(least) and math.isfinite(greatest)):
+            return "a scale is not finite"
+        if least <= 0:
+            return f"a scale went to {least:.3g} times its start"
+        if sizes and (sizes[1] > HALF_MAX or sizes[0] < HALF_TINY):
+            return f"scales run from {sizes[0]:.3g} to {sizes[1]:.3g}; float16 holds {HALF_TINY:.3g} to {HALF_MAX:.0f}"
         return None
 
     def _scales(self, delta_OG: Tensor, dtype: torch.dtype) -> Tensor:

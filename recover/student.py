@@ -4,31 +4,50 @@ Knows causal language models of transformers by their structure (`base_model`, `
 Legend: B batch, T tokens, D model, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 
 
 @dataclass(frozen=True)
 class Batch:
     """ids int64 [B, T]; loss_mask bool [B, T], True where a token counts as a target (position 0 never does), None for all. `kind`: of which
-    text it is; held-out losses are averaged over kinds. `generated`: the teacher wrote it, so it is imitated there and nothing else."""
+    text it is; held-out losses are averaged over kinds. `generated`: the teacher wrote it, so it is imitated there and nothing else.
+    Mask and `drawn` stay in host memory when ids go to a card, so that nothing has to be asked of it."""
 
     ids: Tensor
     loss_mask: Tensor | None = None
     kind: str = ""
     generated: bool = False
+    drawn: Tensor | None = None
 
-    def targets(self) -> tuple[Tensor, Tensor]:
-        """(positions bool [B, T−1] whose prediction counts, their target ids [N])."""
-        mask = torch.ones_like(self.ids, dtype=torch.bool) if self.loss_mask is None else self.loss_mask.bool()
-        return mask[:, 1:], self.ids[:, 1:][mask[:, 1:]]
+    @property
+    def text(self) -> Tensor:
+        """ids where they were drawn."""
+        return self.ids if self.drawn is None else self.drawn
+
+    def targets(self) -> Tensor:
+        """Ids [N] of the tokens that count."""
+        return self._counted(self.ids[:, 1:])
+
+    def predictions(self, outputs_BTX: Tensor) -> Tensor:
+        """[N, X]: what stands where these tokens are predicted, one position before each."""
+        return self._counted(outputs_BTX[:, :-1])
+
+    def _counted(self, values_BT: Tensor) -> Tensor:
+        flat = values_BT.flatten(0, 1)
+        if self.loss_mask is None:
+            return flat
+        index_N = self.loss_mask[:, 1:].reshape(-1).nonzero().squeeze(-1)
+        return flat[index_N.to(flat.device)]
 
     def to(self, device: torch.device | str) -> "Batch":
-        return replace(self, ids=self.ids.to(device), loss_mask=None if self.loss_mask is None else self.loss_mask.to(device))
+        return replace(self, ids=self.ids.to(device), drawn=self.text)
 
 
 @dataclass(frozen=True)
@@ -43,9 +62,9 @@ class Student:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The same two halves, of the baseline; `hidden` may answer from a cache."""
+    """The same two halves, of the baseline; `hidden` is asked by batch and may answer from a cache."""
 
-    hidden: Callable[[Tensor], Tensor]
+    hidden: Callable[[Batch], Tensor]
     logits: Callable[[Tensor], Tensor]
 
 
@@ -59,13 +78,26 @@ def student_of(model: nn.Module, probe: bool = True) -> Student:
     config = full.config
 
     def hidden(ids_BT: Tensor) -> Tensor:
-        return body(input_ids=ids_BT, use_cache=False)[0]
+        with whole_windows():
+            return body(input_ids=ids_BT, use_cache=False)[0]
 
     logits = head_of(head, config)
     student = Student(hidden, logits, tuple(head.parameters()))
     if probe:
         _probe(full, student)
     return student
+
+
+@contextmanager
+def whole_windows() -> Iterator[None]:
+    """Within, a forward pass without an attention mask takes each row as one text. transformers asks the device each time whether position
+    ids begin anew inside of a row (several texts packed into one), and the host waits for the answer; they never do here."""
+    asks = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = asks
 
 
 def head_of(head: nn.Module, config: Any) -> Callable[[Tensor], Tensor]:

@@ -24,6 +24,8 @@ from .trainable import Attached, Trainable
 from .training_run import TrainConfig, TrainingRun, learning_rate, rates
 
 ROLLBACK_FACTOR = 0.3
+READ_SECONDS = 1.0
+"""How long a GPU may go on before what came of its steps is read, since to read is to wait. When is of no consequence for the result."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,25 @@ class TrainResult:
     @property
     def improved(self) -> bool:
         return self.best_step > 0
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """`batches(i)`: the i-th micro-batch (update s uses s·accumulation …); held-out batches, by which values are judged; who is imitated."""
+
+    batches: Callable[[int], Batch]
+    held_out: Sequence[Batch]
+    teacher: Teacher | None = None
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What others want of a training run: its state every so many steps and when it is stopped, news, and a say in whether it goes on."""
+
+    save: Callable[[TrainState], None] | None = None
+    save_every: int = 20
+    progress: Callable[[Progress], None] | None = None
+    stop: Callable[[], bool] | None = None
 
 
 class TrainingDiverged(RuntimeError):
@@ -97,9 +118,9 @@ def held_out_loss(student: Student, held_out: Sequence[Batch]) -> float:
     """Mean over kinds of the mean negative log-likelihood of their tokens."""
     sums: dict[str, tuple[float, int]] = {}
     for batch in held_out:
-        positions, targets = batch.targets()
+        targets = batch.targets()
         total, count = sums.get(batch.kind, (0.0, 0))
-        total += negative_log_likelihood(student.hidden(batch.ids)[:, :-1][positions], student.logits, targets)
+        total += negative_log_likelihood(batch.predictions(student.hidden(batch.ids)), student.logits, targets)
         sums[batch.kind] = (total, count + len(targets))
     return sum(total / max(1, count) for total, count in sums.values()) / max(1, len(sums))
 
@@ -107,23 +128,17 @@ def held_out_loss(student: Student, held_out: Sequence[Batch]) -> float:
 def train(
     model: nn.Module,
     attached: Attached,
-    batches: Callable[[int], Batch],
-    held_out: Sequence[Batch],
-    teacher: Teacher | None,
+    text: TrainingText,
     config: TrainConfig,
     *,
     main: str | None = None,
     student: Student | None = None,
     resume: TrainState | None = None,
-    save: Callable[[TrainState], None] | None = None,
-    save_every: int = 20,
-    progress: Callable[[Progress], None] | None = None,
-    stop: Callable[[], bool] | None = None,
+    hooks: Hooks | None = None,
 ) -> TrainResult:
     """Train `attached.trainables` for config.steps updates.
 
-    batches(i) gives the i-th micro-batch (update s uses s·accumulation …); `main` is the kind that config.learning_rate means.
-    Ends with the best held-out values in the model, the start among the candidates. Raises TrainingDiverged when the loss,
+    `main` is the kind that config.learning_rate means. Ends with the best held-out values in the model, the start among the candidates. Raises TrainingDiverged when the loss,
     the gradient or a trained scale becomes unusable twice; ValueError when nothing is to be trained.
     """
     if not attached.trainables:
@@ -135,10 +150,10 @@ def train(
     device = next(iter(attached.trainables.values())).parameter.device
     with checkpointed(model, config.gradient_checkpointing is True):
         if resume is None:
-            _begin(run, held_out)
+            _begin(run, text.held_out)
         else:
             run.load(resume)
-        finished = _loop(run, batches, held_out, teacher, save, save_every, progress, stop or (lambda: False), device)
+        finished = _loop(run, text, hooks or Hooks(), device)
     if finished:
         run.restore(run.best)
         if attached.stored_form is not None:
@@ -160,87 +175,116 @@ def _begin(run: TrainingRun, held_out: Sequence[Batch]) -> None:
     run.history.append({"step": 0, "held_out_loss": run.start_loss})
 
 
-def _loop(
-    run: TrainingRun,
-    batches: Callable[[int], Batch],
-    held_out: Sequence[Batch],
-    teacher: Teacher | None,
-    save: Callable[[TrainState], None] | None,
-    save_every: int,
-    progress: Callable[[Progress], None] | None,
-    stop: Callable[[], bool],
-    device: torch.device,
-) -> bool:
+def _loop(run: TrainingRun, text: TrainingText, hooks: Hooks, device: torch.device) -> bool:
+    save, progress, stop = hooks.save, hooks.progress, hooks.stop or (lambda: False)
     config, began, first_step, first_tokens = run.config, time.perf_counter(), run.step, run.tokens
-    every = config.eval_every or max(1, config.steps // 5)
+    every, read = config.eval_every or max(1, config.steps // 5), began
     while run.step < config.steps:
-        if stop():
-            if save is not None:
-                save(run.state())
-            return False
-        loss, problem = _update(run, batches, teacher, device)
-        if problem is None and (run.step % every == 0 or run.step == config.steps):
-            problem = _evaluate(run, held_out)
+        stopped = stop()
+        if not stopped:
+            _update(run, text, device)
+        judged = not stopped and (run.step % every == 0 or run.step == config.steps)
+        saved = save is not None and (stopped or (run.step % hooks.save_every == 0 and run.step < config.steps))
+        if not (stopped or judged or saved or overdue(device, read)):
+            continue
+        problem, read = _read(run), time.perf_counter()
+        if problem is None and judged:
+            problem = _evaluate(run, text.held_out)
         if problem is not None:
             _roll_back(run, problem)
             first_step, began, first_tokens = run.step, time.perf_counter(), run.tokens
-        elif save is not None and run.step % save_every == 0 and run.step < config.steps:
+        if save is not None and saved and (stopped or problem is None):
             save(run.state())
+        if stopped:
+            return False
         if progress is not None and problem is None:
-            seconds = time.perf_counter() - began
+            seconds, loss = time.perf_counter() - began, _last_loss(run)
             left = seconds / (run.step - first_step) * (config.steps - run.step)
             progress(Progress(run.step, config.steps, loss, math.exp(min(run.held_out, 700)), (run.tokens - first_tokens) / seconds, left))
     return True
 
 
-def _update(run: TrainingRun, batches: Callable[[int], Batch], teacher: Teacher | None, device: torch.device) -> tuple[float, str | None]:
-    """One optimizer step; (loss, what went wrong or None)."""
+def overdue(device: torch.device, read: float) -> bool:
+    """Whether steps that were last read at `read` (of the performance counter) should be read now."""
+    return device.type == "cpu" or time.perf_counter() - read >= READ_SECONDS
+
+
+def _update(run: TrainingRun, text: TrainingText, device: torch.device) -> None:
+    """One optimizer step, without waiting for the device: what came of it is noted in `run.unread`."""
     config, attached, step = run.config, run.attached, run.step
     if attached.before_step is not None:
         run.optimizer.forget(attached.before_step(step) or {})
     parameters = [t.parameter for t in run.trainables.values()]
     for parameter in parameters:
         parameter.grad = None
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for k in range(config.accumulation):
-        batch = batches(step * config.accumulation + k).to(device)
+        batch = text.batches(step * config.accumulation + k).to(device)
         objective = Objective("distill" if batch.generated else config.loss, config.temperature)
         with matmuls(config.matmul):
-            loss = batch_loss(run.student, batch, teacher, objective) / config.accumulation
+            loss = batch_loss(run.student, batch, text.teacher, objective) / config.accumulation
             if attached.penalty is not None:
                 loss = loss + attached.penalty() / config.accumulation
             torch.autograd.backward(loss)
-        total += float(loss.detach())
+        total += loss.detach()
         run.tokens += batch.ids.numel()
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip if config.clip > 0 else math.inf))
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip if config.clip > 0 else math.inf)
     run.step += 1
-    if not math.isfinite(total) or not math.isfinite(norm):
-        return total, f"step {step + 1}: the {'loss' if not math.isfinite(total) else 'gradient'} is not finite"
     share = learning_rate(step, config) * run.factor
     run.optimizer.step({name: rate * share for name, rate in run.rates.items()}, step / config.steps)
-    run.history.append({"step": run.step, "loss": total})
-    return total, unusable(run.trainables)
+    run.unread.append((run.step, run.tokens, torch.cat([total.view(1), norm.view(1), *extremes(run.trainables)])))
+
+
+def _read(run: TrainingRun) -> str | None:
+    """Take the unread steps into the history, with one wait for the device; what went wrong in the first of them that failed, or None. Those
+    behind it do not count: the caller rolls back."""
+    unread, run.unread = run.unread, []
+    if not unread:
+        return None
+    for (step, tokens, _), (loss, norm, *found) in zip(unread, torch.stack([n for *_, n in unread]).tolist(), strict=True):
+        problem = None
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            problem = f"step {step}: the {'loss' if not math.isfinite(loss) else 'gradient'} is not finite"
+        else:
+            run.history.append({"step": step, "loss": loss})
+            problem = beyond_limits(run.trainables, found)
+        if problem is not None:
+            run.step, run.tokens = step, tokens
+            return problem
+    return None
+
+
+def _last_loss(run: TrainingRun) -> float:
+    return next(entry["loss"] for entry in reversed(run.history) if "loss" in entry)
 
 
 def batch_loss(student: Student, batch: Batch, teacher: Teacher | None, objective: Objective) -> Tensor:
     """Differentiable mean loss over a batch's counted tokens. ValueError when none counts."""
-    positions, targets = batch.targets()
+    targets = batch.targets()
     if not len(targets):
         raise ValueError("a batch without a single token that counts in the loss; check the loss mask and seq_len")
-    hidden = student.hidden(batch.ids)[:, :-1][positions]
+    hidden = batch.predictions(student.hidden(batch.ids))
     guide = None
     if teacher is not None and objective.weights[0]:
         with torch.no_grad(), matmuls("highest"):  # its states are kept, and other stages read them
-            guide = (teacher.hidden(batch.ids)[:, :-1][positions], teacher.logits)
+            guide = (batch.predictions(teacher.hidden(batch)), teacher.logits)
     return token_loss(hidden, student.logits, targets, guide, objective, [p for p in student.head_parameters if p.requires_grad])
 
 
-def unusable(trainables: Mapping[str, Trainable]) -> str | None:
-    """The first trained value that cannot be stored, with what is wrong with it."""
+def extremes(trainables: Mapping[str, Trainable]) -> list[Tensor]:
+    """Of every value that has limits, where it lies: nothing waits for it."""
+    return [t.limits.extremes(t.parameter.detach()) for t in trainables.values() if t.limits is not None]
+
+
+def beyond_limits(trainables: Mapping[str, Trainable], found: Sequence[float]) -> str | None:
+    """The first value that cannot be stored, with what is wrong with it; `found` are the numbers of `extremes`, one behind the other."""
+    left = list(found)
     for name, t in trainables.items():
-        wrong = t.check(t.parameter.detach()) if t.check is not None else None
-        if wrong:
-            return f"{name}: {wrong}"
+        if t.limits is not None:
+            count = t.limits.count
+            wrong, left = t.limits.problem(left[:count]), left[count:]
+            if wrong:
+                return f"{name}: {wrong}"
     return None
 
 

@@ -3,7 +3,7 @@
 Knows parameters; not models, losses or files.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -38,17 +38,27 @@ def _same(value: Tensor) -> Tensor:
     return value
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a value must keep to be stored. `extremes(value)` is a small float tensor that lies where the value does, so that those of all
+    parameters, and of many steps, are read at once; `problem(extremes)` names what is wrong with them, or None. `count`: how many numbers."""
+
+    count: int
+    extremes: Callable[[Tensor], Tensor]
+    problem: Callable[[Sequence[float]], str | None]
+
+
 @dataclass
 class Trainable:
     """One parameter being trained. `stored(value)` is the value as it will read back from disk (float32): held-out loss is
-    measured on it. `rule` is how it is updated; `check` names what is wrong with a value, or None. `unit` is the size of what is trained,
-    where that differs from model to model: rates are in it."""
+    measured on it. `rule` is how it is updated. `unit` is the size of what is trained, where that differs from model to model: rates are
+    in it."""
 
     parameter: nn.Parameter
     kind: str
     stored: Callable[[Tensor], Tensor] = _same
     rule: Literal["adamw", "ternary"] = "adamw"
-    check: Callable[[Tensor], str | None] | None = None
+    limits: Limits | None = None
     unit: float = 1.0
 
     @property

@@ -74,7 +74,8 @@ def rates(trainables: Mapping[str, Trainable], config: Schedule, main: str | Non
 
 @dataclass
 class TrainingRun:
-    """What changes while training."""
+    """What changes while training. `unread`: steps whose numbers lie on the device still: (step, tokens so far, float64 [loss, norm of the
+    gradient, what `Limits` look at]); a state is taken when there are none."""
 
     student: Student
     attached: Attached
@@ -91,6 +92,7 @@ class TrainingRun:
     tokens: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     rollbacks: list[str] = field(default_factory=list)
+    unread: list[tuple[int, int, Tensor]] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
     good: dict[str, Tensor] = field(default_factory=dict)
 

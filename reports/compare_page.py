@@ -7,7 +7,7 @@ from .columns import protocol_line, used
 from .compare import Entry, columns, entries, warnings
 from .drawing import WIDTH, inline_svg
 from .page import LABELS, Plot, records, template
-from .plots import pareto_figure
+from .plots import Look, pareto_figure
 from .record import RunRecord
 from .units import number
 
@@ -45,9 +45,8 @@ def _figures(found: Sequence[Entry]) -> list[Plot]:
             if entry.protocol == protocol and entry.stage.total_bytes is not None
         ]
         if rows:
-            figure = pareto_figure(
-                rows, "megabytes", "perplexity", "run", "kind", xlabel="size on disk, MB", ylabel="perplexity", width=WIDTH
-            )
+            look = Look("size on disk, MB", "perplexity", log_y=True, width=WIDTH)
+            figure = pareto_figure(rows, "megabytes", "perplexity", "run", "kind", look=look)
             text = "Down and to the left is better; the line joins the runs that no other beats in both."
             described = ", ".join(f"{row['run']} {number(row['megabytes'])} MB {number(row['perplexity'])}" for row in rows)
             plots.append(Plot("Perplexity against total bytes", text, inline_svg(figure, f"plot{index}", described)))

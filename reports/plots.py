@@ -5,6 +5,7 @@ Knows rows (mappings) and the names of their fields; not runs, models or files.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +18,22 @@ from .drawing import INK, MARKERS, MUTED, PALETTE, PAPER, STYLE, new_figure, nic
 from .pareto import pareto_front
 
 
+@dataclass(frozen=True)
+class Look:
+    """Axes and frame of a figure: labels (else the names of the fields), scales, dashed horizontals by name, width in inches."""
+
+    xlabel: str = ""
+    ylabel: str = ""
+    title: str = ""
+    log_x: bool = False
+    log_y: bool = False
+    references: Mapping[str, float] = field(default_factory=dict)
+    width: float = 6.4
+
+
+LINEAR, LOG_Y = Look(), Look(log_y=True)
+
+
 def lines_figure(
     rows: Iterable[Mapping[str, Any]],
     x: str,
@@ -24,22 +41,16 @@ def lines_figure(
     series: str | None = None,
     *,
     panel: str | None = None,
-    xlabel: str = "",
-    ylabel: str = "",
-    title: str = "",
-    log_x: bool = False,
-    log_y: bool = False,
-    references: Mapping[str, float] | None = None,
     error: str | None = None,
-    width: float = 6.4,
+    look: Look = LINEAR,
 ) -> Figure:
-    """One line per value of `series`, one panel per value of `panel`; `references` are dashed horizontals; `error` half-widths.
+    """One line per value of `series`, one panel per value of `panel`; `error` half-widths.
 
     Rows in which x or y is missing or not finite are left out.
     """
     kept = [row for row in rows if _finite(row.get(x)) and _finite(row.get(y))]
     names = _distinct(kept, series)
-    figure, panels = _panels(kept, panel, title, width)
+    figure, panels = _panels(kept, panel, look)
     for axes, members in panels:
         for index, name in enumerate(names):
             line = sorted((row for row in members if series is None or row.get(series) == name), key=lambda row: row[x])
@@ -57,7 +68,7 @@ def lines_figure(
                 markersize=4.5,
                 linewidth=1.6,
             )
-        _finish(axes, members, x, y, xlabel or x, ylabel or y, log_x, log_y, references)
+        _finish(axes, members, x, y, look)
     _legend(figure, [axes for axes, _ in panels], len(names) > 1)
     return figure
 
@@ -70,18 +81,12 @@ def pareto_figure(
     series: str | None = None,
     *,
     panel: str | None = None,
-    xlabel: str = "",
-    ylabel: str = "",
-    title: str = "",
-    log_x: bool = False,
-    log_y: bool = True,
-    references: Mapping[str, float] | None = None,
-    width: float = 6.4,
+    look: Look = LOG_Y,
 ) -> Figure:
     """Points of two costs with the line through those that no other beats in both (smaller is better)."""
     kept = [row for row in rows if _finite(row.get(x)) and _finite(row.get(y))]
     names = _distinct(kept, series)
-    figure, panels = _panels(kept, panel, title, width)
+    figure, panels = _panels(kept, panel, look)
     for axes, members in panels:
         points = [(float(row[x]), float(row[y])) for row in members]
         front = [points[index] for index in pareto_front(points)]
@@ -100,7 +105,7 @@ def pareto_figure(
                 label=None if series is None else str(name),
                 zorder=3,
             )
-        _finish(axes, members, x, y, xlabel or x, ylabel or y, log_x, log_y, references)
+        _finish(axes, members, x, y, look)
         if label is not None:
             corners = [point for (x0, y0), (x1, y1) in pairwise(front) for point in _steps(x0, y0, x1, y1)]
             place_labels(axes, [(*point, str(row.get(label, ""))) for point, row in zip(points, members, strict=True)], avoid=corners)
@@ -142,19 +147,8 @@ def kernels_figure(rows: Iterable[Mapping[str, Any]], *, rank: int = 32, against
         and _matrix(row) in base
         and not (row["rank"] and row["variant"] in plain_variants)
     ]
-    return lines_figure(
-        relative,
-        "rows",
-        "speed",
-        "variant",
-        panel="matrix",
-        xlabel="rows of x",
-        ylabel="times as fast",
-        title=title,
-        log_x=True,
-        log_y=True,
-        references={against: 1.0},
-    )
+    look = Look("rows of x", "times as fast", title, log_x=True, log_y=True, references={against: 1.0})
+    return lines_figure(relative, "rows", "speed", "variant", panel="matrix", look=look)
 
 
 def _matrix(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -170,50 +164,40 @@ def _distinct(rows: Sequence[Mapping[str, Any]], key: str | None) -> list[Any]:
 
 
 def _panels(
-    rows: Sequence[Mapping[str, Any]], panel: str | None, title: str, width: float
+    rows: Sequence[Mapping[str, Any]], panel: str | None, look: Look
 ) -> tuple[Figure, list[tuple[Axes, list[Mapping[str, Any]]]]]:
     if not rows:
         raise ValueError("no row with finite numbers to draw; measure something first")
     names = _distinct(rows, panel)
     columns = 1 if len(names) == 1 else 2 if len(names) <= 4 else 3
     lines = math.ceil(len(names) / columns)
-    figure, axes = new_figure(lines, columns, height=3.4 if columns == 1 else 2.6, width=width if columns == 1 else 3.6 * columns)
+    figure, axes = new_figure(lines, columns, height=3.4 if columns == 1 else 2.6, width=look.width if columns == 1 else 3.6 * columns)
     for spare in axes[len(names) :]:
         spare.set_visible(False)
     with matplotlib.rc_context(STYLE):
-        if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold", color=INK)
+        if look.title:
+            figure.suptitle(look.title, x=0.01, ha="left", fontsize=10.5, fontweight="bold", color=INK)
         for ax, name in zip(axes, names, strict=False):
             if panel is not None:
                 panel_title(ax, str(name))
     return figure, [(ax, [row for row in rows if panel is None or row.get(panel) == name]) for ax, name in zip(axes, names, strict=False)]
 
 
-def _finish(
-    axes: Axes,
-    rows: Sequence[Mapping[str, Any]],
-    x: str,
-    y: str,
-    xlabel: str,
-    ylabel: str,
-    log_x: bool,
-    log_y: bool,
-    references: Mapping[str, float] | None,
-) -> None:
+def _finish(axes: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str, look: Look) -> None:
     """Axis scales, reference lines and labels of one panel."""
-    lines = dict(references or {})
-    for name, value in lines.items():
+    heights = [row[y] for row in rows] + list(look.references.values())
+    for name, value in look.references.items():
         axes.axhline(value, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.0, zorder=1)
         axes.annotate(name, (1.0, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7.5, color=MUTED)
-    for which, wanted, values in (("x", log_x, [row[x] for row in rows]), ("y", log_y, [row[y] for row in rows] + list(lines.values()))):
+    for which, wanted, values in (("x", look.log_x, [row[x] for row in rows]), ("y", look.log_y, heights)):
         if wanted and min(values) > 0:
             distinct = sorted(set(values)) if which == "x" else []
             nice_log_axis(axes, which, min(values), max(values), distinct if 2 <= len(distinct) <= 8 else ())
         else:
             getattr(axes, f"{which}axis").set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
             axes.margins(0.06)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
+    axes.set_xlabel(look.xlabel or x)
+    axes.set_ylabel(look.ylabel or y)
 
 
 def _legend(figure: Figure, panels: Sequence[Axes], wanted: bool) -> None:

@@ -319,7 +319,7 @@ def _environment(device: torch.device, options: Options) -> dict[str, Any]:
 
 def _write(measured: dict[str, Any], output: Path) -> None:
     from ...reports.drawing import save
-    from ...reports.plots import lines_figure
+    from ...reports.plots import Look, lines_figure
     from ...reports.tables import markdown_table
     from ...reports.units import number
 
@@ -336,5 +336,5 @@ def _write(measured: dict[str, Any], output: Path) -> None:
     drawn = [row for row in measured["rows"] if "size" in row and "seconds" in row]
     if drawn:
         title = f"one square matrix, median of {measured['environment']['repeats']}"
-        save(lines_figure(drawn, "size", "seconds", "method", title=title, log_x=True, log_y=True), path)
+        save(lines_figure(drawn, "size", "seconds", "method", look=Look(title=title, log_x=True, log_y=True)), path)
     log.info("written: %s", path.with_suffix(".json"))

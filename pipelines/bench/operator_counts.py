@@ -1,4 +1,4 @@
-"""`pipeline bench compress --count`: the operators that one block of a shape takes, counted and not timed.
+"""`pipeline bench compress --count`: the operators that one block of a shape takes, and a step that trains it, counted and not timed.
 
 A run on one block of random weights, with every operator that torch dispatches in its compression stage seen by a `TorchDispatchMode`: exact,
 the same on every machine, and on the pretended card of the tests what a card would be sent (a kernel is one operator). What it depends on:
@@ -21,10 +21,12 @@ from ...compress.feedback import factor_of, feed_back_, feed_back_uniform_
 from ...compress.grids import fit, to_record
 from ...compress.metrics import output_error
 from ...compress.statistics import InputStatistics
+from ...recover import train
 from ..errors import UsageError
 from ..recipes.settings import unknown
 from ..stages.compress import compress
 from ..stages.shared_inputs import solve_all
+from ..stages.teacher import StreamedTeacher
 from .scaling import BRIEF, Text, kept_beside, made, recipe_document
 from .synthetic import SHAPES
 
@@ -44,6 +46,11 @@ PARTS: dict[CodeType, str] = {
 }
 """An operator belongs to the first of these functions that its caller's callers come to; those outside of the stage are not counted."""
 BEFORE_SOLVER = ("statistics", "model")
+STEP_PART = "step"
+TRAINING: dict[CodeType, str] = {StreamedTeacher._look_ahead.__code__: "teacher ahead", train._update.__code__: STEP_PART}
+STEPS = 2
+TRAINED = ("scales", "lora")
+STEP: dict[str, Any] = {"norms": True, "steps": STEPS, "batch_size": 1, "seq_len": 128, "loss": "both", "eval_every": STEPS}
 WAITS = frozenset({"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"})
 """Operators whose result, or the size of whose result, the host waits for."""
 
@@ -118,8 +125,8 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def of_block(name: str, only: Sequence[str], device: str, output: Path | None) -> list[dict[str, Any]]:
-    """A row for each quantizer and part of its stage, and one for all that is not "statistics" or "model". UsageError for a shape or a
-    method that is not known."""
+    """A row for each quantizer and part of its stage, and one for all that is not "statistics" or "model"; where no method is named also
+    for a step of some recoveries, head and losses included. UsageError for a shape or a method that is not known."""
     from ..recipes.recipe import resolve
     from ..recipes.stage_settings import methods
     from ..run import runner
@@ -132,13 +139,20 @@ def of_block(name: str, only: Sequence[str], device: str, output: Path | None) -
     rows = []
     with kept_beside(output, f"count-{name}") as place:
         model, _ = made(place / "model", replace(SHAPES[name], blocks=1, vocabulary=VOCABULARY), TEXT)
-        for method in only or ("gptq",):
-            document = recipe_document(model, TEXT, [{"quantize": {"method": method} | BRIEF.get(method, {})}])
-            with Counter(PARTS) as counter:
-                runner.run(resolve(document), place / f"run-{method}-{device}", device=device, page=False)
+        def counts(method: str, stages: list[dict[str, Any]], parts: dict[CodeType, str]) -> dict[str, OperatorCount]:
+            with Counter(parts) as counter:
+                runner.run(resolve(recipe_document(model, TEXT, stages)), place / f"run-{method}-{device}", device=device, page=False)
             shown = {part: count for part, count in counter.counts.items() if count.operators}
             if not shown:
                 raise UsageError(f"{place} holds a finished run of {method}, in which nothing is left to count: name another -o")
-            solver = sum((count for part, count in shown.items() if part not in BEFORE_SOLVER), OperatorCount())
-            rows += [{"method": method, "shape": name, "part": part} | asdict(count) for part, count in (*shown.items(), ("solver", solver))]
+            return shown
+
+        for method in only or ("gptq",):
+            shown = counts(method, [{"quantize": {"method": method} | BRIEF.get(method, {})}], PARTS)
+            shown["solver"] = sum((count for part, count in shown.items() if part not in BEFORE_SOLVER), OperatorCount())
+            rows += [{"method": method, "shape": name, "part": part} | asdict(count) for part, count in shown.items()]
+        for method in () if only else TRAINED:
+            stages: list[dict[str, Any]] = [{"quantize": {"method": "rtn", "bits": 4}}, {"recover": {"method": method} | STEP}]
+            step = counts(method, stages, TRAINING)[STEP_PART]
+            rows.append({"method": method, "shape": name, "part": STEP_PART} | {key: value // STEPS for key, value in asdict(step).items()})
     return rows

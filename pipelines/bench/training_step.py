@@ -16,7 +16,7 @@ from ...recover.recovery_methods import RECOVER, attach, split
 from ...recover.selection import decoder_blocks
 from ...recover.site import Gradients
 from ...recover.student import Batch, Teacher, student_of
-from ...recover.train import Progress, batch_loss, train
+from ...recover.train import Hooks, TrainingText, batch_loss, train
 from ..models.loading import whole_model
 from ..models.source import load_config
 from ..models.structure import inspect, skeleton
@@ -57,13 +57,15 @@ def _second_step(parent: Artifact, spec: StageSpec, device: torch.device, dtype:
     cache_dense(compressed_linears(model), float("inf"))
     ends: list[float] = []
 
-    def note(_: Progress) -> None:
+    def note() -> bool:
+        """Asked before every step."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         ends.append(time.perf_counter())
+        return len(ends) == 3
 
     train(
-        model, attached, batches, [], Teacher(lambda ids: states, student.logits), config,
-        student=attached.run or student, main=RECOVER[spec.method].main, progress=note, stop=lambda: len(ends) == 2,
+        model, attached, TrainingText(batches, [], Teacher(lambda batch: states, student.logits)), config,
+        student=attached.run or student, main=RECOVER[spec.method].main, hooks=Hooks(stop=note),
     )  # fmt: skip
-    return ends[1] - ends[0]
+    return ends[2] - ends[1]

@@ -21,6 +21,9 @@ ListOnly = Annotated[bool, typer.Option("--dry-run", help="list what would be de
 Verify = Annotated[bool, typer.Option("--verify", help="read every finished stage again and compare its checksums")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="predict bytes, memory, disk and time, name refusals, do nothing")]
 Over = Annotated[list[str], typer.Option("--over", metavar="KEY=A,B,C", help="a setting and its values; repeatable (all combinations)")]
+Jobs = Annotated[
+    int, typer.Option("--jobs", min=1, metavar="N", help="so many combinations at once, a process each, on GPUs with one to itself; same bits")
+]
 SweepBudget = Annotated[
     str | None,
     typer.Option(
@@ -140,6 +143,7 @@ def sweep(
     revision: o.Revision = None,
     budget: SweepBudget = None,
     teacher: o.Teacher = None,
+    jobs: Jobs = 1,
     verbose: o.Verbose = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -158,7 +162,7 @@ def sweep(
     if dry_run:
         o.write({"directory": str(directory), "runs": [point.settings for point in points]}, json)
         return
-    outcome = sweeping.sweep(points, directory, device=device, max_trainable=limit)
+    outcome = sweeping.sweep(points, directory, device=device, max_trainable=limit, jobs=jobs)
     if json:
         o.write_json(outcome.to_json())
     else:

@@ -18,6 +18,7 @@ from transformers import Cache
 from ...compress.weights import DenseWeight, StoredWeight
 from ...recover.experts import put_back
 from ...recover.extra_modules import Tokens, cache_argument
+from ...recover.student import whole_windows
 from ..errors import InputError
 from ..store.artifact import Artifact
 from .reading import BlockReader, BlockTensors
@@ -283,12 +284,13 @@ class StreamedModel:
         """[N, T, V] from hidden states that leave the last block: the model's own norm, head and soft caps, token by token."""
         rows = hidden_NTD.reshape(-1, 1, hidden_NTD.shape[-1])
         ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=self.device)
-        with self._stand_ins(lambda index, hidden, args, kwargs: rows):
+        with whole_windows(), self._stand_ins(lambda index, hidden, args, kwargs: rows):
             return self.model(ids, use_cache=False).logits.view(*hidden_NTD.shape[:2], -1)
 
     def _forward_until_stop(self, **arguments: Any) -> None:
         try:
-            self.model(**arguments)
+            with whole_windows():
+                self.model(**arguments)
         except _Stop:
             return
         raise InputError(

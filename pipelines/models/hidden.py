@@ -5,6 +5,7 @@ file in a thread. A file loses its name as soon as it is mapped, so nothing of i
 Legend: N windows of a batch, M windows of all batches, T tokens, D model width.
 """
 
+import json
 import math
 import os
 import tempfile
@@ -12,10 +13,11 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Literal, Self
 
+import safetensors
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ from .reading import in_background
 
 SHARE = 0.5
 """Of what is free when a walk begins, how much its hidden states may take; the rest is for a block, its statistics and a solver."""
-
+WINDOWS = "windows"
 
 Place = Literal["device", "host", "file"]
 
@@ -231,11 +233,18 @@ class HiddenStates:
         return torch.cat(list(self))
 
     def save(self, path: Path) -> None:
-        """[M, T, D] as the tensor `hidden` of a safetensors file, written batch by batch."""
+        """[M, T, D] as the tensor `hidden` of a safetensors file, written batch by batch; how many windows each has is in its header."""
         (_, length, width), dtype = self.slots[0].tensor.shape, self.slots[0].tensor.dtype
         size = sum(slot.size for slot in self.slots)
         entry = {"dtype": NAMES[str(dtype)], "shape": [self.windows, length, width], "data_offsets": [0, size]}
-        keep_pieces(path, {"hidden": entry}, map(data_of, self))
+        keep_pieces(path, {"hidden": entry}, map(data_of, self), {WINDOWS: json.dumps([slot.tensor.shape[0] for slot in self.slots])})
+
+    @classmethod
+    def load(cls, path: Path, room: Room) -> Self:
+        """The same batches, read one by one from a file that `save` wrote and nobody has touched since."""
+        with safetensors.safe_open(path, framework="pt") as file:
+            hidden, ends = file.get_slice("hidden"), list(accumulate(json.loads(file.metadata()[WINDOWS]), initial=0))
+            return cls.of((hidden[start:end].to(room.device) for start, end in pairwise(ends)), room)
 
     def rows(self) -> "StateRows":
         return StateRows(self)

@@ -21,7 +21,7 @@ from ..models.structure import Site
 from ..recipes.stage_settings import StageSpec
 from ..stages.inputs import HELD_OUT_TOKENS
 from ..stages.recover import ROOM
-from ..stages.teacher import TEACHER_TOKENS
+from ..stages.teacher import TEACHER_TOKENS, tokens_ahead
 from .anatomy import Anatomy, TrainingStep
 from .stage_costs import DENSE, OPENED, CostPlan, Needs, compressed
 
@@ -52,6 +52,8 @@ def recovered(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool, room:
     teacher = 0.0 if config.loss == "cross_entropy" else plan.outside_bytes
     device = weights + teacher + acting
     host = anatomy.outside * plan.element + max(packed / anatomy.blocks, anatomy.block_parameters * plan.element) * 2
+    if config.loss != "cross_entropy":
+        host += plan.hidden_bytes(max(0.0, _ahead(plan, config) - TEACHER_TOKENS))
     work = _training(plan, step, config, checkpointing, cached, moved, sum(rebuilt))
     if getattr(own, "quantizer", None) != "gptq":
         return Needs(work, device, host)
@@ -65,10 +67,16 @@ def _acting(plan: CostPlan, activations: Activations, config: Any, teacher: bool
     if not teacher:
         return activations.peak
     step = config.batch_size * config.seq_len
-    ahead = max(step, min(TEACHER_TOKENS, config.steps * config.accumulation * step))
+    ahead = max(step, min(TEACHER_TOKENS, config.steps * config.accumulation * step))  # what goes further is in the host's memory
     running = plan.anatomy.forward(config.batch_size, config.seq_len, plan.dtype).peak
     walking = 2 * plan.hidden_bytes(ahead) + plan.block_bytes * 1.5 + running
     return max(activations.peak + plan.hidden_bytes(ahead), activations.saved + walking)
+
+
+def _ahead(plan: CostPlan, config: Any) -> float:
+    """Tokens of one pass of the teacher."""
+    wanted = config.steps * config.accumulation * config.batch_size * config.seq_len
+    return min(tokens_ahead(plan.device, int(plan.hidden_bytes(1))), wanted)
 
 
 def _training(plan: CostPlan, step: TrainingStep, config: Any, checkpointing: bool, cached: bool, moved: bool, rebuilt: int) -> Work:
@@ -83,7 +91,7 @@ def _training(plan: CostPlan, step: TrainingStep, config: Any, checkpointing: bo
     micro += (Work() if cached else dense * (passes if not moved else passes - 1)) + changing
     walked = plan.pass_of(tokens, config.seq_len) * anatomy.blocks
     if config.loss != "cross_entropy":
-        micro += walked + plan.loaded(False) * (anatomy.blocks * tokens / max(TEACHER_TOKENS, tokens))
+        micro += walked + plan.loaded(False) * (anatomy.blocks * tokens / max(_ahead(plan, config), tokens))
     held = float(max(HELD_OUT_TOKENS, tokens))
     head = Work({plan.dtype: held * anatomy.vocabulary * anatomy.width}, passes=held * anatomy.vocabulary * 16.0)
     evaluation = plan.pass_of(held, config.seq_len) * anatomy.blocks + head + (Work() if cached else dense * (held / tokens))

@@ -50,7 +50,7 @@ class RunCosts:
     @classmethod
     def of(cls, model: Any, recipe: Recipe, compute: Compute, element: float) -> "RunCosts":
         """Measures the device for a moment."""
-        plan = CostPlan(Anatomy(model), recipe, compute.dtype, element)
+        plan = CostPlan(Anatomy(model), recipe, compute.device, compute.dtype, element)
         on_card = compute.device.type == "cuda"
         return cls(plan, compute, measured(compute), float(resident_bytes()) + (CUDA_HOST_BYTES if on_card else 0.0))
 

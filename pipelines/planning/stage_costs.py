@@ -52,10 +52,11 @@ class Needs:
 
 @dataclass(frozen=True)
 class CostPlan:
-    """What all stages of a run share: the model, the recipe, the dtype of forward passes, bytes of a stored number."""
+    """What all stages of a run share: the model, the recipe, the device and dtype of forward passes, bytes of a stored number."""
 
     anatomy: Anatomy
     recipe: Recipe
+    device: torch.device
     dtype: torch.dtype
     element: float
 

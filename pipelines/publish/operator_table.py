@@ -1,4 +1,5 @@
-"""The table of operators: what GPTQ takes of one block, by part, on a CPU and on the pretended card of the tests, beside what it once took.
+"""The table of operators: what GPTQ takes of one block, by part, and what a step of training takes behind it, on a CPU and on the pretended
+card of the tests, beside what it once took.
 
 The counts are `bench compress --count`'s, each in a process of its own; those of before stay as they were published. Nothing is timed.
 """
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...reports import published
-from ..bench.operator_counts import BEFORE_SOLVER
+from ..bench.operator_counts import BEFORE_SOLVER, STEP_PART
 from ..errors import InputError
 
 NAME = "operators"
@@ -24,6 +25,7 @@ COLUMNS = (
 )  # fmt: skip
 NOTES = (
     "Operators that torch dispatches, views among them, while GPTQ (4 bits, group 64, hessian clip) solves the seven matrices of one block of Llama's shape; a kernel is one. The card is the pretended one of the tests, sent what a real one would be. Waits: how often the host waits for a number, a size or a copy.",
+    "A step: one micro-batch of 128 tokens through one block and a head of 512, forward, both losses, backward, AdamW, norms beside; the teacher's pass ahead is not in it. Before, the loss, the gradient's norm and every matrix' scales were looked at in each step.",
     "Before: one sweep a matrix, columns one by one everywhere, grids searched in pieces of a CPU cache's size, codes packed word by word.",
     "Made by `make publish TABLE=operators` (the larger shape takes ten minutes and 7 GB): counted, not timed, the same on every machine.",
 )
@@ -40,8 +42,9 @@ def publish(directory: Path) -> list[Path]:
     for shape in SHAPES:
         for device in DEVICES:
             for counted in _counted(directory / NAME, shape, device):
-                key = shape, counted["part"]
-                row = rows.setdefault(key, {"shape": shape, "part": counted["part"]})
+                part = f"a step of {counted['method']}" if counted["part"] == STEP_PART else counted["part"]
+                key = shape, part
+                row = rows.setdefault(key, {"shape": shape, "part": part})
                 kept = {f"{device}_{field}_before": before.get(key, {}).get(f"{device}_{field}_before") for field in FIELDS}
                 row |= kept | {f"{device}_{field}": counted[field] for field in (*FIELDS, "views", "read_bytes", "copied_bytes")}
     shown = [row for (_, part), row in rows.items() if part not in BEFORE_SOLVER]

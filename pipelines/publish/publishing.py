@@ -19,7 +19,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ...reports import published
-from ...reports.plots import lines_figure, pareto_figure
+from ...reports.plots import Look, lines_figure, pareto_figure
 from ...reports.record import RunRecord
 from .. import logs
 from ..doctor import cpu_name
@@ -101,14 +101,14 @@ def _figure(shown: list[dict[str, Any]], table: ReferenceTable) -> Figure:
     if table.lines:
         places = Counter((row["model"], row["name"]) for row in {(r["model"], r["name"], r[table.x]): r for r in shown}.values())
         joined = [row for row in shown if places[row["model"], row["name"]] > 1]  # a single point is no line
-        return lines_figure(joined, table.x, "perplexity", "name", panel=table.panel, xlabel=across, log_y=True)
+        return lines_figure(joined, table.x, "perplexity", "name", panel=table.panel, look=Look(across, log_y=True))
     labelled = [r | {"label": " ".join(str(r[key]) for key in ("name", *table.tags)).strip()} for r in shown]
     label, panel = None if table.panel or len(shown) > 40 else "label", table.panel
     if panel not in (None, "model") and len({row["model"] for row in shown}) > 1:  # perplexities of two models share no axis
         labelled, panel = [row | {"panel": f"{row['model']}: {row[panel]}"} for row in labelled], "panel"
     shared = Counter(row.get(panel) for row in labelled if panel)  # a point alone in its panel compares with nothing
     labelled = [row for row in labelled if not panel or shared[row.get(panel)] > 1] or labelled
-    return pareto_figure(labelled, x=table.x, y="perplexity", label=label, series="name", panel=panel, xlabel=across)
+    return pareto_figure(labelled, x=table.x, y="perplexity", label=label, series="name", panel=panel, look=Look(across, log_y=True))
 
 
 def _notes(name: str, found: list[dict[str, Any]], table: ReferenceTable) -> list[str]:

@@ -124,7 +124,7 @@ def _advance(under_way: Session, until_stage: str | None, force: str | None, pag
             _spend(under_way, parent)
         step = under_way.steps[len(records)]
         began, news = time.monotonic(), place.state(step.name) != "done"
-        with shortage(step.address, step.spec, under_way.compute):
+        with shortage(step.address, step.spec, under_way.compute), place.stage_held(step.name):
             artifact = _finish(under_way, step, parent)
             made, found = measured(under_way, step, artifact, texts, scores, records)
         records.append(made)
@@ -245,7 +245,10 @@ def _teacher(under_way: Session, baseline: Artifact) -> Artifact | None:
         return open_artifact(final)
     source = resolve_model(str(under_way.recipe.teacher))
     manifest = {"key": key, "parent": None, "stage": {"name": "teacher", "method": None, "settings": {"model": under_way.recipe.teacher}}}
-    return build_baseline(source, under_way.directory.scratch(final.name), final, manifest)
+    with under_way.directory.stage_held(final.name):
+        if final.is_dir():
+            return open_artifact(final)
+        return build_baseline(source, under_way.directory.scratch(final.name), final, manifest)
 
 
 def _need_finished(place: RunDirectory, steps: list[Step], address: str) -> None:

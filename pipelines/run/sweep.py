@@ -139,16 +139,21 @@ def trainable_limit(budget: str | None) -> int | None:
     return round(float(match[1]) * {"": 1, "k": 10**3, "M": 10**6}[match[2]]) if match else None
 
 
-def sweep(points: Sequence[Point], directory: Path, *, device: str = "auto", max_trainable: int | None = None) -> SweepOutcome:
-    """Run each combination in `directory`; each record and one page that compares them lie in its `sweep/`."""
+def sweep(
+    points: Sequence[Point], directory: Path, *, device: str = "auto", max_trainable: int | None = None, jobs: int = 1
+) -> SweepOutcome:
+    """Run each combination in `directory`, up to `jobs` at once; each record and one page that compares them lie in its `sweep/`."""
     from ...reports.render import compare
     from . import runner
 
     results: list[Result] = []
     keep_plan(directory)
+    failed = _side_by_side(points, directory, device, jobs) if jobs > 1 else {}
     for place, point in enumerate(points, start=1):
         log.info("combination %d of %d: %s", place, len(points), point.label)
         try:
+            if place - 1 in failed:
+                raise failed[place - 1]
             record = replace(runner.run(point.recipe, directory, device=device), run=point.label)
         except PipelineError as error:
             log.error("%s: %s", point.label, error)
@@ -160,6 +165,19 @@ def sweep(points: Sequence[Point], directory: Path, *, device: str = "auto", max
     if done := [result.record for result in results if result.record]:
         _write(directory / "sweep" / "compare.html", compare(done, "html"))
     return SweepOutcome(tuple(results), max_trainable)
+
+
+def _side_by_side(points: Sequence[Point], directory: Path, device: str, jobs: int) -> dict[int, PipelineError]:
+    """What is left to do of the combinations, by processes; the errors of those that failed, by number."""
+    from . import runner, sweep_jobs
+
+    first = points[0].recipe
+    sweep_jobs.check_jobs(jobs, directory, first, device)
+    try:
+        runner.run(first, directory, until_stage="baseline", device=device, page=False)
+    except PipelineError:
+        return {}  # which is found again, combination by combination
+    return sweep_jobs.made_ahead([(point.label, point.recipe) for point in points], directory, device, min(jobs, len(points)))
 
 
 def _axis(text: str) -> tuple[str, list[str]]:

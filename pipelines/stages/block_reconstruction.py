@@ -159,10 +159,10 @@ def _loss(model: StreamedModel, hidden: HiddenStates, held_out: list[Batch]) -> 
     """Mean negative log-likelihood of the held-out tokens that count."""
     total, count = 0.0, 0
     for states, batch in zip(hidden, held_out, strict=True):
-        positions, targets = batch.targets()
+        targets = batch.targets().to(states.device)
         with torch.no_grad():
-            log_p = model.logits(states)[:, :-1].float().log_softmax(-1)[positions.to(states.device)]
-        total -= float(log_p.gather(-1, targets.to(log_p.device).unsqueeze(-1)).double().sum())
+            log_p = batch.predictions(model.logits(states)).float().log_softmax(-1)
+        total -= float(log_p.gather(-1, targets.unsqueeze(-1)).double().sum())
         count += len(targets)
     return total / max(1, count)
 

@@ -32,6 +32,7 @@ from .matrices import Stage
 from .outside_blocks import said_of_rest, write_rest
 from .shared_inputs import solve_all
 from .sparsity_shares import shared_sparsity
+from .walked import Checkpoints, States
 from .whole_blocks import solve_block
 from .writing import by_reason
 
@@ -51,71 +52,90 @@ def compress(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context:
     targets = model.reader if parent.key == context.baseline.key else BlockReader(context.baseline, keeps=True)
     sparsity = shared_sparsity(spec, chosen, context)
     room = Room.measured(context.device, context.scratch)
-    stage = Stage(parent, writer, spec, row, context, model, targets, None, needs, room, sparsity)
+    dense, fisher = None, {}
     wants_dense = row.inputs == "dense" and parent.key != context.baseline.key
     if wants_dense or "cross_moment" in needs or row.dense_outputs:
-        stage.dense = StreamedModel(context.baseline, context.device, context.dtype, reader=targets)
+        dense = StreamedModel(context.baseline, context.device, context.dtype, reader=targets)
     if "fisher" in needs:
-        stage.fisher = {name: found.to(context.device) for name, found in fisher_diagonal(context).items()}
-    ids_NT = stage.calibration()
-    stage.hidden = embedded(model, ids_NT, room)
-    if stage.dense is not None:
-        stage.dense_hidden = embedded(stage.dense, ids_NT, room)
+        fisher = {name: found.to(context.device) for name, found in fisher_diagonal(context).items()}
+    stage = Stage(parent, writer, spec, row, context, model, targets, dense, needs, room, sparsity, fisher)
+    checkpoints = Checkpoints(context.scratch, dense is not None)
+    begun, states = _begun(stage, checkpoints)
+    layers = [layer for index in range(begun) for layer in writer.finished[_part(index)]["extra"]["layers"]]
     blocks, behind = model.structure.blocks, any(site.block is None for site in chosen)
     with bar(f"{spec.address} {spec.method}, blocks", blocks) as shown:
-        for index in range(blocks):
-            _block(stage, index, [s for s in chosen if s.block == index], behind or index + 1 < blocks)
+        shown.advance(begun)
+        for index in range(begun, blocks):
+            followed = behind or index + 1 < blocks
+            layers += _block(stage, states, index, [s for s in chosen if s.block == index], followed)
+            if followed:
+                checkpoints.keep(index + 1, states)
             shown.advance()
             check_stop(context)
-    write_rest(stage, [s for s in chosen if s.block is None], lambda site: _head_statistics(stage, site))
-    return Outcome(stage.layers, _measured(stage), _notes(stage, chosen))
+    layers += write_rest(stage, [s for s in chosen if s.block is None], lambda site: _head_statistics(stage, states, site))
+    return Outcome(layers, _measured(stage, states, layers), _notes(stage, chosen))
 
 
-def _block(stage: Stage, index: int, sites: list[Site], followed: bool) -> None:
-    """Compress and write one block, unless that was done before, and hand its outputs on where somebody follows who reads them."""
-    part = f"block-{index:05d}"
+def _begun(stage: Stage, checkpoints: Checkpoints) -> tuple[int, States]:
+    """How many blocks are done and need not be run again, and what enters the one behind them."""
+    blocks, ids_NT = stage.model.structure.blocks, stage.calibration()
+    done = next((index for index in range(blocks) if _part(index) not in stage.writer.finished), blocks)
+    if begun := checkpoints.latest(done):
+        return begun, checkpoints.load(begun, stage.room)
+    dense = None if stage.dense is None else embedded(stage.dense, ids_NT, stage.room)
+    return 0, States(embedded(stage.model, ids_NT, stage.room), dense)
+
+
+def _part(index: int) -> str:
+    return f"block-{index:05d}"
+
+
+def _block(stage: Stage, states: States, index: int, sites: list[Site], followed: bool) -> list[dict[str, Any]]:
+    """Compress and write one block, unless that was done before, and hand its outputs on where somebody follows who reads them; what is
+    said of its matrices."""
+    part = _part(index)
     marker = stage.writer.finished.get(part)
     stage.model.load_block(index)
     if stage.dense is not None:
         stage.dense.load_block(index)
     _expect(stage, index + 1)
     if marker is None:
-        records, layers = _solved(stage, index, sites)
+        records, layers = _solved(stage, states, index, sites)
         _write(stage, index, part, records, layers)
         marker = stage.writer.finished[part]
-    stage.layers += marker["extra"]["layers"]
     if followed:
         written = BlockTensors.read(stage.writer.view(part), stage.model.prefix(index))
         for site in sites:
             stage.model.put(site, written.stored(site.name))
-        _advance(stage, index)
+        _advance(stage, states, index)
     for model in (stage.model, stage.dense):
         if model is not None:
             model.unload_block(index)
     for reader in (stage.model.reader, stage.targets):
         reader.drop(stage.model.prefix(index))
+    return marker["extra"]["layers"]
 
 
 def _expect(stage: Stage, index: int) -> None:
     """Let a block be read while the one before it is computed on, where it will be needed."""
-    unsolved = f"block-{index:05d}" not in stage.writer.finished
+    unsolved = _part(index) not in stage.writer.finished
     stage.model.expect(index)
     if index < stage.model.structure.blocks and (unsolved or stage.dense is not None):
         stage.targets.expect(stage.model.prefix(index))
 
 
-def _solved(stage: Stage, index: int, sites: list[Site]) -> tuple[dict[str, StoredWeight], list[dict[str, Any]]]:
+def _solved(stage: Stage, states: States, index: int, sites: list[Site]) -> tuple[dict[str, StoredWeight], list[dict[str, Any]]]:
     """The block's new records and what is said of each. Truly sequential: group by group, each seeing what those before it became."""
     if stage.row.scope == "block":
         with torch.no_grad():
-            statistics = _statistics(stage, index, sites)
-        return solve_block(stage, index, sites, statistics)
+            statistics = _statistics(stage, states, index, sites)
+        return solve_block(stage, states, index, sites, statistics)
     records: dict[str, StoredWeight] = {}
     layers: dict[str, dict[str, Any]] = {}
     with torch.no_grad():
-        groups = input_groups(stage.model, index, sites, stage.hidden[0]) if stage.true_sequential and sites else [sites]
+        groups = input_groups(stage.model, index, sites, states.hidden[0]) if stage.true_sequential and sites else [sites]
         for number, group in enumerate(groups, 1):
-            statistics = _statistics(stage, index, group)
+            statistics = _statistics(stage, states, index, group)
             found, told = solve_all(stage, group, statistics)
             records, layers = records | found, layers | told
             if number < len(groups):
@@ -124,24 +144,24 @@ def _solved(stage: Stage, index: int, sites: list[Site]) -> tuple[dict[str, Stor
     return {s.name: records[s.name] for s in sites}, [layers[s.name] for s in sites]
 
 
-def _advance(stage: Stage, index: int) -> None:
+def _advance(stage: Stage, states: States, index: int) -> None:
     """Hidden states of the next block, from the block as it was written."""
     with torch.no_grad():
-        stage.hidden.through(partial(stage.model.run_block, index))
-        if stage.dense is not None:
-            stage.dense_hidden.through(partial(stage.dense.run_block, index))
+        states.hidden.through(partial(stage.model.run_block, index))
+        if stage.dense is not None and states.dense is not None:
+            states.dense.through(partial(stage.dense.run_block, index))
 
 
-def _statistics(stage: Stage, index: int, sites: list[Site]) -> dict[str, InputStatistics]:
+def _statistics(stage: Stage, states: States, index: int, sites: list[Site]) -> dict[str, InputStatistics]:
     """Statistics of every site's input. A site no token reached (an idle expert) gets empty ones."""
     needs = stage.collected
     statistics: dict[str, InputStatistics] = {}
-    source, hidden = (
-        (stage.dense, stage.dense_hidden) if stage.row.inputs == "dense" and stage.dense is not None else (stage.model, stage.hidden)
-    )
+    source, hidden = stage.model, states.hidden
+    if stage.row.inputs == "dense" and stage.dense is not None and states.dense is not None:
+        source, hidden = stage.dense, states.dense
     if "cross_moment" in needs and stage.dense is not None:
         with dense_inputs_of(stage.dense, sites) as paired:
-            collect(source, index, _behind_dense(stage, paired, partial(stage.dense.run_block, index)), sites, needs, statistics, paired)
+            collect(source, index, _behind_dense(states, paired, partial(stage.dense.run_block, index)), sites, needs, statistics, paired)
     elif sites:
         collect(source, index, hidden, sites, needs, statistics)
     for site in sites:
@@ -154,25 +174,26 @@ def _statistics(stage: Stage, index: int, sites: list[Site]) -> dict[str, InputS
     return statistics
 
 
-def _behind_dense(stage: Stage, paired: dict[str, list[Tensor]], run: Callable[[Tensor], Any]) -> Iterator[Tensor]:
+def _behind_dense(states: States, paired: dict[str, list[Tensor]], run: Callable[[Tensor], Any]) -> Iterator[Tensor]:
     """Every batch of hidden states once the dense model's states of the same text have run, and no longer with those of the batch before."""
-    for h, dense_h in zip(stage.hidden, stage.dense_hidden, strict=True):
+    assert states.dense is not None
+    for h, dense_h in zip(states.hidden, states.dense, strict=True):
         for inputs in paired.values():
             inputs.clear()  # also those of sites that read what another one reads
         run(dense_h)
         yield h
 
 
-def _head_statistics(stage: Stage, site: Site) -> InputStatistics:
+def _head_statistics(stage: Stage, states: States, site: Site) -> InputStatistics:
     statistics: dict[str, InputStatistics] = {}
     needs = stage.collected
     with torch.no_grad():
         if "cross_moment" in needs and stage.dense is not None:
             with dense_inputs_of(stage.dense, [site]) as paired, collecting(stage.model, [site], needs, statistics, paired):
-                for h in _behind_dense(stage, paired, partial(_window_by_window, stage.dense)):
+                for h in _behind_dense(states, paired, partial(_window_by_window, stage.dense)):
                     _window_by_window(stage.model, h)
         else:
-            collect_head(stage.model, stage.hidden, site, needs, statistics)
+            collect_head(stage.model, states.hidden, site, needs, statistics)
     return statistics.get(site.name) or InputStatistics(site.shape[1], needs, stage.context.device)
 
 
@@ -194,15 +215,15 @@ def _write(stage: Stage, index: int, part: str, records: Mapping[str, StoredWeig
     stage.writer.write_part(part, shards_of(tensors, linears), linears, {"layers": layers})
 
 
-def _measured(stage: Stage) -> dict[str, Any]:
-    found: dict[str, Any] = {"calibration_tokens": stage.hidden.tokens if stage.looks_at_inputs else 0}
-    return found | ({"block_sparsity": _by_block(stage)} if stage.sparsity else {})
+def _measured(stage: Stage, states: States, layers: list[dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {"calibration_tokens": states.hidden.tokens if stage.looks_at_inputs else 0}
+    return found | ({"block_sparsity": _by_block(layers)} if stage.sparsity else {})
 
 
-def _by_block(stage: Stage) -> list[float]:
+def _by_block(layers: list[dict[str, Any]]) -> list[float]:
     """What share of each block's weights was dropped, matrices with a sparsity of their own included."""
     totals: dict[int, list[float]] = {}
-    for layer in stage.layers:
+    for layer in layers:
         if layer["block"] is not None:
             sums = totals.setdefault(layer["block"], [0.0, 0.0])
             sums[0], sums[1] = sums[0] + layer["sparsity"] * layer["weights"], sums[1] + layer["weights"]

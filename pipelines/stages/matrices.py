@@ -5,7 +5,7 @@ Legend: O out, I in.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ...compress.statistics import SAMPLES, Fisher, InputStatistics, LayerStatis
 from ...compress.weights import DenseWeight, StoredWeight
 from ..errors import InputError
 from ..models.blocks import StreamedModel
-from ..models.hidden import HiddenStates, Room
+from ..models.hidden import Room
 from ..models.reading import BlockReader
 from ..models.structure import Site, shared_names
 from ..recipes.stage_settings import StageSpec
@@ -25,10 +25,11 @@ from ..store.artifact import Artifact, ArtifactWriter
 from .context import Context
 
 
-@dataclass
+@dataclass(frozen=True)
 class Stage:
-    """`targets` reads the baseline's blocks: what `model` reads, where the parent is the baseline. `room` is for hidden states. `sparsity`
-    holds, for a pruning stage whose blocks differ, that of each matrix that shares the stage's mean."""
+    """`targets` reads the baseline's blocks: what `model` reads, where the parent is the baseline. `dense` runs beside where the method reads
+    what the dense model makes of the text. `room` is for hidden states. `sparsity` holds, for a pruning stage whose blocks differ, that of
+    each matrix that shares the stage's mean."""
 
     parent: Artifact
     writer: ArtifactWriter
@@ -40,14 +41,8 @@ class Stage:
     dense: StreamedModel | None
     needs: frozenset[str]
     room: Room
-    sparsity: Mapping[str, float] = field(default_factory=dict)
-    hidden: HiddenStates = field(init=False)
-    dense_hidden: HiddenStates = field(init=False)
-    fisher: Mapping[str, Fisher] = field(default_factory=dict)
-    layers: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.hidden, self.dense_hidden = HiddenStates(self.room), HiddenStates(self.room)
+    sparsity: Mapping[str, float]
+    fisher: Mapping[str, Fisher]
 
     @property
     def looks_at_inputs(self) -> bool:

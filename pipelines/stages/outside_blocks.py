@@ -16,8 +16,8 @@ from ..store.artifact import shards_of
 from .matrices import Stage, current, described, solve, target
 
 
-def write_rest(stage: Stage, head: list[Site], statistics_of: Callable[[Site], InputStatistics]) -> None:
-    """The last part of the artifact. `head`: the output head, when it is to be compressed."""
+def write_rest(stage: Stage, head: list[Site], statistics_of: Callable[[Site], InputStatistics]) -> list[dict[str, Any]]:
+    """The last part of the artifact, and what is said of its matrices. `head`: the output head, when it is to be compressed."""
     if "rest" not in stage.writer.finished:
         records, layers = _records(stage, head, statistics_of)
         tied = tied_names(stage.model.model)
@@ -26,7 +26,7 @@ def write_rest(stage: Stage, head: list[Site], statistics_of: Callable[[Site], I
         wanted = [n for n in stage.model.model.state_dict() if not n.startswith(blocks) and n not in tied and n not in replaced]
         tensors = {n: stage.parent.tensor(n) for n in wanted}
         stage.writer.write_part("rest", {"tensors": tensors, **shards_of({}, records)}, records, {"layers": layers})
-    stage.layers += stage.writer.finished["rest"]["extra"].get("layers", [])
+    return stage.writer.finished["rest"]["extra"].get("layers", [])
 
 
 def _records(

@@ -22,7 +22,7 @@ from ...recover.merge import stored_loss
 from ...recover.recovery_methods import RECOVER, Gradients, attach, refusal, split
 from ...recover.site import kinds
 from ...recover.student import Batch, Student, student_of
-from ...recover.train import Progress, TrainingDiverged, TrainResult, batch_loss, train
+from ...recover.train import Hooks, Progress, TrainingDiverged, TrainingText, TrainResult, batch_loss, train
 from ...recover.trainable import Attached
 from ...recover.training_run import TrainConfig
 from ..devices.compute import free_bytes
@@ -204,8 +204,8 @@ def _train(
         teacher = None if config.loss == "cross_entropy" else streamed_teacher(context, batches, config.steps * config.accumulation)
         try:
             result = train(
-                model, attached, batches, held_out, teacher, config, student=student,
-                main=RECOVER[spec.method].main, resume=_saved(path), save=save, save_every=every, progress=progress, stop=context.stop,
+                model, attached, TrainingText(batches, held_out, teacher), config, student=student,
+                main=RECOVER[spec.method].main, resume=_saved(path), hooks=Hooks(save=save, save_every=every, progress=progress, stop=context.stop),
             )  # fmt: skip
             return result, speed
         except TrainingDiverged as error:

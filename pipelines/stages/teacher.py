@@ -5,8 +5,9 @@ Knows artifacts; not the student.
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,11 +15,15 @@ from torch import Tensor
 
 from ...recover.student import Batch, Teacher
 from ..models.blocks import StreamedModel
+from ..models.hidden import HiddenStates, Room
 from ..store.kept import keep, kept
 from .context import Context
 
 TEACHER_TOKENS = 16384
-STATE_BYTES = 10**9
+"""How far the teacher runs ahead on a CPU, where its blocks are read from memory; and the states of how many tokens may lie on the device."""
+AHEAD_BYTES = 4 * 10**9
+"""On a card, where each pass reads the whole dense model once more: what the states of one pass may take of the host."""
+STATE_BYTES = 4 * 10**9
 """Most that the states of all micro-batches may take on disk (a quarter of what is free, if that is less)."""
 
 
@@ -37,7 +42,7 @@ class StateFiles:
 
     def read(self, ids_BT: Tensor) -> Tensor | None:
         found = kept(self._path(ids_BT))
-        return None if found is None else found[0]["hidden"].to(ids_BT.device)
+        return None if found is None else found[0]["hidden"]
 
     def write(self, ids_BT: Tensor, hidden_BTD: Tensor) -> None:
         size = hidden_BTD.numel() * hidden_BTD.element_size()
@@ -63,39 +68,62 @@ class StreamedTeacher:
     batches: Callable[[int], Batch]
     last: int
     files: StateFiles
+    room: Room
     position: int = 0
-    kept: dict[bytes, Tensor] = field(default_factory=dict)
+    states: HiddenStates = field(init=False)
+    kept: dict[bytes, int] = field(default_factory=dict)
 
-    def hidden(self, ids_BT: Tensor) -> Tensor:
-        key = ids_BT.cpu().numpy().tobytes()
+    def __post_init__(self) -> None:
+        self.states = HiddenStates(self.room)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        key = _key(batch.text)
         if key not in self.kept:
-            self._look_ahead(ids_BT)
-        return self.kept[key]
+            self._look_ahead(batch)
+        return self.states[self.kept[key]]
 
-    def _look_ahead(self, ids_BT: Tensor) -> None:
-        self.kept.clear()
-        found = self.files.read(ids_BT)
+    def _look_ahead(self, batch: Batch) -> None:
+        found = self.files.read(batch.text)
         if found is not None:
-            self.kept = {ids_BT.cpu().numpy().tobytes(): found}
+            self._keep([batch.text], [found.to(batch.ids.device)])
             return
-        wanted = [ids_BT.cpu()]
-        index = next((i for i in range(self.position, self.last) if torch.equal(self.batches(i).ids, ids_BT)), None)
+        wanted = [batch.text]
+        index = next((i for i in range(self.position, self.last) if torch.equal(self.batches(i).text, batch.text)), None)
         if index is not None:
-            count = max(1, TEACHER_TOKENS // ids_BT.numel())
-            ahead = [self.batches(i).ids.cpu() for i in range(index + 1, min(index + count, self.last))]
+            count = max(1, tokens_ahead(self.model.device, self.token_bytes) // batch.text.numel())
+            ahead = [self.batches(i).text for i in range(index + 1, min(index + count, self.last))]
             wanted += [ids for ids in ahead if not self.files.has(ids)]
             self.position = index
         with torch.no_grad():
-            hidden = [self.model.embed(ids) for ids in wanted]
+            self._keep(wanted, map(self.model.embed, wanted))
             for block in self.model.walk():
-                hidden = [self.model.run_block(block, h) for h in hidden]
-        for ids, h in zip(wanted, hidden, strict=True):
-            self.files.write(ids, h)
-        self.kept = {ids.numpy().tobytes(): h for ids, h in zip(wanted, hidden, strict=True)}
+                self.states.through(partial(self.model.run_block, block))
+        for ids, hidden_BTD in zip(wanted, self.states, strict=True):
+            self.files.write(ids, hidden_BTD)
+
+    def _keep(self, wanted: list[Tensor], hidden: Iterable[Tensor]) -> None:
+        """In the place of those that were kept."""
+        self.states = HiddenStates(self.room)  # first, so that the others give their room back
+        self.kept = {_key(ids): number for number, ids in enumerate(wanted)}
+        for batch_BTD in hidden:
+            self.states.append(batch_BTD)
+
+    @property
+    def token_bytes(self) -> int:
+        return self.model.model.config.get_text_config().hidden_size * self.model.dtype.itemsize
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         with torch.no_grad():
             return self.model.logits(hidden_ND.unsqueeze(0))[0]
+
+
+def tokens_ahead(device: torch.device, token_bytes: int) -> int:
+    """Tokens of one pass of the teacher: on a card all whose states of `token_bytes` the host may hold."""
+    return TEACHER_TOKENS if device.type == "cpu" else max(TEACHER_TOKENS, AHEAD_BYTES // token_bytes)
+
+
+def _key(ids_BT: Tensor) -> bytes:
+    return ids_BT.cpu().numpy().tobytes()
 
 
 def streamed_teacher(context: Context, batches: Callable[[int], Batch], count: int) -> Teacher:
@@ -103,5 +131,8 @@ def streamed_teacher(context: Context, batches: Callable[[int], Batch], count: i
     assert context.teacher is not None
     kind = f"{context.teacher.key[:16]}-{context.device.type}-{str(context.dtype).removeprefix('torch.')}"
     files = StateFiles(context.teacher_states / kind)
-    streamed = StreamedTeacher(StreamedModel(context.teacher, context.device, context.dtype), batches, count, files)
+    model, room = StreamedModel(context.teacher, context.device, context.dtype), Room.measured(context.device, context.scratch)
+    streamed = StreamedTeacher(model, batches, count, files, room)
+    if context.device.type != "cpu":
+        room.device_bytes = min(room.device_bytes, TEACHER_TOKENS * streamed.token_bytes)
     return Teacher(streamed.hidden, streamed.logits)

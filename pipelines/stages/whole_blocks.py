@@ -17,21 +17,22 @@ from ..models.hidden import HiddenStates
 from ..models.structure import Site
 from .context import check_stop
 from .matrices import Stage, current, described, target
+from .walked import States
 
 
 def solve_block(
-    stage: Stage, index: int, sites: list[Site], statistics: dict[str, InputStatistics]
+    stage: Stage, states: States, index: int, sites: list[Site], statistics: dict[str, InputStatistics]
 ) -> tuple[dict[str, StoredWeight], list[dict[str, Any]]]:
     """Hand the whole block to a method that trains it."""
     targets = {s.name: target(stage, s) for s in sites}
     behind = _behind(stage, index)
-    outputs = _dense_outputs(stage, [index, *behind])
+    outputs = _dense_outputs(stage, states, [index, *behind])
     layers = {s.name: LayerStatistics(statistics[s.name], stage.fisher.get(s.name)) for s in sites}
     problem = BlockProblem(
         {s.name: current(stage, s).to(stage.context.device) for s in sites},
         targets,
         _block_function(stage, index, sites, behind),
-        stage.hidden.rows(),
+        states.hidden.rows(),
         outputs.rows(),
         layers,
         stage.context.seed + index,
@@ -47,13 +48,13 @@ def solve_block(
     return records, [described(s, records[s.name], targets[s.name], statistics[s.name].samples_TI, metrics.get(s.name, {})) for s in sites]
 
 
-def _dense_outputs(stage: Stage, blocks: list[int]) -> HiddenStates:
+def _dense_outputs(stage: Stage, states: States, blocks: list[int]) -> HiddenStates:
     """What the method trains towards; nothing for one that solves its matrices by their inputs alone."""
     if not stage.row.dense_outputs:
         return HiddenStates(stage.room)
-    assert stage.dense is not None
+    assert stage.dense is not None and states.dense is not None
     with torch.no_grad():
-        return HiddenStates.of((_through(stage.dense, blocks, h) for h in stage.dense_hidden), stage.room)
+        return HiddenStates.of((_through(stage.dense, blocks, h) for h in states.dense), stage.room)
 
 
 def _behind(stage: Stage, index: int) -> list[int]:

@@ -146,8 +146,20 @@ class RunDirectory:
         return "done" if self.artifact(name).is_dir() else "partial" if self.scratch(name).is_dir() else "missing"
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Exclusive use by this process; InputError names the holder. The lock dies with its process."""
+    def stage_held(self, name: str) -> Iterator[None]:
+        """Where processes share the stages (a sweep's, which have a directory of locks): this one to itself, once another has made it."""
+        locks = self.path / "locks"
+        if not locks.is_dir():
+            yield
+            return
+        with (locks / name).open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def held(self) -> Iterator[int | None]:
+        """Exclusive use by this process; InputError names the holder. The lock dies with its process and with those that it hands the file
+        descriptor to (None on file systems without flock)."""
         lock = self.path / ".lock"
         with lock.open("a+") as file:
             try:
@@ -155,7 +167,7 @@ class RunDirectory:
             except OSError as error:
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                     with _heartbeat(self.path):
-                        yield
+                        yield None
                     return
                 file.seek(0)
                 holder = file.read().strip() or "another process"
@@ -163,7 +175,7 @@ class RunDirectory:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-            yield
+            yield file.fileno()
 
 
 @contextmanager

@@ -109,9 +109,14 @@ def test_eval_and_generate(finished: Path, command: Command, monkeypatch: pytest
     assert command("generate", finished, "The river", "--max-new-tokens", 2, "--device", "cuda")
 
 
-def test_sweep_and_dry_run(recipe: Path, source: list[object], tmp_path: Path, command: Command) -> None:
+def test_sweep_and_dry_run(
+    recipe: Path, source: list[object], tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
     sets = ["--set", "recover.method=none", "--device", "cuda"]
-    swept = command("sweep", recipe, *source, "-o", tmp_path / "sweep", "--over", "quantize.bits=3,4", *sets)
+    asked = ["sweep", recipe, *source, "-o", tmp_path / "sweep", "--over", "quantize.bits=3,4", *sets]
+    assert cli.main([*map(str, asked), "--jobs", "2"]) == 2
+    assert "--jobs 2: torch sees 1 GPU, and each process needs one to itself; give --jobs 1" in capsys.readouterr().err
+    swept = command(*asked)
     assert len(swept["runs"]) == 2
     assert command("run", recipe, *source, "-o", tmp_path / "dry", "--dry-run", *sets)
 

@@ -33,7 +33,10 @@ def test_an_operator_is_one_and_a_wait_is_one(card: object) -> None:
 def test_a_block_is_counted_by_part(device: str, card: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(operator_counts.SHAPES, "tiny", TINY)
     measured = benchmarks.run("compress", Options(device, output=tmp_path, shape="tiny", count=True))
-    rows = {row["part"]: row for row in measured["rows"]}
+    rows = {row["part"]: row for row in measured["rows"] if row["method"] == "gptq"}
+    steps = [row for row in measured["rows"] if row["part"] == "step"]
+    assert [row["method"] for row in steps] == ["scales", "lora"] and all(row["operators"] > 500 for row in steps)
+    assert all(row["waits"] == 0 for row in steps), "the host waits for nothing within a step"
     assert list(rows) == ["statistics", "factor", "clip search", "sweep", "packing", "error", "rest of the solver", "model", "solver"]
     parts = [row["operators"] for part, row in rows.items() if part not in ("statistics", "model", "solver")]
     assert rows["solver"]["operators"] == sum(parts)

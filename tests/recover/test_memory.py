@@ -8,7 +8,7 @@ import torch
 from bitmend.recover.compressed_linear import CompressedLinear, cache_dense, compressed_linears
 from bitmend.recover.memory import training_memory
 from bitmend.recover.recovery_methods import attach, split
-from bitmend.recover.train import train
+from bitmend.recover.train import Hooks, TrainingText, train
 
 from .conftest import batch, compressed, held_out
 
@@ -34,7 +34,7 @@ def test_tensors_alive_while_training(method: str, kind: str) -> None:
     def count(progress: Any) -> None:
         seen.append(sum(size for place, size in alive().items() if place not in before))
 
-    train(model, attached, texts.__getitem__, checks, None, split(method, SETTINGS)[0], progress=count)
+    train(model, attached, TrainingText(texts.__getitem__, checks), split(method, SETTINGS)[0], hooks=Hooks(progress=count))
     limit = sum(memory.values()) + text_bytes
     assert len(seen) == 3 and max(seen) <= limit
     assert max(seen) > 0.7 * (limit - memory["dense_bytes"]), "and it says no more than there is"

@@ -8,7 +8,7 @@ from bitmend.recover.compressed_linear import CompressedLinear, compressed_linea
 from bitmend.recover.merge import audit, merge, merge_refusal, stored_loss
 from bitmend.recover.recovery_methods import RECOVER, attach, split
 from bitmend.recover.student import student_of
-from bitmend.recover.train import as_stored, held_out_loss, train
+from bitmend.recover.train import TrainingText, as_stored, held_out_loss, train
 
 from .conftest import batch, compress, compressed, held_out, low_rank_of
 
@@ -103,7 +103,7 @@ def test_the_stored_loss_is_the_one_promised_and_audits_are_clean(name, kind, ow
     settings = own | {"steps": 6, "loss": "cross_entropy", "eval_every": 2, "warmup": 0}
     attached = attach(name, model, settings)
     student = student_of(model)
-    result = train(model, attached, batch, held_out(), None, split(name, settings)[0], main=RECOVER[name].main)
+    result = train(model, attached, TrainingText(batch, held_out()), split(name, settings)[0], main=RECOVER[name].main)
     with as_stored(attached):
         promised = held_out_loss(student, held_out())
     linears = compressed_linears(model)

@@ -10,7 +10,7 @@ from bitmend.recover.losses import Objective
 from bitmend.recover.recovery_methods import RECOVER, attach, refusal, split
 from bitmend.recover.site import Gradients, kinds
 from bitmend.recover.student import student_of
-from bitmend.recover.train import as_stored, batch_loss, train
+from bitmend.recover.train import TrainingText, as_stored, batch_loss, train
 from torch.testing import assert_close
 
 from .conftest import KINDS, batch, compress, compressed, held_out, llama
@@ -70,7 +70,7 @@ def test_step_0_training_and_folding(name, kind, own):
     with torch.no_grad():
         assert_close(model(ids).logits, start, atol=1e-4, rtol=1e-4)
     config, _ = split(name, SHORT | own)
-    result = train(model, attached, batch, held_out(1), None, config, main=RECOVER[name].main)
+    result = train(model, attached, TrainingText(batch, held_out(1)), config, main=RECOVER[name].main)
     assert result.finished and result.best_loss <= result.start_loss
     one_step(model, attached)
     check_folding(name, kind, model, attached, before)

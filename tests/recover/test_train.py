@@ -7,7 +7,7 @@ import torch
 from bitmend.recover.compressed_linear import compressed_linears, install
 from bitmend.recover.recovery_methods import RECOVER, attach, split
 from bitmend.recover.student import Batch, Teacher, student_of
-from bitmend.recover.train import TrainingDiverged, held_out_loss, train
+from bitmend.recover.train import Hooks, TrainingDiverged, TrainingText, held_out_loss, train
 from bitmend.recover.training_run import TrainConfig, learning_rate
 
 from .conftest import batch, compressed, gpt2, held_out, llama, records
@@ -22,7 +22,7 @@ def start(name="scales", kind="3-bit", seed=0, **settings):
 
 def teacher(model):
     dense = student_of(model.requires_grad_(False))
-    return Teacher(dense.hidden, dense.logits)
+    return Teacher(lambda batch: dense.hidden(batch.ids), dense.logits)
 
 
 def values(attached):
@@ -36,7 +36,7 @@ def test_on_what_the_teacher_wrote_it_is_imitated_and_nothing_else():
     for way, (loss, generated) in ways.items():
         model, attached, config = start("scales", "3-bit", steps=4, loss=loss)
         batches = lambda index, generated=generated: replace(batch(index), generated=generated[index % 2])  # noqa: E731
-        result = train(model, attached, batches, held_out(), teacher(llama()), config)
+        result = train(model, attached, TrainingText(batches, held_out(), teacher(llama())), config)
         trained[way] = [row["loss"] for row in result.history if "loss" in row]
     assert trained["both, generated"] == trained["distill"]
     assert trained["both, mixed"][0] == trained["distill"][0] and trained["both, mixed"][1] != trained["distill"][1]
@@ -65,7 +65,7 @@ def test_distillation_brings_the_student_to_the_teacher():
 
     before = divergence()
     seen = []
-    result = train(model, attached, lambda i: batch(i % 2), [batch(800)], guide, config, main="scales", progress=seen.append)
+    result = train(model, attached, TrainingText(lambda i: batch(i % 2), [batch(800)], guide), config, main="scales", hooks=Hooks(progress=seen.append))
     losses = [h["loss"] for h in result.history if "loss" in h]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert result.best_step == 0 or divergence() < before
@@ -76,13 +76,13 @@ def test_distillation_brings_the_student_to_the_teacher():
 def test_resume_is_bit_identical_at_any_step(name, kind):
     model, attached, config = start(name, kind, accumulation=2)
     states = {}
-    whole = train(model, attached, batch, held_out(), None, config, save=lambda s: states.setdefault(s.meta["step"], s), save_every=1)
+    whole = train(model, attached, TrainingText(batch, held_out()), config, hooks=Hooks(save=lambda s: states.setdefault(s.meta["step"], s), save_every=1))
     final = values(attached)
     for step in (1, 4, 7):
         state = states[step]
         json.dumps(state.meta)
         again, attached_again, _ = start(name, kind, accumulation=2)
-        result = train(again, attached_again, batch, held_out(), None, config, resume=state)
+        result = train(again, attached_again, TrainingText(batch, held_out()), config, resume=state)
         assert result.best_loss == whole.best_loss and result.history == whole.history
         for key, value in values(attached_again).items():
             assert torch.equal(value, final[key]), (step, key)
@@ -92,11 +92,11 @@ def test_stop_saves_and_a_resumed_run_ends_the_same():
     model, attached, config = start()
     saved = []
     calls = iter(range(100))
-    stopped = train(model, attached, batch, held_out(), None, config, save=saved.append, stop=lambda: next(calls) == 5)
+    stopped = train(model, attached, TrainingText(batch, held_out()), config, hooks=Hooks(save=saved.append, stop=lambda: next(calls) == 5))
     assert not stopped.finished and stopped.step == 5
-    result = train(model, attached, batch, held_out(), None, config, resume=saved[-1])
+    result = train(model, attached, TrainingText(batch, held_out()), config, resume=saved[-1])
     model2, attached2, _ = start()
-    whole = train(model2, attached2, batch, held_out(), None, config)
+    whole = train(model2, attached2, TrainingText(batch, held_out()), config)
     assert result.history == whole.history
     assert all(torch.equal(v, values(attached2)[k]) for k, v in values(attached).items())
 
@@ -104,10 +104,10 @@ def test_stop_saves_and_a_resumed_run_ends_the_same():
 def test_a_state_of_other_parameters_is_refused():
     model, attached, config = start()
     saved = []
-    train(model, attached, batch, held_out(), None, config, save=saved.append, save_every=4)
+    train(model, attached, TrainingText(batch, held_out()), config, hooks=Hooks(save=saved.append, save_every=4))
     other, attached_other, _ = start("bitfit")
     with pytest.raises(ValueError, match="other parameters"):
-        train(other, attached_other, batch, held_out(), None, config, resume=saved[0])
+        train(other, attached_other, TrainingText(batch, held_out()), config, resume=saved[0])
 
 
 def test_never_worse_than_it_began():
@@ -115,7 +115,7 @@ def test_never_worse_than_it_began():
     model, attached, config = start("lora", "lq", learning_rate=0.3)
     began, loss = values(attached), held_out_loss(student_of(model), held_out())
     wrong = Batch(torch.full((2, 24), 5))
-    result = train(model, attached, lambda i: wrong, held_out(), None, config, main="factors")
+    result = train(model, attached, TrainingText(lambda i: wrong, held_out()), config, main="factors")
     assert result.best_step == 0 and not result.improved
     assert all(torch.equal(v, values(attached)[k]) for k, v in began.items())
     assert held_out_loss(student_of(model), held_out()) == loss == result.best_loss
@@ -139,7 +139,7 @@ def poisoned(bad_calls):
 
 def test_nan_rolls_back_once_and_goes_on_with_a_smaller_rate():
     model, attached, config = start()
-    result = train(model, attached, batch, held_out(), None, config, student=poisoned({4})(student_of(model)))
+    result = train(model, attached, TrainingText(batch, held_out()), config, student=poisoned({4})(student_of(model)))
     assert result.finished and len(result.rollbacks) == 1 and "step 5" in result.rollbacks[0]
     assert result.best_loss <= result.start_loss
 
@@ -147,22 +147,40 @@ def test_nan_rolls_back_once_and_goes_on_with_a_smaller_rate():
 def test_nan_twice_stops_with_the_best_values_in_place():
     model, attached, config = start()
     with pytest.raises(TrainingDiverged, match="rolling back once"):
-        train(model, attached, batch, held_out(), None, config, student=poisoned({2, 5})(student_of(model)))
+        train(model, attached, TrainingText(batch, held_out()), config, student=poisoned({2, 5})(student_of(model)))
     assert all(bool(torch.isfinite(v).all()) for v in values(attached).values())
     assert math.isfinite(held_out_loss(student_of(model), held_out()))
+
+
+@pytest.mark.parametrize("bad", [set(), {4}, {2, 5}])
+def test_when_steps_are_read_is_of_no_consequence(bad: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every step, or only where the values are judged, saved or stopped at."""
+    seen = []
+    for every_step in (True, False):
+        monkeypatch.setattr("bitmend.recover.train.overdue", lambda *_, now=every_step: now)
+        model, attached, config = start("scales", "3-bit")
+        student, saved, said = poisoned(bad)(student_of(model)), [], ""
+        try:
+            result = train(model, attached, TrainingText(batch, held_out()), config, student=student, hooks=Hooks(save=saved.append, save_every=3))
+            said = f"{result.history} {result.rollbacks} {result.tokens} {result.best_step}"
+        except TrainingDiverged as error:
+            said = str(error)
+        seen.append((said, [state.meta for state in saved], values(attached)))
+    assert seen[0][:2] == seen[1][:2]
+    assert all(torch.equal(value, seen[1][2][name]) for name, value in seen[0][2].items())
 
 
 def test_a_scale_that_leaves_the_positive_numbers_is_named():
     model, attached, config = start("scales", learning_rate=20.0, warmup=0)
     with pytest.raises(TrainingDiverged, match=r"scales: (a scale went to -|scales run)"):
-        train(model, attached, batch, held_out(), None, config, main="scales")
+        train(model, attached, TrainingText(batch, held_out()), config, main="scales")
 
 
 def test_gradient_checkpointing_changes_nothing():
     results = []
     for checkpointing in (False, True):
         model, attached, config = start("lora", "3-bit", gradient_checkpointing=checkpointing)
-        results.append((train(model, attached, batch, held_out(), None, config).history, values(attached)))
+        results.append((train(model, attached, TrainingText(batch, held_out()), config).history, values(attached)))
         assert "forward" not in vars(model.model.layers[0])
     assert results[0][0] == results[1][0]
     assert all(torch.equal(v, results[1][1][k]) for k, v in results[0][1].items())
@@ -176,13 +194,13 @@ def test_the_loss_mask_decides_what_counts():
     losses = []
     for b in (Batch(ids, mask), Batch(ids[:, :], None)):
         m, a, c = start(steps=1)
-        losses.append(train(m, a, lambda i, b=b: b, held_out(), None, c).history[1]["loss"])
+        losses.append(train(m, a, TrainingText(lambda i, b=b: b, held_out()), c).history[1]["loss"])
     with torch.no_grad():
         logits = start()[0](ids).logits[:, 9:-1]
     truth = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 10:].reshape(-1))
     assert losses[0] == pytest.approx(float(truth), abs=1e-5) and losses[0] != losses[1]
     with pytest.raises(ValueError, match="without a single token"):
-        train(model, attached, lambda i: Batch(ids, mask & False), held_out(), None, config)
+        train(model, attached, TrainingText(lambda i: Batch(ids, mask & False), held_out()), config)
 
 
 def test_schedule_warms_up_and_falls_to_zero():
@@ -197,9 +215,9 @@ def test_teacher_of_another_vocabulary_is_refused():
     guide = teacher(gpt2())
     narrow = Teacher(guide.hidden, lambda h: guide.logits(h)[..., :-1])
     with pytest.raises(ValueError, match="vocabulary has 100 entries"):
-        train(model, attached, batch, held_out(), narrow, config)
+        train(model, attached, TrainingText(batch, held_out(), narrow), config)
     with pytest.raises(ValueError, match="needs a teacher"):
-        train(model, attached, batch, held_out(), None, config)
+        train(model, attached, TrainingText(batch, held_out()), config)
 
 
 def test_every_method_has_a_rate_and_linears_are_found():
@@ -223,13 +241,13 @@ def test_coarser_products_train_the_updates_alone(matmul: str) -> None:
         seen["student" if torch.is_grad_enabled() else "held out"].add(torch.get_float32_matmul_precision())
         return student.hidden(ids)
 
-    def taught(_: torch.Tensor) -> torch.Tensor:
+    def taught(_: Batch) -> torch.Tensor:
         seen["teacher"].add(torch.get_float32_matmul_precision())
         return told
 
     before = torch.get_float32_matmul_precision()
     config = replace(config, loss="distill")
-    train(model, attached, batch, held_out(), Teacher(taught, student.logits), config, student=replace(student, hidden=hidden))
+    train(model, attached, TrainingText(batch, held_out(), Teacher(taught, student.logits)), config, student=replace(student, hidden=hidden))
     assert seen == {"student": {matmul}, "teacher": {"highest"}, "held out": {before}}
     assert torch.get_float32_matmul_precision() == before
 
@@ -251,7 +269,7 @@ def test_the_same_function_trains_the_same_whatever_the_gains_of_its_norms_are()
         install(dense, records(dense, "3-bit"))
         config = {"steps": 12, "loss": "cross_entropy", "eval_every": 3, "warmup": 2, "clip": 0, "norms": True, "learning_rate": 2e-2}
         attached = attach("scales", dense, config)
-        result = train(dense, attached, batch, held_out(), None, split("scales", config)[0], main="scales")
+        result = train(dense, attached, TrainingText(batch, held_out()), split("scales", config)[0], main="scales")
         losses[factor] = torch.tensor([row["loss"] for row in result.history if "loss" in row])
         assert result.best_loss < result.start_loss - 0.01
     torch.testing.assert_close(losses[0.125], losses[1.0], rtol=1e-4, atol=0)

@@ -11,7 +11,7 @@ from bitmend.reports import drawing, run_plots
 from bitmend.reports.page import html
 from bitmend.reports.pareto import pareto_front
 from bitmend.reports.plain_rows import ROWS, rivals
-from bitmend.reports.plots import kernels_figure, lines_figure, pareto_figure
+from bitmend.reports.plots import LOG_Y, Look, kernels_figure, lines_figure, pareto_figure
 from bitmend.reports.record import LayerRecord, RunRecord, StageRecord
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,7 +33,7 @@ def test_pareto_figure_draws_the_line_through_the_front_and_labels_all() -> None
         for name, x, y in (("a", 1.0, 9.0), ("b", 2.0, 5.0), ("c", 3.0, 6.0), ("d", 4.0, 3.0))
     ]
     rows.append({"method": "lost", "total_bytes": 5.0, "perplexity": math.nan})
-    axes = pareto_figure(rows, references={"baseline": 2.5}).axes[0]
+    axes = pareto_figure(rows, look=Look(log_y=True, references={"baseline": 2.5})).axes[0]
     line = next(line for line in axes.lines if line.get_label() == "Pareto line")
     assert np.asarray(line.get_xydata())[:, 0].tolist() == [1.0, 2.0, 4.0]
     assert {"a", "b", "c", "d", "baseline"} <= {text.get_text() for text in axes.texts}
@@ -47,7 +47,7 @@ def test_lines_figure_sorts_by_x_groups_by_series_and_panels() -> None:
         for k in (0, 1)
         for s in (0.7, 0.5, 0.6)
     ]
-    figure = lines_figure(rows, "sparsity", "perplexity", "subset", panel="pattern", log_y=True)
+    figure = lines_figure(rows, "sparsity", "perplexity", "subset", panel="pattern", look=LOG_Y)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["free", "2:4"]
     for axes in figure.axes:
         assert [list(container.lines[0].get_xdata()) for container in axes.containers] == [[0.5, 0.6, 0.7]] * 2  # pyright: ignore[reportAttributeAccessIssue]

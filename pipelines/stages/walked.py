@@ -1,0 +1,66 @@
+"""The hidden states of a stage, and how far they have come: kept once a minute, so that a killed stage does not run finished blocks again.
+
+What is torn, or was left by a kill between two files, is not there: the walk begins at an older one, or at the embeddings. Knows hidden states
+and files; not what a stage does with a block.
+"""
+
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..models.hidden import HiddenStates, Room
+from ..store.kept import is_whole
+
+SECONDS = 60.0
+"""Between two checkpoints: a resumed stage runs again what took at most so long."""
+DISK_SHARE = 0.25
+"""Of what is free, how much one may take."""
+
+
+@dataclass(frozen=True)
+class States:
+    """What enters the block whose turn it is: of the model that is compressed; of the dense one, where one runs beside."""
+
+    hidden: HiddenStates
+    dense: HiddenStates | None = None
+
+    def named(self) -> dict[str, HiddenStates]:
+        return {"hidden": self.hidden} | ({} if self.dense is None else {"dense": self.dense})
+
+
+@dataclass
+class Checkpoints:
+    """In `scratch`, of States with or without those of the dense model, each under the number of blocks that they have passed."""
+
+    scratch: Path
+    dense: bool
+    written: float = field(default_factory=time.perf_counter)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("hidden", "dense") if self.dense else ("hidden",)
+
+    def latest(self, blocks: int) -> int:
+        """How many of the first `blocks` blocks need not be run again."""
+        found = sorted({int(path.name.split("-")[1]) for path in self.scratch.glob("walked-*.safetensors")}, reverse=True)
+        return next((index for index in found if index <= blocks and all(is_whole(self._path(index, name)) for name in self.names)), 0)
+
+    def load(self, index: int, room: Room) -> States:
+        """What enters block `index`."""
+        return States(*(HiddenStates.load(self._path(index, name), room) for name in self.names))
+
+    def keep(self, index: int, states: States) -> None:
+        """Write what enters block `index`, if the last time is long enough ago and the disk has room; older ones go."""
+        size = sum(slot.size for of_model in states.named().values() for slot in of_model.slots)
+        if time.perf_counter() - self.written < SECONDS or size > DISK_SHARE * shutil.disk_usage(self.scratch).free:
+            return
+        for name, of_model in states.named().items():
+            of_model.save(self._path(index, name))
+        for path in self.scratch.glob("walked-*.safetensors"):
+            if not path.name.startswith(f"walked-{index:05d}-"):
+                path.unlink()
+        self.written = time.perf_counter()
+
+    def _path(self, index: int, name: str) -> Path:
+        return self.scratch / f"walked-{index:05d}-{name}.safetensors"
