@@ -18,9 +18,10 @@ test: venv
 proofs: venv
 	$(BIN)/python -P -m pytest -m slow
 
-# auto-gptq in an environment of its own, and the tests in which it reads and writes our checkpoints.
+# auto-gptq and llama.cpp in environments of their own, and the tests in which they read and write our files.
 interop: venv
 	VENV_INTEROP=$(CURDIR)/.venv-interop bash tests/interop/build.sh
+	VENV_LLAMA=$(CURDIR)/.venv-llama sh tests/interop/build_llama_cpp.sh
 	$(BIN)/python -P -m pytest -m interop tests/interop
 
 # AutoRound in an environment of its own, for its rows of the grid table.

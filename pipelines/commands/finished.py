@@ -20,10 +20,10 @@ RunDirectories = Annotated[list[Path], typer.Argument(metavar="RUN_DIR RUN_DIR â
 ReportFormat = Annotated[Literal["html", "md", "csv", "json"], typer.Option("--format", help="what to write")]
 CompareFormat = Annotated[Literal["table", "html", "md", "json"], typer.Option("--format", help="what to write")]
 ExportFormat = Annotated[
-    Literal["dense", "gptq", "gptq-v2", "compressed-tensors", "bnb"], typer.Option("--format", help="checkpoint format")
+    Literal["dense", "gptq", "gptq-v2", "compressed-tensors", "bnb", "gguf"], typer.Option("--format", help="checkpoint format")
 ]
 OutputFile = Annotated[Path | None, typer.Option("-o", "--output", parser=o.place, metavar="FILE", help="instead of stdout")]
-OutputDirectory = Annotated[Path, typer.Option("-o", "--output", parser=o.place, metavar="DIR", help="a new or empty directory")]
+OutputDirectory = Annotated[Path, typer.Option("-o", "--output", parser=o.place, metavar="DIR", help="a new or empty directory; FILE.gguf for gguf")]
 Evaluated = Annotated[str, typer.Argument(metavar="MODEL_OR_ARTIFACT", help="demo, a model, a run's stage directory or an export")]
 SeqLen = Annotated[int | None, typer.Option("--seq-len", metavar="N", min=2, help="tokens a window")]
 Windows = Annotated[int | None, typer.Option("--windows", metavar="N", min=1, help="how many windows; default all (16 for demo)")]
@@ -124,7 +124,9 @@ def export(
     if requantize and not merge:
         raise UsageError("--requantize goes with --merge: it quantizes what was merged")
     if output.exists() and not output.is_dir():
-        raise UsageError(f"{output} is a file; -o takes a directory")
+        raise UsageError(f"{output} is a file; -o takes a new name, nothing is overwritten")
+    if (output.suffix == ".gguf") and format_ != "gguf":
+        raise UsageError(f"{output}: --format {format_} writes a directory; -o takes one, or use --format gguf")
     if output.is_dir() and next(output.iterdir(), None) is not None:
         raise UsageError(f"{output} is not empty; name a new directory, nothing is overwritten")
     from ..export import exporting

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ...compress.weights import NormalFloatWeight, UniformWeight
+from .. import formats
 from ..demo import imported
 from ..devices.environment import compute_of
-from ..errors import InputError, QualityError
+from ..errors import InputError, QualityError, UsageError
 from ..evaluation import measure, perplexity
 from ..formats.checkpoint import Checkpoint, Lazy, dtype_of
 from ..models.source import load_config
@@ -24,7 +25,7 @@ from ..models.structure import inspect, skeleton, tied_names
 from ..recipes.recipe import Recipe, resolve
 from ..run.ledger import record
 from ..run.opening import last_artifact
-from ..stages.baseline import build_baseline, fingerprint
+from ..stages.baseline import artifact_of, build_baseline, fingerprint
 from ..stages.inputs import Inputs
 from ..store.artifact import Artifact
 from ..store.rundir import RunDirectory, refuse_inside_run
@@ -44,13 +45,16 @@ def export(
     artifact = last_artifact(directory, stage)
     artifact.verify()
     recipe = resolve(place.checked_recipe(), file=None, sets=[], options={})
-    said = _embeddings_made_dense(artifact)
+    if format_ not in formats.FORMATS:
+        raise UsageError(f"unknown format {format_!r}; known are {', '.join(formats.FORMATS)}")
+    whole = formats.FORMATS[format_].whole
+    said = [] if whole else _embeddings_made_dense(artifact)
     card = _card(directory, artifact, said)
     if merge and requantize:
-        with requantized(artifact, recipe, lambda made: checkpoint_of(made, card)) as (checkpoint, notes):
+        with requantized(artifact, recipe, lambda made: checkpoint_of(made, card, whole)) as (checkpoint, notes):
             notes += write_audited(format_, checkpoint, output)
     else:
-        checkpoint = checkpoint_of(artifact, card)
+        checkpoint = checkpoint_of(artifact, card, whole)
         if merge:
             checkpoint = merged(checkpoint, artifact)
         notes = write_audited(format_, checkpoint, output)
@@ -61,12 +65,13 @@ def export(
         before is not None and compute.dtype != torch.float32
     ):  # two computations of one model in short floats differ by more than a format may
         before = _perplexity(artifact, recipe, compute.device)
-    after = _measure(output, recipe, compute.device)
+    after = _measure(output, recipe, compute.device) if not whole else _measure_whole(format_, output, checkpoint, artifact, recipe, compute.device)
     if before is not None and not (merge and requantize) and abs(after / before - 1) > TOLERANCE:
         raise QualityError(
             f"{output}: reads back with perplexity {after:.4f}, the artifact has {before:.4f}; do not use it, and report this"
         )
-    size = sum(f.stat().st_size for f in output.rglob("*.safetensors"))
+    files = [output] if output.is_file() else [*output.rglob("*.safetensors"), *output.glob("*.gguf")]
+    size = sum(f.stat().st_size for f in files)
     return {
         "directory": str(output),
         "format": format_,
@@ -78,8 +83,9 @@ def export(
     }
 
 
-def checkpoint_of(artifact: Artifact, card: dict[str, Any]) -> Checkpoint:
-    """An artifact as every format sees it: rounded embeddings become the dense table that any program can look rows up in."""
+def checkpoint_of(artifact: Artifact, card: dict[str, Any], embeddings: bool = False) -> Checkpoint:
+    """An artifact as every format sees it: rounded embeddings become the dense table that any program can look rows up in, unless the format has
+    a place for their codes (`embeddings`)."""
     config = json.loads((artifact.directory / "config.json").read_text())
     model = skeleton(load_config(artifact.directory))
     structure = inspect(model, include_head=True)
@@ -89,11 +95,11 @@ def checkpoint_of(artifact: Artifact, card: dict[str, Any]) -> Checkpoint:
     tensors: dict[str, Callable[[], Tensor]] = {
         n: partial(artifact.tensor, n) for n in artifact.index if artifact.is_plain(n) and not {n} & (of_records | tied.keys())
     }
-    if table is not None and table in artifact.linears:
+    if table is not None and table in artifact.linears and not embeddings:
         tensors[f"{table}.weight"] = lambda: artifact.stored(table).dense(dtype_of(config))
     return Checkpoint(
         config=config,
-        linears=Lazy({n: partial(artifact.stored, n) for n in artifact.linears if n != table}),
+        linears=Lazy({n: partial(artifact.stored, n) for n in artifact.linears if embeddings or n != table}),
         tensors=Lazy(tensors),
         files=artifact.directory,
         transposed=frozenset(s.module if s.expert is None else f"{s.module}.{s.parameter}" for s in structure.sites if s.transposed),
@@ -149,6 +155,18 @@ def _measure(output: Path, recipe: Recipe, device: torch.device) -> float:
         place = Path(scratch)
         manifest = {"key": fingerprint(output), "parent": None, "stage": {"name": "baseline", "method": None, "settings": {}}}
         found = _perplexity(build_baseline(output, place / "a.partial", place / "a", manifest), recipe, device)
+    if found is None:
+        raise InputError(f"{output}: nothing to measure it on")
+    return found
+
+
+def _measure_whole(format_: str, output: Path, written: Checkpoint, artifact: Artifact, recipe: Recipe, device: torch.device) -> float:
+    """The same of a format that is read by the config of what was written."""
+    with tempfile.TemporaryDirectory(prefix="bitmend-") as scratch:
+        place = Path(scratch)
+        manifest = {"key": "export", "parent": None, "stage": {"name": "baseline", "method": None, "settings": {}}}
+        read = formats.read_back(format_, output, written)
+        found = _perplexity(artifact_of(read, artifact.directory, place / "a.partial", place / "a", manifest), recipe, device)
     if found is None:
         raise InputError(f"{output}: nothing to measure it on")
     return found

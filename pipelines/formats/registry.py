@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, UsageError
-from . import bitsandbytes, compressed_tensors, gptq_files, peft, plain
+from . import bitsandbytes, compressed_tensors, gguf_files, gptq_files, peft, plain
 from .checkpoint import Checkpoint
 from .folder import read_config
 
 
 @dataclass(frozen=True)
 class Format:
-    """`write(checkpoint, directory, **options)` returns notes for the user; `read(directory)` returns a Checkpoint."""
+    """`write(checkpoint, directory, **options)` returns notes for the user; `read(directory)` returns a Checkpoint. A `whole` format holds embeddings
+    in their codes, writes a low-rank term itself and changes no value; it is read by the config of a checkpoint: `read(output, like)`."""
 
     write: Callable[..., list[str]]
-    read: Callable[[Path], Checkpoint]
+    read: Callable[..., Checkpoint]
+    whole: bool = False
 
 
 FORMATS: Mapping[str, Format] = {
@@ -29,6 +31,7 @@ FORMATS: Mapping[str, Format] = {
     "gptq-v2": Format(partial(gptq_files.write, version=2), gptq_files.read),
     "compressed-tensors": Format(compressed_tensors.write, compressed_tensors.read),
     "bnb": Format(bitsandbytes.write, bitsandbytes.read),
+    "gguf": Format(gguf_files.write, gguf_files.read, whole=True),
 }
 
 
@@ -53,9 +56,14 @@ def write(name: str, checkpoint: Checkpoint, directory: Path, **options: Any) ->
     name, and for what has no place."""
     if name not in FORMATS:
         raise UsageError(f"unknown format {name!r}; known are {', '.join(FORMATS)}")
-    if checkpoint.beside or peft.has_low_rank(checkpoint):
+    if not FORMATS[name].whole and (checkpoint.beside or peft.has_low_rank(checkpoint)):
         return peft.write(checkpoint, directory, FORMATS[name].write, **options)
     return FORMATS[name].write(checkpoint, directory, **options)
+
+
+def read_back(name: str, output: Path, written: Checkpoint) -> Checkpoint:
+    """What `write` left in `output` of the checkpoint `written`."""
+    return FORMATS[name].read(output, written) if FORMATS[name].whole else read(output)
 
 
 def is_pair(directory: Path) -> bool:

@@ -192,6 +192,28 @@ def fresh_directory(directory: Path) -> Iterator[Path]:
         sync(directory.parent)
 
 
+@contextmanager
+def fresh_file(file: Path) -> Iterator[Path]:
+    """A place in a scratch directory for `file`, which goes to its own place when the block ends well, with whatever was written beside it.
+
+    UsageError when one of them exists: exports never overwrite.
+    """
+    if file.exists():
+        raise UsageError(f"{file} exists; choose another name or remove it first")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(file)
+    with _claimed(file.with_name(f".{file.name}.{os.getpid()}{PARTIAL}")) as made:
+        yield made / file.name
+        written = sorted(made.iterdir(), key=lambda path: path.name == file.name)
+        for path in written[:-1]:
+            if (file.parent / path.name).exists():
+                raise UsageError(f"{file.parent / path.name} exists, and {file.name} needs it; choose another name or remove it first")
+        for path in written:  # the file itself last
+            sync(path)
+            path.rename(file.parent / path.name)
+        sync(file.parent)
+
+
 LOCK, MADE = ".lock", "output"
 """In a scratch place: the file that its process locks and writes its claim into, and what becomes the output."""
 

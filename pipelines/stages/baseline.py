@@ -55,6 +55,14 @@ def build_baseline(directory: Path, scratch: Path, final: Path, manifest: dict[s
     return writer.seal(final, manifest, documents)
 
 
+def artifact_of(checkpoint: Checkpoint, files: Path, scratch: Path, final: Path, manifest: dict[str, Any]) -> Artifact:
+    """The artifact of a checkpoint that was read, with the config and tokenizer files of `files`."""
+    documents = {n: (files / n).read_bytes() for n in ("config.json", *DOCUMENTS) if (files / n).is_file()}
+    writer = ArtifactWriter(scratch, None)
+    _write_checkpoint(writer, checkpoint, files)
+    return writer.seal(final, manifest, documents)
+
+
 def check_source(directory: Path) -> None:
     """InputError for what the headers of a dense model's files show to be wrong, and for an adapter beside it that does not fit."""
     if weights_home(directory) != directory:
@@ -118,8 +126,11 @@ def _convert(writer: ArtifactWriter, directory: Path) -> None:
 def _import(writer: ArtifactWriter, directory: Path) -> None:
     """A checkpoint that some program quantized: its codes, scales and zeros as they are."""
     detect(weights_home(directory))
-    checkpoint = _read(directory)
-    model = skeleton(load_config(weights_home(directory)))
+    _write_checkpoint(writer, _read(directory), weights_home(directory))
+
+
+def _write_checkpoint(writer: ArtifactWriter, checkpoint: Checkpoint, files: Path) -> None:
+    model = skeleton(load_config(files))
     structure = inspect(model, include_head=True)
     for index in range(structure.blocks):
         prefix = f"{structure.prefix}.{index}."
