@@ -7,9 +7,10 @@ Source: ggml-quants.h and k_quants of ggml (github.com/ggml-org/llama.cpp), as r
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 GgmlName = Literal["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
+GridName = Literal["uniform", GgmlName]
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,32 @@ GGML_TYPES: Mapping[str, GgmlType] = {
     "q5_k": GgmlType(5, 256, 32, 6, True, "q5_1"),
     "q6_k": GgmlType(6, 256, 16, 8, False, "q8_0"),
 }
+OF_BITS: Mapping[int, GgmlName] = {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 8: "q8_0"}
+"""The usual type by the bits of a code."""
 
 
-def type_for(name: str, in_features: int) -> str:
+def type_for(name: str, in_features: int, masked: bool = False) -> GgmlName:
     """The type that rows of so many columns get where `name` is asked for: its fallback where they are no multiple of its super-blocks.
-    ValueError, with the numbers, where they are none of the fallback's either."""
-    wanted = GGML_TYPES[name]
-    if in_features % wanted.columns == 0:
-        return name
-    if wanted.fallback is not None and in_features % GGML_TYPES[wanted.fallback].columns == 0:
-        return wanted.fallback
-    other = "" if wanted.fallback is None else f", nor of the 32 of {wanted.fallback}, which takes its place"
-    raise ValueError(
-        f"in_features {in_features} is not a multiple of the {wanted.columns} columns of a block of {name}{other}; set grid: uniform"
-    )
+    ValueError, with the numbers, where they are none of the fallback's either, and for `masked` rows where the type has minima."""
+    wanted, found = GGML_TYPES[name], cast(GgmlName, name)
+    if in_features % wanted.columns:
+        other = "" if wanted.fallback is None else f" and of {wanted.fallback}, which takes its place, 32"
+        if wanted.fallback is None or in_features % GGML_TYPES[wanted.fallback].columns:
+            raise ValueError(
+                f"in_features {in_features} does not fit: a block of {name} has {wanted.columns} columns{other}; set grid: uniform"
+            )
+        found = wanted.fallback
+    if masked and GGML_TYPES[found].minima:
+        without = ", ".join(other for other, layout in GGML_TYPES.items() if not layout.minima)
+        raise ValueError(
+            f"{found} has no code for 0, since it has minima, and the mask removes weights; grids for pruned models: {without}"
+        )
+    return found
+
+
+def as_settings(grid: str) -> dict[str, Any]:
+    """What a type of ggml says of bits, groups and symmetry; nothing for a uniform grid."""
+    if grid == "uniform":
+        return {}
+    layout = GGML_TYPES[grid]
+    return {"bits": layout.bits, "group_size": layout.group_size, "symmetric": not layout.minima, "float_zeros": False}

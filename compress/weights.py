@@ -222,12 +222,26 @@ class GgmlWeight:
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """In float32 as `gguf.quants.dequantize` computes it, bit for bit, and then rounded to `dtype`."""
-        rows, minima = self.shape[0], self.minima_OG()
-        grouped = self.codes_OI().float().view(rows, self.groups, -1)
-        grouped = grouped.sub_(self.layout.zero).mul_(self.scales_OG().unsqueeze(-1))
-        if minima is not None:
-            grouped = grouped.sub_(minima.unsqueeze(-1))
-        return grouped.view(rows, -1).to(dtype)
+        return self.values(self.codes_OI().float()).to(dtype)
+
+    def uniform(self) -> "UniformWeight":
+        """The same values, but for the rounding of float32, on a uniform grid with float32 scales and zero points: what a program that knows
+        no super-blocks can read. A group of scale 0 is flat: code 0 of a grid as wide as its minimum."""
+        scales, minima, codes = self.scales_OG(), self.minima_OG(), self.codes
+        if minima is None:
+            return UniformWeight(codes, scales, None, self.bits, self.group_size, self.in_features)
+        flat = scales == 0
+        if bool(flat.any()):
+            columns = flat.repeat_interleave(self.group_size, dim=1)
+            codes = pack_codes(self.codes_OI().where(~columns, 0), self.bits)
+        zeros, scales = (minima / scales).where(~flat, 1.0), scales.where(~flat, minima)
+        return UniformWeight(codes, scales, zeros, self.bits, self.group_size, self.in_features)
+
+    def values(self, codes_OI: Tensor) -> Tensor:
+        """What float32 codes [O, I] stand for."""
+        minima = self.minima_OG()
+        grouped = (codes_OI.view(self.shape[0], self.groups, -1) - self.layout.zero).mul_(self.scales_OG().unsqueeze(-1))
+        return (grouped if minima is None else grouped.sub_(minima.unsqueeze(-1))).view(self.shape)
 
     def stored_bits(self) -> int:
         return _bits(self.codes, self.super_scales, self.super_minima, self.small_codes)

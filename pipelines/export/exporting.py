@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...compress.weights import NormalFloatWeight, UniformWeight
+from ...compress.weights import GgmlWeight, NormalFloatWeight, UniformWeight
 from .. import formats
 from ..demo import imported
 from ..devices.environment import compute_of
@@ -115,7 +115,7 @@ def _embeddings_made_dense(artifact: Artifact) -> list[str]:
     if table is None or table.name not in artifact.linears:
         return []
     base = artifact.stored(table.name).base
-    bits = f"{base.bits} bits" if isinstance(base, UniformWeight | NormalFloatWeight) else "floating point"
+    bits = f"{base.bits} bits" if isinstance(base, UniformWeight | NormalFloatWeight | GgmlWeight) else "floating point"
     return [f"{table.name}: rounded to {bits} in the artifact, written densely here; no format has a place for the codes of an embedding"]
 
 

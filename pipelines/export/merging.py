@@ -53,7 +53,7 @@ def requantized(
     spec = next((s for s in chosen.stages if s.name == "quantize"), None)
     if spec is None:
         raise UsageError("--requantize: the recipe has no quantize stage whose grid could be used; leave it out")
-    known = ("bits", "group_size", "symmetric")
+    known = ("bits", "group_size", "symmetric", "grid")
     overrides = {pattern: {k: v for k, v in fields.items() if k in known} for pattern, fields in spec.overrides.items()}
     settings = {k: getattr(spec.config, k) for k in known if hasattr(spec.config, k)}
     again = StageSpec(

@@ -66,7 +66,7 @@ def _on_blocks(name: str, base: UniformWeight, mask_OI: Tensor | None) -> tuple[
     kind = f"zero points that are no whole numbers ({zeros_OG.min():g}…{zeros_OG.max():g})" if not whole else "levels"
     raise UsageError(
         f"{name}: {kind} {'with minima that are no float16' if not whole else f'{levels.min():g}…{levels.max():g}'}, which none of "
-        f"{', '.join(LEGACY).upper()} holds exactly; --set quantize.symmetric=true fits, --format dense carries it as it is"
+        f"{', '.join(LEGACY).upper()} holds exactly; --set quantize.symmetric=true or quantize.grid=q4_k fits, --format dense carries it as it is"
     )
 
 
