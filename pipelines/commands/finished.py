@@ -29,6 +29,7 @@ SeqLen = Annotated[int | None, typer.Option("--seq-len", metavar="N", min=2, hel
 Windows = Annotated[int | None, typer.Option("--windows", metavar="N", min=1, help="how many windows; default all (16 for demo)")]
 StageName = Annotated[str | None, typer.Option("--stage", metavar="NAME", help="this stage's artifact; default the last one")]
 Merge = Annotated[bool, typer.Option("--merge", help="merge the low-rank term into the base where that is exact")]
+Engine = Annotated[Literal["kernels", "llama.cpp"], typer.Option("--engine", help="what computes: our kernels, or llama.cpp (an extra) from a GGUF file")]
 Requantize = Annotated[bool, typer.Option("--requantize", help="with --merge: quantize the merged weight again, the loss is reported")]
 
 
@@ -141,19 +142,28 @@ def generate(
     temperature: Annotated[float, typer.Option("--temperature", metavar="T", min=0.0, help="0 takes the likeliest token")] = 0.0,
     seed: o.Seed = None,
     device: o.Device = "auto",
+    engine: Engine = "kernels",
     json: o.Json = False,
     verbose: o.Verbose = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Let the compressed model write, through the kernels."""
+    """Let the compressed model write, through the kernels or in llama.cpp."""
     start(verbose, quiet)
     existing(run_directory)
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise UsageError("the prompt is empty; give some text to go on from")
-    from ..run import generate as generating
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed or 0}
+    if engine == "llama.cpp":
+        if device not in ("auto", "cpu"):
+            raise UsageError(f"--engine llama.cpp runs on the CPU here; leave --device {device} out")
+        from ..export import llama_engine
 
-    pieces = generating.generate(run_directory, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed or 0, device=device)
+        pieces = llama_engine.generate(run_directory, text, **settings)
+    else:
+        from ..run import generate as generating
+
+        pieces = generating.generate(run_directory, text, **settings, device=device)
     if json:
         o.write_json({"prompt": text, "text": "".join(pieces)})
         return

@@ -20,6 +20,7 @@ from ..devices.environment import compute_of
 from ..errors import InputError, QualityError, UsageError
 from ..evaluation import measure, perplexity
 from ..formats.checkpoint import Checkpoint, Lazy, dtype_of
+from ..formats.gguf_files import adapter_beside
 from ..models.source import load_config
 from ..models.structure import inspect, skeleton, tied_names
 from ..recipes.recipe import Recipe, resolve
@@ -70,7 +71,7 @@ def export(
         raise QualityError(
             f"{output}: reads back with perplexity {after:.4f}, the artifact has {before:.4f}; do not use it, and report this"
         )
-    files = [output] if output.is_file() else [*output.rglob("*.safetensors"), *output.glob("*.gguf")]
+    files = [f for f in (output, adapter_beside(output)) if f.is_file()] or [*output.rglob("*.safetensors"), *output.glob("*.gguf")]
     size = sum(f.stat().st_size for f in files)
     return {
         "directory": str(output),

@@ -136,7 +136,7 @@ def _in_bytes(base: UniformWeight) -> UniformWeight:
 
 def refuse_other_grid(name: str, base: NormalFloatWeight | GgmlWeight, format_name: str) -> NoReturn:
     if isinstance(base, GgmlWeight):
-        raise UsageError(f"{name}: {format_name} has no place for ggml's {base.type}; --format dense can hold its values")
+        raise UsageError(f"{name}: {format_name} has no place for ggml's {base.type}; --format gguf carries it, --format dense its values")
     other = "--format bnb carries NF4" if base.bits == 4 else "--format dense can"
     raise UsageError(f"{name}: {format_name} holds uniform grids, not NormalFloat{base.bits}; {other}")
 

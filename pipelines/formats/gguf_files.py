@@ -95,7 +95,7 @@ def write(checkpoint: Checkpoint, output: Path) -> list[str]:
 def read(output: Path, like: Checkpoint) -> Checkpoint:
     """What `write` made, under the names of the config of `like`: quantized tensors as records, all others by name, an adapter's factors in the
     records. InputError for a file that is damaged, or of another model."""
-    file, beside = (output / MODEL, output / ADAPTER) if output.is_dir() else (output, _beside(output))
+    file, beside = (output / MODEL, output / ADAPTER) if output.is_dir() else (output, adapter_beside(output))
     model, tensors = GgufModel.of(like.config), _opened(file)
     shared = {source: alias for alias, source in like.tied.items() if alias.removesuffix(".weight") in like.linears}
     linears: dict[str, Callable[[], StoredWeight]] = {}
@@ -206,7 +206,8 @@ def _write_adapter(file: Path, model: GgufModel, tensors: Mapping[str, Tensor]) 
     _write_tensors(writer, [_Entry(name, "F32", tuple(tensor.shape), lambda t=tensor: t) for name, tensor in tensors.items()])
 
 
-def _beside(file: Path) -> Path:
+def adapter_beside(file: Path) -> Path:
+    """Where the adapter of a single file lies."""
     return file.with_name(f"{file.stem}.{ADAPTER}")
 
 
@@ -215,7 +216,7 @@ def _places(output: Path) -> Iterator[tuple[Path, Path, Path | None]]:
     """(model, adapter, model card) in a scratch place that becomes `output` when the block ends well."""
     if output.suffix == ".gguf":
         with fresh_file(output) as file:
-            yield file, _beside(file), None
+            yield file, adapter_beside(file), None
     else:
         with fresh_directory(output) as made:
             yield made / MODEL, made / ADAPTER, made / "README.md"

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...compress.ggml_types import GGML_TYPES, GgmlName
 from ...compress.weights import DenseWeight, GgmlWeight, NormalFloatWeight, StoredWeight, UniformWeight
 from ..errors import UsageError
-from .checkpoint import half_scales, refuse_beyond_codes, refuse_normal_float
+from .checkpoint import half_scales, refuse_beyond_codes, refuse_other_grid
 
 LABEL = "GGUF"
 BLOCK = 32
@@ -34,7 +34,7 @@ def held(name: str, record: StoredWeight) -> tuple[GgmlWeight | DenseWeight, boo
     if isinstance(base, GgmlWeight):
         return _masked(name, base, record.mask_OI()), False
     if isinstance(base, NormalFloatWeight):
-        refuse_normal_float(name, base, LABEL)
+        refuse_other_grid(name, base, LABEL)
     return _on_blocks(name, base, record.mask_OI())
 
 
