@@ -27,6 +27,7 @@ from ..run.opening import last_artifact
 from ..stages.baseline import build_baseline, fingerprint
 from ..stages.inputs import Inputs
 from ..store.artifact import Artifact
+from ..store.manifest import FOR_TRANSFORMERS
 from ..store.rundir import RunDirectory, refuse_inside_run
 from .audit import write_audited
 from .merging import merged, requantized
@@ -81,6 +82,7 @@ def export(
 def checkpoint_of(artifact: Artifact, card: dict[str, Any]) -> Checkpoint:
     """An artifact as every format sees it: rounded embeddings become the dense table that any program can look rows up in."""
     config = json.loads((artifact.directory / "config.json").read_text())
+    config = {name: value for name, value in config.items() if name not in FOR_TRANSFORMERS}
     model = skeleton(load_config(artifact.directory))
     structure = inspect(model, include_head=True)
     tied = tied_names(model)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, UsageError
+from ..store.manifest import QUANT_METHOD
 from . import bitsandbytes, compressed_tensors, gptq_files, peft, plain
 from .checkpoint import Checkpoint
 from .folder import read_config
@@ -45,6 +46,8 @@ def detect(directory: Path) -> str:
         return "bnb"
     if method in ("compressed-tensors", "compressed_tensors"):
         return "compressed-tensors"
+    if method == QUANT_METHOD:
+        raise InputError(f"{directory}: is a stage of a run, no checkpoint to start from; `pipeline export` its run and give the export")
     return _unknown(directory, f"quant_method {method!r}")
 
 
