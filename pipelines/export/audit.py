@@ -14,9 +14,9 @@ from ..formats.checkpoint import Checkpoint
 from ..formats.naming import expert_parameter
 
 
-def write_audited(format_: str, checkpoint: Checkpoint, output: Path) -> list[str]:
+def write_audited(format_: str, checkpoint: Checkpoint, output: Path, adapter: bool) -> list[str]:
     """What to tell the user. QualityError when what lies on disk is not what the checkpoint held."""
-    notes = formats.write(format_, checkpoint, output)
+    notes = formats.write(format_, checkpoint, output, adapter)
     back = formats.read(output)
     for name, record in checkpoint.linears.items():
         problem = difference(record, _read_back(back, checkpoint, name))

@@ -5,7 +5,9 @@ Knows artifacts and checkpoints; the bytes of a format are `formats/`.
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,14 @@ import torch
 from torch import Tensor
 
 from ...compress.weights import NormalFloatWeight, UniformWeight
+from .. import formats
 from ..demo import imported
 from ..devices.environment import compute_of
 from ..errors import InputError, QualityError
 from ..evaluation import measure, perplexity
 from ..formats.checkpoint import Checkpoint, Lazy, dtype_of
+from ..formats.readers import Exported, for_the_others, known_readers
+from ..formats.shards import COUNTED, counted_bytes
 from ..models.source import load_config
 from ..models.structure import inspect, skeleton, tied_names
 from ..recipes.recipe import Recipe, resolve
@@ -37,25 +42,23 @@ TOLERANCE = 1e-3
 
 
 def export(
-    directory: Path, format_: str, output: Path, *, stage: str | None = None, merge: bool = False, requantize: bool = False
+    directory: Path,
+    format_: str,
+    output: Path,
+    *,
+    stage: str | None = None,
+    merge: bool = False,
+    requantize: bool = False,
+    adapter: bool = False,
 ) -> dict[str, Any]:
-    """Write, read back, measure. UsageError for what the format cannot carry, QualityError when the export does not measure the same."""
+    """Write, read back, measure; with `adapter` a low-rank term or virtual tokens stay apart from their base. UsageError for what the format
+    cannot carry, QualityError when the export does not measure the same."""
     place = RunDirectory(directory.resolve())
     refuse_inside_run(output)
-    artifact = last_artifact(directory, stage)
-    artifact.verify()
+    artifact = _verified(directory, stage)
     recipe = resolve(place.checked_recipe(), file=None, sets=[], options={})
-    said = _embeddings_made_dense(artifact)
-    card = _card(directory, artifact, said)
-    if merge and requantize:
-        with requantized(artifact, recipe, lambda made: checkpoint_of(made, card)) as (checkpoint, notes):
-            notes += write_audited(format_, checkpoint, output)
-    else:
-        checkpoint = checkpoint_of(artifact, card)
-        if merge:
-            checkpoint = merged(checkpoint, artifact)
-        notes = write_audited(format_, checkpoint, output)
-    notes = [*said, *notes]
+    with _prepared(directory, artifact, recipe, format_, merge, requantize, adapter) as (checkpoint, exported, notes):
+        notes = [*notes, *write_audited(format_, checkpoint, output, adapter)]
     compute = compute_of(place, "auto", recipe.dtype, recipe.deterministic)
     before = _known_perplexity(directory, artifact)
     if (
@@ -75,8 +78,57 @@ def export(
         "total_bytes": size,
         "perplexity": after,
         "artifact_perplexity": before,
+        "read_by": known_readers(exported),
         "notes": notes,
     }
+
+
+def predict(
+    directory: Path, format_: str, *, stage: str | None = None, merge: bool = False, requantize: bool = False, adapter: bool = False
+) -> dict[str, Any]:
+    """What `export` would write: every matrix is packed, which shows all refusals, and only counted; nothing is measured. Who reads it, and
+    what would have to change for the others."""
+    place = RunDirectory(directory.resolve())
+    artifact = _verified(directory, stage)
+    recipe = resolve(place.checked_recipe(), file=None, sets=[], options={})
+    with (
+        _prepared(directory, artifact, recipe, format_, merge, requantize, adapter) as (checkpoint, exported, notes),
+        tempfile.TemporaryDirectory(prefix="bitmend-") as scratch,
+    ):
+        counted = Path(scratch) / "export"
+        notes = [*notes, *formats.write(format_, checkpoint, counted, adapter, shard_bytes=COUNTED)]
+        size = counted_bytes(counted)
+    apart = bool(artifact.beside) or any("low_rank" in description for description in artifact.linears.values())
+    return {
+        "format": format_,
+        "stage": artifact.manifest["stage"]["name"],
+        "total_bytes": size,
+        "read_by": known_readers(exported),
+        "changes_for_others": for_the_others(exported, apart),
+        "notes": notes,
+    }
+
+
+def _verified(directory: Path, stage: str | None) -> Artifact:
+    artifact = last_artifact(directory, stage)
+    artifact.verify()
+    return artifact
+
+
+@contextmanager
+def _prepared(
+    directory: Path, artifact: Artifact, recipe: Recipe, format_: str, merge: bool, requantize: bool, adapter: bool
+) -> Iterator[tuple[Checkpoint, Exported, list[str]]]:
+    """The checkpoint to be written, its card filled in, what decides who reads it, and what is to be said."""
+    said = _embeddings_made_dense(artifact)
+    card = _card(directory, artifact, said)
+    with requantized(artifact, recipe) if merge and requantize else nullcontext((artifact, [])) as (source, notes):
+        checkpoint, descriptions = checkpoint_of(source, card), list(source.linears.values())
+        if merge and not requantize and format_ != "dense":  # a dense weight takes every term in
+            checkpoint = merged(checkpoint, source)
+            descriptions = [{name: part for name, part in whole.items() if name != "low_rank"} for whole in descriptions]
+        exported = Exported.of(format_, adapter, checkpoint.config.get("model_type", ""), descriptions)
+        yield replace(checkpoint, card={**card, "read_by": known_readers(exported)}), exported, [*said, *notes]
 
 
 def checkpoint_of(artifact: Artifact, card: dict[str, Any]) -> Checkpoint:

@@ -51,13 +51,24 @@ def detect(directory: Path) -> str:
     return _unknown(directory, f"quant_method {method!r}")
 
 
-def write(name: str, checkpoint: Checkpoint, directory: Path, **options: Any) -> list[str]:
-    """Export in format `name`; a low-rank term or virtual tokens go to DIR/adapter with the rest in DIR/base. UsageError for an unknown
-    name, and for what has no place."""
+def write(name: str, checkpoint: Checkpoint, directory: Path, adapter: bool = False, **options: Any) -> list[str]:
+    """Export in format `name`, as one model; with `adapter` a low-rank term or virtual tokens go to DIR/adapter and the rest to DIR/base.
+    UsageError for an unknown name, and for what has no place."""
     if name not in FORMATS:
         raise UsageError(f"unknown format {name!r}; known are {', '.join(FORMATS)}")
-    if checkpoint.beside or peft.has_low_rank(checkpoint):
+    if adapter:
         return peft.write(checkpoint, directory, FORMATS[name].write, **options)
+    tokens = peft.virtual_tokens(checkpoint)
+    if tokens is not None:
+        raise UsageError(
+            f"{tokens.count} virtual tokens stand before this model and merge into nothing; --adapter writes DIR/base and DIR/adapter, for PEFT"
+        )
+    with_term = peft.with_low_rank(checkpoint)
+    if with_term and name != "dense":
+        raise UsageError(
+            f"{with_term} linears have a low-rank term, which {name} has no place for: --adapter keeps it in DIR/adapter, for PEFT, beside DIR/base "
+            "in this format; --format dense adds it into the weights; --merge --requantize quantizes the sum again"
+        )
     return FORMATS[name].write(checkpoint, directory, **options)
 
 
