@@ -2,7 +2,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
-PACKAGES := compress recover kernels pipelines reports
+PACKAGES := __init__.py compress recover kernels pipelines reports
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test proofs check gpu gpu-packages venv interop rivals publish clean FORCE

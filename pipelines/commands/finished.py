@@ -28,9 +28,13 @@ Evaluated = Annotated[str, typer.Argument(metavar="MODEL_OR_ARTIFACT", help="dem
 SeqLen = Annotated[int | None, typer.Option("--seq-len", metavar="N", min=2, help="tokens a window")]
 Windows = Annotated[int | None, typer.Option("--windows", metavar="N", min=1, help="how many windows; default all (16 for demo)")]
 StageName = Annotated[str | None, typer.Option("--stage", metavar="NAME", help="this stage's artifact; default the last one")]
-Merge = Annotated[bool, typer.Option("--merge", help="merge the low-rank term into the base where that is exact")]
+Merge = Annotated[bool, typer.Option("--merge", help="merge the low-rank term into the base where that is exact; dense does so by itself")]
 Engine = Annotated[Literal["kernels", "llama.cpp"], typer.Option("--engine", help="what computes: our kernels, or llama.cpp (an extra) from a GGUF file")]
 Requantize = Annotated[bool, typer.Option("--requantize", help="with --merge: quantize the merged weight again, the loss is reported")]
+
+
+Adapter = Annotated[bool, typer.Option("--adapter", help="base and adapter apart, in DIR/base and DIR/adapter, as PEFT reads them")]
+CountOnly = Annotated[bool, typer.Option("--dry-run", help="count bytes, name refusals and who reads it, write nothing")]
 
 
 @report.command("show")
@@ -115,15 +119,19 @@ def export(
     stage: StageName = None,
     merge: Merge = False,
     requantize: Requantize = False,
+    adapter: Adapter = False,
+    dry_run: CountOnly = False,
     json: o.Json = False,
     verbose: o.Verbose = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Write a checkpoint that other programs load; a low-rank term becomes a PEFT adapter beside its base."""
+    """Write a checkpoint that other programs load: one model, or with --adapter a base and a PEFT adapter beside it."""
     start(verbose, quiet)
     existing(run_directory)
     if requantize and not merge:
         raise UsageError("--requantize goes with --merge: it quantizes what was merged")
+    if adapter and merge:
+        raise UsageError("--adapter and --merge exclude each other: one keeps the low-rank term apart, the other merges it")
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file; -o takes a new name, nothing is overwritten")
     if (output.suffix == ".gguf") and format_ != "gguf":
@@ -132,7 +140,8 @@ def export(
         raise UsageError(f"{output} is not empty; name a new directory, nothing is overwritten")
     from ..export import exporting
 
-    o.write(exporting.export(run_directory, format_, output, stage=stage, merge=merge, requantize=requantize), json)
+    how = {"stage": stage, "merge": merge, "requantize": requantize, "adapter": adapter}
+    o.write(exporting.predict(run_directory, format_, **how) if dry_run else exporting.export(run_directory, format_, output, **how), json)
 
 
 def generate(

@@ -20,9 +20,9 @@ OFFSET_ERROR = 2.0**-23
 """What a norm around 0 loses in float32 when a format keeps it around 1."""
 
 
-def write_audited(format_: str, checkpoint: Checkpoint, output: Path) -> list[str]:
+def write_audited(format_: str, checkpoint: Checkpoint, output: Path, adapter: bool) -> list[str]:
     """What to tell the user. QualityError when what lies on disk is not what the checkpoint held."""
-    notes = formats.write(format_, checkpoint, output)
+    notes = formats.write(format_, checkpoint, output, adapter)
     back, whole = formats.read_back(format_, output, checkpoint), formats.FORMATS[format_].whole
     for name, record in checkpoint.linears.items():
         problem = (every_value if whole else difference)(record, _read_back(back, checkpoint, name))

@@ -55,7 +55,8 @@ def _file(artifact: Artifact) -> Path:
         with locked(file):
             if not file.is_file():
                 begun = time.perf_counter()
-                write_audited("gguf", checkpoint_of(artifact, {"title": "bitmend"}, embeddings=True), file)
+                apart = any("low_rank" in description for description in artifact.linears.values())
+                write_audited("gguf", checkpoint_of(artifact, {"title": "bitmend"}, embeddings=True), file, apart)
                 log.info("%s: written for llama.cpp in %.1f s, and kept there", file, time.perf_counter() - begun)
     return file
 

@@ -53,7 +53,7 @@ class Checkpoint:
     transposed: modules and fused parameters whose dense layout is [I, O] (GPT-2's `Conv1D`).
     tied: alias → source, both state-dict names ({"lm_head.weight": "model.embed_tokens.weight"}); an alias is not in
         `tensors`. A source may be the `.weight` of a compressed linear.
-    card: what the model card says: `title`, `recipe`, `perplexity`, `baseline_perplexity`, `protocol`, `notes`.
+    card: what the model card says: `title`, `recipe`, `perplexity`, `baseline_perplexity`, `protocol`, `notes`, `read_by`.
     beside: what stands beside the model: bottlenecks, virtual tokens.
     """
 
@@ -86,7 +86,7 @@ def refuse_beyond_codes(name: str, record: StoredWeight, format_name: str) -> No
     if record.low_rank is not None:
         raise UsageError(
             f"{name}: {format_name} has no place for a low-rank term of rank {record.low_rank.rank}; "
-            "export it as a PEFT adapter beside the base (the default), or --format dense --merge"
+            "--adapter keeps it as a PEFT adapter beside the base, --format dense adds it in"
         )
 
 

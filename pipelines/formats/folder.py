@@ -114,6 +114,9 @@ def model_card(card: Mapping[str, Any], notes: Sequence[str], how_to_load: str) 
         text = recipe if isinstance(recipe, str) else json.dumps(recipe, indent=2, ensure_ascii=False)
         lines += ["## Recipe", "", "```yaml" if isinstance(recipe, str) else "```json", text.rstrip(), "```", ""]
     lines += ["## Loading", "", "```python", how_to_load.rstrip(), "```", ""]
+    if "read_by" in card:
+        known = [f"- {program}" for program in card["read_by"]] or ["- no other program is known to; bitmend has read it back"]
+        lines += ["## Read by", "", "Known to read exactly this file:", "", *known, ""]
     said = [*card.get("notes", ()), *notes]
     if said:
         lines += ["## Notes", "", *(f"- {note}" for note in said), ""]

@@ -28,7 +28,7 @@ from .gguf_families import GgufModel
 from .gguf_tokenizer import vocabulary
 from .gguf_types import FLOATS, LABEL, float_type, held
 from .rows import take_rows
-from .shards import fresh_directory, fresh_file
+from .shards import COUNTED, INDEX, SHARD_BYTES, fresh_directory, fresh_file, write_json
 
 MODEL, ADAPTER = "model.gguf", "adapter.gguf"
 """In a directory."""
@@ -62,16 +62,27 @@ class _Entry:
         return torch.Size(self.bytes_shape).numel()
 
 
-def write(checkpoint: Checkpoint, output: Path) -> list[str]:
+def write(checkpoint: Checkpoint, output: Path, adapter: bool = False, shard_bytes: int = SHARD_BYTES) -> list[str]:
     """What to tell the user. `output` is a .gguf file (an adapter goes to NAME.adapter.gguf), or a directory for model.gguf, adapter.gguf
-    and a model card. UsageError, before anything is written, for what has no place in it."""
+    and a model card. `adapter`: a low-rank term goes there. It is one file whatever its size; with `COUNTED` an index of how many bytes it would be.
+    UsageError, before anything is written, for what has no place in it."""
     checkpoint = with_room_for_biases(checkpoint)
     model = GgufModel.of(checkpoint.config)
     if checkpoint.beside:
         raise UsageError(f"{checkpoint.beside[0].method} keeps modules beside the model, which llama.cpp has no place for; export an earlier --stage")
     tokens = vocabulary(checkpoint.files, model.config.vocab_size)
-    adapter = _adapter(checkpoint, model)
+    factors = _factors(checkpoint, model)
+    if bool(factors) != adapter:
+        raise UsageError(
+            f"{len(factors) // 2} linears have a low-rank term: --adapter writes it as a LoRA adapter beside the model, --merge --requantize quantizes the sum"
+            if factors else "no linear of this model has a low-rank term, so there is no adapter to write; leave --adapter out"
+        )
     entries, notes = _entries(checkpoint, model)
+    if shard_bytes == COUNTED:
+        output.mkdir(parents=True)
+        total = sum(e.size_bytes for e in entries) + sum(4 * tensor.numel() for tensor in factors.values())
+        write_json(output / INDEX, {"metadata": {"total_size": total}, "weight_map": {}})
+        return [*notes, *tokens.notes, *model.notes()]
     with _places(output) as (file, beside, card):
         writer = GGUFWriter(file, model.family.arch.name.lower())
         writer.add_type("model")
@@ -83,11 +94,11 @@ def write(checkpoint: Checkpoint, output: Path) -> list[str]:
         writer.add_quantization_version(GGML_QUANT_VERSION)
         _write_tensors(writer, entries)
         notes += [*tokens.notes, *model.notes()]
-        if adapter:
-            _write_adapter(beside, model, adapter)
-            notes.append(f"the low-rank term of {len(adapter) // 2} linears is in {beside.name}, a LoRA adapter of scale 1 (llama-cli --lora)")
+        if factors:
+            _write_adapter(beside, model, factors)
+            notes.append(f"the low-rank term of {len(factors) // 2} linears is in {beside.name}, a LoRA adapter of scale 1 (llama-cli --lora)")
         if card is not None:
-            how = HOW_TO_LOAD.format(model=file.name, adapter=f" --lora {beside.name}" if adapter else "")
+            how = HOW_TO_LOAD.format(model=file.name, adapter=f" --lora {beside.name}" if factors else "")
             card.write_text(model_card(checkpoint.card, notes, how).replace("```python", "```sh").replace("library_name: transformers", "library_name: gguf"))
     return notes
 
@@ -181,7 +192,7 @@ def _write_tensors(writer: GGUFWriter, entries: list[_Entry]) -> None:
     writer.close()
 
 
-def _adapter(checkpoint: Checkpoint, model: GgufModel) -> dict[str, Tensor]:
+def _factors(checkpoint: Checkpoint, model: GgufModel) -> dict[str, Tensor]:
     """`NAME.lora_a` [R, I] and `NAME.lora_b` [O, R] of every low-rank term. UsageError for one of the head where that is the embeddings too."""
     out: dict[str, Tensor] = {}
     for name in checkpoint.linears:

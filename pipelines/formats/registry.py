@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, UsageError
+from ..store.manifest import QUANT_METHOD
 from . import bitsandbytes, compressed_tensors, gguf_files, gptq_files, peft, plain
 from .checkpoint import Checkpoint
 from .folder import read_config
@@ -48,16 +49,31 @@ def detect(directory: Path) -> str:
         return "bnb"
     if method in ("compressed-tensors", "compressed_tensors"):
         return "compressed-tensors"
+    if method == QUANT_METHOD:
+        raise InputError(f"{directory}: is a stage of a run, no checkpoint to start from; `pipeline export` its run and give the export")
     return _unknown(directory, f"quant_method {method!r}")
 
 
-def write(name: str, checkpoint: Checkpoint, directory: Path, **options: Any) -> list[str]:
-    """Export in format `name`; a low-rank term or virtual tokens go to DIR/adapter with the rest in DIR/base. UsageError for an unknown
-    name, and for what has no place."""
+def write(name: str, checkpoint: Checkpoint, directory: Path, adapter: bool = False, **options: Any) -> list[str]:
+    """Export in format `name`, as one model; with `adapter` a low-rank term or virtual tokens go to DIR/adapter and the rest to DIR/base.
+    UsageError for an unknown name, and for what has no place."""
     if name not in FORMATS:
         raise UsageError(f"unknown format {name!r}; known are {', '.join(FORMATS)}")
-    if not FORMATS[name].whole and (checkpoint.beside or peft.has_low_rank(checkpoint)):
+    if FORMATS[name].whole:
+        return FORMATS[name].write(checkpoint, directory, adapter=adapter, **options)
+    if adapter:
         return peft.write(checkpoint, directory, FORMATS[name].write, **options)
+    tokens = peft.virtual_tokens(checkpoint)
+    if tokens is not None:
+        raise UsageError(
+            f"{tokens.count} virtual tokens stand before this model and merge into nothing; --adapter writes DIR/base and DIR/adapter, for PEFT"
+        )
+    with_term = peft.with_low_rank(checkpoint)
+    if with_term and name != "dense":
+        raise UsageError(
+            f"{with_term} linears have a low-rank term, which {name} has no place for: --adapter keeps it in DIR/adapter, for PEFT, beside DIR/base "
+            "in this format; --format dense adds it into the weights; --merge --requantize quantizes the sum again"
+        )
     return FORMATS[name].write(checkpoint, directory, **options)
 
 

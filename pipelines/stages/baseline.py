@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from ..errors import InputError, as_input_error
 from ..formats import detect, read
-from ..formats.checkpoint import Checkpoint
+from ..formats.checkpoint import Checkpoint, dtype_of
 from ..formats.peft import adapter_settings, refuse_other_models_tokens
 from ..formats.shards import FLOATING
 from ..models.source import load_config, source_files, source_paths, weights_home
 from ..models.structure import inspect, skeleton, tied_names
 from ..store.artifact import Artifact, ArtifactWriter, shards_of
-from ..store.manifest import SCHEMA
+from ..store.manifest import FOR_TRANSFORMERS, SCHEMA
 
 DOCUMENTS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
@@ -42,7 +42,7 @@ def build_baseline(directory: Path, scratch: Path, final: Path, manifest: dict[s
     documents = {n: (home / n).read_bytes() for n in DOCUMENTS if (home / n).is_file()}
     raw = json.loads((home / "config.json").read_text())
     quantized = raw.pop("quantization_config", None)
-    documents["config.json"] = json.dumps(raw, indent=2, sort_keys=True).encode()
+    documents["config.json"] = json.dumps({**_with_dtype(raw), **FOR_TRANSFORMERS}, indent=2, sort_keys=True).encode()
     writer = ArtifactWriter(scratch, None)
     if quantized is not None or home != directory:
         _import(writer, directory)
@@ -61,6 +61,11 @@ def artifact_of(checkpoint: Checkpoint, files: Path, scratch: Path, final: Path,
     writer = ArtifactWriter(scratch, None)
     _write_checkpoint(writer, checkpoint, files)
     return writer.seal(final, manifest, documents)
+
+
+def _with_dtype(config: dict[str, Any]) -> dict[str, Any]:
+    """transformers would look for the type in the weights."""
+    return config if config.get("dtype") or config.get("torch_dtype") else {**config, "dtype": str(dtype_of(config)).removeprefix("torch.")}
 
 
 def check_source(directory: Path) -> None:

@@ -74,7 +74,7 @@ def test_every_family_computes_the_same(
     checkpoint = with_terms(found.checkpoint) if adapter else found.checkpoint
     state = {f"{n}.weight": checkpoint.linears[n].dense() for n in checkpoint.linears}
     found.model.load_state_dict(state, strict=False)
-    formats.write("gguf", checkpoint, tmp_path / "m")
+    formats.write("gguf", checkpoint, tmp_path / "m", adapter)
     np.save(tmp_path / "ids.npy", windows.numpy())
     job = {"model": str(tmp_path / "m/model.gguf"), "windows": str(tmp_path / "ids.npy")}
     (said,) = run("score", tmp_path, job | ({"adapter": str(tmp_path / "m/adapter.gguf")} if adapter else {}))

@@ -14,6 +14,7 @@ from bitmend.pipelines.export.audit import write_audited
 from bitmend.pipelines.formats import gguf_files
 from bitmend.pipelines.formats.checkpoint import Lazy
 from bitmend.pipelines.formats.gguf_types import held
+from bitmend.pipelines.formats.shards import COUNTED, counted_bytes
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM
 
@@ -91,7 +92,7 @@ def test_what_no_type_holds_is_refused(case: str) -> None:
 @pytest.mark.parametrize("name", GGUF_MODELS)
 def test_every_value_comes_back(name: str, case: Any, on_grid: Any, small_model: Path, tmp_path: Path) -> None:
     found = made(name, case, on_grid, small_model)
-    write_audited("gguf", found.checkpoint, tmp_path / "m.gguf")  # QualityError otherwise
+    write_audited("gguf", found.checkpoint, tmp_path / "m.gguf", False)  # QualityError otherwise
     kinds = {tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
     assert kinds == {"Q4_0", "F32"}
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
@@ -118,16 +119,16 @@ def test_a_directory_has_a_card_and_an_adapter_beside_the_model(llama: Any, tmp_
 
     records = {name: load(name) for name in llama.checkpoint.linears}
     checkpoint = llama.checkpoint.with_linears(records)
-    notes = write_audited("gguf", checkpoint, tmp_path / "out")
+    notes = write_audited("gguf", checkpoint, tmp_path / "out", True)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "adapter.gguf", "model.gguf"]
     assert "adapter.gguf" in notes[-1] and "--lora adapter.gguf" in (tmp_path / "out/README.md").read_text()
     back = formats.read_back("gguf", tmp_path / "out", checkpoint)
     for name, record in records.items():
         torch.testing.assert_close(back.linears[name].dense(), record.dense(), rtol=0, atol=0)
-    formats.write("gguf", checkpoint, tmp_path / "one.gguf")
+    formats.write("gguf", checkpoint, tmp_path / "one.gguf", True)
     assert (tmp_path / "one.adapter.gguf").is_file()
     with pytest.raises(UsageError, match=r"one.gguf exists; choose another name"):
-        formats.write("gguf", checkpoint, tmp_path / "one.gguf")
+        formats.write("gguf", checkpoint, tmp_path / "one.gguf", True)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -137,7 +138,7 @@ def test_embeddings_and_head_keep_their_codes(tied: bool, case: Any, on_grid: An
     linears = {**found.checkpoint.linears, "lm_head" if tied else "model.embed_tokens": StoredWeight(table)}
     tensors = {n: t for n, t in found.checkpoint.tensors.items() if n != "model.embed_tokens.weight"}
     checkpoint = replace(found.checkpoint, linears=linears, tensors=tensors)
-    notes = write_audited("gguf", checkpoint, tmp_path / "m.gguf")
+    notes = write_audited("gguf", checkpoint, tmp_path / "m.gguf", False)
     kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
     assert kinds["token_embd.weight"] == "Q8_0" and ("output.weight" in kinds) is not tied
     assert f"token_embd.weight: Q8_0, {1024 * 64 // 32 * 34} bytes" in notes
@@ -146,7 +147,7 @@ def test_embeddings_and_head_keep_their_codes(tied: bool, case: Any, on_grid: An
 @pytest.mark.parametrize(("dtype", "kind"), [(torch.float16, "F16"), (torch.bfloat16, "BF16"), (torch.float32, "F32")])
 def test_dense_weights_stay_as_they_are(dtype: torch.dtype, kind: str, case: Any, small_model: Path, tmp_path: Path) -> None:
     found = made("qwen2", case, lambda weight, **_: DenseWeight(weight.mul(1e6).to(dtype) if kind == "BF16" else weight.to(dtype)), small_model)
-    write_audited("gguf", found.checkpoint, tmp_path / "m.gguf")
+    write_audited("gguf", found.checkpoint, tmp_path / "m.gguf", False)
     kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
     assert kinds["blk.0.ffn_up.weight"] == kind and kinds["blk.0.attn_norm.weight"] == kinds["blk.0.attn_q.bias"] == "F32"
 
@@ -204,7 +205,7 @@ def test_a_changed_value_is_found(llama: Any, tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(gguf_files, "pack", damaged)
     with pytest.raises(QualityError, match=r"1 of \d+ values changed; do not use it"):
-        write_audited("gguf", llama.checkpoint, tmp_path / "m.gguf")
+        write_audited("gguf", llama.checkpoint, tmp_path / "m.gguf", False)
 
 
 def test_refusals_of_lazy_records_come_before_any_file(llama: Any, tmp_path: Path) -> None:
@@ -213,3 +214,19 @@ def test_refusals_of_lazy_records_come_before_any_file(llama: Any, tmp_path: Pat
     with pytest.raises(UsageError, match=f"{names[-1]}: groups of 16"):
         formats.write("gguf", llama.checkpoint.with_linears(Lazy({n: lambda r=r: r for n, r in bad.items()})), tmp_path / "m.gguf")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_low_rank_term_asks_for_an_adapter_and_an_adapter_for_a_term(llama: Any, tmp_path: Path) -> None:
+    name = next(iter(llama.checkpoint.linears))
+    rows, columns = llama.checkpoint.linears[name].shape
+    term = replace(llama.checkpoint.linears[name], low_rank=LowRank(torch.ones(rows, 2), torch.ones(2, columns)))
+    with pytest.raises(UsageError, match="1 linears have a low-rank term: --adapter writes it as a LoRA adapter"):
+        formats.write("gguf", llama.checkpoint.with_linears({**llama.checkpoint.linears, name: term}), tmp_path / "m.gguf")
+    with pytest.raises(UsageError, match="no adapter to write; leave --adapter out"):
+        formats.write("gguf", llama.checkpoint, tmp_path / "m.gguf", True)
+
+
+def test_a_dry_run_counts_the_tensors(llama: Any, tmp_path: Path) -> None:
+    formats.write("gguf", llama.checkpoint, tmp_path / "counted", shard_bytes=COUNTED)
+    formats.write("gguf", llama.checkpoint, tmp_path / "m.gguf")
+    assert counted_bytes(tmp_path / "counted") == sum(int(tensor.n_bytes) for tensor in GGUFReader(tmp_path / "m.gguf").tensors)
