@@ -62,7 +62,7 @@ def _write(kept: published.PublishedRows) -> list[Path]:
     notes = [
         "llama.cpp: llama_model_quantize with the mean squares of the inputs over the calibration text (32 × 512 tokens of the demo's, 64 × 128 for wide). "
         "Ours: GPTQ on the same text, every tensor in the type that llama.cpp gave it, so the tensors take the same bytes; trained: the super-scales, 40 steps.",
-        "wide: a Llama of 4 blocks, width 256, MLP 512, by `tests/small_model/train.py --width 256 --steps 400`. The demo model's rows are 576 "
+        "wide: a Llama of 4 blocks, width 256, MLP 512, by `tests/small_model/train.py --width 256 --steps 450`. The demo model's rows are 576 "
         "wide, no multiple of 256: llama.cpp falls back to the types listed, and so do we.",
         "The two perplexities of a row differ because llama.cpp rounds what enters a quantized matrix to 8 bits. Tokens/s: one thread each, greedy.",
         f"Made by `make publish TABLE={NAME}`; {cpu_name()}, 2 cores shared with other work.",
@@ -115,7 +115,7 @@ def _options(model: str, place: Path) -> dict[str, Any]:
         return {"model": DEMO, "profile": DEMO}
     trained = place / "model"
     if not (trained / "config.json").is_file():
-        subprocess.run([sys.executable, "-P", _TRAIN, "--width", "256", "--steps", "400", "--output", trained], check=True)
+        subprocess.run([sys.executable, "-P", _TRAIN, "--width", "256", "--steps", "450", "--output", trained], check=True)
     return {"model": str(trained), "data": str(_TRAIN.parent / "text.jsonl"), "profile": "standard"}
 
 

@@ -1,7 +1,7 @@
 """Make the tests' model and text: a small Llama trained on the demo text's training articles, and excerpts it has never seen.
 
     python tests/small_model/train.py [--steps 2000]        about six minutes of one core; see README.md beside this file
-    python tests/small_model/train.py --width 256 --steps 400 --output DIR    another model alone: widths of whole super-blocks of GGUF's k-quants
+    python tests/small_model/train.py --width 256 --steps 450 --output DIR    another model alone: widths of whole super-blocks of GGUF's k-quants
 
 The random numbers come from one seed; a different CPU or torch build rounds differently and ends in a slightly different model.
 """
@@ -74,16 +74,17 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
 
 
 def train(ids: Tensor, steps: int, config: LlamaConfig) -> LlamaForCausalLM:
-    """Adam with warm-up and cosine decay over windows drawn at random offsets."""
+    """Adam with warm-up and cosine decay over windows drawn at random offsets; the rate falls as the width grows."""
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(config)
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(SEED)
+    peak = PEAK_LEARNING_RATE * CONFIG.hidden_size / config.hidden_size
     started = time.process_time()
     for step in range(steps):
-        rate = PEAK_LEARNING_RATE * min((step + 1) / WARMUP_STEPS, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        rate = peak * min((step + 1) / WARMUP_STEPS, 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = rate
         starts_B = torch.randint(len(ids) - SEQ_LEN, (BATCH,), generator=generator)
