@@ -34,6 +34,7 @@ from .reference_rows import DEMO, SETTINGS, SMALL
 
 NAME = "gguf"
 WIDE = "wide"
+MODELS = (SMALL, WIDE, DEMO)
 TYPES = ("Q2_K", "Q3_K_M", "Q4_K_M")
 TRAINED = {"method": "scales", "steps": 40, "batch_size": 1, "accumulation": 2, "eval_every": 10, "loss": "both"}
 METHODS: Mapping[str, list[dict[str, Any]]] = {"GPTQ": [], "GPTQ, scales trained": [{"recover": TRAINED}]}
@@ -50,20 +51,20 @@ def publish(directory: Path) -> list[Path]:
     """Measure what is not there yet, then write the table. InputError outside of the repository, or without llama.cpp's environment."""
     _interpreter()
     kept = published.PublishedRows(directory / f"{NAME}.jsonl", ("model", "type", "name"), {"settings": SETTINGS, "trained": TRAINED})
-    for model in (WIDE, DEMO):
+    for model in MODELS:
         _measure(model, directory, kept)
         written = _write(kept)
     return written
 
 
 def _write(kept: published.PublishedRows) -> list[Path]:
-    rows = [row for model in (WIDE, DEMO) for kind in ("F32", *TYPES) for row in kept if (row["model"], row["type"]) == (model, kind)]
+    rows = [row for model in MODELS for kind in ("F32", *TYPES) for row in kept if (row["model"], row["type"]) == (model, kind)]
     shown = [{key: value for key, value in row.items() if key != "protocol"} for row in rows]
     notes = [
-        "llama.cpp: llama_model_quantize with the mean squares of the inputs over the calibration text (32 × 512 tokens of the demo's, 64 × 128 for wide). "
+        "llama.cpp: llama_model_quantize with the mean squares of the inputs over the calibration text (32 × 512 tokens of the demo's, 64 × 128 of the tests' for small and wide). "
         "Ours: GPTQ on the same text, every tensor in the type that llama.cpp gave it, so the tensors take the same bytes; trained: the super-scales, 40 steps.",
-        "wide: a Llama of 4 blocks, width 256, MLP 512, by `tests/small_model/train.py --width 256 --steps 450`. The demo model's rows are 576 "
-        "wide, no multiple of 256: llama.cpp falls back to the types listed, and so do we.",
+        "wide: a Llama of 4 blocks, width 256, MLP 512, by `tests/small_model/train.py --width 256 --steps 1500`. small is 128 wide, "
+        "the demo model 576, no multiples of 256: there llama.cpp falls back to the types listed, and so do we.",
         "The two perplexities of a row differ because llama.cpp rounds what enters a quantized matrix to 8 bits. Tokens/s: one thread each, greedy.",
         f"Made by `make publish TABLE={NAME}`; {cpu_name()}, 2 cores shared with other work.",
     ]
@@ -113,9 +114,9 @@ def _measure(model: str, directory: Path, kept: published.PublishedRows) -> None
 def _options(model: str, place: Path) -> dict[str, Any]:
     if model == DEMO:
         return {"model": DEMO, "profile": DEMO}
-    trained = place / "model"
+    trained = _TRAIN.parent / "model" if model == SMALL else place / "model"
     if not (trained / "config.json").is_file():
-        subprocess.run([sys.executable, "-P", _TRAIN, "--width", "256", "--steps", "450", "--output", trained], check=True)
+        subprocess.run([sys.executable, "-P", _TRAIN, "--width", "256", "--steps", "1500", "--output", trained], check=True)
     return {"model": str(trained), "data": str(_TRAIN.parent / "text.jsonl"), "profile": "standard"}
 
 

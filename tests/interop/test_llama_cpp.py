@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,25 @@ def test_greedy_text_is_ours(exported: tuple[Path, Path], tmp_path: Path) -> Non
             assert mine == theirs
             same += 1
     assert same > 24
+
+
+def test_generate_with_the_extra_writes_the_kernels_text(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    """`pipeline generate --engine llama.cpp`, with the package of llama.cpp's environment in ours."""
+    from bitmend.pipelines.run.generate import generate
+
+    directory, _ = exported
+    installed = next((PYTHON.parents[1] / "lib").glob("python*/site-packages"))
+    if installed.parent.name != f"python{sys.version_info.major}.{sys.version_info.minor}":
+        pytest.skip(f"llama.cpp's environment has {installed.parent.name}, ours another one")
+    for name in ("llama_cpp", "diskcache"):
+        (tmp_path / name).symlink_to(installed / name)
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    asked = [sys.executable, "-P", "-m", "bitmend.pipelines.cli", "generate", str(directory), "Music is", "--max-new-tokens", "16"]
+    environment = {**os.environ, "PYTHONPATH": paths, "BITMEND_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([*asked, "--engine", "llama.cpp", "-q"], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours = "".join(generate(directory, "Music is", max_new_tokens=16, device="cpu"))
+    assert done.stdout.strip()[:8] == ours.strip()[:8]
 
 
 def test_llama_cpp_quantizes_what_we_wrote(exported: tuple[Path, Path], small_model: Path, case: Any, tmp_path: Path) -> None:
