@@ -34,6 +34,7 @@ from .reference_rows import DEMO, SETTINGS, SMALL
 
 NAME = "gguf"
 WIDE = "wide"
+WIDE_STEPS = 260
 MODELS = (SMALL, WIDE, DEMO)
 TYPES = ("Q2_K", "Q3_K_M", "Q4_K_M")
 TRAINED = {"method": "scales", "steps": 40, "batch_size": 1, "accumulation": 2, "eval_every": 10, "loss": "both"}
@@ -63,7 +64,7 @@ def _write(kept: published.PublishedRows) -> list[Path]:
     notes = [
         "llama.cpp: llama_model_quantize with the mean squares of the inputs over the calibration text (32 × 512 tokens of the demo's, 64 × 128 of the tests' for small and wide). "
         "Ours: GPTQ on the same text, every tensor in the type that llama.cpp gave it, so the tensors take the same bytes; trained: the super-scales, 40 steps.",
-        "wide: a Llama of 4 blocks, width 256, MLP 512, by `tests/small_model/train.py --width 256 --steps 1500`. small is 128 wide, "
+        f"wide: a Llama of 4 blocks, width 256, MLP 512, by `tests/small_model/train.py --width 256 --steps {WIDE_STEPS}`. small is 128 wide, "
         "the demo model 576, no multiples of 256: there llama.cpp falls back to the types listed, and so do we.",
         "The two perplexities of a row differ because llama.cpp rounds what enters a quantized matrix to 8 bits. Tokens/s: one thread each, greedy.",
         f"Made by `make publish TABLE={NAME}`; {cpu_name()}, 2 cores shared with other work.",
@@ -116,7 +117,7 @@ def _options(model: str, place: Path) -> dict[str, Any]:
         return {"model": DEMO, "profile": DEMO}
     trained = _TRAIN.parent / "model" if model == SMALL else place / "model"
     if not (trained / "config.json").is_file():
-        subprocess.run([sys.executable, "-P", _TRAIN, "--width", "256", "--steps", "1500", "--output", trained], check=True)
+        subprocess.run([sys.executable, "-P", _TRAIN, "--width", "256", "--steps", str(WIDE_STEPS), "--output", trained], check=True)
     return {"model": str(trained), "data": str(_TRAIN.parent / "text.jsonl"), "profile": "standard"}
 
 
