@@ -52,9 +52,10 @@ def publish(directory: Path) -> list[Path]:
     """Measure what is not there yet, then write the table. InputError outside of the repository, or without llama.cpp's environment."""
     _interpreter()
     kept = published.PublishedRows(directory / f"{NAME}.jsonl", ("model", "type", "name"), {"settings": SETTINGS, "trained": TRAINED})
+    written: list[Path] = []
     for model in MODELS:
         _measure(model, directory, kept)
-        written = _write(kept)
+        written = _write(kept)  # a model's rows stand before the next one takes its hours
     return written
 
 
