@@ -12,6 +12,7 @@ from ..demo import imported
 from ..errors import UNWRITABLE, InputError, UsageError, as_input_error
 from ..formats.shards import open_directory, weight_files
 from ..store.files import cached_sha256
+from .gguf_codes import import_gguf
 
 LARGEST = {
     "_layers": 10_000,
@@ -38,7 +39,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"{model}: no such file; give a .gguf file, a model directory, a Hub id or 'demo'")
-        return imported.import_gguf(path)
+        return import_gguf(path)
     if path.is_dir():
         if not (weights_home(path) / "config.json").is_file():
             raise InputError(f"{model}: no config.json, so this is not a Hugging Face model directory")
