@@ -58,7 +58,7 @@ def test_the_model_is_the_one_that_transformers_reads(mixed: Path, small_text: P
 
 
 def test_a_strangers_file_recovers_under_a_dense_teacher(mixed: Path, small_model: Path, small_text: Path, tmp_path: Path) -> None:
-    recipe = chosen(tmp_path, mixed, small_text, [{"recover": SCALES}, {"fuse": {}}], **FEW, teacher=str(small_model))
+    recipe = chosen(tmp_path, mixed, small_text, [{"recover": SCALES}], **FEW, teacher=str(small_model))
     assert predict(recipe)["refusals"] == []
     runner.run(recipe, tmp_path / "run", device="cpu")
     before, after = last_artifact(tmp_path / "run", "baseline"), last_artifact(tmp_path / "run", "recover")
@@ -73,7 +73,7 @@ def test_a_strangers_file_recovers_under_a_dense_teacher(mixed: Path, small_mode
     assert moved
     stages = {stage.stage: stage for stage in runner.record(tmp_path / "run").stages}
     assert stages["recover"].perplexity < stages["baseline"].perplexity
-    assert abs(stages["fuse"].perplexity / stages["recover"].perplexity - 1) < 2e-3
+
 
 
 def test_blocks_that_are_not_there_are_refused(mixed: Path, tmp_path: Path) -> None:
