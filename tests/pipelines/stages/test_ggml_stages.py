@@ -27,7 +27,7 @@ CHAIN: list[dict[str, Any]] = [
     {"quantize": {"method": "gptq", "grid": "q3_k", "include_embeddings": True}},
     {"decompose": {"method": "best", "rank": 4, "iterations": 1}},
     {"recover": {"method": "scales", **TRAINED}},
-    {"fuse": {"backend": "auto"}},
+    {"fuse": {"backend": "dense"}},
 ]
 NOTE = "24 matrices have 128 columns, no multiple of the 256 of a block of {}: they are {}, {} bits a weight"
 
@@ -82,7 +82,7 @@ def test_sizes_are_as_planned_and_the_report_says_what_took_the_place(run: tuple
 def test_it_generates_and_leaves_as_dense_alone(run: tuple[Recipe, Path], tmp_path: Path) -> None:
     _, directory = run
     assert "".join(generate(directory, "The river", max_new_tokens=2))
-    with pytest.raises(UsageError, match="has no place for ggml's q4_0; --format dense can hold its values"):
+    with pytest.raises(UsageError, match="has no place for ggml's q3_k; --format dense can hold its values"):
         exporting.export(directory, "gptq", tmp_path / "gptq", stage="quantize")
     for format_ in ("bnb", "compressed-tensors"):
         with pytest.raises(UsageError, match="has no place for ggml's"):
@@ -138,5 +138,4 @@ def test_what_cannot_be_is_refused_in_the_dry_run(tmp_path: Path, small_model: P
         refused = predict(chosen(tmp_path, small_model, small_text, stages, **FEW))["refusals"]
         assert any(reason in line for line in refused), method
     spent = chosen(tmp_path, small_model, small_text, [{"quantize": {"grid": "q4_k"}}], **FEW, budget="4bpw")
-    with pytest.raises(UsageError, match="chooses bits and groups of uniform grids, and quantize.grid is q4_k"):
-        predict(spent)
+    assert any("chooses bits and groups of uniform grids, and quantize.grid is q4_k" in line for line in predict(spent)["refusals"])
