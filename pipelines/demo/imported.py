@@ -49,7 +49,6 @@ PERMUTATION_SEED = 20240817
 FURTHER = 4
 """Blocks that a model may count and a file leave out: those that predict further tokens."""
 IMPORT_VERSION = 1
-GGUF_VERSION = 2  # goes up when the import of a `.gguf` file makes another directory of it
 CLEANING_VERSION = 1  # goes up when `wiki` makes other prose of the dump
 SOURCE_NAME = "bitmend-source.json"
 Save = Callable[[Any, Path, Path], None]
@@ -75,8 +74,8 @@ def demo_model(progress: Progress | None = None) -> Path:
     return _import_once(fetch(MODEL_FILE, progress), target, facts, _save_permuted)
 
 
-def import_gguf(path: Path, save: Save = save_dense) -> Path:
-    """Directory of a local `.gguf` file's model with its tokenizer, kept by the file's sha256; `save` writes the model.
+def import_gguf(path: Path, save: Save = save_dense, form: str = "") -> Path:
+    """Directory of a local `.gguf` file's model with its tokenizer, in float32 or as `save` writes it, kept by the file's sha256 and `form`.
 
     Raises InputError for a file that is missing, truncated, or of an architecture that transformers cannot read.
     """
@@ -84,7 +83,7 @@ def import_gguf(path: Path, save: Save = save_dense) -> Path:
         raise InputError(f"{path}: no such file")
     tensors = _check_gguf(path)
     sha256 = file_sha256(path)
-    target = cache_directory() / "models" / f"gguf-{sha256[:16]}-v{GGUF_VERSION}"
+    target = cache_directory() / "models" / f"gguf-{sha256[:16]}{form}-v{IMPORT_VERSION}"
     if (target / SOURCE_NAME).exists():
         return target
     log.info("%s: %d tensors", path, tensors)

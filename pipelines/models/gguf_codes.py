@@ -25,7 +25,7 @@ log = logging.getLogger("bitmend")
 
 def import_gguf(path: Path) -> Path:
     """`imported.import_gguf`, matrices in the blocks that the file has."""
-    return imported.import_gguf(path, _save)
+    return imported.import_gguf(path, _save, "-codes")
 
 
 def _save(model: Any, gguf: Path, directory: Path) -> None:

@@ -9,7 +9,7 @@ from bitmend.compress.weights import GgmlWeight
 from bitmend.pipelines.errors import InputError
 from bitmend.pipelines.formats import read
 from bitmend.pipelines.formats.ggml_blocks import pack
-from bitmend.pipelines.models.source import resolve_model
+from bitmend.pipelines.models.source import resolve_model, source_of
 from bitmend.pipelines.planning.plan import predict
 from bitmend.pipelines.run import runner
 from bitmend.pipelines.run.opening import last_artifact
@@ -33,7 +33,7 @@ def mixed(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_codes_come_in_bit_for_bit_and_every_tensor_in_its_type(mixed: Path) -> None:
-    directory = resolve_model(str(mixed))
+    directory = resolve_model(str(mixed), codes=True)
     checkpoint, blocks = read(directory), {t.name: torch.from_numpy(t.data.copy()) for t in GGUFReader(mixed).tensors}
     types = {name: record.base.type for name, record in checkpoint.linears.items() if isinstance(record.base, GgmlWeight)}
     assert {name.rpartition(".")[2]: kind for name, kind in types.items()} == FOUND and len(types) == 4 * 5 + 1
@@ -41,7 +41,7 @@ def test_codes_come_in_bit_for_bit_and_every_tensor_in_its_type(mixed: Path) -> 
         assert torch.equal(pack(checkpoint.linears[f"model.layers.2.{ours}"].base), blocks[f"blk.2.{theirs}.weight"])
     query, rows = pack(checkpoint.linears["model.layers.1.self_attn.q_proj"].base), blocks["blk.1.attn_q.weight"]
     assert not torch.equal(query, rows) and torch.equal(query.view(4, 2, 16, -1).transpose(1, 2).reshape(rows.shape), rows)
-    assert "model.layers.0.mlp.up_proj.weight" in checkpoint.tensors and resolve_model(str(mixed)) == directory
+    assert "model.layers.0.mlp.up_proj.weight" in checkpoint.tensors and resolve_model(str(mixed), codes=True) == directory
 
 
 def test_the_model_is_the_one_that_transformers_reads(mixed: Path, small_text: Path, tmp_path: Path) -> None:
@@ -77,10 +77,19 @@ def test_a_strangers_file_recovers_under_a_dense_teacher(mixed: Path, small_mode
 
 
 def test_blocks_that_are_not_there_are_refused(mixed: Path, tmp_path: Path) -> None:
-    for file in resolve_model(str(mixed)).iterdir():
+    for file in resolve_model(str(mixed), codes=True).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     for types, message in (({"lm_head": "q4_k"}, "lm_head.blocks holds nothing"), ({"model.embed_tokens": "iq4_nl"}, "'iq4_nl'; read are q4_0")):
         (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "ggml", "types": types}}))
         with pytest.raises(InputError, match=message):
             read(tmp_path)
+
+
+def test_where_a_stage_makes_codes_of_its_own_it_comes_densely_and_is_its_own_teacher(mixed: Path, small_text: Path, tmp_path: Path) -> None:
+    for number, stages in enumerate(([{"quantize": {"method": "rtn"}}, {"recover": SCALES}], [{"recover": SCALES}])):
+        (tmp_path / str(number)).mkdir()
+        recipe = chosen(tmp_path / str(number), mixed, small_text, stages, **FEW)
+        config = json.loads((source_of(recipe) / "config.json").read_text())
+        assert ("quantization_config" in config) == (number == 1)
+    assert resolve_model(str(mixed)) != source_of(recipe), "a teacher, and what is evaluated alone, is dense"
