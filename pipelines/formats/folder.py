@@ -16,7 +16,7 @@ from .shards import copy_files, write_json
 OF_QUANTIZATION: Mapping[str, tuple[type, ...]] = {
     "quant_method": (str,), "checkpoint_format": (str,), "format": (str,), "type": (str,), "bits": (int,), "num_bits": (int,), "group_size": (int,),
     "desc_act": (bool,), "sym": (bool,), "is_marlin_format": (bool,), "load_in_4bit": (bool,), "_load_in_4bit": (bool,), "dynamic": (dict, bool),
-    "config_groups": (dict,), "weights": (dict,), "targets": (list,),
+    "config_groups": (dict,), "types": (dict,), "weights": (dict,), "targets": (list,),
 }  # fmt: skip
 """Types of what the readers here ask a quantization_config for; null stands for what is left out."""
 

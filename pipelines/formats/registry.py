@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import InputError, UsageError
 from ..store.manifest import QUANT_METHOD
-from . import bitsandbytes, compressed_tensors, gguf_files, gptq_files, peft, plain
+from . import bitsandbytes, compressed_tensors, ggml_folder, gguf_files, gptq_files, peft, plain
 from .checkpoint import Checkpoint
 from .folder import read_config
 
@@ -37,10 +37,12 @@ FORMATS: Mapping[str, Format] = {
 
 
 def detect(directory: Path) -> str:
-    """The name in FORMATS of what `directory` holds, from its config. InputError for unknown formats and versions."""
+    """The name in FORMATS of what `directory` holds, or that of an imported GGUF file, which none writes, from its config. InputError for unknown formats and versions."""
     quantization = read_config(directory)[1]
     if quantization is None:
         return "dense"
+    if quantization.get("quant_method") == ggml_folder.METHOD:
+        return ggml_folder.METHOD
     method = quantization.get("quant_method", "gptq" if "desc_act" in quantization else None)
     if method == "gptq":
         kind = quantization.get("checkpoint_format") or "gptq"
@@ -90,7 +92,8 @@ def read(directory: Path) -> Checkpoint:
     """Import whatever `directory` holds, a pair of base and adapter included. InputError for what is none of FORMATS."""
     if is_pair(directory):
         return peft.read(directory, read)
-    return FORMATS[detect(directory)].read(directory)
+    found = detect(directory)
+    return ggml_folder.read(directory) if found == ggml_folder.METHOD else FORMATS[found].read(directory)
 
 
 def _unknown(directory: Path, what: str) -> str:

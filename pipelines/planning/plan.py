@@ -16,7 +16,7 @@ from ..devices.compute import Compute
 from ..devices.environment import compute_of
 from ..errors import InputError
 from ..models.sizes import Sizes, apply, dense_sizes, fallback_notes
-from ..models.source import load_config, positions, resolve_model, source_paths, weights_home
+from ..models.source import load_config, positions, source_of, source_paths, weights_home
 from ..models.structure import Structure, inspect, parameters_are_read, skeleton
 from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec, methods
@@ -79,7 +79,7 @@ def _replaced_types(specs: Iterable[StageSpec], structure: Structure) -> list[st
 
 def predict(recipe: Recipe, directory: Path | None = None, device: str = "auto") -> dict[str, Any]:
     """A JSON-able prediction by stage, and what will be refused. InputError when the model itself cannot be used."""
-    source = resolve_model(recipe.model, recipe.revision)
+    source = source_of(recipe)
     model = skeleton(load_config(source))
     structure = inspect(model, include_head=True)
     total = sum(p.numel() for p in model.parameters())

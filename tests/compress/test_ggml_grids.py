@@ -6,10 +6,13 @@ import torch
 from bitmend.compress.ggml_grids import nearest_codes, round_ggml, with_codes
 from bitmend.compress.ggml_types import GGML_TYPES, as_settings, type_for
 from bitmend.compress.masks import MagnitudeConfig, magnitude
+from bitmend.compress.methods import DECOMPOSE
 from bitmend.compress.requantize import requantize
 from bitmend.compress.rounding import RtnConfig, rtn
 from bitmend.compress.statistics import InputStatistics, LayerStatistics
 from bitmend.compress.weights import DenseWeight, GgmlWeight, StoredWeight, to_tensors
+
+from .test_gptq import layer
 
 NONE = LayerStatistics(InputStatistics(512, frozenset()))
 SIGNED = [name for name, layout in GGML_TYPES.items() if not layout.minima]
@@ -126,3 +129,14 @@ def test_requantized_on_the_same_grid(name):
     assert torch.equal(again.dense(), record.dense())
     other = with_codes(record.base, torch.zeros_like(record.base.codes_OI()))
     assert torch.equal(requantize(StoredWeight(other), weight, NONE, "rtn", "power").dense(), record.dense())
+
+
+@pytest.mark.parametrize("method", ["loftq", "qera_exact", "caldera", "cloq", "best"])
+def test_decompositions_stay_on_the_grid_and_lose_less(method):
+    case = layer(rows=24, columns=256, dtype=torch.float32)
+    start, _ = rtn(StoredWeight(DenseWeight(case.weight_OI)), case.weight_OI, case.statistics, config("q2_k"))
+    row = DECOMPOSE[method]
+    settings = row.defaults | {"rank": 4} | ({"iterations": 2} if "iterations" in row.defaults else {})
+    found, _ = row.function(start, case.weight_OI, case.statistics, row.config(**settings))
+    assert isinstance(found.base, GgmlWeight) and found.base.type == "q2_k" and found.low_rank is not None
+    assert case.error(found.dense()) < case.error(start.dense())
