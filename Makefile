@@ -18,9 +18,12 @@ test: venv
 proofs: venv
 	$(BIN)/python -P -m pytest -m slow
 
-# auto-gptq in an environment of its own, and the tests in which it reads and writes our checkpoints.
+# auto-gptq in an environment of its own, and the tests in which it reads and writes our checkpoints; those of lm-eval, an extra;
+# and vLLM's, in another environment where the machine has AVX-512.
 interop: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt lm-eval
 	VENV_INTEROP=$(CURDIR)/.venv-interop bash tests/interop/build.sh
+	VENV_VLLM=$(CURDIR)/.venv-vllm bash tests/interop/build_vllm.sh
 	$(BIN)/python -P -m pytest -m interop tests/interop
 
 # AutoRound in an environment of its own, for its rows of the grid table.
