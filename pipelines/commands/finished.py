@@ -27,6 +27,10 @@ OutputDirectory = Annotated[Path, typer.Option("-o", "--output", parser=o.place,
 Evaluated = Annotated[str, typer.Argument(metavar="MODEL_OR_ARTIFACT", help="demo, a model, a run's stage directory or an export")]
 SeqLen = Annotated[int | None, typer.Option("--seq-len", metavar="N", min=2, help="tokens a window")]
 Windows = Annotated[int | None, typer.Option("--windows", metavar="N", min=1, help="how many windows; default all (16 for demo)")]
+Tasks = Annotated[
+    str | None, typer.Option("--tasks", metavar="A,B", help="scores instead: lm-eval's tasks, or .jsonl files of multiple choice")
+]
+Limit = Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="with --tasks: the first N documents of each")]
 StageName = Annotated[str | None, typer.Option("--stage", metavar="NAME", help="this stage's artifact; default the last one")]
 Merge = Annotated[bool, typer.Option("--merge", help="merge the low-rank term into the base where that is exact; dense does so by itself")]
 Engine = Annotated[Literal["kernels", "llama.cpp"], typer.Option("--engine", help="what computes: our kernels, or llama.cpp (an extra) from a GGUF file")]
@@ -90,14 +94,28 @@ def eval_(
     eval_source: o.EvalSource = None,
     seq_len: SeqLen = None,
     windows: Windows = None,
+    tasks: Tasks = None,
+    limit: Limit = None,
     device: o.Device = "auto",
     dtype: o.Dtype = None,
     json: o.Json = False,
     verbose: o.Verbose = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Perplexity of a model or of a stage's artifact, with its protocol. Inside a run the run's protocol is the default."""
+    """Perplexity of a model or of a stage's artifact, with its protocol; inside a run the run's protocol is the default. With --tasks its scores."""
     start(verbose, quiet)
+    if tasks is not None:
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        if not names:
+            raise UsageError("--tasks names no task; give some, as in --tasks hellaswag,arc_easy")
+        if eval_source is not None or seq_len is not None or windows is not None:
+            raise UsageError("--eval, --seq-len and --windows belong to perplexity, which --tasks does not measure; leave them or --tasks out")
+        from ..run.evaluate import evaluate_tasks
+
+        o.write(evaluate_tasks(model, names, limit=limit, device=device, dtype=dtype), json)
+        return
+    if limit is not None:
+        raise UsageError("--limit goes with --tasks: it is a number of their documents")
     source, default_seq_len, default_windows = _protocol(model)
     from ..run.evaluate import evaluate
 
