@@ -2,7 +2,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
-PACKAGES := compress recover kernels pipelines reports
+PACKAGES := __init__.py compress recover kernels pipelines reports
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test proofs check docs gpu gpu-packages venv interop rivals publish clean FORCE
@@ -18,9 +18,13 @@ test: venv
 proofs: venv
 	$(BIN)/python -P -m pytest -m slow
 
-# auto-gptq in an environment of its own, and the tests in which it reads and writes our checkpoints.
+# auto-gptq and llama.cpp in environments of their own, and the tests in which they read and write our files; those of lm-eval, an extra;
+# and vLLM's, in another environment where the machine has AVX-512.
 interop: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt lm-eval
 	VENV_INTEROP=$(CURDIR)/.venv-interop bash tests/interop/build.sh
+	VENV_LLAMA=$(CURDIR)/.venv-llama sh tests/interop/build_llama_cpp.sh
+	VENV_VLLM=$(CURDIR)/.venv-vllm bash tests/interop/build_vllm.sh
 	$(BIN)/python -P -m pytest -m interop tests/interop
 
 # AutoRound in an environment of its own, for its rows of the grid table.
@@ -75,7 +79,7 @@ clean:
 
 FORCE:
 
-# Reference results into reports/published, all tables or TABLE=compress|decompose|recover|perp|grid|dtype|demo|operators. Hours; can be stopped and continued.
-TABLE ?= compress decompose recover perp grid dtype demo operators
+# Reference results into reports/published, all tables or TABLE=compress|decompose|recover|perp|grid|dtype|demo|operators|gguf. Hours; can be stopped and continued.
+TABLE ?= compress decompose recover perp grid dtype demo operators gguf
 publish: venv
 	for table in $(TABLE); do $(BIN)/python -P -m bitmend.pipelines.publish.publishing $$table || exit; done

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from .block import BlockProblem, Samples, Window
+from .ggml_grids import check_type
+from .ggml_types import GridName
 from .gptq import GptqConfig, gptq
-from .grids import Clip, UniformGrid, check_zeros, clip_needs
+from .grids import Clip, check_zeros, clip_needs
 from .latents import Latent
 from .precision import Matmul, matmuls
 from .ranges import Batch, Bits, Group, Rate, RateOrZero, ReadWhere, Share, Steps, Tokens
 from .rounding import RtnConfig, quantized, rtn
-from .weights import ActivationGrid, StoredWeight, UniformWeight
+from .weights import ActivationGrid, Base, GgmlWeight, StoredWeight, UniformWeight
 
 Start = Literal["gptq", "rtn", "stored"]
 Records = dict[str, StoredWeight]
@@ -33,6 +35,9 @@ EVALUATIONS = 5
 
 
 _NEW = ReadWhere("start is gptq or rtn", lambda config: config.start != "stored")
+
+
+_MOVING = ReadWhere("symmetric is false and grid is uniform", lambda config: not config.symmetric and config.grid == "uniform")
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,11 @@ class LearnedRoundingConfig:
     target: Literal["dense", "compressed"] = "dense"
     matmul: Matmul = "highest"
     activations: ActivationGrid | None = None
+    grid: Annotated[GridName, _NEW] = "uniform"
 
     def __post_init__(self) -> None:
         check_zeros(self.symmetric, self.float_zeros)
+        check_type(self)
 
 
 @dataclass(frozen=True)
@@ -82,14 +89,16 @@ class BlockTrainingConfig:
     seq_len: Tokens = 512
     learning_rate: RateOrZero = 2e-2
     scale_rate: RateOrZero = 4e-3
-    zero_rate: Annotated[RateOrZero, ReadWhere("symmetric is false", lambda config: not config.symmetric)] = 0.0
+    zero_rate: Annotated[RateOrZero, _MOVING] = 0.0
     outliers: Share = 0.0
     target: Literal["dense", "compressed"] = "dense"
     matmul: Matmul = "highest"
     activations: ActivationGrid | None = None
+    grid: Annotated[GridName, _NEW] = "uniform"
 
     def __post_init__(self) -> None:
         check_zeros(self.symmetric, self.float_zeros)
+        check_type(self)
 
 
 def block_needs(config: Any) -> frozenset[str]:
@@ -145,6 +154,13 @@ def block_training(problem: BlockProblem, configs: Mapping[str, BlockTrainingCon
     return _trained(problem, configs, adam)
 
 
+def _trains(base: Base) -> bool:
+    """Whether every weight has a place between the codes of a group that lies in one piece."""
+    if isinstance(base, GgmlWeight):
+        return bool((base.scales_OG() != 0).all())
+    return isinstance(base, UniformWeight) and base.group_index is None
+
+
 def _begin(problem: BlockProblem, configs: Mapping[str, Any]) -> tuple[dict[str, Latent], Metrics]:
     """Every matrix on its grid, before training."""
     latents, metrics = {}, {}
@@ -153,16 +169,16 @@ def _begin(problem: BlockProblem, configs: Mapping[str, Any]) -> tuple[dict[str,
         metrics[name] = {}
         grid = (config.bits, config.group_size, config.symmetric, config.clip, config.float_zeros)
         if config.start == "stored":
-            if not isinstance(record.base, UniformWeight) or record.base.group_index is not None:
+            if not _trains(record.base):
                 raise ValueError(
-                    f"{name}: start=stored needs a uniform grid with contiguous groups from a quantize stage before; use start=gptq"
+                    f"{name}: start=stored needs a uniform grid with contiguous groups, or a type of ggml without flat groups, from a quantize "
+                    "stage before; use start=gptq"
                 )
             record = quantized(record, record.base, config.activations or record.activations)
         elif config.start == "gptq":
-            record, metrics[name] = gptq(record, target, statistics, GptqConfig(*grid, activations=config.activations))
+            record, metrics[name] = gptq(record, target, statistics, GptqConfig(*grid, activations=config.activations, grid=config.grid))
         else:
-            record, metrics[name] = rtn(record, target, statistics, RtnConfig(*grid, activations=config.activations))
-        UniformGrid(config.bits, config.group_size).size(record.shape[1])
+            record, metrics[name] = rtn(record, target, statistics, RtnConfig(*grid, activations=config.activations, grid=config.grid))
         latents[name] = Latent.of(record, target)
     return latents, metrics
 

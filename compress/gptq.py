@@ -24,6 +24,8 @@ from .feedback import (
     feed_back_uniform_,
     uniform_rounding,
 )
+from .ggml_grids import check_type, round_ggml, with_codes
+from .ggml_types import GgmlName, GridName, type_for
 from .grids import Clip, UniformGrid, check_zeros, divide, fit, to_record
 from .masks import finite
 from .ranges import Bits, Damp, Group, Share, ShareOrAll, Width
@@ -31,7 +33,7 @@ from .refit import refit_scales
 from .rounding import base_target, grid_importance, normal_float_record, quantized, refuse_float_zeros
 from .sharing import rows_on_grid
 from .statistics import LayerStatistics
-from .weights import ActivationGrid, StoredWeight, UniformWeight
+from .weights import ActivationGrid, GgmlWeight, StoredWeight, UniformWeight
 
 ActOrder = Literal["static_groups", "full", "none"]
 
@@ -49,6 +51,8 @@ class GptqConfig:
     `clip` hessian weighs the grid search by the inputs' mean squares: perplexity 41.9 instead of 45.4 at 3 bits and 120 instead of 138 at
     2 (SmolLM2-135M, group 64, 64 × 512 tokens of WikiText-2). Weighing by what is left after later columns made up for an error, 1/U_jj²,
     was worse (44.1).
+
+    `grid` as for `rtn`; one of ggml's is fitted whole before the sweep, and the sweep finds the codes on it.
     """
 
     bits: Bits = 4
@@ -62,9 +66,16 @@ class GptqConfig:
     first_order: Share = 0.0
     refit: ShareOrAll | None = None
     activations: ActivationGrid | None = None
+    grid: GridName = "uniform"
 
     def __post_init__(self) -> None:
         check_zeros(self.symmetric, self.float_zeros)
+        check_type(self)
+        if self.grid != "uniform" and (self.act_order != "static_groups" or self.refit is not None):
+            raise ValueError(
+                f"grid {self.grid} is fitted before the sweep: act_order {self.act_order} and refit {self.refit} concern uniform grids; "
+                "set act_order: static_groups and refit: null"
+            )
 
 
 @dataclass(frozen=True)
@@ -117,6 +128,23 @@ def gptq_uniform(
     levels_IO, loss_O = feed_back_uniform_(work_IO, factor, grids, block, first_order)
     codes_IO = levels_IO.add_(zero_GO[group_I]).round_()
     return to_record(codes_IO[factor.place_I].T, scale_GO.T, zero_GO.T, grid), loss_O
+
+
+def gptq_ggml(
+    weight_OI: Tensor, factor: InverseFactor, kind: GgmlName, clip: Clip, importance_I: Tensor | None = None,
+    mask_OI: Tensor | None = None, block: int = BLOCK, first_order: float = 0.0,
+) -> tuple[GgmlWeight, Tensor]:  # fmt: skip
+    """As `gptq_uniform` on a type of ggml: its grid is fitted now, and stays."""
+    order_I = factor.order_I
+    base = round_ggml(weight_OI if mask_OI is None else weight_OI.where(mask_OI, 0), kind, importance_I, clip != "none")
+    scale_GO, minima_OG = base.scales_OG().T.to(weight_OI).contiguous(), base.minima_OG()
+    zero_GO = torch.full_like(scale_GO, base.layout.zero) if minima_OG is None else minima_OG.T / scale_GO  # a fitted scale is never 0
+    keep_IO = None if mask_OI is None else mask_OI.T[order_I].contiguous()
+    group_I = order_I // base.group_size
+    grids = GivenGrids(scale_GO, zero_GO.contiguous(), group_I, keep_IO, (1 << base.bits) - 1, minima_OG is not None)
+    levels_IO, loss_O = feed_back_uniform_(weight_OI.T[order_I].contiguous(), factor, grids, block, first_order)
+    codes_IO = levels_IO.add_(zero_GO[group_I]).round_()
+    return with_codes(base, codes_IO[factor.place_I].T), loss_O
 
 
 def _grids_on_the_way(
@@ -184,10 +212,14 @@ def gptq_together(
     first, several = next(iter(weights)), len(weights) > 1
     known, bases = statistics[first], []
     with _named(first, several):
-        grid.size(weights[first].shape[1])
+        kind = None if config.grid == "uniform" else type_for(config.grid, weights[first].shape[1])
+        if kind is None:
+            grid.size(weights[first].shape[1])
     for name, weight in weights.items():
         with _named(name, several):
             refuse_float_zeros(weight, grid)
+            if kind is not None:
+                type_for(kind, weight.shape[1], weight.mask is not None)
             bases.append(base_target(weight, targets[name]))
     with _named(first, several):  # what all of them read
         factor = factor_of(known.inputs, config.damp, config.act_order != "none", weights[first].smooth)
@@ -198,7 +230,10 @@ def gptq_together(
     counts = [len(base_OI) for base_OI in bases]
     mask_OI = _stacked_masks([weight.mask_OI() for weight in weights.values()], bases)
     whole_OI, static = torch.cat(bases) if several else bases[0], config.act_order == "static_groups"
-    whole, loss_O = gptq_uniform(whole_OI, factor, grid, config.clip, static, importance_I, mask_OI, BLOCK, config.first_order)
+    if kind is None:
+        whole, loss_O = gptq_uniform(whole_OI, factor, grid, config.clip, static, importance_I, mask_OI, BLOCK, config.first_order)
+    else:
+        whole, loss_O = gptq_ggml(whole_OI, factor, kind, config.clip, importance_I, mask_OI, BLOCK, config.first_order)
     losses = torch.stack([loss.sum() for loss in loss_O.split(counts)]).tolist()
     records, metrics, end = dict[str, StoredWeight](), dict[str, dict[str, float]](), 0
     for name, base_OI, loss in zip(weights, bases, losses, strict=True):
@@ -226,10 +261,16 @@ def _stacked_masks(masks: list[Tensor | None], bases: list[Tensor]) -> Tensor | 
 
 
 def _refitted(
-    base: UniformWeight, loss: float, base_OI: Tensor, weight: StoredWeight, target_OI: Tensor, known: LayerStatistics, config: GptqConfig
-) -> tuple[UniformWeight, float]:
+    base: UniformWeight | GgmlWeight,
+    loss: float,
+    base_OI: Tensor,
+    weight: StoredWeight,
+    target_OI: Tensor,
+    known: LayerStatistics,
+    config: GptqConfig,
+) -> tuple[UniformWeight | GgmlWeight, float]:
     """The codes with scales solved anew, where the config says so, and the squared error."""
-    if config.refit is not None:
+    if config.refit is not None and isinstance(base, UniformWeight):
         moment_II = _seen(known.inputs.second_moment_II, weight)
         cross_II = moment_II + config.refit * _shift(weight, known) if config.refit else moment_II
         base = refit_scales(base, base_target(weight, target_OI), moment_II, cross_II, weight.mask_OI())

@@ -15,7 +15,7 @@ from .normal_float import zero_code
 from .packing import pack_codes
 from .ranges import Pattern, Share
 from .statistics import LayerStatistics
-from .weights import Base, DenseWeight, NormalFloatWeight, StoredWeight, UniformWeight
+from .weights import Base, DenseWeight, GgmlWeight, StoredWeight, UniformWeight
 
 Allocation = Literal["uniform", "depth", "outliers"]
 _SHORT = 32
@@ -114,8 +114,10 @@ def masked_base(base: Base, mask_OI: Tensor) -> Base:
     """The base with every dropped weight at exactly 0: a zero, the grid's zero point, or the code book's 0."""
     if isinstance(base, DenseWeight):
         return DenseWeight(base.weight.where(mask_OI, 0))
-    if isinstance(base, NormalFloatWeight):
-        zero = torch.full_like(base.codes_OI(), zero_code(base.bits))
+    if isinstance(base, GgmlWeight) and not base.symmetric:
+        raise ValueError(f"the minima of {base.type} leave no code for 0; prune before the quantization, or on a grid without minima (q3_k, q6_k)")
+    if not isinstance(base, UniformWeight):
+        zero = torch.full_like(base.codes_OI(), base.layout.zero if isinstance(base, GgmlWeight) else zero_code(base.bits))
     else:
         zero = column_values(base, base.zeros_OG()).to(torch.uint8)
         if base.zeros is not None and base.zeros.is_floating_point():

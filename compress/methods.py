@@ -46,7 +46,7 @@ class Method:
     by_matrix: frozenset[str] | None = None
 
 
-_OF_GRID = frozenset({"bits", "group_size", "symmetric", "clip", "float_zeros", "start", "activations"})
+_OF_GRID = frozenset({"bits", "group_size", "symmetric", "clip", "float_zeros", "start", "activations", "grid"})
 _OF_TERM = frozenset(item.name for item in fields(SvdQuantConfig)) - {"smoothing_steps"}
 _REFIT: Mapping[str, Any] = {"requantize": True, "quantizer": "gptq", "clip": "hessian"}
 _BEST: Mapping[str, Any] = {"keep_start": True, "first": "kept", "iterations": 5, "follow": True, "overlap": 0.1, "factor_bits": None}

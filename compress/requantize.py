@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from .ggml_types import as_settings
 from .gptq import GptqConfig, GptqNormalFloatConfig, gptq, gptq_nf
 from .grids import Clip
 from .rounding import NormalFloatConfig, RtnConfig, normal_float, rtn
 from .statistics import LayerStatistics
-from .weights import DenseWeight, NormalFloatWeight, StoredWeight, UniformWeight
+from .weights import DenseWeight, GgmlWeight, NormalFloatWeight, StoredWeight, UniformWeight
 
 
 def is_quantized(weight: StoredWeight) -> bool:
@@ -41,4 +42,9 @@ def requantize(
             return gptq(weight, target_OI, statistics, grid)[0]
         plain = RtnConfig(bits, base.group_size, base.symmetric, clip, base.float_zeros, activations)
         return rtn(weight, target_OI, statistics, plain)[0]
+    if isinstance(base, GgmlWeight):
+        given = dict(as_settings(base.type), grid=base.type, clip=clip, activations=activations)
+        if quantizer == "gptq":
+            return gptq(weight, target_OI, statistics, GptqConfig(**given))[0]
+        return rtn(weight, target_OI, statistics, RtnConfig(**given))[0]
     raise ValueError("a dense weight has no grid to requantize on; quantize it first, or set requantize: false")

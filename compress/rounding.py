@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from . import normal_float as nf
+from .ggml_grids import check_type, round_ggml
+from .ggml_types import GridName, type_for
 from .grids import Clip, UniformGrid, check_zeros, clip_needs, divide, fit, round_to_grid, to_record
 from .masks import finite
 from .packing import pack_codes
@@ -21,7 +23,10 @@ from .weights import ActivationGrid, Base, DenseWeight, NormalFloatWeight, Store
 class RtnConfig:
     """How a group's grid is found: `clip` "none" takes the whole range, "power" clips it by the plain error, "hessian" by the error
     weighted with the inputs' mean squares, "joint" searches scale and zero together under that weight. `float_zeros` stores a
-    zero point in 16 bits instead of an integer: no packed format of others carries it, and 0 is not on the grid."""
+    zero point in 16 bits instead of an integer: no packed format of others carries it, and 0 is not on the grid. `grid` other than uniform
+    is a block type of GGUF, which has bits, groups and symmetry of its own, and is searched together with its small codes, weighted under
+    "hessian" and "joint"; rows that are no multiple of 256 get the type that llama.cpp gives them (q4_k: q5_0, q5_k: q5_1, q6_k: q8_0,
+    q2_k and q3_k: q4_0)."""
 
     bits: Bits = 4
     group_size: Group = 64
@@ -29,9 +34,11 @@ class RtnConfig:
     clip: Clip = "power"
     float_zeros: bool = False
     activations: ActivationGrid | None = None
+    grid: GridName = "uniform"
 
     def __post_init__(self) -> None:
         check_zeros(self.symmetric, self.float_zeros)
+        check_type(self)
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,12 @@ def refuse_float_zeros(weight: StoredWeight, grid: UniformGrid) -> None:
 
 
 def rtn(weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, config: RtnConfig) -> tuple[StoredWeight, dict[str, float]]:
-    """Round to the nearest code of a uniform grid."""
+    """Round to the nearest code of a uniform grid or one of ggml's."""
+    if config.grid != "uniform":
+        kind = type_for(config.grid, weight.shape[1], weight.mask is not None)
+        importance_I = grid_importance(weight, statistics, config.clip)
+        base = round_ggml(kept(weight, base_target(weight, target_OI)), kind, importance_I, config.clip != "none")
+        return quantized(weight, base, config.activations), {}
     grid = UniformGrid(config.bits, config.group_size, config.symmetric, config.float_zeros)
     refuse_float_zeros(weight, grid)
     base = round_uniform(kept(weight, base_target(weight, target_OI)), grid, config.clip, grid_importance(weight, statistics, config.clip))

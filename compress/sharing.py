@@ -5,13 +5,14 @@ Knows records by name; not how a factor was found, nor where records are stored.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .weights import Factor, StoredWeight, UniformWeight, describe, to_tensors
+from .weights import Factor, GgmlWeight, StoredWeight, UniformWeight, describe, to_tensors
 
+_OnGrid = TypeVar("_OnGrid", bound=UniformWeight | GgmlWeight)
 SHARED = "low_rank.down"
 """The tensor, or the beginning of the names of the tensors, that a record with a shared factor leaves to its holder."""
 
@@ -33,11 +34,10 @@ def rows_of(factor: Factor, rows: slice) -> Factor:
     return rows_on_grid(factor, rows) if isinstance(factor, UniformWeight) else factor[rows].clone()
 
 
-def rows_on_grid(weight: UniformWeight, rows: slice) -> UniformWeight:
+def rows_on_grid(weight: _OnGrid, rows: slice) -> _OnGrid:
     """Some rows, in memory of their own."""
-    zeros = None if weight.zeros is None else weight.zeros[rows].clone()
-    index = None if weight.group_index is None else weight.group_index.clone()
-    return replace(weight, codes=weight.codes[rows].clone(), scales=weight.scales[rows].clone(), zeros=zeros, group_index=index)
+    own = {name: tensor.clone() if name == "group_index" else tensor[rows].clone() for name, tensor in to_tensors(weight).items()}
+    return replace(weight, **own)
 
 
 def settled(linears: Mapping[str, StoredWeight]) -> dict[str, StoredWeight]:

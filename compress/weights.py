@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import normal_float
+from .ggml_types import GGML_TYPES, GgmlName, GgmlType
 from .packing import pack_codes, pack_mask, unpack_codes, unpack_mask
 from .ranges import Width
 
@@ -152,7 +153,122 @@ class NormalFloatWeight:
         return _bits(self.codes, self.absmax, self.absmax_codes, self.absmax_scales, self.absmax_offset)
 
 
-Base = DenseWeight | UniformWeight | NormalFloatWeight
+@dataclass(frozen=True)
+class GgmlWeight:
+    """A block type of ggml, bits as many as in a GGUF file: d·s·(code − zero) − m·t, see `ggml_types`.
+
+    codes int32 [O, I·bits/32]; super_scales (d) and super_minima (m, with minima) float16 [O, B]; small_codes int32 [O, B·words], packed,
+    of every super-block the s of its groups and behind them the t, absent in the legacy types, whose s and t are 1.
+    """
+
+    codes: Tensor
+    super_scales: Tensor
+    type: GgmlName
+    in_features: int
+    super_minima: Tensor | None = None
+    small_codes: Tensor | None = None
+
+    @property
+    def layout(self) -> GgmlType:
+        return GGML_TYPES[self.type]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.in_features
+
+    @property
+    def bits(self) -> int:
+        return self.layout.bits
+
+    @property
+    def group_size(self) -> int:
+        return self.layout.group_size
+
+    @property
+    def groups(self) -> int:
+        return self.in_features // self.layout.group_size
+
+    @property
+    def symmetric(self) -> bool:
+        return not self.layout.minima
+
+    def codes_OI(self) -> Tensor:
+        """uint8 [O, I]."""
+        return unpack_codes(self.codes, self.bits, self.in_features)
+
+    def small_codes_OG(self) -> tuple[Tensor, Tensor | None]:
+        """(s, t) float32 [O, G], whole numbers, s signed where there are no minima; t None there."""
+        rows, layout = self.shape[0], self.layout
+        one = torch.ones(rows, self.groups, device=self.codes.device)
+        if self.small_codes is None:
+            return one, one if layout.minima else None
+        small = unpack_codes(self.small_codes, layout.scale_bits, self.super_scales.shape[1] * layout.small_codes)
+        small_OBK = small.float().view(rows, -1, layout.small_codes) - layout.scale_zero
+        parts = [part.reshape(rows, -1) for part in small_OBK.split(layout.groups, -1)]
+        return parts[0], parts[1] if layout.minima else None
+
+    def spread(self, supers_OB: Tensor) -> Tensor:
+        """A number per super-block → one per group, [O, G]."""
+        return supers_OB.repeat_interleave(self.layout.groups, dim=1)
+
+    def scales_OG(self) -> Tensor:
+        """d·s float32 [O, G]; may be negative or 0."""
+        return self.spread(self.super_scales.float()) * self.small_codes_OG()[0]
+
+    def minima_OG(self) -> Tensor | None:
+        """m·t float32 [O, G]; None where 0 is on the grid."""
+        minima = self.small_codes_OG()[1]
+        return None if minima is None or self.super_minima is None else self.spread(self.super_minima.float()) * minima
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """In float32 as `gguf.quants.dequantize` computes it, bit for bit, and then rounded to `dtype`."""
+        return self.values(self.codes_OI().float()).to(dtype)
+
+    def uniform(self) -> "UniformWeight":
+        """The same values, but for the rounding of float32, on a uniform grid with float32 scales and zero points: what a program that knows
+        no super-blocks can read. A group of scale 0 is flat: code 0 of a grid as wide as its minimum."""
+        scales, minima, codes = self.scales_OG(), self.minima_OG(), self.codes
+        if minima is None:
+            return UniformWeight(codes, scales, None, self.bits, self.group_size, self.in_features)
+        flat = scales == 0
+        if bool(flat.any()):
+            columns = flat.repeat_interleave(self.group_size, dim=1)
+            codes = pack_codes(self.codes_OI().where(~columns, 0), self.bits)
+        zeros, scales = (minima / scales).where(~flat, 1.0), scales.where(~flat, minima)
+        return UniformWeight(codes, scales, zeros, self.bits, self.group_size, self.in_features)
+
+    def values(self, codes_OI: Tensor) -> Tensor:
+        """What float32 codes [O, I] stand for."""
+        minima = self.minima_OG()
+        grouped = (codes_OI.view(self.shape[0], self.groups, -1) - self.layout.zero).mul_(self.scales_OG().unsqueeze(-1))
+        return (grouped if minima is None else grouped.sub_(minima.unsqueeze(-1))).view(self.shape)
+
+    def stored_bits(self) -> int:
+        return _bits(self.codes, self.super_scales, self.super_minima, self.small_codes)
+
+    @classmethod
+    def from_codes(
+        cls, codes_OI: Tensor, super_scales_OB: Tensor, super_minima_OB: Tensor | None, small_OBK: Tensor | None, type: GgmlName
+    ) -> Self:
+        """Pack unpacked codes; `small` as stored, unsigned: each super-block's s, then its t. ValueError where a shape is not the type's."""
+        layout, (rows, columns) = GGML_TYPES[type], codes_OI.shape
+        blocks, small = columns // layout.columns, None
+        shapes = {"super_scales": super_scales_OB, "super_minima": super_minima_OB, "small codes": small_OBK}
+        wanted: dict[str, tuple[int, ...] | None] = {
+            "super_scales": (rows, blocks),
+            "super_minima": (rows, blocks) if layout.minima else None,
+            "small codes": (rows, blocks, layout.small_codes) if layout.small_codes else None,
+        }
+        held = {name: None if value is None else tuple(value.shape) for name, value in shapes.items()}
+        if columns % layout.columns or held != wanted:
+            raise ValueError(f"{type} of {rows} × {columns}: needs {wanted} and columns in multiples of {layout.columns}, got {held}")
+        if small_OBK is not None:
+            small = pack_codes(small_OBK.reshape(rows, -1), layout.scale_bits)
+        minima = None if super_minima_OB is None else super_minima_OB.half()
+        return cls(pack_codes(codes_OI, layout.bits), super_scales_OB.half(), type, columns, minima, small)
+
+
+Base = DenseWeight | UniformWeight | NormalFloatWeight | GgmlWeight
 Factor = Tensor | UniformWeight
 ACTIVATION_BITS = (4, 8)
 
@@ -283,6 +399,7 @@ RECORDS: Mapping[str, type] = {
     "dense": DenseWeight,
     "uniform": UniformWeight,
     "normal_float": NormalFloatWeight,
+    "ggml": GgmlWeight,
     "low_rank": LowRank,
     "delta": SparseDelta,
     "activations": ActivationGrid,

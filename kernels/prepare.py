@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..compress import normal_float
-from ..compress.weights import ActivationGrid, Base, DenseWeight, NormalFloatWeight, StoredWeight, UniformWeight
+from ..compress.weights import ActivationGrid, Base, DenseWeight, GgmlWeight, NormalFloatWeight, StoredWeight, UniformWeight
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ def prepare(stored: StoredWeight, bias: Tensor | None) -> Prepared:
     """ValueError says what no fused operator can express: a sparse delta, a mask that a grid cannot follow, ragged groups."""
     if stored.delta is not None:
         raise ValueError("a sparse delta lies between the codes, and no packed operator adds one")
+    if isinstance(stored.base, GgmlWeight):  # no operator here reads small codes
+        stored = replace(stored, base=stored.base.uniform())
     base, columns = _contiguous_groups(_mask_in_codes(stored))
     down = up = None
     if stored.low_rank is not None:
@@ -69,7 +71,7 @@ def _stored_factors(stored: StoredWeight) -> tuple[Tensor, Tensor]:
 def _mask_in_codes(stored: StoredWeight) -> Base:
     """The base with every masked place at the code whose value is exactly 0."""
     base, mask = stored.base, stored.mask_OI()
-    if mask is None:
+    if mask is None or isinstance(base, GgmlWeight):
         return base
     if isinstance(base, DenseWeight):
         return DenseWeight(base.weight.where(mask, torch.zeros((), dtype=base.weight.dtype, device=base.weight.device)))
@@ -170,7 +172,7 @@ def _join_bases(bases: Sequence[Base], widen: bool) -> Base:
     if len({(base.bits, base.block_size) for base in members}) > 1:
         raise ValueError(f"the members' grids differ: {[f'NF{base.bits} block {base.block_size}' for base in members]}")
     absmax = torch.cat([base.absmax_OG() for base in members])
-    return NormalFloatWeight(torch.cat([base.codes for base in members]), first.bits, first.block_size, first.in_features, absmax)
+    return replace(members[0], codes=torch.cat([base.codes for base in members]), absmax=absmax, absmax_codes=None, absmax_scales=None, absmax_offset=None)
 
 
 def _join_uniform(members: Sequence[UniformWeight], widen: bool) -> UniformWeight:

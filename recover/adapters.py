@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..compress.weights import DenseWeight, LowRank, NormalFloatWeight, StoredWeight, UniformWeight
+from ..compress.weights import DenseWeight, GgmlWeight, LowRank, NormalFloatWeight, StoredWeight, UniformWeight
 from .compressed_linear import CompressedLinear
 from .scales import with_absmax
 from .trainable import Trainable, through
@@ -113,6 +113,9 @@ def scale_rows(stored: StoredWeight, scale_O: Tensor) -> StoredWeight:
         base = replace(base, scales=(base.scales.float() * column).to(base.scales.dtype))
     elif isinstance(base, NormalFloatWeight):
         base = with_absmax(base, base.absmax_OG() * column)
+    elif isinstance(base, GgmlWeight):
+        minima = None if base.super_minima is None else (base.super_minima.float() * column).half()
+        base = replace(base, super_scales=(base.super_scales.float() * column).half(), super_minima=minima)
     else:
         base = DenseWeight((base.weight.float() * column).to(base.weight.dtype))
     low_rank, delta = stored.low_rank, stored.delta

@@ -10,10 +10,12 @@ from typing import Annotated, Literal
 import torch
 
 from ..compress.ranges import Factor, ReadWhere, Share, Width, WidthOrZero
+from ..compress.weights import GgmlWeight
 from .adapters import LoraVariant, Magnitude, MaskedLowRank, PooledPair, Spectrum, prune_ranks, start_factors, takes_dense
 from .compressed_linear import as_records
 from .scales import RelativeScales
 from .site import AttachSite, joined, train_biases, train_embeddings, train_factors, train_norms
+from .super_scales import SuperScales
 from .trainable import Attached, Trainable
 from .whole_matrices import LatentGrid, MaskedDense
 
@@ -236,8 +238,12 @@ def qat(site: AttachSite, config: Qat) -> Attached:
 def _train_scales(site: AttachSite, scales: bool = True, zeros: bool = False) -> dict[str, Trainable]:
     out: dict[str, Trainable] = {}
     for name, linear in site.linears.items():
-        linear.reweight = RelativeScales(linear.stored, zeros)
-        out |= _named(name, linear.reweight.trainables(scales))
+        if isinstance(linear.stored.base, GgmlWeight):
+            linear.reweight = SuperScales(linear.stored)
+            out |= _named(name, linear.reweight.trainables())
+        else:
+            linear.reweight = RelativeScales(linear.stored, zeros)
+            out |= _named(name, linear.reweight.trainables(scales))
     return out
 
 

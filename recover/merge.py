@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compress.weights import DenseWeight, NormalFloatWeight, StoredWeight, UniformWeight
+from ..compress.weights import DenseWeight, GgmlWeight, NormalFloatWeight, StoredWeight, UniformWeight
 from .compressed_linear import CompressedLinear, compressed_linears
 from .student import Batch, Student
 from .train import held_out_loss
@@ -22,7 +22,7 @@ def merge_refusal(stored: StoredWeight) -> str | None:
     """Why the terms around a base cannot be merged into it exactly; None when they can (or there is nothing to merge)."""
     if stored.low_rank is None and stored.delta is None and stored.smooth is None:
         return None
-    if isinstance(stored.base, UniformWeight | NormalFloatWeight):
+    if isinstance(stored.base, UniformWeight | NormalFloatWeight | GgmlWeight):
         named = [n for n, v in (("low-rank term", stored.low_rank), ("delta", stored.delta), ("smoothing", stored.smooth)) if v is not None]
         kind = f"{stored.base.bits}-bit codes"
         return f"its {' and '.join(named)} cannot be added to {kind} without rounding again: export base and adapter, or requantize"
@@ -82,7 +82,7 @@ def _stored_outside(stored: StoredWeight, mask_OI: Tensor) -> int:
     return count if stored.delta is None else count + int((~mask_OI).view(-1)[stored.delta.index.long()].sum())
 
 
-def _grid_differences(old: UniformWeight | NormalFloatWeight, new: Any, codes_move: bool) -> list[str]:
+def _grid_differences(old: UniformWeight | NormalFloatWeight | GgmlWeight, new: Any, codes_move: bool) -> list[str]:
     if type(old) is not type(new):
         return [f"{type(old).__name__} became {type(new).__name__}"]
     if (old.bits, old.groups, old.shape) != (new.bits, new.groups, new.shape):
@@ -90,6 +90,11 @@ def _grid_differences(old: UniformWeight | NormalFloatWeight, new: Any, codes_mo
     out = []
     if not codes_move and not torch.equal(old.codes, new.codes):
         out.append(f"{int((old.codes_OI() != new.codes_OI()).sum())} codes changed")
+    if isinstance(old, GgmlWeight):
+        if old.type != new.type or (not codes_move and not _same(old.small_codes, new.small_codes)):
+            out.append(f"the small codes of {old.type} changed, or it became {new.type}")
+        if not bool(torch.isfinite(new.super_scales).all()):
+            out.append("a scale is not finite")
     if isinstance(old, UniformWeight):
         if not _same(old.group_index, new.group_index):
             out.append("the columns' groups changed")

@@ -11,6 +11,7 @@ KINDS: dict[str, frozenset[str]] = {
     "50 % pruned": frozenset({"dense", "masked"}),
     "3-bit": frozenset({"uniform"}),
     "NF4": frozenset({"normal_float", "double_quantized"}),
+    "Q4_K": frozenset({"ggml"}),
     "2:4 + 4-bit": frozenset({"uniform", "masked"}),
     "LQ": frozenset({"uniform", "low_rank"}),
 }

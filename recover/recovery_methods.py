@@ -80,7 +80,7 @@ class RecoveryMethod:
 
 
 def quantized(kinds: frozenset[str]) -> bool:
-    return bool(kinds & {"uniform", "normal_float"})
+    return bool(kinds & {"uniform", "normal_float", "ggml"})
 
 
 def _needs_grid(kinds: frozenset[str], config: Any) -> str | None:
@@ -94,6 +94,8 @@ def _needs_grid(kinds: frozenset[str], config: Any) -> str | None:
 def _scales(kinds: frozenset[str], config: methods.Scales) -> str | None:
     if config.zeros and "normal_float" in kinds:
         return "a NormalFloat weight has no zero points: set zeros=false"
+    if config.zeros and "ggml" in kinds:
+        return "the types of GGUF have no zero points, and their minima train with the scales: set zeros=false"
     return None if config.scales == "auto" and quantized(kinds) else _needs_grid(kinds, config)
 
 
@@ -110,13 +112,13 @@ def _perp(kinds: frozenset[str], config: methods.Perp) -> str | None:
 def _qa_lora(kinds: frozenset[str], config: Any) -> str | None:
     if "masked" in kinds:
         return "float zero points move masked weights off 0: choose scales or lora for a pruned model"
-    return "it merges into the zero points of a uniform grid" if kinds & {"dense", "normal_float"} else None
+    return "it merges into the zero points of a uniform grid" if kinds & {"dense", "normal_float", "ggml"} else None
 
 
 def _needs_uniform(kinds: frozenset[str], config: Any) -> str | None:
     return (
-        "its increments are whole steps of a uniform grid, which NormalFloat has not"
-        if "normal_float" in kinds
+        "its increments are whole steps of a uniform grid, which NormalFloat and the types of GGUF have not"
+        if kinds & {"normal_float", "ggml"}
         else _needs_grid(kinds, config)
     )
 
@@ -156,7 +158,7 @@ def _svft(kinds: frozenset[str], config: Any) -> str | None:
     )
 
 
-_PAIR = Ways("low-rank pair", "low-rank term", "base in any format + PEFT LoRA", "dense unmasked weights; elsewhere refused")
+_PAIR = Ways("low-rank pair", "low-rank term", "added into dense weights, or base in any format + PEFT LoRA", "dense unmasked weights; elsewhere refused")
 _MODEL = Ways(
     "norms, biases, weights in place", "as it was stored", "any format; created biases where the architecture has a place", "in place"
 )
@@ -211,7 +213,7 @@ RECOVER: dict[str, RecoveryMethod] = {
         methods.dora,
         "factors",
         "up·down and row magnitudes",
-        Ways("magnitudes in the scales and in up", "low-rank term", "rescaled base in any format + PEFT LoRA", "scales or dense rows"),
+        Ways("magnitudes in the scales and in up", "low-rank term", "added into dense weights, or rescaled base in any format + PEFT LoRA", "scales or dense rows"),
         version=3,
         paper="DoRA, arXiv:2402.09353",
     ),

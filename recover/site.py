@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compress.weights import DenseWeight, NormalFloatWeight, StoredWeight, UniformWeight
+from ..compress.weights import DenseWeight, GgmlWeight, NormalFloatWeight, StoredWeight, UniformWeight
 from . import selection
 from .compressed_linear import CompressedLinear, compressed_linears
 from .experts import is_expert
@@ -60,7 +60,7 @@ def site_of(
 def kinds(stored: StoredWeight) -> frozenset[str]:
     """What a record is made of, in the words that `Method.serves` reads."""
     base, out = stored.base, set()
-    out.add({DenseWeight: "dense", UniformWeight: "uniform", NormalFloatWeight: "normal_float"}[type(base)])
+    out.add({DenseWeight: "dense", UniformWeight: "uniform", NormalFloatWeight: "normal_float", GgmlWeight: "ggml"}[type(base)])
     if isinstance(base, UniformWeight) and base.zeros is not None and base.zeros.is_floating_point():
         out.add("float_zeros")
     if isinstance(base, NormalFloatWeight) and base.absmax is None:

@@ -9,9 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..compress import grids, normal_float
+from ..compress import ggml_grids, grids, normal_float
 from ..compress.packing import pack_codes
-from ..compress.weights import Base, DenseWeight, NormalFloatWeight, StoredWeight, UniformWeight
+from ..compress.weights import Base, DenseWeight, GgmlWeight, NormalFloatWeight, StoredWeight, UniformWeight
 from .scales import with_absmax
 from .trainable import Trainable, through
 
@@ -79,6 +79,8 @@ def round_again(weight_OI: Tensor, like: StoredWeight) -> StoredWeight:
         codes = _nearest_code(blocks / absmax.clamp(min=1e-12).unsqueeze(-1), base.bits)
         fresh = replace(base, codes=pack_codes(codes.view(weight_OI.shape), base.bits))
         return replace(like, base=with_absmax(fresh, absmax))
+    if isinstance(base, GgmlWeight):
+        return replace(like, base=ggml_grids.round_ggml(weight_OI, base.type))
     if not isinstance(base, UniformWeight):
         return replace(like, base=DenseWeight(weight_OI.to(base.weight.dtype)))
     if base.group_index is not None:
@@ -103,7 +105,14 @@ def codes_in_units(weight_OI: Tensor, base: UniformWeight) -> Tensor:
     return weight_OI / scales.where(scales != 0, 1) + zeros
 
 
-def spread(groups_OG: Tensor, base: UniformWeight | NormalFloatWeight) -> Tensor:
+def _units(base: UniformWeight | NormalFloatWeight | GgmlWeight) -> Tensor:
+    """float32 [O, G]: what a step of the codes, or the whole book, is worth."""
+    if isinstance(base, GgmlWeight):
+        return base.scales_OG()
+    return base.scales.float() if isinstance(base, UniformWeight) else base.absmax_OG()
+
+
+def spread(groups_OG: Tensor, base: UniformWeight | NormalFloatWeight | GgmlWeight) -> Tensor:
     """A value per group → one per column, [O, I]."""
     if isinstance(base, UniformWeight) and base.group_index is not None:
         return groups_OG[:, base.group_index.long()]
@@ -127,13 +136,15 @@ class LatentGrid(nn.Module):
     def _start(base: Base) -> Tensor:
         if isinstance(base, NormalFloatWeight):
             return normal_float.code_book(base.bits).to(base.codes.device)[base.codes_OI().int()]
-        assert isinstance(base, UniformWeight)
+        assert isinstance(base, UniformWeight | GgmlWeight)
         return base.codes_OI().float()
 
     def weights(self, base_OI: None, latent_OI: Tensor) -> Tensor:
         base, mask = self.stored.base, self.stored.mask_OI()
         rounded = self.rounded(latent_OI.detach())
-        if isinstance(base, UniformWeight):
+        if isinstance(base, GgmlWeight):
+            value = base.values(rounded)
+        elif isinstance(base, UniformWeight):
             value = (rounded - spread(base.zeros_OG(), base)) * spread(base.scales.float(), base)
         else:
             assert isinstance(base, NormalFloatWeight)
@@ -143,22 +154,22 @@ class LatentGrid(nn.Module):
     def pull_back(self, base_OI: None, gradient_OI: Tensor) -> tuple[Tensor]:
         """Straight through the rounding, 0 where the latent lies beyond the grid, and under the mask."""
         base, mask, latent = self.stored.base, self.stored.mask_OI(), self.latent.detach()
-        low, high = (0.0, float((1 << base.bits) - 1)) if isinstance(base, UniformWeight) else (-1.0, 1.0)
         assert not isinstance(base, DenseWeight)
-        unit = spread(base.scales.float() if isinstance(base, UniformWeight) else base.absmax_OG(), base)
+        low, high = (-1.0, 1.0) if isinstance(base, NormalFloatWeight) else (0.0, float((1 << base.bits) - 1))
+        unit = spread(_units(base), base)
         inside = (latent >= low) & (latent <= high)
         return ((gradient_OI * unit).where(inside if mask is None else inside & mask, 0),)
 
     def rounded(self, latent_OI: Tensor) -> Tensor:
         base = self.stored.base
-        if isinstance(base, UniformWeight):
+        if isinstance(base, UniformWeight | GgmlWeight):
             return latent_OI.round().clamp(0, (1 << base.bits) - 1)
         assert isinstance(base, NormalFloatWeight)
         return normal_float.code_book(base.bits).to(latent_OI.device)[_nearest_code(latent_OI, base.bits)]
 
     def fold(self, stored: StoredWeight) -> StoredWeight:
         base, latent = stored.base, self.latent.detach()
-        if isinstance(base, UniformWeight):
+        if isinstance(base, UniformWeight | GgmlWeight):
             return replace(stored, base=replace(base, codes=pack_codes(self.rounded(latent).to(torch.int64), base.bits)))
         assert isinstance(base, NormalFloatWeight)
         return replace(stored, base=replace(base, codes=pack_codes(_nearest_code(latent, base.bits), base.bits)))

@@ -52,7 +52,8 @@ def _after_quantize(stage: StageRecord, present: set[str]) -> list[str]:
         tips.append(f"Smaller groups: {_set(stage, 'group_size', 32)} ({number(cost, 2)} bits per weight more at 16-bit scales).")
     if isinstance(bits, int) and bits <= 3:
         where = f" for {role[0]} alone (an override), or everywhere" if role else ""
-        tips.append(f"One more bit{where}: {_set(stage, 'bits', 4 if bits == 3 else 3)}.")
+        wider = {"q2_k": ("grid", "q3_k"), "q3_k": ("grid", "q4_k")}.get(str(stage.settings.get("grid")), ("bits", bits + 1))
+        tips.append(f"One more bit{where}: {_set(stage, *wider)}.")
     if "decompose" not in present:
         tips.append("A low-rank term that takes up what rounding lost: a `decompose` stage with `rank: 16`.")
     return tips

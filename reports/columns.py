@@ -68,11 +68,12 @@ STAGE_COLUMNS: tuple[Column, ...] = (
 
 
 def stage_columns(stages: Sequence[StageRecord]) -> list[Column]:
-    """Every column of a stage: behind those of quality, two for each further evaluation text."""
-    names = dict.fromkeys(name for stage in stages for name in stage.texts)
-    of_texts = [column for name in names for column in _text_columns(name)]
+    """Every column of a stage: behind those of quality, two for each further evaluation text and each metric of a task."""
+    texts = dict.fromkeys(name for stage in stages for name in stage.texts)
+    tasks = dict.fromkeys(name for stage in stages for name in stage.tasks)
+    more = [column for names, columns in ((texts, _text_columns), (tasks, _task_columns)) for name in names for column in columns(name)]
     cost = next(place for place, column in enumerate(STAGE_COLUMNS) if column.group == "cost")
-    return [*STAGE_COLUMNS[:cost], *of_texts, *STAGE_COLUMNS[cost:]]
+    return [*STAGE_COLUMNS[:cost], *more, *STAGE_COLUMNS[cost:]]
 
 
 def _text_columns(name: str) -> list[Column]:
@@ -82,6 +83,29 @@ def _text_columns(name: str) -> list[Column]:
         replace(perplexity, key=f"texts.{name}.perplexity", title=f"perplexity, {name}", rank=1, short=name),
         replace(lost, key=f"texts.{name}.nll_difference", title=f"Δ to baseline, {name}", rank=12, short=""),
     ]
+
+
+def _task_columns(name: str) -> list[Column]:
+    """The score with its standard error over documents, and the change to the baseline with the paired one."""
+
+    def of(value: str, error: str) -> Callable[[Any], Any]:
+        def get(stage: StageRecord) -> Any:
+            task = stage.tasks.get(name)
+            return None if task is None or getattr(task, value) is None else (getattr(task, value), getattr(task, error))
+
+        return get
+
+    return [
+        Column(f"tasks.{name}.score", name, of("score", "stderr"), _show_score, rank=1),
+        Column(f"tasks.{name}.difference", f"Δ to baseline, {name}", of("difference", "difference_stderr"), _show_pair, rank=12),
+    ]
+
+
+def _show_score(pair: tuple[float, float | None] | None) -> str:
+    if pair is None:
+        return MISSING
+    score, stderr = pair
+    return number(score, 3) if stderr is None else f"{score:.3f} ± {stderr:.3f}"
 
 
 def text_table(name: str) -> list[Column]:

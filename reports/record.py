@@ -95,6 +95,23 @@ class TextRecord:
 
 
 @dataclass(frozen=True)
+class TaskRecord:
+    """A metric of a task: its score with the standard error over `documents`, and the score minus the baseline's with the paired one.
+    `version`: the task's own, or the first digits of its file's sha256."""
+
+    score: float | None = None
+    stderr: float | None = None
+    documents: int | None = None
+    version: str | None = None
+    difference: float | None = None
+    difference_stderr: float | None = None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "TaskRecord":
+        return cls(**_known(cls, data, "task"))
+
+
+@dataclass(frozen=True)
 class StageRecord:
     """What is true of the artifact a stage left on disk, and what making it took.
 
@@ -103,6 +120,7 @@ class StageRecord:
     before. kl_to_baseline: nats per token. top1_agreement, sparsity, gap_closed: fractions. bits_per_weight: over the
     compressed linears, everything they store. total_bytes: the artifact's weights on disk. settings: the stage's resolved
     configuration. metrics: whatever else was measured. texts: by name, the same on the further evaluation texts.
+    tasks: by the task's name and its metric.
     """
 
     stage: str
@@ -129,6 +147,7 @@ class StageRecord:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     layers: tuple[LayerRecord, ...] = ()
     texts: Mapping[str, TextRecord] = field(default_factory=dict)
+    tasks: Mapping[str, TaskRecord] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         lost: list[str] = []
@@ -142,6 +161,7 @@ class StageRecord:
         known["notes"] = tuple(known.get("notes") or ())
         known["layers"] = tuple(LayerRecord.from_json(layer) for layer in known.get("layers") or ())
         known["texts"] = {name: TextRecord.from_json(text) for name, text in (known.get("texts") or {}).items()}
+        known["tasks"] = {name: TaskRecord.from_json(task) for name, task in (known.get("tasks") or {}).items()}
         return cls(**known)
 
 

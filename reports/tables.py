@@ -130,7 +130,7 @@ def csv_text(record: RunRecord) -> str:
         data = stage.to_json()
         head = {"run": record.run, "model": record.model, "stage_index": index, "stage": stage.stage, "method": stage.method}
         layers, notes = data.pop("layers"), data.pop("notes")
-        for name in ("metrics", "settings", "texts"):
+        for name in ("metrics", "settings", "texts", "tasks"):
             data.update(_flat(data.pop(name), name))
         rows.append({**head, "kind": "stage", **data, "notes": " | ".join(notes), **protocol})
         for name, steps in series(stage):

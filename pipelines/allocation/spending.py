@@ -64,6 +64,8 @@ def spent(recipe: Recipe) -> Spent:
             )
     quantize, decompose = named["quantize"][0], next(iter(named["decompose"]), None)
     _check_method(option, quantize, ("bits",), "no bits to choose")
+    if (grid := getattr(quantize.config, "grid", "uniform")) != "uniform" or any("grid" in one for one in quantize.overrides.values()):
+        raise UsageError(f"{option}: chooses bits and groups of uniform grids, and {quantize.address}.grid is {grid} or overridden; leave one of them out")
     if hasattr(quantize.config, "block_size") and -1 in recipe.allocation.group_sizes:
         raise UsageError(f"{option}: allocation.group_sizes: {quantize.method} has no blocks of a whole row (-1); name their sizes")
     if recipe.allocation.errors == "iterates" and decompose is None:

@@ -20,16 +20,25 @@ RunDirectories = Annotated[list[Path], typer.Argument(metavar="RUN_DIR RUN_DIR â
 ReportFormat = Annotated[Literal["html", "md", "csv", "json"], typer.Option("--format", help="what to write")]
 CompareFormat = Annotated[Literal["table", "html", "md", "json"], typer.Option("--format", help="what to write")]
 ExportFormat = Annotated[
-    Literal["dense", "gptq", "gptq-v2", "compressed-tensors", "bnb"], typer.Option("--format", help="checkpoint format")
+    Literal["dense", "gptq", "gptq-v2", "compressed-tensors", "bnb", "gguf"], typer.Option("--format", help="checkpoint format")
 ]
 OutputFile = Annotated[Path | None, typer.Option("-o", "--output", parser=o.place, metavar="FILE", help="instead of stdout")]
-OutputDirectory = Annotated[Path, typer.Option("-o", "--output", parser=o.place, metavar="DIR", help="a new or empty directory")]
+OutputDirectory = Annotated[Path, typer.Option("-o", "--output", parser=o.place, metavar="DIR", help="a new or empty directory; FILE.gguf for gguf")]
 Evaluated = Annotated[str, typer.Argument(metavar="MODEL_OR_ARTIFACT", help="demo, a model, a run's stage directory or an export")]
 SeqLen = Annotated[int | None, typer.Option("--seq-len", metavar="N", min=2, help="tokens a window")]
 Windows = Annotated[int | None, typer.Option("--windows", metavar="N", min=1, help="how many windows; default all (16 for demo)")]
+Tasks = Annotated[
+    str | None, typer.Option("--tasks", metavar="A,B", help="scores instead: lm-eval's tasks, or .jsonl files of multiple choice")
+]
+Limit = Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="with --tasks: the first N documents of each")]
 StageName = Annotated[str | None, typer.Option("--stage", metavar="NAME", help="this stage's artifact; default the last one")]
-Merge = Annotated[bool, typer.Option("--merge", help="merge the low-rank term into the base where that is exact")]
+Merge = Annotated[bool, typer.Option("--merge", help="merge the low-rank term into the base where that is exact; dense does so by itself")]
+Engine = Annotated[Literal["kernels", "llama.cpp"], typer.Option("--engine", help="what computes: our kernels, or llama.cpp (an extra) from a GGUF file")]
 Requantize = Annotated[bool, typer.Option("--requantize", help="with --merge: quantize the merged weight again, the loss is reported")]
+
+
+Adapter = Annotated[bool, typer.Option("--adapter", help="base and adapter apart, in DIR/base and DIR/adapter, as PEFT reads them")]
+CountOnly = Annotated[bool, typer.Option("--dry-run", help="count bytes, name refusals and who reads it, write nothing")]
 
 
 @report.command("show")
@@ -85,14 +94,28 @@ def eval_(
     eval_source: o.EvalSource = None,
     seq_len: SeqLen = None,
     windows: Windows = None,
+    tasks: Tasks = None,
+    limit: Limit = None,
     device: o.Device = "auto",
     dtype: o.Dtype = None,
     json: o.Json = False,
     verbose: o.Verbose = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Perplexity of a model or of a stage's artifact, with its protocol. Inside a run the run's protocol is the default."""
+    """Perplexity of a model or of a stage's artifact, with its protocol; inside a run the run's protocol is the default. With --tasks its scores."""
     start(verbose, quiet)
+    if tasks is not None:
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        if not names:
+            raise UsageError("--tasks names no task; give some, as in --tasks hellaswag,arc_easy")
+        if eval_source is not None or seq_len is not None or windows is not None:
+            raise UsageError("--eval, --seq-len and --windows belong to perplexity, which --tasks does not measure; leave them or --tasks out")
+        from ..run.evaluate import evaluate_tasks
+
+        o.write(evaluate_tasks(model, names, limit=limit, device=device, dtype=dtype), json)
+        return
+    if limit is not None:
+        raise UsageError("--limit goes with --tasks: it is a number of their documents")
     source, default_seq_len, default_windows = _protocol(model)
     from ..run.evaluate import evaluate
 
@@ -114,22 +137,29 @@ def export(
     stage: StageName = None,
     merge: Merge = False,
     requantize: Requantize = False,
+    adapter: Adapter = False,
+    dry_run: CountOnly = False,
     json: o.Json = False,
     verbose: o.Verbose = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Write a checkpoint that other programs load; a low-rank term becomes a PEFT adapter beside its base."""
+    """Write a checkpoint that other programs load: one model, or with --adapter a base and a PEFT adapter beside it."""
     start(verbose, quiet)
     existing(run_directory)
     if requantize and not merge:
         raise UsageError("--requantize goes with --merge: it quantizes what was merged")
+    if adapter and merge:
+        raise UsageError("--adapter and --merge exclude each other: one keeps the low-rank term apart, the other merges it")
     if output.exists() and not output.is_dir():
-        raise UsageError(f"{output} is a file; -o takes a directory")
+        raise UsageError(f"{output} is a file; -o takes a new name, nothing is overwritten")
+    if (output.suffix == ".gguf") and format_ != "gguf":
+        raise UsageError(f"{output}: --format {format_} writes a directory; -o takes one, or use --format gguf")
     if output.is_dir() and next(output.iterdir(), None) is not None:
         raise UsageError(f"{output} is not empty; name a new directory, nothing is overwritten")
     from ..export import exporting
 
-    o.write(exporting.export(run_directory, format_, output, stage=stage, merge=merge, requantize=requantize), json)
+    how = {"stage": stage, "merge": merge, "requantize": requantize, "adapter": adapter}
+    o.write(exporting.predict(run_directory, format_, **how) if dry_run else exporting.export(run_directory, format_, output, **how), json)
 
 
 def generate(
@@ -139,19 +169,28 @@ def generate(
     temperature: Annotated[float, typer.Option("--temperature", metavar="T", min=0.0, help="0 takes the likeliest token")] = 0.0,
     seed: o.Seed = None,
     device: o.Device = "auto",
+    engine: Engine = "kernels",
     json: o.Json = False,
     verbose: o.Verbose = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Let the compressed model write, through the kernels."""
+    """Let the compressed model write, through the kernels or in llama.cpp."""
     start(verbose, quiet)
     existing(run_directory)
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise UsageError("the prompt is empty; give some text to go on from")
-    from ..run import generate as generating
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed or 0}
+    if engine == "llama.cpp":
+        if device not in ("auto", "cpu"):
+            raise UsageError(f"--engine llama.cpp runs on the CPU here; leave --device {device} out")
+        from ..export import llama_engine
 
-    pieces = generating.generate(run_directory, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed or 0, device=device)
+        pieces = llama_engine.generate(run_directory, text, **settings)
+    else:
+        from ..run import generate as generating
+
+        pieces = generating.generate(run_directory, text, **settings, device=device)
     if json:
         o.write_json({"prompt": text, "text": "".join(pieces)})
         return

@@ -51,8 +51,14 @@ FURTHER = 4
 IMPORT_VERSION = 1
 CLEANING_VERSION = 1  # goes up when `wiki` makes other prose of the dump
 SOURCE_NAME = "bitmend-source.json"
+Save = Callable[[Any, Path, Path], None]
+"""(model in float32, its file, directory): write config and weights."""
 PROBE_TOKENS = 48
 LOGIT_TOLERANCE = 2e-4
+
+
+def save_dense(model: Any, gguf: Path, directory: Path) -> None:
+    model.save_pretrained(directory, max_shard_size="4GB")
 
 
 def demo_model(progress: Progress | None = None) -> Path:
@@ -65,11 +71,11 @@ def demo_model(progress: Progress | None = None) -> Path:
     if (target / SOURCE_NAME).exists():
         return target
     facts = {"origin": asdict(MODEL_FILE), "permutation_seed": PERMUTATION_SEED, "gguf_sha256": MODEL_FILE.sha256}
-    return _import_once(fetch(MODEL_FILE, progress), target, facts, lambda model: _permute_checked_(model, PERMUTATION_SEED))
+    return _import_once(fetch(MODEL_FILE, progress), target, facts, _save_permuted)
 
 
-def import_gguf(path: Path) -> Path:
-    """Directory of a local `.gguf` file's model in float32 with its tokenizer, kept by the file's sha256.
+def import_gguf(path: Path, save: Save = save_dense, form: str = "") -> Path:
+    """Directory of a local `.gguf` file's model with its tokenizer, in float32 or as `save` writes it, kept by the file's sha256 and `form`.
 
     Raises InputError for a file that is missing, truncated, or of an architecture that transformers cannot read.
     """
@@ -77,11 +83,11 @@ def import_gguf(path: Path) -> Path:
         raise InputError(f"{path}: no such file")
     tensors = _check_gguf(path)
     sha256 = file_sha256(path)
-    target = cache_directory() / "models" / f"gguf-{sha256[:16]}-v{IMPORT_VERSION}"
+    target = cache_directory() / "models" / f"gguf-{sha256[:16]}{form}-v{IMPORT_VERSION}"
     if (target / SOURCE_NAME).exists():
         return target
     log.info("%s: %d tensors", path, tensors)
-    return _import_once(path, target, {"origin": {"file": path.name}, "permutation_seed": None, "gguf_sha256": sha256}, None)
+    return _import_once(path, target, {"origin": {"file": path.name}, "permutation_seed": None, "gguf_sha256": sha256}, save)
 
 
 def demo_text(progress: Progress | None = None) -> Path:
@@ -107,7 +113,7 @@ def demo_text(progress: Progress | None = None) -> Path:
     return target
 
 
-def _import_once(gguf: Path, target: Path, facts: dict, change_: Callable[[Any], None] | None) -> Path:
+def _import_once(gguf: Path, target: Path, facts: dict, save: Save) -> Path:
     """Fill a scratch directory beside `target` and rename it; a killed import leaves nothing that counts."""
     with locked(target):
         if (target / SOURCE_NAME).exists():
@@ -118,7 +124,7 @@ def _import_once(gguf: Path, target: Path, facts: dict, change_: Callable[[Any],
         shutil.rmtree(target, ignore_errors=True)
         scratch.mkdir()
         try:
-            _convert(gguf, scratch, change_)
+            _convert(gguf, scratch, save)
             (scratch / SOURCE_NAME).write_text(json.dumps(facts | {"import_version": IMPORT_VERSION}, indent=2) + "\n")
             for path in scratch.iterdir():
                 with path.open("rb") as written:
@@ -129,8 +135,8 @@ def _import_once(gguf: Path, target: Path, facts: dict, change_: Callable[[Any],
     return target
 
 
-def _convert(gguf: Path, directory: Path, change_: Callable[[Any], None] | None) -> None:
-    """Write the Hugging Face directory of a gguf file: config without gguf traces, float32 safetensors, tokenizer."""
+def _convert(gguf: Path, directory: Path, save: Save) -> None:
+    """Write the Hugging Face directory of a gguf file: config without gguf traces, weights as `save` does, tokenizer."""
     with as_input_error(f"{gguf.name}: transformers cannot import this gguf", "convert it to a Hugging Face directory first"):
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
@@ -151,10 +157,13 @@ def _convert(gguf: Path, directory: Path, change_: Callable[[Any], None] | None)
     del loaded, stored
     gc.collect()
     model.eval()
-    if change_ is not None:
-        change_(model)
-    model.save_pretrained(directory, max_shard_size="4GB")
+    save(model, gguf, directory)
     tokenizer.save_pretrained(directory)
+
+
+def _save_permuted(model: Any, gguf: Path, directory: Path) -> None:
+    _permute_checked_(model, PERMUTATION_SEED)
+    save_dense(model, gguf, directory)
 
 
 @torch.inference_mode()

@@ -1,28 +1,44 @@
-"""An export read back and held against what was to be written: zeros where the mask says so, the same grid, the same codes.
+"""An export read back and held against what was to be written: zeros where the mask says so, the same grid, the same codes; of a whole format every
+value.
 
 Scales and factors may be rounded by a format; these may not. Knows checkpoints; no format.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from ...compress.weights import DenseWeight, StoredWeight
+from ...compress.weights import DenseWeight, StoredWeight, UniformWeight
 from .. import formats
 from ..errors import QualityError
 from ..formats.checkpoint import Checkpoint
 from ..formats.naming import expert_parameter
 
+OFFSET_ERROR = 2.0**-23
+"""What a norm around 0 loses in float32 when a format keeps it around 1."""
 
-def write_audited(format_: str, checkpoint: Checkpoint, output: Path) -> list[str]:
+
+def write_audited(format_: str, checkpoint: Checkpoint, output: Path, adapter: bool) -> list[str]:
     """What to tell the user. QualityError when what lies on disk is not what the checkpoint held."""
-    notes = formats.write(format_, checkpoint, output)
-    back = formats.read(output)
+    notes = formats.write(format_, checkpoint, output, adapter)
+    back, whole = formats.read_back(format_, output, checkpoint), formats.FORMATS[format_].whole
     for name, record in checkpoint.linears.items():
-        problem = difference(record, _read_back(back, checkpoint, name))
+        problem = (every_value if whole else difference)(record, _read_back(back, checkpoint, name))
         if problem is not None:
             raise QualityError(f"{output}: {name}: {problem}; do not use it, and report this")
+    for name, tensor in checkpoint.tensors.items() if whole else ():
+        if not torch.allclose(back.tensors[name].float(), tensor.float(), rtol=0, atol=OFFSET_ERROR):
+            raise QualityError(f"{output}: {name} came back with other values; do not use it, and report this")
     return notes
+
+
+def every_value(record: StoredWeight, back: StoredWeight | Tensor) -> str | None:
+    """Of a format that changes none: how many of a linear's values moved, its scales in float16 and what stands on top of them left out."""
+    base = replace(record.base, scales=record.base.scales.half()) if isinstance(record.base, UniformWeight) else record.base
+    moved = replace(record, base=base).base_dense() != (back.base_dense() if isinstance(back, StoredWeight) else back.float())
+    return f"{int(moved.sum())} of {moved.numel()} values changed" if bool(moved.any()) else None
 
 
 def difference(record: StoredWeight, back: StoredWeight | Tensor) -> str | None:

@@ -5,7 +5,7 @@ Knows artifacts and stages; when a merge is exact is `recover/merge`'s business.
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ def merged(checkpoint: Checkpoint, artifact: Artifact) -> Checkpoint:
     for name in artifact.linears:
         reason = merge_refusal(artifact.stored(name))
         if reason is not None:
-            raise UsageError(f"{name}: {reason}; leave --merge out for base and adapter, or add --requantize and see what it costs")
+            raise UsageError(f"{name}: {reason}; --adapter writes base and adapter, --format dense one model, --requantize quantizes the sum again: see what it costs")
     return checkpoint.with_linears(Lazy({n: lambda n=n: _audited(n, artifact.stored(n)) for n in artifact.linears}))
 
 
@@ -43,9 +43,7 @@ def _audited(name: str, record: StoredWeight) -> StoredWeight:
 
 
 @contextmanager
-def requantized(
-    artifact: Artifact, chosen: recipes.Recipe, checkpoint_of: Callable[[Artifact], Checkpoint]
-) -> Iterator[tuple[Checkpoint, list[str]]]:
+def requantized(artifact: Artifact, chosen: recipes.Recipe) -> Iterator[tuple[Artifact, list[str]]]:
     """The merged weights quantized again with GPTQ against the run's calibration text, on the grid of the run's quantize stage.
 
     A mask is kept: what the low-rank term adds under it is dropped, and counts as loss. QualityError when the audit finds a changed mask.
@@ -53,7 +51,7 @@ def requantized(
     spec = next((s for s in chosen.stages if s.name == "quantize"), None)
     if spec is None:
         raise UsageError("--requantize: the recipe has no quantize stage whose grid could be used; leave it out")
-    known = ("bits", "group_size", "symmetric")
+    known = ("bits", "group_size", "symmetric", "grid")
     overrides = {pattern: {k: v for k, v in fields.items() if k in known} for pattern, fields in spec.overrides.items()}
     settings = {k: getattr(spec.config, k) for k in known if hasattr(spec.config, k)}
     again = StageSpec(
@@ -73,7 +71,7 @@ def requantized(
         if problems:
             raise QualityError(f"--requantize: {problems[0]}; nothing was written")
         yield (
-            checkpoint_of(made),
+            made,
             [f"merged and quantized again with GPTQ ({json.dumps(settings)}): compare its perplexity with the artifact's"],
         )
 

@@ -1,5 +1,5 @@
 """Checkpoints of other programs, in and out."""
 
-from .registry import FORMATS, Format, detect, is_pair, read, write
+from .registry import FORMATS, Format, detect, is_pair, read, read_back, write
 
-__all__ = ["FORMATS", "Format", "detect", "is_pair", "read", "write"]
+__all__ = ["FORMATS", "Format", "detect", "is_pair", "read", "read_back", "write"]

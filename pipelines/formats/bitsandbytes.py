@@ -18,10 +18,10 @@ from torch import Tensor
 from ...compress import normal_float
 from ...compress.normal_float import NESTED_BLOCK
 from ...compress.packing import pack_codes
-from ...compress.weights import DenseWeight, NormalFloatWeight, StoredWeight, UniformWeight
+from ...compress.weights import DenseWeight, GgmlWeight, NormalFloatWeight, StoredWeight, UniformWeight
 from ..errors import InputError, UsageError
 from .biases import with_room_for_biases
-from .checkpoint import Checkpoint, Lazy, config_dtype, masked_note, refuse_beyond_codes, untie_compressed
+from .checkpoint import Checkpoint, Lazy, config_dtype, masked_note, refuse_beyond_codes, refuse_other_grid, untie_compressed
 from .folder import read_config, write_folder
 from .fusing import to_memory
 from .naming import expert_parameter, to_file
@@ -100,6 +100,8 @@ def pack(name: str, record: StoredWeight, dtype: torch.dtype) -> dict[str, Tenso
 def _normal_float(name: str, record: StoredWeight) -> NormalFloatWeight:
     refuse_beyond_codes(name, record, LABEL)
     base = record.base
+    if isinstance(base, GgmlWeight):
+        refuse_other_grid(name, base, LABEL)
     if isinstance(base, UniformWeight):
         raise UsageError(
             f"{name}: bitsandbytes holds NormalFloat4, not uniform {base.bits}-bit grids; use --format gptq or compressed-tensors"

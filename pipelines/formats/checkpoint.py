@@ -13,7 +13,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from ...compress.weights import NormalFloatWeight, StoredWeight, UniformWeight
+from ...compress.weights import GgmlWeight, NormalFloatWeight, StoredWeight, UniformWeight
 from ...recover.extra_modules import Beside
 from ..errors import UsageError
 
@@ -53,7 +53,7 @@ class Checkpoint:
     transposed: modules and fused parameters whose dense layout is [I, O] (GPT-2's `Conv1D`).
     tied: alias → source, both state-dict names ({"lm_head.weight": "model.embed_tokens.weight"}); an alias is not in
         `tensors`. A source may be the `.weight` of a compressed linear.
-    card: what the model card says: `title`, `recipe`, `perplexity`, `baseline_perplexity`, `protocol`, `notes`.
+    card: what the model card says: `title`, `recipe`, `perplexity`, `baseline_perplexity`, `protocol`, `notes`, `read_by`.
     beside: what stands beside the model: bottlenecks, virtual tokens.
     """
 
@@ -86,7 +86,7 @@ def refuse_beyond_codes(name: str, record: StoredWeight, format_name: str) -> No
     if record.low_rank is not None:
         raise UsageError(
             f"{name}: {format_name} has no place for a low-rank term of rank {record.low_rank.rank}; "
-            "export it as a PEFT adapter beside the base (the default), or --format dense --merge"
+            "--adapter keeps it as a PEFT adapter beside the base, --format dense adds it in"
         )
 
 
@@ -94,8 +94,8 @@ def uniform_codes(name: str, record: StoredWeight, format_name: str) -> tuple[Un
     """(base, codes uint8 [O, I], zeros int64 [O, G]); masked weights sit on their zero point, hence decode to exactly 0."""
     refuse_beyond_codes(name, record, format_name)
     base = record.base
-    if isinstance(base, NormalFloatWeight):
-        refuse_normal_float(name, base, format_name)
+    if isinstance(base, NormalFloatWeight | GgmlWeight):
+        refuse_other_grid(name, base, format_name)
     assert isinstance(base, UniformWeight)
     zeros = base.zeros_OG()
     whole = zeros.round()
@@ -134,7 +134,9 @@ def _in_bytes(base: UniformWeight) -> UniformWeight:
     return UniformWeight.from_codes(base.codes_OI().int() + shift, base.scales, zeros, 8, base.group_size, base.group_index)
 
 
-def refuse_normal_float(name: str, base: NormalFloatWeight, format_name: str) -> NoReturn:
+def refuse_other_grid(name: str, base: NormalFloatWeight | GgmlWeight, format_name: str) -> NoReturn:
+    if isinstance(base, GgmlWeight):
+        raise UsageError(f"{name}: {format_name} has no place for ggml's {base.type}; --format gguf carries it, --format dense its values")
     other = "--format bnb carries NF4" if base.bits == 4 else "--format dense can"
     raise UsageError(f"{name}: {format_name} holds uniform grids, not NormalFloat{base.bits}; {other}")
 

@@ -31,7 +31,7 @@ LABEL = "compressed-tensors"
 FORMAT = "pack-quantized"
 Scheme = tuple[int, int, bool]  # bits, group size (-1: one group per row), symmetric
 HOW_TO_LOAD = (
-    "from transformers import AutoModelForCausalLM  # with compressed-tensors installed; vLLM reads it too\n\n"
+    "from transformers import AutoModelForCausalLM  # with compressed-tensors installed\n\n"
     'model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")'
 )
 
@@ -74,7 +74,7 @@ def write(checkpoint: Checkpoint, directory: Path, shard_bytes: int = SHARD_BYTE
             notes.append(masked_note(len(pruned), LABEL))
         if len(schemes) > 1 and not all(symmetric for _, _, symmetric in schemes):
             notes.append(
-                "several settings with zero points: vLLM reads that, transformers 5.24 does not (it does with symmetric grids or a single setting)"
+                "several settings with zero points: transformers 5.24 does not read that (it does with symmetric grids or a single setting)"
             )
         write_folder(checkpoint, scratch, quantization_config(schemes, ignored), notes, HOW_TO_LOAD)
     return notes

@@ -16,7 +16,7 @@ from .shards import copy_files, write_json
 OF_QUANTIZATION: Mapping[str, tuple[type, ...]] = {
     "quant_method": (str,), "checkpoint_format": (str,), "format": (str,), "type": (str,), "bits": (int,), "num_bits": (int,), "group_size": (int,),
     "desc_act": (bool,), "sym": (bool,), "is_marlin_format": (bool,), "load_in_4bit": (bool,), "_load_in_4bit": (bool,), "dynamic": (dict, bool),
-    "config_groups": (dict,), "weights": (dict,), "targets": (list,),
+    "config_groups": (dict,), "types": (dict,), "weights": (dict,), "targets": (list,),
 }  # fmt: skip
 """Types of what the readers here ask a quantization_config for; null stands for what is left out."""
 
@@ -114,6 +114,9 @@ def model_card(card: Mapping[str, Any], notes: Sequence[str], how_to_load: str) 
         text = recipe if isinstance(recipe, str) else json.dumps(recipe, indent=2, ensure_ascii=False)
         lines += ["## Recipe", "", "```yaml" if isinstance(recipe, str) else "```json", text.rstrip(), "```", ""]
     lines += ["## Loading", "", "```python", how_to_load.rstrip(), "```", ""]
+    if "read_by" in card:
+        known = [f"- {program}" for program in card["read_by"]] or ["- no other program is known to; bitmend has read it back"]
+        lines += ["## Read by", "", "Known to read exactly this file:", "", *known, ""]
     said = [*card.get("notes", ()), *notes]
     if said:
         lines += ["## Notes", "", *(f"- {note}" for note in said), ""]

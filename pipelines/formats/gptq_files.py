@@ -28,7 +28,7 @@ PARTS = ("qweight", "qzeros", "scales", "g_idx")
 MULTIPLE = 32  # auto-gptq and GPTQModel unpack whole 32-bit words along both sides
 
 HOW_TO_LOAD = {
-    1: "from transformers import AutoModelForCausalLM  # with gptqmodel installed; vLLM and auto-gptq read it too\n\n"
+    1: "from transformers import AutoModelForCausalLM  # with gptqmodel installed, which nobody here has tried\n\n"
     'model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")',
     2: 'from gptqmodel import GPTQModel\n\nmodel = GPTQModel.load("THIS_DIRECTORY")',
 }  # fmt: skip

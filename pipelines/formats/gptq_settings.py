@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...compress.weights import NormalFloatWeight, UniformWeight
+from ...compress.weights import GgmlWeight, NormalFloatWeight, UniformWeight
 from ..errors import UsageError
-from .checkpoint import Checkpoint, refuse_normal_float
+from .checkpoint import Checkpoint, refuse_other_grid
 
 CHECKPOINT_FORMATS = {1: "gptq", 2: "gptq_v2"}
 Scheme = tuple[int, int]  # bits, group size
@@ -34,14 +34,14 @@ class Settings:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Settings":
-        """UsageError for linears on a NormalFloat grid, and when there is nothing to hold."""
+        """UsageError for linears on a NormalFloat grid or one of ggml's, and when there is nothing to hold."""
         of_linear: dict[str, list[Scheme]] = {}
         symmetric, act_order = True, False
         for name, record in checkpoint.linears.items():
             base = record.base
             of_linear[name] = []
-            if isinstance(base, NormalFloatWeight):
-                refuse_normal_float(name, base, "GPTQ")
+            if isinstance(base, NormalFloatWeight | GgmlWeight):
+                refuse_other_grid(name, base, "GPTQ")
             if isinstance(base, UniformWeight):
                 of_linear[name] = schemes(base)
                 symmetric, act_order = symmetric and base.symmetric, act_order or base.group_index is not None

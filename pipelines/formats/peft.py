@@ -53,8 +53,9 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("../{base
 """
 
 
-def has_low_rank(checkpoint: Checkpoint) -> bool:
-    return any(record.low_rank is not None for record in checkpoint.linears.values())
+def with_low_rank(checkpoint: Checkpoint) -> int:
+    """How many linears have a low-rank term."""
+    return sum(record.low_rank is not None for record in checkpoint.linears.values())
 
 
 ABOUT = {
@@ -66,7 +67,7 @@ ABOUT = {
 def write(checkpoint: Checkpoint, directory: Path, write_base: WriteBase, **options: Any) -> list[str]:
     """DIR/base by `write_base` (a format's `write`, with its options) and DIR/adapter. UsageError without a low-rank term or virtual
     tokens, and for what PEFT does not know."""
-    tokens = _tokens(checkpoint)
+    tokens = virtual_tokens(checkpoint)
     if tokens is not None:
         with fresh_directory(directory) as scratch:
             notes = write_base(replace(checkpoint, beside=()), scratch / BASE, **options)
@@ -79,7 +80,7 @@ def write(checkpoint: Checkpoint, directory: Path, write_base: WriteBase, **opti
         if record.low_rank is not None and record.low_rank.rank > 0:
             factors[name] = _factors(name, record.low_rank)
     if not factors:
-        raise UsageError("no linear of this model has a low-rank term, so there is no adapter to write; export the base alone")
+        raise UsageError("no linear of this model has a low-rank term, so there is no adapter to write; leave --adapter out")
     quantized = sum(_is_quantized(record.low_rank) for record in checkpoint.linears.values())
     again = [n for n in factors if (term := checkpoint.linears[n].low_rank) is not None and term.shared is not None]
     with fresh_directory(directory) as scratch:
@@ -104,7 +105,7 @@ def _write_adapter(directory: Path, config: Mapping[str, Any], tensors: Mapping[
     (directory / "README.md").write_text(CARD.format(title=title, about=ABOUT[title].format(base=BASE), base=BASE), encoding="utf-8")
 
 
-def _tokens(checkpoint: Checkpoint) -> Tokens | None:
+def virtual_tokens(checkpoint: Checkpoint) -> Tokens | None:
     """The virtual tokens beside the model. UsageError for bottlenecks, and for tokens together with a low-rank term."""
     for beside in checkpoint.beside:
         if beside.bottlenecks:
@@ -113,8 +114,8 @@ def _tokens(checkpoint: Checkpoint) -> Tokens | None:
                 "run them with bitmend.pipelines.load(RUN_DIR) or `pipeline generate`, or export an earlier --stage"
             )
     found = [tokens for beside in checkpoint.beside if (tokens := beside.virtual()) is not None]
-    if found and has_low_rank(checkpoint):
-        raise UsageError("PEFT runs a low-rank term or virtual tokens, not both; --format dense --merge folds the low-rank term in")
+    if found and with_low_rank(checkpoint):
+        raise UsageError("PEFT runs a low-rank term or virtual tokens, not both; export a --stage that has one of them")
     return found[-1] if found else None
 
 
@@ -241,7 +242,7 @@ def _entry(stored: Mapping[str, Stored], name: str, file: Path) -> Stored:
 
 def _factors(name: str, low_rank: LowRank) -> tuple[Tensor, Tensor]:
     if expert_parameter(name) is not None:
-        raise UsageError(f"{name}: PEFT reaches linears, not fused experts; --format dense --merge folds their low-rank term in")
+        raise UsageError(f"{name}: PEFT reaches linears, not fused experts; --format dense adds their low-rank term in")
     up, down = low_rank.up, low_rank.down
     return (up.dense() if isinstance(up, UniformWeight) else up), (down.dense() if isinstance(down, UniformWeight) else down)
 

@@ -29,13 +29,24 @@ def write(checkpoint: Checkpoint, directory: Path, shard_bytes: int = SHARD_BYTE
     if dtype is None:
         dtype = config_dtype(checkpoint)
     state = dense_state(checkpoint, dtype)
-    pruned = sum(record.mask is not None for record in checkpoint.linears.values())
-    notes = [f"{pruned} pruned linears: their zeros are exact, the masks themselves have no place in a dense checkpoint"] if pruned else []
+    notes = _notes(checkpoint)
     with fresh_directory(directory) as scratch:
         write_shards(scratch, file_tensors(Names.of(checkpoint.config), state), shard_bytes)
         config = {**checkpoint.config, "dtype": str(dtype).removeprefix("torch.")}
         written = Checkpoint(config, checkpoint.linears, checkpoint.tensors, checkpoint.files, card=checkpoint.card)
         write_folder(written, scratch, None, notes, HOW_TO_LOAD)
+    return notes
+
+
+def _notes(checkpoint: Checkpoint) -> list[str]:
+    """What became of masks and low-rank terms."""
+    kinds = [(record.mask is not None, record.low_rank is not None) for record in checkpoint.linears.values()]
+    pruned, merged, filled = kinds.count((True, False)), sum(low_rank for _, low_rank in kinds), kinds.count((True, True))
+    notes = [f"{pruned} pruned linears: their zeros are exact, the masks themselves have no place in a dense checkpoint"] if pruned else []
+    if merged:
+        notes.append(f"one plain model: the low-rank terms of {merged} linears are added into their weights; --adapter keeps base and adapter apart")
+    if filled:
+        notes.append(f"{filled} pruned linears: the low-rank term fills their zeros; --adapter keeps them")
     return notes
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...compress.packing import pack_codes
-from ...compress.weights import Base, DenseWeight, Factor, LowRank, NormalFloatWeight, StoredWeight, UniformWeight
+from ...compress.weights import Base, DenseWeight, Factor, GgmlWeight, LowRank, NormalFloatWeight, StoredWeight, UniformWeight, to_tensors
 
 
 def take_rows(record: StoredWeight, rows: Tensor) -> StoredWeight:
@@ -28,6 +28,8 @@ def base_rows(base: Base, rows: Tensor) -> Base:
     """Double-quantized absmax is laid out across rows, so it comes out as plain float32."""
     if isinstance(base, DenseWeight):
         return DenseWeight(base.weight[rows])
+    if isinstance(base, GgmlWeight):
+        return replace(base, **{name: tensor[rows] for name, tensor in to_tensors(base).items()})
     if isinstance(base, NormalFloatWeight):
         return NormalFloatWeight(base.codes[rows], base.bits, base.block_size, base.in_features, base.absmax_OG()[rows])
     zeros = None if base.zeros is None else base.zeros[rows]

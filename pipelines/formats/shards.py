@@ -28,6 +28,8 @@ from ..store.files import PARTIAL, read_json, sync
 log = logging.getLogger("bitmend")
 
 SHARD_BYTES = 5_000_000_000
+COUNTED = 0
+"""As the size of a shard: every tensor is made and counted, none is written."""
 ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 FLOATING = ("F64", "F32", "F16", "BF16")
 INDEX = "model.safetensors.index.json"
@@ -118,7 +120,8 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> int:
-    """Total bytes. `model.safetensors`, or shards of at most `shard_bytes` (one tensor may be larger) with their index.
+    """Total bytes. `model.safetensors`, or shards of at most `shard_bytes` (one tensor may be larger) with their index; of `COUNTED` ones an
+    index alone, which says how many bytes they are.
 
     Holds one shard in memory. UsageError when a name comes twice.
     """
@@ -137,14 +140,27 @@ def write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_b
             raise UsageError(f"tensor {name} would be written twice")
         seen.add(name)
         size = tensor.numel() * tensor.element_size()
+        if shard_bytes == COUNTED:
+            total += size
+            continue
         if pending and pending_bytes + size > shard_bytes:
             flush()
             pending_bytes = 0
         pending[name] = tensor.detach().cpu().contiguous()
         pending_bytes, total = pending_bytes + size, total + size
+    if shard_bytes == COUNTED:
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": {}})
+        return total
     flush()
     _name_shards(directory, shards, total)
     return total
+
+
+def counted_bytes(directory: Path) -> int:
+    """Of what was written there with `COUNTED`, and of the small files that were written whole."""
+    return sum(read_json(file)["metadata"]["total_size"] for file in directory.rglob(INDEX)) + sum(
+        file.stat().st_size for file in directory.rglob("*.safetensors")
+    )
 
 
 def save(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -190,6 +206,28 @@ def fresh_directory(directory: Path) -> Iterator[Path]:
             directory.rmdir()
         made.rename(directory)
         sync(directory.parent)
+
+
+@contextmanager
+def fresh_file(file: Path) -> Iterator[Path]:
+    """A place in a scratch directory for `file`, which goes to its own place when the block ends well, with whatever was written beside it.
+
+    UsageError when one of them exists: exports never overwrite.
+    """
+    if file.exists():
+        raise UsageError(f"{file} exists; choose another name or remove it first")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(file)
+    with _claimed(file.with_name(f".{file.name}.{os.getpid()}{PARTIAL}")) as made:
+        yield made / file.name
+        written = sorted(made.iterdir(), key=lambda path: path.name == file.name)
+        for path in written[:-1]:
+            if (file.parent / path.name).exists():
+                raise UsageError(f"{file.parent / path.name} exists, and {file.name} needs it; choose another name or remove it first")
+        for path in written:  # the file itself last
+            sync(path)
+            path.rename(file.parent / path.name)
+        sync(file.parent)
 
 
 LOCK, MADE = ".lock", "output"

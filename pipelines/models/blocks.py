@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, PretrainedConfig
 
 from ...compress.weights import DenseWeight, StoredWeight
 from ...recover.experts import put_back
@@ -48,7 +48,7 @@ class StreamedModel:
 
     What stands beside the model runs with it: bottlenecks hang on a block while it is loaded; virtual tokens enter in `embed` and leave
     behind the last block (a prompt), or stand before every attention (a prefix). `virtual=False` runs it without its tokens. A `reader` that
-    keeps its blocks may be shared with whoever else needs them.
+    keeps its blocks may be shared with whoever else needs them. `config` stands for the artifact's own.
     """
 
     artifact: Artifact
@@ -57,6 +57,7 @@ class StreamedModel:
     bind: Binder | None = None
     virtual: bool = True
     reader: BlockReader = None  # type: ignore[assignment]
+    config: PretrainedConfig | None = None
     model: Any = field(init=False)
     structure: Structure = field(init=False)
     _calls: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(init=False, default_factory=dict)
@@ -68,7 +69,7 @@ class StreamedModel:
 
     def __post_init__(self) -> None:
         self.reader = self.reader or BlockReader(self.artifact)
-        self.model = skeleton(load_config(self.artifact.directory))
+        self.model = skeleton(self.config or load_config(self.artifact.directory))
         self.structure = inspect(self.model, include_head=True)
         self._tied = tied_names(self.model)
         tables = self._tables()

@@ -1,15 +1,19 @@
 """A whole artifact in memory as an ordinary transformers model, for training and for generation. Knows no recipe."""
 
 import torch
+from transformers import PretrainedConfig
 
 from ..store.artifact import Artifact
 from .binding import KernelBinder
 from .blocks import Binder, StreamedModel
 
 
-def whole_model(artifact: Artifact, device: torch.device, dtype: torch.dtype, bind: Binder | None = None) -> StreamedModel:
-    """Every block loaded; `.model` is the transformers model, in eval mode, without gradients, virtual tokens in front."""
-    streamed = StreamedModel(artifact, device, dtype, bind)
+def whole_model(
+    artifact: Artifact, device: torch.device, dtype: torch.dtype, bind: Binder | None = None, config: PretrainedConfig | None = None
+) -> StreamedModel:
+    """Every block loaded; `.model` is the transformers model, in eval mode, without gradients, virtual tokens in front. `config` stands for
+    the artifact's own."""
+    streamed = StreamedModel(artifact, device, dtype, bind, config=config)
     for index in range(streamed.structure.blocks):
         streamed.load_block(index)
         streamed.expect(index + 1)

@@ -4,10 +4,12 @@ Knows stages' settings and the records they leave (compress/options.Grid counts 
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ...compress.factors import FactorBits, FactorForm
+from ...compress.ggml_types import GGML_TYPES, type_for
 from ...compress.grids import divide
 from ...compress.options import Grid
 from ...recover.selection import roles
@@ -133,6 +135,20 @@ def apply(spec: StageSpec, sizes: Sizes) -> list[str]:
     return refused[:5] + ([f"{spec.address}: … and {len(refused) - 5} more"] if len(refused) > 5 else [])
 
 
+def fallback_notes(spec: StageSpec, sites: Iterable[Site]) -> list[str]:
+    """Which matrices get another type than the grid that was asked for, by width."""
+    found: dict[tuple[str, str, int], int] = {}
+    for site in sites:
+        asked = getattr(spec.config_for(site.name), "grid", "uniform")
+        if asked != "uniform" and (got := type_for(asked, site.shape[1])) != asked:
+            found[asked, got, site.shape[1]] = found.get((asked, got, site.shape[1]), 0) + 1
+    return [
+        f"{count} matrices have {columns} columns, no multiple of the {GGML_TYPES[asked].columns} of a block of {asked}: they are {got}, "
+        f"{GGML_TYPES[got].block_bits / GGML_TYPES[got].columns:g} bits a weight"
+        for (asked, got, columns), count in found.items()
+    ]
+
+
 def rounded_to_nearest(spec: StageSpec, structure: Structure, tied: bool) -> dict[Literal["embedding_bits", "head_bits"], Site]:
     """What the stage rounds to nearest outside the blocks, by the setting that says to how many bits: the embeddings, when they are included,
     and a head of its own. Not a head that the method compresses, nor embeddings that are one matrix with it."""
@@ -237,9 +253,21 @@ def has_index(config: Any) -> bool:
 
 
 def _quantized(rows: int, columns: int, config: Any, size: Size) -> None:
-    """ValueError when the groups do not divide the row."""
+    """ValueError when the groups do not divide the row, or a mask does not go with the grid."""
+    if getattr(config, "grid", "uniform") != "uniform":
+        kind = type_for(config.grid, columns, bool(size.mask))
+        layout = GGML_TYPES[kind]
+        size.base = rows * columns // layout.columns * layout.block_bits
+        beside = ("super_minima",) if layout.minima else (), ("small_codes",) if layout.small_codes else ()
+        size.base_names = ("base.codes", "base.super_scales", *(f"base.{name}" for names in beside for name in names))
+        _divided(config, columns)
+        return
     grid = grid_of(config)
     divide(columns, grid.group_size, "block_size" if grid.kind == "normal_float" else "group_size")
+    _divided(config, columns)
+    on_grid(size, (rows, columns), grid, has_index(config))
+
+
+def _divided(config: Any, columns: int) -> None:
     if (activations := getattr(config, "activations", None)) is not None:
         activations.divide(columns)
-    on_grid(size, (rows, columns), grid, has_index(config))

@@ -11,7 +11,9 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from ..demo import imported
 from ..errors import UNWRITABLE, InputError, UsageError, as_input_error
 from ..formats.shards import open_directory, weight_files
+from ..recipes.recipe import Recipe
 from ..store.files import cached_sha256
+from .gguf_codes import import_gguf
 
 LARGEST = {
     "_layers": 10_000,
@@ -28,9 +30,14 @@ DEEP = 512
 """Blocks that a skeleton of is made in about a second; a config that says more is compared with the weights beside it."""
 
 
-def resolve_model(model: str, revision: str | None = None) -> Path:
-    """The local Hugging Face directory behind `demo`, a directory, a `.gguf` file or a Hub id. InputError says which it was not; UsageError
-    for a revision of what has none."""
+def source_of(recipe: Recipe) -> Path:
+    """The directory of a recipe's model. A `.gguf` file keeps its codes where no stage makes others of its matrices."""
+    return resolve_model(recipe.model, recipe.revision, not any(spec.name in ("prune", "quantize", "decompose") for spec in recipe.stages))
+
+
+def resolve_model(model: str, revision: str | None = None, codes: bool = False) -> Path:
+    """The local Hugging Face directory behind `demo`, a directory, a `.gguf` file (dense, or with `codes` as it is quantized) or a Hub id.
+    InputError says which it was not; UsageError for a revision of what has none."""
     refuse_revision(model, revision)
     if model == "demo":
         return imported.demo_model()
@@ -38,7 +45,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"{model}: no such file; give a .gguf file, a model directory, a Hub id or 'demo'")
-        return imported.import_gguf(path)
+        return import_gguf(path) if codes else imported.import_gguf(path)
     if path.is_dir():
         if not (weights_home(path) / "config.json").is_file():
             raise InputError(f"{model}: no config.json, so this is not a Hugging Face model directory")

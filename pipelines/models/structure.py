@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...recover.selection import decoder_blocks
 from ..errors import InputError, as_input_error
+from ..store.manifest import FOR_TRANSFORMERS
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,9 @@ class Structure:
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The model with parameters on the meta device and real (computed) buffers, in eval mode."""
-    if hasattr(config, "quantization_config"):
-        delattr(config, "quantization_config")
+    for name in FOR_TRANSFORMERS:
+        if hasattr(config, name):
+            delattr(config, name)
     config._experts_implementation = "eager"  # one linear for each expert and its tokens: what `blocks` can watch
     with as_input_error(f"model type {config.model_type!r}: its config makes no language model"):
         with init_empty_weights(include_buffers=False), no_init_weights():

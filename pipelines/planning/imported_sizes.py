@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ...compress.weights import to_tensors
 from ..formats import detect, read
 from ..formats.shards import Stored, open_directory
 from ..models.sizes import Size, Sizes, dense_sizes
@@ -28,13 +29,15 @@ def imported_sizes(source: Path, model: Any, structure: Structure) -> Sizes | No
     element = FLOATS[max(plain, key=lambda entry: entry.size_bytes).dtype] if plain else 2
     sizes = dense_sizes(model, structure, element)
     known: dict[Any, Size] = {}
+    table = structure.embeddings
     for name in checkpoint.linears:
-        if name not in sizes.of:
+        own = str(sizes.embeddings) if table is not None and name == table.name else name
+        if own not in sizes.of:
             continue
-        kind = (sizes.weights[name], parts[name])
+        kind = (sizes.weights[own], parts[name])
         if home != source or kind not in known or not parts[name]:  # with an adapter beside, the headers do not tell all
             known[kind] = _size(checkpoint.linears[name])
-        sizes.of[name] = replace(known[kind])
+        sizes.of[own] = replace(known[kind])
     return sizes
 
 
@@ -46,4 +49,4 @@ def _parts(name: str, headers: dict[str, Stored]) -> tuple[tuple[str, tuple[int,
 def _size(record: Any) -> Size:
     low_rank = 0 if record.low_rank is None else record.low_rank.stored_bits()
     mask = 0 if record.mask is None else 8 * record.mask.numel()
-    return Size(record.stored_bits() - low_rank - mask, mask, low_rank, ("base.codes", "base.scales", "base.zeros"), compressed=True)
+    return Size(record.stored_bits() - low_rank - mask, mask, low_rank, tuple(f"base.{part}" for part in to_tensors(record.base)), compressed=True)

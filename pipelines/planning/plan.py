@@ -3,6 +3,7 @@ costs on a device is `run_costs`."""
 
 import copy
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from ..allocation import spending
 from ..devices.compute import Compute
 from ..devices.environment import compute_of
 from ..errors import InputError
-from ..models.sizes import Sizes, apply, dense_sizes
-from ..models.source import load_config, positions, resolve_model, source_paths, weights_home
+from ..models.sizes import Sizes, apply, dense_sizes, fallback_notes
+from ..models.source import load_config, positions, source_of, source_paths, weights_home
 from ..models.structure import Structure, inspect, parameters_are_read, skeleton
 from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec, methods
@@ -69,9 +70,16 @@ def warnings(recipe: Recipe, source: Path) -> dict[str, str]:
     return found
 
 
+def _replaced_types(specs: Iterable[StageSpec], structure: Structure) -> list[str]:
+    """Matrices that get another type of ggml than the one asked for."""
+    quantize = [spec for spec in specs if spec.name == "quantize"]
+    reached = [[s for s in structure.sites if (s.block is not None or spec.include_head) and not spec.skips(s.name)] for spec in quantize]
+    return [f"{spec.address}: {note}" for spec, sites in zip(quantize, reached, strict=True) for note in fallback_notes(spec, sites)]
+
+
 def predict(recipe: Recipe, directory: Path | None = None, device: str = "auto") -> dict[str, Any]:
     """A JSON-able prediction by stage, and what will be refused. InputError when the model itself cannot be used."""
-    source = resolve_model(recipe.model, recipe.revision)
+    source = source_of(recipe)
     model = skeleton(load_config(source))
     structure = inspect(model, include_head=True)
     total = sum(p.numel() for p in model.parameters())
@@ -115,7 +123,7 @@ def predict(recipe: Recipe, directory: Path | None = None, device: str = "auto")
         "stages": stages,
         "refusals": refused,
         "shortages": costs.shortages({spec.address: spec for spec in specs}, stages) if not refused else [],
-        "warnings": list(dict.fromkeys(warnings(recipe, source).values())),
+        "warnings": list(dict.fromkeys([*warnings(recipe, source).values(), *(_replaced_types(specs, structure) if not refused else [])])),
         "peak_bytes": most["device_bytes"],
         **most,
         "disk_bytes": round(sum(row["total_bytes"] for row in stages[1:])),

@@ -68,7 +68,8 @@ def bytes_beside(spec: StageSpec, model: Any, sizes: Sizes) -> int:
 def _kinds(size: Size) -> frozenset[str]:
     """As `recover.site.kinds` will find them; factors whose grid is still open may come to lie on one."""
     details = {"double_quantized"} if "base.absmax_codes" in size.base_names else set()
-    base = "uniform" if "base.scales" in size.base_names else "normal_float" if "base.codes" in size.base_names else "dense"
+    parts = {"base.scales": "uniform", "base.super_scales": "ggml", "base.codes": "normal_float"}
+    base = next((kind for part, kind in parts.items() if part in size.base_names), "dense")
     on_grid = size.open_factors or any(name.endswith(".codes") for name in size.factor_names)
     details |= {"quantized_factors"} if size.low_rank and on_grid else set()
     details |= {"activations"} if size.rounds_inputs else set()

@@ -241,8 +241,11 @@ def _checked(fields: Mapping[str, Any]) -> Recipe:
         fields[key] = absolute(fields.get(key, Recipe.model_fields[key].default))
     if isinstance(fields.get("data"), Mapping):
         fields["data"] = {use: _absolute_sources(source) for use, source in fields["data"].items()}
-    if isinstance(fields.get("evaluation"), Mapping) and isinstance(also := fields["evaluation"].get("also"), list | tuple):
-        fields["evaluation"] = {**fields["evaluation"], "also": [_absolute_source(source) for source in also]}
+    if isinstance(fields.get("evaluation"), Mapping):
+        fields["evaluation"] = dict(fields["evaluation"])
+        for key, made in (("also", _absolute_source), ("tasks", _absolute_task)):
+            if isinstance(named := fields["evaluation"].get(key), list | tuple):
+                fields["evaluation"][key] = [made(source) for source in named]
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
@@ -255,6 +258,10 @@ def _checked(fields: Mapping[str, Any]) -> Recipe:
 
 def _absolute_source(source: Any) -> Any:
     return source if isinstance(source, str) and source in NAMED else absolute(source)
+
+
+def _absolute_task(task: Any) -> Any:
+    return absolute(task) if isinstance(task, str) and task.endswith(".jsonl") else task
 
 
 def _absolute_sources(text: Any) -> Any:

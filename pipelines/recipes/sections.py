@@ -46,11 +46,19 @@ class Calibration(Section):
 
 
 class Evaluation(Section):
-    """`windows` None means all that a text holds. `also`: other texts, measured after every stage beside that of `data.evaluation`."""
+    """`windows` None means all that a text holds. `also`: other texts, measured after every stage beside that of `data.evaluation`. `tasks`: what
+    lm-eval scores after every stage, with the whole model in memory; `task_limit`: the first so many documents of each, None for all."""
 
     seq_len: Tokens = 2048
     windows: Count | None = None
     also: Annotated[list[Source], doc("names of texts, files or datasets ids")] = []
+    tasks: Annotated[list[Annotated[str, MinLen(1)]], doc("lm-eval's names of tasks, or .jsonl files of multiple choice")] = []
+    task_limit: Count | None = None
+
+    @field_validator("tasks")
+    @classmethod
+    def _tasks(cls, tasks: list[str]) -> list[str]:
+        return _said(tasks, _once)
 
     @field_validator("also")
     @classmethod
@@ -74,6 +82,11 @@ def _named_apart(also: list[str]) -> None:
     names = [text_name(source) for source in also]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two texts are called {twice[0]!r}")
+
+
+def _once(tasks: list[str]) -> None:
+    if twice := [name for name in tasks if tasks.count(name) > 1]:
+        raise ValueError(f"{twice[0]!r} is there twice")
 
 
 def _said(value: T, check: Callable[[T], object]) -> T:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import doc
 
+from ...compress.ggml_types import GGML_TYPES, OF_BITS, as_settings, type_for
 from ...compress.ranges import Bits, Regex, is_pattern
 from ..errors import UsageError
 from .fields import FieldRange, field_ranges, hints, plain, range_words, refuse_unread, type_words, validated, value_of
@@ -97,9 +98,16 @@ class StageSpec:
         return changes
 
     def embedding_config(self, width: int, bits: Bits) -> Any:
-        """How token embeddings or a head [V, width] are rounded to nearest: the method's groups, or the largest below that divide."""
+        """How token embeddings or a head [V, width] are rounded to nearest: the method's groups, or the largest below that divide; ggml's
+        type of so many bits where the method's grid is one of ggml's. UsageError for rows that it does not fit."""
         from ...compress.rounding import RtnConfig
 
+        if getattr(self.config, "grid", "uniform") != "uniform":
+            try:
+                kind = type_for(OF_BITS[bits], width)
+            except ValueError as error:
+                raise UsageError(f"{self.address}: matrices outside the blocks: {error}") from error
+            return RtnConfig(**as_settings(kind), clip="power", grid=kind)
         wanted = getattr(self.config, "group_size", None) or getattr(self.config, "block_size", 64)
         size = -1 if wanted == -1 else max(d for d in range(1, min(wanted, width) + 1) if width % d == 0)
         return RtnConfig(bits, size, getattr(self.config, "symmetric", False), clip="power")
@@ -175,12 +183,14 @@ def build(
 
 
 def with_implied(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings written together, and what they say without saying it: `pattern: "N:M"` fixes the sparsity, whatever a lower layer has."""
-    pattern = settings.get("pattern")
-    if "sparsity" in settings or not isinstance(pattern, str) or ":" not in pattern or not is_pattern(pattern):
-        return dict(settings)  # what is no pattern is refused where it is validated
-    kept, of = map(int, pattern.split(":"))
-    return dict(settings) | {"sparsity": 1 - kept / of}
+    """Settings written together, and what they say without saying it: `pattern: "N:M"` fixes the sparsity, a `grid` of ggml's the bits and
+    groups, whatever a lower layer has."""
+    pattern, grid = settings.get("pattern"), settings.get("grid")
+    implied = as_settings(grid) if isinstance(grid, str) and grid in GGML_TYPES else {}
+    if isinstance(pattern, str) and ":" in pattern and is_pattern(pattern):  # what is no pattern is refused where it is validated
+        kept, of = map(int, pattern.split(":"))
+        implied["sparsity"] = 1 - kept / of
+    return implied | dict(settings)
 
 
 def _refuse_for_blocks(spec: StageSpec) -> None:

@@ -1,11 +1,14 @@
-"""`pipeline eval`: perplexity of a model, an artifact or a run with its protocol. Knows no stage."""
+"""`pipeline eval`: perplexity of a model, an artifact or a run with its protocol, or its scores on tasks. Knows no stage."""
 
 import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..devices.environment import compute_of
 from ..evaluation.perplexity import bits_per_byte, evaluated_by, score
+from ..evaluation.tasks import TaskScore, load_tasks, protocol_key, scores_of_tasks, task_record
 from ..logs import bar
 from ..models.blocks import StreamedModel
 from ..models.hidden import Room
@@ -13,9 +16,35 @@ from ..models.loading import binder_of
 from ..models.source import load_config, load_tokenizer, refuse_beyond, refuse_unknown_tokens
 from ..recipes.recipe import resolve
 from ..stages.inputs import Inputs
+from ..store.artifact import Artifact, open_artifact
 from ..store.rundir import run_of
 from ..text import data
 from .opening import opened
+
+
+def evaluate_tasks(
+    model: str, names: Sequence[str], *, limit: int | None = None, device: str = "auto", dtype: str | None = None
+) -> dict[str, Any]:
+    """Scores on tasks, for `pipeline eval --tasks`: a row a metric. Of a stage of a run the change to the run's baseline as well, which is
+    scored where the run has not done so."""
+    tasks = load_tasks(names)
+    run = run_of(Path(model))
+    recipe = None if run is None else resolve(run.checked_recipe())
+    compute = compute_of(run, device, dtype or (recipe.dtype if recipe is not None else "auto"))
+
+    def scored(artifact: Artifact, kept: Path) -> dict[str, TaskScore]:
+        return scores_of_tasks(artifact, kept, tasks, limit, compute.device, compute.dtype, binder_of(artifact, compute.device))
+
+    with opened(model) as found, tempfile.TemporaryDirectory(prefix="bitmend-") as scratch:
+        place = Path(scratch)
+        first: dict[str, TaskScore] = {}
+        if run is not None and found.manifest["parent"] is not None:
+            name = run.read()["stages"][0]["name"]
+            measured = run.metrics(name) / f"tasks-{protocol_key(tasks, limit, compute.device, compute.dtype)}.json"
+            first = scored(open_artifact(run.artifact(name)), measured.parent if measured.is_file() else place / "baseline")
+        records = {name: task_record(score, first.get(name)) for name, score in scored(found, place).items()}
+    rows = [{"task": name, **{key: value for key, value in asdict(made).items() if value is not None}} for name, made in records.items()]
+    return {"model": model, "tasks": rows}
 
 
 def evaluate(

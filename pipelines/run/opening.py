@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from ...kernels.linear import resident_bytes
 from ..devices.environment import compute_of
@@ -60,14 +60,19 @@ def load(directory: str | Path, device: str = "cpu", dtype: torch.dtype | None =
     """
     with opened(str(directory)) as artifact:
         compute = compute_of(run_of(artifact.directory), device)
-        place, chosen = compute.device, dtype or compute.dtype
-        streamed = whole_model(artifact, place, chosen, KernelBinder("auto", place))
+        model = bound_model(artifact, compute.device, dtype or compute.dtype)
         if (artifact.directory / "generation_config.json").is_file():
-            streamed.model.generation_config = GenerationConfig.from_pretrained(artifact.directory)
-        if artifact.linears:
-            _stay(streamed.model, artifact.directory)
-    streamed.model.config.use_cache = True
-    return streamed.model
+            model.generation_config = GenerationConfig.from_pretrained(artifact.directory)
+    return model
+
+
+def bound_model(artifact: Artifact, device: torch.device, dtype: torch.dtype, config: PretrainedConfig | None = None) -> Any:
+    """An artifact's model on the kernels of a device. `config` stands for the artifact's own."""
+    model = whole_model(artifact, device, dtype, KernelBinder("auto", device), config).model
+    if artifact.linears:
+        _stay(model, artifact.directory)
+    model.config.use_cache = True
+    return model
 
 
 def _stay(model: Any, directory: Path) -> None:

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...reports.record import Protocol, RunRecord, StageRecord, derive
+from ...reports.record import Protocol, RunRecord, StageRecord, TaskRecord, derive
 from .. import stages
 from ..allocation.choice import explained
 from ..evaluation import measure
 from ..evaluation.perplexity import evaluated_by
 from ..evaluation.scores import Scores
+from ..evaluation.tasks import TaskScore, scores_of_tasks, task_record
 from ..planning.steps import Step
 from ..store.artifact import Artifact, open_artifact
 from ..store.files import read_json, write_bytes, write_json
@@ -52,6 +53,7 @@ def measured(
         step.address, step.method, step.settings, metrics, size, main, extra, first.get(MAIN, main), previous[MAIN] if previous else None
     )
     made = replace(made, texts={name: measure.text_record(*pair, first.get(name)) for name, pair in found.items()})
+    made = replace(made, tasks=_tasks(under_way, step, artifact, bool(scores)))
     if step.address in under_way.warnings:
         made = replace(made, notes=(*made.notes, under_way.warnings[step.address]))
     others = "".join(f", {name} {text.perplexity:.3f}" for name, text in made.texts.items())
@@ -74,6 +76,23 @@ def _scores(
     return measure.scores_of(
         artifact, place.metrics(step.name), windows, teacher, device, dtype, stages.binder(step.spec, device, artifact), label
     )
+
+
+def _tasks(under_way: Session, step: Step, artifact: Artifact, compared: bool) -> dict[str, TaskRecord]:
+    """Scores on the recipe's tasks, `compared` to the baseline's, which were measured first."""
+    if not under_way.inputs.tasks:
+        return {}
+    place, device, limit = under_way.directory, under_way.compute.device, under_way.recipe.evaluation.task_limit
+
+    def of(of_step: Step, found: Artifact) -> dict[str, TaskScore]:
+        bind = stages.binder(of_step.spec, device, found)
+        return scores_of_tasks(found, place.metrics(of_step.name), under_way.inputs.tasks, limit, device, under_way.compute.dtype, bind)
+
+    baseline = under_way.steps[0]
+    first = of(baseline, open_artifact(place.artifact(baseline.name))) if compared else {}
+    made = {name: task_record(score, first.get(name)) for name, score in of(step, artifact).items()}
+    log.info("%s: %s", step.address, ", ".join(f"{name} {task.score:.3f}" for name, task in made.items()))
+    return made
 
 
 def save_record(under_way: Session, records: list[StageRecord], texts: Mapping[str, Windows], page: bool) -> RunRecord:

@@ -24,7 +24,7 @@ from ..devices.environment import compute_of, write_environment
 from ..devices.shortage import shortage
 from ..errors import InputError, QualityError, UsageError
 from ..evaluation.measure import Peak
-from ..models.source import resolve_model
+from ..models.source import resolve_model, source_of
 from ..planning.plan import refusals, warnings
 from ..planning.steps import Step, plan_steps
 from ..recipes.recipe import Recipe, check_addresses, resolve, run_directory
@@ -94,7 +94,7 @@ def resume(directory: Path, **options: Any) -> RunRecord:
 
 def _prepare(chosen: Recipe, place: RunDirectory, compute: Compute, stop: Stop) -> Session:
     """Everything that can be refused is refused here, before any work and before anything in the directory changes."""
-    source = resolve_model(chosen.model, chosen.revision)
+    source = source_of(chosen)
     refused = refusals(chosen, source)
     if refused:
         raise UsageError(refused[0] + (f" (and {len(refused) - 1} more: --dry-run lists them)" if len(refused) > 1 else ""))

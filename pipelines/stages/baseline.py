@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from ..errors import InputError, as_input_error
 from ..formats import detect, read
-from ..formats.checkpoint import Checkpoint
+from ..formats.checkpoint import Checkpoint, dtype_of
 from ..formats.peft import adapter_settings, refuse_other_models_tokens
 from ..formats.shards import FLOATING
 from ..models.source import load_config, source_files, source_paths, weights_home
 from ..models.structure import inspect, skeleton, tied_names
 from ..store.artifact import Artifact, ArtifactWriter, shards_of
-from ..store.manifest import SCHEMA
+from ..store.manifest import FOR_TRANSFORMERS, SCHEMA
 
 DOCUMENTS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
@@ -42,7 +42,7 @@ def build_baseline(directory: Path, scratch: Path, final: Path, manifest: dict[s
     documents = {n: (home / n).read_bytes() for n in DOCUMENTS if (home / n).is_file()}
     raw = json.loads((home / "config.json").read_text())
     quantized = raw.pop("quantization_config", None)
-    documents["config.json"] = json.dumps(raw, indent=2, sort_keys=True).encode()
+    documents["config.json"] = json.dumps({**_with_dtype(raw), **FOR_TRANSFORMERS}, indent=2, sort_keys=True).encode()
     writer = ArtifactWriter(scratch, None)
     if quantized is not None or home != directory:
         _import(writer, directory)
@@ -53,6 +53,19 @@ def build_baseline(directory: Path, scratch: Path, final: Path, manifest: dict[s
     else:
         _convert(writer, directory)
     return writer.seal(final, manifest, documents)
+
+
+def artifact_of(checkpoint: Checkpoint, files: Path, scratch: Path, final: Path, manifest: dict[str, Any]) -> Artifact:
+    """The artifact of a checkpoint that was read, with the config and tokenizer files of `files`."""
+    documents = {n: (files / n).read_bytes() for n in ("config.json", *DOCUMENTS) if (files / n).is_file()}
+    writer = ArtifactWriter(scratch, None)
+    _write_checkpoint(writer, checkpoint, files)
+    return writer.seal(final, manifest, documents)
+
+
+def _with_dtype(config: dict[str, Any]) -> dict[str, Any]:
+    """transformers would look for the type in the weights."""
+    return config if config.get("dtype") or config.get("torch_dtype") else {**config, "dtype": str(dtype_of(config)).removeprefix("torch.")}
 
 
 def check_source(directory: Path) -> None:
@@ -118,8 +131,11 @@ def _convert(writer: ArtifactWriter, directory: Path) -> None:
 def _import(writer: ArtifactWriter, directory: Path) -> None:
     """A checkpoint that some program quantized: its codes, scales and zeros as they are."""
     detect(weights_home(directory))
-    checkpoint = _read(directory)
-    model = skeleton(load_config(weights_home(directory)))
+    _write_checkpoint(writer, _read(directory), weights_home(directory))
+
+
+def _write_checkpoint(writer: ArtifactWriter, checkpoint: Checkpoint, files: Path) -> None:
+    model = skeleton(load_config(files))
     structure = inspect(model, include_head=True)
     for index in range(structure.blocks):
         prefix = f"{structure.prefix}.{index}."

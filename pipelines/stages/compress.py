@@ -23,6 +23,7 @@ from ..models.blocks import StreamedModel
 from ..models.collecting import collect, collect_head, collecting, dense_inputs_of, input_groups
 from ..models.hidden import Room
 from ..models.reading import BlockReader, BlockTensors
+from ..models.sizes import fallback_notes
 from ..models.structure import Site
 from ..recipes.stage_settings import StageSpec, methods
 from ..store.artifact import Artifact, ArtifactWriter, shards_of
@@ -236,6 +237,7 @@ def _notes(stage: Stage, chosen: list[Site]) -> list[str]:
     left = {s.name: s.reason for s in stage.model.structure.skipped}
     left |= {s.name: "matched by `ignore`" for s in stage.model.structure.sites if s.name not in names and s.block is not None}
     notes = by_reason(left)
+    notes += fallback_notes(stage.spec, chosen)
     notes += said_of_rest(stage, [site for site in chosen if site.block is None])
     grid = getattr(stage.spec.config, "activations", None)
     if grid is not None:

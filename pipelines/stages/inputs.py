@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...recover.student import Batch
 from ..errors import InputError
+from ..evaluation.tasks import load_tasks
 from ..models.source import load_config, load_tokenizer, refuse_unknown_tokens, resolve_model
 from ..recipes.mixture import SELF, shares
 from ..recipes.recipe import Recipe
@@ -53,6 +54,11 @@ class Inputs:
     def also(self) -> dict[str, data.Windows]:
         """The further evaluation texts, by the name that reports give them."""
         return {text_name(source): self._evaluated(source) for source in self.recipe.evaluation.also}
+
+    @cached_property
+    def tasks(self) -> dict[str, Any]:
+        """What lm-eval scores, by name."""
+        return load_tasks(self.recipe.evaluation.tasks)
 
     def calibration(self) -> Tensor:
         """Token ids int64 [samples, seq_len]: every source's share of them."""
@@ -94,10 +100,11 @@ class Inputs:
         return batches
 
     def check(self, specs: Iterable[StageSpec], writes: bool = True) -> None:
-        """InputError for texts that these stages cannot work on: missing, too short, of another tokenizer. Unless it `writes`, mixtures with text
+        """InputError for texts that these stages cannot work on: missing, too short, of another tokenizer; and for tasks. Unless it `writes`, mixtures with text
         that the model has yet to write are left to the run."""
         self.evaluation()
         self.also()
+        _ = self.tasks
         written = {use: self._is_mixed_in(use) for use in ("calibration", "train")}
         for spec in specs:
             if spec.name == "recover" and (writes or not written["train"]):

@@ -280,7 +280,7 @@ def shards_of(tensors: Mapping[str, Tensor], linears: Mapping[str, StoredWeight]
         (matrices if tensor.ndim > 1 else vectors)[name] = tensor
     for linear, stored in settled(linears).items():
         for name, tensor in own_tensors(stored).items():
-            frozen = name in ("base.codes", "base.weight", "mask", "base.group_index")
+            frozen = name in ("base.codes", "base.weight", "mask", "base.group_index", "base.small_codes")
             (matrices if frozen else vectors)[f"{linear}.{name}"] = tensor
     return {"matrices": matrices, "vectors": vectors}
 

@@ -12,6 +12,13 @@ from .files import cached_sha256, read_json, sha256
 
 SCHEMA = 1
 MANIFEST = "artifact.json"
+QUANT_METHOD = "bitmend"
+FOR_TRANSFORMERS: Mapping[str, Any] = {
+    "quantization_config": {"quant_method": QUANT_METHOD},
+    "transformers_weights": "import_bitmend_first.safetensors",
+}
+"""What an artifact's config.json says so that transformers asks our quantizer. There is no such file: where nobody has imported bitmend the
+error names what is missing, instead of a model that is random where transformers does not know the tensors."""
 FIELDS: Mapping[str, type] = {"key": str, "stage": dict, "files": dict, "linears": dict}
 
 

@@ -10,6 +10,7 @@ from bitmend.compress.rounding import round_normal_float, round_uniform
 from bitmend.compress.weights import (
     ActivationGrid,
     DenseWeight,
+    GgmlWeight,
     LowRank,
     SparseDelta,
     StoredWeight,
@@ -33,6 +34,7 @@ def bases():
     yield UniformWeight.from_codes(codes, torch.rand(6, 3).half(), zeros, 3, 32, index)
     yield round_normal_float(matrix(), 4, 32)
     yield round_normal_float(matrix(), 2, 96, double_quantize=False)
+    yield GgmlWeight.from_codes(torch.randint(0, 32, (6, 96)), torch.rand(6, 3), torch.rand(6, 3), None, "q5_1")
 
 
 BASES = list(bases())
@@ -90,6 +92,16 @@ def test_symmetric_means_the_middle_code_is_0():
     base = UniformWeight.from_codes(torch.tensor([[0, 8, 15]]), torch.tensor([[0.5]]), None, 4, 3)
     assert base.symmetric
     assert base.dense().tolist() == [[-4.0, 0.0, 3.5]]
+
+
+def test_a_k_quant_comes_back_and_says_what_its_parts_mean():
+    small = torch.cat((torch.arange(16), torch.arange(16).flip(0))).expand(2, 1, 32)
+    base = GgmlWeight.from_codes(torch.full((2, 256), 3), torch.tensor([[2.0], [0.5]]), torch.tensor([[1.0], [4.0]]), small, "q2_k")
+    assert base.scales_OG().tolist() == [[2.0 * s for s in range(16)], [0.5 * s for s in range(16)]]
+    expected = [3 * 2.0 * s - 1.0 * (15 - s) for s in range(16)]
+    assert base.dense()[0].view(16, 16).unique_consecutive(dim=1).squeeze(1).tolist() == expected
+    back = from_tensors(json.loads(json.dumps(describe(base))), to_tensors(base))
+    assert torch.equal(back.dense(), base.dense()) and back.type == "q2_k"
 
 
 def test_foreign_descriptions_are_refused():

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from bitmend.compress import grids, normal_float
+from bitmend.compress.ggml_grids import round_ggml
+from bitmend.compress.ggml_types import GGML_TYPES
 from bitmend.compress.packing import pack_codes
 from bitmend.compress.weights import ActivationGrid, DenseWeight, LowRank, NormalFloatWeight, SparseDelta, StoredWeight
 from bitmend.recover.compressed_linear import install
@@ -87,6 +89,8 @@ def compress(weight_OI: torch.Tensor, kind: str) -> Any:
     if kind in ("pruned", "2:4"):
         mask = mask_of(weight, kind)
         return StoredWeight(DenseWeight(weight * mask)).with_mask(mask)
+    if kind in GGML_TYPES:
+        return StoredWeight(round_ggml(weight, kind))
     if kind == "3-bit":
         return StoredWeight(on_grid(weight, 3))
     if kind in ("nf4", "nf4-nested"):
@@ -115,7 +119,7 @@ def compress(weight_OI: torch.Tensor, kind: str) -> Any:
     raise ValueError(kind)
 
 
-KINDS = ("dense", "pruned", "2:4", "3-bit", "nf4", "nf4-nested", "2:4+4-bit", "act-order", "lq", "lq-4-bit", "2:4+4-bit+lq", "everything")
+KINDS = ("dense", "pruned", "2:4", "3-bit", "nf4", "nf4-nested", "q4_1", "2:4+4-bit", "act-order", "lq", "lq-4-bit", "2:4+4-bit+lq", "everything")
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Module]:

@@ -1,6 +1,7 @@
 """Make the tests' model and text: a small Llama trained on the demo text's training articles, and excerpts it has never seen.
 
     python tests/small_model/train.py [--steps 2000]        about six minutes of one core; see README.md beside this file
+    python tests/small_model/train.py --width 256 --steps 260 --output DIR    another model alone: widths of whole super-blocks of GGUF's k-quants
 
 The random numbers come from one seed; a different CPU or torch build rounds differently and ends in a slightly different model.
 """
@@ -72,17 +73,18 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
     return torch.tensor(tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def train(ids: Tensor, steps: int) -> LlamaForCausalLM:
-    """Adam with warm-up and cosine decay over windows drawn at random offsets."""
+def train(ids: Tensor, steps: int, config: LlamaConfig) -> LlamaForCausalLM:
+    """Adam with warm-up and cosine decay over windows drawn at random offsets; the rate falls as the width grows."""
     torch.manual_seed(SEED)
-    model = LlamaForCausalLM(CONFIG)
+    model = LlamaForCausalLM(config)
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(SEED)
+    peak = PEAK_LEARNING_RATE * CONFIG.hidden_size / config.hidden_size
     started = time.process_time()
     for step in range(steps):
-        rate = PEAK_LEARNING_RATE * min((step + 1) / WARMUP_STEPS, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        rate = peak * min((step + 1) / WARMUP_STEPS, 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = rate
         starts_B = torch.randint(len(ids) - SEQ_LEN, (BATCH,), generator=generator)
@@ -114,17 +116,21 @@ def unigram_perplexity(train_ids: Tensor, ids: Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=2000)
-    steps = parser.parse_args().steps
+    parser.add_argument("--width", type=int, default=CONFIG.hidden_size, help="of the model; its MLP is twice as wide")
+    parser.add_argument("--output", type=Path, help="a directory for model and tokenizer; the excerpts stay as they are")
+    given = parser.parse_args()
+    config = LlamaConfig(**{**CONFIG.to_dict(), "hidden_size": given.width, "intermediate_size": 2 * given.width, "head_dim": given.width // 4})
     rows = [json.loads(line) for line in demo_text().read_text(encoding="utf-8").splitlines()]
     parts, _ = split_documents([Document(row["text"]) for row in rows], PARTS)
     seen = [document.text for document in parts["train"]]
-    write_excerpts([row for row in rows if row["text"] not in set(seen)], HERE / "text.jsonl")
+    if given.output is None:
+        write_excerpts([row for row in rows if row["text"] not in set(seen)], HERE / "text.jsonl")
     tokenizer = make_tokenizer(seen)
     ids = encode(tokenizer, seen)
     print(f"{len(seen)} articles, {len(ids)} tokens", flush=True)
-    model = train(ids, steps)
-    model.save_pretrained(HERE / "model")
-    tokenizer.save_pretrained(HERE / "model")
+    model = train(ids, given.steps, config)
+    model.save_pretrained(given.output or HERE / "model")
+    tokenizer.save_pretrained(given.output or HERE / "model")
     excerpts = [Document(json.loads(line)["text"]) for line in (HERE / "text.jsonl").read_text(encoding="utf-8").splitlines()]
     unseen, _ = split_documents(excerpts, PARTS)
     evaluation = encode(tokenizer, [document.text for document in unseen["evaluation"]])

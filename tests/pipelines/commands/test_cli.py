@@ -159,6 +159,7 @@ def test_every_command_has_help_and_run_every_option() -> None:
         (["compare", "."], "at least two run directories"),
         (["export", ".", "--format", "dens", "-o", "x"], "'dens' is not one of 'dense'"),
         (["export", ".", "--format", "dense", "-o", "x", "--requantize"], "--requantize goes with --merge"),
+        (["export", ".", "--format", "dense", "-o", "x", "--adapter", "--merge"], "--adapter and --merge exclude each other"),
         (["export", ".", "--format", "dense", "-o", "."], "is not empty"),
         (["generate", ".", ""], "the prompt is empty"),
         (["sweep", "compress_and_recover"], "Missing option '--over'"),
@@ -378,7 +379,8 @@ def test_export(module: Any, calls: Calls, run_directory: Path, tmp_path: Path, 
         str(tmp_path / "new"),
     ]
     assert cli.main(arguments) == 0
-    assert calls == [("export", (run_directory, "gptq-v2", tmp_path / "new"), {"stage": "recover", "merge": True, "requantize": True})]
+    how = {"stage": "recover", "merge": True, "requantize": True, "adapter": False}
+    assert calls == [("export", (run_directory, "gptq-v2", tmp_path / "new"), how)]
     assert "4 kB" in capsys.readouterr().out
 
 

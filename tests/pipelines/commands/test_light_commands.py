@@ -51,6 +51,12 @@ def made_run(path: Path) -> Path:
     return path
 
 
+def test_the_package_itself_imports_nothing() -> None:
+    code = "import sys; import importlib.machinery; before = set(sys.modules); import bitmend; print(sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "['bitmend']\n", done.stderr
+
+
 def test_small_commands_import_nothing_heavy(tmp_path: Path) -> None:
     one, two = str(made_run(tmp_path / "one")), str(made_run(tmp_path / "two"))
     commands = [

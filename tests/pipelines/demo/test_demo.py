@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from bitmend.compress.ggml_grids import round_ggml
+from bitmend.compress.ggml_types import type_for
 from bitmend.pipelines.demo import imported, texts
 from bitmend.pipelines.demo.download import file_sha256
 from bitmend.pipelines.demo.permute import permute_llama_
 from bitmend.pipelines.errors import InputError
-from gguf import GGUFWriter
+from bitmend.pipelines.formats.ggml_blocks import pack
+from gguf import GGMLQuantizationType, GGUFWriter
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -95,11 +99,20 @@ def half_split(weight: Tensor, heads: int) -> numpy.ndarray:
     return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns).numpy()
 
 
-def write_gguf(path: Path, directory: Path, architecture: str = "llama", blocks: int = -1) -> Path:
-    """The model of a Hugging Face directory as llama.cpp would store it, in float32."""
+def write_gguf(path: Path, directory: Path, architecture: str = "llama", blocks: int = -1, types: Mapping[str, str] | None = None) -> Path:
+    """The model of a Hugging Face directory as llama.cpp would store it, in float32 or, by a part of a tensor's name, in blocks of ggml."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
     config, state = model.config, model.state_dict()
     writer = GGUFWriter(path, architecture)
+
+    def add(name: str, matrix: numpy.ndarray) -> None:
+        kind = next((kind for part, kind in (types or {}).items() if part in name), None)
+        if kind is None:
+            writer.add_tensor(name, matrix)
+        else:
+            record = round_ggml(torch.from_numpy(matrix.copy()), type_for(kind, matrix.shape[1]))
+            writer.add_tensor(name, pack(record).numpy(), raw_dtype=GGMLQuantizationType[record.type.upper()])
+
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     if blocks:
@@ -117,17 +130,17 @@ def write_gguf(path: Path, directory: Path, architecture: str = "llama", blocks:
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in fields["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
-    writer.add_tensor("token_embd.weight", state["model.embed_tokens.weight"].numpy())
-    writer.add_tensor("output_norm.weight", state["model.norm.weight"].numpy())
+    add("token_embd.weight", state["model.embed_tokens.weight"].numpy())
+    add("output_norm.weight", state["model.norm.weight"].numpy())
     for index in range(config.num_hidden_layers):
         prefix, block = f"model.layers.{index}.", f"blk.{index}."
-        writer.add_tensor(block + "attn_q.weight", half_split(state[prefix + "self_attn.q_proj.weight"], config.num_attention_heads))
-        writer.add_tensor(block + "attn_k.weight", half_split(state[prefix + "self_attn.k_proj.weight"], config.num_key_value_heads))
+        add(block + "attn_q.weight", half_split(state[prefix + "self_attn.q_proj.weight"], config.num_attention_heads))
+        add(block + "attn_k.weight", half_split(state[prefix + "self_attn.k_proj.weight"], config.num_key_value_heads))
         for theirs, ours in (
             ("attn_v", "self_attn.v_proj"), ("attn_output", "self_attn.o_proj"), ("ffn_gate", "mlp.gate_proj"), ("ffn_up", "mlp.up_proj"),
             ("ffn_down", "mlp.down_proj"), ("attn_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"),
         ):  # fmt: skip
-            writer.add_tensor(f"{block}{theirs}.weight", state[f"{prefix}{ours}.weight"].numpy())
+            add(f"{block}{theirs}.weight", state[f"{prefix}{ours}.weight"].numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

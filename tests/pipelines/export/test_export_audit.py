@@ -48,9 +48,9 @@ def test_an_export_that_loses_is_found(
 ) -> None:
     plain = formats.write
 
-    def damaging(format_: str, checkpoint: Checkpoint, output: Path) -> list[str]:
+    def damaging(format_: str, checkpoint: Checkpoint, output: Path, adapter: bool) -> list[str]:
         linears = {n: lambda n=n: damage(checkpoint.linears[n]) if n == NAME else checkpoint.linears[n] for n in checkpoint.linears}
-        return plain(format_, replace(checkpoint, linears=Lazy(linears)), output)
+        return plain(format_, replace(checkpoint, linears=Lazy(linears)), output, adapter)
 
     monkeypatch.setattr(formats, "write", damaging)
     with pytest.raises(QualityError, match=f"{NAME}: {words}; do not use it"):

@@ -49,14 +49,42 @@ def test_dense_is_what_transformers_loads(finished: Path, tmp_path: Path) -> Non
 def test_a_low_rank_run_is_a_base_and_an_adapter(finished: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    found = exporting.export(finished, "dense", tmp_path / "out")
-    assert found["stage"] == "fuse"
+    found = exporting.export(finished, "dense", tmp_path / "out", adapter=True)
+    assert found["stage"] == "fuse" and found["read_by"] == ["PEFT 0.21 on transformers"]
+    assert found["total_bytes"] == pytest.approx(exporting.predict(finished, "dense", adapter=True)["total_bytes"], rel=0.002)
     assert found["perplexity"] == pytest.approx(stage(finished, "fuse").perplexity, rel=1e-3)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base")
     model = PeftModel.from_pretrained(base, str(tmp_path / "out" / "adapter")).merge_and_unload()  # type: ignore[arg-type]
     artifact = runner.last_artifact(finished)
     for name in artifact.linears:
         torch.testing.assert_close(model.get_submodule(name).weight, artifact.stored(name).dense(), rtol=1e-4, atol=1e-4)
+
+
+def test_by_itself_a_dense_export_is_one_model_with_the_term_in_it(finished: Path, tmp_path: Path) -> None:
+    found = exporting.export(finished, "dense", tmp_path / "out")
+    artifact = runner.last_artifact(finished)
+    pruned = sum(artifact.stored(name).mask is not None for name in artifact.linears)
+    assert found["notes"][0].startswith("one plain model: the low-rank terms of 28 linears are added into their weights; --adapter keeps")
+    assert found["notes"][1] == f"{pruned} pruned linears: the low-rank term fills their zeros; --adapter keeps them"
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name in artifact.linears:
+        assert torch.equal(model.get_submodule(name).weight, artifact.stored(name).dense())
+    assert not (tmp_path / "out" / "adapter").exists() and found["read_by"] == ["transformers 5.24"]
+    assert "## Read by\n\nKnown to read exactly this file:\n\n- transformers 5.24\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_dry_run_counts_refuses_and_names_who_reads_it(finished: Path, gptq: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"28 linears have a low-rank term, which gptq has no place for: --adapter keeps it .* --format dense"):
+        exporting.predict(finished, "gptq")
+    with pytest.raises(UsageError, match=r"no linear of this model has a low-rank term, .* leave --adapter out"):
+        exporting.predict(finished, "gptq", stage="quantize", adapter=True)
+    with pytest.raises(UsageError, match="bitsandbytes holds NormalFloat4, not uniform 3-bit grids"):
+        exporting.predict(finished, "bnb", stage="quantize")
+    found = exporting.predict(finished, "gptq", stage="quantize")
+    assert found["read_by"] == ["auto-gptq 0.7.1"] and "--format dense" in found["changes_for_others"]["transformers 5.24"]
+    header = 8 + int.from_bytes((gptq / "model.safetensors").read_bytes()[:8], "little")
+    assert found["total_bytes"] == (gptq / "model.safetensors").stat().st_size - header
+    assert "28 pruned linears" in " ".join(found["notes"])
 
 
 def test_a_quantized_run_is_a_gptq_checkpoint(gptq: Path, finished: Path) -> None:

@@ -58,7 +58,7 @@ def uniform(weight_OI: Tensor, bits: int = 4, group_size: int = 32, symmetric: b
 
 def random_model(kind: str, **changes: Any) -> Any:
     torch.manual_seed(0)
-    settings = {**SHAPES[kind], "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **changes}
+    settings = {**SHAPES.get(kind, {}), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **changes}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
     for parameter in model.parameters():  # wide enough for the logits to tell one model from another
         if parameter.dim() > 1:

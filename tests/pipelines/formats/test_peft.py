@@ -25,7 +25,7 @@ def with_low_rank(name: str, record: StoredWeight) -> StoredWeight:
 @pytest.mark.parametrize("kind", ["llama", "opt", "gpt2"])
 def test_peft_loads_the_adapter_on_the_base_and_reproduces_the_logits(kind, case, on_grid, logits_of, tmp_path):
     made = case(kind, on_grid, with_low_rank)
-    registry.write("dense", made.checkpoint, tmp_path / "out")
+    registry.write("dense", made.checkpoint, tmp_path / "out", adapter=True)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "out/base", dtype=torch.float32)
     without = logits_of(base)
     model = PeftModel.from_pretrained(base, str(tmp_path / "out/adapter"))
@@ -36,7 +36,7 @@ def test_peft_loads_the_adapter_on_the_base_and_reproduces_the_logits(kind, case
 
 def test_it_comes_back_as_records(case, on_grid, tmp_path):
     made = case("llama", on_grid, with_low_rank)
-    registry.write("gptq", made.checkpoint, tmp_path / "out")
+    registry.write("gptq", made.checkpoint, tmp_path / "out", adapter=True)
     back = registry.read(tmp_path / "out")
     assert set(back.linears) == set(made.checkpoint.linears)
     for name, record in made.checkpoint.linears.items():
@@ -47,7 +47,7 @@ def test_it_comes_back_as_records(case, on_grid, tmp_path):
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox"])
 def test_other_families_come_back_too(kind, name, case, on_grid, tmp_path):
     made = case(kind, on_grid, with_low_rank)
-    registry.write(name, made.checkpoint, tmp_path / "out")
+    registry.write(name, made.checkpoint, tmp_path / "out", adapter=True)
     assert registry.is_pair(tmp_path / "out")
     back = registry.read(tmp_path / "out")
     assert back.transposed == made.checkpoint.transposed and back.tied == made.checkpoint.tied
@@ -72,8 +72,8 @@ def test_nothing_to_write(case, on_grid, tmp_path):
 
 def test_experts_are_refused(case, on_grid, tmp_path):
     made = case("mixtral", on_grid, with_low_rank)
-    with pytest.raises(UsageError, match="--merge"):
-        registry.write("gptq", made.checkpoint, tmp_path / "out")
+    with pytest.raises(UsageError, match="--format dense adds"):
+        registry.write("gptq", made.checkpoint, tmp_path / "out", adapter=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -86,7 +86,7 @@ BROKEN = [
 
 @pytest.mark.parametrize(("entry", "says"), BROKEN)
 def test_adapters_of_another_kind(entry, says, case, on_grid, tmp_path):
-    registry.write("dense", case("llama", on_grid, with_low_rank).checkpoint, tmp_path / "out")
+    registry.write("dense", case("llama", on_grid, with_low_rank).checkpoint, tmp_path / "out", adapter=True)
     file = tmp_path / "out/adapter/adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **entry}))
     with pytest.raises(InputError, match=says):
@@ -95,7 +95,7 @@ def test_adapters_of_another_kind(entry, says, case, on_grid, tmp_path):
 
 def test_an_adapter_with_a_scaling_of_its_own(case, on_grid, tmp_path):
     made = case("llama", on_grid, with_low_rank)
-    registry.write("dense", made.checkpoint, tmp_path / "out")
+    registry.write("dense", made.checkpoint, tmp_path / "out", adapter=True)
     file = tmp_path / "out/adapter/adapter_config.json"
     config = json.loads(file.read_text())
     config |= {"lora_alpha": 2 * config["r"], "alpha_pattern": {name: 2 * rank for name, rank in config["rank_pattern"].items()}}
@@ -108,7 +108,7 @@ def test_an_adapter_with_a_scaling_of_its_own(case, on_grid, tmp_path):
 
 def test_its_settings_are_part_of_what_the_model_is(case, on_grid, tmp_path):
     """Another scaling is another model, though no tensor moved."""
-    registry.write("dense", case("llama", on_grid, with_low_rank).checkpoint, tmp_path / "out")
+    registry.write("dense", case("llama", on_grid, with_low_rank).checkpoint, tmp_path / "out", adapter=True)
     file, before = peft.adapter_settings(tmp_path / "out"), fingerprint(tmp_path / "out")
     file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 40}))
     assert fingerprint(tmp_path / "out") != before

@@ -54,7 +54,8 @@ def test_bytes_of_a_quantized_checkpoint_are_predicted(format_: str, small_model
     method = {"method": "nf4", "block_size": 64} if format_ == "bnb" else {"method": "rtn", "bits": 4, "group_size": 32}
     stages = [{"quantize": method}, *([QERA] if format_ == "adapter beside" else [])]
     runner.run(chosen(tmp_path, small_model, small_text, stages, **sections), tmp_path / "theirs")
-    exporting.export(tmp_path / "theirs", "gptq" if format_ == "adapter beside" else format_, tmp_path / "checkpoint")
+    adapter = format_ == "adapter beside"
+    exporting.export(tmp_path / "theirs", "gptq" if adapter else format_, tmp_path / "checkpoint", adapter=adapter)
     trained = [{"recover": {"method": "scales", "steps": 1, "batch_size": 1, "seq_len": 32, "loss": "cross_entropy"}}]
     recipe = chosen(tmp_path, tmp_path / "checkpoint", small_text, trained, **sections)
     expected = predict(recipe)

@@ -112,7 +112,9 @@ def _tokenizer(directory: Path) -> Any:
 @pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning", "p_tuning"])
 def test_virtual_tokens_are_exported_for_peft(method: str, place: Path, small_model: Path, tmp_path: Path) -> None:
     stage = recovered(place, small_model, method)
-    found = exporting.export(place / "run", "dense", tmp_path / "out", stage="recover")
+    with pytest.raises(UsageError, match=r"\d+ virtual tokens stand before this model and merge into nothing; --adapter writes"):
+        exporting.export(place / "run", "dense", tmp_path / "out", stage="recover")
+    found = exporting.export(place / "run", "dense", tmp_path / "out", stage="recover", adapter=True)
     assert found["perplexity"] == pytest.approx(stage.perplexity, rel=1e-4), "read back, tokens in front"
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base")
     theirs: Any = PeftModel.from_pretrained(base, str(tmp_path / "out" / "adapter"))  # type: ignore[arg-type]
@@ -128,13 +130,13 @@ def test_virtual_tokens_are_exported_for_peft(method: str, place: Path, small_mo
 
 def test_what_no_format_carries_is_refused(place: Path, small_model: Path, tmp_path: Path) -> None:
     recovered(place, small_model, "serial_adapter")
-    for options in ({}, {"merge": True}):
+    for options in ({}, {"merge": True}, {"adapter": True}):
         with pytest.raises(UsageError, match="serial_adapter keeps bottlenecks beside the model, which merge into nothing"):
             exporting.export(place / "run", "dense", tmp_path / "out", stage="recover", **options)
     assert not (tmp_path / "out").exists()
     recovered(place, small_model, "prompt_tuning", {"decompose": {"method": "loftq", "rank": 2}})
     with pytest.raises(UsageError, match="a low-rank term or virtual tokens, not both"):
-        exporting.export(place / "run", "gptq", tmp_path / "out", stage="decompose")
+        exporting.export(place / "run", "gptq", tmp_path / "out", stage="decompose", adapter=True)
 
 
 def test_a_second_recovery_trains_with_the_first_in_place(place: Path, small_model: Path) -> None:

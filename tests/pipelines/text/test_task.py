@@ -111,7 +111,7 @@ def test_two_tasks_are_switched_on_one_base(small_model: Path, small_text: Path,
     answers = {"bridge": "Under the old stone bridge.", "engine": "He wrote a letter to the engine."}
     for name, answer in answers.items():
         tasked(tmp_path / name, small_model, small_text, answer)
-        exporting.export(tmp_path / name / "run", "dense", tmp_path / f"x-{name}")
+        exporting.export(tmp_path / name / "run", "dense", tmp_path / f"x-{name}", adapter=True)
     bases = [(tmp_path / f"x-{name}" / "base" / "model.safetensors").read_bytes() for name in answers]
     assert bases[0] == bases[1], "the base is the same to the bit"
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "x-bridge" / "base")
