@@ -27,7 +27,7 @@ def lay_out(target: Path = TARGET) -> list[Path]:
             copy = target / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
-    packages = [path.parent for name in PACKAGES for path in sorted((ROOT / name).rglob("__init__.py"))]
+    packages = [ROOT, *(path.parent for name in PACKAGES for path in sorted((ROOT / name).rglob("__init__.py")))]
     named = {".".join(("bitmend", *path.relative_to(ROOT).parts)): path for path in packages}
     api = target / "docs" / "api"
     api.mkdir()
@@ -39,8 +39,8 @@ def lay_out(target: Path = TARGET) -> list[Path]:
 
 
 def api_page(name: str, package: Path) -> str:
-    """Modules of a package with their public functions and classes."""
-    parts = [f"# {name}\n"]
+    """What a package says of itself; its modules with their public functions and classes."""
+    parts = [f"# {name}\n", escaped(ast.get_docstring(ast.parse((package / "__init__.py").read_text(encoding="utf-8"))) or "")]
     for path in sorted(package.glob("*.py")):
         module = ast.parse(path.read_text(encoding="utf-8"))
         public = [node for node in module.body if isinstance(node, Definition) and not node.name.startswith("_")]

@@ -18,10 +18,11 @@ MethodName = Annotated[str | None, typer.Argument(metavar="METHOD", help="the se
 
 FORMATS = {
     "dense": "plain safetensors, any program",
-    "gptq": "GPTQ checkpoint, version 1 (auto-gptq, vLLM)",
+    "gptq": "GPTQ checkpoint, version 1 (auto-gptq)",
     "gptq-v2": "GPTQ checkpoint, version 2 (GPTQModel)",
     "compressed-tensors": "pack-quantized (vLLM, transformers)",
     "bnb": "bitsandbytes NF4 (transformers)",
+    "gguf": "one file (llama.cpp)",
 }
 
 
