@@ -3,14 +3,17 @@
 d = d0·(1 + δ), m = m0·(1 + ζ), each rounded to the float16 that a GGUF file holds. Legend: O out, I in, B super-blocks of a row, G groups.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..compress.weights import GgmlWeight, StoredWeight
 from .scales import HALF_MAX, HALF_TINY
-from .trainable import Trainable
+from .trainable import Limits, Trainable
 
 
 class SuperScales(nn.Module):
@@ -48,7 +51,7 @@ class SuperScales(nn.Module):
         assert isinstance(base, GgmlWeight)
         for name, start, move in self._pairs():
             if bool(move.detach().any()):
-                wrong = _problem(start, move.detach())
+                wrong = _problem(_extremes(start, move.detach()).tolist())
                 if wrong:
                     raise ValueError(f"the trained {name} cannot be stored as float16: {wrong}")
                 values[name] = (start.float() * (1 + move.detach())).half()
@@ -58,9 +61,7 @@ class SuperScales(nn.Module):
         out: dict[str, Trainable] = {}
         for (_, start, move), name in zip(self._pairs(), ("scales", "minima"), strict=False):
             move.requires_grad_(True)
-            out[name] = Trainable(
-                move, "scales", lambda value, start=start: _as_stored(start, value), check=lambda value, start=start: _problem(start, value)
-            )
+            out[name] = Trainable(move, "scales", partial(_as_stored, start), limits=Limits(4, partial(_extremes, start), _problem))
         return out
 
     def _pairs(self) -> list[tuple[str, Tensor, nn.Parameter]]:
@@ -91,15 +92,20 @@ def _as_stored(start_OB: Tensor, move_OB: Tensor) -> Tensor:
     return torch.where(start == 0, 0, (start * (1 + move_OB)).half().float() / start.where(start != 0, 1) - 1)
 
 
-def _problem(start_OB: Tensor, move_OB: Tensor) -> str | None:
-    """What is wrong with a trained value: not finite, turned round, or beyond float16."""
-    factor = 1 + move_OB
-    if not bool(torch.isfinite(factor).all()):
+def _extremes(start_OB: Tensor, move_OB: Tensor) -> Tensor:
+    """float32 [4]: least and greatest factor, least and greatest size of a value that was not 0."""
+    start, factor = start_OB.float(), 1 + move_OB
+    none, size = start == 0, (start * factor).abs()
+    return torch.stack([*factor.aminmax(), size.masked_fill(none, math.inf).amin(), size.masked_fill(none, 0).amax()])
+
+
+def _problem(extremes: Sequence[float]) -> str | None:
+    """What is wrong with trained values: not finite, turned round, or beyond float16."""
+    least, greatest, smallest, largest = extremes
+    if not (math.isfinite(least) and math.isfinite(greatest)):
         return "a value is not finite"
-    if bool((factor <= 0).any()):
-        return f"a value went to {factor.min().item():.3g} times its start"
-    trained = (start_OB.float() * factor)[start_OB != 0].abs()
-    if trained.numel() and (trained.max() > HALF_MAX or trained.min() < HALF_TINY / 2):
-        low, high = trained.min().item(), trained.max().item()
-        return f"values run from {low:.3g} to {high:.3g}; float16 holds {HALF_TINY:.3g} to {HALF_MAX:.0f}"
+    if least <= 0:
+        return f"a value went to {least:.3g} times its start"
+    if largest > HALF_MAX or smallest < HALF_TINY / 2:
+        return f"values run from {smallest:.3g} to {largest:.3g}; float16 holds {HALF_TINY:.3g} to {HALF_MAX:.0f}"
     return None

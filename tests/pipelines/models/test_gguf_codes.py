@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("no_pages")
 
 TYPES = {"token_embd": "q6_k", "attn_q": "q4_k", "attn_k": "q4_1", "attn_v": "q8_0", "ffn_gate": "q5_k", "ffn_down": "q3_k"}
 FOUND = {"embed_tokens": "q8_0", "q_proj": "q5_0", "k_proj": "q4_1", "v_proj": "q8_0", "gate_proj": "q5_1", "down_proj": "q3_k"}
-SCALES = {"method": "scales", "scales": "auto", "norms": False, "steps": 6, "batch_size": 2, "seq_len": 64, "eval_every": 3, "learning_rate": 0.004}
+SCALES = {"method": "scales", "scales": "auto", "norms": False, "steps": 4, "batch_size": 2, "seq_len": 64, "eval_every": 4, "learning_rate": 0.004}
 FEW = {"calibration": {"samples": 2, "seq_len": 64}, "evaluation": {"seq_len": 64, "windows": 4}}
 
 
