@@ -3,6 +3,8 @@
 Knows models and documents; no recipe and no stage.
 """
 
+# pyright: reportMissingImports=false
+
 import difflib
 import hashlib
 import importlib.util

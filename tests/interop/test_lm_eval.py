@@ -1,5 +1,7 @@
 """lm-eval, an extra that `make interop` installs: its scores of a file of multiple choice, by hand and through a run."""
 
+# pyright: reportMissingImports=false
+
 import importlib.util
 import json
 from pathlib import Path
