@@ -34,7 +34,7 @@ from .reference_rows import DEMO, SETTINGS, SMALL
 
 NAME = "gguf"
 WIDE = "wide"
-WIDE_STEPS = 260
+WIDE_STEPS = 1500
 MODELS = (SMALL, WIDE, DEMO)
 TYPES = ("Q2_K", "Q3_K_M", "Q4_K_M")
 TRAINED = {"method": "scales", "steps": 40, "batch_size": 1, "accumulation": 2, "eval_every": 10, "loss": "both"}
@@ -68,7 +68,7 @@ def _write(kept: published.PublishedRows) -> list[Path]:
         f"wide: a Llama of 4 blocks, width 256, MLP 512, by `tests/small_model/train.py --width 256 --steps {WIDE_STEPS}`. small is 128 wide, "
         "the demo model 576, no multiples of 256: there llama.cpp falls back to the types listed, and so do we.",
         "The two perplexities of a row differ because llama.cpp rounds what enters a quantized matrix to 8 bits. Tokens/s: one thread each, greedy.",
-        f"Made by `make publish TABLE={NAME}`; {cpu_name()}, 2 cores shared with other work.",
+        f"Made by `make publish TABLE={NAME}`: {len(rows)} of {len(MODELS) * (1 + len(TYPES) * (1 + len(METHODS)))} rows; {cpu_name()}, 2 cores shared with other work.",
     ]
     protocols = {row["model"]: row["protocol"] for row in rows}
     return published.write(NAME, shown, COLUMNS, protocols, title="GGUF: our grids beside llama.cpp's quantizer", notes=notes)
