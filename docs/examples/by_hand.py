@@ -20,7 +20,7 @@ from bitmend.compress.weights import DenseWeight, StoredWeight
 from bitmend.recover.compressed_linear import install
 from bitmend.recover.recovery_methods import RECOVER, attach, split
 from bitmend.recover.student import Batch, Teacher, student_of
-from bitmend.recover.train import held_out_loss, train
+from bitmend.recover.train import TrainingText, held_out_loss, train
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -83,8 +83,9 @@ def main(directory: Path, text: Path) -> dict[str, float]:
         scores[stage] = perplexity(model, measured)
     config, guide = RECOVER["lora"].config(**TRAINING), student_of(dense)
     attached = attach("lora", model, config)
-    teacher = Teacher(guide.hidden, guide.logits)
-    train(model, attached, lambda index: training[index % len(training)], chosen_by, teacher, split("lora", config)[0])
+    teacher = Teacher(lambda batch: guide.hidden(batch.ids), guide.logits)
+    text = TrainingText(lambda index: training[index % len(training)], chosen_by, teacher)
+    train(model, attached, text, split("lora", config)[0])
     return scores | {"recover": perplexity(model, measured)}
 
 
