@@ -84,8 +84,8 @@ def main(directory: Path, text: Path) -> dict[str, float]:
     config, guide = RECOVER["lora"].config(**TRAINING), student_of(dense)
     attached = attach("lora", model, config)
     teacher = Teacher(lambda batch: guide.hidden(batch.ids), guide.logits)
-    text = TrainingText(lambda index: training[index % len(training)], chosen_by, teacher)
-    train(model, attached, text, split("lora", config)[0])
+    lessons = TrainingText(lambda index: training[index % len(training)], chosen_by, teacher)
+    train(model, attached, lessons, split("lora", config)[0])
     return scores | {"recover": perplexity(model, measured)}
 
 
