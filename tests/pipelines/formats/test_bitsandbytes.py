@@ -120,7 +120,7 @@ def test_peft_loads_an_adapter_on_the_4bit_base(case, logits_of, tmp_path):
         return StoredWeight(record.base, low_rank=LowRank(up * 0.1, down * 0.1))
 
     made = case("llama", quantized, extra)
-    registry.write("bnb", made.checkpoint, tmp_path / "out")
+    registry.write("bnb", made.checkpoint, tmp_path / "out", adapter=True)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "out/base", dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(tmp_path / "out/adapter"))
     torch.testing.assert_close(logits_of(exact(model)), made.logits(), rtol=0, atol=5e-5)
