@@ -6,9 +6,10 @@ import pytest
 import torch
 from bitmend.recover.compressed_linear import compressed_linears, install
 from bitmend.recover.recovery_methods import RECOVER, attach, split
-from bitmend.recover.student import Batch, Teacher, student_of
+from bitmend.recover.student import Batch, Teacher, student_of, whole_windows
 from bitmend.recover.train import Hooks, TrainingDiverged, TrainingText, held_out_loss, train
 from bitmend.recover.training_run import TrainConfig, learning_rate
+from transformers import masking_utils
 
 from .conftest import batch, compressed, gpt2, held_out, llama, records
 
@@ -174,6 +175,19 @@ def test_a_scale_that_leaves_the_positive_numbers_is_named():
     model, attached, config = start("scales", learning_rate=20.0, warmup=0)
     with pytest.raises(TrainingDiverged, match=r"scales: (a scale went to -|scales run)"):
         train(model, attached, TrainingText(batch, held_out()), config, main="scales")
+
+
+def test_a_row_is_one_text_and_transformers_does_not_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, asked = llama(), batch(0).ids, []
+    student = student_of(model)  # which runs the whole model once
+    plain = model.base_model(input_ids=ids, use_cache=False)[0]
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: asked.append(position_ids))
+    assert torch.equal(student.hidden(ids), plain) and not asked
+    model.base_model(input_ids=ids, use_cache=False)
+    assert len(asked) == 1, "outside it asks as ever"
+    monkeypatch.delattr(masking_utils, "find_packed_sequence_indices")
+    with whole_windows():
+        assert not hasattr(masking_utils, "find_packed_sequence_indices")
 
 
 def test_gradient_checkpointing_changes_nothing():
