@@ -178,10 +178,10 @@ def test_the_tutorials_recipe_is_the_file() -> None:
 
 
 def test_tables_are_what_their_sources_say() -> None:
-    tables = script("tables")
+    tables = script("page_tables")
     for page in sorted(path for pattern in tables.PAGES for path in ROOT.glob(pattern)):
         text = page.read_text(encoding="utf-8")
-        assert tables.filled(text) == text, f"{page}: run `python docs/tables.py`"
+        assert tables.filled(text) == text, f"{page}: run `python docs/page_tables.py`"
     assert tables.filled("<!-- formats {} -->\n| old |\n\nText.\n").count("| old |") == 0
     with pytest.raises(ValueError, match="grid: no row is"):
         tables.measured("grid", {"name": "gptq", "bits": 7}, ["name"])
@@ -199,7 +199,7 @@ CLAIM = re.compile(r"\[([\d,.]+)( %| MB)?\]\((\w+)\.md(?: \"([^\"]+)\")?\)")
 def value_of(table: str, title: str) -> float:
     """What a link's title names: `KEY; KEY`, then ` → FIELD` where it is not the perplexity."""
     label, _, field = title.partition(" → ")
-    rows = [row for row in script("tables").read(table) if row.get("model", "demo") == {"gguf": "small"}.get(table, "demo") and row.get("seed", 0) == 0]
+    rows = [row for row in script("page_tables").read(table) if row.get("model", "demo") == {"gguf": "small"}.get(table, "demo") and row.get("seed", 0) == 0]
     named = {"; ".join(str(row[key]) for key in KEYS[table]): row for row in rows}
     if table == "perp" and label not in named:
         named |= {label.rpartition("; ")[0]: row for label, row in named.items()}
@@ -244,7 +244,7 @@ def test_the_readmes_chart_is_of_the_published_rows() -> None:
 
 
 def test_the_readmes_demo_table_is_the_published_one() -> None:
-    rows = {row["stage"]: row for row in script("tables").read("demo")}
+    rows = {row["stage"]: row for row in script("page_tables").read("demo")}
     shown = [
         line.strip("| ").split(" | ")
         for line in text_of("README.md").splitlines()

@@ -1,4 +1,4 @@
-"""Fill the tables of the pages from where their facts live: `python docs/tables.py` rewrites the pages; a test compares.
+"""Fill the tables of the pages from where their facts live: `python docs/page_tables.py` rewrites the pages; a test compares.
 
     <!-- methods {"stage": "prune"} -->           what `pipeline list` says of a stage's methods
     <!-- formats {} -->                           the export formats
