@@ -1,6 +1,6 @@
 """What a matrix may be stored as: the settings that `allocate` chooses from, their bytes and their predicted errors.
 
-Bits × block sizes × double quantization × sparsity × rank × factor bits; all ranks of a (grid, sparsity) are read off one
+Bits × block sizes × double quantization, or types of ggml, × sparsity × rank × factor bits; all ranks of a (grid, sparsity) are read off one
 spectrum. Knows one matrix at a time; which setting it gets is `allocate`'s business.
 Legend: O out, I in, K settings.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 from . import normal_float
 from .factors import FactorBits, FactorForm, store_factors
 from .feedback import factor_of
+from .ggml_types import GGML_TYPES, GgmlName, as_settings, type_for
 from .lowrank import Metric, WeightedError, spectrum
 from .masks import pattern_mask, wanda_mask
 from .packing import packed_words
@@ -27,9 +28,10 @@ from .weights import StoredWeight
 @dataclass(frozen=True, order=True)
 class Grid:
     """A grid and a mask: what Q may be. group_size −1 means one group per row; double_quantized concerns a NormalFloat's
-    absmax; pattern is "dense", "N:M", or "unstructured" with its sparsity."""
+    absmax; pattern is "dense", "N:M", or "unstructured" with its sparsity. A type of ggml is a kind (`ggml_grid`), and stands for its fallback on
+    rows that are no multiple of its super-blocks."""
 
-    kind: Literal["uniform", "normal_float"] = "uniform"
+    kind: Literal["uniform", "normal_float"] | GgmlName = "uniform"
     bits: int = 4
     group_size: int = 64
     symmetric: bool = False
@@ -39,8 +41,13 @@ class Grid:
     float_zeros: bool = False
 
     def groups(self, columns: int) -> int | None:
-        """Groups in a row; None when they do not divide it (or the pattern does not)."""
+        """Groups in a row; None when they do not divide it (or the pattern does not), and for a pattern on a type of ggml without a code for 0."""
         size = columns if self.group_size == -1 else self.group_size
+        if self.kind in GGML_TYPES:
+            try:
+                size = GGML_TYPES[type_for(self.kind, columns, self.pattern != "dense")].group_size
+            except ValueError:
+                return None
         period = int(self.pattern.split(":")[1]) if ":" in self.pattern else 1
         return None if columns % size or columns % period else columns // size
 
@@ -49,8 +56,11 @@ class Grid:
         groups = self.groups(columns)
         if groups is None:
             raise ValueError(f"{columns} columns are not a multiple of group size {self.group_size} or of pattern {self.pattern}")
-        codes = 32 * rows * packed_words(columns, self.bits)
         mask = 0 if self.pattern == "dense" else 8 * rows * -(-columns // 8)
+        if self.kind in GGML_TYPES:
+            layout = GGML_TYPES[type_for(self.kind, columns)]
+            return rows * columns // layout.columns * layout.block_bits + mask
+        codes = 32 * rows * packed_words(columns, self.bits)
         if self.kind == "uniform":
             zeros = 0 if self.symmetric else 16 * rows * groups if self.float_zeros else 32 * rows * packed_words(groups, self.bits)
             return codes + 16 * rows * groups + zeros + mask
@@ -85,6 +95,12 @@ class Setting:
         return -(-self.stored_bits(rows, columns) // 8)
 
 
+def ggml_grid(kind: GgmlName, pattern: str = "dense", sparsity: float = 0.0) -> Grid:
+    """The grid of a type of ggml."""
+    own = as_settings(kind)
+    return Grid(kind, own["bits"], own["group_size"], own["symmetric"], pattern=pattern, sparsity=sparsity)
+
+
 def settings(
     bits: Iterable[int] = (2, 3, 4, 8),
     group_sizes: Iterable[int] = (32, 64, 128),
@@ -92,11 +108,13 @@ def settings(
     ranks: Iterable[int] = (0, 8, 16, 32, 64),
     factor_bits: Iterable[FactorBits] = (16, 8, 4),
     sparsities: Iterable[tuple[str, float]] = (("dense", 0.0),),
+    types: Iterable[GgmlName] = (),
 ) -> list[Setting]:
-    """The product: uniform grids, and NormalFloat ones for every entry of `double_quantized`."""
+    """The product: uniform grids, NormalFloat ones for every entry of `double_quantized`, and the `types` of ggml."""
     grids = [Grid("uniform", b, g, pattern=p, sparsity=s) for b, g, (p, s) in product(bits, group_sizes, sparsities)]
     books = product(bits, group_sizes, double_quantized, sparsities)
     grids += [Grid("normal_float", b, g, False, d, p, s) for b, g, d, (p, s) in books]
+    grids += [ggml_grid(kind, p, s) for kind, (p, s) in product(types, sparsities)]
     terms: list[tuple[int, FactorBits]] = [(0, 16), *((r, f) for r, f in product(ranks, factor_bits) if r)]
     return [Setting(grid, rank, bits_of_factors) for grid in grids for rank, bits_of_factors in terms]
 
@@ -166,9 +184,13 @@ def costs_bytes(shapes: Iterable[tuple[int, int]], choices: Iterable[Setting]) -
 def overrides(setting: Setting) -> dict[str, dict[str, Any]]:
     """A setting as settings of the stages, by stage; a stage that it leaves out (no mask, no term) is left out."""
     grid = setting.grid
-    size = {"group_size": grid.group_size} if grid.kind == "uniform" else {"block_size": grid.group_size}
-    kind = {"symmetric": grid.symmetric} if grid.kind == "uniform" else {"double_quantize": grid.double_quantized}
-    stages: dict[str, dict[str, Any]] = {"quantize": {"bits": grid.bits} | size | kind}
+    if grid.kind == "uniform":
+        own = {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric}
+    elif grid.kind == "normal_float":
+        own = {"bits": grid.bits, "block_size": grid.group_size, "double_quantize": grid.double_quantized}
+    else:
+        own = {"grid": grid.kind, **as_settings(grid.kind)}
+    stages: dict[str, dict[str, Any]] = {"quantize": own}
     if grid.pattern != "dense":
         stages["prune"] = {"pattern": grid.pattern, "sparsity": grid.sparsity}
     if setting.rank:

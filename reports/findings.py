@@ -250,8 +250,9 @@ def _budget(record: RunRecord) -> list[Finding]:
     if not spent:
         return []
     stage, facts = spent[-1], spent[-1].metrics["allocation"]
-    given = Counter(layer.metrics["bits"] for layer in stage.layers if "bits" in layer.metrics)
-    bits = ", ".join(f"{count} matrices have {number(size)} bits" for size, count in sorted(given.items()))
+    given = Counter((layer.metrics["bits"], layer.metrics.get("grid")) for layer in stage.layers if "bits" in layer.metrics)
+    each = sorted(given.items(), key=lambda item: (item[0][0], item[0][1] or ""))
+    bits = ", ".join(f"{count} matrices {f'have {number(size)} bits' if kind is None else f'are {kind}'}" for (size, kind), count in each)
     ranks = [layer.rank for layer in stage.layers if layer.rank and "bits" in layer.metrics]
     term = f"; {len(ranks)} have a low-rank term, of rank {min(ranks)} to {max(ranks)}" if ranks else ""
     text = f"The budget {facts.get('budget')} was spent by {named(stage)}, {facts.get('stored')} at the end of the run: {bits}{term}."

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...compress.allocate import InfeasibleBudget, choose
+from ...compress.ggml_types import GGML_TYPES
 from ...compress.options import Grid, Setting, overrides
 from ...reports.record import StageRecord
 from ..errors import UsageError
@@ -188,6 +189,7 @@ def _explained(row: ChosenSetting, whole: bool, measured_error: float | None) ->
     setting = row.setting
     loss, error = (row.predicted_loss, row.predicted_error) if whole else (row.predicted_loss_q, row.predicted_error_q)
     given = {"bits": setting.grid.bits, "group_size": setting.grid.group_size, "bytes": row.bytes}
+    given |= {"grid": setting.grid.kind} if setting.grid.kind in GGML_TYPES else {}
     given |= {"factor_bits": setting.factor_bits} if setting.rank and whole else {}
     if row.tied:
         return {**given, "predicted_output_error": None, "predicted_loss": loss, "measured_loss": None}

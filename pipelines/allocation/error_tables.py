@@ -61,6 +61,7 @@ def table_key(
     """Whatever decides the table: another budget has the same one, as long as it is spent on the same matrices."""
     row: Method = QUANTIZE[stages.quantize.method]
     chosen = {"bits", "group_size", "block_size", "double_quantize"}
+    chosen |= {"grid", "symmetric"} if getattr(stages.quantize.config, "grid", "uniform") != "uniform" else set()
     kept = {key: value for key, value in stages.quantize.settings().items() if key not in chosen}
     names = [row.version, kept, allocation.weighting == "fisher"]
     if (solver := _solver(stages, allocation)) is not None:

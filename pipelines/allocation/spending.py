@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ...compress.ggml_types import GGML_TYPES, GgmlName, type_for
 from ...compress.grids import divide
 from ...compress.options import Setting, overrides, settings
 from ...compress.ranges import Bits
@@ -64,8 +65,11 @@ def spent(recipe: Recipe) -> Spent:
             )
     quantize, decompose = named["quantize"][0], next(iter(named["decompose"]), None)
     _check_method(option, quantize, ("bits",), "no bits to choose")
-    if (grid := getattr(quantize.config, "grid", "uniform")) != "uniform" or any("grid" in one for one in quantize.overrides.values()):
-        raise UsageError(f"{option}: chooses bits and groups of uniform grids, and {quantize.address}.grid is {grid} or overridden; leave one of them out")
+    if getattr(quantize.config, "grid", "uniform") == "uniform" and any("grid" in one for one in quantize.overrides.values()):
+        raise UsageError(
+            f"{option}: chooses bits and groups of uniform grids, and {quantize.address}.overrides have a grid of ggml's; leave it out, or set "
+            f"{quantize.address}.grid to a type of ggml, as q4_k, to choose among types"
+        )
     if hasattr(quantize.config, "block_size") and -1 in recipe.allocation.group_sizes:
         raise UsageError(f"{option}: allocation.group_sizes: {quantize.method} has no blocks of a whole row (-1); name their sizes")
     if recipe.allocation.errors == "iterates" and decompose is None:
@@ -82,6 +86,11 @@ def spent(recipe: Recipe) -> Spent:
             except ValueError as error:
                 raise UsageError(f"{option}: allocation.ranks: {decompose.address} cannot have rank {rank}: {error}") from error
     prune = _prune(option, recipe, quantize)
+    if _grids(recipe, quantize, prune) == ():
+        raise UsageError(
+            f"{option}: allocation.grids: a mask removes weights, and none of {', '.join(recipe.allocation.grids)} has a code for 0; "
+            f"add one of {', '.join(name for name, layout in GGML_TYPES.items() if not layout.minima)}"
+        )
     return Spent(recipe.budget, quantize, decompose, prune, recipe.stages.index(prune or quantize))
 
 
@@ -92,6 +101,14 @@ def _check_method(option: str, spec: StageSpec, keys: tuple[str, ...], lack: str
     if not serves(methods(spec.name)[spec.method]):
         others = ", ".join(name for name, row in methods(spec.name).items() if serves(row))
         raise UsageError(f"{option}: {spec.address}.method {spec.method} has {lack}; choose one of {others}")
+
+
+def _grids(recipe: Recipe, quantize: StageSpec, prune: StageSpec | None) -> tuple[GgmlName, ...] | None:
+    """The types of ggml to choose from, of which some have no code for what an earlier stage's mask removes; None where grids are not ggml's."""
+    if getattr(quantize.config, "grid", "uniform") == "uniform":
+        return None
+    masked = prune is None and any(spec.name == "prune" for spec in recipe.stages[: recipe.stages.index(quantize)])
+    return tuple(kind for kind in recipe.allocation.grids if not (masked and GGML_TYPES[kind].minima))
 
 
 def _prune(option: str, recipe: Recipe, quantize: StageSpec) -> StageSpec | None:
@@ -115,6 +132,8 @@ def settings_of(recipe: Recipe, stages: Spent) -> list[Setting]:
     chosen, config = recipe.allocation, stages.quantize.config
     sparsities = [pattern(text) for text in chosen.sparsities] if stages.prune is not None else [("dense", 0.0)]
     ranks = sorted({0, *chosen.ranks}) if stages.decompose is not None else [0]
+    if (types := _grids(recipe, stages.quantize, stages.prune)) is not None:
+        return settings((), (), (), ranks, chosen.factor_bits, sparsities, types)
     books = hasattr(config, "block_size")
     found = settings(chosen.bits, chosen.group_sizes, chosen.double_quantize if books else (), ranks, chosen.factor_bits, sparsities)
     if books:
@@ -270,7 +289,7 @@ def refusals(recipe: Recipe, dense: Sizes) -> list[str]:
     try:
         stages = spent(recipe)
         counted = costs(recipe, stages, dense)
-        _check_fits(recipe, counted)
+        _check_fits(recipe, stages, counted)
         slack = SLACK * counted.rest_bytes if stages.budget.total_bytes is not None else 0.0
         if stages.budget.bytes_for(counted.weights, counted.rest_bytes - slack) < counted.smallest:
             raise UsageError(infeasible(recipe, stages, counted))
@@ -279,7 +298,7 @@ def refusals(recipe: Recipe, dense: Sizes) -> list[str]:
     return []
 
 
-def _check_fits(recipe: Recipe, counted: Costs) -> None:
+def _check_fits(recipe: Recipe, stages: Spent, counted: Costs) -> None:
     option = f"--budget {recipe.budget.text}" if recipe.budget else ""
     for rank in recipe.allocation.ranks:
         most = max(min(site.shape) for site in counted.sites if site.block is not None)
@@ -287,12 +306,14 @@ def _check_fits(recipe: Recipe, counted: Costs) -> None:
             raise UsageError(f"{option}: allocation.ranks: rank {rank} is above the smaller dimension of every matrix, at most {most}")
     for m, site in enumerate(counted.sites):
         if not np.isfinite(counted.bytes_MK[m]).any():
-            sizes = recipe.allocation.group_sizes
+            ggml = getattr(stages.quantize.config, "grid", "uniform") != "uniform"
+            key = "grids" if ggml else "group_sizes"
+            choices = getattr(recipe.allocation, key)
             try:
-                for size in sizes:
-                    divide(site.shape[1], size, "group size")
+                for choice in choices:
+                    type_for(choice, site.shape[1]) if ggml else divide(site.shape[1], choice, "group size")
             except ValueError as error:
-                raise UsageError(f"{option}: {site.name}: none of allocation.group_sizes {list(sizes)} fits: {error}") from error
+                raise UsageError(f"{option}: {site.name}: none of allocation.{key} {list(choices)} fits: {error}") from error
             raise UsageError(
                 f"{option}: {site.name}: none of the choices of `allocation` fits it and the recipe's own overrides and stages"
             )

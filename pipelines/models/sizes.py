@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ...compress.factors import FactorBits, FactorForm
-from ...compress.ggml_types import GGML_TYPES, type_for
+from ...compress.ggml_types import GGML_TYPES, GridName, type_for
 from ...compress.grids import divide
-from ...compress.options import Grid
+from ...compress.options import Grid, ggml_grid
 from ...recover.selection import roles
 from ..recipes.stage_settings import StageSpec, methods
 from ..store.artifact import Artifact
@@ -232,7 +232,11 @@ def on_grid(size: Size, shape: tuple[int, int], grid: Grid, index: bool) -> None
     """Give a matrix a base on this grid (whose pattern does not count here); `index`: a group index is stored beside it."""
     rows, columns = shape
     size.base = grid.stored_bits(rows, columns) + (columns * 32 if index else 0)
-    if grid.kind == "normal_float":
+    if grid.kind in GGML_TYPES:
+        layout = GGML_TYPES[type_for(grid.kind, columns)]
+        beside = ("super_minima",) if layout.minima else (), ("small_codes",) if layout.small_codes else ()
+        scales = ("base.super_scales", *(f"base.{name}" for names in beside for name in names))
+    elif grid.kind == "normal_float":
         scales = ("base.absmax_codes", "base.absmax_scales", "base.absmax_offset") if grid.double_quantized else ("base.absmax",)
     else:
         scales = ("base.scales", *(() if grid.symmetric else ("base.zeros",)), *(("base.group_index",) if index else ()))
@@ -243,6 +247,9 @@ def grid_of(config: Any) -> Grid:
     """The grid of a quantizing method's config."""
     if hasattr(config, "block_size"):
         return Grid("normal_float", getattr(config, "bits", 4), config.block_size, False, config.double_quantize)
+    kind: GridName = getattr(config, "grid", "uniform")
+    if kind != "uniform":
+        return ggml_grid(kind)
     float_zeros = getattr(config, "float_zeros", False)
     return Grid("uniform", config.bits, config.group_size, config.symmetric, float_zeros=float_zeros)
 
@@ -254,16 +261,11 @@ def has_index(config: Any) -> bool:
 
 def _quantized(rows: int, columns: int, config: Any, size: Size) -> None:
     """ValueError when the groups do not divide the row, or a mask does not go with the grid."""
-    if getattr(config, "grid", "uniform") != "uniform":
-        kind = type_for(config.grid, columns, bool(size.mask))
-        layout = GGML_TYPES[kind]
-        size.base = rows * columns // layout.columns * layout.block_bits
-        beside = ("super_minima",) if layout.minima else (), ("small_codes",) if layout.small_codes else ()
-        size.base_names = ("base.codes", "base.super_scales", *(f"base.{name}" for names in beside for name in names))
-        _divided(config, columns)
-        return
     grid = grid_of(config)
-    divide(columns, grid.group_size, "block_size" if grid.kind == "normal_float" else "group_size")
+    if grid.kind in GGML_TYPES:
+        type_for(grid.kind, columns, bool(size.mask))
+    else:
+        divide(columns, grid.group_size, "block_size" if grid.kind == "normal_float" else "group_size")
     _divided(config, columns)
     on_grid(size, (rows, columns), grid, has_index(config))
 

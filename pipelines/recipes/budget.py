@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import MinLen, Predicate, doc
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
+from ...compress.ggml_types import GgmlName
 from ...compress.ranges import Bits, Group, WidthOrZero
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -79,7 +80,9 @@ Sparsity = Annotated[str, Predicate(_is_sparsity)]
 class AllocationSettings(BaseModel):
     """What every matrix may be given, and what is minimised. The product of all lists is the table of settings.
 
-    double_quantize counts for NormalFloat methods only; sparsities are "dense", an "N:M" pattern or a share of each row ("0.5"), and
+    double_quantize counts for NormalFloat methods only. grids: where the quantize stage's own `grid` is a type of ggml, the types that a matrix may
+    be of, in place of bits and group_sizes, which are then refused; rows that are no multiple of 256 take the type that llama.cpp gives them, and its
+    bytes. sparsities are "dense", an "N:M" pattern or a share of each row ("0.5"), and
     need a prune stage, which otherwise does what it says. weighting: which sum of the matrices' errors is least. output: squared output errors as
     they are; relative: each as a share of its output's energy; fisher: each output weighed by the mean square of the loss's gradient
     there, which makes the sum an estimate of nats per token. embedding_bits: of the token embeddings and of a head of its own, where the quantize
@@ -95,6 +98,9 @@ class AllocationSettings(BaseModel):
     bits: Annotated[tuple[Bits, ...], BeforeValidator(_listed), MinLen(1), doc("a list of 2|3|4|5|6|8")] = (2, 3, 4)
     group_sizes: Annotated[tuple[Group, ...], BeforeValidator(_listed), MinLen(1), doc("a list of -1 or 1 … 65,536")] = (32, 64, 128)
     double_quantize: Annotated[tuple[bool, ...], BeforeValidator(_listed), MinLen(1), doc("a list of true|false")] = (False, True)
+    grids: Annotated[tuple[GgmlName, ...], BeforeValidator(_listed), MinLen(1), doc("a list of types of ggml, q4_0 … q6_k")] = (
+        "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
+    )  # fmt: skip
     ranks: Annotated[tuple[WidthOrZero, ...], BeforeValidator(_listed), MinLen(1), doc("a list of 0 … 65,536")] = (0, 4, 8, 16, 32)
     embedding_bits: Annotated[tuple[Bits, ...] | None, BeforeValidator(_listed_or_null), doc("a list of 2|3|4|5|6|8, or null")] = None
     factor_bits: Annotated[tuple[Literal[4, 8, 16], ...], BeforeValidator(_listed), MinLen(1), doc("a list of 4|8|16")] = (16, 8)

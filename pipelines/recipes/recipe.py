@@ -176,9 +176,23 @@ def _refuse_unread(chosen: Recipe, named: frozenset[str]) -> None:
     if chosen.budget is None and given:
         key = given[0]
         raise UsageError(f"allocation.{key}: is read only where there is a budget; give one, as in --budget 3.0bpw, or leave it out")
+    unread = [key for key in given if key in _not_chosen(chosen)]
+    if unread:
+        raise UsageError(
+            f"allocation.{unread[0]}: is not read, since the grid of the quantize stage is {'a type of ggml' if unread[0] != 'grids' else 'none of ggml'}; "
+            f"{'name types in allocation.grids' if unread[0] != 'grids' else 'set quantize.grid, as in quantize.grid=q4_k'}, or leave it out"
+        )
     learns = any(spec.name == "recover" and getattr(spec.config, "loss", None) != "cross_entropy" for spec in chosen.stages)
     if chosen.teacher is not None and not learns:
         raise UsageError("teacher: no stage of this recipe learns from one; add a recover stage (loss distill or both), or leave it out")
+
+
+def _not_chosen(chosen: Recipe) -> set[str]:
+    """Settings of the allocation that the grid of the quantize stage leaves without a meaning."""
+    grids = {getattr(spec.config, "grid", "uniform") for spec in chosen.stages if spec.name == "quantize"}
+    if not grids:
+        return set()
+    return {"grids"} if grids == {"uniform"} else {"bits", "group_sizes", "double_quantize"}
 
 
 def known_recipes() -> list[str]:

@@ -103,8 +103,9 @@ class StageSpec:
         from ...compress.rounding import RtnConfig
 
         if getattr(self.config, "grid", "uniform") != "uniform":
+            kind = OF_BITS[bits]
             try:
-                kind = type_for(OF_BITS[bits], width)
+                type_for(kind, width)
             except ValueError as error:
                 raise UsageError(f"{self.address}: matrices outside the blocks: {error}") from error
             return RtnConfig(**as_settings(kind), clip="power", grid=kind)

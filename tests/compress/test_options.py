@@ -6,9 +6,10 @@ from bitmend.compress.allocate import choose
 from bitmend.compress.decompose import Decomposition, decompose
 from bitmend.compress.factors import FactorForm, store_factors
 from bitmend.compress.lowrank import Metric, WeightedError, best_low_rank, squared_error
+from bitmend.compress.ggml_types import GGML_TYPES
 from bitmend.compress.methods import DECOMPOSE, QUANTIZE
 from bitmend.compress.metrics import gradient_squares
-from bitmend.compress.options import Grid, Setting, costs_bytes, error_table, mask_on, overrides, settings
+from bitmend.compress.options import Grid, Setting, costs_bytes, error_table, ggml_grid, mask_on, overrides, settings
 from bitmend.compress.statistics import Fisher, InputStatistics, LayerStatistics
 from bitmend.compress.weights import DenseWeight, StoredWeight
 
@@ -29,7 +30,7 @@ def matrix(rows: int, columns: int, seed: int = 1) -> torch.Tensor:
 
 def quantized(target: torch.Tensor, grid: Grid, found: LayerStatistics, quantizer: str) -> StoredWeight:
     """What a quantize stage makes of the matrix on this grid, after Wanda's mask where it has a pattern."""
-    name = quantizer if grid.kind == "uniform" else {"rtn": "normal_float", "gptq": "gptq_nf"}[quantizer]
+    name = quantizer if grid.kind != "normal_float" else {"rtn": "normal_float", "gptq": "gptq_nf"}[quantizer]
     weight = StoredWeight(DenseWeight(target))
     if grid.pattern != "dense":
         weight = weight.with_mask(mask_on(target, found.inputs.norm_I, grid))
@@ -41,10 +42,10 @@ def every_grid() -> list[Grid]:
     uniform = [Grid("uniform", b, g, s) for b in (2, 3, 4, 5, 6, 8) for g in (32, 64, -1) for s in (False, True)]
     books = [Grid("normal_float", b, g, False, d) for b in (2, 3, 4, 8) for g in (32, 64) for d in (False, True)]
     sparse = [Grid("uniform", 4, 64, pattern="2:4", sparsity=0.5), Grid("normal_float", 3, 64, pattern="unstructured", sparsity=0.5)]
-    return uniform + books + sparse
+    return uniform + books + sparse + [ggml_grid(kind) for kind in GGML_TYPES] + [ggml_grid("q6_k", "2:4", 0.5)]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (8, 256)])
 def test_bits_are_those_of_the_record(shape):
     found, target = statistics(shape[1], shape[0]), matrix(*shape)
     for grid in every_grid():
@@ -120,7 +121,18 @@ def test_joint_choice_beats_every_uniform_setting_of_at_most_its_bytes():
     assert len(spread) > 1
 
 
+def test_types_that_do_not_fit_are_infinitely_bad():
+    """Rows of 48 are no blocks of 32; a type with minima has no code for what a mask removes."""
+    assert [Setting(ggml_grid(kind)).fits(8, 48) for kind in ("q4_k", "q8_0")] == [False, False]
+    assert [Setting(ggml_grid(kind, "2:4", 0.5)).fits(8, 256) for kind in ("q3_k", "q4_k")] == [True, False]
+    assert Setting(ggml_grid("q5_k", "2:4", 0.5)).fits(8, 128) is False, "its fallback q5_1 has minima, too"
+
+
 def test_choice_goes_back_to_the_stages():
+    assert overrides(Setting(ggml_grid("q3_k"), 4, 8)) == {
+        "quantize": {"grid": "q3_k", "bits": 3, "group_size": 16, "symmetric": True, "float_zeros": False},
+        "decompose": {"rank": 4, "factor_bits": 8},
+    }
     assert overrides(Setting(Grid("uniform", 3, 64), 8, 4)) == {
         "quantize": {"bits": 3, "group_size": 64, "symmetric": False},
         "decompose": {"rank": 8, "factor_bits": 4},
