@@ -1,7 +1,7 @@
 """The table of GGUF files: our grids beside llama.cpp's own quantizer with an importance matrix, tensor by tensor in the same types.
 
 llama.cpp chooses the types and rounds; ours takes those types as grids of GPTQ, and may train their super-scales. Both are then read by llama.cpp, which
-measures the perplexity over our windows. It runs in an environment of its own (`make interop`) and shares nothing with us but files.
+measures the perplexity over our windows. A budget of the same bits may choose other types. It runs in an environment of its own (`make interop`) and shares nothing with us but files.
 """
 
 import json
@@ -38,7 +38,8 @@ WIDE_STEPS = 1500
 MODELS = (SMALL, WIDE, DEMO)
 TYPES = ("Q2_K", "Q3_K_M", "Q4_K_M")
 TRAINED = {"method": "scales", "steps": 40, "batch_size": 1, "accumulation": 2, "eval_every": 10, "loss": "both"}
-METHODS: Mapping[str, list[dict[str, Any]]] = {"GPTQ": [], "GPTQ, scales trained": [{"recover": TRAINED}]}
+BY_BUDGET = "GPTQ, types by budget"
+METHODS: Mapping[str, list[dict[str, Any]]] = {"GPTQ": [], "GPTQ, scales trained": [{"recover": TRAINED}], BY_BUDGET: []}
 COLUMNS = (
     ("model", "model", "text"), ("type", "type", "text"), ("name", "rounded by", "text"), ("perplexity", "perplexity in llama.cpp", "perplexity"),
     ("own_perplexity", "in ours", "perplexity"), ("file_bytes", "bytes", "bytes"), ("llama_tokens_per_second", "llama.cpp tokens/s", "number"),
@@ -64,7 +65,8 @@ def _write(kept: published.PublishedRows) -> list[Path]:
     shown = [{key: value for key, value in row.items() if key != "protocol"} for row in rows]
     notes = [
         "llama.cpp: llama_model_quantize with the mean squares of the inputs over the calibration text (32 × 512 tokens of the demo's, 64 × 128 of the tests' for small and wide). "
-        "Ours: GPTQ on the same text, every tensor in the type that llama.cpp gave it, so the tensors take the same bytes; trained: the super-scales, 40 steps.",
+        "Ours: GPTQ on the same text, every tensor in the type that llama.cpp gave it, so the tensors take the same bytes; trained: the super-scales, 40 steps; types by budget: each tensor's type chosen by --budget, at most as many "
+        "bits over the matrices as in llama.cpp's file.",
         f"wide: a Llama of 4 blocks, width 256, MLP 512, by `tests/small_model/train.py --width 256 --steps {WIDE_STEPS}`. small is 128 wide, "
         "the demo model 576, no multiples of 256: there llama.cpp falls back to the types listed, and so do we.",
         "The two perplexities of a row differ because llama.cpp rounds what enters a quantized matrix to 8 bits. Tokens/s: one thread each, greedy.",
@@ -105,8 +107,10 @@ def _measure(model: str, directory: Path, kept: published.PublishedRows) -> None
         for kind, theirs in theirs_of.items():
             if {"model": model, "type": kind, "name": name} not in kept:
                 file = place / f"{name}-{kind}.gguf"
-                quantize = _as_grids(theirs, inputs.model)
-                made = runner.run(_recipe([{"quantize": quantize}, *stages], model, options), place / "run", page=False)
+                quantize, more = _as_grids(theirs, inputs.model), {}
+                if name == BY_BUDGET:
+                    quantize, more = {"method": "gptq", "grid": "q4_k", "include_embeddings": True}, _budget_of(theirs)
+                made = runner.run(_recipe([{"quantize": quantize}, *stages], model, options, more), place / "run", page=False)
                 if not file.is_file():
                     export(place / "run", "gguf", file)
                 speed = tokens_per_second(load(place / "run"), ids_NT[:1, :16], _NEW_TOKENS)
@@ -122,8 +126,8 @@ def _options(model: str, place: Path) -> dict[str, Any]:
     return {"model": str(trained), "data": str(_TRAIN.parent / "text.jsonl"), "profile": "standard"}
 
 
-def _recipe(stages: list[dict[str, Any]], model: str, options: Mapping[str, Any]) -> recipe.Recipe:
-    document = {"name": NAME, **SETTINGS[DEMO if model == DEMO else SMALL], "stages": stages or [{"prune": {"method": "none"}}]}
+def _recipe(stages: list[dict[str, Any]], model: str, options: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> recipe.Recipe:
+    document = {"name": NAME, **SETTINGS[DEMO if model == DEMO else SMALL], **(more or {}), "stages": stages or [{"prune": {"method": "none"}}]}
     seq_len = document["calibration"]["seq_len"]
     for stage in document["stages"]:
         if "recover" in stage:
@@ -144,6 +148,13 @@ def _as_grids(file: Path, model: Path) -> dict[str, Any]:
     overrides = {f"^({'|'.join(names)})$": {"grid": kind} for kind, names in sorted(others.items())}
     bits = {"q6_k": 6, "q8_0": 8}[types["token_embd.weight"]]
     return {"method": "gptq", "grid": common, "overrides": overrides, "include_embeddings": True, "embedding_bits": bits}
+
+
+def _budget_of(file: Path) -> dict[str, Any]:
+    """The bits that a file's matrices take, as a budget for ours, whose embeddings may have any."""
+    matrices = [tensor for tensor in GGUFReader(file).tensors if len(tensor.shape) == 2]
+    bits = 8 * sum(int(tensor.n_bytes) for tensor in matrices) / sum(int(tensor.n_elements) for tensor in matrices)
+    return {"budget": f"{math.floor(bits * 1000) / 1000}bpw", "allocation": {"embedding_bits": [2, 3, 4, 5, 6, 8]}}
 
 
 @torch.no_grad()

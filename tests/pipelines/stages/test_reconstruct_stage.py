@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from bitmend.compress.weights import GgmlWeight
+from bitmend.pipelines.export import exporting
 from bitmend.pipelines.planning.plan import refusals
 from bitmend.pipelines.run import runner
 from bitmend.recover.merge import audit
@@ -128,8 +130,33 @@ def test_scales_of_a_quantized_model(small_model: Path, tmp_path: Path) -> None:
     assert made.stages[-1].total_bytes == made.stages[-2].total_bytes
 
 
+def test_super_scales_of_types_of_ggml(small_model: Path, tmp_path: Path) -> None:
+    """d and m move, each block comes nearer; the codes and what a GGUF file holds beside them stay."""
+    quantize = {"quantize": {"method": "rtn", "grid": "q2_k"}}
+    made = run(tmp_path, small_model, toy_text(tmp_path / "toy.jsonl"), [quantize, {"recover": {**QUICK, "rank": 16, "steps": 8, "samples": 8}}])
+    before, after = opened(tmp_path, "quantize"), opened(tmp_path, "recover")
+    stage = made.stages[-1]
+    assert all(b["block_error_after"] < b["block_error_before"] for b in stage.metrics["blocks"])
+    assert stage.metrics["held_out_loss_kept"] < stage.metrics["held_out_loss_start"]
+    records = {n: (before.stored(n), after.stored(n)) for n in before.linears}
+    assert audit({n: old for n, (old, _) in records.items()}, {n: new for n, (_, new) in records.items()}) == []
+    kinds = set()
+    for old, new in ((a.base, b.base) for a, b in records.values()):
+        assert isinstance(old, GgmlWeight) and isinstance(new, GgmlWeight) and old.type == new.type
+        kinds.add(old.type)
+        assert torch.equal(old.codes, new.codes) and not torch.equal(old.super_scales, new.super_scales) and new.super_scales.dtype == torch.float16
+        assert (old.small_codes is None) == (new.small_codes is None) and (old.small_codes is None or torch.equal(old.small_codes, new.small_codes))
+    assert kinds == {"q2_k", "q4_0"} and stage.total_bytes == made.stages[-2].total_bytes
+    file = tmp_path / "m.gguf"
+    assert exporting.export(tmp_path / "run", "gguf", file)["perplexity"] == pytest.approx(stage.perplexity, rel=1e-3)
+
+
 def test_refused_before_any_work(small_model: Path, small_text: Path, tmp_path: Path) -> None:
     save_speaking("llama", tmp_path / "teacher", small_model)
+    ggml: dict[str, Any] = {"quantize": {"method": "rtn", "grid": "q4_k"}}
+    for train in ("mask_lora", "weights"):
+        recipe = chosen(tmp_path, small_model, small_text, [ggml, {"recover": {**QUICK, "rank": 16, "train": train}}])
+        assert "quantized" in refusals(recipe, small_model)[0], refusals(recipe, small_model)
     cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         ({"train": "mask_lora"}, {}, "mask_lora merges into dense weights"),
         ({"train": "lora", "rank": 500}, {}, "rank 500 does not fit"),
