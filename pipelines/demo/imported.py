@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from ...kernels.cache import cache_directory
 from ..errors import InputError, OutOfMemoryError, as_input_error
@@ -50,6 +50,8 @@ FURTHER = 4
 """Blocks that a model may count and a file leave out: those that predict further tokens."""
 IMPORT_VERSION = 1
 CLEANING_VERSION = 1  # goes up when `wiki` makes other prose of the dump
+EXPERT_WIDTHS = {"expert_feed_forward_length": "moe_intermediate_size", "expert_shared_feed_forward_length": "shared_expert_intermediate_size"}
+"""A file's keys, behind the architecture's name, and the config's."""
 SOURCE_NAME = "bitmend-source.json"
 Save = Callable[[Any, Path, Path], None]
 """(model in float32, its file, directory): write config and weights."""
@@ -138,7 +140,9 @@ def _import_once(gguf: Path, target: Path, facts: dict, save: Save) -> Path:
 def _convert(gguf: Path, directory: Path, save: Save) -> None:
     """Write the Hugging Face directory of a gguf file: config without gguf traces, weights as `save` does, tokenizer."""
     with as_input_error(f"{gguf.name}: transformers cannot import this gguf", "convert it to a Hugging Face directory first"):
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, config=_config_of(gguf), dtype=torch.float32, local_files_only=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
     fields = loaded.config.to_dict()
     fields.pop("quantization_config", None)
@@ -159,6 +163,19 @@ def _convert(gguf: Path, directory: Path, save: Save) -> None:
     model.eval()
     save(model, gguf, directory)
     tokenizer.save_pretrained(directory)
+
+
+def _config_of(gguf: Path) -> Any:
+    """As transformers reads it, and the widths of experts, which it leaves at its own defaults (5.24)."""
+    from gguf import GGUFReader
+
+    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+    fields = GGUFReader(gguf).fields
+    for name, key in EXPERT_WIDTHS.items():
+        field = next((field for full, field in fields.items() if full.endswith(f".{name}")), None)
+        if field is not None and hasattr(config, key):
+            setattr(config, key, int(field.contents()))
+    return config
 
 
 def _save_permuted(model: Any, gguf: Path, directory: Path) -> None:
@@ -192,6 +209,13 @@ def _check_gguf(path: Path) -> int:
     end = max((int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors), default=0)
     if not reader.tensors or end > path.stat().st_size:
         raise InputError(f"{path}: its tensors end at byte {end} but the file has {path.stat().st_size}; it is truncated, copy it again")
+    architecture = reader.fields["general.architecture"].contents() if "general.architecture" in reader.fields else None
+    experts = reader.fields.get(f"{architecture}.expert_count")
+    if architecture == "llama" and experts is not None and experts.contents():  # transformers would leave them out and draw an MLP at random
+        raise InputError(
+            f"{path}: a mixture of {experts.contents()} experts under the architecture 'llama' (Mixtral), which transformers reads as a Llama "
+            "without any; give the Hugging Face checkpoint it was made of"
+        )
     counts = {name: field.contents() for name, field in reader.fields.items() if name.endswith(".block_count")}
     if not counts:  # transformers would then make as many as its own default
         raise InputError(f"{path}: says nowhere how many blocks it has (ARCHITECTURE.block_count); it is damaged, fetch it again")

@@ -1,7 +1,8 @@
 """Which matrices of a GGUF file keep their codes when it is imported: those whose blocks, rows put in the model's order, are the loaded matrix.
 
 transformers loads the file and knows what every family changes; a matrix is kept as blocks only where these stand for the very numbers that it
-made. Legend: O out, I in.
+made. Experts are stacked in the file, gate and up apart; in the model an expert's gate rows lie over its up rows, in one matrix.
+Legend: E experts, O out, I in.
 """
 
 import logging
@@ -53,23 +54,46 @@ def kept_codes(model: Any, gguf: Path) -> dict[str, GgmlWeight]:
     reader = GGUFReader(gguf)
     family = reader.fields["general.architecture"].contents()
     known = next((architecture for architecture, name in MODEL_ARCH_NAMES.items() if name == family), None)
-    quantized = {t.name: t for t in reader.tensors if t.tensor_type.name.lower() in GGML_TYPES and len(t.shape) == 2}
+    quantized = {t.name: t for t in reader.tensors if t.tensor_type.name.lower() in GGML_TYPES and len(t.shape) in (2, 3)}
     if known is None or not quantized:
         return {}
     names, found = get_tensor_name_map(known, inspect(model).blocks), dict[str, GgmlWeight]()
     tied = tied_names(model)
     for site in _sites(model):
         parameter = f"{site.module}.{site.parameter}"
-        theirs = names.get_name(parameter, try_suffixes=(".weight",))
-        if site.expert is None and parameter not in tied and theirs in quantized:
-            tensor = quantized[theirs]
-            blocks = torch.from_numpy(tensor.data.copy())
-            record = _matching(blocks, tensor.tensor_type.name.lower(), site.read(model.get_parameter(parameter).detach()), model.config)
-            if record is None:
-                log.warning("%s: %s is changed by its family and is imported densely", gguf.name, theirs)
-            else:
+        theirs = [names.get_name(parameter, try_suffixes=(".weight",))] if site.expert is None else _stacked(site)
+        if parameter not in tied and all(name in quantized for name in theirs):
+            record = _record_of([quantized[str(name)] for name in theirs], site, model)
+            if record is not None:
                 found[site.name] = record
-    return found
+            elif site.expert in (None, 0):
+                why = "is changed by its family" if site.expert is None else "holds experts whose gate and up are of two types, or that its family changes"
+                log.warning("%s: %s %s and is imported densely", gguf.name, " with ".join(map(str, theirs)), why)
+    return _whole(found, model)
+
+
+def _stacked(site: Site) -> list[str]:
+    """The tensors of the file that a fused parameter's experts lie in."""
+    parts = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}.get(site.parameter, ())
+    return [f"blk.{site.block}.ffn_{part}_exps.weight" for part in parts] or [f"no tensor for {site.parameter}"]
+
+
+def _record_of(tensors: list[Any], site: Site, model: Any) -> GgmlWeight | None:
+    """None where the blocks are not the loaded matrix: of more than one type, for one."""
+    kinds = {tensor.tensor_type.name.lower() for tensor in tensors}
+    if len(kinds) > 1:
+        return None
+    arrays = [tensor.data if site.expert is None else tensor.data[site.expert] for tensor in tensors]
+    blocks = torch.cat([torch.from_numpy(array.copy()) for array in arrays])
+    weight_OI = site.read(model.get_parameter(f"{site.module}.{site.parameter}").detach())
+    return _matching(blocks, kinds.pop(), weight_OI, model.config)
+
+
+def _whole(found: dict[str, GgmlWeight], model: Any) -> dict[str, GgmlWeight]:
+    """Without those experts whose parameter holds others that keep no codes."""
+    lacking = {(s.module, s.parameter) for s in _sites(model) if s.expert is not None and s.name not in found}
+    dense = {s.name for s in _sites(model) if (s.module, s.parameter) in lacking}
+    return {name: record for name, record in found.items() if name not in dense}
 
 
 def _sites(model: Any) -> list[Site]:
