@@ -18,10 +18,10 @@ test: venv
 proofs: venv
 	$(BIN)/python -P -m pytest -m slow
 
-# auto-gptq and llama.cpp in environments of their own, and the tests in which they read and write our files; those of lm-eval, an extra;
+# auto-gptq and llama.cpp in environments of their own, and the tests in which they read and write our files; those of lm-eval and of transformers serve, extras;
 # and vLLM's, in another environment where the machine has AVX-512.
 interop: venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt lm-eval
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt lm-eval 'transformers[serving]'
 	VENV_INTEROP=$(CURDIR)/.venv-interop bash tests/interop/build.sh
 	VENV_LLAMA=$(CURDIR)/.venv-llama sh tests/interop/build_llama_cpp.sh
 	VENV_VLLM=$(CURDIR)/.venv-vllm bash tests/interop/build_vllm.sh
