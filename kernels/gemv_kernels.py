@@ -7,7 +7,7 @@ every step. Works in Triton's interpreter.
 Legend: M tokens, N = O outputs, K = I inputs, P words (two fields each) of a tile's row, R rank, S splits.
 """
 # Inside @triton.jit functions the language's values have types of their own, which pyright does not know.
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAssignmentType=false, reportAttributeAccessIssue=false
 
 import triton
 import triton.language as tl
@@ -16,13 +16,13 @@ from .parts import field_levels, group_zeros
 
 
 @triton.jit
-def _pairs(ptr, first, pair, mask, K, DTYPE: tl.constexpr):
-    """(float32 of the inputs first + 2·pair, of those behind them) of a row at `ptr`, 0 from K on: in 16 bits both are one word, and a row
-    is padded to an even number of them."""
-    k = first + 2 * pair
+def _pairs(ptr, word, mask, K, DTYPE: tl.constexpr):
+    """(float32 of the inputs 2·word, of those behind them) of a row at `ptr`, 0 where masked: in 16 bits both are one word of 32, and a row
+    is padded to whole ones. Masks are of words, since Triton loads wide only what is masked in runs that it can prove."""
     if tl.float32 == DTYPE:
-        return tl.load(ptr + k, mask=mask & (k < K), other=0.0), tl.load(ptr + k + 1, mask=mask & (k + 1 < K), other=0.0)
-    words = tl.load(ptr + first // 2 + pair, mask=mask & (k < K), other=0)
+        even = tl.load(ptr + 2 * word, mask=mask & (2 * word < K), other=0.0)
+        return even, tl.load(ptr + 2 * word + 1, mask=mask & (2 * word + 1 < K), other=0.0)
+    words = tl.load(ptr + word, mask=mask, other=0)
     if tl.bfloat16 == DTYPE:
         return (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
     low, high = (words & 0xFFFF).to(tl.int16), ((words >> 16) & 0xFFFF).to(tl.int16)
@@ -31,19 +31,19 @@ def _pairs(ptr, first, pair, mask, K, DTYPE: tl.constexpr):
 
 @triton.jit
 def _project(
-    x_ptr, down_ptr, out_ptr, first_r, start, end, M, K, R, stride_x, stride_d, stride_om,
+    x_ptr, down_ptr, out_ptr, first_r, first_word, end_word, M, K, words, R, stride_x, stride_d, stride_om,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """out[m, r] = down[r]·x[m] over the inputs [start, end). Strides of x and down are in words of theirs (two inputs in 16 bits)."""
-    r, pair = first_r + tl.arange(0, BLOCK_D), tl.arange(0, STEP)
-    end = tl.minimum(end, K)
+    """out[m, r] = down[r]·x[m] over the words [first_word, end_word). Strides of x and down are in words of theirs in 16 bits."""
+    r = first_r + tl.arange(0, BLOCK_D)
     acc = (tl.zeros((BLOCK_D, STEP), tl.float32),) * ROWS
-    for first in range(start, end, 2 * STEP):
-        inside = (r < R)[:, None] & (first + 2 * pair < end)[None, :]
-        low, high = _pairs(down_ptr + r[:, None] * stride_d, first, pair[None, :], inside, K, DTYPE)
+    for first in range(first_word, end_word, STEP):
+        word = first + tl.arange(0, STEP)
+        inside = (word < words) & (word < end_word)
+        low, high = _pairs(down_ptr + r[:, None] * stride_d, word[None, :], (r < R)[:, None] & inside[None, :], K, DTYPE)
         new = ()
         for m in tl.static_range(ROWS):
-            x_low, x_high = _pairs(x_ptr + m * stride_x, first, pair, (first + 2 * pair < end) & (tl.full((1,), m, tl.int32) < M), K, DTYPE)
+            x_low, x_high = _pairs(x_ptr + m * stride_x, word, inside & (tl.full((1,), m, tl.int32) < M), K, DTYPE)
             new += (acc[m] + low * x_low[None, :] + high * x_high[None, :],)
         acc = new
     for m in tl.static_range(ROWS):
@@ -52,15 +52,14 @@ def _project(
 
 @triton.jit
 def project_kernel(
-    x_ptr, down_ptr, h_ptr, M, K, R, stride_x, stride_d, inputs_per_split,
+    x_ptr, down_ptr, h_ptr, M, K, words, R, stride_x, stride_d, steps_per_split,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """h float32 [S, M, R]: partial sums of x·downᵀ."""
     split = tl.program_id(1)
-    start = split * inputs_per_split
     _project(
-        x_ptr, down_ptr, h_ptr + split * M * R, tl.program_id(0) * BLOCK_D, start, start + inputs_per_split, M, K, R, stride_x, stride_d, R,
-        DTYPE, ROWS, BLOCK_D, STEP,
+        x_ptr, down_ptr, h_ptr + split * M * R, tl.program_id(0) * BLOCK_D, split * steps_per_split * STEP, (split + 1) * steps_per_split * STEP,
+        M, K, words, R, stride_x, stride_d, R, DTYPE, ROWS, BLOCK_D, STEP,
     )  # fmt: skip
 
 
@@ -99,18 +98,20 @@ def _finish(
 
 @triton.jit
 def _multiply(
-    x_ptr, codes_ptr, scales_ptr, zeros_ptr, book_ptr, n, first, last, M, N, K, stride_x, tiles, GROUP: tl.constexpr, BITS: tl.constexpr,
+    x_ptr, codes_ptr, scales_ptr, zeros_ptr, book_ptr, n, first, last, M, N, K, words_x, stride_x, tiles, GROUP: tl.constexpr, BITS: tl.constexpr,
     SLOTS: tl.constexpr, LANES: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BOOK: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """A tuple of float32 [N], one a token: W·x over the tiles [first, last)."""
-    pair, n64, row_mask, end = tl.arange(0, LANES // 2), n.to(tl.int64), n < N, tl.minimum(last * SLOTS * LANES, K)
+    pair, n64, row_mask = tl.arange(0, LANES // 2), n.to(tl.int64), n < N
+    TILE: tl.constexpr = SLOTS * LANES // 2
+    EXACT: tl.constexpr = tl.float32 == DTYPE
     acc = (tl.zeros((BLOCK_N, LANES // 2), tl.float32),) * ROWS
     for step in range(first, last, UNROLL):
         fetched = ()  # all words of a step are on their way before the first is used
         for u in tl.static_range(UNROLL):
             places = codes_ptr + (n64[:, None] * tiles + step + u) * (LANES // 2) + pair[None, :]
-            fetched += (tl.load(places, mask=row_mask[:, None] & ((step + u) * LANES + pair < last * LANES)[None, :], other=0),)
+            fetched += (tl.load(places, mask=row_mask[:, None] & ((step + u) * (LANES // 2) + pair < last * (LANES // 2))[None, :], other=0),)
         for u in tl.static_range(UNROLL):
             scales, zeros = (), ()
             for slot in tl.static_range(SLOTS):
@@ -118,12 +119,13 @@ def _multiply(
                 scales += (tl.load(scales_ptr + offset + n, mask=row_mask, other=0.0).to(tl.float32),)
                 zeros += (group_zeros(zeros_ptr, offset, n, row_mask, BITS, HAS_ZEROS),)
             for slot in tl.static_range(SLOTS):
-                low = field_levels(fetched[u], scales[slot], zeros[slot], book_ptr, BITS * slot, BITS, HAS_BOOK, tl.float32 == DTYPE)
-                high = field_levels(fetched[u], scales[slot], zeros[slot], book_ptr, BITS * slot + 16, BITS, HAS_BOOK, tl.float32 == DTYPE)
+                low = field_levels(fetched[u], scales[slot], zeros[slot], book_ptr, BITS * slot, BITS, HAS_BOOK, EXACT)
+                high = field_levels(fetched[u], scales[slot], zeros[slot], book_ptr, BITS * slot + 16, BITS, HAS_BOOK, EXACT)
+                word = (step + u) * TILE + slot * (LANES // 2) + pair
+                inside = (word < words_x) & (word < last * TILE)
                 new = ()
                 for m in tl.static_range(ROWS):
-                    start, inside = ((step + u) * SLOTS + slot) * LANES, tl.full((1,), m, tl.int32) < M
-                    x_low, x_high = _pairs(x_ptr + m * stride_x, start, pair, inside, end, DTYPE)
+                    x_low, x_high = _pairs(x_ptr + m * stride_x, word, inside & (tl.full((1,), m, tl.int32) < M), K, DTYPE)
                     new += (acc[m] + low * x_low[None, :] + high * x_high[None, :],)
                 acc = new
     sums = ()
@@ -134,8 +136,8 @@ def _multiply(
 
 @triton.jit
 def gemv_kernel(
-    x_ptr, codes_ptr, scales_ptr, zeros_ptr, book_ptr, up_ptr, h_ptr, segments_ptr, bias_ptr, y_ptr, M, N, K, stride_x, tiles, segment_count,
-    partials, stride_un, stride_hs, stride_hm, stride_hr, stride_ym, GROUP: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr,
+    x_ptr, codes_ptr, scales_ptr, zeros_ptr, book_ptr, up_ptr, h_ptr, segments_ptr, bias_ptr, y_ptr, M, N, K, words_x, stride_x, tiles,
+    segment_count, partials, stride_un, stride_hs, stride_hm, stride_hr, stride_ym, GROUP: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr,
     LANES: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BOOK: tl.constexpr, HAS_LOW_RANK: tl.constexpr, HAS_BIAS: tl.constexpr,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -143,7 +145,7 @@ def gemv_kernel(
     first_n = tl.program_id(0) * BLOCK_N
     n = first_n + tl.arange(0, BLOCK_N)
     sums = _multiply(
-        x_ptr, codes_ptr, scales_ptr, zeros_ptr, book_ptr, n, 0, tiles, M, N, K, stride_x, tiles, GROUP, BITS, SLOTS, LANES, HAS_ZEROS,
+        x_ptr, codes_ptr, scales_ptr, zeros_ptr, book_ptr, n, 0, tiles, M, N, K, words_x, stride_x, tiles, GROUP, BITS, SLOTS, LANES, HAS_ZEROS,
         HAS_BOOK, DTYPE, ROWS, BLOCK_N, UNROLL,
     )  # fmt: skip
     _finish(
@@ -154,7 +156,8 @@ def gemv_kernel(
 
 @triton.jit
 def gemv_share_kernel(
-    x_ptr, codes_ptr, scales_ptr, zeros_ptr, book_ptr, down_ptr, work_ptr, M, N, K, R, stride_x, stride_d, tiles, tiles_per_split, blocks_n,
+    x_ptr, codes_ptr, scales_ptr, zeros_ptr, book_ptr, down_ptr, work_ptr, M, N, K, words_x, R, stride_x, stride_d, tiles, tiles_per_split,
+    blocks_n,
     GROUP: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr, LANES: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BOOK: tl.constexpr,
     HAS_DOWN: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -166,7 +169,7 @@ def gemv_share_kernel(
     if block < blocks_n:
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)
         sums = _multiply(
-            x_ptr, codes_ptr, scales_ptr, zeros_ptr, book_ptr, n, first, last, M, N, K, stride_x, tiles, GROUP, BITS, SLOTS, LANES,
+            x_ptr, codes_ptr, scales_ptr, zeros_ptr, book_ptr, n, first, last, M, N, K, words_x, stride_x, tiles, GROUP, BITS, SLOTS, LANES,
             HAS_ZEROS, HAS_BOOK, DTYPE, ROWS, BLOCK_N, UNROLL,
         )  # fmt: skip
         for m in tl.static_range(ROWS):
@@ -174,8 +177,8 @@ def gemv_share_kernel(
     else:
         if HAS_DOWN:
             _project(
-                x_ptr, down_ptr, share_ptr + N, (block - blocks_n) * BLOCK_D, first * SLOTS * LANES, last * SLOTS * LANES, M, K, R,
-                stride_x, stride_d, N + R, DTYPE, ROWS, BLOCK_D, STEP,
+                x_ptr, down_ptr, share_ptr + N, (block - blocks_n) * BLOCK_D, first * (SLOTS * LANES // 2), last * (SLOTS * LANES // 2), M, K,
+                words_x, R, stride_x, stride_d, N + R, DTYPE, ROWS, BLOCK_D, STEP,
             )  # fmt: skip
 
 

@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Blocks:
     """Outputs and tokens of one program, its warps and stages (of a loop without the matrix unit: tiles under way at once), where the inputs
-    are split, the programs a row is split over, and the way, where there are several."""
+    are split, the most programs a row is split over, and the way, where there are several. slots: most fragments of a tile of codes that a step of
+    the loop multiplies, 0 for all."""
 
     n: int
     m: int
@@ -32,6 +33,7 @@ class Blocks:
     stages: int = 3
     splits: int = 1
     way: str = ""
+    slots: int = 0
 
 
 _blocks: dict[tuple[torch.device, str], Blocks] = {}
@@ -81,5 +83,7 @@ def _default(key: str, device: torch.device, candidates: Sequence[Blocks], why: 
 
 
 def defaulted(device: torch.device) -> dict[str, Any]:
-    """Key → the entry of what was taken without a measurement in this process."""
-    return {key: entry for (place, key), entry in _defaulted.items() if place == device}
+    """Key → the entry of what was taken without a measurement in this process; "cuda" means every card."""
+    return {
+        key: entry for (place, key), entry in _defaulted.items() if place.type == device.type and device.index in (None, place.index)
+    }  # fmt: skip

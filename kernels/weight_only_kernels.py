@@ -4,7 +4,7 @@ a whole for many, and the gradient of x. Those without the matrix unit are `gemv
 Legend: M tokens, N = O outputs, K = I inputs, R rank, S splits, T tiles, L lanes.
 """
 # Inside @triton.jit functions the language's values have types of their own, which pyright does not know.
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAssignmentType=false
 
 import triton
 import triton.language as tl
@@ -65,7 +65,7 @@ def partial_kernel(
                     else:
                         levels = fragment_shifted(words, slot, BITS, DTYPE, SHIFT, BLOCK_N, LANES) - (zero + SHIFT).to(DTYPE)[:, None]
                         acc_NM += tl.dot(levels, x_LM) * scale[:, None]
-        tl.store(base + n64[:, None] * BLOCK_M + m[None, :], acc_NM, mask=row_mask[:, None])
+        tl.store(base + n64[:, None] * BLOCK_M + m[None, :], acc_NM, mask=row_mask[:, None] & (m < M)[None, :])
     else:
         if HAS_DOWN:
             r = (block - blocks_n) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -78,7 +78,7 @@ def partial_kernel(
                 mask = (r < R)[:, None] & (k < end)[None, :]
                 down = tl.load(down_ptr + r[:, None] * stride_dr + k[None, :] * stride_dk, mask=mask, other=0.0)
                 acc_RM += tl.dot(down.to(DTYPE), x_KM, input_precision="ieee")
-            tl.store(base + (N + r)[:, None] * BLOCK_M + m[None, :], acc_RM, mask=(r < R)[:, None])
+            tl.store(base + (N + r)[:, None] * BLOCK_M + m[None, :], acc_RM, mask=(r < R)[:, None] & (m < M)[None, :])
 
 
 @triton.jit
@@ -109,18 +109,22 @@ def tile_kernel(
     stride_xm, stride_xk, tiles, tiles_per_split, group_size, segment_count, partials, stride_un, stride_hs, stride_hm, stride_hr, stride_ym,
     stride_ws, stride_wn, BITS: tl.constexpr, SLOTS: tl.constexpr, LANES: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BOOK: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_LOW_RANK: tl.constexpr, SPLIT: tl.constexpr, DTYPE: tl.constexpr, UP_DTYPE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One tile of y: weights dequantized to x's dtype, low-rank term and bias before the only write. SPLIT: work float32 [S, N, M] instead,
-    this split's share of W·xᵀ."""
+    this split's share of W·xᵀ. A step multiplies STEP slots of a tile of codes: with fewer the codes are read again, from a cache, and
+    what lies in shared memory of x is less."""
     first_n, first_m, split = tl.program_id(1) * BLOCK_N, tl.program_id(0) * BLOCK_M, tl.program_id(2)
     n, m = first_n + tl.arange(0, BLOCK_N), first_m + tl.arange(0, BLOCK_M)
     lane, pair = tl.arange(0, LANES), tl.arange(0, LANES // 2)
     row_mask, n64, m64 = n < N, n.to(tl.int64), m.to(tl.int64)
     acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for t in range(split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, tiles)):
+    STEPS: tl.constexpr = SLOTS // STEP
+    for step in range(split * tiles_per_split * STEPS, tl.minimum((split + 1) * tiles_per_split, tiles) * STEPS):
+        t = step // STEPS
         words = tl.load(codes_ptr + (n64[:, None] * tiles + t) * (LANES // 2) + pair[None, :], mask=row_mask[:, None], other=0)
-        for slot in tl.static_range(SLOTS):
+        for i in tl.static_range(STEP):
+            slot = (step % STEPS) * STEP + i
             start = (t * SLOTS + slot) * LANES
             k = start + lane
             x_LM = tl.load(x_ptr + m64[None, :] * stride_xm + k[:, None] * stride_xk, mask=(m < M)[None, :] & (k < K)[:, None], other=0.0)
@@ -153,6 +157,7 @@ def dequantize_kernel(
 ):  # fmt: skip
     """out [N, K] in DTYPE, one tile of some rows a program: a thread's words of codes become as many words of two numbers each, so that
     nothing moves between threads. In 16 bits `out` and its stride are in such words; K is even there."""
+    EXACT: tl.constexpr = True
     t = tl.program_id(1)
     n, pair = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, LANES // 2)
     n64, row_mask = n.to(tl.int64), n < N
@@ -162,8 +167,8 @@ def dequantize_kernel(
         offset = (tl.minimum(start, K - 1) // group_size) * stride_g
         scale = tl.load(scales_ptr + offset + n, mask=row_mask, other=0.0).to(tl.float32)
         zero = group_zeros(zeros_ptr, offset, n, row_mask, BITS, HAS_ZEROS)
-        low = field_levels(words, scale, zero, book_ptr, BITS * slot, BITS, HAS_BOOK, True)
-        high = field_levels(words, scale, zero, book_ptr, BITS * slot + 16, BITS, HAS_BOOK, True)
+        low = field_levels(words, scale, zero, book_ptr, BITS * slot, BITS, HAS_BOOK, EXACT)
+        high = field_levels(words, scale, zero, book_ptr, BITS * slot + 16, BITS, HAS_BOOK, EXACT)
         k = start + 2 * pair
         mask = row_mask[:, None] & (k < K)[None, :]
         if tl.float32 == DTYPE:

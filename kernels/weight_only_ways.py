@@ -4,6 +4,7 @@ A way is a function of checked arguments and block sizes, and a row of WAYS. Sum
 Legend: M tokens, N = O outputs, K = I inputs, R rank, S splits.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,8 @@ BLOCK_R = 32
 FINISH_M = 64  # most tokens of a program that adds splits
 DOWN_ROWS, DOWN_STEP, DOWN_SPLITS = 4, 128, 16  # of the down-projection without the matrix unit: rows, pairs of inputs, splits alone
 SCRATCH_BYTES = 256 << 20
+ENOUGH = {GEMV: 256, SPLIT: 512, TILE: 256}
+"""Programs of a way from which on its inputs are not split further, whatever the candidate allows: partial sums cost bytes."""
 INT4_BURDEN = 1.05
 """torch's operator needs the codes a second time: it is taken where it is faster by more than the 5 % that a choice may lose."""
 
@@ -85,23 +88,28 @@ def carries_int4(x: Tensor, weight: TiledWeight) -> bool:
     )  # fmt: skip
 
 
+def splits_of(tiles: int, blocks: Blocks, programs: int) -> tuple[int, int]:
+    """(splits, tiles of each) for a grid of so many programs without any."""
+    per_split = triton.cdiv(tiles, min(blocks.splits, triton.cdiv(ENOUGH[blocks.way], programs)))
+    return triton.cdiv(tiles, per_split), per_split
+
+
 def gemv(product: Product, blocks: Blocks) -> Tensor:
-    """Up to 8 rows, each multiplied in float32. `stages` is how many tiles of codes are on their way at once, for one row."""
+    """Up to 8 rows, each multiplied in float32. `stages` is how many tiles of codes are on their way at once, for one row or two."""
     x, weight, y = as_words(product.x), product.weight, product.empty()
     (rows, inputs), out = product.x.shape, weight.shape[0]
     options = product.grid_options() | {"GROUP": weight.group_size, "DTYPE": TRITON_DTYPES[product.x.dtype], "ROWS": triton.next_power_of_2(rows)}
-    options |= {"BLOCK_N": blocks.n, "UNROLL": max(1, blocks.stages // options["ROWS"]), "num_warps": blocks.warps, "num_stages": 1}
+    options |= {"BLOCK_N": blocks.n, "UNROLL": max(1, min(blocks.stages, 2 * blocks.stages // options["ROWS"])), "num_warps": blocks.warps, "num_stages": 1}
     tables = weight.codes, weight.scales, weight.zeros, weight.book
-    per_split = triton.cdiv(weight.tiles, blocks.splits)
-    splits = triton.cdiv(weight.tiles, per_split)
+    splits, per_split = splits_of(weight.tiles, blocks, triton.cdiv(out, blocks.n))
     source, table = product.h, segment_table(product.segments, x.device)
     if splits == 1:
         source = project(product, x) if product.down is not None else source
         partials, *strides = h_strides(source)
         start(
             gemv_kernel, (triton.cdiv(out, blocks.n),),
-            x, *tables, product.up, source, table, product.bias, y, rows, out, inputs, x.stride(0), weight.tiles, len(product.segments),
-            partials, 0 if product.up is None else product.up.stride(0), *strides, y.stride(0), HAS_LOW_RANK=product.up is not None,
+            x, *tables, product.up, source, table, product.bias, y, rows, out, inputs, triton.cdiv(inputs, 2), x.stride(0), weight.tiles,
+            len(product.segments), partials, 0 if product.up is None else product.up.stride(0), *strides, y.stride(0), HAS_LOW_RANK=product.up is not None,
             HAS_BIAS=product.bias is not None, BLOCK_R=BLOCK_R, **options,
         )  # fmt: skip
         return y
@@ -110,7 +118,8 @@ def gemv(product: Product, blocks: Blocks) -> Tensor:
     work = torch.empty(splits, rows, out + ranks, dtype=torch.float32, device=x.device)
     start(
         gemv_share_kernel, (blocks_n + triton.cdiv(ranks, DOWN_ROWS), splits),
-        x, *tables, down, work, rows, out, inputs, ranks, x.stride(0), 0 if down is None else down.stride(0), weight.tiles, per_split, blocks_n,
+        x, *tables, down, work, rows, out, inputs, triton.cdiv(inputs, 2), ranks, x.stride(0), 0 if down is None else down.stride(0), weight.tiles,
+        per_split, blocks_n,
         HAS_DOWN=down is not None, BLOCK_D=DOWN_ROWS, STEP=DOWN_STEP, **options,
     )  # fmt: skip
     source = source if down is None else work[:, :, out:]
@@ -141,7 +150,7 @@ def project(product: Product, x: Tensor) -> Tensor:
     h = torch.empty(splits, rows, down.shape[0], dtype=torch.float32, device=x.device)
     start(
         project_kernel, (triton.cdiv(down.shape[0], DOWN_ROWS), splits),
-        x, down, h, rows, inputs, down.shape[0], x.stride(0), down.stride(0), per_split * 2 * DOWN_STEP, DTYPE=TRITON_DTYPES[product.x.dtype],
+        x, down, h, rows, inputs, triton.cdiv(inputs, 2), down.shape[0], x.stride(0), down.stride(0), per_split, DTYPE=TRITON_DTYPES[product.x.dtype],
         ROWS=triton.next_power_of_2(rows), BLOCK_D=DOWN_ROWS, STEP=DOWN_STEP, num_warps=4, num_stages=1,
     )  # fmt: skip
     return h
@@ -152,8 +161,8 @@ def split(product: Product, blocks: Blocks) -> Tensor:
     x, weight, down, y = product.x, product.weight, product.down, product.empty()
     (rows, inputs), out = x.shape, weight.shape[0]
     ranks, block_m = 0 if down is None else down.shape[0], max(16, triton.next_power_of_2(rows))
-    per_split = triton.cdiv(weight.tiles, blocks.splits)
-    splits, blocks_n = triton.cdiv(weight.tiles, per_split), triton.cdiv(out, blocks.n)
+    blocks_n = triton.cdiv(out, blocks.n)
+    splits, per_split = splits_of(weight.tiles, blocks, blocks_n)
     work = torch.empty(splits, out + ranks, block_m, dtype=torch.float32, device=x.device)
     sums = None
     if weight.book is None and x.dtype != torch.float32 and not weight.exact_zeros:
@@ -180,8 +189,7 @@ def tile(product: Product, blocks: Blocks) -> Tensor:
     (rows, inputs), out = x.shape, weight.shape[0]
     h = product.h if product.down is None else x @ product.down.to(x.dtype).t()
     partials, *strides = h_strides(h)
-    per_split = triton.cdiv(weight.tiles, blocks.splits)
-    splits = triton.cdiv(weight.tiles, per_split)
+    splits, per_split = splits_of(weight.tiles, blocks, triton.cdiv(rows, blocks.m) * triton.cdiv(out, blocks.n))
     work = None if splits == 1 else torch.empty(splits, out, rows, dtype=torch.float32, device=x.device)
     start(
         tile_kernel, (triton.cdiv(rows, blocks.m), triton.cdiv(out, blocks.n), splits),
@@ -190,7 +198,7 @@ def tile(product: Product, blocks: Blocks) -> Tensor:
         0 if product.up is None else product.up.stride(0), *strides, y.stride(0), *((0, 0) if work is None else work.stride()[:2]),
         **product.grid_options(), HAS_BIAS=product.bias is not None, HAS_LOW_RANK=product.up is not None, SPLIT=work is not None,
         DTYPE=TRITON_DTYPES[x.dtype], UP_DTYPE=TRITON_DTYPES[x.dtype], BLOCK_N=blocks.n, BLOCK_M=blocks.m, BLOCK_R=BLOCK_R,
-        num_warps=blocks.warps, num_stages=blocks.stages,
+        STEP=math.gcd(blocks.slots, SLOTS[weight.bits]), num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     if work is not None:
         _finish(product, work, h, y)
