@@ -42,6 +42,7 @@ class BenchPlan:
 ONE = tuple(Layer("1B", out, inputs) for out, inputs in ((2048, 2048), (8192, 2048), (2048, 8192)))
 SEVEN = tuple(Layer("7B", out, inputs) for out, inputs in ((4096, 4096), (11008, 4096), (4096, 11008)))
 SEVENTY = tuple(Layer("70B", out, inputs) for out, inputs in ((8192, 8192), (28672, 8192), (8192, 28672)))
+DECODE = tuple(Layer("8B and 70B", out, inputs) for out, inputs in ((4096, 4096), (28672, 4096), (4096, 14336)))
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
 RANKS = (0, 16, 32, 64, 128)
 PLANS = {
@@ -49,6 +50,9 @@ PLANS = {
     "cpu, full": BenchPlan(ROWS[:-1], (*DEMO, *ONE, *SEVEN), RANKS, (4, 8), (None,), stack_blocks=30),
     "cuda": BenchPlan(ROWS, (*ONE, *SEVEN, *SEVENTY), RANKS, (4,), (None, 8)),
 }
+PLANS["cuda, quick"] = BenchPlan((1, 16, 64, 256, 2048), DECODE, (0, 32), (4,), (None, 8))
+QUICK = TimingProtocol(warm_up=1, repeats=5, most_seconds=0.3)
+"""Minutes instead of an hour: the shapes and rows that decide decode and prefill of an 8B model, few repeats."""
 PLANS["cuda, full"] = replace(PLANS["cuda"], bits=(2, 3, 4), activation_bits=(None, 8, 4))
 STACK_COPIES = 6  # blocks with memory of their own, visited in turn: more than a core's cache holds, and quick to build
 
@@ -198,9 +202,18 @@ def _shares(row: dict[str, Any], peak: dict[str, float]) -> dict[str, float]:
 
 
 COLUMNS = (
-    "operator", "variant", "model", "out", "inputs", "rows", "rank", "microseconds", "spread", "repeats", "bandwidth_share",
+    "operator", "variant", "model", "out", "inputs", "rows", "rank", "microseconds", "spread", "repeats", "times_bfloat16", "bandwidth_share",
     "arithmetic_share", "resident_bytes",
 )  # fmt: skip
+
+
+def beside_bfloat16(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with `times_bfloat16`: their time over that of torch's bfloat16 matmul with as many rows and no rank, where it was measured."""
+    plain = {
+        (r["out"], r["inputs"], r["rows"]): r["microseconds"] for r in rows if r["variant"] == "torch bfloat16" and "out" in r and not r["rank"]
+    }
+    found = [plain.get((r.get("out"), r.get("inputs"), r["rows"])) for r in rows]
+    return [r if base is None else r | {"times_bfloat16": round(r["microseconds"] / base, 3)} for r, base in zip(rows, found, strict=True)]
 
 
 def markdown(measured: dict[str, Any]) -> str:
@@ -208,7 +221,7 @@ def markdown(measured: dict[str, Any]) -> str:
     lines = ["# bench kernels", ""]
     lines += [f"- {name}: {json.dumps(value) if isinstance(value, dict) else value}" for name, value in measured["environment"].items()]
     lines += ["", "Microseconds are the median of one call; spread is the distance between the quartiles.", ""]
-    lines += _table(COLUMNS, measured["rows"])
+    lines += _table(COLUMNS, beside_bfloat16(measured["rows"]))
     if measured["refused"]:
         lines += [
             "",
@@ -229,6 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bitmend.kernels.bench", description="Benchmark of the fused kernels.")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--full", action="store_true", help="every shape (hours on a CPU)")
+    parser.add_argument("--quick", action="store_true", help="three shapes, two ranks, five numbers of rows, few repeats (a card alone)")
     parser.add_argument("--rows", type=int, nargs="+", help="numbers of activation rows, instead of the plan's")
     parser.add_argument("--layers", nargs="+", help="models' sizes to keep: demo, 1B, 7B, 70B; or shapes of one's own: 4096x14336")
     parser.add_argument("--ranks", type=int, nargs="+", help="ranks, instead of the plan's")
@@ -236,13 +250,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if chosen.device == "auto" else chosen.device
     kind = torch.device(device).type
-    plan = PLANS[f"{kind}, full" if chosen.full else kind]
+    if chosen.quick and (chosen.full or kind != "cuda"):
+        parser.error("--quick is a plan of a card's, beside --full")
+    plan = PLANS[f"{kind}, full" if chosen.full else f"{kind}, quick" if chosen.quick else kind]
     if chosen.ranks:
         plan = replace(plan, ranks=tuple(chosen.ranks))
     if chosen.layers:
         own = [Layer("own", *map(int, name.split("x"))) for name in chosen.layers if "x" in name]
         plan = replace(plan, layers=(*(layer for layer in plan.layers if layer.model in chosen.layers), *own))
-    measured = run(device, chosen.rows, chosen.output, plan=plan)
+    measured = run(device, chosen.rows, chosen.output, plan=plan, protocol=QUICK if chosen.quick else None)
     sys.stdout.write(markdown(measured))
     return 1 if measured["refused"] else 0
 

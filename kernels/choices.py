@@ -19,7 +19,7 @@ import torch
 
 from .cache import cache_directory
 
-VERSION = 2
+VERSION = 3
 log = logging.getLogger(__name__)
 
 

@@ -4,9 +4,10 @@ Legend: M tokens, O out, R rank.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -18,13 +19,44 @@ TRITON_DTYPES: Mapping[torch.dtype, tl.dtype] = {torch.float32: tl.float32, torc
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+_recorded: list["Launch"] | None = None
+
+
+class Launch(NamedTuple):
+    """One kernel as it would be started: what a compiler needs to know of it, tensors without memory among it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
 def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """kernel[grid](…): compile-time arguments by name, with num_warps and num_stages."""
-    kernel[grid](*arguments, **options)
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, arguments, options))
+    else:
+        kernel[grid](*arguments, **options)
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """What launchers would start is listed instead; they may then be given tensors on "meta"."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
 
 
 def runs_triton(device: torch.device) -> bool:
-    return device.type == "cuda" or (device.type == "cpu" and INTERPRETED)
+    return device.type == "cuda" or (device.type == "cpu" and INTERPRETED) or (device.type == "meta" and _recorded is not None)
+
+
+def can_time(device: torch.device) -> bool:
+    """Whether kernels run on a card, and not in the interpreter, whose times mean nothing."""
+    return device.type == "cuda" and not INTERPRETED
 
 
 def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -73,6 +105,6 @@ def in_order(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
-def row_bucket(rows: int) -> int:
-    """Tuned configurations are shared by calls of up to this many rows: a power of two, 16 at least and 4096 at most."""
-    return min(4096, max(16, 1 << (rows - 1).bit_length()))
+def row_bucket(rows: int, least: int = 16) -> int:
+    """Tuned configurations are shared by calls of up to this many rows: a power of two from `least` to 4096."""
+    return min(4096, max(least, 1 << (rows - 1).bit_length()))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..compress import normal_float
 from ..compress.weights import Base, NormalFloatWeight, UniformWeight
+from . import torch_int4
 
 SLOTS = {2: 8, 3: 5, 4: 4, 5: 3, 6: 2, 8: 2}
 LANES = (64, 32, 16)
@@ -58,6 +59,27 @@ class TiledWeight:
     def integer_zeros(self) -> bool:
         return self.zeros is None or bool((self.zeros == self.zeros.round()).all())
 
+    @cached_property
+    def exact_zeros(self) -> bool:
+        """Whether code − zero is exact in 8 bits of mantissa."""
+        if self.zeros is None or not self.integer_zeros:
+            return self.zeros is None
+        return bool(((self.zeros >= 0) & (self.zeros <= 1 << self.bits)).all())
+
+    @cached_property
+    def int4_refusal(self) -> str:
+        """Why torch's own operator cannot carry it, or nothing."""
+        if self.book is not None or self.bits != 4:
+            return "no uniform grid of 4 bits"
+        some = torch.arange(0, self.shape[0], max(1, self.shape[0] // 1024), device=self.device)  # of more, the widened matrices take gigabytes
+        rows = self.rows(some)
+        return torch_int4.refusal(self.shape, rows.codes_OI(), rows.scales, rows.zeros, self.group_size)
+
+    @cached_property
+    def int4(self) -> tuple[Tensor, Tensor]:
+        """Once more, as torch's own operator reads it: made when that one is measured, kept where it is chosen."""
+        return torch_int4.pack(self.codes_OI(), self.scales, self.zeros)
+
     @property
     def device(self) -> torch.device:
         return self.codes.device
@@ -84,7 +106,7 @@ class TiledWeight:
         return replace(self, codes=self.codes[ids], scales=self.scales[:, ids], zeros=zeros)
 
     def tensors(self) -> list[Tensor]:
-        return [t for t in (self.codes, self.scales, self.zeros, self.book) if t is not None]
+        return [t for t in (self.codes, self.scales, self.zeros, self.book, *self.__dict__.get("int4", ())) if t is not None]
 
     def resident_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors())

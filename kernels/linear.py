@@ -241,8 +241,8 @@ def bind_group(
 
 
 def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What a doctor prints: the device, the backends it has with the reason for each one missing, every measured choice, and the file
-    they are kept in (without it they are measured again)."""
+    """What a doctor prints: the device, the backends it has with the reason for each one missing, every choice with its reason, measured or
+    taken by default in this process, and the file in which the measured ones are kept (without it they are measured again)."""
     place = torch.device(device)
     backends = {"reference": "plain torch", "dense": "a dense matrix and torch's matmul"}
     backends["cpu-int4"] = cpu_linear.availability() if place.type == "cpu" else "only on the CPU"
@@ -252,7 +252,7 @@ def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
         "device": device_name(place),
         "torch": torch.__version__,
         "backends": backends,
-        "choices": entries(place),
+        "choices": triton_linear.defaulted(place) | entries(place),
         "cache": str(cache_file(place)),
     }
 

@@ -35,6 +35,27 @@ def fragment_shifted(
 
 
 @triton.jit
+def _field(words, AT: tl.constexpr, BITS: tl.constexpr):
+    """float32 of the codes at bit AT of words, plus 2^7 (2^15 for 8 bits): a code shifted into the mantissa of a number whose exponent
+    is or-ed in needs no conversion."""
+    PLACE: tl.constexpr = 8 if BITS == 8 else 16
+    EXPONENT: tl.constexpr = 0x47000000 if BITS == 8 else 0x43000000
+    moved = words >> (AT - PLACE) if AT >= PLACE else words << (PLACE - AT)
+    return ((moved & (((1 << BITS) - 1) << PLACE)) | EXPONENT).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def field_levels(words, scale, zero, book_ptr, AT: tl.constexpr, BITS: tl.constexpr, HAS_BOOK: tl.constexpr, EXACT: tl.constexpr):
+    """float32 [N, P]: weights of one field. EXACT, for x of 32 bits, converts and subtracts; else the subtraction rides on the scale."""
+    if HAS_BOOK:
+        return tl.load(book_ptr + ((words >> AT) & ((1 << BITS) - 1))) * scale[:, None]
+    if EXACT:
+        return (((words >> AT) & ((1 << BITS) - 1)).to(tl.float32) - zero[:, None]) * scale[:, None]
+    OFFSET: tl.constexpr = 32768.0 if BITS == 8 else 128.0
+    return _field(words, AT, BITS) * scale[:, None] - ((zero + OFFSET) * scale)[:, None]
+
+
+@triton.jit
 def group_zeros(zeros_ptr, offset, rows, mask, BITS: tl.constexpr, HAS_ZEROS: tl.constexpr):
     """float32 [rows]: stored zero points, or the middle of a symmetric grid."""
     if HAS_ZEROS:

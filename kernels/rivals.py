@@ -6,17 +6,12 @@ Legend: M rows of activations, O out, I in, G groups.
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..compress.weights import StoredWeight, UniformWeight
+from . import torch_int4
 
-INNER_TILES = 8
-TORCH_GROUPS = (32, 64, 128, 256)
-MIDDLE = 8
-"""torch counts a code from here: w = (q − 8)·scale + zero."""
 Rival = tuple[Callable[[Tensor], Tensor], int]
 
 
@@ -26,27 +21,17 @@ def rivals(stored: StoredWeight) -> dict[str, Callable[[], Rival]]:
     if not isinstance(base, UniformWeight) or base.bits != 4 or stored.low_rank is not None or stored.activations is not None:
         return {}
     found: dict[str, Callable[[], Rival]] = {}
-    if base.group_size in TORCH_GROUPS:
-        found["torch int4"] = lambda: torch_int4(base)
+    if base.group_size in torch_int4.GROUPS:
+        found["torch int4"] = lambda: tinygemm(base)
     if base.scales.device.type == "cuda" and find_spec("gemlite") is not None:
         found["gemlite"] = lambda: gemlite(base)
     return found
 
 
-def torch_int4(base: UniformWeight) -> Rival:
-    """aten's tinygemm product: scales and zeros of a group stand side by side in bfloat16."""
-    codes_OI, scales_OG = base.codes_OI(), base.scales.float()
-    both = torch.stack((scales_OG, (MIDDLE - base.zeros_OG()) * scales_OG), dim=2).transpose(0, 1).contiguous().to(torch.bfloat16)
-    aten: Any = torch.ops.aten
-    if scales_OG.device.type == "cpu":
-        packed = aten._convert_weight_to_int4pack_for_cpu(codes_OI.int(), INNER_TILES)
-        product = aten._weight_int4pack_mm_for_cpu
-    else:
-        pairs = (codes_OI[:, ::2] << 4 | codes_OI[:, 1::2]).to(torch.uint8)
-        packed = aten._convert_weight_to_int4pack(pairs, INNER_TILES)
-        product = aten._weight_int4pack_mm
+def tinygemm(base: UniformWeight) -> Rival:
+    packed, both = torch_int4.pack(base.codes_OI(), base.scales.t(), base.zeros_OG().t())
     kept = packed.numel() * packed.element_size() + both.numel() * both.element_size()
-    return (lambda x: product(x, packed, base.group_size, both)), kept
+    return (lambda x: torch_int4.multiply(x, packed, both, base.group_size)), kept
 
 
 def gemlite(base: UniformWeight) -> Rival:

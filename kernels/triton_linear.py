@@ -5,6 +5,7 @@ Legend: M tokens, O out, I in, R rank.
 """
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ def operator_for(prepared: Prepared, place: torch.device, dtype: torch.dtype, wa
         raise ValueError(f"rank {ranks} is over the kernels' limit of {RANK_LIMIT}")
     weight = tile(prepared.base)
     if prepared.activations is None:
-        return TritonOperator(prepared, weight, False), NAME, "weight-only: codes are dequantized in registers"
+        return TritonOperator(prepared, weight, False), NAME, "weight-only: the way is chosen by the rows of x, `describe` says which and why"
     why_not = _integer_refusal(prepared, weight)
     reason = (
         f"W{weight.bits}A{prepared.activations.bits} on the integer unit"
@@ -113,6 +114,15 @@ def _integer_refusal(prepared: Prepared, weight: TiledWeight) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def defaulted(place: torch.device) -> dict[str, Any]:
+    """Key → the choice that this process took without a measurement."""
+    if importlib.util.find_spec("triton") is None:
+        return {}
+    from .tuning import defaulted
+
+    return defaulted(place)
 
 
 AVAILABLE = "fused kernels"

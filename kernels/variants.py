@@ -6,6 +6,7 @@ Legend: M rows of activations, O out, I in, R rank.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal, cast
 
 import torch
@@ -37,18 +38,24 @@ DEMO = (Layer("demo", 576, 576), Layer("demo", 192, 576), Layer("demo", 1536, 57
 
 def synthetic(layer: Layer, bits: int, rank: int, activation_bits: int | None, place: torch.device) -> StoredWeight:
     """Random codes, scales and factors of a size that real layers have; the same on every machine."""
-    random = torch.Generator().manual_seed(layer.out * 31 + layer.inputs)
-    groups = layer.inputs // layer.group_size
-    codes = torch.randint(0, 1 << bits, (layer.out, layer.inputs), generator=random)
-    zeros = torch.randint(1, 1 << bits, (layer.out, groups), generator=random)
-    scales = (torch.rand(layer.out, groups, generator=random) + 0.5) / (1 << (bits - 1)) / layer.inputs**0.5
-    base = UniformWeight.from_codes(codes, scales.half(), zeros, bits, layer.group_size)
+    base, random = _base(layer, bits), torch.Generator().manual_seed(layer.out * 31 + layer.inputs + 1)
     low_rank = None
     if rank:
         up = torch.randn(layer.out, rank, generator=random) / rank**0.5 / 4
         low_rank = LowRank(up.bfloat16(), (torch.randn(rank, layer.inputs, generator=random) / layer.inputs**0.5).bfloat16())
     activations = None if activation_bits is None else ActivationGrid(cast(Literal[4, 8], activation_bits))
     return StoredWeight(base, low_rank=low_rank, activations=activations).to(place)
+
+
+@lru_cache(maxsize=1)
+def _base(layer: Layer, bits: int) -> UniformWeight:
+    """The same for each of a layer's ranks, which follow each other in a benchmark: large ones take seconds to draw."""
+    random = torch.Generator().manual_seed(layer.out * 31 + layer.inputs)
+    groups = layer.inputs // layer.group_size
+    codes = torch.randint(0, 1 << bits, (layer.out, layer.inputs), generator=random)
+    zeros = torch.randint(1, 1 << bits, (layer.out, groups), generator=random)
+    scales = (torch.rand(layer.out, groups, generator=random) + 0.5) / (1 << (bits - 1)) / layer.inputs**0.5
+    return UniformWeight.from_codes(codes, scales.half(), zeros, bits, layer.group_size)
 
 
 def variants(stored: StoredWeight, place: torch.device) -> dict[str, Variant]:

@@ -1,10 +1,8 @@
 """y = x·Wᵀ + h·upᵀ + bias with W on a 2-, 3-, 4- or 8-bit uniform grid or a NormalFloat code book, x in 16 (or 32) bits.
 
-Few tokens: the inputs are split over programs, which write partial sums side by side; a second kernel adds them in a fixed
-order, with the up-projection and the bias, and writes y once. The down-projection rides along as more rows of the weight.
-Many tokens: one kernel, weights dequantized in registers, low-rank term and bias on the accumulator before the only write.
+How it multiplies is chosen by the rows of x (`weight_only_ways`); here are the arguments' checks and the gradient.
 Knows tensors; not modules or records of weights.
-Legend: M tokens, N = O outputs, K = I inputs, R rank, S splits.
+Legend: M tokens, O out, I in, R rank, S partial sums.
 """
 
 from typing import Any
@@ -14,37 +12,12 @@ import triton
 from torch import Tensor
 
 from . import checks, reference
-from .launch import (
-    TRITON_DTYPES,
-    h_strides,
-    in_order,
-    kernel_dtype,
-    row_bucket,
-    runs_triton,
-    segment_table,
-    segments_or_whole,
-    shift_for,
-    start,
-)
+from .launch import TRITON_DTYPES, in_order, kernel_dtype, row_bucket, runs_triton, segments_or_whole, start
 from .layout import SLOTS, Segments, TiledWeight
 from .tuning import Blocks, tuned
-from .weight_only_kernels import finish_kernel, gradient_kernel, large_kernel, partial_kernel
+from .weight_only_kernels import gradient_kernel
+from .weight_only_ways import Product, multiply
 
-SMALL_ROWS = 64  # up to here the inputs are split
-BLOCK_R = 32
-SMALL = tuple(Blocks(n, 0, warps, 3, splits) for splits in (4, 1, 2, 8, 16) for n, warps in ((64, 4), (128, 4)))
-LARGE = tuple(
-    Blocks(n, m, warps, stages)
-    for n, m, warps, stages in (
-        (128, 128, 8, 3),
-        (64, 64, 4, 4),
-        (128, 64, 4, 3),
-        (64, 128, 4, 3),
-        (128, 256, 8, 3),
-        (64, 16, 4, 4),
-        (128, 16, 4, 4),
-    )
-)
 GRADIENT = tuple(Blocks(n, m, warps) for n, m, warps in ((64, 64, 4), (32, 128, 4), (64, 128, 8), (128, 64, 8)))
 
 
@@ -132,15 +105,8 @@ def forward(
     if not runs_triton(x.device):
         return reference.weight_only_matmul_up(x, weight, h, up, bias, down_RI=down, segments=segments)
     up, bias = in_order(up, bias)
-    compute = kernel_dtype(x.dtype)
-    given, x = x.dtype, x.to(compute)
-    if x.shape[0] <= SMALL_ROWS:
-        y = _few_rows(x, weight, h, up, bias, down, segments)
-    else:
-        if down is not None:
-            h = x @ down.to(x.dtype).t()
-        y = _many_rows(x, weight, h, up, bias, segments)
-    return y.to(given)
+    product = Product(x.to(kernel_dtype(x.dtype)), weight, h, up, bias, down, segments)
+    return multiply(product).to(x.dtype)
 
 
 def grad_base(grad: Tensor, weight: TiledWeight) -> Tensor:
@@ -161,68 +127,6 @@ def grad_base(grad: Tensor, weight: TiledWeight) -> Tensor:
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
 
-    run(tuned(_key("gradient", weight, rows, grad.dtype, 0), grad.device, GRADIENT, run))
+    key = f"gradient {out}x{inputs} {weight.bits} bits zeros {weight.zeros is not None} book {weight.book is not None}"
+    run(tuned(f"{key} group {weight.group_size} rows {row_bucket(rows)} {grad.dtype}", grad.device, GRADIENT, run))
     return result.to(given)
-
-
-def _few_rows(
-    x: Tensor, weight: TiledWeight, h: Tensor | None, up: Tensor | None, bias: Tensor | None, down: Tensor | None, segments: Any
-) -> Tensor:
-    (rows, inputs), out = x.shape, weight.shape[0]
-    ranks = 0 if down is None else down.shape[0]
-    block_m = max(16, triton.next_power_of_2(rows))
-    y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
-    stride_dr, stride_dk = (0, 0) if down is None else (down.stride(0), down.stride(1))
-
-    def run(blocks: Blocks) -> None:
-        per_split = triton.cdiv(weight.tiles, blocks.splits)
-        splits = triton.cdiv(weight.tiles, per_split)
-        work = torch.empty(splits, out + ranks, block_m, dtype=torch.float32, device=x.device)
-        blocks_n = triton.cdiv(out, blocks.n)
-        start(
-            partial_kernel, (blocks_n + triton.cdiv(ranks, blocks.n), splits),
-            x, weight.codes, weight.scales, weight.zeros, weight.book, down, work, rows, out, inputs, ranks, x.stride(0), x.stride(1),
-            stride_dr, stride_dk, weight.tiles, per_split, weight.group_size, blocks_n, BITS=weight.bits, SLOTS=SLOTS[weight.bits],
-            LANES=weight.lanes, SHIFT=shift_for(x.dtype, weight.bits), HAS_ZEROS=weight.zeros is not None, HAS_BOOK=weight.book is not None,
-            HAS_DOWN=down is not None, DTYPE=TRITON_DTYPES[x.dtype], BLOCK_N=blocks.n, BLOCK_M=block_m, num_warps=blocks.warps,
-            num_stages=blocks.stages,
-        )  # fmt: skip
-        source = h if ranks == 0 else work[:, out:].transpose(1, 2)
-        partials, stride_hs, stride_hm, stride_hr = h_strides(source)
-        start(
-            finish_kernel, (triton.cdiv(out, 64),),
-            work, up, source, segment_table(segments, x.device), bias, y, rows, out, ranks, splits, len(segments), partials,
-            0 if up is None else up.stride(0), stride_hs, stride_hm, stride_hr, y.stride(0), HAS_LOW_RANK=up is not None,
-            HAS_BIAS=bias is not None, DTYPE=TRITON_DTYPES[x.dtype], UP_DTYPE=TRITON_DTYPES[x.dtype], BLOCK_N=64, BLOCK_M=block_m,
-            BLOCK_R=BLOCK_R,
-        )  # fmt: skip
-
-    run(tuned(_key("few rows", weight, rows, x.dtype, ranks), x.device, SMALL, run))
-    return y
-
-
-def _many_rows(x: Tensor, weight: TiledWeight, h: Tensor | None, up: Tensor | None, bias: Tensor | None, segments: Any) -> Tensor:
-    (rows, inputs), out = x.shape, weight.shape[0]
-    y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
-    partials, stride_hs, stride_hm, stride_hr = h_strides(h)
-    table = segment_table(segments, x.device)
-
-    def run(blocks: Blocks) -> None:
-        start(
-            large_kernel, (triton.cdiv(rows, blocks.m), triton.cdiv(out, blocks.n)),
-            x, weight.codes, weight.scales, weight.zeros, weight.book, up, h, table, bias, y, rows, out, inputs, x.stride(0), x.stride(1),
-            weight.tiles, weight.group_size, len(segments), partials, 0 if up is None else up.stride(0), stride_hs, stride_hm, stride_hr,
-            y.stride(0), BITS=weight.bits, SLOTS=SLOTS[weight.bits], LANES=weight.lanes, HAS_ZEROS=weight.zeros is not None,
-            HAS_BOOK=weight.book is not None, HAS_BIAS=bias is not None, HAS_LOW_RANK=up is not None,
-            DTYPE=TRITON_DTYPES[x.dtype], UP_DTYPE=TRITON_DTYPES[x.dtype], BLOCK_N=blocks.n, BLOCK_M=blocks.m, BLOCK_R=BLOCK_R,
-            num_warps=blocks.warps, num_stages=blocks.stages,
-        )  # fmt: skip
-
-    run(tuned(_key("many rows", weight, rows, x.dtype, 0 if h is None else h.shape[-1]), x.device, LARGE, run))
-    return y
-
-
-def _key(name: str, weight: TiledWeight, rows: int, dtype: torch.dtype, ranks: int) -> str:
-    out, inputs = weight.shape
-    kind = "book" if weight.book is not None else "symmetric" if weight.zeros is None else "zeros"
-    return f"weight-only {name} {out}x{inputs} {weight.bits} bits {kind} group {weight.group_size} rows {row_bucket(rows)} rank {ranks} {dtype}"

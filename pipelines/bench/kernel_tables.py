@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 COLUMNS = (
     ("operator", "operator", "text"), ("variant", "variant", "text"), ("model", "model", "text"), ("out", "out", "exact"),
     ("inputs", "in", "exact"), ("rows", "rows", "exact"), ("rank", "rank", "exact"), ("microseconds", "µs", "number"),
-    ("spread", "spread µs", "number"), ("repeats", "repeats", "exact"), ("bandwidth_share", "of bandwidth", "percent"),
+    ("spread", "spread µs", "number"), ("repeats", "repeats", "exact"), ("times_bfloat16", "× bf16", "number"), ("bandwidth_share", "of bandwidth", "percent"),
     ("arithmetic_share", "of arithmetic", "percent"), ("resident_bytes", "weights", "bytes"),
 )  # fmt: skip
 
@@ -39,15 +39,17 @@ def kernels(device: str, full: bool, output: Path | None) -> dict[str, Any]:
 
 def write_kernels(measured: Mapping[str, Any], directory: Path) -> list[Path]:
     """Table and plot of what the kernels' benchmark returned, here or elsewhere."""
+    from ...kernels.bench import beside_bfloat16
     from ...reports import published
     from ...reports.plots import kernels_figure
 
-    rows, environment = measured["rows"], measured["environment"]
+    rows, environment = beside_bfloat16(measured["rows"]), measured["environment"]
     against = "torch float32" if any(row["variant"] == "torch float32" for row in rows) else "torch bfloat16"
     notes = [
         "µs: median of one call over the repeats; spread: the distance between the quartiles; weights: the bytes that stay in memory.",
         f"A row is measured {environment['warm_up']} + {environment['repeats']} times over copies of its weight that no cache holds; fewer "
         f"times where that would take more than {environment['most_seconds']} s.",
+        "× bf16: beside torch's bfloat16 matmul with as many rows and no rank.",
         f"Shares are of what this device was seen to reach: {environment['peak']}.",
     ]
     refused = [
@@ -59,6 +61,36 @@ def write_kernels(measured: Mapping[str, Any], directory: Path) -> list[Path]:
     figure = kernels_figure(rows, rank=16, against=against, title=f"Linears on {environment['device_name']}")
     title = f"Kernels on {environment['device_name']}"
     return published.write(name, rows, COLUMNS, environment, figure, title=title, notes=notes, directory=directory)
+
+
+STATIC = "kernels-static"
+STATIC_COLUMNS = (
+    ("card", "for", "text"), ("way", "way", "text"), ("rows", "rows", "text"), ("default", "default", "text"), ("kernel", "kernel", "text"),
+    ("n", "outputs", "exact"), ("m", "tokens", "exact"), ("warps", "warps", "exact"), ("stages", "stages", "exact"), ("step", "step", "exact"),
+    ("registers", "registers", "exact"), ("spilled_bytes", "spilled bytes", "exact"), ("shared_bytes", "shared bytes", "exact"),
+    ("matrix", "matrix instruction", "text"), ("load_bits", "widest load, bits", "exact"),
+)  # fmt: skip
+
+
+def publish_static(directory: Path) -> list[Path]:
+    """What the compiler makes of every configuration for cards that are not here (kernels/compiled_form). `directory` is not needed: what
+    was compiled lies in Triton's own cache, from which a stopped table goes on."""
+    import triton
+
+    from ...kernels import compiled_form as form
+    from ...reports import published
+
+    rows = [row | {"default": "yes" if row["default"] else "", "matrix": row["matrix"] or "none"} for row in form.table()]
+    limits = ", ".join(f"sm_{major}{minor} {size >> 10} KB" for (major, minor), size in form.SHARED_LIMITS.items())
+    spilled = sum(bool(row["spilled_bytes"]) for row in rows)
+    notes = [
+        f"Compiled without a card by Triton {triton.__version__} and its ptxas, for {form.OUT} × {form.INPUTS} in {form.BITS} bits, groups of "
+        f"{form.GROUP}, bfloat16, rank {form.RANK}. Nothing is timed.",
+        f"{len(rows)} kernels, {spilled} with spilled registers, {sum(not row['fits'] for row in rows)} over the shared memory of a program ({limits}).",
+        "default: what the chooser takes on that card for those rows when nothing was measured. step: tiles of codes under way at once, or what one "
+        "step of the loop multiplies. Rows: those of x that the configuration was compiled for.",
+    ]
+    return published.write(STATIC, rows, STATIC_COLUMNS, {"triton": triton.__version__}, title="Kernels as compiled", notes=notes)
 
 
 def short_name(environment: Mapping[str, Any]) -> str:

@@ -18,7 +18,8 @@ SHAPE_COLUMNS = (
 )  # fmt: skip
 KERNEL_COLUMNS = (
     ("operator", "operator"), ("variant", "variant"), ("out", "out"), ("inputs", "in"), ("rows", "rows"), ("rank", "rank"),
-    ("microseconds", "µs"), ("spread", "spread µs"), ("bandwidth_share", "of bandwidth"), ("arithmetic_share", "of arithmetic"), ("reason", "refused"),
+    ("microseconds", "µs"), ("spread", "spread µs"), ("times_bfloat16", "× bf16"), ("bandwidth_share", "of bandwidth"),
+    ("arithmetic_share", "of arithmetic"), ("reason", "refused"),
 )  # fmt: skip
 
 
@@ -75,7 +76,10 @@ def kernels(part: CardPart, call: Call) -> None:
 
     code = call.run("bitmend.kernels.bench", ["--device", "cuda", "--output", str(place), *call.plan.kernels], "kernels", watch)
     if code in (0, 1):
-        keep(json.loads((place / "bench-kernels.json").read_text(encoding="utf-8")))  # the journal goes with the last piece
+        from ...kernels.bench import beside_bfloat16
+
+        measured = json.loads((place / "bench-kernels.json").read_text(encoding="utf-8"))  # the journal goes with the last piece
+        keep(measured | {"rows": beside_bfloat16(measured["rows"])})
         part.note("kernels", None)
         part.remain([])
     else:

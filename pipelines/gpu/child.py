@@ -30,7 +30,7 @@ class CardPlan:
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     shape: tuple[str, int] = ("8b", 2)
     shape_rows: tuple[tuple[str, str], ...] = ()
-    kernels: tuple[str, ...] = ("--layers", "7B", "--ranks", "0", "16", "--rows", "1", "16", "256")
+    kernels: tuple[str, ...] = ("--quick",)
     training: tuple[str, ...] = ("recover.steps=300", "recover.batch_size=8", "recover.seq_len=512", "recover.eval_every=50")
 
 

@@ -22,6 +22,7 @@ from ...reports import published
 from ...reports.plots import Look, lines_figure, pareto_figure
 from ...reports.record import RunRecord
 from .. import logs
+from ..bench import kernel_tables
 from ..doctor import cpu_name
 from ..errors import InputError, UsageError
 from ..export.exporting import export
@@ -36,7 +37,10 @@ from .reference_rows import DEMO, SETTINGS, SMALL, ReferenceRow, ReferenceTable
 from .reference_tables import tables
 
 SMALL_MODEL = Path("tests/small_model")
-OWN = {DEMO: demo_table.publish, operator_table.NAME: operator_table.publish, gguf_table.NAME: gguf_table.publish}
+OWN = {
+    DEMO: demo_table.publish, operator_table.NAME: operator_table.publish, gguf_table.NAME: gguf_table.publish,
+    kernel_tables.STATIC: kernel_tables.publish_static,
+}  # fmt: skip
 """Tables that are no list of runs."""
 MEASURED = (
     ("perplexity", "perplexity", "perplexity"), ("nll_difference", "Δ nats to dense", "exact"), ("nll_difference_stderr", "±", "exact"),

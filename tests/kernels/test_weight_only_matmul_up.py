@@ -7,10 +7,11 @@ import torch
 from bitmend.compress.weights import NormalFloatWeight, UniformWeight
 from bitmend.kernels import reference
 from bitmend.kernels.layout import TiledWeight, tile
-from bitmend.kernels.weight_only_matmul_up import SMALL_ROWS, weight_only_matmul_up
+from bitmend.kernels.weight_only_matmul_up import weight_only_matmul_up
 from torch import Tensor
 
 DTYPES = [torch.float16, torch.float32, *([torch.bfloat16] if torch.cuda.is_available() else [])]
+SMALL_ROWS = 64  # up to here the interpreter splits the inputs
 ROWS = [1, 5, 17, SMALL_ROWS + 3]
 
 
