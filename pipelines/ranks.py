@@ -136,6 +136,9 @@ class Ranks:
                     raise UsageError(f"rank {rank}: its {name} is another than rank 0's ({others[name]}, {value}); start all ranks alike")
 
 
+ONE = Ranks()
+
+
 class OrderedSum:
     """Σ of tensors of one shape and dtype in the order of their units, whoever owns them: the same bits on any number of ranks.
 
@@ -270,7 +273,7 @@ _present: list[tuple[Ranks, Watchdog]] = []
 
 
 def joined() -> Ranks:
-    return _present[-1][0] if _present else Ranks()
+    return _present[-1][0] if _present else ONE
 
 
 def watching() -> Watchdog | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..ranks import Ranks
+from ..ranks import ONE, Ranks
 from ..store.artifact import Artifact
 from .inputs import Inputs
 
@@ -29,7 +29,7 @@ class Context:
     seed: int
     inputs: Inputs
     stop: Callable[[], bool]
-    ranks: Ranks = Ranks()
+    ranks: Ranks = ONE
 
 
 @dataclass(frozen=True)
