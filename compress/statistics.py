@@ -13,6 +13,8 @@ from torch import Tensor
 
 NEEDS = frozenset({"norms", "absmax", "absmean", "second_moment", "cross_moment", "samples", "fisher"})
 """Every statistic a method can ask for; `fisher` concerns the weight, all others its input."""
+MOMENTS = {"second_moment": "moment_sum_II", "cross_moment": "cross_sum_II"}
+"""The sums that are as large as a weight."""
 SAMPLES = 512
 """Rows of an input that `samples` keeps: the first ones."""
 _STRIPE = 256
@@ -85,6 +87,39 @@ class InputStatistics:
             self.samples_TI = fresh if self.samples_TI is None else torch.cat((self.samples_TI, fresh))
         self.tokens += len(x_TI)
         self.factors.clear()
+
+    def add(self, other: "InputStatistics") -> None:
+        """Add what was gathered of the rows behind these, which is left as it is. ValueError for statistics of another kind."""
+        if (self.features, self.needs, self.max_samples) != (other.features, other.needs, other.max_samples):
+            mine, theirs = ((s.features, sorted(s.needs), s.max_samples) for s in (self, other))
+            raise ValueError(f"statistics of {theirs} (features, needs, samples) cannot be added to those of {mine}")
+        for name in ("square_sum_I", "abs_sum_I", *MOMENTS.values(), "max_I"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if theirs is None:
+                continue
+            if mine is None:
+                setattr(self, name, theirs.to(self.device, copy=True))
+            elif name == "max_I":
+                torch.maximum(mine, theirs.to(self.device), out=mine)
+            else:
+                mine += theirs.to(self.device)
+        room = self.max_samples - (0 if self.samples_TI is None else len(self.samples_TI))
+        if other.samples_TI is not None and room > 0:
+            fresh = other.samples_TI[:room].to(self.device)
+            self.samples_TI = fresh.clone() if self.samples_TI is None else torch.cat((self.samples_TI, fresh))
+        self.tokens += other.tokens
+        self.factors.clear()
+
+    def without_moments(self, before: int, device: torch.device) -> "InputStatistics":
+        """The rest on a device, and of the samples those for which there is room behind `before` rows."""
+        other = InputStatistics(self.features, self.needs, device, self.max_samples, self.tokens)
+        for name in ("square_sum_I", "abs_sum_I", "max_I"):
+            sums = getattr(self, name)
+            setattr(other, name, None if sums is None else sums.to(device))
+        room = self.max_samples - before
+        if self.samples_TI is not None and room > 0:
+            other.samples_TI = self.samples_TI[:room].to(device)
+        return other
 
     @property
     def norm_I(self) -> Tensor:
