@@ -16,7 +16,7 @@ from typing import Any
 import typer
 
 from . import logs
-from .commands import about, finished, runs
+from .commands import about, finished, planned, runs
 from .commands.streams import STDOUT, abandon, echo, flush, prepare_streams, settle_streams
 from .errors import UNWRITABLE, PipelineError, is_shortage
 
@@ -42,6 +42,7 @@ app = typer.Typer(
 )
 for _name, _command in (
     ("run", runs.run),
+    ("plan", planned.plan),
     ("resume", runs.resume),
     ("status", runs.status),
     ("compare", finished.compare),

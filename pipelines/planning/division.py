@@ -1,0 +1,106 @@
+"""How a stage's work falls on several ranks: pieces that do not know how many there are, what every rank repeats, and what travels between.
+
+Work units belong to ranks as `ranks` says: in turn, or by cost to owners where matrices are solved. Knows numbers; no models, no stages.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..devices.rates import Work
+
+PIECE_BYTES = 4.0 * (1 << 26)
+"""Of a sum that travels at once."""
+COPIES = 5.0
+"""Reads and writes of a summed tensor in a round: packed, received, added."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one rank does whole. `weight`: by which an owner is chosen; `input`: what of `Divided.first` its owner needs before."""
+
+    work: Work
+    weight: float = 1.0
+    input: int | None = None
+
+
+@dataclass(frozen=True)
+class Divided:
+    """Work that ranks share. `name`: what its pieces are, to a reader; `times`: how often all of them come in the stage; `first`: what an owner
+    does once for all of its pieces of an input (its Cholesky factor); `by_cost`: owners are chosen by weight, not in turn."""
+
+    name: str
+    pieces: tuple[Piece, ...]
+    times: float = 1.0
+    first: Mapping[int, Work] = field(default_factory=dict)
+    by_cost: bool = False
+
+    def loads(self, size: int) -> list[Work]:
+        """What each rank that has any does in the whole stage."""
+        owned: dict[int, list[Piece]] = {}
+        for piece, owner in zip(self.pieces, self.owners(size), strict=True):
+            owned.setdefault(owner, []).append(piece)
+        return [self._of(pieces) for pieces in owned.values()]
+
+    def owners(self, size: int) -> list[int]:
+        if not self.by_cost:
+            return [number % size for number in range(len(self.pieces))]
+        return owners_by_cost([piece.weight for piece in self.pieces], size)
+
+    def whole(self) -> Work:
+        """Of one process."""
+        return self._of(self.pieces)
+
+    def _of(self, pieces: Sequence[Piece]) -> Work:
+        work = sum((piece.work for piece in pieces), Work())
+        for needed in {piece.input for piece in pieces if piece.input is not None}:
+            work += self.first.get(needed, Work())
+        return work * self.times
+
+
+def owners_by_cost(costs: Sequence[float], size: int) -> list[int]:
+    """The dearest first, each to the rank that has least; ties by number."""
+    loads, found = [0.0] * size, [0] * len(costs)
+    for number in sorted(range(len(costs)), key=lambda n: (-costs[n], n)):
+        owner = min(range(size), key=lambda rank: (loads[rank], rank))
+        loads[owner], found[number] = loads[owner] + costs[number], owner
+    return found
+
+
+def in_turn(name: str, work: Work, counts: Sequence[float], times: float = 1.0) -> Divided:
+    """`work` of the whole stage in pieces of so many windows (or micro-batches) each."""
+    whole = sum(counts) * times
+    return Divided(name, tuple(Piece(work * (count / whole)) for count in counts), times)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Collectives of one kind, `times` over. A `sum` is `ranks.OrderedSum` of `units` tensors of so many bytes; `gathered` is what all ranks have
+    together, in equal parts; `broadcast` is rank 0's; a `flag` is agreed on."""
+
+    name: str
+    kind: Literal["sum", "gathered", "broadcast", "flag"]
+    bytes: float = 0.0
+    units: int = 1
+    times: float = 1.0
+
+    def calls(self, size: int) -> float:
+        """Collectives that each rank takes part in."""
+        if size == 1:
+            return 0.0
+        pieces = max(1, math.ceil(self.bytes / PIECE_BYTES))
+        return self.times * {"sum": pieces * (math.ceil(self.units / size) + 1), "gathered": 2, "broadcast": 2, "flag": 2}[self.kind]
+
+    def sent(self, size: int) -> float:
+        """Bytes that a rank hands to others."""
+        others = size - 1
+        rounds = math.ceil(self.units / size) + 1
+        each = {"sum": self.bytes / size * others * rounds, "gathered": self.bytes / size * others, "broadcast": self.bytes, "flag": 0.0}
+        return self.times * each[self.kind] if others else 0.0
+
+    def copied(self, size: int) -> Work:
+        """What packing, adding and putting together read and write."""
+        if size == 1 or self.kind != "sum":
+            return Work()
+        return Work(passes=self.times * self.bytes * (COPIES * math.ceil(self.units / size) + COPIES))
