@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,16 +60,33 @@ class Processes:
         """Exit code of `pipeline ARGUMENTS`, its output in `log`. `end` {signal, step, path}: the process gets this signal right before
         the step-th renaming, linking or removing of a file whose path contains `path`. `fault` (kind, step, path) as in `faults`; how many
         operations there were is the log's last line. `unprivileged`: the modes of files count, even for root."""
-        assert self.server.stdin is not None and self.server.stdout is not None
         faults = str(Path(__file__).with_name("faults.py"))
         asked = {"arguments": arguments, "log": str(log), "end": end, "fault": fault, "faults": faults, "unprivileged": unprivileged}
+        return self._answer(asked)[0]
+
+    def ranks(
+        self, size: int, log: Path, arguments: list[str] | None = None, code: str = "", wounds: Sequence[tuple[float, int, int]] = (),
+        environments: Sequence[dict[str, str]] = (),
+    ) -> list[int]:
+        """Exit codes of `size` processes as torchrun starts them, of `pipeline ARGUMENTS` or of Python `code`; the output of rank r is in
+        log.r. `wounds`: after so many seconds the rank gets the signal. `environments`: variables, for each rank."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        each = [{**world, "RANK": str(r), "LOCAL_RANK": str(r), **(environments[r] if environments else {})} for r in range(size)]
+        asked = {"arguments": arguments, "code": code, "log": str(log), "ranks": each, "wounds": list(wounds)}
+        return self._answer(asked)
+
+    def _answer(self, asked: dict[str, Any]) -> list[int]:
+        assert self.server.stdin is not None and self.server.stdout is not None
         self.server.stdin.write(json.dumps(asked) + "\n")
         self.server.stdin.flush()
-        return int(self.server.stdout.readline())
+        return json.loads(self.server.stdout.readline())
 
 
 SERVER = """
-import gc, json, os, runpy, sys
+import gc, json, os, runpy, sys, time, traceback
 import torch
 torch.set_num_threads(1)
 from bitmend.pipelines import cli
@@ -93,30 +111,59 @@ def end_at(signal, step, path):
     for name in ("replace", "rename", "link", "unlink"):
         setattr(os, name, counted(getattr(os, name)))
 
+def forked(asked, variables, name):
+    child = os.fork()
+    if child:
+        return child
+    code = 99
+    try:
+        os.environ.update(variables)
+        log = os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(log, 1), os.dup2(log, 2)
+        if asked.get("end"):
+            end_at(**asked["end"])
+        if asked.get("unprivileged"):
+            runpy.run_path(asked["faults"])["unprivileged"]()
+        faults = runpy.run_path(asked["faults"])["Faults"](*asked["fault"]) if asked.get("fault") else None
+        if faults:
+            walked.SECONDS = 0.0  # else not once in so short a stage
+            faults.inject()
+        if asked.get("code"):
+            exec(asked["code"], {"__name__": "ranked"})
+            code = 0
+        else:
+            code = cli.main(asked["arguments"])
+        sys.stdout.flush()
+        if faults:
+            print(faults.operations, flush=True)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+def waited(children, wounds):
+    began, codes = time.monotonic(), {}
+    while len(codes) < len(children):
+        while wounds and time.monotonic() - began > wounds[0][0]:
+            _, rank, number = wounds.pop(0)
+            if rank not in codes:
+                os.kill(children[rank], number)
+        for rank, child in enumerate(children):
+            if rank not in codes and (ended := os.waitpid(child, os.WNOHANG if wounds else 0))[0]:
+                codes[rank] = os.waitstatus_to_exitcode(ended[1])
+        time.sleep(0.005 if wounds else 0)
+    return [codes[rank] for rank in range(len(children))]
+
 gc.freeze()
 for line in sys.stdin:
     asked = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            log = os.open(asked["log"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-            os.dup2(log, 1), os.dup2(log, 2)
-            if asked["end"]:
-                end_at(**asked["end"])
-            if asked["unprivileged"]:
-                runpy.run_path(asked["faults"])["unprivileged"]()
-            faults = runpy.run_path(asked["faults"])["Faults"](*asked["fault"]) if asked["fault"] else None
-            if faults:
-                walked.SECONDS = 0.0  # else not once in so short a stage
-                faults.inject()
-            code = cli.main(asked["arguments"])
-            sys.stdout.flush()
-            if faults:
-                print(faults.operations, flush=True)
-        finally:
-            os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    ranks = asked.get("ranks")
+    if ranks is None:
+        children = [forked(asked, {}, asked["log"])]
+    else:
+        children = [forked(asked, variables, f"{asked['log']}.{rank}") for rank, variables in enumerate(ranks)]
+    print(json.dumps(waited(children, sorted(asked.get("wounds", [])))), flush=True)
 gc.unfreeze()
 """
 

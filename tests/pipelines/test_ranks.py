@@ -1,0 +1,44 @@
+"""Sums in the order of the units, and what ranks tell one another: the same on any number of processes."""
+
+from pathlib import Path
+
+import pytest
+
+from .runs import Processes, processes
+
+SUMS = """
+import torch
+from bitmend.pipelines import ranks
+
+mine, _ = ranks.join()
+ranks.PIECE = 1000  # several pieces, the last one short
+for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int64):
+    units = [(torch.rand(37, 61, generator=torch.Generator().manual_seed(u)) * 1000).to(dtype) for u in range(11)]
+    wanted = units[0].clone()
+    for u in (1, 2, 3, 5, 6, 7, 8, 9, 10):
+        wanted += units[u]
+    summed = ranks.OrderedSum(mine, units[0])
+    for begin in range(0, 11, mine.size):
+        u = begin + mine.rank
+        assert u >= 11 or mine.owns(u)
+        summed.add(units[u] if u < 11 and u != 4 else None)  # unit 4 has nothing to say
+    assert torch.equal(summed.total(), wanted), dtype
+assert torch.equal(ranks.OrderedSum(mine, torch.ones(3)).total(), torch.zeros(3))
+assert mine.in_order({u: str(u) for u in range(10) if mine.owns(u)}) == {u: str(u) for u in range(10)}
+assert mine.agree(mine.rank == mine.size - 1) and not mine.agree(False)
+assert mine.broadcast(mine.rank, mine.size - 1) == mine.size - 1 and mine.gathered(mine.rank) == list(range(mine.size))
+if mine.size > 1:
+    ranks.leave()
+"""
+
+
+@pytest.fixture(scope="module")
+def started():
+    with processes() as server:
+        yield server
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_sums_have_the_same_bits_on_any_number_of_ranks(started: Processes, tmp_path: Path, size: int) -> None:
+    log = tmp_path / "log"
+    assert started.ranks(size, log, code=SUMS) == [0] * size, [Path(f"{log}.{r}").read_text() for r in range(size)]
