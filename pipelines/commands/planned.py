@@ -1,6 +1,5 @@
 """The command that plans a run over several processes: `plan`."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..devices.rates import Work
+from ..ranks import PIECE
 
-PIECE_BYTES = 4.0 * (1 << 26)
-"""Of a sum that travels at once."""
+SLOTS_OF_TEXT, MICRO_BATCHES = "slots of calibration text", "micro-batches of an update"
+"""Names of pieces of which a recipe may have too few."""
 COPIES = 5.0
 """Reads and writes of a summed tensor in a round: packed, received, added."""
 
@@ -76,31 +77,45 @@ def in_turn(name: str, work: Work, counts: Sequence[float], times: float = 1.0) 
 
 @dataclass(frozen=True)
 class Exchange:
-    """Collectives of one kind, `times` over. A `sum` is `ranks.OrderedSum` of `units` tensors of so many bytes; `gathered` is what all ranks have
-    together, in equal parts; `broadcast` is rank 0's; a `flag` is agreed on."""
+    """Collectives of one kind, `times` over. `sum`: `ranks.OrderedSum` of `units` tensors of `numbers` of `itemsize` bytes. `gathered`: what all ranks
+    hold together, in equal parts, each with every rank afterwards; `broadcast`: what rank 0 says; `agreed`: a flag."""
 
     name: str
-    kind: Literal["sum", "gathered", "broadcast", "flag"]
-    bytes: float = 0.0
+    kind: Literal["sum", "gathered", "broadcast", "agreed"]
+    numbers: float = 0.0
+    itemsize: int = 1
     units: int = 1
     times: float = 1.0
 
     def calls(self, size: int) -> float:
-        """Collectives that each rank takes part in."""
+        """Collectives that each rank takes part in: an object's size goes ahead of it."""
         if size == 1:
             return 0.0
-        pieces = max(1, math.ceil(self.bytes / PIECE_BYTES))
-        return self.times * {"sum": pieces * (math.ceil(self.units / size) + 1), "gathered": 2, "broadcast": 2, "flag": 2}[self.kind]
+        return self.times * (len(self._widths(size)) * (self._rounds(size) + 1) if self.kind == "sum" else 2)
 
     def sent(self, size: int) -> float:
-        """Bytes that a rank hands to others."""
+        """Bytes that the rank that sends most hands to others."""
+        if size == 1:
+            return 0.0
         others = size - 1
-        rounds = math.ceil(self.units / size) + 1
-        each = {"sum": self.bytes / size * others * rounds, "gathered": self.bytes / size * others, "broadcast": self.bytes, "flag": 0.0}
-        return self.times * each[self.kind] if others else 0.0
+        if self.kind == "sum":
+            each = sum(others * self.itemsize * (self._rounds(size) * (width + 1) + width) for width in self._widths(size))
+        elif self.kind == "gathered":
+            each = others * self.numbers * self.itemsize / size
+        else:
+            each = others * self.numbers * self.itemsize
+        return self.times * each
 
     def copied(self, size: int) -> Work:
         """What packing, adding and putting together read and write."""
         if size == 1 or self.kind != "sum":
             return Work()
-        return Work(passes=self.times * self.bytes * (COPIES * math.ceil(self.units / size) + COPIES))
+        return Work(passes=self.times * self.numbers * self.itemsize * COPIES * (self._rounds(size) + 1))
+
+    def _rounds(self, size: int) -> int:
+        return math.ceil(self.units / size)
+
+    def _widths(self, size: int) -> list[int]:
+        """Numbers of a rank's part of each piece that travels at once."""
+        count = round(self.numbers)
+        return [math.ceil((min(start + PIECE, count) - start) / size) for start in range(0, count, PIECE)]

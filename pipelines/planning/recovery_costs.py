@@ -23,7 +23,7 @@ from ..stages.inputs import HELD_OUT_TOKENS
 from ..stages.recover import ROOM
 from ..stages.teacher import TEACHER_TOKENS, tokens_ahead
 from .anatomy import Anatomy, TrainingStep
-from .division import Divided, Exchange, in_turn
+from .division import MICRO_BATCHES, Divided, Exchange, in_turn
 from .stage_costs import DENSE, OPENED, CostPlan, Needs, compressed
 
 F32 = torch.float32
@@ -59,7 +59,7 @@ def recovered(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool, room:
     work = steps + held_out + rest
     shared = _micro_batches(plan, config, steps, held_out)
     sent = (
-        Exchange("gradients", "sum", 4.0 * trained, config.accumulation, config.steps),
+        Exchange("gradients", "sum", trained, 4, config.accumulation, config.steps),
         Exchange("losses of held-out text", "gathered", 0.0, times=2 + _evaluations(config)),
     )
     alone = {"opening": OPENED * 3, "rebuilding matrices": rest + -1 * (OPENED * 3)}
@@ -120,7 +120,7 @@ def _micro_batches(plan: CostPlan, config: Any, steps: Work, held_out: Work) -> 
     windows = max(1, HELD_OUT_TOKENS // config.seq_len)
     full, left = divmod(windows, config.batch_size)
     counts = [config.batch_size] * full + ([left] if left else [])
-    micro = in_turn("micro-batches of an update", steps, [1.0] * config.accumulation, config.steps)
+    micro = in_turn(MICRO_BATCHES, steps, [1.0] * config.accumulation, config.steps)
     return micro, in_turn("held-out batches", held_out, counts, 2 + _evaluations(config))
 
 

@@ -4,7 +4,7 @@ One rank is what a dry run predicts. Each rank is taken to have a device like th
 their division; no recipe.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,13 +12,14 @@ from ...reports.units import duration
 from ...reports.units import size as size_of
 from ..devices.link import Link
 from ..devices.rates import Speeds, Work
-from ..ranks import SLOTS
-from .division import PIECE_BYTES
+from ..ranks import PIECE, SLOTS
+from .division import MICRO_BATCHES, SLOTS_OF_TEXT
 from .plan import Costed
 from .stage_costs import Needs
 
 GAIN = 0.1
 """A doubling that saves less than this share of a stage's time has stopped helping."""
+STOPS = f"behind which a doubling saves less than {GAIN:.0%}"
 MOST = 1024
 """Ranks up to which a plan looks for that."""
 CHOLESKY = "one Cholesky of a block's inputs"
@@ -54,7 +55,7 @@ class ScaleOut:
                 left += -1 * shared.whole()
                 loads = [self.speeds.seconds(work) for work in shared.loads(size)]
                 dearest = max(self.speeds.seconds(piece.work) * shared.times for piece in shared.pieces) if shared.pieces else 0.0
-                why = f"there are {len(shared.pieces)} of them"
+                why = f"{len(shared.pieces)} in all"
                 if shared.by_cost:
                     why += f", the dearest takes {duration(dearest)} and its Cholesky {duration(self._cholesky(shared.first.values(), shared.times))}"
                 add(shared.name, max(loads, default=0.0), why)
@@ -102,10 +103,8 @@ def predicted(made: Costed, sizes: Sequence[int], link: Link) -> dict[str, Any]:
     stages = [row for stage, needs in made.needs.items() for row in _rows(fleet, made, stage, needs, sizes)]
     everything = [each for needs in made.needs.values() for each in needs]
     total = [_total(size, [row for row in stages if row["ranks"] == size]) for size in sizes]
-    stops = []
-    for stage, needs in (*made.needs.items(), ("all", everything)):
-        ranks, why = fleet.enough(needs)
-        stops.append({"stage": stage, "ranks": ranks, "behind which a doubling saves less than 10 %": why})
+    parts = {stage: needs[:-1] for stage, needs in made.needs.items()} | {"an evaluation": made.needs["baseline"][-1:], "all": everything}
+    stops = [dict(zip(("stage", "ranks", STOPS), (part, *fleet.enough(needs)), strict=True)) for part, needs in parts.items()]
     return {
         "recipe": made.said["recipe"],
         "model": made.said["model"],
@@ -149,17 +148,15 @@ def _of_a_rank(needs: Needs, size: int) -> Needs:
     if size == 1:
         return needs
     share = max((len([o for o in d.owners(size) if o == 0]) / len(d.pieces) for d in needs.divided[:1]), default=1.0)
-    summed = max((exchange.bytes for exchange in needs.sent if exchange.kind == "sum"), default=0.0)
-    return replace(needs, hidden=needs.hidden * share, device=needs.device + 2 * min(summed, PIECE_BYTES) + summed / size)
+    sums = [(x.numbers * x.itemsize, min(x.numbers, PIECE) * x.itemsize) for x in needs.sent if x.kind == "sum"]
+    return replace(needs, hidden=needs.hidden * share, device=needs.device + max((2 * piece + whole / size for whole, piece in sums), default=0.0))
 
 
 def _total(size: int, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    sums: Callable[[str], Any] = lambda key: sum(row[key] for row in rows)
-    most: Callable[[str], Any] = lambda key: max(row[key] for row in rows)
-    return {
-        "ranks": size, "seconds": round(sums("seconds"), 1), "device_bytes": most("device_bytes"), "host_bytes": most("host_bytes"),
-        "sent_bytes": sums("sent_bytes"), "collectives": sums("collectives"),
-    }  # fmt: skip
+    most = {key: max(row[key] for row in rows) for key in ("device_bytes", "host_bytes")}
+    return {"ranks": size, "seconds": round(sum(row["seconds"] for row in rows), 1), **most} | {
+        key: sum(row[key] for row in rows) for key in ("sent_bytes", "collectives")
+    }
 
 
 def _serial(stage: str, found: dict[str, float]) -> dict[str, Any]:
@@ -169,5 +166,25 @@ def _serial(stage: str, found: dict[str, float]) -> dict[str, Any]:
 
 
 def _notes(made: Costed, sizes: Sequence[int]) -> list[str]:
-    """What a reader of the table should know of so many ranks."""
-    return []
+    """Which ranks have nothing to do, and what would give them something."""
+    notes = []
+    for stage, needs in made.needs.items():
+        for shared in (shared for each in needs[:-1] for shared in each.divided):
+            idle, units = [size for size in sizes if size > len(shared.pieces)], len(shared.pieces)
+            if idle and (said := IDLE.get(shared.name)):
+                notes.append(f"{stage} on {' and '.join(map(str, idle))} ranks: {said.format(stage=stage, units=units, ranks=max(idle))}")
+    if any(size > SLOTS for size in sizes):
+        batches = len(made.needs["baseline"][-1].divided[0].pieces)
+        notes.append(
+            f"above {SLOTS} ranks go on: evaluation ({batches} batches), recovery with as many micro-batches an update, and the points of a "
+            "`pipeline sweep --jobs`, which share nothing"
+        )
+    return notes
+
+
+IDLE = {
+    SLOTS_OF_TEXT: "calibration text has {units} slots, so {units} ranks work and the program refuses more: run this stage on {units}",
+    MICRO_BATCHES: "an update has {units} micro-batches, so as many ranks work; --set {stage}.accumulation={ranks} gives all one "
+    "(and an update as many times the tokens)",
+}
+"""What a division into too few pieces means for the ranks that get none."""

@@ -16,11 +16,11 @@ from ..devices.rates import Work
 from ..evaluation.perplexity import LOGITS_AT_ONCE, TOKENS_AT_ONCE, batches
 from ..models.sizes import rounded_to_nearest
 from ..models.structure import Site, is_tied
+from ..ranks import SLOTS
 from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec, methods
 from .anatomy import Anatomy
-from ..ranks import SLOTS
-from .division import Divided, Exchange, Piece, in_turn
+from .division import SLOTS_OF_TEXT, Divided, Exchange, Piece, in_turn
 from .solver_costs import Cost, factor_work, solver_cost
 
 F32 = torch.float32
@@ -186,7 +186,7 @@ def _shared(plan: CostPlan, running: Work, windows: int, seq_len: int, solving: 
     slots: dict[int, float] = {}
     for number, count in enumerate(plan.batches(windows, seq_len)):
         slots[number % SLOTS] = slots.get(number % SLOTS, 0.0) + count
-    found = in_turn("slots of calibration text", running, list(slots.values()))
+    found = in_turn(SLOTS_OF_TEXT, running, list(slots.values()))
     return (found,) if solving is None else (found, solving)
 
 
@@ -317,7 +317,7 @@ def _sums_sent(plan: CostPlan, sites: list[Site], needs: frozenset[str], written
     """Statistics of the slots, summed; records, known to all; what was written, said by rank 0."""
     squares = ("second_moment" in needs) + ("cross_moment" in needs)
     widths = [together[0].shape[1] for together in plan.anatomy.inputs(sites)]
-    sums = [Exchange("moments", "sum", 4.0 * width**2, min(SLOTS, batches), plan.anatomy.blocks * squares) for width in widths if squares]
+    sums = [Exchange("moments", "sum", float(width**2), 4, min(SLOTS, batches), plan.anatomy.blocks * squares) for width in widths if squares]
     records = Exchange("records", "gathered", written / plan.anatomy.blocks, times=plan.anatomy.blocks)
     return (*sums, records, Exchange("what was written", "broadcast", times=plan.anatomy.blocks))
 
