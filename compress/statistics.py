@@ -86,6 +86,28 @@ class InputStatistics:
         self.tokens += len(x_TI)
         self.factors.clear()
 
+    def add(self, other: "InputStatistics") -> None:
+        """Add what was gathered of the rows behind these, which is left as it is. ValueError for statistics of another kind."""
+        if (self.features, self.needs, self.max_samples) != (other.features, other.needs, other.max_samples):
+            mine, theirs = ((s.features, sorted(s.needs), s.max_samples) for s in (self, other))
+            raise ValueError(f"statistics of {theirs} (features, needs, samples) cannot be added to those of {mine}")
+        for name in ("square_sum_I", "abs_sum_I", "moment_sum_II", "cross_sum_II", "max_I"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if theirs is None:
+                continue
+            if mine is None:
+                setattr(self, name, theirs.to(self.device, copy=True))
+            elif name == "max_I":
+                torch.maximum(mine, theirs.to(self.device), out=mine)
+            else:
+                mine += theirs.to(self.device)
+        room = self.max_samples - (0 if self.samples_TI is None else len(self.samples_TI))
+        if other.samples_TI is not None and room > 0:
+            fresh = other.samples_TI[:room].to(self.device)
+            self.samples_TI = fresh.clone() if self.samples_TI is None else torch.cat((self.samples_TI, fresh))
+        self.tokens += other.tokens
+        self.factors.clear()
+
     @property
     def norm_I(self) -> Tensor:
         """‖x_j‖₂ over all tokens, float32 [I]."""

@@ -6,6 +6,7 @@ Imports nothing heavy: torch and transformers come in with the command that need
 
 import contextlib
 import errno
+import os
 import signal
 import sys
 import traceback
@@ -15,16 +16,19 @@ from typing import Any
 
 import typer
 
-from . import logs
+from . import logs, ranks
 from .commands import about, finished, planned, runs
 from .commands.streams import STDOUT, abandon, echo, flush, prepare_streams, settle_streams
-from .errors import UNWRITABLE, PipelineError, is_shortage
+from .errors import UNWRITABLE, PipelineError, UsageError, is_shortage
+from .watchdog import Kind
 
 # typer brings its own copy of click or uses the installed one; its public exception leads to the family's roots
 _CLICK_USAGE = typer.BadParameter.__mro__[1]
 _CLICK_ERROR = typer.BadParameter.__mro__[2]
 
 INTERRUPTED = 130
+ON_RANKS = ("run", "resume")
+"""The commands whose work several processes share."""
 LONGEST_LINE = 1200
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _NO_SPACE_TEXT = "No space left on device"
@@ -95,8 +99,11 @@ def _run(arguments: list[str] | None) -> int:
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup asked for SIGHUP to be ignored
             signal.signal(number, _terminate)
     try:
+        _join(sys.argv[1:] if arguments is None else arguments)
         result: Any = app(args=arguments, prog_name="pipeline", standalone_mode=False)
         flush()
+        if result != INTERRUPTED:
+            ranks.leave()
     except KeyboardInterrupt:
         result = INTERRUPTED
     except SystemExit as left:  # how typer answers a broken pipe
@@ -109,11 +116,36 @@ def _run(arguments: list[str] | None) -> int:
         code, message = explain(error)
         if logs.is_verbose():
             traceback.print_exception(error)
-        _say(f"error: {message}")
-        return code
+        return _end("lost" if isinstance(error, ranks.LostRank) else "failed", code, f"error: {message}")
     if result == INTERRUPTED:  # typer turns KeyboardInterrupt into this code and says nothing
-        _say("interrupted; what was finished is kept, the same command goes on from there")
+        return _end("interrupted", INTERRUPTED, "interrupted; what was finished is kept, the same command goes on from there")
     return result if isinstance(result, int) else 0
+
+
+def _join(arguments: list[str]) -> None:
+    """Where a launcher started several processes, take part: they must have been told the same, and rank 0 alone speaks."""
+    if ranks.world() is None:
+        return
+    if not arguments or arguments[0] not in ON_RANKS:
+        raise UsageError(
+            f"pipeline {' '.join(arguments[:1])}: WORLD_SIZE is {os.environ['WORLD_SIZE']}, and only {' and '.join(ON_RANKS)} share their work "
+            "among processes; start it once, without torchrun or srun"
+        )
+    mine = ranks.join()
+    if not mine.leads:
+        abandon("stdout")
+    import torch
+
+    mine.alike({"command line": " ".join(arguments), "bitmend": about.version(), "torch": torch.__version__, "Python": sys.version.split()[0]})
+
+
+def _end(kind: Kind, code: int, line: str) -> int:
+    """Say how it ended. Of several ranks one says it for all, and they leave together; before they have met, the first of each machine does."""
+    if (watchdog := ranks.watching()) is not None:
+        return watchdog.end(kind, code, line)
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys() or "0" in (os.environ["RANK"], os.environ.get("LOCAL_RANK", "0")):
+        _say(line)
+    return code
 
 
 def explain(error: BaseException) -> tuple[int, str]:
@@ -180,6 +212,7 @@ def _say(line: str) -> None:
 def _reader_left() -> int:
     """Whoever read stdout went away: no error, and the interpreter must not complain when it flushes at exit."""
     abandon("stdout")
+    ranks.leave()
     return 0
 
 

@@ -26,9 +26,11 @@ class Bar(Protocol):
     def advance(self, steps: int = 1, **fields: object) -> None: ...
 
 
-def setup(verbose: bool = False, quiet: bool = False) -> None:
-    """Log lines of this program to stderr: -q errors only, -v everything; other libraries speak only with -v."""
-    level = logging.DEBUG if verbose else logging.ERROR if quiet else logging.INFO
+def setup(verbose: bool = False, quiet: bool = False, silent: bool = False) -> None:
+    """Log lines of this program to stderr: -q errors only, -v everything; other libraries speak only with -v. `silent`: nothing, another process
+    of the same run speaks."""
+    verbose, quiet = verbose and not silent, quiet or silent
+    level = logging.CRITICAL + 1 if silent else logging.DEBUG if verbose else logging.ERROR if quiet else logging.INFO
     _settings["level"] = level
     logger = logging.getLogger(ROOT)
     logger.setLevel(logging.DEBUG)  # handlers choose; a run's own log file wants everything

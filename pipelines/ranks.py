@@ -5,16 +5,18 @@ Work units (slots of calibration batches, evaluation batches, micro-batches) do 
 collective and imports nothing of torch.distributed. Knows processes and tensors; no models, no stages. Who is missing: `watchdog`.
 """
 
+import json
 import os
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import PipelineError, UsageError
+from .watchdog import Watchdog, neighbours_of, process_identity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +64,7 @@ class Ranks:
         if self.size > 1:
             import torch.distributed as dist
 
-            with _together():
+            with together():
                 dist.barrier(self.control)
 
     def broadcast(self, value: Any, source: int = 0) -> Any:
@@ -72,7 +74,7 @@ class Ranks:
         import torch.distributed as dist
 
         box = [value if self.rank == source else None]
-        with _together():
+        with together():
             dist.broadcast_object_list(box, source, self.control)
         return box[0]
 
@@ -83,7 +85,7 @@ class Ranks:
         import torch.distributed as dist
 
         found: list[Any] = [None] * self.size
-        with _together():
+        with together():
             dist.all_gather_object(found, value, self.control)
         return found
 
@@ -102,6 +104,29 @@ class Ranks:
             if self.leads:
                 self.barrier()
 
+    def streamed(self, mine: Iterable[T], units: int) -> Iterator[T]:
+        """On rank 0 what the ranks have of `units` units, each its own in their order, one at a time; the others send theirs. Tensors arrive on
+        the CPU."""
+        if self.size == 1:
+            yield from mine
+            return
+        import torch.distributed as dist
+
+        own = iter(mine)
+        for unit in range(units):
+            owner = unit % self.size
+            if self.leads and self.rank == owner:
+                yield next(own)
+            elif self.leads:
+                box: list[Any] = [None]
+                with together():
+                    dist.recv_object_list(box, owner, self.control)
+                yield box[0]
+            elif self.rank == owner:
+                value: Any = next(own)
+                with together():
+                    dist.send_object_list([value.cpu() if hasattr(value, "cpu") else value], 0, self.control)
+
     def alike(self, found: Mapping[str, Any]) -> None:
         """UsageError that names the first rank for which one of these differs from rank 0's."""
         everyone = self.gathered(dict(found))
@@ -109,6 +134,9 @@ class Ranks:
             for name, value in everyone[0].items():
                 if others[name] != value:
                     raise UsageError(f"rank {rank}: its {name} is another than rank 0's ({others[name]}, {value}); start all ranks alike")
+
+
+ONE = Ranks()
 
 
 class OrderedSum:
@@ -139,7 +167,7 @@ class OrderedSum:
                 for part, some in zip(sent, flat[start:stop].split(width), strict=False):
                     part[1 : 1 + len(some)] = some
             received = sent.new_empty(sent.shape)
-            with _together():
+            with together():
                 dist.all_to_all_single(_bytes(received), _bytes(sent))
             del sent
             for part in received:
@@ -156,7 +184,7 @@ class OrderedSum:
         for number, (start, stop, width) in enumerate(self._pieces()):
             mine = self.parts.get(number)
             gathered = self.like.new_empty(self.ranks.size, width)
-            with _together():
+            with together():
                 dist.all_gather(list(_bytes(gathered)), _bytes(self.like.new_zeros(width) if mine is None else mine))
             whole[start:stop] = gathered.reshape(-1)[: stop - start]
         return whole.reshape(self.like.shape)
@@ -182,7 +210,7 @@ def _bytes(tensor: "Tensor") -> "Tensor":
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def together() -> Iterator[None]:
     """Around a collective: what fails in it is a process that is gone."""
     try:
         yield
@@ -213,56 +241,86 @@ def _number(name: str, text: str) -> int:
     return int(text)
 
 
-def join() -> tuple[Ranks, Any]:
-    """This process among the ranks that a launcher started, and the store through which they find one another. Collectives of tensors on a card
-    go through NCCL where this torch has it, all else through gloo. UsageError names the port that is taken, or the ranks that did not come."""
+def join() -> Ranks:
+    """This process among the ranks that a launcher started, from now on `joined()`; one process alone where none did. Collectives of tensors on
+    a card go through NCCL where this torch has it, all else through gloo. UsageError names the port that is taken, or the ranks that did not
+    come."""
     found = world()
     if found is None:
-        return Ranks(), None
+        return joined()
     import torch
     import torch.distributed as dist
 
     rank, size, local = found
-    store = _store(rank, size)
-    _prefer_interface(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = _store(rank, host, port)
+    watchdog = Watchdog(rank, size, store.clone(), f"{host}:{port}")
+    watchdog.here()
+    watchdog.begin(neighbours_of(rank, _processes(store, rank, size)))
+    _present.append((Ranks(rank, size, local), watchdog))  # a rank that is lost on the way into the groups is found, too
+    _prefer_interface(host, port)
     cards = torch.cuda.is_available() and dist.is_nccl_available()
-    options = {"store": dist.PrefixStore("groups", store), "rank": rank, "world_size": size, "timeout": PATIENCE}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cards else "gloo", **options)
-    control = dist.new_group(backend="gloo", timeout=PATIENCE) if cards else dist.group.WORLD
-    return Ranks(rank, size, local, control), store
+    options: dict[str, Any] = {"store": dist.PrefixStore("groups", store), "rank": rank, "world_size": size, "timeout": PATIENCE}
+    with together():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cards else "gloo", **options)
+        control = dist.new_group(backend="gloo", timeout=PATIENCE) if cards else dist.group.WORLD
+    _present[-1] = Ranks(rank, size, local, control), watchdog
+    return joined()
+
+
+_present: list[tuple[Ranks, Watchdog]] = []
+"""This process among its ranks, from `join` to `leave`."""
+
+
+def joined() -> Ranks:
+    return _present[-1][0] if _present else ONE
+
+
+def watching() -> Watchdog | None:
+    """Whom a rank tells how it ends; None for one process."""
+    return _present[-1][1] if _present else None
 
 
 def leave() -> None:
-    """After the last collective."""
+    """The orderly end: every rank comes here, or none."""
+    if not _present:
+        return
     import torch.distributed as dist
 
+    ranks, watchdog = _present[-1]
+    watchdog.depart()
+    ranks.barrier()
     dist.destroy_process_group()
+    _present.clear()
 
 
-def _store(rank: int, size: int) -> Any:
-    """Where torchrun keeps one, that; else rank 0's. All ranks have come when it is returned."""
+def _store(rank: int, host: str, port: int) -> Any:
+    """Where torchrun keeps one, that; else rank 0's."""
     import torch.distributed as dist
 
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         plain = dist.TCPStore(host, port, None, rank == 0 and not launched, JOINING, wait_for_workers=False)
-        store = dist.PrefixStore(f"bitmend-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", plain)
-        store.set(f"here-{rank}", "")
+        return dist.PrefixStore(f"bitmend-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", plain)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         taken = "EADDRINUSE" in reason or "in use" in reason
         way = "it is in use; choose another MASTER_PORT (torchrun: --master-port)" if taken else f"not reached ({reason})"
         raise UsageError(f"rank {rank}: MASTER_ADDR {host}, MASTER_PORT {port}: {way}") from error
-    names = [f"here-{other}" for other in range(size)]
+
+
+def _processes(store: Any, rank: int, size: int) -> list[list[str] | None]:
+    """What names every rank's process, once all have come."""
+    names = [f"process-{other}" for other in range(size)]
     try:
+        store.set(names[rank], json.dumps(process_identity()))
         store.wait(names, JOINING)
+        return [json.loads(text) for text in store.multi_get(names)]
     except RuntimeError as error:
         missing = [str(other) for other, name in enumerate(names) if not store.check([name])]
         raise UsageError(
             f"rank {', '.join(missing)} of {size} did not come within {JOINING.seconds} s; start all of WORLD_SIZE, with one MASTER_ADDR"
         ) from error
-    return store
 
 
 def _prefer_interface(host: str, port: int) -> None:

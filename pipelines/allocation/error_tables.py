@@ -45,7 +45,7 @@ from ..store.rundir import OUTSIDE
 from .outside_errors import Lookup, Product, gain, outside_errors
 from .spending import Outside, Spent, together
 
-VERSION = 2
+VERSION = 3
 """Rises when a fix changes a table."""
 
 

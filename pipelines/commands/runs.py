@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .. import logs
+from .. import logs, ranks
 from ..errors import InputError, OutOfMemoryError, QualityError, UsageError
 from . import common as o
 from .streams import echo
@@ -67,17 +67,19 @@ def run(
 
     layers: Any = {"file": config, "sets": sets or [], "options": given}
     directory = output or planned_directory(recipe, **layers)
-    with nullcontext() if dry_run else RunDirectory(directory.absolute()).created():  # `status` finds it before torch is there
+    mine = ranks.joined()
+    with RunDirectory(directory.absolute()).created() if mine.leads and not dry_run else nullcontext():  # `status` finds it before torch is there
         resolved = resolve(recipe, **layers)
         resolved.check_addresses(from_stage, until_stage, force)
     if dry_run:
-        predict(resolved, directory, device, json)
+        if mine.leads:
+            predict(resolved, directory, device, json)
         return
     from ..run import runner
 
     options = {"from_stage": from_stage, "until_stage": until_stage, "force": force, "device": device}
     with reported(directory, json):
-        runner.run(resolved, directory, max_perplexity_ratio=max_perplexity_ratio, **options)
+        runner.run(resolved, directory, max_perplexity_ratio=max_perplexity_ratio, ranks=mine, **options)
 
 
 def resume(
@@ -98,7 +100,7 @@ def resume(
 
     options = {"from_stage": from_stage, "until_stage": until_stage, "force": force, "device": device}
     with reported(run_directory, json):
-        runner.resume(run_directory, max_perplexity_ratio=max_perplexity_ratio, **options)
+        runner.resume(run_directory, max_perplexity_ratio=max_perplexity_ratio, ranks=ranks.joined(), **options)
 
 
 def status(
@@ -175,7 +177,7 @@ def sweep(
 def start(verbose: bool, quiet: bool) -> None:
     if verbose and quiet:
         raise UsageError("-v and -q exclude each other")
-    logs.setup(verbose, quiet)
+    logs.setup(verbose, quiet, silent=not ranks.joined().leads)
 
 
 def existing(directory: Path) -> None:
@@ -200,13 +202,15 @@ def predict(recipe: "Recipe", directory: Path, device: str, as_json: bool) -> No
 
 @contextmanager
 def reported(directory: Path, as_json: bool) -> Iterator[None]:
-    """After the run the stage table, and where the page lies; a result that fails the quality gate is shown as well."""
+    """After the run the stage table, and where the page lies; a result that fails the quality gate is shown as well. Of several ranks one shows it."""
     try:
         yield
     except QualityError:
-        _show(directory, as_json)
+        if ranks.joined().leads:
+            _show(directory, as_json)
         raise
-    _show(directory, as_json)
+    if ranks.joined().leads:
+        _show(directory, as_json)
 
 
 def _show(directory: Path, as_json: bool) -> None:

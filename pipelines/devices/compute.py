@@ -5,6 +5,7 @@ solvers and losses stay in float32 or above. Knows torch and its devices; no rec
 """
 
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ import torch
 from ...compress.ranges import DtypeName
 from ..doctor import memory
 from ..errors import UsageError
+from ..ranks import ONE, Ranks
+from ..watchdog import process_identity
 
 AMPERE = (8, 0)
 """The first compute capability that multiplies bfloat16; cards before it take float16."""
@@ -50,13 +53,40 @@ class Compute:
         )
 
 
-def chosen_device(name: str) -> torch.device:
-    """The device of that name, `auto` the GPU where there is one. UsageError for a GPU that is not there."""
+def chosen_device(name: str, ranks: Ranks = ONE) -> torch.device:
+    """The device of that name, `auto` the GPU where there is one. UsageError for a GPU that is not there.
+    Several ranks: a GPU is the one of its local rank, or the only one that a rank sees."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError("--device cuda: this torch sees no CUDA device; use --device cpu, and see `pipeline doctor`")
-    return torch.device(name)
+    device = torch.device(name)
+    if ranks.size == 1:
+        return device
+    ranks.alike({"device": name})
+    return _own_card(device, ranks) if device.type == "cuda" else device
+
+
+def _own_card(device: torch.device, ranks: Ranks) -> torch.device:
+    """UsageError names a rank that has none to itself."""
+    if device.index is not None:
+        raise UsageError(f"--device {device}: {ranks.size} ranks take a device each; give --device cuda")
+    if not torch.distributed.is_nccl_available():
+        raise UsageError(f"--device cuda: {ranks.size} ranks need NCCL, which this torch was built without; use a torch that has it, or start once")
+    count = torch.cuda.device_count()
+    index = ranks.local if ranks.local < count else 0 if count == 1 else None
+    machine = (process_identity() or [socket.gethostname()])[0]
+    card = None if index is None else str(torch.cuda.get_device_properties(index).uuid)
+    found = ranks.gathered((machine, card, count, ranks.local))
+    for rank, (at, one, of, local) in enumerate(found):
+        if one is None or (at, one) in [(there, other) for there, other, *_ in found[:rank]]:
+            raise UsageError(
+                f"rank {rank}: has no device to itself (LOCAL_RANK {local}, {of} CUDA device{'s' * (of > 1)} there); "
+                "start as many processes a machine as it has devices (torchrun: --nproc-per-node)"
+            )
+    assert index is not None
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def chosen_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -10,6 +10,7 @@ import platform
 import torch
 
 from ..errors import InputError
+from ..ranks import ONE, Ranks
 from ..store.files import read_json, write_json
 from ..store.rundir import RunDirectory
 from .compute import Compute, chosen_device, chosen_dtype
@@ -17,22 +18,34 @@ from .compute import Compute, chosen_device, chosen_dtype
 log = logging.getLogger("bitmend")
 
 
-def compute_of(place: RunDirectory | None, device: str, dtype: str = "auto", deterministic: bool = True) -> Compute:
+def compute_of(
+    place: RunDirectory | None, device: str, dtype: str = "auto", deterministic: bool = True, ranks: Ranks = ONE
+) -> Compute:
     """Where and how a run computes: what is asked for, `auto` being what environment.json says it began with. A run that began on a GPU
     and is continued where there is none goes on on the CPU. UsageError for a device or a dtype that is not there."""
     path = None if place is None else place.path / "environment.json"
-    found = read_json(path, "delete it and resume") if path is not None and path.is_file() else {}
+    found = read_json(path, "delete it and resume") if ranks.leads and path is not None and path.is_file() else {}
+    found = ranks.broadcast(found)
     before = str(found.get("device", "auto"))
+    if ranks.size > 1 and before.startswith("cuda"):
+        before = "cuda"  # of each rank its own
     if device == "auto" and not (before.startswith("cuda") and not torch.cuda.is_available()):
         device = before
-    chosen = chosen_device(device)
+    chosen = chosen_device(device, ranks)
     if dtype == "auto" and before != "auto" and torch.device(before).type == chosen.type:
         dtype = found["dtype"]
+    if ranks.size > 1:  # what a measurement chooses is one rank's choice
+        dtype = ranks.broadcast(str(chosen_dtype(dtype, chosen)).removeprefix("torch.") if ranks.leads else None)
     return Compute(chosen, chosen_dtype(dtype, chosen), deterministic)
 
 
-def write_environment(place: RunDirectory, compute: Compute) -> None:
-    """environment.json: written at the first start; a later one continues with its threads."""
+def write_environment(place: RunDirectory, compute: Compute, ranks: Ranks = ONE) -> None:
+    """environment.json: written at the first start; a later one continues with its threads, on every rank."""
+    torch.set_num_threads(ranks.broadcast(_written(place, compute) if ranks.leads else None))
+
+
+def _written(place: RunDirectory, compute: Compute) -> int:
+    """How many threads the run began with."""
     import transformers
 
     path = place.path / "environment.json"
@@ -48,4 +61,4 @@ def write_environment(place: RunDirectory, compute: Compute) -> None:
         where["device_name"] = torch.cuda.get_device_name(compute.device)
     if found | where != found:
         write_json(path, {**where, **{key: value for key, value in found.items() if key not in (*where, "device_name")}})
-    torch.set_num_threads(found["threads"])
+    return found["threads"]

@@ -21,6 +21,7 @@ from ...reports.record import OF_SCHEMA_1, LayerRecord, StageRecord, TextRecord,
 from ..logs import bar
 from ..models.blocks import Binder, StreamedModel
 from ..models.hidden import Room
+from ..ranks import ONE, Ranks
 from ..store.artifact import Artifact
 from ..store.files import read_json
 from ..store.kept import is_whole
@@ -90,28 +91,34 @@ def scores_of(
     dtype: torch.dtype,
     bind: Binder | None = None,
     label: str = "perplexity, blocks",
+    ranks: Ranks = ONE,
 ) -> tuple[Scores, dict[str, Any]]:
     """Scores under a protocol: read if they were measured, else measured and kept. Without a teacher (the baseline itself) the last
-    hidden states are kept as well, for the stages that follow."""
+    hidden states are kept as well, for the stages that follow. Several ranks share the windows; rank 0 reads and keeps."""
     key = perplexity.protocol_key(windows)
-    path = metrics / f"{key}.json"
-    found = load_scores(path)
-    if found is not None and (teacher is not None or is_whole(metrics / f"{key}.hidden.safetensors")):
+    path, hidden_path = metrics / f"{key}.json", metrics / f"{key}.hidden.safetensors"
+    found = load_scores(path) if ranks.leads else None
+    found = ranks.broadcast(found if ranks.leads and (teacher is not None or is_whole(hidden_path)) else None)
+    if found is not None:
         return found
     began = time.monotonic()
     model = StreamedModel(artifact, device, dtype, bind)
     with bar(label, model.structure.blocks) as shown:
-        scores, hidden = perplexity.score(model, windows, teacher, lambda done, total: shown.advance(), Room.measured(device, metrics))
-    metrics.mkdir(parents=True, exist_ok=True)
+        room = Room.measured(device, metrics)
+        scores, hidden = perplexity.score(model, windows, teacher, lambda done, total: shown.advance(), room, ranks)
     seconds = time.monotonic() - began
     extra = {
         "bits_per_byte": perplexity.bits_per_byte(scores, windows),
         "evaluation_seconds": seconds,
         "evaluation_tokens": windows.ids.numel(),
     }
-    if teacher is None:
-        hidden.save(metrics / f"{key}.hidden.safetensors")
-    save_scores(path, scores, windows.protocol, extra)
+    whole = perplexity.whole_states(hidden, windows, ranks, room) if teacher is None else None
+    if ranks.leads:
+        metrics.mkdir(parents=True, exist_ok=True)
+        if whole is not None:
+            whole.save(hidden_path)
+        save_scores(path, scores, windows.protocol, extra)
+    ranks.barrier()
     return scores, extra
 
 

@@ -21,6 +21,7 @@ from ..devices.compute import Compute
 from ..errors import InputError
 from ..models.blocks import StreamedModel
 from ..models.hidden import HiddenStates, Room
+from ..ranks import ONE, Ranks
 from ..text.data import Windows
 from .scores import Scores
 
@@ -45,14 +46,17 @@ def batches(count: int, seq_len: int) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
-def embedded(model: StreamedModel, ids_NT: Tensor, room: Room) -> HiddenStates:
-    """The hidden states that enter the first block, in batches of about TOKENS_AT_ONCE tokens."""
-    return HiddenStates.of((model.embed(ids_NT[part]) for part in batches(*ids_NT.shape)), room)
+def embedded(model: StreamedModel, ids_NT: Tensor, room: Room, mine: Callable[[int], bool] | None = None) -> HiddenStates:
+    """The hidden states that enter the first block, in batches of about TOKENS_AT_ONCE tokens: all, or those whose number is `mine`."""
+    parts = (part for number, part in enumerate(batches(*ids_NT.shape)) if mine is None or mine(number))
+    return HiddenStates.of((model.embed(ids_NT[part]) for part in parts), room)
 
 
-def last_states(model: StreamedModel, ids_NT: Tensor, room: Room, progress: Progress | None = None) -> HiddenStates:
-    """The hidden states that leave the last block, in the model's dtype; one block in memory at a time."""
-    states = embedded(model, ids_NT, room)
+def last_states(
+    model: StreamedModel, ids_NT: Tensor, room: Room, progress: Progress | None = None, mine: Callable[[int], bool] | None = None
+) -> HiddenStates:
+    """The hidden states that leave the last block, in the model's dtype; one block in memory at a time. `mine` as in `embedded`."""
+    states = embedded(model, ids_NT, room, mine)
     with torch.no_grad():
         for index in model.walk():
             states.through(partial(model.run_block, index))
@@ -72,26 +76,41 @@ def score(
     teacher: BaselineOutputs | None = None,
     progress: Progress | None = None,
     room: Room | None = None,
+    ranks: Ranks = ONE,
 ) -> tuple[Scores, HiddenStates]:
     """Scores of the model on the windows' counted tokens, and its last hidden states, which take `room` (default: all there is). InputError
-    when no token counts, or a number is not finite."""
+    when no token counts, or a number is not finite. Several ranks: a batch belongs to one, whose hidden states are of its own batches; the
+    scores are all."""
     ids_NT, counts_NT = windows.ids, counted(windows)
     average = float(counts_NT.double().sum(1).mean())
     if not average:
         raise InputError("the evaluation windows hold no token of a completion; give more text, or a larger evaluation.windows")
-    states = last_states(model, ids_NT, room or Room(model.device), progress)
-    found: list[list[float]] = []
+    states = last_states(model, ids_NT, room or Room(model.device), progress, ranks.owns)
+    own = [part for number, part in enumerate(batches(*ids_NT.shape)) if ranks.owns(number)]
+    found: dict[int, list[float]] = {}
+    wrong: str | None = None
     with torch.no_grad():
-        for batch_NTD in states:
-            for hidden_TD in batch_NTD:
-                index = len(found)
+        for part, batch_NTD in zip(own, states, strict=True):
+            for index, hidden_TD in enumerate(batch_NTD, part.start):
                 sums = _window(model, hidden_TD, ids_NT[index], counts_NT[index], teacher, index)
-                means = (sums / average).tolist()
-                if not math.isfinite(means[0]) or not bool(torch.isfinite(hidden_TD).all()):
-                    raise InputError(f"{model.artifact.directory.name}: {_first_non_finite(model, ids_NT[index : index + 1])}")
-                found.append(means)
-    nll, kl, top1 = zip(*found, strict=True)
+                found[index] = (sums / average).tolist()
+                if not math.isfinite(found[index][0]) or not bool(torch.isfinite(hidden_TD).all()):
+                    wrong = _first_non_finite(model, ids_NT[index : index + 1])
+                    break
+            if wrong is not None:
+                break
+    if wrong := next(filter(None, ranks.gathered(wrong)), None):
+        raise InputError(f"{model.artifact.directory.name}: {wrong}")
+    nll, kl, top1 = zip(*ranks.in_order(found).values(), strict=True)
     return Scores(nll, kl if teacher else None, top1 if teacher else None), states
+
+
+def whole_states(states: HiddenStates, windows: Windows, ranks: Ranks, room: Room) -> HiddenStates | None:
+    """Of what `score` left on every rank, all batches in their order on rank 0; None on the others."""
+    if ranks.size == 1:
+        return states
+    found = HiddenStates.of(ranks.streamed(states, len(list(batches(*windows.ids.shape)))), room)
+    return found if ranks.leads else None
 
 
 def _window(

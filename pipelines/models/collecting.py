@@ -3,7 +3,7 @@
 Knows modules and their inputs; not what the statistics are for.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ...compress.statistics import InputStatistics
+from ..errors import InputError
+from ..ranks import SLOTS
 from .blocks import StreamedModel
+from .hidden import HiddenStates
 from .structure import Site
 
 
@@ -22,9 +25,10 @@ def collecting(
     needs: frozenset[str],
     statistics: dict[str, InputStatistics],
     dense_inputs: Mapping[str, list[Tensor]] | None = None,
-) -> Iterator[None]:
+) -> Iterator[Callable[[], None]]:
     """While open, every call of a site's module adds its input to `statistics[site.name]`; sites that are handed the very same
-    tensor (q, k and v) share one accumulator. `dense_inputs` (site → inputs in call order) pairs with the dense model's."""
+    tensor (q, k and v) share one accumulator. `dense_inputs` (site → inputs in call order) pairs with the dense model's. What is yielded
+    empties `statistics` for those of the next slot."""
     modules = {site.name: module for site in sites if (module := _module_of(model, site)) is not None}
     last: list[tuple[Tensor, str]] = []
     handles = []
@@ -48,8 +52,18 @@ def collecting(
     for site in sites:
         if site.name in modules:
             handles.append(modules[site.name].register_forward_pre_hook(hook(site)))
-        if site.expert is not None:
-            statistics.setdefault(site.name, InputStatistics(site.shape[1], needs, model.device))  # takes no memory before a token comes
+
+    def begin() -> None:
+        last.clear()
+        statistics.clear()
+        idle()
+
+    def idle() -> None:
+        for site in sites:
+            if site.expert is not None:
+                statistics.setdefault(site.name, InputStatistics(site.shape[1], needs, model.device))  # takes no memory before a token comes
+
+    idle()
     experts = [site for site in sites if site.name not in modules]
     paired = dense_inputs is not None
 
@@ -59,7 +73,7 @@ def collecting(
 
     try:
         with _ExpertInputs(model, experts, of_expert) if experts else nullcontext():
-            yield
+            yield begin
     finally:
         for handle in handles:
             handle.remove()
@@ -72,47 +86,114 @@ def _module_of(model: StreamedModel, site: Site) -> nn.Module | None:
     return model.model.get_submodule(site.name) if site.parameter in model.model.get_submodule(site.module)._modules else None
 
 
+def gather(
+    model: StreamedModel,
+    hidden: HiddenStates,
+    sites: list[Site],
+    needs: frozenset[str],
+    statistics: dict[str, InputStatistics],
+    run: Callable[[int, Tensor], object],
+    dense_inputs: Mapping[str, list[Tensor]] | None = None,
+) -> None:
+    """Into `statistics` what enters the sites while `run(number, batch)` takes every batch of the hidden states, slot after slot: batch b is
+    of slot b % SLOTS, sums are those of the slots in their order. InputError for sites that read one tensor in one slot and several in another."""
+    order = [[*range(slot, len(hidden), SLOTS)] for slot in range(min(SLOTS, len(hidden)))]
+    batches = hidden.at([number for numbers in order for number in numbers])
+    found: dict[str, InputStatistics] = {}
+    with collecting(model, sites, needs, found, dense_inputs) as begin:
+        for numbers in order:
+            for number in numbers:
+                run(number, next(batches))
+            _add_slot(statistics, found)
+            begin()
+
+
+def _add_slot(statistics: dict[str, InputStatistics], found: Mapping[str, InputStatistics]) -> None:
+    """To the sums of the slots before it."""
+    for names, gathered in sharing(found):
+        before = {id(s): s for n in names if (s := statistics.get(n)) is not None and s.tokens}
+        sharers = {n for n, s in statistics.items() if id(s) in before}
+        if len(before) > 1 or (sharers and sharers != set(names)):
+            raise InputError(f"{', '.join(names)}: read one tensor at times and several at others; this architecture is not supported")
+        for total in before.values():
+            total.add(gathered)
+        if not before:
+            statistics.update(dict.fromkeys(names, gathered))
+    for name, idle in found.items():
+        statistics.setdefault(name, idle)
+
+
+def sharing(statistics: Mapping[str, InputStatistics]) -> list[tuple[tuple[str, ...], InputStatistics]]:
+    """Every accumulator that has seen a token, with the sites that read its input."""
+    names: dict[int, tuple[str, ...]] = {}
+    for name, found in statistics.items():
+        if found.tokens:
+            names[id(found)] = (*names.get(id(found), ()), name)
+    return [(together, statistics[together[0]]) for together in names.values()]
+
+
 def collect(
     model: StreamedModel,
     index: int,
-    hidden: Iterable[Tensor],
+    hidden: HiddenStates,
     sites: list[Site],
     needs: frozenset[str],
     statistics: dict[str, InputStatistics],
     dense_inputs: Mapping[str, list[Tensor]] | None = None,
+    before: Callable[[int], object] | None = None,
 ) -> None:
-    """Adds to `statistics` what enters the sites of a loaded block, batch by batch of its hidden states. The first batch shows which
-    input comes last; the others run no further than that, so the product behind it is left out. Experts run to the end."""
+    """`gather` from a loaded block; `before` is called with the number of the batch that will enter it. The first batch shows which input
+    comes last; the others run no further than that, so the product behind it is left out. Experts run to the end."""
     modules = {site.module: model.model.get_submodule(site.module) for site in sites}
     called: list[str] = []
     handles = [m.register_forward_pre_hook(lambda *_, name=name: called.append(name)) for name, m in modules.items()]
+
+    def run(number: int, hidden_NTD: Tensor) -> None:
+        if before is not None:
+            before(number)
+        with suppress(_Enough):
+            model.run_block(index, hidden_NTD)
+        if number == 0:
+            while handles:
+                handles.pop().remove()
+            if called and sorted(called) == sorted(modules) and not any(site.expert is not None for site in sites):
+                handles.append(modules[called[-1]].register_forward_pre_hook(_stop))
+
     try:
-        with collecting(model, sites, needs, statistics, dense_inputs):
-            for number, h in enumerate(hidden):
-                with suppress(_Enough):
-                    model.run_block(index, h)
-                if number == 0:
-                    while handles:
-                        handles.pop().remove()
-                    if called and sorted(called) == sorted(modules) and not any(site.expert is not None for site in sites):
-                        handles.append(modules[called[-1]].register_forward_pre_hook(_stop))
+        gather(model, hidden, sites, needs, statistics, run, dense_inputs)
     finally:
         for handle in handles:
             handle.remove()
 
 
 def collect_head(
-    model: StreamedModel, hidden: Iterable[Tensor], site: Site, needs: frozenset[str], statistics: dict[str, InputStatistics]
+    model: StreamedModel,
+    hidden: HiddenStates,
+    site: Site,
+    needs: frozenset[str],
+    statistics: dict[str, InputStatistics],
+    dense_inputs: Mapping[str, list[Tensor]] | None = None,
+    before: Callable[[int], object] | None = None,
 ) -> None:
     """The same of the output head, from hidden states that leave the last block, window by window; its product is left out."""
-    with collecting(model, [site], needs, statistics):
-        handle = model.model.get_submodule(site.module).register_forward_pre_hook(_stop)
-        try:
-            for window_1TD in (row for h in hidden for row in h.split(1)):
-                with suppress(_Enough):
-                    model.logits(window_1TD)
-        finally:
-            handle.remove()
+
+    def run(number: int, hidden_NTD: Tensor) -> None:
+        if before is not None:
+            before(number)
+        through_head(model, site, hidden_NTD)
+
+    gather(model, hidden, [site], needs, statistics, run, dense_inputs)
+
+
+def through_head(model: StreamedModel, site: Site, hidden_NTD: Tensor) -> None:
+    """As far as the head, whose logits are too many for all windows at once: they are left out."""
+    handle = model.model.get_submodule(site.module).register_forward_pre_hook(_stop)
+    try:
+        for window_1TD in hidden_NTD.split(1):
+            with suppress(_Enough):
+                model.logits(window_1TD)
+    finally:
+        handle.remove()
 
 
 @contextmanager

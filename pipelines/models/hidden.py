@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -187,11 +187,15 @@ class HiddenStates:
         return self.slots[number].begin()()
 
     def __iter__(self) -> Iterator[Tensor]:
-        waiting = self.slots[0].begin() if self.slots else None
-        for number in range(len(self.slots)):
+        return self.at(range(len(self.slots)))
+
+    def at(self, numbers: Sequence[int]) -> Iterator[Tensor]:
+        """The batches of these numbers, in this order."""
+        waiting = self.slots[numbers[0]].begin() if numbers else None
+        for following in (*numbers[1:], None)[: len(numbers)]:
             assert waiting is not None
             batch_NTD = waiting()
-            waiting = self.slots[number + 1].begin() if number + 1 < len(self.slots) else None
+            waiting = None if following is None else self.slots[following].begin()
             yield batch_NTD
 
     def through(self, run: Callable[[Tensor], Tensor]) -> None:

@@ -25,6 +25,8 @@ from ..store.manifest import SCHEMA
 from ..store.rundir import RunDirectory
 
 log = logging.getLogger("bitmend")
+SUMS = 2
+"""Of the order in which sums over the calibration text are taken; rises when it changes."""
 SAME_BITS = {"gradient_checkpointing": False}
 """Settings that decide memory and time, not results, and the value that stands for all of theirs in a key."""
 
@@ -66,6 +68,7 @@ def _keyed(chosen: Recipe, specs: list[StageSpec], inputs: Inputs, compute: Comp
         settings = spec.settings()
         decisive = settings | {name: value for name, value in SAME_BITS.items() if name in settings}
         identity = [SCHEMA, steps[-1].key, spec.name, spec.method, row.version, decisive, chosen.seed, inputs.fingerprint(spec, row)]
+        identity += [{"sums": SUMS}] if inputs.reads_calibration(spec, row) else []
         identity += [where] if (where := compute.identity()) else []
         key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
         steps.append(Step(spec.address, spec.method, key, f"{number:02d}-{spec.address}-{key[:8]}", settings, spec))

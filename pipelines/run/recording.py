@@ -44,8 +44,20 @@ def measured(
     before: Sequence[StageRecord],
 ) -> tuple[StageRecord, Measures]:
     """Measure an artifact as it lies on disk: its record and its scores. `scores` and `before` are those of the stages before it."""
-    metrics = under_way.directory.metrics(step.name)
     found = {name: _scores(under_way, step, artifact, name, windows, bool(scores)) for name, windows in texts.items()}
+    return under_way.ranks.broadcast(_measured(under_way, step, artifact, found, scores, before) if under_way.ranks.leads else None)
+
+
+def _measured(
+    under_way: Session,
+    step: Step,
+    artifact: Artifact,
+    found: dict[str, tuple[Scores, dict[str, Any]]],
+    scores: Sequence[Measures],
+    before: Sequence[StageRecord],
+) -> tuple[StageRecord, Measures]:
+    """The same on rank 0, once it has been scored on the texts."""
+    metrics = under_way.directory.metrics(step.name)
     main, extra = found.pop(MAIN)
     size = measure.size_of(artifact)
     first, previous = (scores[0], scores[-1]) if scores else ({}, None)
@@ -74,7 +86,7 @@ def _scores(
         teacher = measure.teacher_of(opened, place.metrics(baseline.name), windows, device, dtype)
     label = f"{step.address}: perplexity{f' on {name}' if name else ''}, blocks"
     return measure.scores_of(
-        artifact, place.metrics(step.name), windows, teacher, device, dtype, stages.binder(step.spec, device, artifact), label
+        artifact, place.metrics(step.name), windows, teacher, device, dtype, stages.binder(step.spec, device, artifact), label, under_way.ranks
     )
 
 
@@ -96,7 +108,11 @@ def _tasks(under_way: Session, step: Step, artifact: Artifact, compared: bool) -
 
 
 def save_record(under_way: Session, records: list[StageRecord], texts: Mapping[str, Windows], page: bool) -> RunRecord:
-    """record.json, written anew after every stage that was worked on, and report.html, which takes a second to draw."""
+    """record.json, written anew after every stage that was worked on, and report.html, which takes a second to draw; on every rank the record."""
+    return under_way.ranks.broadcast(_saved(under_way, records, texts, page) if under_way.ranks.leads else None)
+
+
+def _saved(under_way: Session, records: list[StageRecord], texts: Mapping[str, Windows], page: bool) -> RunRecord:
     from ...reports.render import render
 
     place = under_way.directory

@@ -1,15 +1,17 @@
 """The runner: from a recipe to artifacts, one directory a stage, each measured after it has been read back from disk.
 
 A stage whose directory is there is reused; one that was interrupted goes on where it stopped; a changed setting makes a new directory and
-leaves the old one. A budget is spent when the first of its stages is reached. Knows the order of things; not what a stage does, nor what
+leaves the old one. A budget is spent when the first of its stages is reached. Several ranks go through it together: what depends on the disk
+rank 0 decides, and it alone writes; stages in `ALONE` are its work, too. Knows the order of things; not what a stage does, nor what
 its key is made of (`steps`). What a run has left is read in `ledger`, whose functions are offered here as well.
 """
 
+import hashlib
 import logging
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,22 +29,25 @@ from ..evaluation.measure import Peak
 from ..models.source import resolve_model, source_of
 from ..planning.plan import refusals, warnings
 from ..planning.steps import Step, plan_steps
+from ..ranks import ONE, Ranks
 from ..recipes.recipe import Recipe, check_addresses, resolve, run_directory
 from ..stages.baseline import build_baseline
 from ..stages.inputs import Inputs
 from ..store.artifact import Artifact, ArtifactWriter, open_artifact, settle
 from ..store.files import disk_errors, read_json, write_json
 from ..store.manifest import MANIFEST
-from ..store.rundir import RunDirectory
+from ..store.rundir import RunDirectory, appears, check_shared
 from .ledger import gc, record, status
 from .opening import last_artifact
 from .recording import Measures, measured, save_record, texts_of
-from .session import Session, plan_run, take_up
+from .session import Session, check_ranks, plan_run, take_up
 from .signals import Stop, signals
 
 __all__ = ["Session", "Step", "gc", "last_artifact", "plan_steps", "record", "resume", "run", "status"]
 
 log = logging.getLogger("bitmend")
+ALONE = frozenset({"prune", "quantize", "decompose", "recover", "fuse"})
+"""Stages that do not know ranks."""
 PAGE_SECONDS = 10.0
 """A stage that takes longer is worth a page of its own while the run goes on."""
 
@@ -57,27 +62,42 @@ def run(
     device: str = "auto",
     max_perplexity_ratio: float | None = None,
     page: bool = True,
+    ranks: Ranks = ONE,
 ) -> RunRecord:
-    """Run a recipe, or go on with it. Returns the record of all its stages; `page` draws report.html as well.
+    """Run a recipe, or go on with it. Returns the record of all its stages; `page` draws report.html as well. `ranks`: what other processes call
+    this function with the same arguments.
 
     Raises UsageError, InputError, OutOfMemoryError; QualityError when the last stage's perplexity is above
     `max_perplexity_ratio` times the baseline's (everything is kept); KeyboardInterrupt on SIGINT and SIGTERM, resumable.
     """
     place = RunDirectory((directory or run_directory(recipe)).resolve())
-    place.create()
-    with place.held(), disk_errors(place.path), signals() as stop:
-        compute = compute_of(place, device, recipe.dtype, recipe.deterministic)
-        under_way = _prepare(recipe, place, compute, stop)
+    with _taken(place, ranks), disk_errors(place.path), signals(ranks) as stop:
+        compute = compute_of(place, device, recipe.dtype, recipe.deterministic, ranks)
+        under_way = _prepare(recipe, place, compute, stop, ranks)
         check_addresses([step.address for step in under_way.steps], from_stage, until_stage, force)
         if from_stage is not None:
-            _need_finished(place, under_way.steps, from_stage)
-        write_environment(place, compute)
+            _need_finished(under_way, from_stage)
+        write_environment(place, compute, ranks)
         take_up(under_way)
         with determinism(compute):
             record = _advance(under_way, until_stage, force, page)
-        place.log("finished", perplexity=record.stages[-1].perplexity)
+        under_way.log("finished", perplexity=record.stages[-1].perplexity)
     _gate(record, max_perplexity_ratio)
     return record
+
+
+@contextmanager
+def _taken(place: RunDirectory, ranks: Ranks) -> Iterator[None]:
+    """Rank 0 makes the directory and holds it for all; the others see that it is the same one."""
+    if ranks.leads:
+        place.create()
+        with place.held():
+            if ranks.size > 1:
+                check_shared(place.path, ranks)
+            yield
+    else:
+        check_shared(place.path, ranks)
+        yield
 
 
 def resume(directory: Path, **options: Any) -> RunRecord:
@@ -92,28 +112,46 @@ def resume(directory: Path, **options: Any) -> RunRecord:
 # -- planning --------------------------------------------------------------------------------------------------------------------
 
 
-def _prepare(chosen: Recipe, place: RunDirectory, compute: Compute, stop: Stop) -> Session:
-    """Everything that can be refused is refused here, before any work and before anything in the directory changes."""
-    source = source_of(chosen)
+def _prepare(chosen: Recipe, place: RunDirectory, compute: Compute, stop: Stop, ranks: Ranks) -> Session:
+    """Everything that can be refused is refused here, before any work and before anything in the directory changes. Caches are filled by rank 0."""
+    ranks.alike({"recipe": _hash(chosen.to_yaml())})
+    with ranks.first():
+        source = source_of(chosen)
     refused = refusals(chosen, source)
     if refused:
         raise UsageError(refused[0] + (f" (and {len(refused) - 1} more: --dry-run lists them)" if len(refused) > 1 else ""))
     inputs = Inputs(chosen, source, str(compute.device))
-    under_way = Session(chosen, place, compute, inputs, stop, place.read())
+    check_ranks(chosen, inputs, ranks)
+    before = ranks.broadcast(place.read() if ranks.leads else None)
+    under_way = Session(chosen, place, compute, inputs, stop, before, ranks=ranks)
     under_way.warnings = warnings(chosen, source)
     for warning in dict.fromkeys(under_way.warnings.values()):
         log.warning("%s", warning)
-    plan_run(under_way)
-    inputs.check(step.spec for step in under_way.steps if step.spec is not None and place.state(step.name) != "done")
+    with ranks.first():
+        plan_run(under_way)
+    states = _states(under_way)
+    with ranks.first():
+        inputs.check(step.spec for step in under_way.steps if step.spec is not None and states[step.address] != "done")
+    ranks.alike({"model or data": [step.key[:8] for step in under_way.steps], "evaluation text": _hash(str(inputs.evaluation().protocol))})
     return under_way
+
+
+def _states(under_way: Session) -> dict[str, str]:
+    """Of every stage: done, partial or missing."""
+    place, ranks = under_way.directory, under_way.ranks
+    return ranks.broadcast({step.address: place.state(step.name) for step in under_way.steps} if ranks.leads else None)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 # -- going on --------------------------------------------------------------------------------------------------------------------
 
 
 def _advance(under_way: Session, until_stage: str | None, force: str | None, page: bool) -> RunRecord:
-    place = under_way.directory
-    if force is not None:
+    place, ranks = under_way.directory, under_way.ranks
+    if force is not None and ranks.leads:
         _set_aside(place, under_way.steps, force)
     parent: Artifact | None = None
     records: list[StageRecord] = []
@@ -123,8 +161,8 @@ def _advance(under_way: Session, until_stage: str | None, force: str | None, pag
         if parent is not None and not under_way.steps[len(records)].key:
             _spend(under_way, parent)
         step = under_way.steps[len(records)]
-        began, news = time.monotonic(), place.state(step.name) != "done"
-        with shortage(step.address, step.spec, under_way.compute), place.stage_held(step.name):
+        began, news = time.monotonic(), ranks.broadcast(ranks.leads and place.state(step.name) != "done")
+        with shortage(step.address, step.spec, under_way.compute), place.stage_held(step.name) if ranks.leads else nullcontext():
             artifact = _finish(under_way, step, parent)
             made, found = measured(under_way, step, artifact, texts, scores, records)
         records.append(made)
@@ -139,40 +177,52 @@ def _advance(under_way: Session, until_stage: str | None, force: str | None, pag
 
 def _spend(under_way: Session, parent: Artifact) -> None:
     """Choose for the stages of the budget, and take up the steps that follow from the choice."""
-    place, directory = under_way.directory, under_way.table
+    directory = under_way.table
     assert directory is not None
-    place.log("allocation begins", budget=under_way.recipe.settings()["budget"], table=directory.name)
+    under_way.log("allocation begins", budget=under_way.recipe.settings()["budget"], table=directory.name)
     with under_way.stop.patient(), shortage("allocation", None, under_way.compute):
-        made = spend(under_way.recipe, parent, directory, _context(under_way, directory))
-    place.log("allocation ends", stored=made.stored, gap=made.gap)
-    log.info("allocation: %s stored of %s%s", made.stored, made.budget, f"; {made.note}" if made.note else "")
-    plan_run(under_way)
+        made = spend(under_way.recipe, parent, directory, _context(under_way, directory, ONE)) if under_way.ranks.leads else None
+        under_way.ranks.barrier()
+    if made is not None:
+        under_way.log("allocation ends", stored=made.stored, gap=made.gap)
+        log.info("allocation: %s stored of %s%s", made.stored, made.budget, f"; {made.note}" if made.note else "")
+    under_way.plan_and_share()
     take_up(under_way)
 
 
 def _finish(under_way: Session, step: Step, parent: Artifact | None) -> Artifact:
     """The step's artifact: opened if it is there, else made."""
-    place = under_way.directory
+    place, ranks = under_way.directory, under_way.ranks
     final, scratch = place.artifact(step.name), place.scratch(step.name)
-    if (scratch / MANIFEST).is_file() and not final.is_dir():
+    if ranks.leads and (scratch / MANIFEST).is_file() and not final.is_dir():
         settle(scratch, final)  # killed while it was being sealed
-    if final.is_dir():
-        artifact = open_artifact(final)
+    if ranks.broadcast(ranks.leads and final.is_dir()):
+        artifact = _opened(final)
         if artifact.key != step.key:
             raise InputError(f"{final}: its key is {artifact.key[:8]}, expected {step.key[:8]}; delete it and run again")
-        artifact.verify()
+        if ranks.leads:
+            artifact.verify()
         log.info("%s: finished before (%s)", step.address, step.name)
         return artifact
     log.info("%s: %s", step.address, step.method or under_way.recipe.model)
-    place.log("stage begins", stage=step.address, key=step.key)
-    artifact = _make(under_way, step, parent)
-    place.log("stage ends", stage=step.address)
+    under_way.log("stage begins", stage=step.address, key=step.key)
+    made = _make(under_way, step, parent)
+    ranks.barrier()
+    artifact = _opened(final) if made is None else made
+    under_way.log("stage ends", stage=step.address)
     return artifact
 
 
-def _make(under_way: Session, step: Step, parent: Artifact | None) -> Artifact:
-    """Do a stage's work. What it says about itself is on disk before its artifact has its name."""
-    place = under_way.directory
+def _opened(final: Path) -> Artifact:
+    """An artifact that rank 0 finished; a network's file system may show it a little later."""
+    appears(final / MANIFEST)
+    return open_artifact(final)
+
+
+def _make(under_way: Session, step: Step, parent: Artifact | None) -> Artifact | None:
+    """Do a stage's work, or this rank's part of it; rank 0 has the artifact then. What it says about itself is on disk before its artifact has
+    its name."""
+    place, ranks = under_way.directory, under_way.ranks
     final, scratch, metrics = place.artifact(step.name), place.scratch(step.name), place.metrics(step.name)
     manifest = {
         "key": step.key,
@@ -180,30 +230,39 @@ def _make(under_way: Session, step: Step, parent: Artifact | None) -> Artifact:
         "stage": {"name": step.address, "method": step.method, "settings": step.settings},
     }
     if parent is None or step.spec is None:
+        if not ranks.leads:
+            return None
         with _timed(under_way.compute.device, metrics) as peak:
             artifact = build_baseline(under_way.inputs.model, scratch, final, manifest)
         _keep(metrics, stages.Outcome(), peak)
         return artifact
-    with _timed(under_way.compute.device, metrics) as peak, under_way.stop.patient():
-        writer = ArtifactWriter(scratch, parent)
-        outcome = stages.perform(step.spec, parent, writer, _context(under_way, scratch))
+    alone = ranks.size > 1 and step.spec.name in ALONE
+    writer, outcome = None, stages.Outcome()
+    with _timed(under_way.compute.device, metrics if ranks.leads else None) as peak, under_way.stop.patient():
+        if ranks.leads or not alone:
+            writer = ArtifactWriter(scratch, parent)
+            outcome = stages.perform(step.spec, parent, writer, _context(under_way, scratch, ONE if alone else ranks))
+        ranks.barrier()
+    if writer is None or not ranks.leads:
+        return None
     _keep(metrics, outcome, peak)
     documents = {n: (parent.directory / n).read_bytes() for n in parent.manifest["files"] if not n.endswith(".safetensors")}
     return writer.seal(final, manifest, {**documents, **outcome.documents})
 
 
 @contextmanager
-def _timed(device: torch.device, metrics: Path) -> Iterator[Peak]:
-    """Peak memory and seconds, those of attempts that were stopped before included."""
-    path = metrics / "interrupted.json"
-    earlier = read_json(path, "delete it and resume")["seconds"] if path.is_file() else 0.0
+def _timed(device: torch.device, metrics: Path | None) -> Iterator[Peak]:
+    """Peak memory and seconds, those of attempts that were stopped before included, which are kept in `metrics`."""
+    path = None if metrics is None else metrics / "interrupted.json"
+    earlier = read_json(path, "delete it and resume")["seconds"] if path is not None and path.is_file() else 0.0
     peak = Peak(device)
     try:
         with peak:
             yield peak
     except KeyboardInterrupt:
-        metrics.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"seconds": earlier + peak.seconds})
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"seconds": earlier + peak.seconds})
         raise
     peak.seconds += earlier
 
@@ -217,13 +276,14 @@ def _keep(metrics: Path, outcome: stages.Outcome, peak: Peak) -> None:
     (metrics / "interrupted.json").unlink(missing_ok=True)
 
 
-def _context(under_way: Session, scratch: Path) -> "stages.Context":
+def _context(under_way: Session, scratch: Path, ranks: Ranks) -> "stages.Context":
+    """For `ranks`, who share the work: all, or rank 0 alone."""
     place, inputs = under_way.directory, under_way.inputs
     baseline_step = under_way.steps[0]
     baseline = open_artifact(place.artifact(baseline_step.name))
     return stages.Context(
         baseline=baseline,
-        teacher=_teacher(under_way, baseline),
+        teacher=_teacher(under_way, baseline, ranks),
         baseline_metrics=place.metrics(baseline_step.name),
         teacher_states=place.teacher_states,
         scratch=scratch,
@@ -231,32 +291,40 @@ def _context(under_way: Session, scratch: Path) -> "stages.Context":
         dtype=under_way.compute.dtype,
         seed=under_way.recipe.seed,
         inputs=inputs,
-        stop=under_way.stop.asked.is_set,
+        stop=under_way.stop.agreed if ranks.size > 1 else under_way.stop.asked.is_set,
+        ranks=ranks,
     )
 
 
-def _teacher(under_way: Session, baseline: Artifact) -> Artifact | None:
+def _teacher(under_way: Session, baseline: Artifact, ranks: Ranks) -> Artifact | None:
     """The model given with --teacher as an artifact of this run; else the baseline, unless it came quantized."""
     key = under_way.inputs.teacher_fingerprint()
     if key is None:
         return None if baseline.linears else baseline
     final = under_way.directory.artifact(f"teacher-{key[:8]}")
+    if ranks.leads:
+        _make_teacher(under_way, key, final)
+    ranks.barrier()
+    return _opened(final)
+
+
+def _make_teacher(under_way: Session, key: str, final: Path) -> None:
     if final.is_dir():
-        return open_artifact(final)
+        return
     source = resolve_model(str(under_way.recipe.teacher))
     manifest = {"key": key, "parent": None, "stage": {"name": "teacher", "method": None, "settings": {"model": under_way.recipe.teacher}}}
     with under_way.directory.stage_held(final.name):
-        if final.is_dir():
-            return open_artifact(final)
-        return build_baseline(source, under_way.directory.scratch(final.name), final, manifest)
+        if not final.is_dir():
+            build_baseline(source, under_way.directory.scratch(final.name), final, manifest)
 
 
-def _need_finished(place: RunDirectory, steps: list[Step], address: str) -> None:
+def _need_finished(under_way: Session, address: str) -> None:
     """--from says: what lies before is taken as it is. It must be there."""
-    for step in steps:
+    states = _states(under_way)
+    for step in under_way.steps:
         if step.address == address:
             return
-        if place.state(step.name) != "done":
+        if states[step.address] != "done":
             raise UsageError(f"--from {address}: {step.address} is not finished with these settings; run without --from")
 
 

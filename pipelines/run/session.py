@@ -9,8 +9,12 @@ from typing import Any
 from ..allocation.choice import Choice
 from ..allocation.spending import spent
 from ..devices.compute import Compute
+from ..errors import UsageError
+from ..evaluation.perplexity import batches
 from ..planning.steps import Step, found_choice, plan_steps
+from ..ranks import ONE, SLOTS, Ranks
 from ..recipes.recipe import Recipe
+from ..recipes.stage_settings import methods
 from ..stages.inputs import Inputs
 from ..store.rundir import RunDirectory
 from .signals import Stop
@@ -33,6 +37,18 @@ class Session:
     warnings: dict[str, str] = field(default_factory=dict)
     table: Path | None = None
     choice: Choice | None = None
+    ranks: Ranks = ONE
+
+    def log(self, event: str, **fields: Any) -> None:
+        """One line of log.jsonl, which one rank writes."""
+        if self.ranks.leads:
+            self.directory.log(event, **fields)
+
+    def plan_and_share(self) -> None:
+        """Rank 0's plan, on every rank: it follows from what lies on the disk."""
+        if self.ranks.leads:
+            plan_run(self)
+        self.steps, self.table, self.choice = self.ranks.broadcast((self.steps, self.table, self.choice))
 
 
 def plan_run(under_way: Session) -> None:
@@ -44,8 +60,33 @@ def plan_run(under_way: Session) -> None:
         under_way.table, under_way.choice = found_choice(chosen, parent.key, inputs, compute, place)
 
 
+def check_ranks(chosen: Recipe, inputs: Inputs, ranks: Ranks) -> None:
+    """UsageError for ranks that would have nothing to do, with the number that has; a warning for those that idle while recovery trains."""
+    if ranks.size == 1:
+        return
+    if ranks.size > SLOTS:
+        raise UsageError(f"WORLD_SIZE {ranks.size}: the calibration text is shared out in {SLOTS} parts; start {SLOTS} processes or fewer")
+    if any(inputs.reads_calibration(spec, methods(spec.name)[spec.method]) for spec in chosen.stages):
+        samples, seq_len = chosen.calibration.samples, chosen.calibration.seq_len
+        if (parts := len(list(batches(samples, seq_len)))) < ranks.size:
+            each = next(batches(samples, seq_len)).stop
+            raise UsageError(
+                f"WORLD_SIZE {ranks.size}: calibration.samples {samples} of calibration.seq_len {seq_len} are {parts} batch{'es' * (parts > 1)}, so "
+                f"that {ranks.size - parts} of the ranks would have none; start {parts}, or set calibration.samples to {each * (ranks.size - 1) + 1} or more"
+            )
+    for spec in chosen.stages:
+        accumulation = getattr(spec.config, "accumulation", None)
+        if accumulation is not None and accumulation < ranks.size:
+            log.warning(
+                "%s: %d micro-batch%s a step for %d ranks: the others wait while it trains; %s.accumulation=%d with a smaller %s.batch_size keeps all at work",
+                spec.address, accumulation, "es" * (accumulation > 1), ranks.size, spec.address, ranks.size, spec.address,
+            )  # fmt: skip
+
+
 def take_up(under_way: Session) -> None:
     """Make these steps the plan of record, and say what it sends back to work."""
+    if not under_way.ranks.leads:
+        return
     place = under_way.directory
     announce(under_way.steps, under_way.before, under_way.compute, place)
     place.write_recipe(under_way.recipe.to_yaml())

@@ -1,23 +1,35 @@
-"""The signals that ask a run to stop: a Stop that SIGINT and SIGTERM reach. Knows the process; no run, no stage."""
+"""The signals that ask a run to stop: a Stop that SIGINT and SIGTERM reach. Knows the process and its ranks; no run, no stage."""
 
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..ranks import ONE, Ranks
+
 log = logging.getLogger("bitmend")
+TWICE_SECONDS = 5.0
+"""Of several ranks, signals so close to one another are one."""
 
 
 @dataclass
 class Stop:
     """SIGINT and SIGTERM. While a stage is at work (`patient`) they ask it to end at its next block or step; a second one, or one at any
-    other time, ends the run at once: everything on disk is whole at every moment."""
+    other time, ends the run at once: everything on disk is whole at every moment. Several ranks agree, so that they end at the same one; a launcher
+    and the watchdog may hand each the same signal twice."""
 
     asked: threading.Event = field(default_factory=threading.Event)
     working: bool = False
+    ranks: Ranks = ONE
+    since: float = 0.0
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked; all call it."""
+        return self.ranks.agree(self.asked.is_set())
 
     @contextmanager
     def patient(self) -> Iterator[None]:
@@ -26,20 +38,23 @@ class Stop:
             yield
         finally:
             self.working = False
-        if self.asked.is_set():
+        if self.agreed():
             raise KeyboardInterrupt
 
     def ask(self, number: int, frame: Any) -> None:
+        if self.asked.is_set() and self.ranks.size > 1 and time.monotonic() - self.since < TWICE_SECONDS:
+            return
         if self.asked.is_set() or not self.working:
             raise KeyboardInterrupt
         self.asked.set()
+        self.since = time.monotonic()
         log.warning("stopping; everything finished so far is kept, the same command goes on")
 
 
 @contextmanager
-def signals() -> Iterator[Stop]:
+def signals(ranks: Ranks = ONE) -> Iterator[Stop]:
     """A Stop that SIGINT and SIGTERM reach; in a thread that is not the main one nothing does."""
-    stop = Stop()
+    stop = Stop(ranks=ranks)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

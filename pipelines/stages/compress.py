@@ -6,7 +6,7 @@ Knows the walk and the bookkeeping; one matrix is `matrices`' business, what lie
 Legend: N windows, T tokens.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..errors import InputError, UsageError
 from ..evaluation.perplexity import embedded
 from ..logs import bar
 from ..models.blocks import StreamedModel
-from ..models.collecting import collect, collect_head, collecting, dense_inputs_of, input_groups
+from ..models.collecting import collect, collect_head, dense_inputs_of, input_groups, through_head
 from ..models.hidden import Room
 from ..models.reading import BlockReader, BlockTensors
 from ..models.sizes import fallback_notes
@@ -162,7 +162,8 @@ def _statistics(stage: Stage, states: States, index: int, sites: list[Site]) -> 
         source, hidden = stage.dense, states.dense
     if "cross_moment" in needs and stage.dense is not None:
         with dense_inputs_of(stage.dense, sites) as paired:
-            collect(source, index, _behind_dense(states, paired, partial(stage.dense.run_block, index)), sites, needs, statistics, paired)
+            dense = _dense_first(states, paired, partial(stage.dense.run_block, index))
+            collect(source, index, hidden, sites, needs, statistics, paired, dense)
     elif sites:
         collect(source, index, hidden, sites, needs, statistics)
     for site in sites:
@@ -175,14 +176,17 @@ def _statistics(stage: Stage, states: States, index: int, sites: list[Site]) -> 
     return statistics
 
 
-def _behind_dense(states: States, paired: dict[str, list[Tensor]], run: Callable[[Tensor], Any]) -> Iterator[Tensor]:
-    """Every batch of hidden states once the dense model's states of the same text have run, and no longer with those of the batch before."""
+def _dense_first(states: States, paired: dict[str, list[Tensor]], run: Callable[[Tensor], object]) -> Callable[[int], None]:
+    """By the number of a batch: run the dense model's states of the same text, and forget those of the batch before."""
     assert states.dense is not None
-    for h, dense_h in zip(states.hidden, states.dense, strict=True):
+    dense = states.dense
+
+    def before(number: int) -> None:
         for inputs in paired.values():
             inputs.clear()  # also those of sites that read what another one reads
-        run(dense_h)
-        yield h
+        run(dense[number])
+
+    return before
 
 
 def _head_statistics(stage: Stage, states: States, site: Site) -> InputStatistics:
@@ -190,18 +194,12 @@ def _head_statistics(stage: Stage, states: States, site: Site) -> InputStatistic
     needs = stage.collected
     with torch.no_grad():
         if "cross_moment" in needs and stage.dense is not None:
-            with dense_inputs_of(stage.dense, [site]) as paired, collecting(stage.model, [site], needs, statistics, paired):
-                for h in _behind_dense(states, paired, partial(_window_by_window, stage.dense)):
-                    _window_by_window(stage.model, h)
+            with dense_inputs_of(stage.dense, [site]) as paired:
+                dense = _dense_first(states, paired, partial(through_head, stage.dense, site))
+                collect_head(stage.model, states.hidden, site, needs, statistics, paired, dense)
         else:
             collect_head(stage.model, states.hidden, site, needs, statistics)
     return statistics.get(site.name) or InputStatistics(site.shape[1], needs, stage.context.device)
-
-
-def _window_by_window(model: StreamedModel, hidden_NTD: Tensor) -> None:
-    """Through the head, whose logits are too many for all windows at once."""
-    for row in hidden_NTD.split(1):
-        model.logits(row)
 
 
 def _write(stage: Stage, index: int, part: str, records: Mapping[str, StoredWeight], layers: list[dict[str, Any]]) -> None:

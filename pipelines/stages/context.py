@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..ranks import ONE, Ranks
 from ..store.artifact import Artifact
 from .inputs import Inputs
 
@@ -15,7 +16,8 @@ from .inputs import Inputs
 class Context:
     """`teacher` is whom recovery imitates: the baseline, or the model given with --teacher; None when the baseline is itself a quantized
     checkpoint and no teacher was given. `teacher_states` is where what it computed may be kept for other stages. `scratch` is the stage's own directory, where it may keep what makes it resumable; `stop()` says that the user asked to end:
-    a stage then saves what it has and raises KeyboardInterrupt (`check_stop`)."""
+    a stage then saves what it has and raises KeyboardInterrupt (`check_stop`). Where several `ranks` share a stage, they agree in `stop()`, which all
+    call equally often."""
 
     baseline: Artifact
     teacher: Artifact | None
@@ -27,6 +29,7 @@ class Context:
     seed: int
     inputs: Inputs
     stop: Callable[[], bool]
+    ranks: Ranks = ONE
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,10 @@ class Inputs:
             return [*parts, self.calibration_fingerprint() if _needs(spec, row) else None, self.teacher_fingerprint()]
         return [self.calibration_fingerprint() if _needs(spec, row) else None]
 
+    def reads_calibration(self, spec: StageSpec, row: Any) -> bool:
+        """Whether a stage's result depends on the calibration text."""
+        return _needs(spec, row)
+
     def teacher_fingerprint(self) -> str | None:
         """Names the weights of the model given with --teacher."""
         if self.recipe.teacher is None:

@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..evaluation.perplexity import embedded
 from ..logs import bar
 from ..models.blocks import StreamedModel
-from ..models.collecting import collecting
+from ..models.collecting import gather
 from ..models.hidden import Room
 from ..store.artifact import Artifact
 from .context import Context, check_stop
@@ -42,9 +42,7 @@ def requantize_trained(
             run = partial(_run, trained, calls, index)
             sites = [site for site in trained.structure.of_block(index) if site.name in unrounded]
             statistics: dict[str, InputStatistics] = {}
-            with collecting(trained, sites, NEEDS, statistics):
-                for states in hidden:
-                    run(states)
+            gather(trained, hidden, sites, NEEDS, statistics, lambda _, states, run=run: run(states))
             for site in sites:
                 linear = trained.model.get_submodule(site.name if site.expert is not None else site.module)
                 _round(site.name, linear, unrounded[site.name], statistics[site.name])

@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..evaluation.perplexity import embedded
 from ..logs import bar
 from ..models.blocks import StreamedModel
-from ..models.collecting import collecting
+from ..models.collecting import gather
 from ..models.hidden import Room
 from ..models.structure import Site
 from ..recipes.stage_settings import StageSpec
@@ -62,8 +62,8 @@ def outlier_shares(spec: StageSpec, blocks: dict[int, list[Site]], context: Cont
     with torch.no_grad(), bar(f"{spec.address} {spec.method}: outliers, blocks", len(blocks)) as shown:
         for index in islice(model.walk(), max(blocks) + 1):
             sites, statistics = blocks.get(index, []), dict[str, InputStatistics]()
-            with collecting(model, sites, frozenset({"norms"}), statistics):
-                hidden.through(partial(model.run_block, index))
+            run = partial(model.run_block, index)
+            gather(model, hidden, sites, frozenset({"norms"}), statistics, lambda number, h, run=run: hidden.put(number, run(h)))
             if sites:
                 shares.append(outlier_share([_weight_and_norms(model, site, statistics) for site in sites]))
                 shown.advance()

@@ -20,11 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, UsageError
+from ..ranks import Ranks
 from .files import PARTIAL, checksum, disk_errors, read_json, write_bytes, write_json
 
 SCHEMA = 1
 HEARTBEAT_SECONDS = 10
 STALE_SECONDS = 60
+APPEARING_SECONDS = 60.0
+"""How long a network's file system may take to show one machine what another one wrote."""
 RECIPE_CHECKSUM = "# checksum of the lines above: "
 TRAINING_STATE = "training.safetensors"
 """In the scratch directory of a stage that trains: where it is, to go on from."""
@@ -199,6 +202,34 @@ def _heartbeat(path: Path) -> Iterator[None]:
         done.set()
         thread.join()
         beat.unlink(missing_ok=True)
+
+
+def appears(path: Path, seconds: float = APPEARING_SECONDS) -> bool:
+    """Whether a file or directory that another rank wrote is here, now or before long."""
+    until = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+        with suppress(OSError):
+            os.listdir(path.parent)  # has a client of NFS ask again
+    return True
+
+
+def check_shared(directory: Path, ranks: Ranks) -> None:
+    """InputError that names a rank to which rank 0's run directory is another place, or none."""
+    path = directory / f".seen-by-all-{ranks.broadcast(os.urandom(4).hex())}"
+    if ranks.leads:
+        path.touch()
+    ranks.barrier()
+    blind = [host for host in ranks.gathered(None if appears(path, APPEARING_SECONDS / 4) else socket.gethostname()) if host is not None]
+    if ranks.leads:
+        path.unlink()
+    if blind:
+        raise InputError(
+            f"{directory}: rank 0 wrote a file there that {blind[0]} does not see; all machines need one file system for the run: give -o on one "
+            "that they share"
+        )
 
 
 def holding_run(path: Path) -> RunDirectory | None:

@@ -31,6 +31,29 @@ def test_pieces_add_up_to_the_definition(features):
     assert torch.equal(found.samples_TI, x[:25])
 
 
+def test_statistics_added_are_the_sums_of_their_parts_in_order_and_the_first_samples():
+    x, dense = stream(300)
+    parts = []
+    for part, other in zip(x.split(15), dense.split(15), strict=True):
+        parts.append(InputStatistics(300, INPUT_NEEDS, max_samples=25))
+        parts[-1].update(part, other)
+    total = InputStatistics(300, INPUT_NEEDS, max_samples=25)
+    total.factors["old"] = 1
+    for part in (InputStatistics(300, INPUT_NEEDS, max_samples=25), *parts):
+        total.add(part)
+    assert total.tokens == 60 and not total.factors
+    for name in ("abs_sum_I", "moment_sum_II", "cross_sum_II"):
+        first, *others = (getattr(part, name) for part in parts)
+        for other in others:
+            first = first + other
+        assert torch.equal(getattr(total, name), first), name
+    assert torch.equal(total.absmax_I, x.abs().amax(0))
+    assert total.samples_TI is not None and torch.equal(total.samples_TI, x[:25])
+    assert parts[0].moment_sum_II is not None and torch.allclose(parts[0].moment_sum_II.triu(), (x[:15].T @ x[:15]).triu(), atol=1e-5), "left as it was"
+    with pytest.raises(ValueError, match=r"\(4, \[\], 512\).*cannot be added to those of \(300"):
+        total.add(InputStatistics(4, frozenset()))
+
+
 def test_norms_are_the_same_with_and_without_the_moment():
     x, _ = stream(70)
     plain, full = InputStatistics(70, frozenset()), InputStatistics(70, frozenset({"second_moment"}))

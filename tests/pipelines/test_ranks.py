@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from .runs import Processes, processes
+from .runs import Processes
 
 SUMS = """
 import torch
 from bitmend.pipelines import ranks
 
-mine, _ = ranks.join()
+mine = ranks.join()
 ranks.PIECE = 1000  # several pieces, the last one short
 for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int64):
     units = [(torch.rand(37, 61, generator=torch.Generator().manual_seed(u)) * 1000).to(dtype) for u in range(11)]
@@ -27,18 +27,12 @@ assert torch.equal(ranks.OrderedSum(mine, torch.ones(3)).total(), torch.zeros(3)
 assert mine.in_order({u: str(u) for u in range(10) if mine.owns(u)}) == {u: str(u) for u in range(10)}
 assert mine.agree(mine.rank == mine.size - 1) and not mine.agree(False)
 assert mine.broadcast(mine.rank, mine.size - 1) == mine.size - 1 and mine.gathered(mine.rank) == list(range(mine.size))
-if mine.size > 1:
-    ranks.leave()
+assert list(mine.streamed([torch.tensor(u) for u in range(5) if mine.owns(u)], 5)) == ([*range(5)] if mine.leads else [])
+ranks.leave()
 """
 
 
-@pytest.fixture(scope="module")
-def started():
-    with processes() as server:
-        yield server
-
-
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_sums_have_the_same_bits_on_any_number_of_ranks(started: Processes, tmp_path: Path, size: int) -> None:
+def test_sums_have_the_same_bits_on_any_number_of_ranks(commands: Processes, tmp_path: Path, size: int) -> None:
     log = tmp_path / "log"
-    assert started.ranks(size, log, code=SUMS) == [0] * size, [Path(f"{log}.{r}").read_text() for r in range(size)]
+    assert commands.ranks(size, log, code=SUMS) == [0] * size, [Path(f"{log}.{r}").read_text() for r in range(size)]

@@ -8,7 +8,8 @@ import torch
 from bitmend.compress.statistics import InputStatistics
 from bitmend.pipelines.evaluation.perplexity import last_hidden
 from bitmend.pipelines.models.blocks import StreamedModel
-from bitmend.pipelines.models.collecting import collect, collecting
+from bitmend.pipelines.models.collecting import collect, collecting, gather
+from bitmend.pipelines.models.hidden import HiddenStates, Room
 from bitmend.pipelines.stages.baseline import build_baseline, fingerprint
 from bitmend.pipelines.store.artifact import Artifact, ArtifactWriter, open_artifact
 from bitmend.recover.extra_modules import Beside, Place, Tokens, start_tensors
@@ -69,11 +70,9 @@ def test_blocks_that_stop_at_their_last_input_give_the_statistics_of_whole_ones(
     whole: dict[str, InputStatistics] = {}
     stopped: dict[str, InputStatistics] = {}
     with torch.no_grad():
-        hidden = [streamed.embed(part) for part in ids.split(2)]
+        hidden = HiddenStates.of((streamed.embed(part) for part in ids.split(2)), Room(CPU))
         streamed.load_block(0)
-        with collecting(streamed, sites, needs, whole):
-            for h in hidden:
-                streamed.run_block(0, h)
+        gather(streamed, hidden, sites, needs, whole, lambda _, h: streamed.run_block(0, h))
         collect(streamed, 0, hidden, sites, needs, stopped)
     assert whole.keys() == stopped.keys()
     for name, found in whole.items():
@@ -89,7 +88,7 @@ def test_the_product_behind_the_last_input_is_left_out(tmp_path: Path) -> None:
         hidden = [streamed.embed(torch.arange(3, 27).view(1, -1))] * 3
         block = streamed.load_block(0)
         block.mlp.down_proj.register_forward_hook(lambda *_: finished.append(1))
-        collect(streamed, 0, hidden, streamed.structure.of_block(0), frozenset({"norms"}), {})
+        collect(streamed, 0, HiddenStates.of(hidden, Room(CPU)), streamed.structure.of_block(0), frozenset({"norms"}), {})
     assert len(finished) == 1
 
 

@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from bitmend.pipelines.devices.compute import Compute
 from bitmend.pipelines.export import exporting
+from bitmend.pipelines.planning import steps
 from bitmend.pipelines.planning.plan import predict, refusals
 from bitmend.pipelines.run import runner
+from bitmend.pipelines.stages.inputs import Inputs
 
 from ..families import save_speaking
 from ..runs import CHAIN, Processes, chosen, write_recipe
@@ -155,3 +159,16 @@ def test_a_dry_run_does_nothing(commands: Processes, small_model: Path, small_te
     assert not (tmp_path / "run").exists()
     assert commands.run([*arguments, "--dry-run", "--set", "quantize.group_size=48"], tmp_path / "log") == 2
     assert "error: this run would be refused: quantize: model.layers.0" in (tmp_path / "log").read_text()
+
+
+def test_the_order_of_sums_is_in_the_keys_of_stages_that_read_calibration_text(
+    small_model: Path, small_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = chosen(tmp_path, small_model, small_text, [{"quantize": {"method": "nf4"}}, QERA, {"recover": {"method": "lora"}}])
+
+    def keys() -> list[str]:
+        return [step.key for step in steps.plan_steps(recipe, small_model, Inputs(recipe, small_model), Compute(torch.device("cpu"), torch.float32))]
+
+    now = keys()
+    monkeypatch.setattr(steps, "SUMS", steps.SUMS - 1)
+    assert [a == b for a, b in zip(now, keys(), strict=True)] == [True, True, False, False]
