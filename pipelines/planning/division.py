@@ -10,6 +10,7 @@ from typing import Literal
 
 from ..devices.rates import Work
 from ..ranks import PIECE
+from ..stages.shared_inputs import spread
 
 SLOTS_OF_TEXT, MICRO_BATCHES = "slots of calibration text", "micro-batches of an update"
 """Names of pieces of which a recipe may have too few."""
@@ -47,7 +48,7 @@ class Divided:
     def owners(self, size: int) -> list[int]:
         if not self.by_cost:
             return [number % size for number in range(len(self.pieces))]
-        return owners_by_cost([piece.weight for piece in self.pieces], size)
+        return spread([piece.weight for piece in self.pieces], size)
 
     def whole(self) -> Work:
         """Of one process."""
@@ -60,15 +61,6 @@ class Divided:
         return work * self.times
 
 
-def owners_by_cost(costs: Sequence[float], size: int) -> list[int]:
-    """The dearest first, each to the rank that has least; ties by number."""
-    loads, found = [0.0] * size, [0] * len(costs)
-    for number in sorted(range(len(costs)), key=lambda n: (-costs[n], n)):
-        owner = min(range(size), key=lambda rank: (loads[rank], rank))
-        loads[owner], found[number] = loads[owner] + costs[number], owner
-    return found
-
-
 def in_turn(name: str, work: Work, counts: Sequence[float], times: float = 1.0) -> Divided:
     """`work` of the whole stage in pieces of so many windows (or micro-batches) each."""
     whole = sum(counts) * times
@@ -78,10 +70,11 @@ def in_turn(name: str, work: Work, counts: Sequence[float], times: float = 1.0) 
 @dataclass(frozen=True)
 class Exchange:
     """Collectives of one kind, `times` over. `sum`: `ranks.OrderedSum` of `units` tensors of `numbers` of `itemsize` bytes. `gathered`: what all ranks
-    hold together, in equal parts, each with every rank afterwards; `broadcast`: what rank 0 says; `agreed`: a flag."""
+    hold together, in equal parts, each with every rank afterwards (`units`: as often as there are rounds of them); `broadcast`: what rank 0 says;
+    `agreed`: a flag; `streamed`: what others have, to rank 0 alone."""
 
     name: str
-    kind: Literal["sum", "gathered", "broadcast", "agreed"]
+    kind: Literal["sum", "gathered", "broadcast", "agreed", "streamed"]
     numbers: float = 0.0
     itemsize: int = 1
     units: int = 1
@@ -89,9 +82,9 @@ class Exchange:
 
     def calls(self, size: int) -> float:
         """Collectives that each rank takes part in: an object's size goes ahead of it."""
-        if size == 1:
+        if size == 1 or self.kind == "streamed":
             return 0.0
-        return self.times * (len(self._widths(size)) * (self._rounds(size) + 1) if self.kind == "sum" else 2)
+        return self.times * (len(self._widths(size)) * (self._rounds(size) + 1) if self.kind == "sum" else 2 * self._rounds(size))
 
     def sent(self, size: int) -> float:
         """Bytes that the rank that sends most hands to others."""
@@ -100,6 +93,8 @@ class Exchange:
         others = size - 1
         if self.kind == "sum":
             each = sum(others * self.itemsize * (self._rounds(size) * (width + 1) + width) for width in self._widths(size))
+        elif self.kind == "streamed":
+            each = self.numbers * self.itemsize / size
         elif self.kind == "gathered":
             each = others * self.numbers * self.itemsize / size
         else:

@@ -19,6 +19,7 @@ from ..models.structure import Site, is_tied
 from ..ranks import SLOTS
 from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec, methods
+from ..stages.shared_inputs import solving_cost
 from .anatomy import Anatomy
 from .division import SLOTS_OF_TEXT, Divided, Exchange, Piece, in_turn
 from .solver_costs import Cost, factor_work, solver_cost
@@ -176,7 +177,7 @@ def compressed(plan: CostPlan, spec: StageSpec, records: bool, first: bool, writ
         hidden,
         _shared(plan, (running + unneeded + gathered) * anatomy.blocks, windows, seq_len, pieces if row.scope == "matrix" else None),
         {name: each * anatomy.blocks for name, each in alone.items()} | {"opening": opening},
-        _sums_sent(plan, sites, needs, written, len(plan.batches(windows, seq_len))),
+        _sums_sent(plan, spec, sites, needs, written, windows, seq_len),
     )
     return _with_rest(plan, spec, whole)
 
@@ -242,7 +243,7 @@ def _solved(
         kept += found
         for few in _units(spec, together):
             own = sum((solving[site.name] for site in few), Work())
-            pieces.append(Piece(own, sum(site.shape[0] * float(width) ** 2 for site in few), number))
+            pieces.append(Piece(own, solving_cost(few), number))
     return Cost(work, max(peak, kept)), kept, Divided("matrices of a block", tuple(pieces), plan.anatomy.blocks, first, by_cost=True)
 
 
@@ -313,16 +314,31 @@ LATENT = 40.0
 """Reads and writes of a weight in float32 while a latent is rounded, goes back and is moved."""
 
 
-def _sums_sent(plan: CostPlan, sites: list[Site], needs: frozenset[str], written: float, batches: int) -> tuple[Exchange, ...]:
-    """Statistics of the slots, summed; records, known to all; what was written, said by rank 0."""
+def _sums_sent(
+    plan: CostPlan, spec: StageSpec, sites: list[Site], needs: frozenset[str], written: float, windows: int, seq_len: int
+) -> tuple[Exchange, ...]:
+    """What ranks tell one another about a stage's blocks (models/slot_sums, stages/shared_inputs, store/artifact)."""
+    blocks, inputs = plan.anatomy.blocks, plan.anatomy.inputs(sites)
+    slots = min(SLOTS, len(plan.batches(windows, seq_len)))
+    rows = min(SAMPLES, windows * seq_len)
+    times = float(blocks) * (len(inputs) if spec.true_sequential and needs - {"fisher"} else 1)
+    widths = [together[0].shape[1] for together in inputs]
     squares = ("second_moment" in needs) + ("cross_moment" in needs)
-    widths = [together[0].shape[1] for together in plan.anatomy.inputs(sites)]
-    sums = [Exchange("moments", "sum", float(width**2), 4, min(SLOTS, batches), plan.anatomy.blocks * squares) for width in widths if squares]
-    records = Exchange("records", "gathered", written / plan.anatomy.blocks, times=plan.anatomy.blocks)
-    return (*sums, records, Exchange("what was written", "broadcast", times=plan.anatomy.blocks))
+    doubles = ("second_moment" not in needs) + ("absmean" in needs)
+    beside = sum(4.0 * rows * width + slots * width * (8.0 * doubles + 4.0 * ("absmax" in needs)) for width in widths)
+    return (
+        *(Exchange("moments", "sum", float(width) ** 2, 4, slots, blocks) for width in widths for _ in range(squares)),
+        Exchange("tokens of each slot", "gathered", units=slots, times=times),
+        Exchange("samples and vectors", "gathered", beside * blocks / times, times=times),
+        Exchange("records", "gathered", written / blocks * blocks / times, times=times),
+        Exchange("what was written", "broadcast", times=blocks + 1.0),
+        Exchange("whether to keep hidden states", "broadcast", times=blocks - 1.0),
+        Exchange("whether to stop", "agreed", times=blocks),
+        Exchange("beginning and end", "broadcast", times=3.0),
+    )
 
 
 def _scores_sent(hidden: float, windows: int, teacher: bool) -> tuple[Exchange, ...]:
-    """Scores; of the baseline its last hidden states."""
-    scores = Exchange("scores", "gathered", 24.0 * windows)
-    return (scores,) if teacher else (scores, Exchange("hidden states", "gathered", hidden))
+    """Whether numbers are finite, and scores; of the baseline its last hidden states, batch by batch to rank 0."""
+    scores = Exchange("scores", "gathered", 24.0 * windows), Exchange("what was not finite", "gathered")
+    return scores if teacher else (*scores, Exchange("hidden states", "streamed", hidden))
