@@ -13,6 +13,8 @@ from torch import Tensor
 
 NEEDS = frozenset({"norms", "absmax", "absmean", "second_moment", "cross_moment", "samples", "fisher"})
 """Every statistic a method can ask for; `fisher` concerns the weight, all others its input."""
+MOMENTS = {"second_moment": "moment_sum_II", "cross_moment": "cross_sum_II"}
+"""The sums that are as large as a weight."""
 SAMPLES = 512
 """Rows of an input that `samples` keeps: the first ones."""
 _STRIPE = 256
@@ -91,7 +93,7 @@ class InputStatistics:
         if (self.features, self.needs, self.max_samples) != (other.features, other.needs, other.max_samples):
             mine, theirs = ((s.features, sorted(s.needs), s.max_samples) for s in (self, other))
             raise ValueError(f"statistics of {theirs} (features, needs, samples) cannot be added to those of {mine}")
-        for name in ("square_sum_I", "abs_sum_I", "moment_sum_II", "cross_sum_II", "max_I"):
+        for name in ("square_sum_I", "abs_sum_I", *MOMENTS.values(), "max_I"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if theirs is None:
                 continue
@@ -107,6 +109,17 @@ class InputStatistics:
             self.samples_TI = fresh.clone() if self.samples_TI is None else torch.cat((self.samples_TI, fresh))
         self.tokens += other.tokens
         self.factors.clear()
+
+    def without_moments(self, before: int, device: torch.device) -> "InputStatistics":
+        """The rest on a device, and of the samples those for which there is room behind `before` rows."""
+        other = InputStatistics(self.features, self.needs, device, self.max_samples, self.tokens)
+        for name in ("square_sum_I", "abs_sum_I", "max_I"):
+            sums = getattr(self, name)
+            setattr(other, name, None if sums is None else sums.to(device))
+        room = self.max_samples - before
+        if self.samples_TI is not None and room > 0:
+            other.samples_TI = self.samples_TI[:room].to(device)
+        return other
 
     @property
     def norm_I(self) -> Tensor:

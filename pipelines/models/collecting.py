@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ...compress.statistics import InputStatistics
-from ..errors import InputError
-from ..ranks import SLOTS
 from .blocks import StreamedModel
 from .hidden import HiddenStates
+from .sharding import Share
+from .slot_sums import SlotSums
 from .structure import Site
 
 
@@ -94,42 +94,21 @@ def gather(
     statistics: dict[str, InputStatistics],
     run: Callable[[int, Tensor], object],
     dense_inputs: Mapping[str, list[Tensor]] | None = None,
+    share: Share | None = None,
 ) -> None:
-    """Into `statistics` what enters the sites while `run(number, batch)` takes every batch of the hidden states, slot after slot: batch b is
-    of slot b % SLOTS, sums are those of the slots in their order. InputError for sites that read one tensor in one slot and several in another."""
-    order = [[*range(slot, len(hidden), SLOTS)] for slot in range(min(SLOTS, len(hidden)))]
-    batches = hidden.at([number for numbers in order for number in numbers])
-    found: dict[str, InputStatistics] = {}
+    """Into `statistics` what enters the sites while `run(place, batch)` takes every batch of the hidden states, slot after slot; sums are those of
+    the slots in their order. `hidden` are this rank's `share` of all (None: all there are), the sums are of all ranks. InputError for sites
+    that read one tensor in one slot and several in another."""
+    rounds = (share := share or Share(len(hidden))).rounds
+    batches = hidden.at([place for places in rounds for place in places])
+    sums, found = SlotSums(sites, needs, model.device, share.ranks), dict[str, InputStatistics]()
     with collecting(model, sites, needs, found, dense_inputs) as begin:
-        for numbers in order:
-            for number in numbers:
-                run(number, next(batches))
-            _add_slot(statistics, found)
+        for places in rounds:
+            for place in places:
+                run(place, next(batches))
+            sums.add(found)
             begin()
-
-
-def _add_slot(statistics: dict[str, InputStatistics], found: Mapping[str, InputStatistics]) -> None:
-    """To the sums of the slots before it."""
-    for names, gathered in sharing(found):
-        before = {id(s): s for n in names if (s := statistics.get(n)) is not None and s.tokens}
-        sharers = {n for n, s in statistics.items() if id(s) in before}
-        if len(before) > 1 or (sharers and sharers != set(names)):
-            raise InputError(f"{', '.join(names)}: read one tensor at times and several at others; this architecture is not supported")
-        for total in before.values():
-            total.add(gathered)
-        if not before:
-            statistics.update(dict.fromkeys(names, gathered))
-    for name, idle in found.items():
-        statistics.setdefault(name, idle)
-
-
-def sharing(statistics: Mapping[str, InputStatistics]) -> list[tuple[tuple[str, ...], InputStatistics]]:
-    """Every accumulator that has seen a token, with the sites that read its input."""
-    names: dict[int, tuple[str, ...]] = {}
-    for name, found in statistics.items():
-        if found.tokens:
-            names[id(found)] = (*names.get(id(found), ()), name)
-    return [(together, statistics[together[0]]) for together in names.values()]
+    statistics.update(sums.total())
 
 
 def collect(
@@ -141,26 +120,27 @@ def collect(
     statistics: dict[str, InputStatistics],
     dense_inputs: Mapping[str, list[Tensor]] | None = None,
     before: Callable[[int], object] | None = None,
+    share: Share | None = None,
 ) -> None:
-    """`gather` from a loaded block; `before` is called with the number of the batch that will enter it. The first batch shows which input
+    """`gather` from a loaded block; `before` is called with the place of the batch that will enter it. The first batch shows which input
     comes last; the others run no further than that, so the product behind it is left out. Experts run to the end."""
     modules = {site.module: model.model.get_submodule(site.module) for site in sites}
     called: list[str] = []
     handles = [m.register_forward_pre_hook(lambda *_, name=name: called.append(name)) for name, m in modules.items()]
 
-    def run(number: int, hidden_NTD: Tensor) -> None:
+    def run(place: int, hidden_NTD: Tensor) -> None:
         if before is not None:
-            before(number)
+            before(place)
         with suppress(_Enough):
             model.run_block(index, hidden_NTD)
-        if number == 0:
+        if place == 0:
             while handles:
                 handles.pop().remove()
             if called and sorted(called) == sorted(modules) and not any(site.expert is not None for site in sites):
                 handles.append(modules[called[-1]].register_forward_pre_hook(_stop))
 
     try:
-        gather(model, hidden, sites, needs, statistics, run, dense_inputs)
+        gather(model, hidden, sites, needs, statistics, run, dense_inputs, share)
     finally:
         for handle in handles:
             handle.remove()
@@ -174,15 +154,16 @@ def collect_head(
     statistics: dict[str, InputStatistics],
     dense_inputs: Mapping[str, list[Tensor]] | None = None,
     before: Callable[[int], object] | None = None,
+    share: Share | None = None,
 ) -> None:
     """The same of the output head, from hidden states that leave the last block, window by window; its product is left out."""
 
-    def run(number: int, hidden_NTD: Tensor) -> None:
+    def run(place: int, hidden_NTD: Tensor) -> None:
         if before is not None:
-            before(number)
+            before(place)
         through_head(model, site, hidden_NTD)
 
-    gather(model, hidden, [site], needs, statistics, run, dense_inputs)
+    gather(model, hidden, [site], needs, statistics, run, dense_inputs, share)
 
 
 def through_head(model: StreamedModel, site: Site, hidden_NTD: Tensor) -> None:

@@ -44,10 +44,10 @@ class Room:
     scratch: Path | None = None
 
     @classmethod
-    def measured(cls, device: torch.device, scratch: Path) -> Self:
-        """A share of what is free now."""
-        host = torch.device("cpu")
-        return cls(device, SHARE * free_bytes(device), SHARE * free_bytes(host) if device.type == "cuda" else 0, scratch)
+    def measured(cls, device: torch.device, scratch: Path, processes: int = 1) -> Self:
+        """A share of what is free now; the host's is divided among the processes."""
+        host = SHARE * free_bytes(torch.device("cpu")) / processes
+        return cls(device, SHARE * free_bytes(device), host, scratch) if device.type == "cuda" else cls(device, host, 0, scratch)
 
     @property
     def memory_bytes(self) -> float:
@@ -219,6 +219,11 @@ class HiddenStates:
         return [slot.place for slot in self.slots]
 
     @property
+    def counts(self) -> list[int]:
+        """Windows of every batch."""
+        return [slot.tensor.shape[0] for slot in self.slots]
+
+    @property
     def tokens(self) -> int:
         return sum(slot.tensor.shape[0] * slot.tensor.shape[1] for slot in self.slots)
 
@@ -236,19 +241,22 @@ class HiddenStates:
         """[M, T, D] on the device."""
         return torch.cat(list(self))
 
-    def save(self, path: Path) -> None:
-        """[M, T, D] as the tensor `hidden` of a safetensors file, written batch by batch; how many windows each has is in its header."""
+    def save(self, path: Path, batches: Iterable[Tensor] | None = None, counts: Sequence[int] | None = None) -> None:
+        """[M, T, D] as the tensor `hidden` of a safetensors file, written batch by batch; how many windows each has (`counts`) is in its header.
+        `batches`: instead of these alone, all, of which these are some."""
         (_, length, width), dtype = self.slots[0].tensor.shape, self.slots[0].tensor.dtype
-        size = sum(slot.size for slot in self.slots)
-        entry = {"dtype": NAMES[str(dtype)], "shape": [self.windows, length, width], "data_offsets": [0, size]}
-        keep_pieces(path, {"hidden": entry}, map(data_of, self), {WINDOWS: json.dumps([slot.tensor.shape[0] for slot in self.slots])})
+        counts = self.counts if counts is None else list(counts)
+        size = sum(counts) * length * width * dtype.itemsize
+        entry = {"dtype": NAMES[str(dtype)], "shape": [sum(counts), length, width], "data_offsets": [0, size]}
+        keep_pieces(path, {"hidden": entry}, map(data_of, self if batches is None else batches), {WINDOWS: json.dumps(counts)})
 
     @classmethod
-    def load(cls, path: Path, room: Room) -> Self:
-        """The same batches, read one by one from a file that `save` wrote and nobody has touched since."""
+    def load(cls, path: Path, room: Room, mine: Callable[[int], bool] = lambda number: True) -> Self:
+        """The same batches, or those whose number is `mine`, read one by one from a file that `save` wrote and nobody has touched since."""
         with safetensors.safe_open(path, framework="pt") as file:
             hidden, ends = file.get_slice("hidden"), list(accumulate(json.loads(file.metadata()[WINDOWS]), initial=0))
-            return cls.of((hidden[start:end].to(room.device) for start, end in pairwise(ends)), room)
+            wanted = (ends for number, ends in enumerate(pairwise(ends)) if mine(number))
+            return cls.of((hidden[start:end].to(room.device) for start, end in wanted), room)
 
     def rows(self) -> "StateRows":
         return StateRows(self)

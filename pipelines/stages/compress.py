@@ -17,7 +17,6 @@ from ...compress.methods import Method
 from ...compress.statistics import InputStatistics
 from ...compress.weights import StoredWeight
 from ..errors import InputError, UsageError
-from ..evaluation.perplexity import embedded
 from ..logs import bar
 from ..models.blocks import StreamedModel
 from ..models.collecting import collect, collect_head, dense_inputs_of, input_groups, through_head
@@ -29,11 +28,11 @@ from ..recipes.stage_settings import StageSpec, methods
 from ..store.artifact import Artifact, ArtifactWriter, shards_of
 from .context import Context, Outcome, check_stop
 from .fisher import fisher_diagonal
-from .matrices import Stage
+from .matrices import Stage, calibration, looks_at_inputs
 from .outside_blocks import said_of_rest, write_rest
 from .shared_inputs import solve_all
 from .sparsity_shares import shared_sparsity
-from .walked import Checkpoints, States
+from .walked import Checkpoints, States, entering, share_of
 from .whole_blocks import solve_block
 from .writing import by_reason
 
@@ -52,15 +51,16 @@ def compress(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context:
     needs = frozenset().union(*(row.needs(spec.config_for(site.name)) for site in chosen))
     targets = model.reader if parent.key == context.baseline.key else BlockReader(context.baseline, keeps=True)
     sparsity = shared_sparsity(spec, chosen, context)
-    room = Room.measured(context.device, context.scratch)
+    room = Room.measured(context.device, context.scratch, context.ranks.size)
     dense, fisher = None, {}
     wants_dense = row.inputs == "dense" and parent.key != context.baseline.key
     if wants_dense or "cross_moment" in needs or row.dense_outputs:
         dense = StreamedModel(context.baseline, context.device, context.dtype, reader=targets)
     if "fisher" in needs:
         fisher = {name: found.to(context.device) for name, found in fisher_diagonal(context).items()}
-    stage = Stage(parent, writer, spec, row, context, model, targets, dense, needs, room, sparsity, fisher)
-    checkpoints = Checkpoints(context.scratch, dense is not None)
+    share = share_of(calibration(context, looks_at_inputs(needs, row)), context.ranks)
+    stage = Stage(parent, writer, spec, row, context, model, targets, dense, needs, room, share, sparsity, fisher)
+    checkpoints = Checkpoints(context.scratch, dense is not None, share)
     begun, states = _begun(stage, checkpoints)
     layers = [layer for index in range(begun) for layer in writer.finished[_part(index)]["extra"]["layers"]]
     blocks, behind = model.structure.blocks, any(site.block is None for site in chosen)
@@ -83,8 +83,8 @@ def _begun(stage: Stage, checkpoints: Checkpoints) -> tuple[int, States]:
     done = next((index for index in range(blocks) if _part(index) not in stage.writer.finished), blocks)
     if begun := checkpoints.latest(done):
         return begun, checkpoints.load(begun, stage.room)
-    dense = None if stage.dense is None else embedded(stage.dense, ids_NT, stage.room)
-    return 0, States(embedded(stage.model, ids_NT, stage.room), dense)
+    dense = None if stage.dense is None else entering(stage.dense, ids_NT, stage.room, stage.share)
+    return 0, States(entering(stage.model, ids_NT, stage.room, stage.share), dense)
 
 
 def _part(index: int) -> str:
@@ -134,7 +134,7 @@ def _solved(stage: Stage, states: States, index: int, sites: list[Site]) -> tupl
     records: dict[str, StoredWeight] = {}
     layers: dict[str, dict[str, Any]] = {}
     with torch.no_grad():
-        groups = input_groups(stage.model, index, sites, states.hidden[0]) if stage.true_sequential and sites else [sites]
+        groups = _groups(stage, states, index, sites)
         for number, group in enumerate(groups, 1):
             statistics = _statistics(stage, states, index, group)
             found, told = solve_all(stage, group, statistics)
@@ -143,6 +143,15 @@ def _solved(stage: Stage, states: States, index: int, sites: list[Site]) -> tupl
                 for site in group:
                     stage.model.put(site, records[site.name].to("cpu"))  # as it will be read back
     return {s.name: records[s.name] for s in sites}, [layers[s.name] for s in sites]
+
+
+def _groups(stage: Stage, states: States, index: int, sites: list[Site]) -> list[list[Site]]:
+    """The sites that are solved before others see what became of them; of the first batch, which rank 0 has."""
+    if not stage.true_sequential or not sites:
+        return [sites]
+    ranks, by_name = stage.context.ranks, {site.name: site for site in sites}
+    found = input_groups(stage.model, index, sites, states.hidden[0]) if ranks.leads else []
+    return [[by_name[name] for name in names] for names in ranks.broadcast([[site.name for site in group] for group in found])]
 
 
 def _advance(stage: Stage, states: States, index: int) -> None:
@@ -163,9 +172,9 @@ def _statistics(stage: Stage, states: States, index: int, sites: list[Site]) -> 
     if "cross_moment" in needs and stage.dense is not None:
         with dense_inputs_of(stage.dense, sites) as paired:
             dense = _dense_first(states, paired, partial(stage.dense.run_block, index))
-            collect(source, index, hidden, sites, needs, statistics, paired, dense)
+            collect(source, index, hidden, sites, needs, statistics, paired, dense, stage.share)
     elif sites:
-        collect(source, index, hidden, sites, needs, statistics)
+        collect(source, index, hidden, sites, needs, statistics, share=stage.share)
     for site in sites:
         found = statistics.setdefault(site.name, InputStatistics(site.shape[1], needs, stage.context.device))
         bad = found.non_finite() if stage.looks_at_inputs else None
@@ -177,14 +186,14 @@ def _statistics(stage: Stage, states: States, index: int, sites: list[Site]) -> 
 
 
 def _dense_first(states: States, paired: dict[str, list[Tensor]], run: Callable[[Tensor], object]) -> Callable[[int], None]:
-    """By the number of a batch: run the dense model's states of the same text, and forget those of the batch before."""
+    """By the place of a batch: run the dense model's states of the same text, and forget those of the batch before."""
     assert states.dense is not None
     dense = states.dense
 
-    def before(number: int) -> None:
+    def before(place: int) -> None:
         for inputs in paired.values():
             inputs.clear()  # also those of sites that read what another one reads
-        run(dense[number])
+        run(dense[place])
 
     return before
 
@@ -196,15 +205,17 @@ def _head_statistics(stage: Stage, states: States, site: Site) -> InputStatistic
         if "cross_moment" in needs and stage.dense is not None:
             with dense_inputs_of(stage.dense, [site]) as paired:
                 dense = _dense_first(states, paired, partial(through_head, stage.dense, site))
-                collect_head(stage.model, states.hidden, site, needs, statistics, paired, dense)
+                collect_head(stage.model, states.hidden, site, needs, statistics, paired, dense, stage.share)
         else:
-            collect_head(stage.model, states.hidden, site, needs, statistics)
+            collect_head(stage.model, states.hidden, site, needs, statistics, share=stage.share)
     return statistics.get(site.name) or InputStatistics(site.shape[1], needs, stage.context.device)
 
 
 def _write(stage: Stage, index: int, part: str, records: Mapping[str, StoredWeight], layers: list[dict[str, Any]]) -> None:
     """One part: this block's new records, and everything else of it as the parent has it. Experts that share a parameter with a new record
     get dense ones."""
+    if not stage.context.ranks.leads:
+        return stage.writer.write_part(part, {}, {})
     sites, block = stage.model.structure.of_block(index), stage.model.reader.block(stage.model.prefix(index))
     replaced = [s for s in sites if s.name in records]
     tensors, kept = block.others(replaced)
@@ -215,7 +226,8 @@ def _write(stage: Stage, index: int, part: str, records: Mapping[str, StoredWeig
 
 
 def _measured(stage: Stage, states: States, layers: list[dict[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {"calibration_tokens": states.hidden.tokens if stage.looks_at_inputs else 0}
+    tokens = sum(stage.context.ranks.gathered(states.hidden.tokens))
+    found: dict[str, Any] = {"calibration_tokens": tokens if stage.looks_at_inputs else 0}
     return found | ({"block_sparsity": _by_block(layers)} if stage.sparsity else {})
 
 

@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..models.blocks import StreamedModel
 from ..models.hidden import Room
 from ..models.reading import BlockReader
+from ..models.sharding import Share
 from ..models.structure import Site, shared_names
 from ..recipes.stage_settings import StageSpec
 from ..store.artifact import Artifact, ArtifactWriter
@@ -28,7 +29,7 @@ from .context import Context
 @dataclass(frozen=True)
 class Stage:
     """`targets` reads the baseline's blocks: what `model` reads, where the parent is the baseline. `dense` runs beside where the method reads
-    what the dense model makes of the text. `room` is for hidden states. `sparsity` holds, for a pruning stage whose blocks differ, that of
+    what the dense model makes of the text. `room` is for hidden states, `share` this rank's of the text's batches. `sparsity` holds, for a pruning stage whose blocks differ, that of
     each matrix that shares the stage's mean."""
 
     parent: Artifact
@@ -41,13 +42,13 @@ class Stage:
     dense: StreamedModel | None
     needs: frozenset[str]
     room: Room
+    share: Share
     sparsity: Mapping[str, float]
     fisher: Mapping[str, Fisher]
 
     @property
     def looks_at_inputs(self) -> bool:
-        """Whether the method does; errors are measured on a few of them in any case."""
-        return bool(self.needs - {"fisher"}) or self.row.scope == "block"
+        return looks_at_inputs(self.needs, self.row)
 
     @property
     def collected(self) -> frozenset[str]:
@@ -58,19 +59,28 @@ class Stage:
         return self.spec.true_sequential and bool(self.needs - {"fisher"})
 
     def calibration(self) -> Tensor:
-        """Token ids [N, T]: all of the calibration text, or what SAMPLES tokens take where the method looks at none of it: errors are
-        measured on that many inputs."""
-        ids_NT = self.context.inputs.calibration()
-        if self.looks_at_inputs:
-            return ids_NT
-        length = min(ids_NT.shape[1], SAMPLES)
-        return ids_NT[: -(-SAMPLES // length), :length]
+        return calibration(self.context, self.looks_at_inputs)
 
     def config_for(self, site: Site) -> Any:
         """The site's config: its overrides over its block's sparsity over the stage's settings."""
         config = self.spec.config_for(site.name)
         sparsity = self.sparsity.get(site.name)
         return config if sparsity is None else replace(config, sparsity=sparsity)
+
+
+def looks_at_inputs(needs: frozenset[str], row: Method) -> bool:
+    """Whether the method does; errors are measured on a few of them in any case."""
+    return bool(needs - {"fisher"}) or row.scope == "block"
+
+
+def calibration(context: Context, looks: bool) -> Tensor:
+    """Token ids [N, T]: all of the calibration text, or what SAMPLES tokens take where the method `looks` at none of it: errors are measured on
+    that many inputs."""
+    ids_NT = context.inputs.calibration()
+    if looks:
+        return ids_NT
+    length = min(ids_NT.shape[1], SAMPLES)
+    return ids_NT[: -(-SAMPLES // length), :length]
 
 
 def current(stage: Stage, site: Site) -> StoredWeight:

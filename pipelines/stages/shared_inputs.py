@@ -1,6 +1,7 @@
-"""Matrices that read one input, solved together where their method asks for it. Knows who shares statistics; the maths is the method's."""
+"""Matrices that read one input, solved together where their method asks for it, spread over the ranks by what they cost. Knows who shares
+statistics; the maths is the method's."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...compress.statistics import InputStatistics, LayerStatistics
@@ -9,20 +10,41 @@ from ..errors import InputError
 from ..models.structure import Site
 from .matrices import Stage, checked_target, current, described, solve
 
+Solved = tuple[dict[str, StoredWeight], dict[str, dict[str, Any]]]
+"""By site: the record, and what is said of it."""
 
-def solve_all(
-    stage: Stage, sites: list[Site], statistics: Mapping[str, InputStatistics]
-) -> tuple[dict[str, StoredWeight], dict[str, dict[str, Any]]]:
-    """(records, what is said of each) of sites whose inputs are known."""
-    records: dict[str, StoredWeight] = {}
-    layers: dict[str, dict[str, Any]] = {}
-    for few in _together(stage, sites, statistics):
-        if len(few) == 1:
-            records[few[0].name], layers[few[0].name] = solve(stage, few[0], statistics)
-        else:
-            found, told = _solve_few(stage, few, statistics)
-            records, layers = records | found, layers | told
-    return records, layers
+
+def solve_all(stage: Stage, sites: list[Site], statistics: Mapping[str, InputStatistics]) -> Solved:
+    """(records, what is said of each) of sites whose inputs are known, on every rank."""
+    ranks, units = stage.context.ranks, _together(stage, sites, statistics)
+    owners = spread([solving_cost(few) for few in units], ranks.size)
+    mine: dict[int, Solved] = {}
+    for unit, few in enumerate(units):
+        if owners[unit] == ranks.rank:
+            records, layers = _solve_one(stage, few[0], statistics) if len(few) == 1 else _solve_few(stage, few, statistics)
+            mine[unit] = (records if ranks.size == 1 else {name: record.to("cpu") for name, record in records.items()}), layers
+    found = ranks.in_order(mine).values()
+    return {n: r for records, _ in found for n, r in records.items()}, {n: said for _, layers in found for n, said in layers.items()}
+
+
+def solving_cost(sites: Sequence[Site]) -> float:
+    """In products of a column sweep; the factor of the input's second moment counts once."""
+    columns = sites[0].shape[1]
+    return float(sum(site.shape[0] for site in sites) + columns) * columns**2
+
+
+def spread(costs: Sequence[float], size: int) -> list[int]:
+    """The rank of each unit: the dearest first, each to the rank that has least to do, the first of several."""
+    load, owners = [0.0] * size, [0] * len(costs)
+    for unit in sorted(range(len(costs)), key=lambda unit: -costs[unit]):
+        owners[unit] = load.index(min(load))
+        load[owners[unit]] += costs[unit]
+    return owners
+
+
+def _solve_one(stage: Stage, site: Site, statistics: Mapping[str, InputStatistics]) -> Solved:
+    record, said = solve(stage, site, statistics)
+    return {site.name: record}, {site.name: said}
 
 
 def _together(stage: Stage, sites: list[Site], statistics: Mapping[str, InputStatistics]) -> list[list[Site]]:
@@ -36,9 +58,7 @@ def _together(stage: Stage, sites: list[Site], statistics: Mapping[str, InputSta
     return list(groups.values())
 
 
-def _solve_few(
-    stage: Stage, sites: list[Site], statistics: Mapping[str, InputStatistics]
-) -> tuple[dict[str, StoredWeight], dict[str, dict[str, Any]]]:
+def _solve_few(stage: Stage, sites: list[Site], statistics: Mapping[str, InputStatistics]) -> Solved:
     assert stage.row.together is not None
     config = stage.config_for(sites[0])
     targets = {s.name: checked_target(stage, s, config) for s in sites}

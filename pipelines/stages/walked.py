@@ -9,7 +9,13 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
+from ..evaluation.perplexity import batches
+from ..models.blocks import StreamedModel
 from ..models.hidden import HiddenStates, Room
+from ..models.sharding import Share
+from ..ranks import Ranks
 from ..store.kept import is_whole
 
 SECONDS = 60.0
@@ -18,9 +24,23 @@ DISK_SHARE = 0.25
 """Of what is free, how much one may take."""
 
 
+def share_of(ids_NT: Tensor, ranks: Ranks) -> Share:
+    """This rank's of the batches of a text."""
+    return Share(len([*batches(*ids_NT.shape)]), ranks)
+
+
+def entering(model: StreamedModel, ids_NT: Tensor, room: Room, share: Share) -> HiddenStates:
+    """What enters the first block, of the batches that are here. Every rank learns what the blocks are called with, though it have none."""
+    parts = [*batches(*ids_NT.shape)]
+    if not share.numbers:
+        model.embed(ids_NT[parts[0]])
+    return HiddenStates.of((model.embed(ids_NT[parts[number]]) for number in share.numbers), room)
+
+
 @dataclass(frozen=True)
 class States:
-    """What enters the block whose turn it is: of the model that is compressed; of the dense one, where one runs beside."""
+    """What enters the block whose turn it is, of the batches that are here: of the model that is compressed; of the dense one, where one runs
+    beside."""
 
     hidden: HiddenStates
     dense: HiddenStates | None = None
@@ -31,10 +51,12 @@ class States:
 
 @dataclass
 class Checkpoints:
-    """In `scratch`, of States with or without those of the dense model, each under the number of blocks that they have passed."""
+    """In `scratch`, of States with or without those of the dense model, each under the number of blocks that they have passed. Rank 0 writes
+    them, and says what there is; each rank reads its own batches."""
 
     scratch: Path
     dense: bool
+    share: Share
     written: float = field(default_factory=time.perf_counter)
 
     @property
@@ -43,23 +65,36 @@ class Checkpoints:
 
     def latest(self, blocks: int) -> int:
         """How many of the first `blocks` blocks need not be run again."""
+        return self.share.ranks.broadcast(self._latest(blocks) if self.share.ranks.leads else None)
+
+    def _latest(self, blocks: int) -> int:
         found = sorted({int(path.name.split("-")[1]) for path in self.scratch.glob("walked-*.safetensors")}, reverse=True)
         return next((index for index in found if index <= blocks and all(is_whole(self._path(index, name)) for name in self.names)), 0)
 
     def load(self, index: int, room: Room) -> States:
         """What enters block `index`."""
-        return States(*(HiddenStates.load(self._path(index, name), room) for name in self.names))
+        return States(*(HiddenStates.load(self._path(index, name), room, self.share.has) for name in self.names))
 
     def keep(self, index: int, states: States) -> None:
         """Write what enters block `index`, if the last time is long enough ago and the disk has room; older ones go."""
-        size = sum(slot.size for of_model in states.named().values() for slot in of_model.slots)
-        if time.perf_counter() - self.written < SECONDS or size > DISK_SHARE * shutil.disk_usage(self.scratch).free:
+        ranks, size = self.share.ranks, sum(slot.size for of_model in states.named().values() for slot in of_model.slots)
+        if not ranks.broadcast(ranks.leads and time.perf_counter() - self.written >= SECONDS):
+            return
+        sizes = ranks.gathered(size)
+        if not ranks.broadcast(ranks.leads and sum(sizes) <= DISK_SHARE * shutil.disk_usage(self.scratch).free):
             return
         for name, of_model in states.named().items():
-            of_model.save(self._path(index, name))
-        for path in self.scratch.glob("walked-*.safetensors"):
-            if not path.name.startswith(f"walked-{index:05d}-"):
-                path.unlink()
+            counts = ranks.in_order(dict(zip(self.share.numbers, of_model.counts, strict=True)))
+            everyones = self.share.all_batches(of_model)
+            if ranks.leads:
+                of_model.save(self._path(index, name), everyones, [*counts.values()])
+            else:
+                for _ in everyones:
+                    pass
+        if ranks.leads:
+            for path in self.scratch.glob("walked-*.safetensors"):
+                if not path.name.startswith(f"walked-{index:05d}-"):
+                    path.unlink()
         self.written = time.perf_counter()
 
     def _path(self, index: int, name: str) -> Path:

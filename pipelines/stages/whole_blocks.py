@@ -23,16 +23,16 @@ from .walked import States
 def solve_block(
     stage: Stage, states: States, index: int, sites: list[Site], statistics: dict[str, InputStatistics]
 ) -> tuple[dict[str, StoredWeight], list[dict[str, Any]]]:
-    """Hand the whole block to a method that trains it."""
+    """Hand the whole block to a method that trains it; every rank does that, on all of the text."""
     targets = {s.name: target(stage, s) for s in sites}
     behind = _behind(stage, index)
-    outputs = _dense_outputs(stage, states, [index, *behind])
+    inputs, outputs = (stage.share.everywhere(part, stage.room) for part in (states.hidden, _dense_outputs(stage, states, [index, *behind])))
     layers = {s.name: LayerStatistics(statistics[s.name], stage.fisher.get(s.name)) for s in sites}
     problem = BlockProblem(
         {s.name: current(stage, s).to(stage.context.device) for s in sites},
         targets,
         _block_function(stage, index, sites, behind),
-        states.hidden.rows(),
+        inputs.rows(),
         outputs.rows(),
         layers,
         stage.context.seed + index,

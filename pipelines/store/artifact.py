@@ -23,6 +23,7 @@ from ...compress.sharing import SHARED, holder_of, own_tensors, settled
 from ...compress.weights import StoredWeight, describe, from_tensors
 from ...recover.extra_modules import Beside, beside_of
 from ..errors import InputError
+from ..ranks import Ranks
 from .files import disk_errors, link, read_json, sha256, sync, write_bytes, write_json
 from .manifest import MANIFEST, SCHEMA, read_manifest, verify_files, weights_of
 
@@ -141,20 +142,24 @@ def open_artifact(directory: Path) -> Artifact:
 class ArtifactWriter:
     """Fills a scratch directory part by part; a part (one decoder block, or the rest) is finished once its marker is there.
 
-    A shard whose bytes equal the parent's shard of that name becomes a hard link to it.
+    A shard whose bytes equal the parent's shard of that name becomes a hard link to it. Several `ranks` have a writer each and fill it together:
+    rank 0 writes, what the others hand in is not looked at, and a part that has been written is finished on all. To seal is rank 0's alone.
     """
 
     scratch: Path
     parent: Artifact | None
     finished: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self) -> None:
-        with disk_errors(self.scratch):
-            self.scratch.mkdir(parents=True, exist_ok=True)
-        for marker in sorted(self.scratch.glob("*.part.json")):
-            part = _read_marker(marker, self.scratch)
-            if part is not None:
-                self.finished[marker.name.removesuffix(".part.json")] = part
+        if self.ranks.leads:
+            with disk_errors(self.scratch):
+                self.scratch.mkdir(parents=True, exist_ok=True)
+            for marker in sorted(self.scratch.glob("*.part.json")):
+                part = _read_marker(marker, self.scratch)
+                if part is not None:
+                    self.finished[marker.name.removesuffix(".part.json")] = part
+        self.finished = self.ranks.broadcast(self.finished)
 
     def write_part(
         self,
@@ -164,6 +169,16 @@ class ArtifactWriter:
         extra: Mapping[str, Any] | None = None,
     ) -> None:
         """Write the shards (suffix → tensors) of one part, records included, then its marker; `extra` is kept in the marker."""
+        marker = self._written(part, shards, linears, extra) if self.ranks.leads else None
+        self.finished[part] = self.ranks.broadcast(marker)
+
+    def _written(
+        self,
+        part: str,
+        shards: Mapping[str, Mapping[str, Tensor]],
+        linears: Mapping[str, StoredWeight],
+        extra: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
         linears, files = settled(linears), {}
         for suffix, tensors in shards.items():
             if tensors:
@@ -171,7 +186,7 @@ class ArtifactWriter:
                 files[name] = self._write_shard(name, tensors)
         marker = {"files": files, "linears": {n: describe(s) for n, s in linears.items()}, "extra": dict(extra or {})}
         write_json(self.scratch / f"{part}.part.json", marker)
-        self.finished[part] = marker
+        return marker
 
     def _write_shard(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         data = safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, metadata={"format": "pt"})
@@ -185,6 +200,9 @@ class ArtifactWriter:
 
     def copy_part(self, part: str) -> None:
         """Take a part over from the parent unchanged, shards hard-linked."""
+        self.finished[part] = self.ranks.broadcast(self._copied(part) if self.ranks.leads else None)
+
+    def _copied(self, part: str) -> dict[str, Any]:
         assert self.parent is not None
         files = {n: e for n, e in self.parent.manifest["files"].items() if n.startswith(f"{part}.") and n.endswith(".safetensors")}
         for name in files:
@@ -193,7 +211,7 @@ class ArtifactWriter:
         beside = self.parent.manifest.get("beside", {})
         marker = {"files": files, "linears": linears, "extra": {"beside": beside[part]} if part in beside else {}}
         write_json(self.scratch / f"{part}.part.json", marker)
-        self.finished[part] = marker
+        return marker
 
     def write_beside(self, beside: Beside) -> None:
         """One more adapter beside the model, after those of the parent."""
@@ -225,7 +243,7 @@ class ArtifactWriter:
         keeps beside the model is taken over."""
         for part in self._parents_beside():
             if part not in self.finished:
-                self.copy_part(part)
+                self.finished[part] = self._copied(part)
         beside = {part: marker["extra"]["beside"] for part, marker in self.finished.items() if "beside" in marker["extra"]}
         files: dict[str, Any] = {}
         linears: dict[str, Any] = {}

@@ -1,0 +1,53 @@
+"""Batches of the calibration text over slots, and slots over ranks: who has which, and in what order they are walked.
+
+Batch b is of slot b % SLOTS, slot s of rank s % size; neither knows how many ranks there are. Knows hidden states; not what is summed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..ranks import SLOTS, Ranks
+from .hidden import HiddenStates, Room
+
+
+@dataclass(frozen=True)
+class Share:
+    """This rank's share of so many `batches`."""
+
+    batches: int
+    ranks: Ranks = field(default_factory=Ranks)
+
+    def owner(self, number: int) -> int:
+        """The rank that has a batch."""
+        return number % SLOTS % self.ranks.size
+
+    def has(self, number: int) -> bool:
+        return self.owner(number) == self.ranks.rank
+
+    @property
+    def numbers(self) -> list[int]:
+        """The batches that are here, in their order."""
+        return [number for number in range(self.batches) if self.has(number)]
+
+    @property
+    def rounds(self) -> list[list[int]]:
+        """Where among the batches that are here those of one slot lie, for every round, in which each rank has a slot or (empty) none."""
+        numbers, slots = self.numbers, range(min(SLOTS, self.batches))
+        turns = [first + self.ranks.rank for first in slots[:: self.ranks.size]]
+        return [[place for place, number in enumerate(numbers) if number % SLOTS == slot] for slot in turns]
+
+    def all_batches(self, hidden: HiddenStates) -> Iterator[Tensor]:
+        """All ranks' batches in their order, on every rank."""
+        own = iter(hidden)
+        for number in range(self.batches):
+            if self.ranks.size == 1:
+                yield next(own)
+            else:
+                sent = next(own).cpu() if self.has(number) else None
+                yield self.ranks.broadcast(sent, self.owner(number)).to(hidden.room.device)
+
+    def everywhere(self, hidden: HiddenStates, room: Room) -> HiddenStates:
+        """The same, kept."""
+        return hidden if self.ranks.size == 1 else HiddenStates.of(self.all_batches(hidden), room)
