@@ -8,6 +8,7 @@ random weights is made on the spot. Knows runs and plans.
 import json
 import logging
 import os
+import shutil
 import socket
 import statistics
 import subprocess
@@ -129,6 +130,7 @@ def on_ranks(recipe: Path, directory: Path, size: int) -> list[dict[str, Any]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    shutil.rmtree(directory, ignore_errors=True)  # a finished run has nothing left to time
     answers = [directory.with_name(f"{directory.name}.{rank}.json") for rank in range(size)]
     processes = []
     for rank, answer in enumerate(answers):
