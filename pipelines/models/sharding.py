@@ -4,11 +4,11 @@ Batch b is of slot b % SLOTS, slot s of rank s % size; neither knows how many ra
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..ranks import SLOTS, Ranks
+from ..ranks import ONE, SLOTS, Ranks
 from .hidden import HiddenStates, Room
 
 
@@ -17,7 +17,7 @@ class Share:
     """This rank's share of so many `batches`."""
 
     batches: int
-    ranks: Ranks = field(default_factory=Ranks)
+    ranks: Ranks = ONE
 
     def owner(self, number: int) -> int:
         """The rank that has a batch."""

@@ -46,7 +46,7 @@ from .signals import Stop, signals
 __all__ = ["Session", "Step", "gc", "last_artifact", "plan_steps", "record", "resume", "run", "status"]
 
 log = logging.getLogger("bitmend")
-ALONE = frozenset({"prune", "quantize", "decompose", "recover", "fuse"})
+ALONE = frozenset({"recover", "fuse"})
 """Stages that do not know ranks."""
 PAGE_SECONDS = 10.0
 """A stage that takes longer is worth a page of its own while the run goes on."""
@@ -240,8 +240,9 @@ def _make(under_way: Session, step: Step, parent: Artifact | None) -> Artifact |
     writer, outcome = None, stages.Outcome()
     with _timed(under_way.compute.device, metrics if ranks.leads else None) as peak, under_way.stop.patient():
         if ranks.leads or not alone:
-            writer = ArtifactWriter(scratch, parent)
-            outcome = stages.perform(step.spec, parent, writer, _context(under_way, scratch, ONE if alone else ranks))
+            sharing = ONE if alone else ranks
+            writer = ArtifactWriter(scratch, parent, ranks=sharing)
+            outcome = stages.perform(step.spec, parent, writer, _context(under_way, scratch, sharing))
         ranks.barrier()
     if writer is None or not ranks.leads:
         return None

@@ -215,7 +215,8 @@ def _write(stage: Stage, index: int, part: str, records: Mapping[str, StoredWeig
     """One part: this block's new records, and everything else of it as the parent has it. Experts that share a parameter with a new record
     get dense ones."""
     if not stage.context.ranks.leads:
-        return stage.writer.write_part(part, {}, {})
+        stage.writer.write_part(part, {}, {})
+        return
     sites, block = stage.model.structure.of_block(index), stage.model.reader.block(stage.model.prefix(index))
     replaced = [s for s in sites if s.name in records]
     tensors, kept = block.others(replaced)

@@ -7,9 +7,9 @@ are for is the methods' business.
 Legend: N sequences, T tokens, D model width, O out, I in, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +23,9 @@ from ..logs import bar
 from ..models.blocks import StreamedModel
 from ..models.hidden import HiddenStates, Room
 from ..models.structure import Site
+from ..ranks import Ranks
 from ..recipes.sections import Calibration
-from ..store.kept import keep, kept
+from ..store.kept import is_whole, keep, kept
 from .context import Context, check_stop
 
 VERSION = 3
@@ -68,8 +69,11 @@ _OUTSIDE = "outside blocks "
 
 def _found(context: Context) -> dict[str, Tensor]:
     """By their names in the file."""
-    path = _kept(context)
-    if (found := kept(path)) is not None:
+    path, ranks = _kept(context), context.ranks
+    if ranks.broadcast(ranks.leads and is_whole(path)):
+        found = kept(path)
+        if found is None:
+            raise InputError(f"{path}: rank 0 finds it whole and rank {ranks.rank} does not; the ranks need one file system")
         return found[0]
     sums, outside = _collect(context)
     if not any(bool(row_O.any()) for row_O, _ in sums.values()):
@@ -79,8 +83,10 @@ def _found(context: Context) -> dict[str, Tensor]:
     tensors = {f"{n}.{kind}": t.float() for n, pair in sums.items() for kind, t in zip(("row", "column"), pair, strict=True)}
     squares = {"looked_up": outside.looked_up_D, "logits": outside.logits_V}
     tensors |= {f"{_OUTSIDE}{name}": tensor for name, tensor in squares.items() if tensor is not None}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    keep(path, tensors)
+    if ranks.leads:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keep(path, tensors)
+    ranks.barrier()
     return tensors
 
 
@@ -95,14 +101,16 @@ def _dtype(context: Context) -> torch.dtype:
 
 
 def _collect(context: Context) -> tuple[Sums, OutputSquares]:
-    """Sums on the CPU. They do not depend on how many sequences go together: every sum is over one sequence after the other."""
+    """Sums on the CPU. They do not depend on how many sequences go together, nor on who has which (sequence n: rank n % size): every sum is
+    over one sequence after the other."""
     model = StreamedModel(context.baseline, context.device, _dtype(context))
     sites = [site for site in model.structure.sites if site.block is not None]
     sums: Sums = {s.name: (torch.zeros(s.shape[0], dtype=torch.float64), torch.zeros(s.shape[1], dtype=torch.float64)) for s in sites}
-    squares = _OutputSums(model)
+    ranks = context.ranks
+    squares = _OutputSums(model, ranks)
     ids_NT = context.inputs.calibration()
-    room = Room.measured(context.device, context.scratch)
-    parts = ids_NT.split(_together(model, ids_NT, room))
+    room = Room.measured(context.device, context.scratch, ranks.size)
+    parts = ids_NT.split(min(ranks.gathered(_together(model, ids_NT, room))) * ranks.size)
     with bar("Fisher information, blocks there and back", 2 * model.structure.blocks * len(parts)) as shown:
 
         def step() -> None:
@@ -110,15 +118,43 @@ def _collect(context: Context) -> tuple[Sums, OutputSquares]:
             check_stop(context)
 
         for part_NT in parts:
-            entering = _forward(model, part_NT, room, step)
+            own = [part_NT[number : number + 1] for number in range(ranks.rank, len(part_NT), ranks.size)]
+            entering = _forward(model, own, room, step)
             with squares.at_logits():
-                gradients = HiddenStates.of(_head_gradients(model, entering.pop(), part_NT), room)
+                gradients = HiddenStates.of(_head_gradients(model, entering.pop(), own, squares.sums), room)
+            squares.sums.settle()
             for index in model.walk(backward=True):
-                _backward(model, index, entering.pop(), gradients, sums)
+                _backward(model, index, entering.pop(), gradients, sums, ranks)
                 step()
-            for ids_1T, gradient_1TD in zip(part_NT.split(1), gradients, strict=True):
+            for place, (ids_1T, gradient_1TD) in enumerate(zip(own, gradients, strict=True)):
+                squares.sums.place = place
                 squares.look_up(ids_1T, gradient_1TD)
+            squares.sums.settle()
     return sums, squares.found()
+
+
+@dataclass
+class _Ordered:
+    """Totals by name to which every sequence of a part adds, one after the other, whichever rank has it: place p of rank r is sequence
+    p · size + r."""
+
+    ranks: Ranks
+    totals: dict[str, Tensor]
+    place: int = 0
+    waiting: dict[int, list[tuple[str, Tensor]]] = field(default_factory=dict)
+
+    def add(self, name: str, part: Tensor) -> None:
+        if self.ranks.size == 1:
+            self.totals[name] += part
+        else:
+            self.waiting.setdefault(self.place * self.ranks.size + self.ranks.rank, []).append((name, part.cpu()))
+
+    def settle(self) -> None:
+        """At the end of a part, on every rank."""
+        for parts in self.ranks.in_order(self.waiting).values():
+            for name, part in parts:
+                self.totals[name] += part.to(self.totals[name].device)
+        self.waiting.clear()
 
 
 def _together(model: StreamedModel, ids_NT: Tensor, room: Room) -> int:
@@ -127,9 +163,9 @@ def _together(model: StreamedModel, ids_NT: Tensor, room: Room) -> int:
     return max(1, int(min(room.memory_bytes // of_one, len(ids_NT))))
 
 
-def _forward(model: StreamedModel, ids_NT: Tensor, room: Room, step: Callable[[], None]) -> list[HiddenStates]:
+def _forward(model: StreamedModel, own: Sequence[Tensor], room: Room, step: Callable[[], None]) -> list[HiddenStates]:
     """What enters each block, and what leaves the last one, sequence by sequence."""
-    states = [HiddenStates.of((model.embed(ids_1T) for ids_1T in ids_NT.split(1)), room)]
+    states = [HiddenStates.of(map(model.embed, own), room)]
     with torch.no_grad():
         for index in model.walk():
             states.append(HiddenStates.of(map(partial(model.run_block, index), states[-1]), room))
@@ -137,9 +173,10 @@ def _forward(model: StreamedModel, ids_NT: Tensor, room: Room, step: Callable[[]
     return states
 
 
-def _head_gradients(model: StreamedModel, leaving: HiddenStates, ids_NT: Tensor) -> Iterator[Tensor]:
+def _head_gradients(model: StreamedModel, leaving: HiddenStates, own: Sequence[Tensor], sums: _Ordered) -> Iterator[Tensor]:
     """The mean loss's gradient at what leaves the last block, for each sequence; logits of a span of tokens at a time."""
-    for hidden_1TD, ids_T in zip(leaving, ids_NT, strict=True):
+    for place, (hidden_1TD, ids_1T) in enumerate(zip(leaving, own, strict=True)):
+        ids_T, sums.place = ids_1T[0], place
         leaf_1TD, count = hidden_1TD.detach().requires_grad_(True), len(ids_T) - 1
         for start in range(0, count, LOGITS_AT_ONCE):
             stop = min(start + LOGITS_AT_ONCE, count)
@@ -150,10 +187,10 @@ def _head_gradients(model: StreamedModel, leaving: HiddenStates, ids_NT: Tensor)
         yield leaf_1TD.grad
 
 
-def _backward(model: StreamedModel, index: int, entering: HiddenStates, gradients: HiddenStates, sums: Sums) -> None:
+def _backward(model: StreamedModel, index: int, entering: HiddenStates, gradients: HiddenStates, sums: Sums, ranks: Ranks) -> None:
     """Add a loaded block's squared gradients, and put the gradient at what enters it in the place of that at what leaves it."""
     sites = model.structure.of_block(index)
-    here: Sums = {site.name: tuple(t.to(model.device) for t in sums[site.name]) for site in sites}  # type: ignore[misc]
+    here = _Ordered(ranks, {f"{site.name}.{n}": t.to(model.device) for site in sites for n, t in enumerate(sums[site.name])})
     by_parameter: dict[str, list[Site]] = {}
     for site in sites:
         by_parameter.setdefault(f"{site.module}.{site.parameter}", []).append(site)
@@ -162,22 +199,22 @@ def _backward(model: StreamedModel, index: int, entering: HiddenStates, gradient
         parameter.requires_grad_(True)
         parameter.register_post_accumulate_grad_hook(_consume(members, here))
     for number, (hidden_1TD, gradient_1TD) in enumerate(zip(entering, gradients, strict=True)):
-        leaf_1TD = hidden_1TD.detach().requires_grad_(True)
+        here.place, leaf_1TD = number, hidden_1TD.detach().requires_grad_(True)
         model.run_block(index, leaf_1TD).backward(gradient_1TD)
         assert leaf_1TD.grad is not None
         gradients.put(number, leaf_1TD.grad)
-    for name, (row_O, column_I) in here.items():
-        sums[name] = row_O.cpu(), column_I.cpu()
+    here.settle()
+    for site in sites:
+        sums[site.name] = here.totals[f"{site.name}.0"].cpu(), here.totals[f"{site.name}.1"].cpu()
 
 
-def _consume(members: list[Site], sums: Sums) -> Callable[[Tensor], None]:
+def _consume(members: list[Site], sums: _Ordered) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
         assert parameter.grad is not None
         for site in members:
             squares_OI = site.read(parameter.grad).float().square()
-            row_O, column_I = sums[site.name]
-            row_O += squares_OI.mean(1).double()
-            column_I += squares_OI.mean(0).double()
+            for n, dimension in enumerate((1, 0)):
+                sums.add(f"{site.name}.{n}", squares_OI.mean(dimension).double())
         parameter.grad = None
 
     return hook
@@ -186,24 +223,24 @@ def _consume(members: list[Site], sums: Sums) -> Callable[[Tensor], None]:
 class _OutputSums:
     """Adds up the squared gradients of `OutputSquares` on the model's device."""
 
-    def __init__(self, model: StreamedModel) -> None:
+    def __init__(self, model: StreamedModel, ranks: Ranks) -> None:
         self.model = model
         table, head = model.structure.embeddings, model.structure.head
         self.table = None if table is None else model.model.get_submodule(table.module)
         self.head = None if head is None else model.model.get_submodule(head.module)
-        self.looked_up_D = None if table is None else torch.zeros(table.shape[1], dtype=torch.float64, device=model.device)
-        self.logits_V = None if head is None else torch.zeros(head.shape[0], dtype=torch.float64, device=model.device)
+        lengths = ({} if table is None else {"looked up": table.shape[1]}) | ({} if head is None else {"logits": head.shape[0]})
+        totals = {name: torch.zeros(length, dtype=torch.float64, device=model.device) for name, length in lengths.items()}
+        self.sums = _Ordered(ranks, totals)
 
     def found(self) -> OutputSquares:
-        return OutputSquares(*(None if t is None else t.cpu() for t in (self.looked_up_D, self.logits_V)))
+        return OutputSquares(*(None if t is None else t.cpu() for t in map(self.sums.totals.get, ("looked up", "logits"))))
 
     @contextmanager
     def at_logits(self) -> Iterator[None]:
         """While open, what goes back through the head counts."""
 
         def count(gradient: Tensor) -> None:
-            assert self.logits_V is not None
-            self.logits_V += torch.linalg.vector_norm(gradient.flatten(0, -2), dim=0, dtype=torch.float32).double().square()
+            self.sums.add("logits", torch.linalg.vector_norm(gradient.flatten(0, -2), dim=0, dtype=torch.float32).double().square())
 
         def watch(module: nn.Module, args: object, out: Tensor) -> None:
             out.register_hook(count)
@@ -218,7 +255,7 @@ class _OutputSums:
     def look_up(self, ids_1T: Tensor, gradient_1TD: Tensor) -> None:
         """A sequence, with the gradient at what enters the first block. What a table's module puts out may be a multiple of its rows (Gemma's
         is √D times as long), and the model's own code stands between that and the block."""
-        if self.table is None or self.looked_up_D is None:
+        if self.table is None:
             return
         outs: list[Tensor] = []
 
@@ -234,4 +271,4 @@ class _OutputSums:
         rows_1TD, out_1TD, at_out = self.table.weight[ids_1T.to(self.model.device)].float(), outs[0].detach().float(), outs[0].grad
         assert at_out is not None
         times = (rows_1TD * out_1TD).sum() / rows_1TD.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
-        self.looked_up_D += (times * at_out.float()).double().square().sum((0, 1))
+        self.sums.add("looked up", (times * at_out.float()).double().square().sum((0, 1)))

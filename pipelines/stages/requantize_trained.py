@@ -17,13 +17,13 @@ from ...compress.weights import DenseWeight, StoredWeight
 from ...recover.compressed_linear import CompressedLinear
 from ...recover.whole_matrices import MaskedDense
 from ..errors import InputError
-from ..evaluation.perplexity import embedded
 from ..logs import bar
 from ..models.blocks import StreamedModel
 from ..models.collecting import gather
 from ..models.hidden import Room
 from ..store.artifact import Artifact
 from .context import Context, check_stop
+from .walked import entering, share_of
 
 NEEDS = frozenset({"second_moment"})
 
@@ -33,16 +33,18 @@ def requantize_trained(
     parent: Artifact, trained: StreamedModel, unrounded: Mapping[str, MaskedDense], address: str, context: Context
 ) -> None:
     """Round every weight of `unrounded` in place. `trained` has all blocks loaded; `parent` is what it was loaded from, and what its blocks
-    are called with is learnt from it. InputError for inputs that are not finite; KeyboardInterrupt when asked to stop."""
+    are called with is learnt from it. Every rank rounds all of them, on sums that they share. InputError for inputs that are not finite; KeyboardInterrupt when asked to stop."""
     calls = StreamedModel(parent, context.device, context.dtype, virtual=False)
-    hidden = embedded(calls, context.inputs.calibration(), Room.measured(context.device, context.scratch))
+    ids_NT, room = context.inputs.calibration(), Room.measured(context.device, context.scratch, context.ranks.size)
+    share = share_of(ids_NT, context.ranks)
+    hidden = entering(calls, ids_NT, room, share)
     blocks = trained.structure.blocks
     with bar(f"{address} gptq, blocks", blocks) as shown:
         for index in range(blocks):
             run = partial(_run, trained, calls, index)
             sites = [site for site in trained.structure.of_block(index) if site.name in unrounded]
             statistics: dict[str, InputStatistics] = {}
-            gather(trained, hidden, sites, NEEDS, statistics, lambda _, states, run=run: run(states))
+            gather(trained, hidden, sites, NEEDS, statistics, lambda _, states, run=run: run(states), share=share)
             for site in sites:
                 linear = trained.model.get_submodule(site.name if site.expert is not None else site.module)
                 _round(site.name, linear, unrounded[site.name], statistics[site.name])

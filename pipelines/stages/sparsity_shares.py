@@ -12,7 +12,6 @@ import torch
 from ...compress.sparsity import SPREAD, by_depth, by_outliers, outlier_share, whole_columns
 from ...compress.statistics import InputStatistics
 from ..errors import InputError
-from ..evaluation.perplexity import embedded
 from ..logs import bar
 from ..models.blocks import StreamedModel
 from ..models.collecting import gather
@@ -21,6 +20,7 @@ from ..models.structure import Site
 from ..recipes.stage_settings import StageSpec
 from ..store.files import read_json, write_json
 from .context import Context, check_stop
+from .walked import entering, share_of
 
 SHARED = frozenset({"sparsity", "pattern", "allocation", "spread"})
 """A matrix for which an override sets one of these takes no part: it has a sparsity of its own."""
@@ -48,22 +48,26 @@ def shared_sparsity(spec: StageSpec, chosen: list[Site], context: Context) -> di
 
 
 def _kept_outlier_shares(spec: StageSpec, blocks: dict[int, list[Site]], context: Context) -> list[float]:
-    path = context.scratch / "outliers.json"
-    if not path.is_file():
-        write_json(path, {"shares": outlier_shares(spec, blocks, context)})
-    return read_json(path, f"delete {context.scratch} and run again")["shares"]
+    path, ranks = context.scratch / "outliers.json", context.ranks
+    if not ranks.broadcast(ranks.leads and path.is_file()):
+        found = outlier_shares(spec, blocks, context)
+        if ranks.leads:
+            write_json(path, {"shares": found})
+    return ranks.broadcast(read_json(path, f"delete {context.scratch} and run again")["shares"] if ranks.leads else None)
 
 
 def outlier_shares(spec: StageSpec, blocks: dict[int, list[Site]], context: Context) -> list[float]:
     """Share of outliers among |w|·‖x‖ of each block's matrices (OWL, arXiv:2310.05175): weights and inputs of the dense model."""
     model = StreamedModel(context.baseline, context.device, context.dtype)
-    hidden = embedded(model, context.inputs.calibration(), Room.measured(context.device, context.scratch))
+    ids_NT, room = context.inputs.calibration(), Room.measured(context.device, context.scratch, context.ranks.size)
+    share = share_of(ids_NT, context.ranks)
+    hidden = entering(model, ids_NT, room, share)
     shares = []
     with torch.no_grad(), bar(f"{spec.address} {spec.method}: outliers, blocks", len(blocks)) as shown:
         for index in islice(model.walk(), max(blocks) + 1):
             sites, statistics = blocks.get(index, []), dict[str, InputStatistics]()
             run = partial(model.run_block, index)
-            gather(model, hidden, sites, frozenset({"norms"}), statistics, lambda number, h, run=run: hidden.put(number, run(h)))
+            gather(model, hidden, sites, frozenset({"norms"}), statistics, lambda place, h, run=run: hidden.put(place, run(h)), share=share)
             if sites:
                 shares.append(outlier_share([_weight_and_norms(model, site, statistics) for site in sites]))
                 shown.advance()

@@ -65,7 +65,7 @@ class Processes:
         return self._answer(asked)[0]
 
     def ranks(
-        self, size: int, log: Path, arguments: list[str] | None = None, code: str = "", wounds: Sequence[tuple[float, int, int]] = (),
+        self, size: int, log: Path, arguments: list[str] | None = None, code: str = "", *, wounds: Sequence[tuple[float, int, int]] = (),
         environments: Sequence[dict[str, str]] = (),
     ) -> list[int]:
         """Exit codes of `size` processes as torchrun starts them, of `pipeline ARGUMENTS` or of Python `code`; the output of rank r is in
