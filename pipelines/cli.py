@@ -17,7 +17,7 @@ from typing import Any
 import typer
 
 from . import logs, ranks
-from .commands import about, finished, runs
+from .commands import about, finished, planned, runs
 from .commands.streams import STDOUT, abandon, echo, flush, prepare_streams, settle_streams
 from .errors import UNWRITABLE, PipelineError, UsageError, is_shortage
 from .watchdog import Kind
@@ -46,6 +46,7 @@ app = typer.Typer(
 )
 for _name, _command in (
     ("run", runs.run),
+    ("plan", planned.plan),
     ("resume", runs.resume),
     ("status", runs.status),
     ("compare", finished.compare),

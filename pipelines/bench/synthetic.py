@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from ..formats.shards import write_shards
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a Llama with an output head of its own."""
+    """Of a Llama with an output head of its own, which knows so many `positions`."""
 
     blocks: int
     width: int
@@ -24,29 +25,37 @@ class Shape:
     heads: int
     kv_heads: int
     vocabulary: int
+    positions: int = 2048
 
 
 SHAPES = {
     "135m": Shape(30, 576, 1536, 9, 3, 49_152),
     "1b": Shape(22, 2048, 5632, 32, 4, 32_000),
-    "8b": Shape(32, 4096, 14336, 32, 8, 128_256),
-    "70b": Shape(80, 8192, 28672, 64, 8, 128_256),
+    "8b": Shape(32, 4096, 14336, 32, 8, 128_256, 8192),
+    "70b": Shape(80, 8192, 28672, 64, 8, 128_256, 8192),
+    "405b": Shape(126, 16384, 53248, 128, 8, 128_256, 131_072),
 }
-"""The shapes of SmolLM2-135M (162,826,560 parameters, its head not tied), TinyLlama (1,100,048,384 parameters), Llama 3 8B (8,030,261,248) and Llama 3 70B (70,553,706,496)."""
+"""The shapes of SmolLM2-135M (162,826,560 parameters, its head not tied), TinyLlama (1,100,048,384 parameters), Llama 3 8B (8,030,261,248), Llama 3 70B
+(70,553,706,496) and Llama 3.1 405B (405,853,388,800)."""
 SHARD_BYTES = 500_000_000
+
+
+def config_of(shape: Shape) -> Any:
+    """The model's configuration as transformers has it, in bfloat16."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.intermediate, num_hidden_layers=shape.blocks,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, max_position_embeddings=shape.positions, tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"], dtype=torch.bfloat16, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
 
 
 def write_model(directory: Path, shape: Shape, seed: int = 0, shard_bytes: int = SHARD_BYTES) -> int:
     """Write the model in bfloat16 as a Hugging Face directory; its number of parameters."""
-    from transformers import LlamaConfig
-
     from ..models.structure import skeleton
 
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.intermediate, num_hidden_layers=shape.blocks,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, max_position_embeddings=2048, tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"], dtype=torch.bfloat16, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
+    config = config_of(shape)
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(directory)
     _write_tokenizer(directory, shape.vocabulary)

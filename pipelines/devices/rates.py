@@ -69,47 +69,47 @@ class Speeds:
         return products + sum(count / speed for count, speed in zip(work.rest, speeds, strict=True))
 
 
-def measured(compute: Compute) -> Speeds:
-    """About half a second of this device's time (a few milliseconds of a GPU's)."""
+def measured(compute: Compute, clock: Callable[[], float] = time.perf_counter) -> Speeds:
+    """About half a second of this device's time (a few milliseconds of a GPU's). `clock`: time.process_time where others use the processor."""
     device, dtypes = compute.device, {torch.float32, torch.float64, compute.dtype}
-    products = {dtype: _products(device, dtype) for dtype in dtypes}
+    products = {dtype: _products(device, dtype, clock) for dtype in dtypes}
     a, b = (torch.ones(ELEMENTS, device=device) for _ in range(2))
     out, few = torch.empty_like(a), torch.ones(256, device=device)
     square = torch.ones(256, 256, device=device, dtype=torch.float64) + torch.eye(256, device=device, dtype=torch.float64)
-    passes = 3 * out.nbytes / _seconds(lambda: torch.add(a, b, out=out), device, 20)
-    calls = 1 / _seconds(lambda: few.add_(1.0), device, 200)
-    factors = EIGEN * 256**3 / _seconds(lambda: torch.linalg.eigh(square), device, 1)
-    powers = out.numel() / _seconds(lambda: torch.pow(a, 2.4, out=out), device, 2)
-    return Speeds(products, factors, passes, calls, _file_bytes_per_second(), powers)
+    passes = 3 * out.nbytes / _seconds(lambda: torch.add(a, b, out=out), device, 20, clock)
+    calls = 1 / _seconds(lambda: few.add_(1.0), device, 200, clock)
+    factors = EIGEN * 256**3 / _seconds(lambda: torch.linalg.eigh(square), device, 1, clock)
+    powers = out.numel() / _seconds(lambda: torch.pow(a, 2.4, out=out), device, 2, clock)
+    return Speeds(products, factors, passes, calls, _file_bytes_per_second(clock), powers)
 
 
 EIGEN = 9.0
 """Multiply-adds of all eigenvectors of an n × n matrix, in n³: what `factors` counts in."""
 
 
-def _products(device: torch.device, dtype: torch.dtype) -> float:
+def _products(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> float:
     rows = SIDE // 4
     x, weight = torch.ones(rows, SIDE, device=device, dtype=dtype), torch.ones(SIDE, SIDE, device=device, dtype=dtype)
-    return rows * SIDE * SIDE / _seconds(lambda: torch.nn.functional.linear(x, weight), device, 1)
+    return rows * SIDE * SIDE / _seconds(lambda: torch.nn.functional.linear(x, weight), device, 1, clock)
 
 
-def _seconds(work: Callable[[], object], device: torch.device, times: int) -> float:
+def _seconds(work: Callable[[], object], device: torch.device, times: int, clock: Callable[[], float]) -> float:
     """Of one call, the median of a few measurements after a first that warms up; no more of them where they take long."""
     found: list[float] = []
     while len(found) < REPEATS + 1 and sum(found) * times < LONG:
-        began = time.perf_counter()
+        began = clock()
         for _ in range(times):
             work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        found.append((time.perf_counter() - began) / times)
+        found.append((clock() - began) / times)
     measured = sorted(found[1:] or found)
     return max(measured[len(measured) // 2], 1e-9)
 
 
-def _file_bytes_per_second() -> float:
+def _file_bytes_per_second(clock: Callable[[], float]) -> float:
     """Hashing bounds how fast an artifact is written where the disk is quick, reading it how fast it is checked."""
     block = bytes(1 << 22)
-    began = time.perf_counter()
+    began = clock()
     hashlib.sha256(block).digest()
-    return len(block) / max(time.perf_counter() - began, 1e-9)
+    return len(block) / max(clock() - began, 1e-9)

@@ -4,7 +4,7 @@ costs on a device is `run_costs`."""
 import copy
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..models.sizes import Sizes, apply, dense_sizes, fallback_notes
 from ..models.source import load_config, positions, source_of, source_paths, weights_home
 from ..models.structure import Structure, inspect, parameters_are_read, skeleton
+from ..recipes.mixture import SELF, shares
 from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec, methods
 from ..stages.baseline import check_source
@@ -35,7 +36,11 @@ def refusals(recipe: Recipe, source: Path) -> list[str]:
     """What a run of this recipe on the model in `source` would be refused for, one line each; empty when nothing is."""
     model = skeleton(load_config(source))
     imported = "quantization_config" in json.loads((weights_home(source) / "config.json").read_text())
-    sizes = _sizes(source, model, inspect(model, include_head=True))
+    return _refusals(recipe, model, _sizes(source, model, inspect(model, include_head=True)), imported)
+
+
+def _refusals(recipe: Recipe, model: Any, sizes: Sizes, imported: bool) -> list[str]:
+    """`sizes` become those behind the last stage."""
     refused, left_open = _too_long(recipe, positions(model.config)), []
     if recipe.budget is not None:
         found = spending.refusals(recipe, sizes)
@@ -77,18 +82,31 @@ def _replaced_types(specs: Iterable[StageSpec], structure: Structure) -> list[st
     return [f"{spec.address}: {note}" for spec, sites in zip(quantize, reached, strict=True) for note in fallback_notes(spec, sites)]
 
 
+@dataclass(frozen=True)
+class Costed:
+    """A prediction of one process, and what it was made from: by a stage's address what it takes, one thing after the other; nothing where the
+    run would be refused."""
+
+    said: dict[str, Any]
+    costs: RunCosts
+    needs: dict[str, tuple[Needs, ...]]
+    specs: dict[str, StageSpec]
+
+
 def predict(recipe: Recipe, directory: Path | None = None, device: str = "auto") -> dict[str, Any]:
     """A JSON-able prediction by stage, and what will be refused. InputError when the model itself cannot be used."""
+    return costed(recipe, directory, device).said
+
+
+def costed(recipe: Recipe, directory: Path | None = None, device: str = "auto") -> Costed:
+    """As `predict`, with what it was made from."""
     source = source_of(recipe)
     model = skeleton(load_config(source))
     structure = inspect(model, include_head=True)
-    total = sum(p.numel() for p in model.parameters())
     element = _element_bytes(source)
     sizes = _sizes(source, model, structure)
     compute = compute_of(None if directory is None else RunDirectory(directory), device, recipe.dtype, recipe.deterministic)
     costs = RunCosts.of(model, recipe, compute, element)
-    stages = [_row("baseline", None, sizes) | costs.baseline(sizes)]
-    stages[0]["total_bytes"] = sum(path.stat().st_size for path in source_paths(source).values())
     refused = refusals(recipe, source)
     place = RunDirectory(directory) if directory is not None and (directory / "run.json").is_file() else None
     inputs = Inputs(recipe, source)
@@ -98,7 +116,35 @@ def predict(recipe: Recipe, directory: Path | None = None, device: str = "auto")
     steps = plan_steps(recipe, source, inputs, compute, place) if place is not None and not refused else []
     budget = _allocation(recipe, sizes, inputs, compute, place, steps) if recipe.budget is not None and not refused else None
     specs = [step.spec for step in steps if step.spec is not None] or recipe.stages
-    beside, gathers_fisher, writes = 0, True, not refused and inputs.to_write(specs)
+    writes = not refused and inputs.to_write(specs)
+    stored = sum(path.stat().st_size for path in source_paths(source).values())
+    found = _costed(recipe, specs, costs, sizes, stored, refused, budget, writes)
+    noted = [*warnings(recipe, source).values(), *(_replaced_types(specs, structure) if not refused else [])]
+    finished = [step.address for step in steps if place is not None and place.state(step.name) == "done"]
+    return replace(found, said=found.said | {"warnings": list(dict.fromkeys(noted)), "finished": finished})
+
+
+def costed_of_config(recipe: Recipe, config: Any, device: str = "auto") -> Costed:
+    """The same of a model that nobody has: of a configuration alone, stored in its dtype. Texts are not looked at; what the model would write
+    itself is taken to be missing."""
+    model, element = skeleton(config), float(config.dtype.itemsize)
+    structure = inspect(model, include_head=True)
+    costs = RunCosts.of(model, recipe, compute_of(None, device, recipe.dtype, recipe.deterministic), element)
+    refused = _refusals(recipe, model, dense_sizes(model, structure, element), imported=False)
+    sizes = dense_sizes(model, structure, element)
+    budget = _allocation(recipe, sizes, None, costs.compute, None, []) if recipe.budget is not None and not refused else None
+    writes = any(SELF in [share.source for share in shares(text)] for text in (recipe.data.calibration, recipe.data.train))
+    return _costed(recipe, recipe.stages, costs, sizes, sizes.total_bytes(), refused, budget, writes)
+
+
+def _costed(
+    recipe: Recipe, specs: list[StageSpec], costs: RunCosts, sizes: Sizes, stored: float, refused: list[str], budget: "_Budget | None", writes: bool
+) -> Costed:
+    """Stage by stage; `stored`: bytes of the model as it comes."""
+    structure, model = sizes.structure, costs.plan.anatomy.model
+    needs = {"baseline": costs.baseline(sizes)}
+    stages = [_row("baseline", None, sizes) | costs.said(needs["baseline"]) | {"total_bytes": round(stored)}]
+    beside, gathers_fisher = 0, True
     for number, spec in enumerate(specs):
         before = copy.deepcopy(sizes)
         apply(spec, sizes)
@@ -108,28 +154,32 @@ def predict(recipe: Recipe, directory: Path | None = None, device: str = "auto")
         if gathers_fisher and (_reads_fisher(spec) or (gathered and recipe.allocation.weighting == "fisher")):
             gathered, gathers_fisher = [costs.fisher(), *gathered], False
         gathered = [costs.self_text(), *gathered] if writes and number == 0 else gathered
-        stages.append(row | (costs.stage(spec, before, sizes, number == 0, gathered) if not refused else {}))
+        if not refused:
+            needs[spec.address] = costs.stage(spec, before, sizes, number == 0, gathered)
+        stages.append(row | (costs.said(needs[spec.address]) if not refused else {}))
+    by_address = {spec.address: spec for spec in specs}
     most = {kind: max(row.get(kind, 0) for row in stages) for kind in ("device_bytes", "host_bytes")}
-    return {
+    said = {
         "recipe": recipe.name,
         "model": recipe.model,
-        "device": compute.device.type,
-        "dtype": compute.dtype_name,
-        "parameters": total,
+        "device": costs.compute.device.type,
+        "dtype": costs.compute.dtype_name,
+        "parameters": costs.plan.anatomy.parameters,
         "blocks": structure.blocks,
         "matrices": sum(site.block is not None for site in structure.sites),
         "skipped": [{"name": s.name, "reason": s.reason} for s in structure.skipped],
         **({"allocation": budget.said} if budget is not None else {}),
         "stages": stages,
         "refusals": refused,
-        "shortages": costs.shortages({spec.address: spec for spec in specs}, stages) if not refused else [],
-        "warnings": list(dict.fromkeys([*warnings(recipe, source).values(), *(_replaced_types(specs, structure) if not refused else [])])),
+        "shortages": costs.shortages(by_address, stages) if not refused else [],
+        "warnings": [],
         "peak_bytes": most["device_bytes"],
         **most,
         "disk_bytes": round(sum(row["total_bytes"] for row in stages[1:])),
         "seconds": round(sum(row.get("seconds", 0) for row in stages)),
-        "finished": [step.address for step in steps if place is not None and place.state(step.name) == "done"],
+        "finished": [],
     }
+    return Costed(said, costs, needs, by_address)
 
 
 @dataclass(frozen=True)
@@ -154,14 +204,14 @@ class _Budget:
         return self.limit if number >= self.first else {}
 
 
-def _allocation(recipe: Recipe, dense: Sizes, inputs: Inputs, compute: Compute, place: RunDirectory | None, steps: list[Step]) -> _Budget:
+def _allocation(recipe: Recipe, dense: Sizes, inputs: Inputs | None, compute: Compute, place: RunDirectory | None, steps: list[Step]) -> _Budget:
     """What the budget chooses from, the range of sizes that the choices span, and whether the table it is chosen by is there."""
     stages = spending.spent(recipe)
     counted = spending.costs(recipe, stages, dense)
     smallest, largest = (stages.budget.said(n, counted.weights, counted.rest_bytes) for n in (counted.smallest, counted.largest))
     limit = min(stages.budget.bytes_for(counted.weights, counted.rest_bytes), counted.largest)
     blocks, chosen, beside = 0, None, counted.outside
-    if place is not None:
+    if place is not None and inputs is not None:
         directory, chosen = found_choice(recipe, steps[stages.first].key, inputs, compute, place)
         blocks, beside = finished_blocks(directory), [] if (directory / OUTSIDE).is_file() else beside
     missing = dense.structure.blocks - blocks

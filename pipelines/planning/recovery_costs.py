@@ -23,6 +23,7 @@ from ..stages.inputs import HELD_OUT_TOKENS
 from ..stages.recover import ROOM
 from ..stages.teacher import TEACHER_TOKENS, tokens_ahead
 from .anatomy import Anatomy, TrainingStep
+from .division import MICRO_BATCHES, Divided, Exchange, in_turn
 from .stage_costs import DENSE, OPENED, CostPlan, Needs, compressed
 
 F32 = torch.float32
@@ -54,12 +55,20 @@ def recovered(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool, room:
     host = anatomy.outside * plan.element + max(packed / anatomy.blocks, anatomy.block_parameters * plan.element) * 2
     if config.loss != "cross_entropy":
         host += plan.hidden_bytes(max(0.0, _ahead(plan, config) - TEACHER_TOKENS))
-    work = _training(plan, step, config, checkpointing, cached, moved, sum(rebuilt))
+    steps, held_out, rest = _training(plan, step, config, checkpointing, cached, moved, sum(rebuilt))
+    work = steps + held_out + rest
+    shared = _micro_batches(plan, config, steps, held_out)
+    sent = (
+        Exchange("gradients", "sum", trained, 4, config.accumulation, config.steps),
+        Exchange("losses of held-out text", "gathered", 0.0, times=2 + _evaluations(config)),
+    )
+    alone = {"opening": OPENED * 3, "rebuilding matrices": rest + -1 * (OPENED * 3)}
     if getattr(own, "quantizer", None) != "gptq":
-        return Needs(work, device, host)
+        return Needs(work, device, host, divided=shared, alone=alone, sent=sent)
     rounding = compressed(plan, StageSpec("quantize", spec.address, "gptq", GptqConfig()), True, False, 0.0)
     walking = rounding.device - plan.outside_bytes - plan.block_bytes
-    return Needs(work + rounding.work, max(device, weights + plan.outside_bytes + walking), host, rounding.hidden)
+    device = max(device, weights + plan.outside_bytes + walking)
+    return Needs(work + rounding.work, device, host, rounding.hidden, shared, alone | {"rounding by GPTQ": rounding.work}, sent)
 
 
 def _acting(plan: CostPlan, activations: Activations, config: Any, teacher: bool) -> float:
@@ -79,8 +88,10 @@ def _ahead(plan: CostPlan, config: Any) -> float:
     return min(tokens_ahead(plan.device, int(plan.hidden_bytes(1))), wanted)
 
 
-def _training(plan: CostPlan, step: TrainingStep, config: Any, checkpointing: bool, cached: bool, moved: bool, rebuilt: int) -> Work:
-    """Steps, the teacher's passes, evaluations on the held-out text (start, five, and the records as they are stored)."""
+def _training(
+    plan: CostPlan, step: TrainingStep, config: Any, checkpointing: bool, cached: bool, moved: bool, rebuilt: int
+) -> tuple[Work, Work, Work]:
+    """Steps with the teacher's passes; evaluations on the held-out text (start, five, and the records as they are stored); what comes once."""
     anatomy, tokens = plan.anatomy, float(config.batch_size * config.seq_len)
     forward = tokens * anatomy.blocks * anatomy.products()
     passes = 2.0 + (1.0 if checkpointing else 0.0) + (1.0 if moved else 0.0)
@@ -95,8 +106,22 @@ def _training(plan: CostPlan, step: TrainingStep, config: Any, checkpointing: bo
     held = float(max(HELD_OUT_TOKENS, tokens))
     head = Work({plan.dtype: held * anatomy.vocabulary * anatomy.width}, passes=held * anatomy.vocabulary * 16.0)
     evaluation = plan.pass_of(held, config.seq_len) * anatomy.blocks + head + (Work() if cached else dense * (held / tokens))
+    return micro * (config.steps * config.accumulation), evaluation * (2 + _evaluations(config)), dense + OPENED * 3
+
+
+def _evaluations(config: Any) -> int:
+    """On the way, the start and the end apart."""
     every = config.eval_every or max(1, config.steps // 5)
-    return micro * (config.steps * config.accumulation) + evaluation * (2 + -(-config.steps // every)) + dense + OPENED * 3
+    return -(-config.steps // every)
+
+
+def _micro_batches(plan: CostPlan, config: Any, steps: Work, held_out: Work) -> tuple[Divided, ...]:
+    """An update's micro-batches, and the held-out batches, in turn."""
+    windows = max(1, HELD_OUT_TOKENS // config.seq_len)
+    full, left = divmod(windows, config.batch_size)
+    counts = [config.batch_size] * full + ([left] if left else [])
+    micro = in_turn(MICRO_BATCHES, steps, [1.0] * config.accumulation, config.steps)
+    return micro, in_turn("held-out batches", held_out, counts, 2 + _evaluations(config))
 
 
 def trained_numbers(anatomy: Anatomy, spec: StageSpec, own: Any, config: Any, linears: list[Site], sizes: Sizes) -> float:

@@ -54,14 +54,14 @@ class RunCosts:
         on_card = compute.device.type == "cuda"
         return cls(plan, compute, measured(compute), float(resident_bytes()) + (CUDA_HOST_BYTES if on_card else 0.0))
 
-    def baseline(self, sizes: Sizes) -> dict[str, Any]:
+    def baseline(self, sizes: Sizes) -> tuple[Needs, ...]:
         """Importing the model, and measuring it."""
         imported = Needs(Work(files=2 * sizes.total_bytes()), 0.0, 2 * self.plan.anatomy.block_parameters * self.plan.element)
-        return self._said(imported, self._evaluation(sizes, teacher=False))
+        return imported, self._evaluation(sizes, teacher=False)
 
-    def stage(self, spec: StageSpec, before: Sizes, after: Sizes, first: bool, gathered: Sequence[Needs] = ()) -> dict[str, Any]:
-        """A stage from what its parent stores to what it leaves, and its evaluation; what is `gathered` for it first."""
-        return self._said(*gathered, self.needs(spec, before, after, first), self._evaluation(after, teacher=True))
+    def stage(self, spec: StageSpec, before: Sizes, after: Sizes, first: bool, gathered: Sequence[Needs] = ()) -> tuple[Needs, ...]:
+        """What is `gathered` for a stage, the stage from what its parent stores to what it leaves, and its evaluation, one after the other."""
+        return *gathered, self.needs(spec, before, after, first), self._evaluation(after, teacher=True)
 
     def self_text(self) -> Needs:
         return table_costs.self_text(self.plan)
@@ -107,7 +107,8 @@ class RunCosts:
         rebuilt = sum(sizes.weights[n] for n, size in sizes.of.items() if size.compressed) * self.plan.itemsize
         return asked == "always" or (asked == "auto" and rebuilt <= min(self.available(device=True) / 3, DENSE_CACHE_BYTES))
 
-    def _said(self, *parts: Needs) -> dict[str, Any]:
+    def said(self, parts: Sequence[Needs]) -> dict[str, Any]:
+        """What one process takes of the device, of the host and of time."""
         placed = [self.placed(part) for part in parts]
         device, host = (max(bytes_) for bytes_ in zip(*placed, strict=True))
         return {

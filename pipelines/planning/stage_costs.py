@@ -5,19 +5,23 @@ code does between its products `anatomy`. Recovery is in `recovery_costs`. Reads
 Legend: N windows, T tokens, O out, I in, D model, V vocabulary.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from ...compress.statistics import SAMPLES
 from ..devices.rates import Work
-from ..evaluation.perplexity import LOGITS_AT_ONCE, TOKENS_AT_ONCE
+from ..evaluation.perplexity import LOGITS_AT_ONCE, TOKENS_AT_ONCE, batches
 from ..models.sizes import rounded_to_nearest
 from ..models.structure import Site, is_tied
+from ..ranks import SLOTS
 from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec, methods
+from ..stages.shared_inputs import solving_cost
 from .anatomy import Anatomy
+from .division import SLOTS_OF_TEXT, Divided, Exchange, Piece, in_turn
 from .solver_costs import Cost, factor_work, solver_cost
 
 F32 = torch.float32
@@ -38,16 +42,22 @@ ATTENTION_SHARE = 2.0
 @dataclass(frozen=True)
 class Needs:
     """`device`: bytes of tensors on the run's device; `host`: bytes of this process besides (on a CPU both are one memory); `hidden`: bytes of
-    hidden states, which lie on the device, in host memory or in files, as there is room."""
+    hidden states, which lie on the device, in host memory or in files, as there is room. Of `work`, all that one process does: `divided` is what
+    several ranks share, `alone` names what is left, which every rank repeats or waits for; `sent` is what goes from rank to rank."""
 
     work: Work
     device: float
     host: float
     hidden: float = 0.0
+    divided: tuple[Divided, ...] = ()
+    alone: Mapping[str, Work] = field(default_factory=dict)
+    sent: tuple[Exchange, ...] = ()
 
     def most(self, other: "Needs") -> "Needs":
         """Both one after the other."""
-        return Needs(self.work + other.work, max(self.device, other.device), max(self.host, other.host), max(self.hidden, other.hidden))
+        device, host, hidden = max(self.device, other.device), max(self.host, other.host), max(self.hidden, other.hidden)
+        alone = {name: self.alone.get(name, Work()) + other.alone.get(name, Work()) for name in {**self.alone, **other.alone}}
+        return Needs(self.work + other.work, device, host, hidden, self.divided + other.divided, alone, self.sent + other.sent)
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,10 @@ class CostPlan:
     def batch(self, seq_len: int) -> int:
         return max(1, TOKENS_AT_ONCE // seq_len)
 
+    def batches(self, windows: int, seq_len: int) -> list[int]:
+        """Windows of each batch."""
+        return [part.stop - part.start for part in batches(windows, seq_len)]
+
     def pass_of(self, tokens: float, seq_len: int, sites: list[Site] | None = None) -> Work:
         """Tokens through one block, or through its products with some matrices alone."""
         batch = self.batch(seq_len)
@@ -102,15 +116,19 @@ def evaluated(plan: CostPlan, windows: int, records: bool, teacher: bool) -> Nee
     tokens, models = float(windows * seq_len), 2 if teacher else 1
     work = (plan.pass_of(tokens, seq_len) + plan.loaded(records)) * anatomy.blocks
     logits = tokens * anatomy.vocabulary
-    work += Work(
+    scored = Work(
         {plan.dtype: models * logits * anatomy.width}, passes=logits * 4.0 * (26 if teacher else 12), calls=tokens / LOGITS_AT_ONCE * 60
     )
+    work += scored
     work += OPENED
+    shared = in_turn("evaluation batches", plan.pass_of(tokens, seq_len) * anatomy.blocks + scored, plan.batches(windows, seq_len))
+    alone = {"loading": plan.loaded(records) * anatomy.blocks, "opening": OPENED}
     hidden = plan.hidden_bytes(tokens)
     span = min(LOGITS_AT_ONCE, seq_len) * anatomy.vocabulary * 4.0 * (LOGIT_COPIES if teacher else LOGIT_COPIES / 2)
     walking = plan.block_bytes + plan.running_bytes(windows, seq_len)
     device = plan.outside_bytes * models + max(walking, span)
-    return Needs(work, device, max(anatomy.outside, READ_AHEAD * anatomy.block_parameters) * plan.element, hidden)
+    host = max(anatomy.outside, READ_AHEAD * anatomy.block_parameters) * plan.element
+    return Needs(work, device, host, hidden, (shared,), alone, _scores_sent(hidden, windows, teacher))
 
 
 def compressed(plan: CostPlan, spec: StageSpec, records: bool, first: bool, written: float) -> Needs:
@@ -126,30 +144,51 @@ def compressed(plan: CostPlan, spec: StageSpec, records: bool, first: bool, writ
         seq_len = min(seq_len, SAMPLES)
         windows = min(windows, -(-SAMPLES // seq_len))
     tokens = float(windows * seq_len)
-    solving, kept = _solved(plan, spec, sites, needs, records, tokens)
-    work = solving.work + Work(files=written / anatomy.blocks, calls=500)
+    solving, kept, pieces = _solved(plan, spec, sites, needs, records, tokens)
+    writing = Work(files=written / anatomy.blocks, calls=500)
+    work = solving.work + writing
     passes = 2.0 + ((1.0 if "cross_moment" in needs else 0.0) + 1.0 if twin else 0.0)
     passes += len(anatomy.inputs(sites)) - 1 if spec.true_sequential and looks else 0
     last = [] if row.scope == "block" or not sites else anatomy.inputs(sites)[-1]
-    work += plan.pass_of(tokens, seq_len) * passes + plan.loaded(records) * (2 if twin else 1)
-    work += Work({plan.dtype: -tokens * anatomy.products(last)}) + Work(passes=anatomy.block_parameters * 4 * DENSE)
-    work += gathering(plan, anatomy.inputs(sites), needs, tokens)
+    loading = plan.loaded(records) * (2 if twin else 1)
+    running = plan.pass_of(tokens, seq_len) * passes
+    work += running + loading
+    unneeded, read_back = Work({plan.dtype: -tokens * anatomy.products(last)}), Work(passes=anatomy.block_parameters * 4 * DENSE)
+    work += unneeded + read_back
+    gathered = gathering(plan, anatomy.inputs(sites), needs, tokens)
+    work += gathered
     models = 2 if twin else 1
     hidden = plan.hidden_bytes(tokens) * (models + row.dense_outputs)
     held = plan.outside_bytes * models + plan.block_bytes * models
+    alone = {"writing": writing, "loading": loading + read_back}
     if row.scope == "block" and hasattr(spec.config, "steps"):
         trained = _trained(plan, spec, sites, tokens)
         work, held = work + trained.work, held + kept
         solving = replace(solving, peak=max(solving.peak, trained.peak))
+    if row.scope == "block":
+        alone["blocks trained as a whole"] = work + -1 * (running + unneeded + gathered + writing + loading + read_back)
     device = held + max(solving.peak, plan.running_bytes(windows, seq_len))
     read = anatomy.block_parameters * plan.element * (1 if first else 2)
+    opening = OPENED * (2 if twin else 1)
     whole = Needs(
-        work * anatomy.blocks + OPENED * (2 if twin else 1),
+        work * anatomy.blocks + opening,
         device,
         max(anatomy.outside * plan.element, READ_AHEAD * read) + written / anatomy.blocks + RUNNING_BYTES,
         hidden,
+        _shared(plan, (running + unneeded + gathered) * anatomy.blocks, windows, seq_len, pieces if row.scope == "matrix" else None),
+        {name: each * anatomy.blocks for name, each in alone.items()} | {"opening": opening},
+        _sums_sent(plan, spec, sites, needs, written, windows, seq_len),
     )
     return _with_rest(plan, spec, whole)
+
+
+def _shared(plan: CostPlan, running: Work, windows: int, seq_len: int, solving: Divided | None) -> tuple[Divided, ...]:
+    """Batches of calibration text by slots; matrices by owners, where they are solved one by one."""
+    slots: dict[int, float] = {}
+    for number, count in enumerate(plan.batches(windows, seq_len)):
+        slots[number % SLOTS] = slots.get(number % SLOTS, 0.0) + count
+    found = in_turn(SLOTS_OF_TEXT, running, list(slots.values()))
+    return (found,) if solving is None else (found, solving)
 
 
 def _with_rest(plan: CostPlan, spec: StageSpec, found: Needs) -> Needs:
@@ -176,27 +215,45 @@ def gathering(plan: CostPlan, inputs: list[list[Site]], needs: frozenset[str], t
     return work
 
 
-def _solved(plan: CostPlan, spec: StageSpec, sites: list[Site], needs: frozenset[str], records: bool, tokens: float) -> tuple[Cost, float]:
-    """(work of a block's matrices and the most bytes beside the block, bytes of the statistics that all of them keep)."""
+def _solved(
+    plan: CostPlan, spec: StageSpec, sites: list[Site], needs: frozenset[str], records: bool, tokens: float
+) -> tuple[Cost, float, Divided]:
+    """(work of a block's matrices and the most bytes beside the block, bytes of the statistics that all of them keep, the same work in
+    pieces that owners solve)."""
     squares = 4.0 * (("second_moment" in needs) + ("cross_moment" in needs))
     kept, work, peak = 0.0, Work(), 0.0
-    for together in plan.anatomy.inputs(sites):
+    pieces, first = list[Piece](), dict[int, Work]()
+    for number, together in enumerate(plan.anatomy.inputs(sites)):
         width = together[0].shape[1]
         kept += squares * width**2 + 4.0 * SAMPLES * width
-        found = 0.0
+        found, solving = 0.0, dict[str, Work]()
         for site in together:
             cost = _of_matrix(spec, site, records)
             rows, columns = site.shape
-            work += cost.work + Work({F32: 2.0 * rows * columns * SAMPLES}, passes=4.0 * rows * columns * (2 * DENSE + 10), calls=100)
+            solving[site.name] = cost.work + Work({F32: 2.0 * rows * columns * SAMPLES}, passes=4.0 * rows * columns * (2 * DENSE + 10), calls=100)
+            work += solving[site.name]
             measured = 4.0 * rows * (2 * columns + SAMPLES)
             peak = max(peak, kept + 4.0 * rows * columns * 1.5 + max(cost.peak, measured))
             found = max(found, cost.kept)
         for config, rows in _stacks(spec, together).items():
             cost = solver_cost(spec.name, spec.method, config, (rows, width), records)
             peak = max(peak, kept + 4.0 * rows * width * 1.5 + cost.peak)
-        work += factor_work(width) if found else Work()
+        first[number] = factor_work(width) if found else Work()
+        work += first[number]
         kept += found
-    return Cost(work, max(peak, kept)), kept
+        for few in _units(spec, together):
+            own = sum((solving[site.name] for site in few), Work())
+            pieces.append(Piece(own, solving_cost(few), number))
+    return Cost(work, max(peak, kept)), kept, Divided("matrices of a block", tuple(pieces), plan.anatomy.blocks, first, by_cost=True)
+
+
+def _units(spec: StageSpec, together: list[Site]) -> list[list[Site]]:
+    """Of the sites of one input, those that one rank solves: all that a method solves at once (stages/shared_inputs), else each."""
+    row, out = methods(spec.name)[spec.method], dict[Any, list[Site]]()
+    for site in together:
+        config = spec.config_for(site.name)
+        out.setdefault(config if row.together is not None and getattr(config, "shared", True) else site.name, []).append(site)
+    return list(out.values())
 
 
 def _stacks(spec: StageSpec, together: list[Site]) -> dict[Any, int]:
@@ -255,3 +312,33 @@ def _trained(plan: CostPlan, spec: StageSpec, sites: list[Site], tokens: float) 
 
 LATENT = 40.0
 """Reads and writes of a weight in float32 while a latent is rounded, goes back and is moved."""
+
+
+def _sums_sent(
+    plan: CostPlan, spec: StageSpec, sites: list[Site], needs: frozenset[str], written: float, windows: int, seq_len: int
+) -> tuple[Exchange, ...]:
+    """What ranks tell one another about a stage's blocks (models/slot_sums, stages/shared_inputs, store/artifact)."""
+    blocks, inputs = plan.anatomy.blocks, plan.anatomy.inputs(sites)
+    slots = min(SLOTS, len(plan.batches(windows, seq_len)))
+    rows = min(SAMPLES, windows * seq_len)
+    times = float(blocks) * (len(inputs) if spec.true_sequential and needs - {"fisher"} else 1)
+    widths = [together[0].shape[1] for together in inputs]
+    squares = ("second_moment" in needs) + ("cross_moment" in needs)
+    doubles = ("second_moment" not in needs) + ("absmean" in needs)
+    beside = sum(4.0 * rows * width + slots * width * (8.0 * doubles + 4.0 * ("absmax" in needs)) for width in widths)
+    return (
+        *(Exchange("moments", "sum", float(width) ** 2, 4, slots, blocks) for width in widths for _ in range(squares)),
+        Exchange("tokens of each slot", "gathered", units=slots, times=times),
+        Exchange("samples and vectors", "gathered", beside * blocks / times, times=times),
+        Exchange("records", "gathered", written / blocks * blocks / times, times=times),
+        Exchange("what was written", "broadcast", times=blocks + 1.0),
+        Exchange("whether to keep hidden states", "broadcast", times=blocks - 1.0),
+        Exchange("whether to stop", "agreed", times=blocks),
+        Exchange("beginning and end", "broadcast", times=3.0),
+    )
+
+
+def _scores_sent(hidden: float, windows: int, teacher: bool) -> tuple[Exchange, ...]:
+    """Whether numbers are finite, and scores; of the baseline its last hidden states, batch by batch to rank 0."""
+    scores = Exchange("scores", "gathered", 24.0 * windows), Exchange("what was not finite", "gathered")
+    return scores if teacher else (*scores, Exchange("hidden states", "streamed", hidden))

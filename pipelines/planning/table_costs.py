@@ -20,6 +20,7 @@ from ..devices.rates import Work
 from ..evaluation.perplexity import LOGITS_AT_ONCE
 from ..models.structure import Site
 from ..stages.self_text import AT_ONCE, DOCUMENTS, TOKENS
+from .division import Exchange, in_turn
 from .solver_costs import factor_work, factors_work, solver_cost, term_work
 from .stage_costs import ATTENTION_SHARE, DENSE, OPENED, READ_AHEAD, RUNNING_BYTES, CostPlan, Needs, gathering
 
@@ -59,7 +60,12 @@ def fisher(plan: CostPlan) -> Needs:
     span = min(LOGITS_AT_ONCE, seq_len) * anatomy.vocabulary * 4.0 * 3
     host = max(anatomy.outside, READ_AHEAD * anatomy.block_parameters) * plan.element + RUNNING_BYTES
     kept = plan.hidden_bytes(tokens) * (anatomy.blocks + 1)
-    return Needs((there + back) * anatomy.blocks + head + OPENED, plan.outside_bytes + max(acting, span), host, kept)
+    loading = plan.loaded(False) * (2 * anatomy.blocks)
+    work = (there + back) * anatomy.blocks + head + OPENED
+    sequences = in_turn("sequences", work + -1 * (loading + OPENED), [1.0] * samples)
+    sums = Exchange("Fisher information", "gathered", 8.0 * samples * sum(map(sum, (s.shape for s in sites))), times=anatomy.blocks)
+    alone = {"loading": loading, "opening": OPENED}
+    return Needs(work, plan.outside_bytes + max(acting, span), host, kept, (sequences,), alone, (sums,))
 
 
 def table(plan: CostPlan, stages: Spent, settings: Sequence[Setting], records: bool, blocks: int) -> Needs:
