@@ -45,6 +45,11 @@ def opened(model: str, revision: str | None = None) -> Iterator[Artifact]:
         yield artifact
     else:
         source = resolve_model(model, revision)
+        if (source / MANIFEST).is_file():  # of the Hub
+            artifact = open_artifact(source)
+            artifact.verify()
+            yield artifact
+            return
         with scratch_directory() as place:
             key = fingerprint(source)
             manifest = {"key": key, "parent": None, "stage": {"name": "baseline", "method": None, "settings": {}}}
