@@ -10,7 +10,6 @@ import os
 import resource
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PipelineError
+from ..store.files import scratch_directory
 from .synthetic import Shape, write_model, write_text
 
 log = logging.getLogger(__name__)
@@ -77,8 +77,8 @@ def growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def kept_beside(output: Path | None, name: str) -> Iterator[Path]:
     """Where models and runs lie: kept beside the results when these are, else gone in the end."""
     if output is None:
-        with tempfile.TemporaryDirectory(prefix="bitmend-") as scratch:
-            yield Path(scratch)
+        with scratch_directory() as scratch:
+            yield scratch
     else:
         (output / name).mkdir(parents=True, exist_ok=True)
         yield output / name

@@ -1,6 +1,5 @@
 """Commands that read finished work: report show/export, compare, eval, export, generate."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -207,13 +206,10 @@ def _deliver(text: str, output: Path | None, format_: str) -> None:
         return
     if not output.parent.is_dir():
         raise UsageError(f"{output.parent}: no such directory; make it first")
+    from ..store.files import write_fresh
+
     _refuse_to_overwrite(output)
-    scratch = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    try:
-        scratch.write_text(text if text.endswith("\n") else f"{text}\n", encoding="utf-8")
-        scratch.replace(output)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_fresh(output, text if text.endswith("\n") else f"{text}\n")
     echo(str(output))
 
 

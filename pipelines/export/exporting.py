@@ -4,7 +4,6 @@ Knows artifacts and checkpoints; the bytes of a format are `formats/`.
 """
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -33,6 +32,7 @@ from ..run.opening import last_artifact
 from ..stages.baseline import artifact_of, build_baseline, fingerprint
 from ..stages.inputs import Inputs
 from ..store.artifact import Artifact
+from ..store.files import scratch_directory
 from ..store.manifest import FOR_TRANSFORMERS
 from ..store.rundir import RunDirectory, refuse_inside_run
 from .audit import write_audited
@@ -98,9 +98,9 @@ def predict(
     recipe = resolve(place.checked_recipe(), file=None, sets=[], options={})
     with (
         _prepared(directory, artifact, recipe, format_, merge, requantize, adapter) as (checkpoint, exported, notes),
-        tempfile.TemporaryDirectory(prefix="bitmend-") as scratch,
+        scratch_directory() as scratch,
     ):
-        counted = Path(scratch) / "export"
+        counted = scratch / "export"
         notes = [*notes, *formats.write(format_, checkpoint, counted, adapter, shard_bytes=COUNTED)]
         size = counted_bytes(counted)
     apart = bool(artifact.beside) or any("low_rank" in description for description in artifact.linears.values())
@@ -208,8 +208,7 @@ def _known_perplexity(directory: Path, artifact: Artifact) -> float | None:
 
 def _measure(output: Path, recipe: Recipe, device: torch.device) -> float:
     """Perplexity of what was written, opened as any model would be, under the run's protocol."""
-    with tempfile.TemporaryDirectory(prefix="bitmend-") as scratch:
-        place = Path(scratch)
+    with scratch_directory() as place:
         manifest = {"key": fingerprint(output), "parent": None, "stage": {"name": "baseline", "method": None, "settings": {}}}
         found = _perplexity(build_baseline(output, place / "a.partial", place / "a", manifest), recipe, device)
     if found is None:
@@ -219,8 +218,7 @@ def _measure(output: Path, recipe: Recipe, device: torch.device) -> float:
 
 def _measure_whole(format_: str, output: Path, written: Checkpoint, artifact: Artifact, recipe: Recipe, device: torch.device) -> float:
     """The same of a format that is read by the config of what was written."""
-    with tempfile.TemporaryDirectory(prefix="bitmend-") as scratch:
-        place = Path(scratch)
+    with scratch_directory() as place:
         manifest = {"key": "export", "parent": None, "stage": {"name": "baseline", "method": None, "settings": {}}}
         read = formats.read_back(format_, output, written)
         found = _perplexity(artifact_of(read, artifact.directory, place / "a.partial", place / "a", manifest), recipe, device)
@@ -232,8 +230,8 @@ def _measure_whole(format_: str, output: Path, written: Checkpoint, artifact: Ar
 def _perplexity(artifact: Artifact, recipe: Recipe, device: torch.device) -> float | None:
     """In float32, whatever the run computes in, so that what a format loses stands out."""
     windows = Inputs(recipe, artifact.directory).evaluation()
-    with tempfile.TemporaryDirectory(prefix="bitmend-") as scratch:
-        scores, _ = measure.scores_of(artifact, Path(scratch), windows, None, device, torch.float32, label="export: perplexity, blocks")
+    with scratch_directory() as scratch:
+        scores, _ = measure.scores_of(artifact, scratch, windows, None, device, torch.float32, label="export: perplexity, blocks")
     return scores.perplexity if scores.nll else None
 
 

@@ -4,7 +4,6 @@ Knows artifacts and stages; when a merge is exact is `recover/merge`'s business.
 """
 
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +21,7 @@ from ..stages import Context
 from ..stages.compress import compress
 from ..stages.inputs import Inputs
 from ..store.artifact import Artifact, ArtifactWriter, shards_of
+from ..store.files import scratch_directory
 
 
 def merged(checkpoint: Checkpoint, artifact: Artifact) -> Checkpoint:
@@ -57,8 +57,7 @@ def requantized(artifact: Artifact, chosen: recipes.Recipe) -> Iterator[tuple[Ar
     again = StageSpec(
         "quantize", "quantize", "gptq", recipes.methods("quantize")["gptq"].config(**settings), spec.ignore, overrides=overrides
     )
-    with tempfile.TemporaryDirectory(prefix="bitmend-") as scratch:
-        place = Path(scratch)
+    with scratch_directory() as place:
         dense = _dense_artifact(artifact, place)
         inputs = Inputs(chosen, artifact.directory)
         context = Context(

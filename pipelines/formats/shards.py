@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError, OutOfMemoryError, UsageError
-from ..store.files import PARTIAL, read_json, sync
+from ..store.files import PARTIAL, lives, read_json, sync
 
 log = logging.getLogger("bitmend")
 
@@ -270,26 +270,16 @@ def _remove_if_abandoned(scratch: Path, process: int) -> None:
     names = {path.name for path in scratch.iterdir()}
     if not names <= {LOCK, MADE}:
         return
-    if not names and not _lives(process):
+    if not names and not lives(process):
         scratch.rmdir()
     else:
         with (scratch / LOCK).open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             claim = lock.read()
-            if claim != _claim(process) and (claim or MADE in names or _lives(process)):
+            if claim != _claim(process) and (claim or MADE in names or lives(process)):
                 return
             shutil.rmtree(scratch)
     log.info("%s: removed; an export that was killed left it", scratch)
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
 
 
 def copy_files(source: Path | None, directory: Path) -> None:

@@ -1,6 +1,5 @@
 """`pipeline eval`: perplexity of a model, an artifact or a run with its protocol, or its scores on tasks. Knows no stage."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..models.source import load_config, load_tokenizer, refuse_beyond, refuse_u
 from ..recipes.recipe import resolve
 from ..stages.inputs import Inputs
 from ..store.artifact import Artifact, open_artifact
+from ..store.files import scratch_directory
 from ..store.rundir import run_of
 from ..text import data
 from .opening import opened
@@ -35,8 +35,7 @@ def evaluate_tasks(
     def scored(artifact: Artifact, kept: Path) -> dict[str, TaskScore]:
         return scores_of_tasks(artifact, kept, tasks, limit, compute.device, compute.dtype, binder_of(artifact, compute.device))
 
-    with opened(model) as found, tempfile.TemporaryDirectory(prefix="bitmend-") as scratch:
-        place = Path(scratch)
+    with opened(model) as found, scratch_directory() as place:
         first: dict[str, TaskScore] = {}
         if run is not None and found.manifest["parent"] is not None:
             name = run.read()["stages"][0]["name"]
@@ -62,7 +61,7 @@ def evaluate(
     run = run_of(Path(model))
     recipe = None if run is None else resolve(run.checked_recipe())
     compute = compute_of(run, device, dtype or (recipe.dtype if recipe is not None else "auto"))
-    with opened(model) as found, tempfile.TemporaryDirectory(prefix="bitmend-") as scratch:
+    with opened(model) as found, scratch_directory() as scratch:
         tokenizer, config = load_tokenizer(found.directory), load_config(found.directory)
         refuse_beyond(config, {"--seq-len": seq_len or (recipe.evaluation.seq_len if recipe is not None else 512)})
         if recipe is not None and eval_source in (None, recipe.data.evaluation):
@@ -75,7 +74,7 @@ def evaluate(
         cut = evaluated_by(compute, cut)
         streamed = StreamedModel(found, compute.device, compute.dtype, binder_of(found, compute.device))
         with bar("perplexity, blocks", streamed.structure.blocks) as shown:
-            room = Room.measured(compute.device, Path(scratch))
+            room = Room.measured(compute.device, scratch)
             scores, _ = score(streamed, cut, None, lambda done, total: shown.advance(), room)
         return {
             "model": model,

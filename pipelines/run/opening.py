@@ -1,6 +1,5 @@
 """From what the user names (a run, a stage, a model) to its artifact, and to a plain transformers model on the kernels of a device."""
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..models.loading import whole_model
 from ..models.source import refuse_revision, resolve_model
 from ..stages.baseline import build_baseline, fingerprint
 from ..store.artifact import Artifact, open_artifact
+from ..store.files import scratch_directory
 from ..store.manifest import MANIFEST
 from ..store.rundir import RunDirectory, run_of
 
@@ -45,10 +45,15 @@ def opened(model: str, revision: str | None = None) -> Iterator[Artifact]:
         yield artifact
     else:
         source = resolve_model(model, revision)
-        with tempfile.TemporaryDirectory(prefix="bitmend-") as place:
+        if (source / MANIFEST).is_file():  # of the Hub
+            artifact = open_artifact(source)
+            artifact.verify()
+            yield artifact
+            return
+        with scratch_directory() as place:
             key = fingerprint(source)
             manifest = {"key": key, "parent": None, "stage": {"name": "baseline", "method": None, "settings": {}}}
-            yield build_baseline(source, Path(place) / "model.partial", Path(place) / "model", manifest)
+            yield build_baseline(source, place / "model.partial", place / "model", manifest)
 
 
 def load(directory: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:

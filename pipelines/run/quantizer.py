@@ -48,6 +48,10 @@ def register(registry: Any) -> None:
         def update_device_map(self, device_map: Any) -> dict[str, Any] | None:
             return one_device(device_map)
 
+        def update_attn_implementation(self, config: Any) -> Any:
+            refuse_hub_id(config)
+            return super().update_attn_implementation(config)
+
         def _process_model_before_weight_loading(self, model: Any, **asked: Any) -> Any:
             self.made = _begin(model, asked)
             return model
@@ -66,6 +70,15 @@ def register(registry: Any) -> None:
 
     registry.register_quantization_config(QUANT_METHOD)(ArtifactConfig)
     registry.register_quantizer(QUANT_METHOD)(ArtifactQuantizer)
+
+
+def refuse_hub_id(config: Any) -> None:
+    """UsageError where the model was named by an id of the Hub: transformers would ask there for the file that no artifact has."""
+    name = getattr(config, "_name_or_path", "")
+    if name and not Path(name).is_dir():
+        raise UsageError(
+            f"{name}: an artifact loads from a directory; fetch it first, as in from_pretrained(huggingface_hub.snapshot_download({name!r}))"
+        )
 
 
 def one_device(device_map: Any) -> dict[str, Any] | None:

@@ -2,17 +2,26 @@
 
 import contextlib
 import errno
+import fcntl
+import glob
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...kernels.cache import cache_directory
 from ..errors import InputError, OutOfMemoryError
 
+log = logging.getLogger("bitmend")
+
+SCRATCH = "bitmend-scratch-"
+"""Begins the name of a directory among the temporary files; its process's number follows."""
 PARTIAL = ".partial"
 """Ends the name of a directory that is not finished."""
 
@@ -112,6 +121,73 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 def checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """An empty directory among the temporary files, gone at the end; those whose processes were killed go first."""
+    place = Path(tempfile.gettempdir())
+    for found in place.glob(f"{SCRATCH}*"):
+        number = found.name.removeprefix(SCRATCH).partition("-")[0]
+        if found.is_dir() and not found.is_symlink() and _abandoned(found, number):
+            shutil.rmtree(found, ignore_errors=True)
+            log.info("%s: removed; a process that was killed left it", found)
+    with tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{os.getpid()}-") as made, _locked(Path(made)):
+        yield Path(made)
+
+
+def write_fresh(path: Path, text: str) -> None:
+    """As `write_bytes`, beside which another process may write the same; what killed ones left of it goes first."""
+    for found in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
+        number = found.name[len(path.name) + 2 : -len(PARTIAL)]
+        if found.is_file() and not found.is_symlink() and _abandoned(found, number):
+            found.unlink(missing_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        with disk_errors(path), scratch.open("w", encoding="utf-8") as file, _locked(scratch):
+            file.write(text)
+            file.flush()
+            scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # without locks, a process's number alone says whether it lives
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _abandoned(path: Path, number: str) -> bool:
+    """Whether its process is not there and nobody holds its lock: the number may be that of another machine's or container's process."""
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", number) or lives(int(number)):
+        return False
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
+def lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 def link(source: Path, target: Path) -> None:

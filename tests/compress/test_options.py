@@ -5,8 +5,8 @@ import torch
 from bitmend.compress.allocate import choose
 from bitmend.compress.decompose import Decomposition, decompose
 from bitmend.compress.factors import FactorForm, store_factors
-from bitmend.compress.lowrank import Metric, WeightedError, best_low_rank, squared_error
 from bitmend.compress.ggml_types import GGML_TYPES
+from bitmend.compress.lowrank import Metric, WeightedError, best_low_rank, squared_error
 from bitmend.compress.methods import DECOMPOSE, QUANTIZE
 from bitmend.compress.metrics import gradient_squares
 from bitmend.compress.options import Grid, Setting, costs_bytes, error_table, ggml_grid, mask_on, overrides, settings

@@ -11,7 +11,10 @@ import pytest
 import torch
 from bitmend.pipelines import formats
 from bitmend.pipelines.errors import InputError, UsageError
+from bitmend.pipelines.models.source import resolve_model
+from bitmend.pipelines.planning.plan import predict
 from bitmend.pipelines.run import quantizer
+from bitmend.pipelines.run.evaluate import evaluate
 from bitmend.pipelines.run.generate import generate
 from bitmend.pipelines.run.opening import load
 from bitmend.pipelines.stages.baseline import build_baseline
@@ -20,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from ..families import save_tiny
-from ..runs import CHAIN, stage_directory
+from ..runs import CHAIN, chosen, stage_directory
 from ..toy import STEPS, run, toy_text
 
 BASELINE: dict[str, Any] = {"key": "k", "parent": None, "stage": {"name": "baseline", "method": None, "settings": {}}}
@@ -126,6 +129,40 @@ def test_what_a_bound_model_cannot_do_is_a_usage_error(fused: Path) -> None:
         AutoModelForCausalLM.from_pretrained(fused, use_kernels=True)
     with pytest.raises(InputError, match="is a stage of a run, no checkpoint to start from; `pipeline export` its run"):
         formats.read(fused)
+
+
+@pytest.fixture
+def on_the_hub(fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The id of an artifact that the Hub's cache holds, as it lays files out there."""
+    from huggingface_hub import constants
+
+    home, commit = tmp_path / "hub" / "models--bitmend-tests--artifact", "0123456789abcdef0123456789abcdef01234567"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text(commit)
+    (home / "snapshots" / commit).mkdir(parents=True)
+    (home / "blobs").mkdir()
+    for number, file in enumerate(sorted(fused.iterdir())):
+        shutil.copyfile(file, home / "blobs" / str(number))
+        (home / "snapshots" / commit / file.name).symlink_to(Path("../../blobs") / str(number))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return "bitmend-tests/artifact"
+
+
+def test_an_artifact_of_the_hub_is_evaluated_and_is_nothing_to_start_from(on_the_hub: str, fused: Path, small_text: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"eval_source": str(small_text), "seq_len": 64, "windows": 2, "device": "cpu"}
+    outside = shutil.copytree(fused, tmp_path / "outside")
+    assert evaluate(on_the_hub, **asked)["perplexity"] == evaluate(str(outside), **asked)["perplexity"]
+    recipe = chosen(tmp_path, small_text, small_text, [{"quantize": {"method": "rtn"}}]).model_copy(update={"model": on_the_hub})
+    with pytest.raises(InputError, match=r"models--bitmend-tests--artifact.*: is a stage of a run, no checkpoint to start from; `pipeline export`"):
+        predict(recipe)
+    again = AutoModelForCausalLM.from_pretrained(resolve_model(on_the_hub))
+    assert torch.equal(logits(again), logits(load(fused)))
+
+
+def test_transformers_wants_an_artifact_of_the_hub_as_a_directory(on_the_hub: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"bitmend-tests/artifact: an artifact loads from a directory; .*snapshot_download\('bitmend-tests/artifact'\)"):
+        AutoModelForCausalLM.from_pretrained(on_the_hub, cache_dir=str(tmp_path / "hub"), local_files_only=True)
 
 
 def test_a_transformers_that_takes_no_quantizers() -> None:
