@@ -22,7 +22,7 @@ from .layout import SLOTS, TiledWeight, lanes_for
 from .lowbit_matmul_up import lowbit_matmul_up
 from .quantize_down import quantize_down
 from .tuning import Blocks
-from .weight_only_ways import WAYS, Product
+from .weight_only_ways import WAYS, Operands
 
 CAPABILITIES = tuple(known for known in DEFAULTS if known != OLDER)
 SHARED_LIMITS = {(8, 0): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
@@ -49,7 +49,7 @@ def launches(rows: int, blocks: Blocks, dtype: torch.dtype = torch.bfloat16) -> 
     up = torch.empty(OUT, RANK, dtype=dtype, device="meta") if low_rank else None
     down = torch.empty(RANK, INPUTS, dtype=dtype, device="meta") if low_rank else None
     with recording() as started:
-        WAYS[blocks.way](Product(x, weight, None, up, None, down, ((0, OUT, 0, RANK),) if low_rank else ()), blocks)
+        WAYS[blocks.way](Operands(x, weight, None, up, None, down, ((0, OUT, 0, RANK),) if low_rank else ()), blocks)
     return started
 
 

@@ -26,8 +26,8 @@ CANDIDATES = tuple(
     for n, m, warps, stages in (
         (128, 128, 8, 3),
         (64, 64, 4, 4),
-        (128, 64, 4, 3),
-        (64, 128, 4, 3),
+        (128, 64, 8, 3),
+        (64, 128, 8, 3),
         (64, 16, 4, 4),
         (128, 16, 4, 4),
         (64, 32, 4, 4),
@@ -47,23 +47,23 @@ def _lowbit_kernel(
     lane, pair = tl.arange(0, LANES), tl.arange(0, LANES // 2)
     row_mask, n64, m64 = n < N, n.to(tl.int64), m.to(tl.int64)
     acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for t in range(tiles):
+    for step in range(tiles * SLOTS):  # a fragment a step: all slots of a tile at once do not fit in the registers
+        t, slot = step // SLOTS, step % SLOTS
         words = tl.load(codes_ptr + (n64[:, None] * tiles + t) * (LANES // 2) + pair[None, :], mask=row_mask[:, None], other=0)
-        for slot in tl.static_range(SLOTS):
-            start = (t * SLOTS + slot) * LANES
-            inside = tl.minimum(start, K - 1)
-            k = start + lane
-            x_LM = tl.load(x_ptr + m64[None, :] * K + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0)
-            offset = (inside // group_size) * N
-            scale = tl.load(scales_ptr + offset + n, mask=row_mask, other=0.0).to(tl.float32)
-            zero = group_zeros(zeros_ptr, offset, n, row_mask, BITS, HAS_ZEROS).to(tl.int32)
-            x_scale = tl.load(x_scales_ptr + m64 * x_groups + inside // x_group_size, mask=m < M, other=0.0)
-            weight = (fragment_codes(words, slot, BITS, BLOCK_N, LANES) - zero[:, None]).to(tl.int8)
-            if LANES >= 32:
-                sums = tl.dot(weight, x_LM, out_dtype=tl.int32).to(tl.float32)
-            else:  # too short for the integer instruction; in float16 with float32 sums as exact: 16 products of 2^15 at most
-                sums = tl.dot(weight.to(tl.float16), x_LM.to(tl.float16))
-            acc_NM += sums * (scale[:, None] * x_scale[None, :])
+        start = (t * SLOTS + slot) * LANES
+        inside = tl.minimum(start, K - 1)
+        k = start + lane
+        x_LM = tl.load(x_ptr + m64[None, :] * K + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0)
+        offset = (inside // group_size) * N
+        scale = tl.load(scales_ptr + offset + n, mask=row_mask, other=0.0).to(tl.float32)
+        zero = group_zeros(zeros_ptr, offset, n, row_mask, BITS, HAS_ZEROS).to(tl.int32)
+        x_scale = tl.load(x_scales_ptr + m64 * x_groups + inside // x_group_size, mask=m < M, other=0.0)
+        weight = (fragment_codes(words, slot, BITS, BLOCK_N, LANES) - zero[:, None]).to(tl.int8)
+        if LANES >= 32:
+            sums = tl.dot(weight, x_LM, out_dtype=tl.int32).to(tl.float32)
+        else:  # too short for the integer instruction; in float16 with float32 sums as exact: 16 products of 2^15 at most
+            sums = tl.dot(weight.to(tl.float16), x_LM.to(tl.float16))
+        acc_NM += sums * (scale[:, None] * x_scale[None, :])
     acc_NM = add_low_rank(
         acc_NM, up_ptr, h_ptr, segments_ptr, n, m, N, M, segment_count, partials, stride_un, stride_hs, stride_hm, stride_hr,
         BLOCK_R, UP_DTYPE, first_n, BLOCK_N, HAS_LOW_RANK,

@@ -16,7 +16,7 @@ from .launch import TRITON_DTYPES, in_order, kernel_dtype, row_bucket, runs_trit
 from .layout import SLOTS, Segments, TiledWeight
 from .tuning import Blocks, tuned
 from .weight_only_kernels import gradient_kernel
-from .weight_only_ways import Product, multiply
+from .weight_only_ways import Operands, multiply
 
 GRADIENT = tuple(Blocks(n, m, warps) for n, m, warps in ((64, 64, 4), (32, 128, 4), (64, 128, 8), (128, 64, 8)))
 
@@ -105,8 +105,8 @@ def forward(
     if not runs_triton(x.device):
         return reference.weight_only_matmul_up(x, weight, h, up, bias, down_RI=down, segments=segments)
     up, bias = in_order(up, bias)
-    product = Product(x.to(kernel_dtype(x.dtype)), weight, h, up, bias, down, segments)
-    return multiply(product).to(x.dtype)
+    operands = Operands(x.to(kernel_dtype(x.dtype)), weight, h, up, bias, down, segments)
+    return multiply(operands).to(x.dtype)
 
 
 def grad_base(grad: Tensor, weight: TiledWeight) -> Tensor:

@@ -87,7 +87,7 @@ def publish_static(directory: Path) -> list[Path]:
         f"Compiled without a card by Triton {triton.__version__} and its ptxas, for {form.OUT} × {form.INPUTS} in {form.BITS} bits, groups of "
         f"{form.GROUP}, bfloat16, rank {form.RANK}. Nothing is timed.",
         f"{len(rows)} kernels, {spilled} with spilled registers, {sum(not row['fits'] for row in rows)} over the shared memory of a program ({limits}).",
-        "default: what the chooser takes on that card for those rows when nothing was measured. step: tiles of codes under way at once, or what one "
+        "default: what the chooser takes on that card for some of those rows when nothing was measured. step: tiles of codes under way at once, or what one "
         "step of the loop multiplies. Rows: those of x that the configuration was compiled for.",
     ]
     return published.write(STATIC, rows, STATIC_COLUMNS, {"triton": triton.__version__}, title="Kernels as compiled", notes=notes)

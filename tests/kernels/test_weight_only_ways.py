@@ -12,7 +12,7 @@ from bitmend.kernels.candidates import APART, CANDIDATES, DEFAULTS, INT4, OLDER,
 from bitmend.kernels.layout import TiledWeight, tile
 from bitmend.kernels.linear import describe
 from bitmend.kernels.tuning import Blocks
-from bitmend.kernels.weight_only_ways import WAYS, Product, dequantize
+from bitmend.kernels.weight_only_ways import WAYS, Operands, dequantize
 
 Maker = Callable[..., Any]
 GEMV, SHARES, SPLIT = Blocks(16, 0, 4, 4, 1, "gemv"), Blocks(32, 0, 4, 1, 2, "gemv"), Blocks(32, 0, 4, 3, 2, "split")
@@ -30,18 +30,18 @@ def grids(uniform: Maker, normal_float: Maker) -> dict[str, TiledWeight]:
     return {name: tile(base, 16) for name, base in found.items()}
 
 
-def product_of(weight: TiledWeight, rows: int, dtype: torch.dtype, rank: int = 8) -> Product:
+def product_of(weight: TiledWeight, rows: int, dtype: torch.dtype, rank: int = 8) -> Operands:
     out, inputs = weight.shape
     x, up, down = torch.randn(rows, inputs), torch.randn(out, rank) / rank**0.5, torch.randn(rank, inputs) / inputs**0.5
-    return Product(x.to(dtype), weight, None, up.to(dtype), torch.randn(out), down.to(dtype), ((0, out, 0, rank),))
+    return Operands(x.to(dtype), weight, None, up.to(dtype), torch.randn(out), down.to(dtype), ((0, out, 0, rank),))
 
 
-def truth(product: Product, compute: torch.dtype = torch.float64) -> torch.Tensor:
+def truth(product: Operands, compute: torch.dtype = torch.float64) -> torch.Tensor:
     x, weight, h, up, bias, down, segments = (getattr(product, name) for name in ("x", "weight", "h", "up", "bias", "down", "segments"))
     return reference.weight_only_matmul_up(x.to(compute), weight, h, up, bias, down_RI=down, segments=segments, compute=compute)
 
 
-def eager(product: Product) -> torch.Tensor:
+def eager(product: Operands) -> torch.Tensor:
     assert product.down is not None and product.up is not None and product.bias is not None
     x, dtype = product.x, product.x.dtype
     return x @ product.weight.dense(dtype).t() + (x @ product.down.t()) @ product.up.t() + product.bias.to(dtype)
@@ -180,8 +180,8 @@ def test_the_low_rank_term_apart_is_measured_over_the_bases_own_choice(timed: di
     """Every way multiplies; what it takes is told by the way it ran last, the term's own launches aside."""
     ran: list[str] = []
 
-    def follow(way: str) -> Callable[[Product, Blocks], torch.Tensor]:
-        def run(product: Product, blocks: Blocks) -> torch.Tensor:
+    def follow(way: str) -> Callable[[Operands, Blocks], torch.Tensor]:
+        def run(product: Operands, blocks: Blocks) -> torch.Tensor:
             ran.append(way)
             return plain[way](product, blocks)
 
