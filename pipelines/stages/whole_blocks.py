@@ -26,7 +26,7 @@ def solve_block(
     """Hand the whole block to a method that trains it; every rank does that, on all of the text."""
     targets = {s.name: target(stage, s) for s in sites}
     behind = _behind(stage, index)
-    inputs, outputs = (stage.share.everywhere(part, stage.room) for part in (states.hidden, _dense_outputs(stage, states, [index, *behind])))
+    inputs, outputs = stage.share.everywhere(states.hidden, stage.room), _dense_outputs(stage, states, [index, *behind])
     layers = {s.name: LayerStatistics(statistics[s.name], stage.fisher.get(s.name)) for s in sites}
     problem = BlockProblem(
         {s.name: current(stage, s).to(stage.context.device) for s in sites},
@@ -54,7 +54,8 @@ def _dense_outputs(stage: Stage, states: States, blocks: list[int]) -> HiddenSta
         return HiddenStates(stage.room)
     assert stage.dense is not None and states.dense is not None
     with torch.no_grad():
-        return HiddenStates.of((_through(stage.dense, blocks, h) for h in states.dense), stage.room)
+        outputs = HiddenStates.of((_through(stage.dense, blocks, h) for h in states.dense), stage.room)
+    return stage.share.everywhere(outputs, stage.room)
 
 
 def _behind(stage: Stage, index: int) -> list[int]:
