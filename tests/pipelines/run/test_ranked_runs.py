@@ -29,8 +29,8 @@ STAGES: list[dict[str, Any]] = [
     {"recover": {"method": "lora", "rank": 2, "steps": 2, "batch_size": 4, "seq_len": 64, "eval_every": 2, "accumulation": 2}},
     {"fuse": {}},
 ]
-TEXTS: dict[str, Any] = {"calibration": {"samples": 20, "seq_len": 256}, "evaluation": {"seq_len": 256, "windows": 18}}
-"""Three batches of each, the last one short."""
+TEXTS: dict[str, Any] = {"calibration": {"samples": 26, "seq_len": 256}, "evaluation": {"seq_len": 256, "windows": 18}}
+"""Four batches of calibration, three of evaluation, the last one short."""
 STORY = ("error: ", "interrupted; ")
 
 
@@ -143,7 +143,7 @@ def test_killed_at_twenty_moments(commands: Processes, command: list[str], alone
         run = tmp_path / f"run-{attempt}"
         for _ in range(3):
             size = draw.choice((2, 2, 3, 4))
-            killed(commands, [*command, "-o", str(run)], log, size, draw.randrange(size), draw.uniform(0.2, 1.6 * alone[1]))
+            killed(commands, [*command, "-o", str(run)], log, size, draw.randrange(size), draw.uniform(0.3, 1.5) * alone[1])
         size = draw.choice((2, 3, 4))
         assert ran(commands, [*command, "-o", str(run)], log, size) == [0] * size, written(log, size)
         same(run, alone[0])
@@ -196,6 +196,18 @@ def test_a_port_that_is_taken_is_named(commands: Processes, command: list[str], 
     assert f"MASTER_PORT {port['MASTER_PORT']}: it is in use; choose another MASTER_PORT" in said
 
 
+def test_a_rank_that_never_comes_is_named(commands: Processes, tmp_path: Path) -> None:
+    """Of three, the last one is not there."""
+    log, code = tmp_path / "log", (
+        "from datetime import timedelta\nfrom bitmend.pipelines import ranks\n"
+        "ranks.MISSED, ranks.JOINING = timedelta(seconds=1), timedelta(seconds=3)\nARGUMENTS = ['run', 'x']\n"
+    )
+    codes = commands.ranks(2, log, code=code + PLAIN, environments=[{"WORLD_SIZE": "3"}] * 2)
+    assert codes == [2, 2], written(log, 2)
+    assert "waiting for rank 2 of 3, until 3 s" in Path(f"{log}.0").read_text()
+    assert told(log, 2) == ["error: rank 2 of 3 did not come within 3 s; start all of WORLD_SIZE, with one MASTER_ADDR"]
+
+
 def test_ranks_without_work_are_refused(small_model: Path, small_text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_recipe(tmp_path / "recipe.yaml", STAGES, **TEXTS)
     chosen = resolve(str(path), options={"model": str(small_model), "data": str(small_text)})
@@ -204,7 +216,7 @@ def test_ranks_without_work_are_refused(small_model: Path, small_text: Path, tmp
     assert not caplog.records
     with pytest.raises(UsageError, match="WORLD_SIZE 9: .* in 8 parts; start 8 processes or fewer"):
         check_ranks(chosen, inputs, Ranks(0, 9, 0))
-    with pytest.raises(UsageError, match=r"WORLD_SIZE 7: .* are 3 batches, so that 4 .* start 3, or set calibration.samples to 49 or more"):
+    with pytest.raises(UsageError, match=r"WORLD_SIZE 7: .* are 4 batches, so that 3 .* start 4, or set calibration.samples to 49 or more"):
         check_ranks(chosen, inputs, Ranks(0, 7, 0))
     few = write_recipe(tmp_path / "recipe.yaml", [{"quantize": {"method": "rtn"}}, STAGES[2] | {}], **TEXTS)
     check_ranks(resolve(str(few), options={"model": str(small_model), "data": str(small_text)}), inputs, Ranks(0, 7, 0))
