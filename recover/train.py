@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ..compress.precision import matmuls
 from .adamw import AdamW, TrainState
 from .losses import Objective, negative_log_likelihood, token_loss
+from .peers import ALONE, Peers, SharedGradients
 from .selection import decoder_blocks
 from .student import Batch, Student, Teacher, student_of
 from .trainable import Attached, Trainable
@@ -68,12 +69,14 @@ class TrainingText:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What others want of a training run: its state every so many steps and when it is stopped, news, and a say in whether it goes on."""
+    """What others want of a training run: its state every so many steps and when it is stopped, news, and a say in whether it goes on. Where
+    `peers` train with it, all have the same hooks but for what they do, and answer `stop` alike."""
 
     save: Callable[[TrainState], None] | None = None
     save_every: int = 20
     progress: Callable[[Progress], None] | None = None
     stop: Callable[[], bool] | None = None
+    peers: Peers = ALONE
 
 
 class TrainingDiverged(RuntimeError):
@@ -114,14 +117,18 @@ def checkpointed(model: nn.Module, active: bool) -> Iterator[None]:
 
 
 @torch.no_grad()
-def held_out_loss(student: Student, held_out: Sequence[Batch]) -> float:
+def held_out_loss(student: Student, held_out: Sequence[Batch], peers: Peers = ALONE) -> float:
     """Mean over kinds of the mean negative log-likelihood of their tokens."""
+    found: dict[int, tuple[str, float, int]] = {}
+    for number, batch in enumerate(held_out):
+        if number % peers.size == peers.rank:
+            targets = batch.targets()
+            loss = negative_log_likelihood(batch.predictions(student.hidden(batch.ids)), student.logits, targets)
+            found[number] = (batch.kind, loss, len(targets))
     sums: dict[str, tuple[float, int]] = {}
-    for batch in held_out:
-        targets = batch.targets()
-        total, count = sums.get(batch.kind, (0.0, 0))
-        total += negative_log_likelihood(batch.predictions(student.hidden(batch.ids)), student.logits, targets)
-        sums[batch.kind] = (total, count + len(targets))
+    for kind, loss, tokens in peers.in_order(found):
+        total, count = sums.get(kind, (0.0, 0))
+        sums[kind] = (total + loss, count + tokens)
     return sum(total / max(1, count) for total, count in sums.values()) / max(1, len(sums))
 
 
@@ -139,21 +146,24 @@ def train(
     """Train `attached.trainables` for config.steps updates.
 
     `main` is the kind that config.learning_rate means. Ends with the best held-out values in the model, the start among the candidates. Raises TrainingDiverged when the loss,
-    the gradient or a trained scale becomes unusable twice; ValueError when nothing is to be trained.
+    the gradient or a trained scale becomes unusable twice; ReplicasDiffer when peers no longer hold the same values; ValueError when nothing is
+    to be trained.
     """
     if not attached.trainables:
         raise ValueError("no trainable parameter is left by targets and layers")
     model.eval()
+    hooks = hooks or Hooks()
     run = TrainingRun(
         student or attached.run or student_of(model), attached, AdamW(attached.trainables), rates(attached.trainables, config, main), config
     )
     device = next(iter(attached.trainables.values())).parameter.device
     with checkpointed(model, config.gradient_checkpointing is True):
         if resume is None:
-            _begin(run, text.held_out)
+            _begin(run, text.held_out, hooks.peers)
         else:
             run.load(resume)
-        finished = _loop(run, text, hooks or Hooks(), device)
+        finished = _loop(run, text, hooks, device)
+    hooks.peers.check(run.best)
     if finished:
         run.restore(run.best)
         if attached.stored_form is not None:
@@ -163,12 +173,12 @@ def train(
     return TrainResult(finished, run.step, run.start_loss, run.best_loss, run.best_step, run.history, run.rollbacks, run.tokens)
 
 
-def _begin(run: TrainingRun, held_out: Sequence[Batch]) -> None:
+def _begin(run: TrainingRun, held_out: Sequence[Batch], peers: Peers) -> None:
     """The start counts as a candidate: the model as it is stored, before any step (virtual tokens: without them)."""
     without = run.attached.starts_without
     if without is not None:
         without(True)
-    run.start_loss = run.best_loss = run.held_out = held_out_loss(run.student, held_out)
+    run.start_loss = run.best_loss = run.held_out = held_out_loss(run.student, held_out, peers)
     if without is not None:
         without(False)
     run.best = run.good = run.snapshot()
@@ -176,24 +186,25 @@ def _begin(run: TrainingRun, held_out: Sequence[Batch]) -> None:
 
 
 def _loop(run: TrainingRun, text: TrainingText, hooks: Hooks, device: torch.device) -> bool:
-    save, progress, stop = hooks.save, hooks.progress, hooks.stop or (lambda: False)
+    save, progress, stop, peers = hooks.save, hooks.progress, hooks.stop or (lambda: False), hooks.peers
     config, began, first_step, first_tokens = run.config, time.perf_counter(), run.step, run.tokens
     every, read = config.eval_every or max(1, config.steps // 5), began
     while run.step < config.steps:
         stopped = stop()
         if not stopped:
-            _update(run, text, device)
+            _update(run, text, device, peers)
         judged = not stopped and (run.step % every == 0 or run.step == config.steps)
         saved = save is not None and (stopped or (run.step % hooks.save_every == 0 and run.step < config.steps))
-        if not (stopped or judged or saved or overdue(device, read)):
+        if not (stopped or judged or saved or peers.agree(overdue(device, read))):
             continue
         problem, read = _read(run), time.perf_counter()
         if problem is None and judged:
-            problem = _evaluate(run, text.held_out)
+            problem = _evaluate(run, text.held_out, peers)
         if problem is not None:
             _roll_back(run, problem)
             first_step, began, first_tokens = run.step, time.perf_counter(), run.tokens
         if save is not None and saved and (stopped or problem is None):
+            peers.check(run.snapshot())
             save(run.state())
         if stopped:
             return False
@@ -209,25 +220,34 @@ def overdue(device: torch.device, read: float) -> bool:
     return device.type == "cpu" or time.perf_counter() - read >= READ_SECONDS
 
 
-def _update(run: TrainingRun, text: TrainingText, device: torch.device) -> None:
-    """One optimizer step, without waiting for the device: what came of it is noted in `run.unread`."""
+def _update(run: TrainingRun, text: TrainingText, device: torch.device, peers: Peers = ALONE) -> None:
+    """One optimizer step, without waiting for the device: what came of it is noted in `run.unread`. Of its micro-batches each process takes its
+    own; the step is that of all."""
     config, attached, step = run.config, run.attached, run.step
     if attached.before_step is not None:
         run.optimizer.forget(attached.before_step(step) or {})
     parameters = [t.parameter for t in run.trainables.values()]
     for parameter in parameters:
         parameter.grad = None
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for k in range(config.accumulation):
-        batch = text.batches(step * config.accumulation + k).to(device)
-        objective = Objective("distill" if batch.generated else config.loss, config.temperature)
-        with matmuls(config.matmul):
-            loss = batch_loss(run.student, batch, text.teacher, objective) / config.accumulation
-            if attached.penalty is not None:
-                loss = loss + attached.penalty() / config.accumulation
-            torch.autograd.backward(loss)
-        total += loss.detach()
-        run.tokens += batch.ids.numel()
+    total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    shared = None if peers.size == 1 else SharedGradients(peers, parameters, device)
+    for k in peers.rounds(config.accumulation):
+        loss = None
+        if k is not None:
+            batch = text.batches(step * config.accumulation + k).to(device)
+            objective = Objective("distill" if batch.generated else config.loss, config.temperature)
+            with matmuls(config.matmul):
+                loss = batch_loss(run.student, batch, text.teacher, objective) / config.accumulation
+                if attached.penalty is not None:
+                    loss = loss + attached.penalty() / config.accumulation
+                torch.autograd.backward(loss)
+            total += loss.detach()
+            tokens += batch.ids.numel()
+        if shared is not None:
+            shared.add(None if loss is None else loss.detach())
+    if shared is not None:
+        total, tokens = shared.settle(tokens)
+    run.tokens += tokens
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip if config.clip > 0 else math.inf)
     run.step += 1
     share = learning_rate(step, config) * run.factor
@@ -288,9 +308,9 @@ def beyond_limits(trainables: Mapping[str, Trainable], found: Sequence[float]) -
     return None
 
 
-def _evaluate(run: TrainingRun, held_out: Sequence[Batch]) -> str | None:
+def _evaluate(run: TrainingRun, held_out: Sequence[Batch], peers: Peers) -> str | None:
     with as_stored(run.attached):
-        loss = held_out_loss(run.student, held_out)
+        loss = held_out_loss(run.student, held_out, peers)
     if not math.isfinite(loss):
         return f"step {run.step}: the held-out loss is not finite"
     run.held_out = loss

@@ -46,7 +46,7 @@ from .signals import Stop, signals
 __all__ = ["Session", "Step", "gc", "last_artifact", "plan_steps", "record", "resume", "run", "status"]
 
 log = logging.getLogger("bitmend")
-ALONE = frozenset({"recover", "fuse"})
+ALONE = frozenset({"fuse"})
 """Stages that do not know ranks."""
 PAGE_SECONDS = 10.0
 """A stage that takes longer is worth a page of its own while the run goes on."""

@@ -1,7 +1,7 @@
 """The recover stage block by block: each block learns to do what the dense one does to the hidden states that the blocks below, already
 recovered, hand in. Memory is one block, its dense twin and the hidden states, whatever the depth.
 
-A finished block is run as it was written, so a resumed stage goes on with the same bits. Knows the walk; the fitting is `recover/reconstruct`.
+A finished block is run as it was written, so a resumed stage goes on with the same bits. Several ranks do the same work. Knows the walk; the fitting is `recover/reconstruct`.
 Legend: B batch, T tokens, D model width.
 """
 
@@ -70,7 +70,7 @@ def reconstruct_blocks(parent: Artifact, writer: ArtifactWriter, spec: StageSpec
     held_out = context.inputs.held_out(config.seq_len, config.batch_size)
     for some in (ids[0], *(batch.ids for batch in held_out)):
         dense.embed(some)  # what its blocks are called with, learnt while none of them is loaded
-    room = Room.measured(context.device, context.scratch)
+    room = Room.measured(context.device, context.scratch, context.ranks.size)
     hidden, start, now = (HiddenStates.of(map(model.embed, some), room) for some in (ids, *[[batch.ids for batch in held_out]] * 2))
     walk = _Walk(parent, writer, spec, context, model, dense, hidden, start, now)
     with bar(f"{spec.address} reconstruct, blocks", model.structure.blocks) as shown:
@@ -78,14 +78,15 @@ def reconstruct_blocks(parent: Artifact, writer: ArtifactWriter, spec: StageSpec
             _block(walk, index)
             shown.advance()
             check_stop(context)
-    undone = writer.scratch / UNDONE
-    if undone.is_file():
-        before, after = read_json(undone)["losses"]
+    undone, ranks = writer.scratch / UNDONE, context.ranks
+    if losses := ranks.broadcast(read_json(undone)["losses"] if ranks.leads and undone.is_file() else None):
+        before, after = losses
     else:
         before, after = _loss(model, walk.start, held_out), _loss(model, walk.now, held_out)
     worse = not after <= before + SLACK
-    if worse:
+    if worse and ranks.leads:
         write_json(undone, {"losses": [before, after]})
+    if worse:
         _undo(walk)
     write_rest(parent, writer, model, Trained())
     audited(parent, writer, spec.address, codes_move=False)

@@ -6,8 +6,10 @@ training state's file; what trains and how is `recover/`.
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from ...recover.compressed_linear import cache_dense, compressed_linears
 from ...recover.losses import Objective
 from ...recover.memory import COPIES, training_memory
 from ...recover.merge import stored_loss
+from ...recover.peers import Peers, ReplicasDiffer
 from ...recover.recovery_methods import RECOVER, Gradients, attach, refusal, split
 from ...recover.site import kinds
 from ...recover.student import Batch, Student, student_of
@@ -32,9 +35,10 @@ from ..models.blocks import StreamedModel
 from ..models.loading import whole_model
 from ..models.source import load_config
 from ..models.structure import inspect, skeleton
+from ..ranks import OrderedSum, Ranks
 from ..recipes.stage_settings import StageSpec
 from ..store.artifact import Artifact, ArtifactWriter
-from ..store.kept import keep, kept
+from ..store.kept import is_whole, keep, kept
 from ..store.rundir import TRAINING_STATE
 from .block_reconstruction import reconstruct_blocks
 from .context import Context, Outcome
@@ -189,8 +193,11 @@ def _train(
     """What training came to, and its tokens a second since this process took it up."""
     path = context.scratch / TRAINING_STATE
 
+    ranks = context.ranks
+
     def save(state: TrainState) -> None:
-        keep(path, state.tensors, {"meta": json.dumps(state.meta)})
+        if ranks.leads:
+            keep(path, state.tensors, {"meta": json.dumps(state.meta)})
 
     every = 5 if attached.count() * 4 * 5 < SMALL_STATE_BYTES else 50
     with bar(f"{spec.address} {spec.method}, steps", config.steps) as shown:
@@ -201,22 +208,36 @@ def _train(
             shown.advance(now.step - seen, loss=now.loss, held_out=now.held_out_perplexity, tokens_s=round(now.tokens_per_second))
             seen, speed = now.step, now.tokens_per_second
 
-        teacher = None if config.loss == "cross_entropy" else streamed_teacher(context, batches, config.steps * config.accumulation)
+        teacher = None if config.loss == "cross_entropy" else streamed_teacher(context, batches, own_batches(config, ranks))
         try:
             result = train(
                 model, attached, TrainingText(batches, held_out, teacher), config, student=student,
-                main=RECOVER[spec.method].main, resume=_saved(path), hooks=Hooks(save=save, save_every=every, progress=progress, stop=context.stop),
+                main=RECOVER[spec.method].main, resume=_saved(path, ranks), hooks=Hooks(save, every, progress, context.stop, _peers(ranks)),
             )  # fmt: skip
             return result, speed
         except TrainingDiverged as error:
             raise InputError(
                 f"{spec.address}: {error}; the artifact before it is intact, try a smaller {spec.address}.learning_rate"
             ) from error
+        except ReplicasDiffer as error:
+            raise InputError(f"{spec.address}: {error}") from error
 
 
-def _saved(path: Any) -> TrainState | None:
+def own_batches(config: TrainConfig, ranks: Ranks) -> Sequence[int]:
+    """The numbers of the micro-batches that this rank has: of every update each size-th."""
+    if ranks.size == 1:
+        return range(config.steps * config.accumulation)
+    own = range(ranks.rank, config.accumulation, ranks.size)
+    return [step * config.accumulation + k for step in range(config.steps) for k in own]
+
+
+def _peers(ranks: Ranks) -> Peers:
+    return Peers(ranks.rank, ranks.size, ranks.gathered, partial(OrderedSum, ranks))
+
+
+def _saved(path: Path, ranks: Ranks) -> TrainState | None:
     """None for one that is torn, too: training starts again from its first step, which gives the same result."""
-    found = kept(path)
+    found = kept(path) if ranks.broadcast(ranks.leads and is_whole(path)) else None
     return None if found is None else TrainState(found[0], json.loads(found[1]["meta"]))
 
 

@@ -5,7 +5,7 @@ Knows artifacts; not the student.
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,15 +30,16 @@ STATE_BYTES = 4 * 10**9
 @dataclass
 class StateFiles:
     """Last hidden states by the tokens they are of, a file each, exactly as they were computed: a combination of a sweep, a second recover
-    stage or a resumed one reads what an earlier one computed. A torn or missing file is computed again."""
+    stage or a resumed one reads what an earlier one computed, whichever of the processes that was. A torn or missing file is computed again."""
 
     directory: Path
+    processes: int = 1
     left: int = 0
 
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         taken = sum(path.stat().st_size for path in self.directory.parent.glob("*/*.safetensors"))
-        self.left = min(STATE_BYTES - taken, shutil.disk_usage(self.directory).free // 4)
+        self.left = min(STATE_BYTES - taken, shutil.disk_usage(self.directory).free // 4) // self.processes
 
     def read(self, ids_BT: Tensor) -> Tensor | None:
         found = kept(self._path(ids_BT))
@@ -62,11 +63,12 @@ class StateFiles:
 @dataclass
 class StreamedTeacher:
     """The teacher's last hidden states, computed block by block for a run of micro-batches at a time, each micro-batch by itself, so
-    that what a batch gets does not depend on where a run began."""
+    that what a batch gets does not depend on where a run began. `numbers` of the micro-batches that this process has, in the order in which they
+    come; `position` among them."""
 
     model: StreamedModel
     batches: Callable[[int], Batch]
-    last: int
+    numbers: Sequence[int]
     files: StateFiles
     room: Room
     position: int = 0
@@ -88,10 +90,11 @@ class StreamedTeacher:
             self._keep([batch.text], [found.to(batch.ids.device)])
             return
         wanted = [batch.text]
-        index = next((i for i in range(self.position, self.last) if torch.equal(self.batches(i).text, batch.text)), None)
+        last, text = len(self.numbers), lambda i: self.batches(self.numbers[i]).text
+        index = next((i for i in range(self.position, last) if torch.equal(text(i), batch.text)), None)
         if index is not None:
             count = max(1, tokens_ahead(self.model.device, self.token_bytes) // batch.text.numel())
-            ahead = [self.batches(i).text for i in range(index + 1, min(index + count, self.last))]
+            ahead = [text(i) for i in range(index + 1, min(index + count, last))]
             wanted += [ids for ids in ahead if not self.files.has(ids)]
             self.position = index
         with torch.no_grad():
@@ -126,13 +129,13 @@ def _key(ids_BT: Tensor) -> bytes:
     return ids_BT.cpu().numpy().tobytes()
 
 
-def streamed_teacher(context: Context, batches: Callable[[int], Batch], count: int) -> Teacher:
-    """The context's teacher for the first `count` micro-batches."""
+def streamed_teacher(context: Context, batches: Callable[[int], Batch], numbers: Sequence[int]) -> Teacher:
+    """The context's teacher for the micro-batches of these numbers."""
     assert context.teacher is not None
     kind = f"{context.teacher.key[:16]}-{context.device.type}-{str(context.dtype).removeprefix('torch.')}"
-    files = StateFiles(context.teacher_states / kind)
-    model, room = StreamedModel(context.teacher, context.device, context.dtype), Room.measured(context.device, context.scratch)
-    streamed = StreamedTeacher(model, batches, count, files, room)
+    processes = context.ranks.size
+    files, room = StateFiles(context.teacher_states / kind, processes), Room.measured(context.device, context.scratch, processes)
+    streamed = StreamedTeacher(StreamedModel(context.teacher, context.device, context.dtype), batches, numbers, files, room)
     if context.device.type != "cpu":
         room.device_bytes = min(room.device_bytes, TEACHER_TOKENS * streamed.token_bytes)
     return Teacher(streamed.hidden, streamed.logits)

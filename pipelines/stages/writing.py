@@ -101,7 +101,7 @@ def trained(model: nn.Module, plain: Mapping[str, torch.dtype]) -> Trained:
 
 
 def write_model(parent: Artifact, writer: ArtifactWriter, streamed: StreamedModel, found: Trained) -> None:
-    """Every part of the artifact: what was trained, and the rest as the parent has it."""
+    """Every part of the artifact: what was trained, and the rest as the parent has it. Rank 0 writes."""
     for index in range(streamed.structure.blocks):
         write_block(parent, writer, streamed.structure, index, found)
     write_rest(parent, writer, streamed, found)

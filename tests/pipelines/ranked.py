@@ -13,12 +13,12 @@ from bitmend.pipelines import ranks as world
 from bitmend.pipelines import stages
 from bitmend.pipelines.evaluation import perplexity
 from bitmend.pipelines.recipes.recipe import resolve
+from bitmend.pipelines.stages import inputs as texts
 from bitmend.pipelines.stages.baseline import build_baseline
-from bitmend.pipelines.stages.inputs import Inputs
 from bitmend.pipelines.store.artifact import ArtifactWriter, open_artifact
 
 asked = json.loads(os.environ["BITMEND_RANKED"])
-perplexity.TOKENS_AT_ONCE = asked["tokens_at_once"]
+perplexity.TOKENS_AT_ONCE, texts.HELD_OUT_TOKENS = asked["tokens_at_once"], asked["held_out_tokens"]
 place, model = Path(asked["place"]), Path(asked["model"])
 ranks = world.join()
 if ranks.leads:
@@ -32,7 +32,7 @@ for name, chain in asked["chains"].items():
         recipe_file.write_text(json.dumps({"stages": chain, **asked["sections"]}))
     ranks.barrier()
     recipe = resolve(str(recipe_file), options={"model": str(model), "data": asked["text"]})
-    parent, inputs = baseline, Inputs(recipe, model)
+    parent, inputs = baseline, texts.Inputs(recipe, model)
     for number, spec in enumerate(recipe.stages):
         at = place / f"{name}-{number}"
         scratch = at.with_suffix(".partial")

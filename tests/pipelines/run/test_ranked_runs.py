@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,30 +21,59 @@ from bitmend.pipelines.recipes.recipe import resolve
 from bitmend.pipelines.run.session import check_ranks
 from bitmend.pipelines.stages.inputs import Inputs
 
+from ..families import save_speaking
 from ..runs import Processes, hashes, write_recipe
 
 STAGES: list[dict[str, Any]] = [
     {"prune": {"method": "wanda", "sparsity": 0.3}},
     {"quantize": {"method": "gptq", "bits": 3, "group_size": 32}},
-    {"recover": {"method": "lora", "rank": 2, "steps": 2, "batch_size": 1, "seq_len": 64, "eval_every": 2, "accumulation": 4}},
+    {"recover": {"method": "lora", "rank": 2, "steps": 2, "batch_size": 4, "seq_len": 64, "eval_every": 2, "accumulation": 2}},
     {"fuse": {}},
 ]
-TEXTS: dict[str, Any] = {"calibration": {"samples": 16, "seq_len": 512}, "evaluation": {"seq_len": 512, "windows": 10}}
-"""Four batches of calibration, three of evaluation, the last one short."""
+TEXTS: dict[str, Any] = {"calibration": {"samples": 20, "seq_len": 256}, "evaluation": {"seq_len": 256, "windows": 18}}
+"""Three batches of each, the last one short."""
 STORY = ("error: ", "interrupted; ")
 
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory, small_model: Path, small_text: Path) -> list[str]:
-    recipe = write_recipe(tmp_path_factory.mktemp("ranked") / "recipe.yaml", STAGES, **TEXTS)
-    return ["run", str(recipe), "-m", str(small_model), "--data", str(small_text), "--device", "cpu"]
+    place = tmp_path_factory.mktemp("ranked")
+    save_speaking("llama", place / "model", small_model, num_hidden_layers=2, max_position_embeddings=256)
+    recipe = write_recipe(place / "recipe.yaml", STAGES, **TEXTS)
+    return ["run", str(recipe), "-m", str(place / "model"), "--data", str(small_text), "--device", "cpu"]
+
+
+PLAIN = """
+import os, sys
+from bitmend.pipelines import cli
+from bitmend.pipelines.run import runner
+from bitmend.pipelines.store import rundir
+from bitmend.reports import page
+page.html = lambda record: "html\\n"  # a real one takes seconds
+rundir.APPEARING_SECONDS = 4.0
+if "CHDIR" in os.environ:
+    os.makedirs(os.environ["CHDIR"], exist_ok=True), os.chdir(os.environ["CHDIR"])
+if "BREAK" in os.environ:
+    def broken(*rest): raise MemoryError("no more")
+    runner.texts_of = broken
+code = cli.main(os.environ.get("INSTEAD", "").split() or [*ARGUMENTS, *os.environ.get("OTHER", "").split()])
+sys.stdout.flush(), sys.stderr.flush()
+os._exit(code)
+"""
+
+
+def ran(commands: Processes, arguments: list[str], log: Path, size: int, **more: Any) -> list[int]:
+    """Exit codes of a command on so many ranks; one is one process without any."""
+    return commands.ranks(size, log, code=f"ARGUMENTS = {arguments!r}\n{PLAIN}", **more)
 
 
 @pytest.fixture(scope="module")
 def alone(commands: Processes, command: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     """The run of one process, and its seconds."""
-    place, began = tmp_path_factory.mktemp("alone"), time.monotonic()
-    assert commands.run([*command, "-o", str(place / "run")], place / "log") == 0, (place / "log").read_text()
+    place = tmp_path_factory.mktemp("alone")
+    assert ran(commands, ["list"], place / "log", 1) == [0]  # the server is there
+    began = time.monotonic()
+    assert ran(commands, [*command, "-o", str(place / "run")], place / "log", 1) == [0], written(place / "log", 1)
     return place / "run", time.monotonic() - began
 
 
@@ -67,7 +97,7 @@ def measured(run: Path) -> dict[str, Any]:
 
 
 def same(run: Path, other: Path) -> None:
-    assert hashes(run) == hashes(other) and len(hashes(run)) > 40
+    assert hashes(run) == hashes(other) and len(hashes(run)) > 30
     assert measured(run) == measured(other)
     assert not list(run.rglob("*.partial")) and not list(run.glob(".seen*")), "nothing unfinished is left"
 
@@ -77,31 +107,32 @@ def test_every_file_is_that_of_one_process(
     commands: Processes, command: list[str], alone: tuple[Path, float], tmp_path: Path, size: int
 ) -> None:
     log = tmp_path / "log"
-    assert commands.ranks(size, log, [*command, "-o", str(tmp_path / "run")]) == [0] * size, written(log, size)
+    assert ran(commands, [*command, "-o", str(tmp_path / "run")], log, size) == [0] * size, written(log, size)
     same(tmp_path / "run", alone[0])
     assert "report: " in Path(f"{log}.0").read_text()
     assert [Path(f"{log}.{rank}").read_text() for rank in range(1, size)] == [""] * (size - 1), "rank 0 alone speaks"
 
 
-def killed(commands: Processes, arguments: list[str], log: Path, size: int, rank: int, seconds: float) -> None:
-    """All end soon, the killed one's death said in one line."""
+def killed(commands: Processes, arguments: list[str], log: Path, size: int, rank: int, when: float | str) -> None:
+    """All end within a minute, the killed one's death said in one line."""
     began = time.monotonic()
-    codes = commands.ranks(size, log, arguments, wounds=[(seconds, rank, signal.SIGKILL)])
-    if codes == [0] * size:
+    codes = ran(commands, arguments, log, size, wounds=[(when, rank, signal.SIGKILL)])
+    if codes == [0] * size and not isinstance(when, str):
         return  # came too late
-    assert time.monotonic() - began < seconds + 60
+    assert isinstance(when, str) or time.monotonic() - began < when + 60
     assert codes == [-signal.SIGKILL if r == rank else 1 for r in range(size)], written(log, size)
     (line,) = told(log, size)
-    assert f"rank {rank} is gone (its process is no more)" in line and "the same command goes on" in line
+    assert f"rank {rank} is gone" in line and "the same command goes on" in line
+    assert rank == 0 or "its process is no more" in line
 
 
 def test_a_killed_rank_ends_all_and_any_number_goes_on(
     commands: Processes, command: list[str], alone: tuple[Path, float], tmp_path: Path
 ) -> None:
-    arguments, log, draw = [*command, "-o", str(tmp_path / "run")], tmp_path / "log", random.Random(25)
-    for rank in (1, 0):
-        killed(commands, arguments, log, 2, rank, alone[1] * draw.uniform(0.4, 0.8))
-    assert commands.run(arguments, log) == 0, log.read_text()
+    arguments, log = [*command, "-o", str(tmp_path / "run")], tmp_path / "log"
+    killed(commands, arguments, log, 2, 1, "quantize: gptq")
+    killed(commands, arguments, log, 2, 0, "recover: lora")
+    assert ran(commands, arguments, log, 1) == [0], written(log, 1)
     same(tmp_path / "run", alone[0])
 
 
@@ -114,7 +145,7 @@ def test_killed_at_twenty_moments(commands: Processes, command: list[str], alone
             size = draw.choice((2, 2, 3, 4))
             killed(commands, [*command, "-o", str(run)], log, size, draw.randrange(size), draw.uniform(0.2, 1.6 * alone[1]))
         size = draw.choice((2, 3, 4))
-        assert commands.ranks(size, log, [*command, "-o", str(run)]) == [0] * size, written(log, size)
+        assert ran(commands, [*command, "-o", str(run)], log, size) == [0] * size, written(log, size)
         same(run, alone[0])
 
 
@@ -123,48 +154,30 @@ def test_a_signal_to_one_rank_stops_all(
     commands: Processes, command: list[str], alone: tuple[Path, float], tmp_path: Path, number: int
 ) -> None:
     log, arguments = tmp_path / "log", [*command, "-o", str(tmp_path / "run")]
-    codes = commands.ranks(2, log, arguments, wounds=[(alone[1] * 0.5, 1, number)])
+    codes = ran(commands, arguments, log, 2, wounds=[("quantize: gptq", 1, number)])
     assert codes == [130, 130], written(log, 2)
     assert told(log, 2) == ["interrupted; what was finished is kept, the same command goes on from there"]
-    assert commands.ranks(2, log, ["resume", str(tmp_path / "run")]) == [0, 0], written(log, 2)
+    assert ran(commands, ["resume", str(tmp_path / "run")], log, 1) == [0], written(log, 1)
     same(tmp_path / "run", alone[0])
 
 
+ELSEWHERE = tempfile.gettempdir()
 REFUSED = {
     "no address": ({"MASTER_ADDR": ""}, {"MASTER_ADDR": ""}, "WORLD_SIZE is 2 and MASTER_ADDR is not set; start with torchrun"),
     "no rank": ({"RANK": ""}, {"RANK": ""}, "WORLD_SIZE is set and RANK is not set; start with torchrun"),
     "a size that is none": ({"WORLD_SIZE": "two"}, {"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', which is no number"),
-    "another cache": ({}, {"OTHER": "--seed 3"}, "rank 1: its command line is another than rank 0's"),
-    "another directory": ({}, {"CHDIR": "elsewhere"}, "rank 0 wrote a file there that"),
-    "another command": ({"INSTEAD": "status x"}, {"INSTEAD": "status x"}, "pipeline status: WORLD_SIZE is 2, and only run and resume share their work"),
+    "another command line": ({}, {"OTHER": "--seed 3"}, "rank 1: its command line is another than rank 0's"),
+    "another directory": ({}, {"CHDIR": ELSEWHERE}, "rank 0 wrote a file there that"),
+    "a command of one process": ({"INSTEAD": "status x"}, {"INSTEAD": "status x"}, "pipeline status: WORLD_SIZE is 2, and only run and resume share their work"),
     "an unknown recipe": ({"INSTEAD": "run nothing"}, {"INSTEAD": "run nothing"}, "nothing"),
     "a stage that fails on one": ({}, {"BREAK": "1"}, "rank 1: out of memory"),
 }
-PLAIN = """
-import os, sys
-from bitmend.pipelines import cli
-from bitmend.pipelines.run import runner, session
-from bitmend.pipelines.store import rundir
-rundir.APPEARING_SECONDS = 2.0
-if "CHDIR" in os.environ:
-    os.makedirs(os.environ["CHDIR"], exist_ok=True), os.chdir(os.environ["CHDIR"])
-if "BREAK" in os.environ:
-    def broken(*rest): raise MemoryError("no more")
-    runner.texts_of = broken
-arguments = os.environ.get("INSTEAD", "").split() or [*ARGUMENTS, *os.environ.get("OTHER", "").split()]
-code = cli.main(arguments)
-sys.stdout.flush(), sys.stderr.flush()
-os._exit(code)
-"""
-
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_is_said_in_one_line(commands: Processes, command: list[str], tmp_path: Path, case: str) -> None:
     *environments, line = REFUSED[case]
-    place = tmp_path / "work"
-    place.mkdir()
-    log, code = tmp_path / "log", f"import os\nos.chdir({str(place)!r})\nARGUMENTS = {[*command, '-o', 'run']!r}\n" + PLAIN
-    codes = commands.ranks(2, log, code=code, environments=environments)
+    place, log = tmp_path / "work", tmp_path / "log"
+    codes = ran(commands, [*command, "-o", "run"], log, 2, environments=[{"CHDIR": str(place), **variables} for variables in environments])
     assert codes[0] == codes[1] != 0, written(log, 2)
     (said,) = told(log, 2)
     assert line in said and "Traceback" not in written(log, 2)
@@ -177,7 +190,7 @@ def test_a_port_that_is_taken_is_named(commands: Processes, command: list[str], 
         taken.listen()
         port = {"MASTER_PORT": str(taken.getsockname()[1])}
         log = tmp_path / "log"
-        codes = commands.ranks(2, log, [*command, "-o", "run"], environments=[port, port], wounds=[(8.0, 1, signal.SIGKILL)])
+        codes = ran(commands, [*command, "-o", "run"], log, 2, environments=[port, port], wounds=[(4.0, 1, signal.SIGKILL)])
     assert codes == [2, -signal.SIGKILL], written(log, 2)
     (said,) = told(log, 2)
     assert f"MASTER_PORT {port['MASTER_PORT']}: it is in use; choose another MASTER_PORT" in said
@@ -187,15 +200,15 @@ def test_ranks_without_work_are_refused(small_model: Path, small_text: Path, tmp
     path = write_recipe(tmp_path / "recipe.yaml", STAGES, **TEXTS)
     chosen = resolve(str(path), options={"model": str(small_model), "data": str(small_text)})
     inputs = Inputs(chosen, small_model)
-    check_ranks(chosen, inputs, Ranks(0, 4, 0))
+    check_ranks(chosen, inputs, Ranks(0, 2, 0))
     assert not caplog.records
     with pytest.raises(UsageError, match="WORLD_SIZE 9: .* in 8 parts; start 8 processes or fewer"):
         check_ranks(chosen, inputs, Ranks(0, 9, 0))
-    with pytest.raises(UsageError, match=r"WORLD_SIZE 7: .* are 4 batches, so that 3 .* start 4, or set calibration.samples to 25 or more"):
+    with pytest.raises(UsageError, match=r"WORLD_SIZE 7: .* are 3 batches, so that 4 .* start 3, or set calibration.samples to 49 or more"):
         check_ranks(chosen, inputs, Ranks(0, 7, 0))
     few = write_recipe(tmp_path / "recipe.yaml", [{"quantize": {"method": "rtn"}}, STAGES[2] | {}], **TEXTS)
     check_ranks(resolve(str(few), options={"model": str(small_model), "data": str(small_text)}), inputs, Ranks(0, 7, 0))
-    assert "recover: 4 micro-batches a step for 7 ranks" in caplog.text and "recover.accumulation=7" in caplog.text
+    assert "recover: 2 micro-batches a step for 7 ranks" in caplog.text and "recover.accumulation=7" in caplog.text
 
 
 # -- torchrun itself ---------------------------------------------------------------------------------------------------------------

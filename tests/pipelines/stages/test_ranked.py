@@ -24,9 +24,20 @@ SHORT: dict[str, dict[str, list[dict[str, Any]]]] = {
             {"decompose": {"method": "lq_lora", "iterations": 1, **TERM}},
         ],
         "block": [{"quantize": {"method": "learned_rounding", "steps": 2, "batch_size": 3, "seq_len": 48, **GRID}}],
-        "plain": [{"prune": {"method": "wanda"}}, {"quantize": {"method": "rtn", "clip": "hessian", **GRID}}],
+        "pruned": [{"prune": {"method": "wanda"}}, {"recover": {"method": "perp", **TRAIN}}],
+        "rounded": [
+            {"quantize": {"method": "rtn", "clip": "hessian", **GRID}},
+            {"recover": {"method": "scales", "norms": True, "loss": "both", **TRAIN}},
+            {"recover": {"method": "lora", **TERM, **TRAIN}},
+        ],
     },
-    "mixtral": {"experts": [{"quantize": {"method": "gptq", **GRID}}, {"decompose": {"method": "qera_exact", **TERM}}]},
+    "mixtral": {
+        "experts": [
+            {"quantize": {"method": "gptq", **GRID}},
+            {"decompose": {"method": "qera_exact", **TERM}},
+            {"recover": {"method": "lora", **TRAIN}},
+        ]
+    },
 }
 
 
@@ -37,7 +48,7 @@ def artifacts(place: Path) -> dict[str, str]:
 
 
 def made(commands: Processes, size: int, place: Path, **asked: Any) -> dict[str, str]:
-    told = {"place": str(place), "tokens_at_once": 64, "sections": SECTIONS, **asked}
+    told = {"place": str(place), "tokens_at_once": 64, "held_out_tokens": 320, "sections": SECTIONS, **asked}
     log = place.with_suffix(".log")
     variables = {"BITMEND_RANKED": json.dumps(told)}
     codes = commands.ranks(size, log, code=CODE, environments=[variables] * size)
