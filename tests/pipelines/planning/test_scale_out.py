@@ -1,12 +1,14 @@
 """What `pipeline plan` says of several ranks: one rank is the dry run; sums travel as counted; where more of them stop helping."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bitmend.pipelines import cli, ranks
+from bitmend.pipelines.bench.collectives import Event, critical_seconds, within
 from bitmend.pipelines.bench.synthetic import SHAPES, config_of
 from bitmend.pipelines.devices.link import Link, given_link
 from bitmend.pipelines.devices.rates import Speeds, Work
@@ -17,10 +19,12 @@ from bitmend.pipelines.planning.division import Divided, Exchange, Piece, in_tur
 from bitmend.pipelines.planning.scale_out import ScaleOut, predicted
 from bitmend.pipelines.recipes.recipe import Recipe, resolve
 
-from ..runs import CHAIN, chosen
+from ..runs import CHAIN, Processes, chosen
 
 SPEEDS = Speeds({torch.float32: 4e13, torch.bfloat16: 4e14, torch.float64: 3e13}, 2e12, 3e12, 2e5, 1e9, 1e11)
 """About a card's, so that no measurement decides what a test says."""
+BRIEF = ["recover.seq_len=64", "recover.batch_size=1", "recover.gradient_checkpointing=false", "recover.steps=2000"]
+"""A step whose activations are counted in a moment."""
 LINK = Link(25e9, 30e-6, "given")
 
 
@@ -53,7 +57,7 @@ def test_pieces_are_all_done_and_none_twice(size: int) -> None:
 
 
 def plan_of(shape: str, *sets: str, sizes: tuple[int, ...] = (1, 8, 64), recipe: str = "compress_and_recover") -> tuple[dict[str, Any], plan.Costed]:
-    asked: Recipe = resolve(recipe, sets=list(sets), options={"model": shape, "profile": "standard", "dtype": "bfloat16"})
+    asked: Recipe = resolve(recipe, sets=[*BRIEF, *sets], options={"model": shape, "profile": "standard", "dtype": "bfloat16"})
     made = plan.costed_of_config(asked, config_of(SHAPES[shape]), "cpu")
     return predicted(made, sizes, LINK), made
 
@@ -99,6 +103,7 @@ def test_what_a_link_and_ranks_may_be(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_the_command_prints_what_it_planned(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", "compress_and_recover", "--shape", "8b", "--link", "25", "--ranks", "1,2", "--device", "cpu", "--dtype", "bfloat16"]
+    arguments += [part for setting in BRIEF for part in ("--set", setting)]
     assert cli.main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["ranks"] for row in found["all_stages"]] == [1, 2] and found["all_stages"][1]["sent_bytes"] > 0
@@ -113,3 +118,35 @@ def test_a_sum_travels_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.calls(3) == 2 * 3 * (4 + 1)
     assert found.sent(3) == 2 * 2 * 4 * sum(4 * (width + 1) + width for width in (334, 334, 86))
     assert ranks.SLOTS == 8
+
+
+COUNTED = """
+import os
+from bitmend.pipelines.bench import process_scaling
+assert process_scaling.main([{recipe!r}, {run!r}, {answer!r} + os.environ["RANK"]]) == 0
+"""
+TRAINED = {"method": "lora", "rank": 2, "steps": 3, "batch_size": 1, "seq_len": 64, "accumulation": 3, "eval_every": 2, "loss": "cross_entropy"}
+
+
+def test_collectives_and_their_bytes_are_those_of_the_plan(commands: Processes, small_model: Path, small_text: Path, tmp_path: Path) -> None:
+    """Of sums to the byte; of objects, which are pickled, within what a pickle adds."""
+    stages = [{"quantize": {"method": "gptq", "group_size": 32}}, {"recover": TRAINED}]
+    recipe = chosen(tmp_path, small_model, small_text, stages, calibration={"samples": 40, "seq_len": 128})
+    (tmp_path / "resolved.yaml").write_text(recipe.to_yaml())
+    code = COUNTED.format(recipe=str(tmp_path / "resolved.yaml"), run=str(tmp_path / "run"), answer=str(tmp_path / "answer"))
+    assert commands.ranks(2, tmp_path / "log", code=code) == [0, 0], [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
+    answers = [json.loads((tmp_path / f"answer{rank}").read_text()) for rank in range(2)]
+    made = plan.costed(recipe, device="cpu")
+    for stage in ("quantize", "recover"):
+        events = [within([Event(**event) for event in answer["events"]], stage) for answer in answers]
+        exchanges = [exchange for needs in made.needs[stage][:-1] for exchange in needs.sent]
+        sums = [exchange for exchange in exchanges if exchange.kind == "sum"]
+        handed = [[event.sent for event in of_rank if event.kind == "all_to_all_single"] for of_rank in events]
+        assert sum(map(len, handed)) == 2 * sum(x.times * math.ceil(x.units / 2) for x in sums)
+        added = sum(x.times * x.itemsize * math.ceil(x.units / 2) * (math.ceil(x.numbers / 2) + 1) for x in sums)
+        assert [sum(of_rank) for of_rank in handed] == [added, added] and sums[0].units == 3
+        counted = [event for event in events[0] if event.kind in ("all_to_all_single", "all_gather", "broadcast")]
+        assert len(counted) == sum(exchange.calls(2) for exchange in exchanges), stage
+        sent = sum(exchange.sent(2) for exchange in exchanges)
+        assert sent < max(sum(event.sent for event in of_rank) for of_rank in events) < 1.35 * sent, stage
+        assert critical_seconds(events) > 0
