@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from .synthetic import Shape
 log = logging.getLogger(__name__)
 
 RANKS = (1, 2, 4)
-SHAPE = Shape(2, 768, 2048, 12, 4, 2048)
+SHAPE = Shape(1, 768, 2048, 12, 4, 2048)
 EVALUATION = {"seq_len": 512, "windows": 4}
 GPTQ: dict[str, Any] = {"method": "gptq", "bits": 4}
 RTN: dict[str, Any] = {"method": "rtn", "bits": 4, "clip": "none"}
@@ -77,6 +77,12 @@ def rows(only: Sequence[str] = (), ranks: Sequence[int] = RANKS, shape: Shape = 
                     found.append(row)
                     log.info("%s", row)
     return found
+
+
+def of_a_block(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What ranks tell one another for a block (of recovery: for a block's steps): collectives, bytes that a rank sends, seconds that it waits."""
+    counted = ("collectives", "predicted_collectives", "sent_bytes", "predicted_sent_bytes", "waited_seconds")
+    return {key: row[key] for key in ("subject", "scaling", "ranks")} | {key: round(row[key] / row["blocks"], 3) for key in counted}
 
 
 def _row(name: str, kind: str, size: int, shape: Shape, place: Path, link: Link) -> dict[str, Any]:
