@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...compress.statistics import InputStatistics
 from .blocks import StreamedModel
 from .hidden import HiddenStates
-from .sharding import Share
+from .sharding import BatchShare
 from .slot_sums import SlotSums
 from .structure import Site
 
@@ -94,12 +94,12 @@ def gather(
     statistics: dict[str, InputStatistics],
     run: Callable[[int, Tensor], object],
     dense_inputs: Mapping[str, list[Tensor]] | None = None,
-    share: Share | None = None,
+    share: BatchShare | None = None,
 ) -> None:
     """Into `statistics` what enters the sites while `run(place, batch)` takes every batch of the hidden states, slot after slot; sums are those of
     the slots in their order. `hidden` are this rank's `share` of all (None: all there are), the sums are of all ranks. InputError for sites
     that read one tensor in one slot and several in another."""
-    rounds = (share := share or Share(len(hidden))).rounds
+    rounds = (share := share or BatchShare(len(hidden))).rounds
     batches = hidden.at([place for places in rounds for place in places])
     sums, found = SlotSums(sites, needs, model.device, share.ranks), dict[str, InputStatistics]()
     with collecting(model, sites, needs, found, dense_inputs) as begin:
@@ -120,7 +120,7 @@ def collect(
     statistics: dict[str, InputStatistics],
     dense_inputs: Mapping[str, list[Tensor]] | None = None,
     before: Callable[[int], object] | None = None,
-    share: Share | None = None,
+    share: BatchShare | None = None,
 ) -> None:
     """`gather` from a loaded block; `before` is called with the place of the batch that will enter it. The first batch shows which input
     comes last; the others run no further than that, so the product behind it is left out. Experts run to the end."""
@@ -154,7 +154,7 @@ def collect_head(
     statistics: dict[str, InputStatistics],
     dense_inputs: Mapping[str, list[Tensor]] | None = None,
     before: Callable[[int], object] | None = None,
-    share: Share | None = None,
+    share: BatchShare | None = None,
 ) -> None:
     """The same of the output head, from hidden states that leave the last block, window by window; its product is left out."""
 

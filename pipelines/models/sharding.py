@@ -13,7 +13,7 @@ from .hidden import HiddenStates, Room
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchShare:
     """This rank's share of so many `batches`."""
 
     batches: int

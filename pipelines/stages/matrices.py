@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..models.blocks import StreamedModel
 from ..models.hidden import Room
 from ..models.reading import BlockReader
-from ..models.sharding import Share
+from ..models.sharding import BatchShare
 from ..models.structure import Site, shared_names
 from ..recipes.stage_settings import StageSpec
 from ..store.artifact import Artifact, ArtifactWriter
@@ -42,7 +42,7 @@ class Stage:
     dense: StreamedModel | None
     needs: frozenset[str]
     room: Room
-    share: Share
+    share: BatchShare
     sparsity: Mapping[str, float]
     fisher: Mapping[str, Fisher]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..evaluation.perplexity import batches
 from ..models.blocks import StreamedModel
 from ..models.hidden import HiddenStates, Room
-from ..models.sharding import Share
+from ..models.sharding import BatchShare
 from ..ranks import Ranks
 from ..store.kept import is_whole
 
@@ -24,12 +24,12 @@ DISK_SHARE = 0.25
 """Of what is free, how much one may take."""
 
 
-def share_of(ids_NT: Tensor, ranks: Ranks) -> Share:
+def share_of(ids_NT: Tensor, ranks: Ranks) -> BatchShare:
     """This rank's of the batches of a text."""
-    return Share(len([*batches(*ids_NT.shape)]), ranks)
+    return BatchShare(len([*batches(*ids_NT.shape)]), ranks)
 
 
-def entering(model: StreamedModel, ids_NT: Tensor, room: Room, share: Share) -> HiddenStates:
+def entering(model: StreamedModel, ids_NT: Tensor, room: Room, share: BatchShare) -> HiddenStates:
     """What enters the first block, of the batches that are here. Every rank learns what the blocks are called with, though it have none."""
     parts = [*batches(*ids_NT.shape)]
     if not share.numbers:
@@ -56,7 +56,7 @@ class Checkpoints:
 
     scratch: Path
     dense: bool
-    share: Share
+    share: BatchShare
     written: float = field(default_factory=time.perf_counter)
 
     @property
