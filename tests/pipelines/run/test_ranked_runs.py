@@ -136,6 +136,7 @@ def test_a_killed_rank_ends_all_and_any_number_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_killed_at_twenty_moments(commands: Processes, command: list[str], alone: tuple[Path, float], tmp_path: Path) -> None:
     draw, log = random.Random(2025), tmp_path / "log"
     for attempt in range(8):
@@ -263,6 +264,7 @@ def hosts(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_two_hosts_and_one_of_them_cut_off(hosts: Any, command: list[str], alone: tuple[Path, float], tmp_path: Path) -> None:
     prefixes, addresses = hosts
     arguments = [*command, "--dtype", "float32", "-o", str(tmp_path / "run")]
