@@ -2,7 +2,8 @@
 
 compress and decompose solve one random matrix a size, whose inputs have a decaying spectrum and a few outlier channels; decompose
 measures the exact step against its published route as well, and allocate the integer program of a budget (`solvers`);
-recover, and every subject given a model, runs real stages through the runner, one row a method. kernels measures itself.
+recover, and every subject given a model, runs real stages through the runner, one row a method; scale on several processes (`process_scaling`).
+kernels measures itself.
 Legend: O out, I in, T tokens.
 """
 
@@ -70,6 +71,8 @@ def run(subject: str, options: Options) -> dict[str, Any]:
     """Measure, write <output>/bench-<subject>.{json,md,png,svg} where an output directory is named, and return the JSON object."""
     if options.blocks is not None and options.shape is None:
         raise UsageError("--blocks says how many blocks of a --shape are made: give it with one")
+    if subject == "scale":
+        return _over_processes(options)
     if options.depths or options.shape is not None or options.count:
         return _of_scale(subject, options)
     if subject == "kernels":
@@ -91,6 +94,25 @@ def run(subject: str, options: Options) -> dict[str, Any]:
     else:
         rows = list(_on_layers(subject, chosen, options, device))
     measured = {"schema": 1, "bench": subject, "environment": _environment(device, options), "rows": rows}
+    if options.output is not None:
+        _write(measured, options.output)
+    return measured
+
+
+def _over_processes(options: Options) -> dict[str, Any]:
+    """Scaling over gloo processes of one thread each."""
+    from . import process_scaling
+
+    if options.model is not None or options.depths or options.shape is not None or options.device == "cuda":
+        raise UsageError("bench scale runs processes of one thread on a model of its own, on the CPU: give it without -m, --shape, --depths and --device cuda")
+    for name in options.only:
+        if name not in process_scaling.SUBJECTS:
+            raise UsageError(f"bench scale: {unknown('subject', name, process_scaling.SUBJECTS)}")
+    rows = process_scaling.rows(options.only, output=options.output)
+    if options.count:
+        rows = [process_scaling.of_a_block(row) for row in rows if row["ranks"] > 1]
+    environment: dict[str, Any] = _environment(torch.device("cpu"), options) | {"repeats": 1, "warm_up": 0, "threads": 1}
+    measured = {"schema": 1, "bench": "scale", "environment": environment, "rows": rows}
     if options.output is not None:
         _write(measured, options.output)
     return measured

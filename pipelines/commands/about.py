@@ -166,14 +166,15 @@ def doctor(json: o.Json = False, verbose: o.Verbose = False, quiet: o.Quiet = Fa
 
 def bench(
     subject: Annotated[
-        Literal["compress", "decompose", "allocate", "recover", "kernels", "generate", "commands"], typer.Argument(help="what to measure")
+        Literal["compress", "decompose", "allocate", "recover", "kernels", "generate", "commands", "scale"],
+        typer.Argument(help="what to measure"),
     ],
     model: Annotated[
         str | None,
         typer.Option("-m", "--model", metavar="MODEL", help="whole stages of this model, not synthetic layers; generate, commands: a run"),
     ] = None,
     sizes: Annotated[list[int] | None, typer.Option("--size", metavar="N", min=64, help="width of a synthetic layer; repeatable")] = None,
-    only: Annotated[list[str] | None, typer.Option("--method", metavar="NAME", help="this method only; repeatable")] = None,
+    only: Annotated[list[str] | None, typer.Option("--method", metavar="NAME", help="this method (of scale: subject) only; repeatable")] = None,
     repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="measurements of each row")] = 3,
     depths: Annotated[
         str | None, typer.Option("--depths", metavar="N,N,…", help="compress: time and peak memory of models with so many blocks")
@@ -183,7 +184,8 @@ def bench(
     ] = None,
     blocks: Annotated[int | None, typer.Option("--blocks", metavar="N", min=1, help="so many blocks of that shape, not all")] = None,
     count: Annotated[
-        bool, typer.Option("--count", help="compress: the operators of one block of that shape (else of 135m), counted and not timed")
+        bool,
+        typer.Option("--count", help="compress: the operators of one block of that shape (else of 135m), counted and not timed; scale: collectives of a block"),
     ] = False,
     full: Annotated[bool, typer.Option("--full", help="kernels: every shape, hours on a CPU; decompose: slow baselines")] = False,
     device: o.Device = "auto",

@@ -139,6 +139,8 @@ def _cell(key: str, value: Any) -> str:
                 (f"{value / size:,.3g} {unit}" for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if value >= size), f"{value} B"
             )
         if key == "seconds" or key.endswith("_seconds"):
+            if value >= 36_000:
+                return f"{value / 3600:,.1f} h"
             return f"{value:.3g} s" if value < 10 else f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
         return (
             f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -71,7 +71,8 @@ def in_turn(name: str, work: Work, counts: Sequence[float], times: float = 1.0) 
 class Exchange:
     """Collectives of one kind, `times` over. `sum`: `ranks.OrderedSum` of `units` tensors of `numbers` of `itemsize` bytes. `gathered`: what all ranks
     hold together, in equal parts, each with every rank afterwards (`units`: as often as there are rounds of them); `broadcast`: what rank 0 says;
-    `agreed`: a flag; `streamed`: what others have, to rank 0 alone."""
+    `agreed`: a flag; `streamed`: what others have, to rank 0 alone. `held`: cost and bytes of the parts of what is gathered, where they are spread by cost;
+    all ranks send as much as the one that holds most."""
 
     name: str
     kind: Literal["sum", "gathered", "broadcast", "agreed", "streamed"]
@@ -79,6 +80,7 @@ class Exchange:
     itemsize: int = 1
     units: int = 1
     times: float = 1.0
+    held: tuple[tuple[float, float], ...] = ()
 
     def calls(self, size: int) -> float:
         """Collectives that each rank takes part in: an object's size goes ahead of it."""
@@ -96,7 +98,7 @@ class Exchange:
         elif self.kind == "streamed":
             each = self.numbers * self.itemsize / size
         elif self.kind == "gathered":
-            each = others * self.numbers * self.itemsize / size
+            each = others * (self._most_held(size) if self.held else self.numbers * self.itemsize / size)
         else:
             each = others * self.numbers * self.itemsize
         return self.times * each
@@ -106,6 +108,10 @@ class Exchange:
         if size == 1 or self.kind != "sum":
             return Work()
         return Work(passes=self.times * self.numbers * self.itemsize * COPIES * (self._rounds(size) + 1))
+
+    def _most_held(self, size: int) -> float:
+        owners = spread([cost for cost, _ in self.held], size)
+        return max(sum(count for (_, count), owner in zip(self.held, owners, strict=True) if owner == rank) for rank in set(owners))
 
     def _rounds(self, size: int) -> int:
         return math.ceil(self.units / size)

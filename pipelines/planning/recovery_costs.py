@@ -20,7 +20,7 @@ from ..models.sizes import Sizes
 from ..models.structure import Site
 from ..recipes.stage_settings import StageSpec
 from ..stages.inputs import HELD_OUT_TOKENS
-from ..stages.recover import ROOM
+from ..stages.recover import ROOM, saved_every
 from ..stages.teacher import TEACHER_TOKENS, tokens_ahead
 from .anatomy import Anatomy, TrainingStep
 from .division import MICRO_BATCHES, Divided, Exchange, in_turn
@@ -55,14 +55,10 @@ def recovered(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool, room:
     host = anatomy.outside * plan.element + max(packed / anatomy.blocks, anatomy.block_parameters * plan.element) * 2
     if config.loss != "cross_entropy":
         host += plan.hidden_bytes(max(0.0, _ahead(plan, config) - TEACHER_TOKENS))
-    steps, held_out, rest = _training(plan, step, config, checkpointing, cached, moved, sum(rebuilt))
-    work = steps + held_out + rest
-    shared = _micro_batches(plan, config, steps, held_out)
-    sent = (
-        Exchange("gradients", "sum", trained, 4, config.accumulation, config.steps),
-        Exchange("losses of held-out text", "gathered", 0.0, times=2 + _evaluations(config)),
-    )
-    alone = {"opening": OPENED * 3, "rebuilding matrices": rest + -1 * (OPENED * 3)}
+    steps, judging, rest = _training(plan, step, config, checkpointing, cached, moved, sum(rebuilt))
+    work = steps + judging * (2 + _evaluations(config)) + rest
+    shared, sent = _micro_batches(config, steps, judging), _gradients_sent(anatomy, config, trained)
+    alone = {"opening": OPENED * 3, "rebuilding matrices": rest + -1 * (OPENED * 3), "judging what is stored": judging}
     if getattr(own, "quantizer", None) != "gptq":
         return Needs(work, device, host, divided=shared, alone=alone, sent=sent)
     rounding = compressed(plan, StageSpec("quantize", spec.address, "gptq", GptqConfig()), True, False, 0.0)
@@ -91,7 +87,8 @@ def _ahead(plan: CostPlan, config: Any) -> float:
 def _training(
     plan: CostPlan, step: TrainingStep, config: Any, checkpointing: bool, cached: bool, moved: bool, rebuilt: int
 ) -> tuple[Work, Work, Work]:
-    """Steps with the teacher's passes; evaluations on the held-out text (start, five, and the records as they are stored); what comes once."""
+    """Steps with the teacher's passes; one evaluation on the held-out text (of the start, five, and the records as they are stored); what comes
+    once."""
     anatomy, tokens = plan.anatomy, float(config.batch_size * config.seq_len)
     forward = tokens * anatomy.blocks * anatomy.products()
     passes = 2.0 + (1.0 if checkpointing else 0.0) + (1.0 if moved else 0.0)
@@ -106,7 +103,7 @@ def _training(
     held = float(max(HELD_OUT_TOKENS, tokens))
     head = Work({plan.dtype: held * anatomy.vocabulary * anatomy.width}, passes=held * anatomy.vocabulary * 16.0)
     evaluation = plan.pass_of(held, config.seq_len) * anatomy.blocks + head + (Work() if cached else dense * (held / tokens))
-    return micro * (config.steps * config.accumulation), evaluation * (2 + _evaluations(config)), dense + OPENED * 3
+    return micro * (config.steps * config.accumulation), evaluation, dense + OPENED * 3
 
 
 def _evaluations(config: Any) -> int:
@@ -115,13 +112,31 @@ def _evaluations(config: Any) -> int:
     return -(-config.steps // every)
 
 
-def _micro_batches(plan: CostPlan, config: Any, steps: Work, held_out: Work) -> tuple[Divided, ...]:
+def _micro_batches(config: Any, steps: Work, judging: Work) -> tuple[Divided, ...]:
     """An update's micro-batches, and the held-out batches, in turn."""
     windows = max(1, HELD_OUT_TOKENS // config.seq_len)
     full, left = divmod(windows, config.batch_size)
-    counts = [config.batch_size] * full + ([left] if left else [])
+    counts, times = [config.batch_size] * full + ([left] if left else []), 1 + _evaluations(config)
     micro = in_turn(MICRO_BATCHES, steps, [1.0] * config.accumulation, config.steps)
-    return micro, in_turn("held-out batches", held_out, counts, 2 + _evaluations(config))
+    return micro, in_turn("held-out batches", judging * times, counts, times)
+
+
+def _gradients_sent(anatomy: Anatomy, config: Any, trained: float) -> tuple[Exchange, ...]:
+    """What ranks tell one another while they train (recover/peers, stages/recover)."""
+    every, kept = config.eval_every or max(1, config.steps // 5), saved_every(trained)
+    judged = {step for step in range(1, config.steps + 1) if step % every == 0 or step == config.steps}
+    saved = set(range(kept, config.steps, kept))
+    return (
+        Exchange("gradients", "sum", trained, 4, config.accumulation, config.steps),
+        Exchange("losses", "sum", 1.0, 8, config.accumulation, config.steps),
+        Exchange("tokens", "gathered", times=config.steps),
+        Exchange("whether to stop", "agreed", times=config.steps),
+        Exchange("whether to wait", "agreed", times=config.steps - len(judged | saved)),
+        Exchange("held-out losses", "gathered", times=1 + len(judged)),
+        Exchange("hashes of what is trained", "gathered", times=1 + len(saved)),
+        Exchange("what was written", "broadcast", times=anatomy.blocks + 1.0),
+        Exchange("whether training had begun", "broadcast"),
+    )
 
 
 def trained_numbers(anatomy: Anatomy, spec: StageSpec, own: Any, config: Any, linears: list[Site], sizes: Sizes) -> float:

@@ -3,7 +3,7 @@
 Puts `stage_costs`, `recovery_costs` and a device's measured speeds together. Knows the process's own memory; reads no weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +134,7 @@ class RunCosts:
         known = [n for n in (found["limit_bytes"], found["available_bytes"]) if n is not None]
         return float(min(known)) if known else float("inf")
 
-    def shortages(self, specs: dict[str, StageSpec | None], rows: list[dict[str, Any]]) -> list[str]:
+    def shortages(self, specs: Mapping[str, StageSpec | None], rows: list[dict[str, Any]]) -> list[str]:
         """A line for every stage that will not fit, with the settings that want less."""
         lines = []
         on_card = self.compute.device.type == "cuda"

@@ -165,7 +165,7 @@ def _serial(stage: str, found: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def _notes(made: Costed, sizes: Sequence[int]) -> list[str]:
+def _notes(made: Costed, sizes: Sequence[int]) -> list[dict[str, str]]:
     """Which ranks have nothing to do, and what would give them something."""
     notes = []
     for stage, needs in made.needs.items():
@@ -176,15 +176,14 @@ def _notes(made: Costed, sizes: Sequence[int]) -> list[str]:
     if any(size > SLOTS for size in sizes):
         batches = len(made.needs["baseline"][-1].divided[0].pieces)
         notes.append(
-            f"above {SLOTS} ranks go on: evaluation ({batches} batches), recovery with as many micro-batches an update, and the points of a "
-            "`pipeline sweep --jobs`, which share nothing"
+            f"above {SLOTS} ranks a run is refused; what would go on to shrink is evaluation ({batches} batches) and recovery with as many micro-batches "
+            "an update; the points of a `pipeline sweep --jobs` share nothing and need no ranks"
         )
-    return notes
+    return [{"note": note} for note in notes]
 
 
 IDLE = {
-    SLOTS_OF_TEXT: "calibration text has {units} slots, so {units} ranks work and the program refuses more: run this stage on {units}",
-    MICRO_BATCHES: "an update has {units} micro-batches, so as many ranks work; --set {stage}.accumulation={ranks} gives all one "
-    "(and an update as many times the tokens)",
+    SLOTS_OF_TEXT: "calibration text has {units} slots, so as many ranks work",
+    MICRO_BATCHES: "of the micro-batches of an update there are {units}, so as many ranks work; --set {stage}.accumulation={ranks} gives each one",
 }
 """What a division into too few pieces means for the ranks that get none."""

@@ -177,7 +177,7 @@ def compressed(plan: CostPlan, spec: StageSpec, records: bool, first: bool, writ
         hidden,
         _shared(plan, (running + unneeded + gathered) * anatomy.blocks, windows, seq_len, pieces if row.scope == "matrix" else None),
         {name: each * anatomy.blocks for name, each in alone.items()} | {"opening": opening},
-        _sums_sent(plan, spec, sites, needs, written, windows, seq_len),
+        _sums_sent(plan, spec, sites, needs, windows, seq_len),
     )
     return _with_rest(plan, spec, whole)
 
@@ -315,7 +315,7 @@ LATENT = 40.0
 
 
 def _sums_sent(
-    plan: CostPlan, spec: StageSpec, sites: list[Site], needs: frozenset[str], written: float, windows: int, seq_len: int
+    plan: CostPlan, spec: StageSpec, sites: list[Site], needs: frozenset[str], windows: int, seq_len: int
 ) -> tuple[Exchange, ...]:
     """What ranks tell one another about a stage's blocks (models/slot_sums, stages/shared_inputs, store/artifact)."""
     blocks, inputs = plan.anatomy.blocks, plan.anatomy.inputs(sites)
@@ -324,18 +324,24 @@ def _sums_sent(
     times = float(blocks) * (len(inputs) if spec.true_sequential and needs - {"fisher"} else 1)
     widths = [together[0].shape[1] for together in inputs]
     squares = ("second_moment" in needs) + ("cross_moment" in needs)
-    doubles = ("second_moment" not in needs) + ("absmean" in needs)
-    beside = sum(4.0 * rows * width + slots * width * (8.0 * doubles + 4.0 * ("absmax" in needs)) for width in widths)
+    units = [few for together in inputs for few in _units(spec, together)]
+    held = tuple((solving_cost(few), _record_bytes(spec, few)) for few in units) if methods(spec.name)[spec.method].scope == "matrix" else ()
     return (
         *(Exchange("moments", "sum", float(width) ** 2, 4, slots, blocks) for width in widths for _ in range(squares)),
         Exchange("tokens of each slot", "gathered", units=slots, times=times),
-        Exchange("samples and vectors", "gathered", beside * blocks / times, times=times),
-        Exchange("records", "gathered", written / blocks * blocks / times, times=times),
+        Exchange("samples", "gathered", times=times, held=((1.0, sum(4.0 * rows * width for width in widths) * blocks / times),)),
+        *((Exchange("records", "gathered", times=times, held=tuple((cost, count * blocks / times) for cost, count in held)),) if held else ()),
         Exchange("what was written", "broadcast", times=blocks + 1.0),
         Exchange("whether to keep hidden states", "broadcast", times=blocks - 1.0),
         Exchange("whether to stop", "agreed", times=blocks),
-        Exchange("beginning and end", "broadcast", times=3.0),
+        Exchange("beginning and end", "broadcast", times=2.0),
     )
+
+
+def _record_bytes(spec: StageSpec, sites: list[Site]) -> float:
+    """Of new records, about: of a pruned matrix its numbers and its mask, of a rounded one its codes."""
+    bits = {"prune": 33.0, "decompose": 8.0}.get(spec.name) or float(getattr(spec.config, "bits", None) or 4) + 0.5
+    return sum(site.shape[0] * site.shape[1] * bits / 8 for site in sites)
 
 
 def _scores_sent(hidden: float, windows: int, teacher: bool) -> tuple[Exchange, ...]:

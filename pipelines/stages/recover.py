@@ -199,7 +199,7 @@ def _train(
         if ranks.leads:
             keep(path, state.tensors, {"meta": json.dumps(state.meta)})
 
-    every = 5 if attached.count() * 4 * 5 < SMALL_STATE_BYTES else 50
+    every = saved_every(attached.count())
     with bar(f"{spec.address} {spec.method}, steps", config.steps) as shown:
         seen, speed = 0, 0.0
 
@@ -221,6 +221,11 @@ def _train(
             ) from error
         except ReplicasDiffer as error:
             raise InputError(f"{spec.address}: {error}") from error
+
+
+def saved_every(trained: float) -> int:
+    """Steps from one saved state to the next, where so many numbers train."""
+    return 5 if trained * 4 * 5 < SMALL_STATE_BYTES else 50
 
 
 def own_batches(config: TrainConfig, ranks: Ranks) -> Sequence[int]:
