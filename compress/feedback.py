@@ -18,8 +18,8 @@ BLOCK = 128
 _INNER = 32  # columns updated one by one before a matrix product carries their errors on
 _SETTLED, _SETTLED_NARROW, _NARROW = 64, 128, 1024
 """Columns that are rounded at once, and of a matrix with so few rows, whose products take less time than it takes to ask for them."""
-_LOOK_FROM, _LOOK_EVERY = 4, 2
-"""The rounds after which it is looked which rows stand: hardly any do before."""
+_LOOK_EVERY = 3
+"""Rounds between two looks at which rows stand."""
 _ROWS = 8192  # of a matrix that go through a sweep at once on the CPU: what a block works on then stays in its cache
 _MAX_DAMP = 10.0
 
@@ -264,7 +264,7 @@ def _settle_columns_(
         torch.mm(carried_SS, torch.addcmul(from_0, codes, scale, value=-1, out=other), out=error)
         _round_to_codes_(torch.addcdiv(codes, error, scale, out=other), top, *ends)
         codes, other = other, codes
-        if step < _LOOK_FROM or (step - _LOOK_FROM) % _LOOK_EVERY:
+        if step % _LOOK_EVERY:
             continue
         moved_M = other.ne_(codes).amax(0).nonzero().view(-1)
         if not len(moved_M):

@@ -134,8 +134,7 @@ class _Search:
         self.weight_GSO, self.grid, self.importance_GSO, self.power = weight_GSO, grid, importance_GSO, power
         self.low, self.high = weight_GSO.amin(1, keepdim=True).clamp_(max=0), weight_GSO.amax(1, keepdim=True).clamp_(min=0)
         self.levels = levels_HSO
-        self.scale, self.zero = _span(self.low, self.high, grid, _WHOLE)
-        self.least = torch.full_like(self.scale, float("inf"))
+        self.scale, self.zero, self.least = self.low, self.low, None  # until candidates have been considered
 
     def ends(self, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(zero, the lowest level, the highest level)."""
@@ -153,7 +152,8 @@ class _Search:
         return self.round(self.weight_GSO, self.levels, scale, *self.ends(zero))
 
     def consider(self, scale_KG1O: Tensor, zero_KG1O: Tensor) -> None:
-        """Measure candidates of every group and keep the first that errs least, where it errs less than the best so far."""
+        """Measure candidates of every group and keep the first that errs least, where it errs less than the best so far. Where the first
+        candidates of all overflow, the first of them stays."""
         groups = len(self.levels)
         weights = self.weight_GSO.split(groups)
         importances = [None] * len(weights) if self.importance_GSO is None else self.importance_GSO.split(groups)
@@ -162,10 +162,12 @@ class _Search:
         lost_KG1O = lost[0] if len(lost) == 1 else torch.cat(lost, 1)
         lost_KG1O.nan_to_num_(nan=float("inf"), posinf=float("inf"))  # what overflows is no candidate
         lost, chosen = lost_KG1O.min(0, keepdim=True)
-        better = lost[0] < self.least
-        self.least = lost[0].where(better, self.least)
-        self.scale = scale_KG1O.gather(0, chosen)[0].where(better, self.scale)
-        self.zero = zero_KG1O.gather(0, chosen)[0].where(better, self.zero)
+        found = (scale_KG1O.gather(0, chosen)[0], zero_KG1O.gather(0, chosen)[0], lost[0])
+        if self.least is not None:
+            better = lost[0] < self.least
+            old = (self.scale, self.zero, self.least)
+            found = tuple(new.where(better, kept) for new, kept in zip(found, old, strict=True))
+        self.scale, self.zero, self.least = found
 
     def _lost(self, weight_HSO: Tensor, importance_HSO: Tensor | None, candidates: tuple[Tensor, ...]) -> Tensor:
         """Σ importance·|Δ|^power of every group under every candidate, [K, H, 1, O]."""
