@@ -7,7 +7,7 @@ Legend: O out, I in, S columns of a sub-block.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,11 @@ from .statistics import InputStatistics
 
 BLOCK = 128
 _INNER = 32  # columns updated one by one before a matrix product carries their errors on
+_SETTLED, _SETTLED_NARROW, _NARROW = 64, 128, 1024
+"""Columns that are rounded at once, and of a matrix with so few rows, whose products take less time than it takes to ask for them."""
+_LOOK_EVERY = 3
+"""Rounds between two looks at which rows stand."""
+_ROWS = 8192  # of a matrix that go through a sweep at once on the CPU: what a block works on then stays in its cache
 _MAX_DAMP = 10.0
 
 RoundRow = Callable[[int, Tensor, Tensor], None]
@@ -125,6 +130,9 @@ def feed_back_uniform_(
 ) -> tuple[Tensor, Tensor]:
     """`feed_back_` with all grids known beforehand: nothing but the block's own numbers is needed to round it, so that it is one operator,
     `bitmend::feed_back_block_`, of which a card has a kernel (kernels/column_sweep)."""
+    outputs = weight_IO.shape[1]
+    if weight_IO.device.type == "cpu" and outputs > _ROWS:
+        return _in_parts_(weight_IO, factor, grids, block, pull, -(-outputs // -(-outputs // _ROWS)))
     levels_IO, errors, origin_IO, loss_O = _sweep_room(weight_IO, block, pull)
     # On the CPU the loop is called by name: what counts operators then sees its own.
     run = feed_back_block_ if weight_IO.device.type == "cpu" else torch.ops.bitmend.feed_back_block_
@@ -145,15 +153,28 @@ def feed_back_block_(
 ) -> None:  # fmt: skip
     """Round the columns [start, stop) and carry their errors on among themselves: into `weight_IO`, `levels_IO` and `error_SO` [stop − start,
     O]; `loss_O` grows by theirs. group_I int64 names each column's row of scale and zero; `origin_IO` are the weights before the sweep,
-    read where `pull` is not 0. The slow twin of the kernel."""
+    read where `pull` is not 0: then one column after the other, else many at once. The slow twin of the kernel."""
+    if pull:
 
-    def open_columns(first: int, last: int, updated_IO: Tensor) -> tuple[Tensor, RoundRow]:
-        groups = group_I[first:last]
-        return uniform_rounding(scale_GO[groups], zero_GO[groups], top, float_zeros, None if keep_IO is None else keep_IO[first:last])
+        def open_columns(first: int, last: int, updated_IO: Tensor) -> tuple[Tensor, RoundRow]:
+            groups = group_I[first:last]
+            return uniform_rounding(scale_GO[groups], zero_GO[groups], top, float_zeros, None if keep_IO is None else keep_IO[first:last])
 
-    _feed_back_block_(
-        weight_IO, levels_IO, error_SO, loss_O, unit_II, diagonal_I, open_columns, (), start, stop, origin_IO if pull else None, pull
-    )
+        _feed_back_block_(weight_IO, levels_IO, error_SO, loss_O, unit_II, diagonal_I, open_columns, (), start, stop, origin_IO, pull)
+        return
+    groups = group_I[start:stop]
+    grid = [scale_GO[groups], zero_GO[groups]]
+    if keep_IO is not None and not float_zeros:
+        keep_SO, zero_SO = keep_IO[start:stop], grid[1]
+        grid += [torch.where(keep_SO, 0, zero_SO), torch.where(keep_SO, top, zero_SO)]
+    width = _SETTLED_NARROW if weight_IO.shape[1] <= _NARROW else _SETTLED
+    parts = zip(*(t.split(width) for t in (weight_IO[start:stop], levels_IO[start:stop], error_SO, *grid)), strict=True)
+    for first, (weight, levels, error, *own) in zip(range(start, stop, width), parts, strict=True):
+        last = first + len(weight)
+        _settle_columns_(weight, levels, error, unit_II[first:last, first:last], top, *own)
+        if last < stop:
+            weight_IO[last:stop].addmm_(unit_II[first:last, last:stop].T, error, alpha=-1)
+    _add_loss_(loss_O, error_SO, diagonal_I[start:stop])
 
 
 OPERATORS = torch.library.Library("bitmend", "DEF")
@@ -213,7 +234,79 @@ def _feed_back_block_(
         _round_columns(weight_IO[first:last], levels_IO[first:last], part_SO, scale_SO, unit_II[first:last, first:last], round_row)
         if last < stop:
             weight_IO[last:stop].addmm_(unit_II[first:last, last:stop].T, part_SO, alpha=-1)
-    loss_O += (error_SO / diagonal_I[start:stop].unsqueeze(1)).square_().sum(0)
+    _add_loss_(loss_O, error_SO, diagonal_I[start:stop])
+
+
+def _add_loss_(loss_O: Tensor, error_SO: Tensor, diagonal_S: Tensor) -> None:
+    loss_O += (error_SO / diagonal_S.unsqueeze(1)).square_().sum(0)
+
+
+def _settle_columns_(
+    weight_SO: Tensor, levels_SO: Tensor, error_SO: Tensor, unit_SS: Tensor, top: int, scale_SO: Tensor, zero_SO: Tensor, *limits: Tensor
+) -> None:
+    """Round columns that carry their errors on among themselves, all at once instead of one after the other; the codes lie in 0…`top`, or
+    within the `limits` [S, O] where some are given.
+
+    For given values Q the errors solve W − Q = Uᵀ·E, so E = U⁻ᵀ·(W − Q) by one product, and column i holds Q + E when its turn comes. From
+    the codes without errors on: round what every column then holds, until no code changes. After r rounds the first r columns stand as a
+    loop over columns leaves them, and most rows stand after a few rounds; those that do are taken out of the others' way.
+    """
+    size, outputs = weight_SO.shape
+    one_SS = torch.eye(size, dtype=unit_SS.dtype, device=unit_SS.device)
+    carried_SS = torch.linalg.solve_triangular(unit_SS, one_SS, upper=True, unitriangular=True).T
+    state = weight_SO.new_empty((5 + len(limits)) * size, outputs)
+    from_0, scale, *ends, codes, other, error = state.split(size)
+    torch.addcmul(weight_SO, zero_SO, scale_SO, out=from_0)
+    torch.cat((scale_SO, *limits), out=state[size : (2 + len(limits)) * size])
+    _round_to_codes_(torch.div(from_0, scale, out=codes), top, *ends)
+    rows_N, moving = None, outputs
+    for step in range(1, size + 1):
+        torch.mm(carried_SS, torch.addcmul(from_0, codes, scale, value=-1, out=other), out=error)
+        _round_to_codes_(torch.addcdiv(codes, error, scale, out=other), top, *ends)
+        codes, other = other, codes
+        if step % _LOOK_EVERY:
+            continue
+        moved_M = other.ne_(codes).amax(0).nonzero().view(-1)
+        if not len(moved_M):
+            break
+        if 2 * len(moved_M) < moving:
+            _write_rows_(levels_SO, rows_N, codes)
+            rows_N, moving = moved_M if rows_N is None else rows_N[moved_M], len(moved_M)
+            state = state.index_select(1, moved_M)
+            from_0, scale, *ends, codes, other, error = state.split(size)
+            codes, other = (other, codes) if step % 2 else (codes, other)
+    _write_rows_(levels_SO, rows_N, codes)
+    levels_SO.sub_(zero_SO)
+    torch.mm(carried_SS, torch.addcmul(weight_SO, levels_SO, scale_SO, value=-1), out=error_SO)
+    torch.addcmul(error_SO, levels_SO, scale_SO, out=weight_SO)
+
+
+def _round_to_codes_(value: Tensor, top: int, *limits: Tensor) -> None:
+    if limits:
+        torch.clamp(value.round_(), *limits, out=value)
+    else:
+        value.round_().clamp_(0, top)
+
+
+def _write_rows_(out_SO: Tensor, rows_N: Tensor | None, found_SN: Tensor) -> None:
+    if rows_N is None:
+        out_SO.copy_(found_SN)
+    else:
+        out_SO.index_copy_(1, rows_N, found_SN)
+
+
+def _in_parts_(weight_IO: Tensor, factor: InverseFactor, grids: GivenGrids, block: int, pull: float, rows: int) -> tuple[Tensor, Tensor]:
+    """`feed_back_uniform_` of so many rows of the matrix at a time, which do not know each other."""
+    levels_IO, losses = torch.empty_like(weight_IO), []
+    for start in range(0, weight_IO.shape[1], rows):
+        own = (slice(None), slice(start, start + rows))
+        scale_GO, zero_GO = grids.scale_GO[own].contiguous(), grids.zero_GO[own].contiguous()
+        few = replace(grids, scale_GO=scale_GO, zero_GO=zero_GO, keep_IO=None if grids.keep_IO is None else grids.keep_IO[own].contiguous())
+        part_IO = weight_IO[own].contiguous()
+        levels_IO[own], loss_O = feed_back_uniform_(part_IO, factor, few, block, pull)
+        weight_IO[own] = part_IO
+        losses.append(loss_O)
+    return levels_IO, torch.cat(losses)
 
 
 def _round_columns(weight_SO: Tensor, levels_SO: Tensor, error_SO: Tensor, scale_SO: Tensor, unit_SS: Tensor, round_row: RoundRow) -> None:

@@ -17,7 +17,8 @@ from .weights import UniformWeight
 Clip = Literal["none", "power", "hessian", "joint"]
 _WEIGHTED = frozenset({"hessian", "joint"})
 STEPS, FLOOR = 20, 0.5
-_CHUNK = 1 << 19  # elements whose levels stay in cache while many clip ratios are tried
+_CHUNK = 5 << 18  # elements whose levels stay in cache while many clip ratios are tried
+_PIECES = 4  # so many chunks share the few operators that a set of clip ratios takes
 _CARD_CHUNK = 1 << 26  # on a card: where more are no faster, and half a gigabyte is little beside the sweep that follows
 _WHOLE = torch.ones((), dtype=torch.float64)
 _ROWS = 64  # at least so many lie side by side, however long a group is
@@ -87,7 +88,7 @@ def search_clip(
 
     importance broadcasts against the weight. All groups are searched at once, in pieces that fit the cache, or a card's memory.
     """
-    return _in_chunks(weight_OS, importance_S, lambda part, weights: _shrunk(_Search(part, grid, weights, power), steps, floor))
+    return _in_chunks(weight_OS, importance_S, lambda *given: _shrunk(_Search(grid, power, *given), steps, floor), _PIECES)
 
 
 def search_joint(weight_OS: Tensor, grid: UniformGrid, importance_S: Tensor | None = None, rounds: int = 3) -> tuple[Tensor, Tensor]:
@@ -98,7 +99,7 @@ def search_joint(weight_OS: Tensor, grid: UniformGrid, importance_S: Tensor | No
     scale for the codes as they are (two unknowns, weighted least squares). Every candidate is rounded as it will be stored and
     measured; the best stays, so that no group is left worse than by `search_clip`.
     """
-    return _in_chunks(weight_OS, importance_S, lambda part, weights: _joint(_Search(part, grid, weights, 2.0), rounds))
+    return _in_chunks(weight_OS, importance_S, lambda *given: _joint(_Search(grid, 2.0, *given), rounds))
 
 
 def fit(weight_OS: Tensor, grid: UniformGrid, clip: Clip, importance_S: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -126,39 +127,59 @@ class _Search:
     """The best (scale, zero) [G, 1, O] of every group so far, and the room in which candidates are measured.
 
     Weights lie as [G, S, O], rows last: a group's scale then meets whole runs of memory, at 2 to 3 times the speed of rows one by one.
+    `levels` [H, S, O] is that room, written over: as many groups are measured at once.
     """
 
-    def __init__(self, weight_GSO: Tensor, grid: UniformGrid, importance_GSO: Tensor | None, power: float) -> None:
+    def __init__(self, grid: UniformGrid, power: float, weight_GSO: Tensor, importance_GSO: Tensor | None, levels_HSO: Tensor) -> None:
         self.weight_GSO, self.grid, self.importance_GSO, self.power = weight_GSO, grid, importance_GSO, power
         self.low, self.high = weight_GSO.amin(1, keepdim=True).clamp_(max=0), weight_GSO.amax(1, keepdim=True).clamp_(min=0)
-        self.levels = torch.empty_like(weight_GSO)
-        self.scale, self.zero = _span(self.low, self.high, grid, _WHOLE)
-        self.least = torch.full_like(self.scale, float("inf"))
+        self.levels = levels_HSO
+        self.scale, self.zero, self.least = self.low, self.low, None  # until candidates have been considered
 
     def ends(self, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(zero, the lowest level, the highest level)."""
         return zero, -zero, self.grid.top - zero
 
-    def round(self, scale: Tensor, zero: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """Levels (code − zero) of every weight, in `self.levels`; zero, low and high are `ends`'."""
-        torch.div(self.weight_GSO, scale, out=self.levels)
+    def round(self, weight: Tensor, levels: Tensor, scale: Tensor, zero: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Levels (code − zero) of every weight, into `levels`; zero, low and high are `ends`'."""
+        torch.div(weight, scale, out=levels)
         if self.grid.float_zeros:
-            return self.levels.add_(zero).round_().clamp_(0, self.grid.top).sub_(zero)
-        return torch.clamp(self.levels.round_(), low, high, out=self.levels)
+            return levels.add_(zero).round_().clamp_(0, self.grid.top).sub_(zero)
+        return torch.clamp(levels.round_(), low, high, out=levels)
+
+    def levels_of(self, scale: Tensor, zero: Tensor) -> Tensor:
+        """Of all groups, where there is room for all."""
+        return self.round(self.weight_GSO, self.levels, scale, *self.ends(zero))
 
     def consider(self, scale_KG1O: Tensor, zero_KG1O: Tensor) -> None:
-        """Measure candidates of every group and keep the first that errs least, where it errs less than the best so far."""
-        lost_KG1O = torch.empty_like(scale_KG1O, dtype=self.weight_GSO.dtype)
-        for lost, scale, *ends in zip(lost_KG1O, scale_KG1O, *self.ends(zero_KG1O), strict=True):
-            error = torch.addcmul(self.weight_GSO, self.round(scale, *ends), scale, value=-1, out=self.levels)
-            error = error.square_() if self.power == 2.0 else error.abs_().pow_(self.power)
-            lost.copy_(_group_sum_(error if self.importance_GSO is None else error.mul_(self.importance_GSO)))
+        """Measure candidates of every group and keep the first that errs least, where it errs less than the best so far. Where the first
+        candidates of all overflow, the first of them stays."""
+        groups = len(self.levels)
+        weights = self.weight_GSO.split(groups)
+        importances = [None] * len(weights) if self.importance_GSO is None else self.importance_GSO.split(groups)
+        candidates = zip(*(each.split(groups, 1) for each in (scale_KG1O, *self.ends(zero_KG1O))), strict=True)
+        lost = [self._lost(*given) for given in zip(weights, importances, candidates, strict=True)]
+        lost_KG1O = lost[0] if len(lost) == 1 else torch.cat(lost, 1)
         lost_KG1O.nan_to_num_(nan=float("inf"), posinf=float("inf"))  # what overflows is no candidate
         lost, chosen = lost_KG1O.min(0, keepdim=True)
-        better = lost[0] < self.least
-        self.least = lost[0].where(better, self.least)
-        self.scale = scale_KG1O.gather(0, chosen)[0].where(better, self.scale)
-        self.zero = zero_KG1O.gather(0, chosen)[0].where(better, self.zero)
+        found = (scale_KG1O.gather(0, chosen)[0], zero_KG1O.gather(0, chosen)[0], lost[0])
+        if self.least is not None:
+            better = lost[0] < self.least
+            old = (self.scale, self.zero, self.least)
+            found = tuple(new.where(better, kept) for new, kept in zip(found, old, strict=True))
+        self.scale, self.zero, self.least = found
+
+    def _lost(self, weight_HSO: Tensor, importance_HSO: Tensor | None, candidates: tuple[Tensor, ...]) -> Tensor:
+        """Σ importance·|Δ|^power of every group under every candidate, [K, H, 1, O]."""
+        levels_HSO = self.levels[: len(weight_HSO)]
+        sums = _GroupSums(levels_HSO, len(candidates[0]))
+        for k, (scale, *ends) in enumerate(zip(*candidates, strict=True)):
+            error = torch.addcmul(weight_HSO, self.round(weight_HSO, levels_HSO, scale, *ends), scale, value=-1, out=levels_HSO)
+            error = error.square_() if self.power == 2.0 else error.abs_().pow_(self.power)
+            if importance_HSO is not None:
+                error.mul_(importance_HSO)
+            sums.take_(k)
+        return sums.all_()
 
     def weighted_sum(self, factor: Tensor, other: Tensor) -> Tensor:
         """Σ importance·product over each group, float32 [G, 1, O]."""
@@ -166,41 +187,78 @@ class _Search:
         return _group_sum_(product if self.importance_GSO is None else product.mul_(self.importance_GSO))
 
 
+class _GroupSums:
+    """Σ over the columns S of terms [G, S, O], K times, the terms in one and the same place each time.
+
+    On the CPU torch would add the last rows of a piece in another order than the others, and a row must not hang on its neighbours: so here
+    one addition after the other, in the order of a sum along the row: 32 lanes, then 8, and one when all K have been taken.
+    """
+
+    def __init__(self, term_GSO: Tensor, count: int) -> None:
+        groups, size, rows = term_GSO.shape
+        self.term_GSO, self.by_lane = term_GSO, size % 32 == 0 and term_GSO.device.type == "cpu"
+        self.sum_KG1O = term_GSO.new_zeros(count, groups, 1, rows)
+        self.sums = self.sum_KG1O.unbind()
+        if self.by_lane:
+            self.first, *self.others = term_GSO.view(groups, -1, 32 * rows).unbind(1)
+            self.quarters = self.first.view(groups, 4, 8 * rows).unbind(1)
+            self.eighths, self.lane = self.quarters[0].view(groups, 8, rows), torch.zeros(8, dtype=torch.int64)
+
+    def take_(self, k: int) -> None:
+        """The k-th sum; the terms are written over."""
+        if not self.by_lane:
+            torch.sum(self.term_GSO, 1, keepdim=True, out=self.sums[k])
+            return
+        for other in self.others:
+            self.first.add_(other)
+        first, second, third, fourth = self.quarters
+        first.add_(second).add_(third).add_(fourth)
+        self.sums[k].index_add_(1, self.lane, self.eighths)
+
+    def all_(self) -> Tensor:
+        """[K, G, 1, O], where the first lane was."""
+        return self.sum_KG1O
+
+
 def _group_sum_(term_GSO: Tensor) -> Tensor:
-    """Σ over a group's columns, [G, 1, O], written over the terms. On the CPU torch would add the last rows of a piece in another order than the
-    others, and a row must not hang on its neighbours: so here one addition after the other, in the order of a sum along the row."""
-    groups, size, rows = term_GSO.shape
-    if size % 32 or term_GSO.device.type != "cpu":
-        return term_GSO.sum(1, keepdim=True)
-    for lanes in (32, 8, 1):
-        first, *others = term_GSO.view(groups, -1, lanes * rows).unbind(1)
-        for other in others:
-            first.add_(other)
-        term_GSO = first
-    return first.unsqueeze(1)
+    """Σ over a group's columns, [G, 1, O]; the terms are written over."""
+    sums = _GroupSums(term_GSO, 1)
+    sums.take_(0)
+    return sums.all_()[0]
 
 
 def _in_chunks(
-    weight_OS: Tensor, importance_S: Tensor | None, search: Callable[[Tensor, Tensor | None], _Search]
+    weight_OS: Tensor, importance_S: Tensor | None, search: Callable[[Tensor, Tensor | None, Tensor], _Search], pieces: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Search pieces [G, S, O] of as many rows, then groups, as there is room for."""
+    """Search parts [G, S, O] of as many rows, then groups, as there is room for; `pieces` such groups at a time, of which each is measured
+    for itself."""
     weight_OGS = weight_OS.reshape(len(weight_OS), -1, weight_OS.shape[-1])
     importance_OGS = None if importance_S is None else importance_S.expand_as(weight_OS).reshape(weight_OGS.shape)
-    room = _room(weight_OS) // weight_OS.shape[-1]
-    rows = min(len(weight_OS), max(room, _ROWS))
-    groups = max(1, room // max(rows, 1))
-
-    def pieces(tensor_OGS: Tensor) -> list[list[Tensor]]:
-        return [[part.permute(1, 2, 0) for part in few.split(groups, 1)] for few in tensor_OGS.split(rows)]
-
-    scales, zeros, weights = [], [], pieces(weight_OGS)
-    importances = [[None] * len(few) for few in weights] if importance_OGS is None else pieces(importance_OGS)
-    for few, theirs in zip(weights, importances, strict=True):
-        found = [search(weight.contiguous(), importance) for weight, importance in zip(few, theirs, strict=True)]
+    _, count, size = weight_OGS.shape
+    room = _room(weight_OS) // size
+    rows = _rows_at_once(len(weight_OS), count, room)
+    groups = min(max(1, room // max(rows, 1)), count)
+    scales, zeros, levels = [], [], weight_OS.new_empty(groups * size * rows)
+    for i in range(0, len(weight_OGS), rows):
+        found = []
+        for j in range(0, count, groups * pieces):
+            part = weight_OGS[i : i + rows, j : j + groups * pieces]
+            # torch transposes matrices that are whole in memory block by block, all else number by number
+            weight_GSO = part.reshape(len(part), -1).contiguous().T.contiguous().view(-1, size, len(part))
+            importance = None if importance_OGS is None else importance_OGS[i : i + rows, j : j + groups * pieces].permute(1, 2, 0)
+            few = min(groups, len(weight_GSO))
+            found.append(search(weight_GSO, importance, levels[: few * size * len(part)].view(few, size, len(part))))
         scales.append(torch.cat([part.scale for part in found]))
         zeros.append(torch.cat([part.zero for part in found]))
     scale, zero = (torch.cat(parts, -1).permute(2, 0, 1).reshape(*weight_OS.shape[:-1], 1) for parts in (scales, zeros))
     return scale, zero
+
+
+def _rows_at_once(rows: int, groups: int, room: int) -> int:
+    """Of the even splits that fit, the one that makes the fewest pieces of `room` groups' rows."""
+    fewest = -(-rows // max(room, _ROWS))
+    splits = (-(-rows // parts) for parts in range(max(fewest, 1), fewest + 4))
+    return min(splits, key=lambda few: -(-rows // max(few, 1)) * -(-groups // max(1, room // max(few, 1))))
 
 
 def _room(weight: Tensor) -> int:
@@ -238,7 +296,7 @@ def _joint(search: _Search, rounds: int) -> _Search:
         zero = search.zero
         for offset in offsets:
             moved = _moved(zero, offset, grid)
-            levels = search.round(search.scale, *search.ends(moved))
+            levels = search.levels_of(search.scale, moved)
             best = search.weighted_sum(levels, search.weight_GSO) / search.weighted_sum(levels, levels)
             search.consider(_storable(best.where(best > 0, search.scale)).unsqueeze(0), moved.unsqueeze(0))
     return search
@@ -246,7 +304,7 @@ def _joint(search: _Search, rounds: int) -> _Search:
 
 def _solved(search: _Search) -> tuple[Tensor, Tensor]:
     """Scale and float zero of the weighted least squares w ≈ scale·code − scale·zero, for the codes of the best so far."""
-    levels, weight = search.round(search.scale, *search.ends(search.zero)), search.weight_GSO
+    levels, weight = search.levels_of(search.scale, search.zero), search.weight_GSO
     one = torch.ones((), dtype=weight.dtype, device=weight.device).expand_as(weight)
     mass, n, w = (search.weighted_sum(x, one) for x in (one, levels, weight))
     nn, nw = search.weighted_sum(levels, levels), search.weighted_sum(levels, weight)

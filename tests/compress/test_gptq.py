@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from bitmend.compress import feedback
 from bitmend.compress import gptq as gptq_module
 from bitmend.compress import normal_float as nf
 from bitmend.compress.feedback import inverse_factor
@@ -161,6 +162,39 @@ def test_on_a_code_book_blocked_equals_column_by_column(bits):
     order = case.moment_II.diagonal().argsort(descending=True, stable=True).tolist()
     expected = column_by_column(case.weight_OI, case.moment_II, order, round_column)
     assert torch.allclose(book[codes.long()] * absmax.repeat_interleave(64, dim=1), expected, atol=1e-9)
+
+
+SETTLED = ({}, {"masked": True}, {"float_zeros": True}, {"narrow": 0}, {"narrow": 0, "masked": True, "bits": 2}, {"at_once": 90})
+
+
+@pytest.mark.parametrize("kind", SETTLED, ids=str)
+def test_columns_settled_at_once_are_those_of_the_loop(kind, monkeypatch):
+    """The twin: one column after the other, each error carried on before the next is looked at."""
+    rows, columns, group, generator = 300, 200, 40, torch.Generator().manual_seed(1)
+    monkeypatch.setattr(feedback, "_NARROW", kind.get("narrow", 1024))
+    monkeypatch.setattr(feedback, "_ROWS", kind.get("at_once", 8192))
+    x = torch.randn(800, columns, generator=generator) @ (torch.eye(columns) + 0.1 * torch.randn(columns, columns, generator=generator))
+    weight = torch.randn(rows, columns, generator=generator) / columns**0.5
+    grid = UniformGrid(kind.get("bits", 3), group, float_zeros=kind.get("float_zeros", False))
+    factor = inverse_factor(x.T @ x / len(x), 0.01, True)
+    scale, zero = (found.squeeze(-1).T.contiguous() for found in fit(weight.view(rows, -1, group), grid, "power"))
+    keep = torch.rand(columns, rows, generator=generator) < 0.6 if kind.get("masked") else None
+    start, group_I = weight.T[factor.order_I].contiguous(), factor.order_I // group
+
+    def open_columns(first, last, updated):
+        groups, kept = group_I[first:last], None if keep is None else keep[first:last]
+        return feedback.uniform_rounding(scale[groups], zero[groups], grid.top, grid.float_zeros, kept)
+
+    left, left_by_loop = start.clone(), start.clone()
+    expected, lost_by_loop = feedback.feed_back_(left_by_loop, factor, open_columns, ())
+    given = feedback.GivenGrids(scale, zero, group_I, keep, grid.top, grid.float_zeros)
+    levels, lost = feedback.feed_back_uniform_(left, factor, given)
+    same = (levels - expected).abs() < 0.5  # levels of a grid with float zeros are no whole numbers
+    assert same.float().mean() >= 0.9999 and len(levels.unique()) >= 1 << grid.bits
+    assert keep is None or not levels[~keep].any()
+    assert lost.sum().item() == pytest.approx(lost_by_loop.sum().item(), rel=1e-4)
+    alike = same.all(0)  # where a code differs, those behind it may
+    torch.testing.assert_close(left[:, alike], left_by_loop[:, alike], rtol=1e-4, atol=1e-5)
 
 
 def test_correction_hands_to_later_columns_what_they_can_reproduce():

@@ -112,8 +112,8 @@ def test_all_groups_at_once_equal_one_by_one(symmetric):
 def test_pieces_of_rows_and_groups_change_nothing(monkeypatch):
     weight, pieces = groups(5, rows=50, columns=192).view(50, 3, 64), []
     whole = search_clip(weight, UniformGrid(4, 64))
-    plain = grids_module._shrunk
-    monkeypatch.setattr(grids_module, "_shrunk", lambda search, *rest: pieces.append(search.weight_GSO.shape) or plain(search, *rest))
+    plain = grids_module._Search._lost
+    monkeypatch.setattr(grids_module._Search, "_lost", lambda self, part, *rest: pieces.append(part.shape) or plain(self, part, *rest))
     monkeypatch.setattr(grids_module, "_ROWS", 7)
     for chunk, expected in ((200, 8 * 3), (64 * 50 * 2, 2)):
         pieces.clear()
