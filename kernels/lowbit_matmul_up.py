@@ -7,7 +7,7 @@ Knows tensors; not modules or records of weights.
 Legend: M tokens, N = O outputs, K = I inputs, G groups, R rank, L lanes.
 """
 # Inside @triton.jit functions the language's values have types of their own, which pyright does not know.
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 import torch
 import triton

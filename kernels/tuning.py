@@ -45,8 +45,8 @@ def tuned(
 ) -> Blocks:
     """The fastest candidate for `key`, times multiplied by `burden`; the first one where nothing is timed. RuntimeError when none fits the
     device; ValueError when $BITMEND_TUNE is neither 0 nor 1."""
-    if (device, key) in _blocks:
-        return _blocks[device, key]
+    if (settled := measured(key, device)) is not None:
+        return settled
     if not can_time(device):
         return _default(key, device, candidates, "nothing is timed in Triton's interpreter")
     asked = os.environ.get(SWITCH, "1")
@@ -75,6 +75,11 @@ def tuned(
     _defaulted.pop((device, key), None)
     _blocks[device, key] = chosen
     return chosen
+
+
+def measured(key: str, device: torch.device) -> Blocks | None:
+    """What this process has measured, or read, for `key`."""
+    return _blocks.get((device, key))
 
 
 def _default(key: str, device: torch.device, candidates: Sequence[Blocks], why: str) -> Blocks:

@@ -18,7 +18,7 @@ from .candidates import APART, GEMV, INT4, OLDER, SCRATCH, SPLIT, TILE, candidat
 from .gemv_kernels import gemv_finish_kernel, gemv_kernel, gemv_share_kernel, project_kernel
 from .launch import TRITON_DTYPES, can_time, h_strides, row_bucket, segment_table, shift_for, start
 from .layout import SLOTS, TiledWeight
-from .tuning import Blocks, tuned
+from .tuning import Blocks, measured, tuned
 from .weight_only_kernels import dequantize_kernel, finish_kernel, partial_kernel, sums_kernel, tile_kernel
 
 BLOCK_R = 32
@@ -70,6 +70,8 @@ def choose(operands: Operands) -> Blocks:
     given = "" if operands.up is None else " of h" if operands.down is None else " of x"
     key = f"weight-only {weight.shape[0]}x{weight.shape[1]} {weight.bits} bits {kind} group {weight.group_size} rows {bucket}"
     key += f" rank {operands.ranks}{given} {x.dtype}"
+    if (settled := measured(key, device)) is not None:
+        return settled
     capability = torch.cuda.get_device_capability(device) if can_time(device) else OLDER
     candidates = candidates_for(bucket, capability, operands.up is not None, carries_int4(x, weight))
     packed_before = "int4" in weight.__dict__

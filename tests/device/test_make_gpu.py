@@ -53,7 +53,7 @@ def plan(small_model: Path, small_text: Path, monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(timing, "MOST_COPIES", {"cuda": 2, "cpu": 2})
     return CardPlan(
         model=str(small_model), data=str(small_text), sets=(*SHORT, *STEP, *QUICK), dtypes=("float32",), shape=("tiny", 2),
-        shape_rows=(("quantize", "rtn"), ("recover", "scales")), kernels=("--layers", "64x128", "--ranks", "0", "--rows", "2"),
+        shape_rows=(("quantize", "rtn"), ("recover", "scales")), kernels=("--quick", "--layers", "64x128", "--ranks", "0", "--rows", "2"),
         training=(*SHORT, *STEP, "dtype=float32"),
     )  # fmt: skip
 

@@ -80,6 +80,22 @@ def test_an_operator_of_others_that_cannot_is_refused_with_its_reason(monkeypatc
     assert (refused["variant"], refused["reason"]) == ("theirs", "no kernel for this card") and measured["rows"]
 
 
+def test_times_stand_beside_bfloat16_of_as_many_rows() -> None:
+    where = {"out": 64, "inputs": 128, "rank": 0}
+    plain, ours = where | {"rows": 2, "variant": "torch bfloat16", "microseconds": 4.0}, where | {"rows": 2, "variant": "a", "microseconds": 3.0}
+    others = [ours | {"rows": 3}, {"rows": 1, "rank": 0, "variant": "fused", "microseconds": 1.0}]
+    shown = bench.beside_bfloat16([ours, plain | {"rank": 8, "microseconds": 9.0}, plain, *others])
+    assert [row.get("times_bfloat16") for row in shown] == [0.75, 2.25, 1.0, None, None]
+
+
+def test_the_quick_plan_is_a_cards(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = bench.PLANS["cuda, quick"]
+    assert {(layer.out, layer.inputs) for layer in plan.layers} == {(4096, 4096), (28672, 4096), (4096, 14336)} and plan.ranks == (0, 32)
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--quick", "--device", "cpu"])
+    assert "--quick is a plan of a card's" in capsys.readouterr().err
+
+
 def test_an_output_that_is_not_finite_is_refused() -> None:
     stored = bench.synthetic(TINY.layers[0], 4, 8, None, torch.device("cpu"))
     error, allowed = bench.check(stored, lambda x: torch.full((x.shape[0], 64), torch.nan), torch.randn(2, 128).bfloat16(), 2.0)
