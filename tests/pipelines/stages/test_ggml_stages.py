@@ -137,5 +137,6 @@ def test_what_cannot_be_is_refused_in_the_dry_run(tmp_path: Path, small_model: P
         stages = [{"quantize": {"method": "rtn", "grid": "q4_k"}}, {"recover": {"method": method, **TRAINED}}]
         refused = predict(chosen(tmp_path, small_model, small_text, stages, **FEW))["refusals"]
         assert any(reason in line for line in refused), method
-    spent = chosen(tmp_path, small_model, small_text, [{"quantize": {"grid": "q4_k"}}], **FEW, budget="4bpw")
-    assert any("chooses bits and groups of uniform grids, and quantize.grid is q4_k" in line for line in predict(spent)["refusals"])
+    for budget, refusals in (("4bpw", 1), ("5bpw", 0)):  # the least of rows of 128 is Q4_0's 4.5
+        spent = predict(chosen(tmp_path, small_model, small_text, [{"quantize": {"grid": "q4_k"}}], **FEW, budget=budget))
+        assert len(spent["refusals"]) == refusals and all("is infeasible: the smallest" in line for line in spent["refusals"])
