@@ -141,6 +141,8 @@ def _join(arguments: list[str]) -> None:
 def _end(kind: Kind, code: int, line: str) -> int:
     """Say how it ended. Of several ranks one says it for all, and they leave together; before they have met, the first of each machine does."""
     if (watchdog := ranks.watching()) is not None:
+        with contextlib.suppress(KeyboardInterrupt):  # a second signal on the way out
+            return watchdog.end(kind, code, line)
         return watchdog.end(kind, code, line)
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys() or "0" in (os.environ["RANK"], os.environ.get("LOCAL_RANK", "0")):
         _say(line)

@@ -6,6 +6,7 @@ collective and imports nothing of torch.distributed. Knows processes and tensors
 """
 
 import json
+import logging
 import os
 import socket
 import struct
@@ -21,12 +22,15 @@ from .watchdog import Watchdog, neighbours_of, process_identity
 if TYPE_CHECKING:
     from torch import Tensor
 
+log = logging.getLogger("bitmend")
 SLOTS = 8
 """Calibration batch b goes to slot b % SLOTS, slot s belongs to rank s % size: as many ranks as slots can be at work."""
 PATIENCE = timedelta(days=30)
 """Of a collective: who is gone is found by the watchdog, not by those who wait."""
 JOINING = timedelta(seconds=120)
 """How long the ranks wait for one another at the start."""
+MISSED = timedelta(seconds=30)
+"""After how long rank 0 says whom it waits for."""
 PIECE = 1 << 26
 """Elements of a sum that travel at once: bounds what a sum takes beside its total."""
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -314,13 +318,21 @@ def _processes(store: Any, rank: int, size: int) -> list[list[str] | None]:
     names = [f"process-{other}" for other in range(size)]
     try:
         store.set(names[rank], json.dumps(process_identity()))
-        store.wait(names, JOINING)
+        try:
+            store.wait(names, MISSED)
+        except RuntimeError:
+            if rank == 0:
+                log.warning("waiting for rank %s of %d, until %d s", _missing(store, names), size, JOINING.seconds)
+            store.wait(names, JOINING - MISSED)
         return [json.loads(text) for text in store.multi_get(names)]
     except RuntimeError as error:
-        missing = [str(other) for other, name in enumerate(names) if not store.check([name])]
         raise UsageError(
-            f"rank {', '.join(missing)} of {size} did not come within {JOINING.seconds} s; start all of WORLD_SIZE, with one MASTER_ADDR"
+            f"rank {_missing(store, names)} of {size} did not come within {JOINING.seconds} s; start all of WORLD_SIZE, with one MASTER_ADDR"
         ) from error
+
+
+def _missing(store: Any, names: list[str]) -> str:
+    return ", ".join(str(rank) for rank, name in enumerate(names) if not store.check([name]))
 
 
 def _prefer_interface(host: str, port: int) -> None:

@@ -6,6 +6,7 @@ leaving at once. A signal that asks one rank to stop reaches all. Knows the stor
 """
 
 import _thread
+import contextlib
 import json
 import os
 import signal
@@ -90,10 +91,11 @@ def _of_rank(rank: int, line: str) -> str:
 
 
 def process_identity(pid: int | str = "self") -> list[str] | None:
-    """What names a process on its machine: the machine, the process namespace, its number, when it began. None where /proc does not say."""
+    """What names a process on its machine: the machine, the namespaces (processes, network), its number, when it began. None where /proc does not
+    say."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
-        boot, space = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")
+        boot, space = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), " ".join(os.readlink(f"/proc/self/ns/{n}") for n in ("pid", "net"))
     except OSError:
         return None
     fields = stat[stat.rindex(")") + 2 :].split()
@@ -220,12 +222,14 @@ class Watchdog:
             _thread.interrupt_main(signal.SIGTERM)
 
     def _pronounce(self, verdict: Verdict) -> None:
-        self.store.set("verdict", json.dumps(asdict(verdict)))
+        self.leaving = True  # nothing more is said, whatever becomes of the store
         _say(verdict.line)
         until = time.monotonic() + HEARING
         others = [rank for rank in range(1, self.size) if rank not in self.sign.gone]
-        while time.monotonic() < until and not all(sign.heard for sign in self._read(others)[0].values()):
-            time.sleep(0.05)
+        with contextlib.suppress(RuntimeError):
+            self.store.set("verdict", json.dumps(asdict(verdict)))
+            while time.monotonic() < until and not all(sign.heard for sign in self._read(others)[0].values()):
+                time.sleep(0.05)
         _leave(verdict.code, "")
 
     def _guards(self) -> None:

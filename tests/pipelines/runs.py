@@ -65,11 +65,11 @@ class Processes:
         return self._answer(asked)[0]
 
     def ranks(
-        self, size: int, log: Path, arguments: list[str] | None = None, code: str = "", wounds: Sequence[tuple[float, int, int]] = (),
+        self, size: int, log: Path, arguments: list[str] | None = None, code: str = "", *, wounds: Sequence[tuple[float | str, int, int]] = (),
         environments: Sequence[dict[str, str]] = (),
     ) -> list[int]:
         """Exit codes of `size` processes as torchrun starts them, of `pipeline ARGUMENTS` or of Python `code`; the output of rank r is in
-        log.r. `wounds`: after so many seconds the rank gets the signal. `environments`: variables, for each rank."""
+        log.r. `wounds`: after so many seconds, or once rank 0 has said this, the rank gets the signal. `environments`: variables, for each rank."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -142,10 +142,12 @@ def forked(asked, variables, name):
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
 
-def waited(children, wounds):
+def waited(children, wounds, log):
     began, codes = time.monotonic(), {}
+    def due(when):
+        return when in open(log).read() if isinstance(when, str) else time.monotonic() - began > when
     while len(codes) < len(children):
-        while wounds and time.monotonic() - began > wounds[0][0]:
+        while wounds and due(wounds[0][0]):
             _, rank, number = wounds.pop(0)
             if rank not in codes:
                 os.kill(children[rank], number)
@@ -163,7 +165,7 @@ for line in sys.stdin:
         children = [forked(asked, {}, asked["log"])]
     else:
         children = [forked(asked, variables, f"{asked['log']}.{rank}") for rank, variables in enumerate(ranks)]
-    print(json.dumps(waited(children, sorted(asked.get("wounds", [])))), flush=True)
+    print(json.dumps(waited(children, asked.get("wounds", []), f"{asked['log']}.0")), flush=True)
 gc.unfreeze()
 """
 
