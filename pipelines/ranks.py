@@ -332,7 +332,11 @@ def _processes(store: Any, rank: int, size: int) -> list[list[str] | None]:
 
 
 def _missing(store: Any, names: list[str]) -> str:
-    return ", ".join(str(rank) for rank, name in enumerate(names) if not store.check([name]))
+    """Who has not come; without the store, whoever kept it has left."""
+    try:
+        return ", ".join(str(rank) for rank, name in enumerate(names) if not store.check([name]))
+    except RuntimeError:
+        return "0 (or whoever keeps the store)"
 
 
 def _prefer_interface(host: str, port: int) -> None:
