@@ -102,6 +102,26 @@ def test_what_a_link_and_ranks_may_be(capsys: pytest.CaptureFixture[str]) -> Non
         assert said in capsys.readouterr().err
 
 
+def test_what_bench_scale_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, said in ((["--method", "recover"], "did you mean 'recovery'"), (["-m", "demo"], "a model of its own")):
+        assert cli.main(["bench", "scale", *arguments]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_the_critical_path_is_the_longest_of_every_stretch() -> None:
+    def events(*stretches: float) -> list[Event]:
+        found, now = [Event("mark quantize begins", 0, 0.0, 0.0, 0.0)], 0.0
+        for stretch in stretches:
+            found.append(Event("all_gather", 8, now + stretch, now + stretch + 0.5, 1.0))
+            now += stretch + 0.5
+        return [*found, Event("mark quantize ends", 0, now, now, 0.0), Event("barrier", 0, now + 9, now + 9, 0.0)]
+
+    both = [within(of_rank, "quantize") for of_rank in (events(1.0, 4.0), events(3.0, 2.0))]
+    assert critical_seconds(both) == 3.0 + 0.5 + 4.0 + 0.5 and critical_seconds(both[:1]) == 6.0
+    with pytest.raises(ValueError, match="different collectives"):
+        critical_seconds([within(events(1.0), "quantize"), both[0]])
+
+
 def test_the_command_prints_what_it_planned(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", "compress_and_recover", "--shape", "8b", "--link", "25", "--ranks", "1,2", "--device", "cpu", "--dtype", "bfloat16"]
     arguments += [part for setting in BRIEF for part in ("--set", setting)]
@@ -123,7 +143,10 @@ def test_a_sum_travels_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 COUNTED = """
 import os
+import torch
 from bitmend.pipelines.bench import process_scaling
+from bitmend.pipelines.devices.rates import Speeds
+process_scaling.measured = lambda compute, clock: Speeds({{torch.float32: 1.0}}, 1.0, 1.0, 1.0, 1.0, 1.0)
 assert process_scaling.main([{recipe!r}, {run!r}, {answer!r} + os.environ["RANK"]]) == 0
 """
 TRAINED = {"method": "lora", "rank": 2, "steps": 3, "batch_size": 1, "seq_len": 64, "accumulation": 3, "eval_every": 2, "loss": "cross_entropy"}
@@ -132,7 +155,7 @@ TRAINED = {"method": "lora", "rank": 2, "steps": 3, "batch_size": 1, "seq_len": 
 def test_collectives_and_their_bytes_are_those_of_the_plan(commands: Processes, small_model: Path, small_text: Path, tmp_path: Path) -> None:
     """Of sums to the byte; of objects, which are pickled, within what a pickle adds."""
     stages = [{"quantize": {"method": "gptq", "group_size": 32}}, {"recover": TRAINED}]
-    recipe = chosen(tmp_path, small_model, small_text, stages, calibration={"samples": 40, "seq_len": 128})
+    recipe = chosen(tmp_path, small_model, small_text, stages, calibration={"samples": 40, "seq_len": 128}, evaluation={"seq_len": 64, "windows": 2})
     (tmp_path / "resolved.yaml").write_text(recipe.to_yaml())
     code = COUNTED.format(recipe=str(tmp_path / "resolved.yaml"), run=str(tmp_path / "run"), answer=str(tmp_path / "answer"))
     assert commands.ranks(2, tmp_path / "log", code=code) == [0, 0], [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
@@ -150,4 +173,4 @@ def test_collectives_and_their_bytes_are_those_of_the_plan(commands: Processes, 
         assert len(counted) == sum(exchange.calls(2) for exchange in exchanges), stage
         sent = sum(exchange.sent(2) for exchange in exchanges)
         assert sent < max(sum(event.sent for event in of_rank) for of_rank in events) < 1.35 * sent, stage
-        assert critical_seconds(events) > 0
+        assert 0 < critical_seconds(events) < 60
