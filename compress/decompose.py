@@ -248,6 +248,7 @@ def _iterates(problem: Problem) -> Iterator[Solved]:
     again = config.requantize and all(is_quantized(weight) for weight in problem.start)
     (form, rank), low_rank = forms[0], None
     if not again or config.keep_start or config.first == "kept" or len(forms) > 1:
+        problem.start_error.best(max(rank for _, rank in forms))  # the smaller ranks' vectors are its first ones
         tried = [problem.solved(problem.start, problem.start_error, *choice) for choice in forms]
         errors = [solved.squared_error for solved in tried]
         chosen = errors.index(min(errors))

@@ -54,16 +54,16 @@ def store_factors(
         kind = getattr(torch, form.dtype)
         return LowRank(up_OR.to(kind), down_RI.to(kind))
     best, least, metric = None, float("inf"), error.metric
-    for _ in range(rounds):
+    for last in (*(False for _ in range(rounds - 1)), True):
         down = _round(down_RI, form.bits, inputs, metric.importance_I())
-        seen_RI = down.dense()
-        gram_RR = _gram(error, seen_RI)
-        up_OR = _solve_up(error, seen_RI, gram_RR)
-        up = _round(up_OR, form.bits, inverse_factor(gram_RR.float(), 1e-3, True) if bool(gram_RR.any()) else None, None)
-        left = error.left_by(up.dense(), seen_RI)
+        seen = error.seen_by(down.dense())
+        feedback = inverse_factor(seen.gram_RR.float(), 1e-3, True) if bool(seen.gram_RR.any()) else None
+        up = _round(seen.best_up(), form.bits, feedback, None)
+        left = seen.left_by(up.dense())
         if left < least:
             best, least = LowRank(up, down), left
-        down_RI = _solve_down(error, up.dense())
+        if not last:
+            down_RI = _solve_down(error, up.dense())
     assert best is not None, "the error or its metric holds NaN"
     return best
 
@@ -73,12 +73,8 @@ def follow_factors(low_rank: LowRank, form: FactorForm, error: WeightedError, in
     up_OR = low_rank.factors()[0]
     down_RI = _solve_down(error, up_OR)
     if form.bits == 16:
-        up_OR = _solve_up(error, down_RI, _gram(error, down_RI))
+        up_OR = error.seen_by(down_RI).best_up()
     return store_factors(up_OR, down_RI, form, error, inputs, rounds=1)
-
-
-def _gram(error: WeightedError, down_RI: Tensor) -> Tensor:
-    return error.metric.times_moment(down_RI.double()) @ down_RI.double().T
 
 
 def _group(columns: int) -> int:
@@ -91,12 +87,6 @@ def _round(factor_NC: Tensor, bits: int, feedback: InverseFactor | None, importa
     if feedback is None:
         return round_uniform(factor_NC.contiguous(), grid, "power" if importance_C is None else "hessian", importance_C)
     return gptq_uniform(factor_NC.contiguous(), feedback, grid, "power", static=True)[0]
-
-
-def _solve_up(error: WeightedError, down_RI: Tensor, gram_RR: Tensor) -> Tensor:
-    """The best up for a given down: E·R·downᵀ·(down·R·downᵀ)⁺; rows do not touch one another, so their weights drop out."""
-    mixed_OR = error.error_OI.double() @ error.metric.times_moment(down_RI.double()).T
-    return (mixed_OR @ torch.linalg.pinv(gram_RR, rtol=1e-10, hermitian=True)).float()
 
 
 def _solve_down(error: WeightedError, up_OR: Tensor) -> Tensor:

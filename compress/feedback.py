@@ -72,7 +72,7 @@ def inverse_factor(second_moment_II: Tensor, damp: float = 0.01, by_diagonal: bo
     live = int((~dead_I).sum())
     mean = diagonal_I[~dead_I].mean().item() if live else 1.0
     order_I = diagonal_I.argsort(descending=True, stable=True) if by_diagonal else torch.arange(len(diagonal_I), device=dead_I.device)
-    moment_II = second_moment_II[order_I][:, order_I] if by_diagonal else second_moment_II.clone()
+    moment_II = second_moment_II.index_select(0, order_I).index_select(1, order_I) if by_diagonal else second_moment_II.clone()
     del second_moment_II, diagonal_I  # a moment is the largest thing there is: gigabytes for a wide input
     moment_II.diagonal().add_(dead_I[order_I].to(moment_II.dtype) * mean)
     used = damp

@@ -115,17 +115,22 @@ class WeightedError:
         """‖F·S‖²."""
         return max(self.squared_O.sum().item(), 0.0)
 
+    def seen_by(self, down_RI: Tensor) -> "SeenError":
+        """What a right factor sees of the error: all that the best left factor for it, and what is left by one, are made from."""
+        down = down_RI.double()
+        return SeenError(self, self.image_OI @ down.T, self.metric.times_moment(down) @ down.T)
+
     def left_by(self, up_OR: Tensor, down_RI: Tensor) -> float:
-        """‖(F − diag(row)·up·down)·S‖², by thin products: ‖F·S‖² − 2·⟨F·R·downᵀ, D·up⟩ + ⟨upᵀ·D²·up, down·R·downᵀ⟩."""
-        up, down = self.metric.rows(up_OR), down_RI.double()
-        met = ((self.image_OI @ down.T) * up).sum()
-        own = ((up.T @ up) * (self.metric.times_moment(down) @ down.T)).sum()
-        return max((self.squared_O.sum() - 2 * met + own).item(), 0.0)
+        """What a term leaves of the squared error."""
+        return self.seen_by(down_RI).left_by(up_OR)
 
     def best(self, rank: int) -> tuple[Tensor, Tensor]:
-        """`best_low_rank` of this error."""
+        """`best_low_rank` of this error. Where a larger rank was asked for before, its first vectors are these."""
         check_rank(rank, (self.error_OI.shape[0], self.error_OI.shape[1]))
-        left_OR = self._left_vectors(rank)
+        known_OR = vars(self).get("left_OR")
+        if known_OR is None or known_OR.shape[1] < rank:
+            known_OR = vars(self)["left_OR"] = self._left_vectors(rank)
+        left_OR = known_OR[:, :rank]
         up_OR = left_OR if self.metric.row_O is None else left_OR / self.metric.row_O.double().unsqueeze(1)
         return balance(up_OR, left_OR.T @ self.weighted_OI)
 
@@ -148,6 +153,27 @@ class WeightedError:
         image = torch.zeros(rows, rank, dtype=torch.float64, device=weighted_OI.device)
         image[:, : right.shape[1]] = scaled @ right
         return torch.linalg.qr(image).Q
+
+
+@dataclass(frozen=True)
+class SeenError:
+    """F·R·downᵀ, float64 [O, R], and down·R·downᵀ, float64 [R, R], of a right factor."""
+
+    error: WeightedError
+    met_OR: Tensor
+    gram_RR: Tensor
+
+    def best_up(self) -> Tensor:
+        """The best left factor, E·R·downᵀ·(down·R·downᵀ)⁺, float32 [O, R]."""
+        row_O = self.error.metric.row_O
+        met_OR = self.met_OR if row_O is None else self.met_OR / row_O.double().unsqueeze(1)
+        return (met_OR @ torch.linalg.pinv(self.gram_RR, rtol=1e-10, hermitian=True)).float()
+
+    def left_by(self, up_OR: Tensor) -> float:
+        """‖(F − D·up·down)·S‖², D = diag(row), by thin products: ‖F·S‖² − 2·⟨F·R·downᵀ, D·up⟩ + ⟨upᵀ·D²·up, down·R·downᵀ⟩."""
+        up = self.error.metric.rows(up_OR)
+        met, own = (self.met_OR * up).sum(), ((up.T @ up) * self.gram_RR).sum()
+        return max((self.error.squared_O.sum() - 2 * met + own).item(), 0.0)
 
 
 def check_rank(rank: int, shape: tuple[int, int]) -> None:

@@ -14,6 +14,10 @@ from torch import Tensor
 Head = Callable[[Tensor], Tensor]
 LossName = Literal["distill", "cross_entropy", "both"]
 CHUNK_LOGITS = 1 << 23  # logits alive at once: 128 tokens at a vocabulary of 65,536
+CARD_SHARE = 64
+"""On a card as many more as take this part of its memory, all of it and not what is free: a resumed run must cut its tokens in the same places."""
+LOGIT_BYTES = 24
+"""Of a logit in float32 with its teacher's, their logarithms and the gradient."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,14 @@ class ChunkedLoss(torch.autograd.Function):
         return (None if hidden_gradient is None else hidden_gradient * scale, None, None, None, None, *(g * scale for g in found))
 
 
+def logits_at_once(device: torch.device) -> int:
+    """How many logits a chunk of tokens may have."""
+    if device.type != "cuda":
+        return CHUNK_LOGITS
+    _, total_bytes = torch.cuda.mem_get_info(device)
+    return max(CHUNK_LOGITS, total_bytes // (CARD_SHARE * LOGIT_BYTES))
+
+
 def _chunks(head: Head, hidden_ND: Tensor) -> Any:
     size, start, count = 16, 0, len(hidden_ND)
     while start < count:
@@ -77,7 +89,7 @@ def _chunks(head: Head, hidden_ND: Tensor) -> Any:
             logits = head(leaf)
         yield part, logits, leaf
         start += size
-        size = max(1, CHUNK_LOGITS // logits.shape[-1])
+        size = max(1, logits_at_once(hidden_ND.device) // logits.shape[-1])
 
 
 def _value_and_gradient(logits_NV: Tensor, targets_N: Tensor, teacher_NV: Tensor | None, objective: Objective) -> tuple[Tensor, Tensor]:
@@ -130,5 +142,5 @@ def negative_log_likelihood(hidden_ND: Tensor, head: Head, targets_N: Tensor) ->
     while start < len(targets_N):
         logits = head(hidden_ND[start : start + size]).float()
         total += float(torch.nn.functional.cross_entropy(logits, targets_N[start : start + size], reduction="sum").double())
-        start, size = start + size, max(1, CHUNK_LOGITS // logits.shape[-1])
+        start, size = start + size, max(1, logits_at_once(hidden_ND.device) // logits.shape[-1])
     return total

@@ -322,6 +322,18 @@ def _on_model(subject: str, chosen: Sequence[tuple[str, str]], options: Options)
     return rows
 
 
+def refuse_failed(measured: dict[str, Any]) -> None:
+    """PipelineError with the first reason, where a method was to be measured on a model and could not be."""
+    stages = [row for row in measured["rows"] if "model" in row and "stage" in row]
+    failed = [row for row in stages if "error" in row]
+    if failed:
+        names = ", ".join(row["method"] for row in failed)
+        raise PipelineError(
+            f"bench {measured['bench']}: {len(failed)} of {len(stages)} methods could not be measured ({names}): {failed[0]['error']}; "
+            "the others are measured, and --method NAME asks for some alone"
+        )
+
+
 # -- what all have in common -----------------------------------------------------------------------------------------------------
 
 

@@ -203,7 +203,9 @@ def bench(
     deep = _numbers(depths) if depths is not None else ()
     widths = tuple(sizes or benchmarks.SIZES)
     chosen = benchmarks.Options(device, widths, tuple(only or ()), repeats, model, output, deep, shape, full, blocks, count)
-    o.write(benchmarks.run(subject, chosen), json)
+    measured = benchmarks.run(subject, chosen)
+    o.write(measured, json)
+    benchmarks.refuse_failed(measured)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

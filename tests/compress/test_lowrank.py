@@ -79,6 +79,20 @@ def test_what_a_term_leaves_is_the_squared_error_of_the_difference(shape, kind):
     assert known.squared == pytest.approx(known.squared_O.sum().item()) and len(known.squared_O) == shape[0]
 
 
+@pytest.mark.parametrize("side", [16, 512])
+@pytest.mark.parametrize("kind", METRICS)
+def test_the_vectors_of_a_larger_rank_hold_those_of_a_smaller_one(kind, side, monkeypatch):
+    monkeypatch.setattr(lowrank, "KRYLOV_SIDE", side)
+    error, metric, solved = noise(160, 224), metric_for(kind, (160, 224)), []
+    plain = WeightedError._left_vectors
+    monkeypatch.setattr(WeightedError, "_left_vectors", lambda self, rank: solved.append(rank) or plain(self, rank))
+    known = WeightedError(error, metric)
+    known.best(8)
+    left = known.left_by(*known.best(3))
+    assert solved == [8]
+    assert left == pytest.approx(squared_error(error - torch.mm(*best_low_rank(error, metric, 3)), metric), rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", METRICS)
 def test_a_known_product_changes_nothing(kind, monkeypatch):
     """The Krylov space takes F·R where it is there already."""

@@ -44,6 +44,16 @@ def test_value_and_gradients_are_those_of_the_plain_loss(objective, chunk, monke
         assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
+def test_a_card_takes_more_logits_at_once_whatever_is_free(monkeypatch):
+    card, gib = torch.device("cuda"), 1 << 30
+    assert losses.logits_at_once(torch.device("cpu")) == losses.CHUNK_LOGITS
+    for total, expected in ((2 * gib, losses.CHUNK_LOGITS), (80 * gib, 80 * gib // (64 * 24))):
+        for free in (1, total):
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, sizes=(free, total): sizes)
+            assert losses.logits_at_once(card) == expected
+    assert expected > 6 * losses.CHUNK_LOGITS
+
+
 def test_a_head_that_is_not_trained_costs_nothing():
     hidden, teacher_hidden, head, teacher_head, targets = setting()
     head.requires_grad_(False)

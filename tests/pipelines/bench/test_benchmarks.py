@@ -10,7 +10,7 @@ import torch
 from bitmend.compress.methods import QUANTIZE
 from bitmend.pipelines.bench import benchmarks, solvers, training_step
 from bitmend.pipelines.bench.benchmarks import Options, run, synthetic_layer
-from bitmend.pipelines.errors import UsageError
+from bitmend.pipelines.errors import PipelineError, UsageError
 from bitmend.pipelines.recipes.stage_settings import build
 from bitmend.pipelines.run.opening import last_artifact
 
@@ -126,6 +126,9 @@ def test_a_model_runs_whole_stages_and_a_failure_stays_in_its_row(tmp_path: Path
     assert measured["rows"][1]["error"] == "cannot serve this"
     assert asked[0] == ("demo", ["rtn", "lora"], tmp_path / "bench-recover", "cpu")
     assert (tmp_path / "bench-recover.md").is_file()
+    with pytest.raises(PipelineError, match=r"bench recover: 1 of 2 methods could not be measured \(perp\): cannot serve this; the others"):
+        benchmarks.refuse_failed(measured)
+    benchmarks.refuse_failed(measured | {"rows": measured["rows"][:1]})
 
 
 def test_where_every_method_is_refused_there_is_no_table(small_model: Path, tmp_path: Path) -> None:
