@@ -230,22 +230,25 @@ def _group_sum_(term_GSO: Tensor) -> Tensor:
 def _in_chunks(
     weight_OS: Tensor, importance_S: Tensor | None, search: Callable[[Tensor, Tensor | None, Tensor], _Search], pieces: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Search parts [G, S, O] of as many rows, then groups, as there is room for; `pieces` such groups at a time, of which each is measured
-    for itself."""
+    """Search parts [G, S, O] of as many rows, then groups, as there is room for; on the CPU, where that is the cache's, `pieces` such parts
+    at a time, of which each is measured for itself."""
     weight_OGS = weight_OS.reshape(len(weight_OS), -1, weight_OS.shape[-1])
     importance_OGS = None if importance_S is None else importance_S.expand_as(weight_OS).reshape(weight_OGS.shape)
     _, count, size = weight_OGS.shape
     room = _room(weight_OS) // size
     rows = _rows_at_once(len(weight_OS), count, room)
     groups = min(max(1, room // max(rows, 1)), count)
+    on_card = weight_OS.device.type == "cuda"
+    together = groups * (1 if on_card else pieces)
     scales, zeros, levels = [], [], weight_OS.new_empty(groups * size * rows)
     for i in range(0, len(weight_OGS), rows):
         found = []
-        for j in range(0, count, groups * pieces):
-            part = weight_OGS[i : i + rows, j : j + groups * pieces]
-            # torch transposes matrices that are whole in memory block by block, all else number by number
-            weight_GSO = part.reshape(len(part), -1).contiguous().T.contiguous().view(-1, size, len(part))
-            importance = None if importance_OGS is None else importance_OGS[i : i + rows, j : j + groups * pieces].permute(1, 2, 0)
+        for j in range(0, count, together):
+            part = weight_OGS[i : i + rows, j : j + together]
+            # A CPU transposes matrices that are whole in memory block by block, all else number by number; on a card a copy is memory.
+            weight_GSO = (part if on_card else part.contiguous()).permute(1, 2, 0)
+            weight_GSO = weight_GSO.flatten(0, 1).contiguous().view(weight_GSO.shape)
+            importance = None if importance_OGS is None else importance_OGS[i : i + rows, j : j + together].permute(1, 2, 0)
             few = min(groups, len(weight_GSO))
             found.append(search(weight_GSO, importance, levels[: few * size * len(part)].view(few, size, len(part))))
         scales.append(torch.cat([part.scale for part in found]))

@@ -14,17 +14,17 @@ from ...compress.grids import STEPS
 from ..devices.rates import Work
 
 F32, F64 = torch.float32, torch.float64
-CHUNK = 1 << 19
+CHUNK = 5 << 18
 """Weights that a grid search holds at once on the CPU (`grids._CHUNK`); on a card there are fewer, larger ones."""
 FIT = {"none": 7.0, "power": 180.0, "hessian": 180.0, "joint": 800.0, "ggml": 1300.0}
 """Reads and writes of a weight in float32 while its grid is searched, by `clip`: half of those that are counted, since a piece stays in the cache.
 ggml: any search of a grid with small codes, 1.2 to 1.9 times as long as joint's of as many columns a group."""
-FIT_CALLS = {"none": 25, "power": 426, "hessian": 426, "joint": 1766, "ggml": 3600}
+FIT_CALLS = {"none": 25, "power": 269, "hessian": 269, "joint": 1326, "ggml": 9000}
 """Operations for each chunk of the search."""
 PACK = 16.0
 """Reads and writes of a weight while it is rounded, packed and compared: all of nf4."""
-SWEEP, COLUMN_CALLS = 120.0, 5.6
-"""Of error feedback: reads and writes of a weight, operations for each column."""
+SWEEP, COLUMN_CALLS, SETTLED_CALLS = 120.0, 5.6, 1.1
+"""Of error feedback: reads and writes of a weight, operations for each column, and where many columns are rounded at once."""
 MASK = 26.0
 TERM = 76.0
 """Reads and writes of a weight for a low-rank term in closed form, the error's product with the moment apart."""
@@ -75,7 +75,8 @@ def _rounded(config: Any, rows: int, columns: int, feedback: bool) -> Cost:
     joint = uniform and not ggml and config.clip == "joint"
     if not feedback:
         return Cost(work, (8.7 if joint else 4.7 if uniform else 3.5) * matrix)
-    work += _sweep(rows, columns)
+    at_once = getattr(config, "act_order", "none") == "static_groups" and not config.first_order
+    work += _sweep(rows, columns, SETTLED_CALLS if at_once else COLUMN_CALLS)
     if getattr(config, "correction", 0.0) or getattr(config, "refit", None):
         work = work.in_products(F32, 2.0 * columns**3 + 2.0 * rows * columns**2)
     peak = max((10.4 if joint else 7.3) * matrix, FACTOR_PEAK * 4 * columns**2)
@@ -137,7 +138,7 @@ def _decomposed(config: Any, rows: int, columns: int, quantized: bool) -> Cost:
 def _requantized(config: Any, rows: int, columns: int) -> Work:
     work = Work(passes=4 * PACK * rows * columns, calls=200) + _search(config.clip, rows, columns)
     if config.quantizer == "gptq":
-        work += _sweep(rows, columns)
+        work += _sweep(rows, columns, SETTLED_CALLS)
     if config.overlap < 1:  # a moment of its own for every matrix and every iteration
         work += factor_work(columns) + Work({F64: 2.0 * config.rank * columns**2}, passes=8 * 6.0 * columns**2)
     return work
