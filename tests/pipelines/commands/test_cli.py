@@ -17,6 +17,7 @@ import bitmend.pipelines
 import pytest
 import typer
 from bitmend.pipelines import cli, errors, logs
+from bitmend.pipelines.ranks import Ranks
 from bitmend.pipelines.recipes import stage_settings
 from bitmend.pipelines.recipes.recipe import resolve
 from bitmend.pipelines.store.rundir import RunDirectory
@@ -203,7 +204,8 @@ def test_run_hands_everything_on_and_shows_the_table(
     assert cli.main(["run", recipe, *options.split()]) == 0
     ((name, (made, directory), given), _) = calls
     assert (name, directory) == ("run", output)
-    assert given == {"from_stage": "quantize", "until_stage": "recover", "force": "fuse", "device": "cpu", "max_perplexity_ratio": 1.5}
+    asked = {"from_stage": "quantize", "until_stage": "recover", "force": "fuse", "device": "cpu", "max_perplexity_ratio": 1.5}
+    assert given == asked | {"ranks": Ranks()}
     assert (made.model, made.revision, made.teacher, made.seed, made.profile, made.budget.bits_per_weight) == (
         "org/m",
         "main",
@@ -271,7 +273,7 @@ def test_resume_status_and_gc(module: Any, calls: Calls, run_directory: Path, ca
     assert calls[0] == (
         "resume",
         (run_directory,),
-        {"from_stage": None, "until_stage": "quantize", "force": None, "device": "cpu", "max_perplexity_ratio": None},
+        {"from_stage": None, "until_stage": "quantize", "force": None, "device": "cpu", "max_perplexity_ratio": None, "ranks": Ranks()},
     )
     capsys.readouterr()
     assert cli.main(["status", str(run_directory), "--json"]) == 0
@@ -692,6 +694,7 @@ def test_bench_hands_its_options_on(module: Any, calls: Calls, capsys: pytest.Ca
     module("bench.benchmarks", run={"rows": [{"method": "gptq", "seconds": 1.5}]})
     bitmend.pipelines.bench.benchmarks.SIZES = (1,)  # type: ignore[attr-defined]
     bitmend.pipelines.bench.benchmarks.Options = lambda *arguments: arguments  # type: ignore[attr-defined]
+    bitmend.pipelines.bench.benchmarks.refuse_failed = lambda measured: None  # type: ignore[attr-defined]
     arguments = [
         "bench",
         "compress",
