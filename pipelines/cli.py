@@ -16,11 +16,13 @@ from typing import Any
 
 import typer
 
-from . import logs, ranks
+from . import logs
 from .commands import about, finished, planned, runs
 from .commands.streams import STDOUT, abandon, echo, flush, prepare_streams, settle_streams
 from .errors import UNWRITABLE, PipelineError, UsageError, is_shortage
-from .watchdog import Kind
+from .ranks import joining
+from .ranks.exchange import LostRank
+from .ranks.watchdog import Kind
 
 # typer brings its own copy of click or uses the installed one; its public exception leads to the family's roots
 _CLICK_USAGE = typer.BadParameter.__mro__[1]
@@ -103,7 +105,7 @@ def _run(arguments: list[str] | None) -> int:
         result: Any = app(args=arguments, prog_name="pipeline", standalone_mode=False)
         flush()
         if result != INTERRUPTED:
-            ranks.leave()
+            joining.leave()
     except KeyboardInterrupt:
         result = INTERRUPTED
     except SystemExit as left:  # how typer answers a broken pipe
@@ -116,7 +118,7 @@ def _run(arguments: list[str] | None) -> int:
         code, message = explain(error)
         if logs.is_verbose():
             traceback.print_exception(error)
-        return _end("lost" if isinstance(error, ranks.LostRank) else "failed", code, f"error: {message}")
+        return _end("lost" if isinstance(error, LostRank) else "failed", code, f"error: {message}")
     if result == INTERRUPTED:  # typer turns KeyboardInterrupt into this code and says nothing
         return _end("interrupted", INTERRUPTED, "interrupted; what was finished is kept, the same command goes on from there")
     return result if isinstance(result, int) else 0
@@ -124,14 +126,14 @@ def _run(arguments: list[str] | None) -> int:
 
 def _join(arguments: list[str]) -> None:
     """Where a launcher started several processes, take part: they must have been told the same, and rank 0 alone speaks."""
-    if ranks.world() is None:
+    if joining.world() is None:
         return
     if not arguments or arguments[0] not in ON_RANKS:
         raise UsageError(
             f"pipeline {' '.join(arguments[:1])}: WORLD_SIZE is {os.environ['WORLD_SIZE']}, and only {' and '.join(ON_RANKS)} share their work "
             "among processes; start it once, without torchrun or srun"
         )
-    mine = ranks.join()
+    mine = joining.join()
     if not mine.leads:
         abandon("stdout")
     import torch
@@ -141,7 +143,7 @@ def _join(arguments: list[str]) -> None:
 
 def _end(kind: Kind, code: int, line: str) -> int:
     """Say how it ended. Of several ranks one says it for all, and they leave together; before they have met, the first of each machine does."""
-    if (watchdog := ranks.watching()) is not None:
+    if (watchdog := joining.watching()) is not None:
         with contextlib.suppress(KeyboardInterrupt):  # a second signal on the way out
             return watchdog.end(kind, code, line)
         return watchdog.end(kind, code, line)
@@ -214,7 +216,7 @@ def _say(line: str) -> None:
 def _reader_left() -> int:
     """Whoever read stdout went away: no error, and the interpreter must not complain when it flushes at exit."""
     abandon("stdout")
-    ranks.leave()
+    joining.leave()
     return 0
 
 

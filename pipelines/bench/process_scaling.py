@@ -153,12 +153,13 @@ def on_ranks(recipe: Path, directory: Path, size: int) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str]) -> int:
     """What each process does: the run, its collectives counted, its speeds measured before and after while the others measure theirs."""
-    from .. import ranks, stages
+    from .. import stages
+    from ..ranks import joining
     from ..run import runner
 
     recipe, directory, answer = arguments
     torch.set_num_threads(1)
-    mine = ranks.join()
+    mine = joining.join()
     mine.barrier()
     speeds = [measured(Compute(torch.device("cpu")), time.process_time)]
     events: list[Event] = []
@@ -184,7 +185,7 @@ def main(arguments: Sequence[str]) -> int:
     seconds = {stage.stage: stage.seconds for stage in record.stages}
     found = {"speeds": _fastest(speeds), "events": [event.to_json() for event in events], "seconds": seconds}
     Path(answer).write_text(json.dumps(found), encoding="utf-8")
-    ranks.leave()
+    joining.leave()
     return 0
 
 

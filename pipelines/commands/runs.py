@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .. import logs, ranks
+from .. import logs
 from ..errors import InputError, OutOfMemoryError, QualityError, UsageError
+from ..ranks.joining import joined
 from . import common as o
 from .streams import echo
 
@@ -67,7 +68,7 @@ def run(
 
     layers: Any = {"file": config, "sets": sets or [], "options": given}
     directory = output or planned_directory(recipe, **layers)
-    mine = ranks.joined()
+    mine = joined()
     with RunDirectory(directory.absolute()).created() if mine.leads and not dry_run else nullcontext():  # `status` finds it before torch is there
         resolved = resolve(recipe, **layers)
         resolved.check_addresses(from_stage, until_stage, force)
@@ -100,7 +101,7 @@ def resume(
 
     options = {"from_stage": from_stage, "until_stage": until_stage, "force": force, "device": device}
     with reported(run_directory, json):
-        runner.resume(run_directory, max_perplexity_ratio=max_perplexity_ratio, ranks=ranks.joined(), **options)
+        runner.resume(run_directory, max_perplexity_ratio=max_perplexity_ratio, ranks=joined(), **options)
 
 
 def status(
@@ -177,7 +178,7 @@ def sweep(
 def start(verbose: bool, quiet: bool) -> None:
     if verbose and quiet:
         raise UsageError("-v and -q exclude each other")
-    logs.setup(verbose, quiet, silent=not ranks.joined().leads)
+    logs.setup(verbose, quiet, silent=not joined().leads)
 
 
 def existing(directory: Path) -> None:
@@ -206,10 +207,10 @@ def reported(directory: Path, as_json: bool) -> Iterator[None]:
     try:
         yield
     except QualityError:
-        if ranks.joined().leads:
+        if joined().leads:
             _show(directory, as_json)
         raise
-    if ranks.joined().leads:
+    if joined().leads:
         _show(directory, as_json)
 
 

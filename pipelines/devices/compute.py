@@ -18,8 +18,8 @@ import torch
 from ...compress.ranges import DtypeName
 from ..doctor import memory
 from ..errors import UsageError
-from ..ranks import ONE, Ranks
-from ..watchdog import process_identity
+from ..ranks.exchange import ONE, Ranks
+from ..ranks.watchdog import process_identity
 
 AMPERE = (8, 0)
 """The first compute capability that multiplies bfloat16; cards before it take float16."""

@@ -10,7 +10,7 @@ import platform
 import torch
 
 from ..errors import InputError
-from ..ranks import ONE, Ranks
+from ..ranks.exchange import ONE, Ranks
 from ..store.files import read_json, write_json
 from ..store.rundir import RunDirectory
 from .compute import Compute, chosen_device, chosen_dtype

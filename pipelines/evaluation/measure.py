@@ -21,7 +21,7 @@ from ...reports.record import OF_SCHEMA_1, LayerRecord, StageRecord, TextRecord,
 from ..logs import bar
 from ..models.blocks import Binder, StreamedModel
 from ..models.hidden import Room
-from ..ranks import ONE, Ranks
+from ..ranks.exchange import ONE, Ranks
 from ..store.artifact import Artifact
 from ..store.files import read_json
 from ..store.kept import is_whole

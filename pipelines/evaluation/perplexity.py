@@ -21,7 +21,7 @@ from ..devices.compute import Compute
 from ..errors import InputError
 from ..models.blocks import StreamedModel
 from ..models.hidden import HiddenStates, Room
-from ..ranks import ONE, Ranks
+from ..ranks.exchange import ONE, Ranks
 from ..text.data import Windows
 from .scores import Scores
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..ranks import ONE, SLOTS, Ranks
+from ..ranks.exchange import ONE, SLOTS, Ranks
 from .hidden import HiddenStates, Room
 
 

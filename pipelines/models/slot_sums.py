@@ -9,7 +9,7 @@ import torch
 
 from ...compress.statistics import MOMENTS, InputStatistics
 from ..errors import InputError
-from ..ranks import OrderedSum, Ranks
+from ..ranks.exchange import OrderedSum, Ranks
 from .structure import Site
 
 Names = tuple[str, ...]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..devices.rates import Work
-from ..ranks import PIECE
+from ..ranks.exchange import PIECE
 from ..stages.shared_inputs import spread
 
 SLOTS_OF_TEXT, MICRO_BATCHES = "slots of calibration text", "micro-batches of an update"

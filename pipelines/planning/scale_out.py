@@ -12,7 +12,7 @@ from ...reports.units import duration
 from ...reports.units import size as size_of
 from ..devices.link import Link
 from ..devices.rates import Speeds, Work
-from ..ranks import PIECE, SLOTS
+from ..ranks.exchange import PIECE, SLOTS
 from .division import MICRO_BATCHES, SLOTS_OF_TEXT
 from .plan import Costed
 from .stage_costs import Needs

@@ -16,7 +16,7 @@ from ..devices.rates import Work
 from ..evaluation.perplexity import LOGITS_AT_ONCE, TOKENS_AT_ONCE, batches
 from ..models.sizes import rounded_to_nearest
 from ..models.structure import Site, is_tied
-from ..ranks import SLOTS
+from ..ranks.exchange import SLOTS
 from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec, methods
 from ..stages.shared_inputs import solving_cost

@@ -29,7 +29,7 @@ from ..evaluation.measure import Peak
 from ..models.source import resolve_model, source_of
 from ..planning.plan import refusals, warnings
 from ..planning.steps import Step, plan_steps
-from ..ranks import ONE, Ranks
+from ..ranks.exchange import ONE, Ranks
 from ..recipes.recipe import Recipe, check_addresses, resolve, run_directory
 from ..stages.baseline import build_baseline
 from ..stages.inputs import Inputs

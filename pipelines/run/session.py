@@ -12,7 +12,7 @@ from ..devices.compute import Compute
 from ..errors import UsageError
 from ..evaluation.perplexity import batches
 from ..planning.steps import Step, found_choice, plan_steps
-from ..ranks import ONE, SLOTS, Ranks
+from ..ranks.exchange import ONE, SLOTS, Ranks
 from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import methods
 from ..stages.inputs import Inputs

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..ranks import ONE, Ranks
+from ..ranks.exchange import ONE, Ranks
 
 log = logging.getLogger("bitmend")
 TWICE_SECONDS = 5.0

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..ranks import ONE, Ranks
+from ..ranks.exchange import ONE, Ranks
 from ..store.artifact import Artifact
 from .inputs import Inputs
 

@@ -23,7 +23,7 @@ from ..logs import bar
 from ..models.blocks import StreamedModel
 from ..models.hidden import HiddenStates, Room
 from ..models.structure import Site
-from ..ranks import Ranks
+from ..ranks.exchange import Ranks
 from ..recipes.sections import Calibration
 from ..store.kept import is_whole, keep, kept
 from .context import Context, check_stop

@@ -35,7 +35,7 @@ from ..models.blocks import StreamedModel
 from ..models.loading import whole_model
 from ..models.source import load_config
 from ..models.structure import inspect, skeleton
-from ..ranks import OrderedSum, Ranks
+from ..ranks.exchange import OrderedSum, Ranks
 from ..recipes.stage_settings import StageSpec
 from ..store.artifact import Artifact, ArtifactWriter
 from ..store.kept import is_whole, keep, kept

@@ -15,7 +15,7 @@ from ..evaluation.perplexity import batches
 from ..models.blocks import StreamedModel
 from ..models.hidden import HiddenStates, Room
 from ..models.sharding import BatchShare
-from ..ranks import Ranks
+from ..ranks.exchange import Ranks
 from ..store.kept import is_whole
 
 SECONDS = 60.0

@@ -23,7 +23,7 @@ from ...compress.sharing import SHARED, holder_of, own_tensors, settled
 from ...compress.weights import StoredWeight, describe, from_tensors
 from ...recover.extra_modules import Beside, beside_of
 from ..errors import InputError
-from ..ranks import ONE, Ranks
+from ..ranks.exchange import ONE, Ranks
 from .files import disk_errors, link, read_json, sha256, sync, write_bytes, write_json
 from .manifest import MANIFEST, SCHEMA, read_manifest, verify_files, weights_of
 

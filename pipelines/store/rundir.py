@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, UsageError
-from ..ranks import Ranks
+from ..ranks.exchange import Ranks
 from .files import PARTIAL, checksum, disk_errors, read_json, write_bytes, write_json
 
 SCHEMA = 1

@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from bitmend.pipelines import ranks as world
 from bitmend.pipelines import stages
 from bitmend.pipelines.evaluation import perplexity
+from bitmend.pipelines.ranks import joining as world
 from bitmend.pipelines.recipes.recipe import Recipe, resolve
 from bitmend.pipelines.recipes.stage_settings import StageSpec
 from bitmend.pipelines.stages import inputs as texts

@@ -17,7 +17,7 @@ import bitmend.pipelines
 import pytest
 import typer
 from bitmend.pipelines import cli, errors, logs
-from bitmend.pipelines.ranks import Ranks
+from bitmend.pipelines.ranks.exchange import Ranks
 from bitmend.pipelines.recipes import stage_settings
 from bitmend.pipelines.recipes.recipe import resolve
 from bitmend.pipelines.store.rundir import RunDirectory

@@ -9,7 +9,7 @@ from bitmend.pipelines.errors import InputError
 from bitmend.pipelines.models.blocks import StreamedModel
 from bitmend.pipelines.models.collecting import collect, collect_head, collecting, gather
 from bitmend.pipelines.models.hidden import HiddenStates, Room
-from bitmend.pipelines.ranks import SLOTS
+from bitmend.pipelines.ranks.exchange import SLOTS
 from torch import Tensor, nn
 
 from ..families import save_tiny

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.pipelines import cli, ranks
+from bitmend.pipelines import cli
 from bitmend.pipelines.bench.collectives import Event, critical_seconds, within
 from bitmend.pipelines.bench.synthetic import SHAPES, config_of
 from bitmend.pipelines.devices.link import Link, given_link
@@ -17,6 +17,7 @@ from bitmend.pipelines.models.structure import skeleton
 from bitmend.pipelines.planning import plan, run_costs
 from bitmend.pipelines.planning.division import Divided, Exchange, Piece, in_turn
 from bitmend.pipelines.planning.scale_out import ScaleOut, predicted
+from bitmend.pipelines.ranks import exchange
 from bitmend.pipelines.recipes.recipe import Recipe, resolve
 
 from ..runs import CHAIN, Processes, chosen
@@ -138,7 +139,7 @@ def test_a_sum_travels_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.calls(1) == found.sent(1) == 0
     assert found.calls(3) == 2 * 3 * (4 + 1)
     assert found.sent(3) == 2 * 2 * 4 * sum(4 * (width + 1) + width for width in (334, 334, 86))
-    assert ranks.SLOTS == 8
+    assert exchange.SLOTS == 8
 
 
 COUNTED = """

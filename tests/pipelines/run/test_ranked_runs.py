@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from bitmend.pipelines.errors import UsageError
-from bitmend.pipelines.ranks import Ranks
+from bitmend.pipelines.ranks.exchange import Ranks
 from bitmend.pipelines.recipes.recipe import resolve
 from bitmend.pipelines.run.session import check_ranks
 from bitmend.pipelines.stages.inputs import Inputs
@@ -199,8 +199,8 @@ def test_a_port_that_is_taken_is_named(commands: Processes, command: list[str], 
 def test_a_rank_that_never_comes_is_named(commands: Processes, tmp_path: Path) -> None:
     """Of three, the last one is not there."""
     log, code = tmp_path / "log", (
-        "from datetime import timedelta\nfrom bitmend.pipelines import ranks\n"
-        "ranks.MISSED, ranks.JOINING = timedelta(seconds=1), timedelta(seconds=3)\nARGUMENTS = ['run', 'x']\n"
+        "from datetime import timedelta\nfrom bitmend.pipelines.ranks import joining\n"
+        "joining.MISSED, joining.JOINING = timedelta(seconds=1), timedelta(seconds=3)\nARGUMENTS = ['run', 'x']\n"
     )
     codes = commands.ranks(2, log, code=code + PLAIN, environments=[{"WORLD_SIZE": "3"}] * 2)
     assert codes == [2, 2], written(log, 2)

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from bitmend.compress.methods import DECOMPOSE, PRUNE, QUANTIZE
 from bitmend.pipelines.models.sharding import BatchShare
-from bitmend.pipelines.ranks import SLOTS, Ranks
+from bitmend.pipelines.ranks.exchange import SLOTS, Ranks
 from bitmend.pipelines.recipes.recipe import resolve
 from bitmend.pipelines.stages.inputs import Inputs
 from bitmend.pipelines.stages.shared_inputs import spread

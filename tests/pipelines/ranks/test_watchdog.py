@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 import pytest
-from bitmend.pipelines.watchdog import GRACE, SILENCE, End, Sign, Verdict, judged, neighbours_of, process_identity
+from bitmend.pipelines.ranks.watchdog import GRACE, SILENCE, End, Sign, Verdict, judged, neighbours_of, process_identity
 
 FAILED = End("failed", 3, "error: no such text")
 STOPPED = End("interrupted", 130, "interrupted; all is kept")

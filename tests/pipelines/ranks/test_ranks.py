@@ -4,31 +4,31 @@ from pathlib import Path
 
 import pytest
 
-from .runs import Processes
+from ..runs import Processes
 
 SUMS = """
 import torch
-from bitmend.pipelines import ranks
+from bitmend.pipelines.ranks import exchange, joining
 
-mine = ranks.join()
-ranks.PIECE = 1000  # several pieces, the last one short
+mine = joining.join()
+exchange.PIECE = 1000  # several pieces, the last one short
 for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int64):
     units = [(torch.rand(37, 61, generator=torch.Generator().manual_seed(u)) * 1000).to(dtype) for u in range(11)]
     wanted = units[0].clone()
     for u in (1, 2, 3, 5, 6, 7, 8, 9, 10):
         wanted += units[u]
-    summed = ranks.OrderedSum(mine, units[0])
+    summed = exchange.OrderedSum(mine, units[0])
     for begin in range(0, 11, mine.size):
         u = begin + mine.rank
         assert u >= 11 or mine.owns(u)
         summed.add(units[u] if u < 11 and u != 4 else None)  # unit 4 has nothing to say
     assert torch.equal(summed.total(), wanted), dtype
-assert torch.equal(ranks.OrderedSum(mine, torch.ones(3)).total(), torch.zeros(3))
+assert torch.equal(exchange.OrderedSum(mine, torch.ones(3)).total(), torch.zeros(3))
 assert mine.in_order({u: str(u) for u in range(10) if mine.owns(u)}) == {u: str(u) for u in range(10)}
 assert mine.agree(mine.rank == mine.size - 1) and not mine.agree(False)
 assert mine.broadcast(mine.rank, mine.size - 1) == mine.size - 1 and mine.gathered(mine.rank) == list(range(mine.size))
 assert list(mine.streamed([torch.tensor(u) for u in range(5) if mine.owns(u)], 5)) == ([*range(5)] if mine.leads else [])
-ranks.leave()
+joining.leave()
 """
 
 

@@ -2,38 +2,23 @@
 
 Work units (slots of calibration batches, evaluation batches, micro-batches) do not know how many ranks there are; a unit belongs to the rank
 `unit % size`, and whatever is summed is summed in the order of the units: the same bits on any number of ranks. One process calls no
-collective and imports nothing of torch.distributed. Knows processes and tensors; no models, no stages. Who is missing: `watchdog`.
+collective and imports nothing of torch.distributed. Knows processes and tensors; no models, no stages. How a process comes among the ranks: `joining`.
 """
 
-import json
-import logging
-import os
-import socket
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import PipelineError, UsageError
-from .watchdog import Watchdog, neighbours_of, process_identity
+from ..errors import PipelineError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-log = logging.getLogger("bitmend")
 SLOTS = 8
 """Calibration batch b goes to slot b % SLOTS, slot s belongs to rank s % size: as many ranks as slots can be at work."""
-PATIENCE = timedelta(days=30)
-"""Of a collective: who is gone is found by the watchdog, not by those who wait."""
-JOINING = timedelta(seconds=120)
-"""How long the ranks wait for one another at the start."""
-MISSED = timedelta(seconds=30)
-"""After how long rank 0 says whom it waits for."""
 PIECE = 1 << 26
 """Elements of a sum that travel at once: bounds what a sum takes beside its total."""
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 T = TypeVar("T")
 
@@ -220,143 +205,3 @@ def together() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise LostRank(f"the ranks lost one another ({str(error).strip().splitlines()[0]})") from error
-
-
-# -- joining -----------------------------------------------------------------------------------------------------------------------
-
-
-def world() -> tuple[int, int, int] | None:
-    """(rank, size, local rank) where a launcher started several processes. UsageError for variables that do not fit together."""
-    found = {name: os.environ.get(name, "") for name in VARIABLES}
-    if found["WORLD_SIZE"] in ("", "1"):
-        return None
-    size, rank, local, port = (_number(name, found[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"))
-    if not found["MASTER_ADDR"]:
-        raise UsageError(f"WORLD_SIZE is {size} and MASTER_ADDR is not set; start with torchrun, or set what it sets: {', '.join(VARIABLES)}")
-    if not 0 <= rank < size or not 0 < port < 1 << 16:
-        raise UsageError(f"RANK {rank}, WORLD_SIZE {size}, MASTER_PORT {port}: ranks are 0 to {max(size - 1, 0)}, ports 1 to 65535")
-    return rank, size, local
-
-
-def _number(name: str, text: str) -> int:
-    if not text.isdecimal():
-        what = f"is {text!r}, which is no number" if text else "is not set"
-        raise UsageError(f"WORLD_SIZE is set and {name} {what}; start with torchrun, or set what it sets: {', '.join(VARIABLES)}")
-    return int(text)
-
-
-def join() -> Ranks:
-    """This process among the ranks that a launcher started, from now on `joined()`; one process alone where none did. Collectives of tensors on
-    a card go through NCCL where this torch has it, all else through gloo. UsageError names the port that is taken, or the ranks that did not
-    come."""
-    found = world()
-    if found is None:
-        return joined()
-    import torch
-    import torch.distributed as dist
-
-    rank, size, local = found
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = _store(rank, host, port)
-    watchdog = Watchdog(rank, size, store.clone(), f"{host}:{port}")
-    watchdog.here()
-    watchdog.begin(neighbours_of(rank, _processes(store, rank, size)))
-    _present.append((Ranks(rank, size, local), watchdog))  # a rank that is lost on the way into the groups is found, too
-    _prefer_interface(host, port)
-    cards = torch.cuda.is_available() and dist.is_nccl_available()
-    options: dict[str, Any] = {"store": dist.PrefixStore("groups", store), "rank": rank, "world_size": size, "timeout": PATIENCE}
-    with together():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cards else "gloo", **options)
-        control = dist.new_group(backend="gloo", timeout=PATIENCE) if cards else dist.group.WORLD
-    _present[-1] = Ranks(rank, size, local, control), watchdog
-    return joined()
-
-
-_present: list[tuple[Ranks, Watchdog]] = []
-"""This process among its ranks, from `join` to `leave`."""
-
-
-def joined() -> Ranks:
-    return _present[-1][0] if _present else ONE
-
-
-def watching() -> Watchdog | None:
-    """Whom a rank tells how it ends; None for one process."""
-    return _present[-1][1] if _present else None
-
-
-def leave() -> None:
-    """The orderly end: every rank comes here, or none."""
-    if not _present:
-        return
-    import torch.distributed as dist
-
-    ranks, watchdog = _present[-1]
-    watchdog.depart()
-    ranks.barrier()
-    dist.destroy_process_group()
-    _present.clear()
-
-
-def _store(rank: int, host: str, port: int) -> Any:
-    """Where torchrun keeps one, that; else rank 0's."""
-    import torch.distributed as dist
-
-    launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    try:
-        plain = dist.TCPStore(host, port, None, rank == 0 and not launched, JOINING, wait_for_workers=False)
-        return dist.PrefixStore(f"bitmend-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", plain)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        taken = "EADDRINUSE" in reason or "in use" in reason
-        way = "it is in use; choose another MASTER_PORT (torchrun: --master-port)" if taken else f"not reached ({reason})"
-        raise UsageError(f"rank {rank}: MASTER_ADDR {host}, MASTER_PORT {port}: {way}") from error
-
-
-def _processes(store: Any, rank: int, size: int) -> list[list[str] | None]:
-    """What names every rank's process, once all have come."""
-    names = [f"process-{other}" for other in range(size)]
-    try:
-        store.set(names[rank], json.dumps(process_identity()))
-        try:
-            store.wait(names, MISSED)
-        except RuntimeError:
-            if rank == 0:
-                log.warning("waiting for rank %s of %d, until %d s", _missing(store, names), size, JOINING.seconds)
-            store.wait(names, JOINING - MISSED)
-        return [json.loads(text) for text in store.multi_get(names)]
-    except RuntimeError as error:
-        raise UsageError(
-            f"rank {_missing(store, names)} of {size} did not come within {JOINING.seconds} s; start all of WORLD_SIZE, with one MASTER_ADDR"
-        ) from error
-
-
-def _missing(store: Any, names: list[str]) -> str:
-    """Who has not come; without the store, whoever kept it has left."""
-    try:
-        return ", ".join(str(rank) for rank, name in enumerate(names) if not store.check([name]))
-    except RuntimeError:
-        return "0 (or whoever keeps the store)"
-
-
-def _prefer_interface(host: str, port: int) -> None:
-    """Have gloo use the network interface that leads to rank 0; by itself it takes that of the machine's name, which may be none that others
-    reach."""
-    if "GLOO_SOCKET_IFNAME" in os.environ:
-        return
-    import fcntl
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, port))  # sends nothing
-        except OSError:
-            return
-        address = probe.getsockname()[0]
-        for _, name in socket.if_nameindex():
-            try:
-                found = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
-            except OSError:
-                continue
-            if socket.inet_ntoa(found[20:24]) == address or (name == "lo" and address.startswith("127.")):
-                os.environ["GLOO_SOCKET_IFNAME"] = name
-                return
