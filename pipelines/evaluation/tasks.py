@@ -180,9 +180,9 @@ def answered(model: Any, tokenizer: Any, tasks: Mapping[str, Any], limit: int | 
     with _quiet(), _random_states():
         for task in tasks.values():
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
-        answers: Any = evaluate  # its own annotations are narrower than what it takes
-        found: Any = answers(wrapped, {"tasks": dict(tasks)}, limit=limit, bootstrap_iters=BOOTSTRAP)
+        wrap: Any = HFLM  # a decorator of lm-eval's hides its parameters
+        wrapped = wrap(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
+        found: Any = evaluate(wrapped, {"tasks": dict(tasks)}, limit=limit, bootstrap_iters=BOOTSTRAP)
     out: dict[str, TaskScore] = {}
     for task, results in found["results"].items():
         for key, score in results.items():
