@@ -19,7 +19,7 @@ from ..devices.rates import Work
 from ..models.sizes import Sizes
 from ..models.structure import Site
 from ..recipes.stage_settings import StageSpec
-from ..stages.inputs import HELD_OUT_TOKENS
+from ..stages import inputs
 from ..stages.recover import ROOM, saved_every
 from ..stages.teacher import TEACHER_TOKENS, tokens_ahead
 from .anatomy import Anatomy, TrainingStep
@@ -29,6 +29,8 @@ from .stage_costs import DENSE, OPENED, CostPlan, Needs, compressed
 F32 = torch.float32
 WHOLE = frozenset({"full", "qat", "dequantize_train_requantize", "diff_pruning"})
 """Methods whose trained values are the matrices themselves."""
+GROUP = 64
+"""Weights of a scale, where a stage's parent does not say."""
 
 
 def recovered(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool, room: float) -> Needs:
@@ -100,7 +102,7 @@ def _training(
     walked = plan.pass_of(tokens, config.seq_len) * anatomy.blocks
     if config.loss != "cross_entropy":
         micro += walked + plan.loaded(False) * (anatomy.blocks * tokens / max(_ahead(plan, config), tokens))
-    held = float(max(HELD_OUT_TOKENS, tokens))
+    held = float(max(inputs.HELD_OUT_TOKENS, tokens))
     head = Work({plan.dtype: held * anatomy.vocabulary * anatomy.width}, passes=held * anatomy.vocabulary * 16.0)
     evaluation = plan.pass_of(held, config.seq_len) * anatomy.blocks + head + (Work() if cached else dense * (held / tokens))
     return micro * (config.steps * config.accumulation), evaluation, dense + OPENED * 3
@@ -114,7 +116,7 @@ def _evaluations(config: Any) -> int:
 
 def _micro_batches(config: Any, steps: Work, judging: Work) -> tuple[Divided, ...]:
     """An update's micro-batches, and the held-out batches, in turn."""
-    windows = max(1, HELD_OUT_TOKENS // config.seq_len)
+    windows = max(1, inputs.HELD_OUT_TOKENS // config.seq_len)
     full, left = divmod(windows, config.batch_size)
     counts, times = [config.batch_size] * full + ([left] if left else []), 1 + _evaluations(config)
     micro = in_turn(MICRO_BATCHES, steps, [1.0] * config.accumulation, config.steps)
@@ -152,7 +154,7 @@ def trained_numbers(anatomy: Anatomy, spec: StageSpec, own: Any, config: Any, li
         if rank:
             count += size.low_rank / 16 if size.low_rank else min(rank, rows, columns) * (rows + columns)
         if spec.method == "scales" or getattr(own, "scales", False):
-            count += rows * columns / 64 if "base.scales" in size.base_names or "base.codes" in size.base_names else 0
+            count += rows * columns / GROUP if "base.scales" in size.base_names or "base.codes" in size.base_names else 0
     if getattr(own, "norms", False):
         count += sum(m.weight.numel() for n, m in anatomy.model.named_modules() if is_norm(m) and place.holds(n))
     if getattr(own, "biases", False) or spec.method == "bitfit":
@@ -165,7 +167,7 @@ def reconstructed(plan: CostPlan, spec: StageSpec, sizes: Sizes) -> Needs:
     anatomy, config = plan.anatomy, spec.config
     assert isinstance(config, Reconstruct)
     tokens = float(-(-config.samples // config.batch_size) * config.batch_size * config.seq_len)
-    at_once, held = float(config.batch_size * config.seq_len), float(max(HELD_OUT_TOKENS, config.batch_size * config.seq_len))
+    at_once, held = float(config.batch_size * config.seq_len), float(max(inputs.HELD_OUT_TOKENS, config.batch_size * config.seq_len))
     sites = anatomy.sites()
     weights = float(sum(s.shape[0] * s.shape[1] for s in sites))
     kinds = frozenset(
@@ -181,7 +183,12 @@ def reconstructed(plan: CostPlan, spec: StageSpec, sizes: Sizes) -> Needs:
     work = micro * (config.steps * windows) + evaluation * (windows * (1 + -(-config.steps // every)) + 2 + 3)
     work += plan.pass_of(tokens, config.seq_len) * 2 + plan.loaded(True) * 4
     states = plan.hidden_bytes(tokens) * 2 + plan.hidden_bytes(held) * 3
-    trained = {"weights": weights}.get(trains, sum(config.rank * (s.shape[0] + s.shape[1]) for s in sites))
-    acting = step.activations.saved / anatomy.blocks * 1.5 + 3 * 4.0 * max(s.shape[0] * s.shape[1] for s in sites)
+    trained = {
+        "weights": weights,
+        "scales": weights / GROUP,
+        "norms": 0.0,
+        "biases": float(sum(s.shape[0] for s in sites)),
+    }.get(trains, float(sum(config.rank * (s.shape[0] + s.shape[1]) for s in sites)))
+    acting = step.activations.saved / anatomy.blocks + 3 * 4.0 * max(s.shape[0] * s.shape[1] for s in sites)
     device = 2 * plan.outside_bytes + max(2 * plan.block_bytes + trained * 4.0 * COPIES + acting, at_once * anatomy.vocabulary * 4.0 * 3)
     return Needs(work * anatomy.blocks + OPENED * 2, device, anatomy.outside * plan.element, states)
