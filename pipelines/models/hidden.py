@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -258,8 +258,9 @@ class HiddenStates:
             wanted = (ends for number, ends in enumerate(pairwise(ends)) if mine(number))
             return cls.of((hidden[start:end].to(room.device) for start, end in wanted), room)
 
-    def rows(self) -> "StateRows":
-        return StateRows(self)
+    def rows(self, numbers: Sequence[int] | None = None) -> "StateRows":
+        """The windows as rows; `numbers` under which they are known, where these are some of a text's."""
+        return StateRows(self, {number: at for at, number in enumerate(range(self.windows) if numbers is None else numbers)})
 
 
 @dataclass(frozen=True)
@@ -281,13 +282,15 @@ class Paired:
 
 @dataclass(frozen=True)
 class StateRows:
-    """All batches as one [M, T, D], of which only the rows asked for are fetched: by numbers in a tensor, or by a slice."""
+    """All batches as one [M, T, D], of which only the rows asked for are fetched: by numbers in a tensor, or by a slice. `places` says where among
+    the windows at hand a number's is."""
 
     states: HiddenStates
+    places: Mapping[int, int]
 
     def __len__(self) -> int:
-        return self.states.windows
+        return len(self.places)
 
     def __getitem__(self, wanted: Tensor | slice) -> Tensor:
-        numbers = wanted.tolist() if isinstance(wanted, Tensor) else range(*wanted.indices(len(self)))
-        return torch.stack([self.states.window(number) for number in numbers])
+        numbers = wanted.tolist() if isinstance(wanted, Tensor) else list(self.places)[wanted]
+        return torch.stack([self.states.window(self.places[number]) for number in numbers])
