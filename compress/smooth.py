@@ -74,7 +74,8 @@ def svdquant(problem: BlockProblem, configs: Mapping[str, SvdQuantConfig]) -> tu
         found = _solved(problem, units[unit], configs)
         return found if share.size == 1 else {name: (record.to("cpu"), told) for name, (record, told) in found.items()}
 
-    costs = [float(sum(problem.targets[name].numel() for name in names)) for names in units]
+    shapes = [[problem.targets[name].shape for name in names] for names in units]
+    costs = [float(sum(rows for rows, _ in few) + few[0][1]) * few[0][1] ** 2 for few in shapes]
     solved = {name: found for part in share.solved(costs, solve) for name, found in part.items()}
     return {n: record.to(problem.targets[n].device) for n, (record, _) in solved.items()}, {n: told for n, (_, told) in solved.items()}
 

@@ -210,9 +210,9 @@ class HiddenStates:
         else:
             self.slots[number] = _slot(self.room, batch_NTD)
 
-    def paired(self, run: Callable[[Tensor], Tensor]) -> "Paired":
-        """Each batch with run(batch)."""
-        return Paired(self, HiddenStates.of(map(run, self), self.room))
+    def paired(self, run: Callable[[Tensor], Tensor], numbers: Sequence[int]) -> "Paired":
+        """Each batch with run(batch), under these numbers."""
+        return Paired(self, HiddenStates.of(map(run, self), self.room), {number: at for at, number in enumerate(numbers)})
 
     @property
     def places(self) -> list[Place]:
@@ -265,19 +265,18 @@ class HiddenStates:
 
 @dataclass(frozen=True)
 class Paired:
-    """Two states of the same text, batch by batch."""
+    """Two states of the same text, batch by batch; `places` says where the batch of a number is."""
 
     first: HiddenStates
     second: HiddenStates
-
-    def __len__(self) -> int:
-        return len(self.first)
+    places: Mapping[int, int]
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        return self.first[number], self.second[number]
+        place = self.places[number]
+        return self.first[place], self.second[place]
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(self.first, self.second, strict=True)
+    def items(self) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        return zip(self.places, zip(self.first, self.second, strict=True), strict=True)
 
 
 @dataclass(frozen=True)

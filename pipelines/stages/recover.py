@@ -8,7 +8,6 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ...recover.compressed_linear import cache_dense, compressed_linears
 from ...recover.losses import Objective
 from ...recover.memory import COPIES, training_memory
 from ...recover.merge import stored_loss
-from ...recover.peers import Peers, ReplicasDiffer
+from ...recover.peers import ReplicasDiffer
 from ...recover.recovery_methods import RECOVER, Gradients, attach, refusal, split
 from ...recover.site import kinds
 from ...recover.student import Batch, Student, student_of
@@ -35,7 +34,7 @@ from ..models.blocks import StreamedModel
 from ..models.loading import whole_model
 from ..models.source import load_config
 from ..models.structure import inspect, skeleton
-from ..ranks.exchange import OrderedSum, Ranks
+from ..ranks.exchange import Ranks
 from ..recipes.stage_settings import StageSpec
 from ..store.artifact import Artifact, ArtifactWriter
 from ..store.kept import is_whole, keep, kept
@@ -212,7 +211,7 @@ def _train(
         try:
             result = train(
                 model, attached, TrainingText(batches, held_out, teacher), config, student=student,
-                main=RECOVER[spec.method].main, resume=_saved(path, ranks), hooks=Hooks(save, every, progress, context.stop, _peers(ranks)),
+                main=RECOVER[spec.method].main, resume=_saved(path, ranks), hooks=Hooks(save, every, progress, context.stop, context.peers),
             )  # fmt: skip
             return result, speed
         except TrainingDiverged as error:
@@ -234,10 +233,6 @@ def own_batches(config: TrainConfig, ranks: Ranks) -> Sequence[int]:
         return range(config.steps * config.accumulation)
     own = range(ranks.rank, config.accumulation, ranks.size)
     return [step * config.accumulation + k for step in range(config.steps) for k in own]
-
-
-def _peers(ranks: Ranks) -> Peers:
-    return Peers(ranks.rank, ranks.size, ranks.gathered, partial(OrderedSum, ranks))
 
 
 def _saved(path: Path, ranks: Ranks) -> TrainState | None:

@@ -13,7 +13,9 @@ from torch import Tensor
 from ...compress.block import BlockShare
 from ...compress.methods import BlockProblem
 from ...compress.statistics import InputStatistics, LayerStatistics
-from ...compress.weights import StoredWeight
+from ...compress.weights import StoredWeight, to_tensors
+from ...recover.peers import ReplicasDiffer
+from ..errors import InputError
 from ..evaluation.perplexity import batches
 from ..models.blocks import StreamedModel
 from ..models.hidden import HiddenStates
@@ -53,6 +55,10 @@ def solve_block(
         share,
     )
     records, metrics = stage.row.function(problem, {s.name: stage.config_for(s) for s in sites})
+    try:
+        stage.context.peers.check({f"{name}.{part}": tensor for name, record in records.items() for part, tensor in to_tensors(record).items()})
+    except ReplicasDiffer as error:
+        raise InputError(f"{stage.spec.address}: {error}") from error
     for model in (stage.model, stage.dense):
         if model is not None:
             for number in behind:

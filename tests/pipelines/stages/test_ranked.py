@@ -26,6 +26,7 @@ SECTIONS = {"calibration": {"samples": 10, "seq_len": 64}, "evaluation": {"seq_l
 GRID = {"bits": 3, "group_size": 32}
 TERM = {"rank": 2}
 TRAIN = {"steps": 2, "batch_size": 2, "seq_len": 32, "accumulation": 3, "eval_every": 1}
+FITTED = {"steps": 2, "samples": 6, "batch_size": 3, "seq_len": 32}
 Chain = list[dict[str, Any]]
 Chains = dict[str, Chain]
 SHORT: Chains = {
@@ -35,7 +36,7 @@ SHORT: Chains = {
         {"decompose": {"method": "lq_lora", "iterations": 1, **TERM}},
     ],
     "block": [{"quantize": {"method": "learned_rounding", "steps": 2, "batch_size": 3, "seq_len": 48, **GRID}}],
-    "pruned": [{"prune": {"method": "wanda"}}, {"recover": {"method": "perp", **TRAIN}}],
+    "pruned": [{"prune": {"method": "wanda"}}, {"recover": {"method": "perp", **TRAIN}}, {"recover": {"method": "reconstruct", **FITTED}}],
     "rounded": [
         {"quantize": {"method": "rtn", "clip": "hessian", **GRID}},
         {"recover": {"method": "scales", "norms": True, "loss": "both", **TRAIN}},
@@ -53,7 +54,7 @@ BRIEF: dict[str, dict[str, Any]] = {
     "learned_rounding": {"steps": 2, "batch_size": 3, "seq_len": 48},
     "block_training": {"steps": 2, "batch_size": 3, "seq_len": 48, "window": "two_blocks"},
     "svdquant": {"iterations": 2, "smoothing_steps": 2},
-    "reconstruct": {"steps": 2, "samples": 6, "batch_size": 2, "seq_len": 32},
+    "reconstruct": FITTED,
 }
 """Settings of methods that have no steps or would take minutes."""
 
