@@ -12,7 +12,7 @@ from ..devices.rates import Work
 from ..ranks.exchange import PIECE
 from ..stages.shared_inputs import spread
 
-SLOTS_OF_TEXT, MICRO_BATCHES = "slots of calibration text", "micro-batches of an update"
+SLOTS_OF_TEXT, MICRO_BATCHES, WINDOWS = "slots of calibration text", "micro-batches of an update", "windows of a step"
 """Names of pieces of which a recipe may have too few."""
 COPIES = 5.0
 """Reads and writes of a summed tensor in a round: packed, received, added."""

@@ -13,9 +13,9 @@ from ...reports.units import size as size_of
 from ..devices.link import Link
 from ..devices.rates import Speeds, Work
 from ..ranks.exchange import PIECE, SLOTS
-from .division import MICRO_BATCHES, SLOTS_OF_TEXT
+from .cost_plan import Needs
+from .division import MICRO_BATCHES, SLOTS_OF_TEXT, WINDOWS
 from .plan import Costed
-from .stage_costs import Needs
 
 GAIN = 0.1
 """A doubling that saves less than this share of a stage's time has stopped helping."""
@@ -185,5 +185,6 @@ def _notes(made: Costed, sizes: Sequence[int]) -> list[dict[str, str]]:
 IDLE = {
     SLOTS_OF_TEXT: "calibration text has {units} slots, so as many ranks work",
     MICRO_BATCHES: "of the micro-batches of an update there are {units}, so as many ranks work; --set {stage}.accumulation={ranks} gives each one",
+    WINDOWS: "of the windows of a step there are {units}, so as many ranks train; --set {stage}.batch_size={ranks} gives each one",
 }
 """What a division into too few pieces means for the ranks that get none."""

@@ -81,6 +81,12 @@ def check_ranks(chosen: Recipe, inputs: Inputs, ranks: Ranks) -> None:
                 "%s: %d micro-batch%s a step for %d ranks: the others wait while it trains; %s.accumulation=%d with a smaller %s.batch_size keeps all at work",
                 spec.address, accumulation, "es" * (accumulation > 1), ranks.size, spec.address, ranks.size, spec.address,
             )  # fmt: skip
+        windows = None if accumulation is not None or not hasattr(spec.config, "steps") else getattr(spec.config, "batch_size", None)
+        if windows is not None and windows < ranks.size:
+            log.warning(
+                "%s: %d window%s a step for %d ranks: the others wait while it trains; %s.batch_size=%d keeps all at work",
+                spec.address, windows, "s" * (windows > 1), ranks.size, spec.address, ranks.size,
+            )  # fmt: skip
 
 
 def take_up(under_way: Session) -> None:

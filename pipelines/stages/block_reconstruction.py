@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...compress.weights import DenseWeight, StoredWeight
-from ...recover.compressed_linear import CompressedLinear, compressed_linears
+from ...recover.compressed_linear import CompressedLinear, cache_dense, compressed_linears
 from ...recover.peers import ReplicasDiffer
 from ...recover.reconstruct import Block, Fitted, Reconstruct, reconstruct
 from ...recover.recovery_methods import attach
@@ -32,7 +32,7 @@ from ..recipes.stage_settings import StageSpec
 from ..store.artifact import Artifact, ArtifactWriter
 from ..store.files import read_json, write_json
 from .context import Context, Outcome, check_stop
-from .writing import SLACK, InPlace, Trained, as_stored_before, audited, trained, untouched, write_block, write_rest
+from .writing import SLACK, InPlace, Trained, as_stored_before, audited, dense_cache_bytes, trained, untouched, write_block, write_rest
 
 UNDONE = "undone.json"
 """In a scratch directory: the whole had become worse (held-out losses before and after), and its parts are being written as the parent has
@@ -156,6 +156,7 @@ def _fitted(walk: _Walk, index: int) -> tuple[Trained, dict[str, Any]]:
     model.load_block(index, bind=InPlace(walk.parent, model.structure, context.device, context.dtype))
     model.model.requires_grad_(False)
     twins = {s.name: _dense_twin(dense, s, context.dtype) for s in model.structure.of_block(index)}
+    cache_dense(compressed_linears(model.model), dense_cache_bytes(context.device))  # each slot of a step would rebuild them
     chosen = {n for n in compressed_linears(model.model) if where(model.model, walk.config.targets, walk.config.layers).linear(n)}
 
     def attached(targets: tuple[str, ...]) -> Any:

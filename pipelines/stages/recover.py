@@ -43,7 +43,7 @@ from .block_reconstruction import reconstruct_blocks
 from .context import Context, Outcome
 from .requantize_trained import requantize_trained
 from .teacher import streamed_teacher
-from .writing import SLACK, InPlace, Trained, as_stored_before, audited, trained, untouched, write_model
+from .writing import SLACK, InPlace, Trained, as_stored_before, audited, dense_cache_bytes, trained, untouched, write_model
 
 SMALL_STATE_BYTES = 200e6
 ROOM = 0.8
@@ -162,7 +162,7 @@ def _cache_budget(config: TrainConfig, device: torch.device) -> float:
         return 0
     if config.cache_dense == "always":
         return float("inf")
-    return min(free_bytes(device) / 3, 2e9)
+    return dense_cache_bytes(device)
 
 
 # -- text ------------------------------------------------------------------------------------------------------------------------
