@@ -17,7 +17,7 @@ from ..models.sizes import rounded_to_nearest
 from ..models.structure import Site, is_tied
 from ..ranks.exchange import SLOTS
 from ..recipes.stage_settings import StageSpec, methods
-from ..stages.shared_inputs import solving_cost
+from ..stages.shared_inputs import row_parts, solving_cost
 from .block_costs import smoothed, trained
 from .cost_plan import DENSE, OPENED, CostPlan, Needs
 from .division import SLOTS_OF_TEXT, Divided, Exchange, Piece, in_turn
@@ -113,7 +113,10 @@ def _with_rest(plan: CostPlan, spec: StageSpec, found: Needs) -> Needs:
     rest = [anatomy.head] if spec.include_head and anatomy.head is not None else []
     for site in rest:
         cost = solver_cost(spec.name, spec.method, spec.config_for(site.name), site.shape, True)
-        found = found.most(Needs(cost.work, plan.outside_bytes + 4.0 * site.shape[0] * site.shape[1] + cost.peak, found.host))
+        factor, costs = factor_work(site.shape[1]) if cost.kept else Work(), _parts(spec, [[site]])[0]
+        rows = Divided("rows of the head", tuple(Piece(cost.work * (1 / len(costs)), each, 0) for each in costs), 1.0, {0: factor}, True)
+        device = plan.outside_bytes + 4.0 * site.shape[0] * site.shape[1] + cost.peak
+        found = found.most(Needs(cost.work + factor, device, found.host, 0.0, (rows,), {}, _records_sent(spec, [[site]], 1.0, 1.0)))
     nearest = rounded_to_nearest(spec, anatomy.structure, is_tied(anatomy.model, anatomy.structure))
     for key, site in nearest.items():
         cost = solver_cost("quantize", "rtn", spec.embedding_config(site.shape[1], getattr(spec, key)), site.shape, False)
@@ -139,6 +142,7 @@ def _solved(
     squares = 4.0 * (("second_moment" in needs) + ("cross_moment" in needs))
     kept, work, peak = 0.0, Work(), 0.0
     pieces, first = list[Piece](), dict[int, Work]()
+    solved = list[tuple[Work, list[Site], int]]()
     for number, together in enumerate(plan.anatomy.inputs(sites)):
         width = together[0].shape[1]
         kept += squares * width**2 + 4.0 * SAMPLES * width
@@ -158,8 +162,9 @@ def _solved(
         work += first[number]
         kept += found
         for few in _units(spec, together):
-            own = sum((solving[site.name] for site in few), Work())
-            pieces.append(Piece(own, solving_cost(few), number))
+            solved.append((sum((solving[site.name] for site in few), Work()), few, number))
+    for (own, _, number), costs in zip(solved, _parts(spec, [few for _, few, _ in solved]), strict=True):
+        pieces += [Piece(own * (1 / len(costs)), cost, number) for cost in costs]
     return Cost(work, max(peak, kept)), kept, Divided("matrices of a block", tuple(pieces), plan.anatomy.blocks, first, by_cost=True)
 
 
@@ -172,6 +177,26 @@ def _units(spec: StageSpec, together: list[Site]) -> list[list[Site]]:
         config = spec.config_for(site.name)
         out.setdefault(config if row.together is not None and getattr(config, "shared", True) else site.name, []).append(site)
     return list(out.values())
+
+
+def _parts(spec: StageSpec, units: list[list[Site]]) -> list[list[float]]:
+    """What the parts of every unit cost (stages/shared_inputs)."""
+    row = methods(spec.name)[spec.method]
+    if row.scope == "block":
+        return [[solving_cost(few)] for few in units]
+    return row_parts(units, [row.by_rows(spec.config_for(few[0].name)) for few in units])
+
+
+def _records_sent(spec: StageSpec, units: list[list[Site]], times: float, share: float) -> tuple[Exchange, ...]:
+    """New records, of which owners have a `share` of all at a time: whole units together, and those of which ranks have parts."""
+    whole, parts = list[tuple[float, float]](), list[Exchange]()
+    for few, costs in zip(units, _parts(spec, units), strict=True):
+        each = _record_bytes(spec, few) * share
+        if len(costs) == 1:
+            whole.append((costs[0], each))
+        else:
+            parts.append(Exchange("rows of a matrix", "gathered", times=times, held=tuple((cost, each / len(costs)) for cost in costs)))
+    return Exchange("records", "gathered", 1.0, times=times, held=tuple(whole)), *parts
 
 
 def _stacks(spec: StageSpec, together: list[Site]) -> dict[Any, int]:
@@ -205,12 +230,11 @@ def _sums_sent(
     widths = [together[0].shape[1] for together in inputs]
     squares = ("second_moment" in needs) + ("cross_moment" in needs)
     units = [few for together in inputs for few in _units(spec, together)]
-    held = tuple((solving_cost(few), _record_bytes(spec, few)) for few in units)
     return (
         *(Exchange("moments", "sum", float(width) ** 2, 4, slots, blocks) for width in widths for _ in range(squares)),
         Exchange("tokens of each slot", "gathered", units=slots, times=times),
         Exchange("samples", "gathered", times=times, held=((1.0, sum(4.0 * rows * width for width in widths) * blocks / times),)),
-        *((Exchange("records", "gathered", times=times, held=tuple((cost, count * blocks / times) for cost, count in held)),) if held else ()),
+        *_records_sent(spec, units, times, blocks / times),
         Exchange("what was written", "broadcast", times=blocks + 1.0),
         Exchange("whether to keep hidden states", "broadcast", times=blocks - 1.0),
         Exchange("whether to stop", "agreed", times=blocks),
