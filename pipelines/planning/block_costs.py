@@ -83,7 +83,9 @@ def trained(plan: CostPlan, spec: StageSpec, sites: list[Site]) -> BlockTraining
     of_slot = -(-config.batch_size // units)
     between = anatomy.step(of_slot, seq_len, plan.dtype, False, "cross_entropy")
     blocks = 2 if config.window == "two_blocks" else 1
-    windows = Work({plan.dtype: (2.0 * blocks + 1.0) * at_once * anatomy.products()}) + between.work * (blocks * config.batch_size / of_slot)
+    windows = Work({plan.dtype: (2.0 * blocks + 1.0) * at_once * anatomy.products()}) + between.work * (
+        blocks * config.batch_size / of_slot
+    )
     windows += Work(passes=12.0 * weights * units)
     repeated = Work(passes=4 * LATENT * weights, calls=60 * len(sites))
     evaluations = 1 + -(-config.steps // max(1, config.steps // EVALUATIONS))

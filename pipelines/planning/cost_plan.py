@@ -29,7 +29,7 @@ ATTENTION_SHARE = 2.0
 class Needs:
     """`device`: bytes of tensors on the run's device; `host`: bytes of this process besides (on a CPU both are one memory); `hidden`: bytes of
     hidden states, which lie on the device, in host memory or in files, as there is room. Of `work`, all that one process does: `divided` is what
-    several ranks share, `alone` names what is left, which every rank repeats or waits for; `sent` is what goes from rank to rank."""
+    several ranks share, `alone` names what is left, which every rank repeats or waits for; `sent` is what goes from rank to rank. Of `device` the bytes `parted` lie in parts on the ranks."""
 
     work: Work
     device: float
@@ -38,12 +38,22 @@ class Needs:
     divided: tuple[Divided, ...] = ()
     alone: Mapping[str, Work] = field(default_factory=dict)
     sent: tuple[Exchange, ...] = ()
+    parted: float = 0.0
 
     def most(self, other: "Needs") -> "Needs":
         """Both one after the other."""
         device, host, hidden = max(self.device, other.device), max(self.host, other.host), max(self.hidden, other.hidden)
         alone = {name: self.alone.get(name, Work()) + other.alone.get(name, Work()) for name in {**self.alone, **other.alone}}
-        return Needs(self.work + other.work, device, host, hidden, self.divided + other.divided, alone, self.sent + other.sent)
+        return Needs(
+            self.work + other.work,
+            device,
+            host,
+            hidden,
+            self.divided + other.divided,
+            alone,
+            self.sent + other.sent,
+            max(self.parted, other.parted),
+        )
 
 
 @dataclass(frozen=True)

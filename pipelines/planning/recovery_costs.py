@@ -59,10 +59,11 @@ def recovered(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool, room:
         host += plan.hidden_bytes(max(0.0, _ahead(plan, config) - TEACHER_TOKENS))
     steps, judging, rest = _training(plan, step, config, checkpointing, cached, moved, sum(rebuilt))
     work = steps + judging * (2 + _evaluations(config)) + rest
-    shared, sent = _micro_batches(config, steps, judging), _gradients_sent(anatomy, config, trained)
+    shared, sent = _micro_batches(config, steps, judging), _gradients_sent(anatomy, config, trained, getattr(own, "shard", False))
     alone = {"opening": OPENED * 3, "rebuilding matrices": rest + -1 * (OPENED * 3), "judging what is stored": judging}
     if getattr(own, "quantizer", None) != "gptq":
-        return Needs(work, device, host, divided=shared, alone=alone, sent=sent)
+        parted = trained * 4.0 * (COPIES - 2 / anatomy.blocks) if getattr(own, "shard", False) else 0.0  # a block is whole while it runs
+        return Needs(work, device, host, divided=shared, alone=alone, sent=sent, parted=parted)
     rounding = compressed(plan, StageSpec("quantize", spec.address, "gptq", GptqConfig()), True, False, 0.0)
     walking = rounding.device - plan.outside_bytes - plan.block_bytes
     device = max(device, weights + plan.outside_bytes + walking)
@@ -127,13 +128,22 @@ def _held_out(config: Any) -> list[int]:
     return [config.batch_size] * full + ([left] if left else [])
 
 
-def _gradients_sent(anatomy: Anatomy, config: Any, trained: float) -> tuple[Exchange, ...]:
-    """What ranks tell one another while they train (recover/peers, stages/recover)."""
+def _gradients_sent(anatomy: Anatomy, config: Any, trained: float, parts: bool) -> tuple[Exchange, ...]:
+    """What ranks tell one another while they train (recover/peers, recover/sharded, stages/recover)."""
     every, kept = config.eval_every or max(1, config.steps // 5), saved_every(trained)
     judged = {step for step in range(1, config.steps + 1) if step % every == 0 or step == config.steps}
     saved = set(range(kept, config.steps, kept))
+    of_block, looks = trained / anatomy.blocks, anatomy.blocks * (1.0 + len(judged))
+    gradients = (
+        (
+            Exchange("weights of blocks, twice, and their gradients", "parts", of_block, 4, config.accumulation, 3.0 * anatomy.blocks * config.steps),
+            Exchange("weights of blocks that are judged", "parts", of_block, 4, len(_held_out(config)), looks),
+        )
+        if parts
+        else (Exchange("gradients", "sum", trained, 4, config.accumulation, config.steps),)
+    )
     return (
-        Exchange("gradients", "sum", trained, 4, config.accumulation, config.steps),
+        *gradients,
         Exchange("losses", "sum", 1.0, 8, config.accumulation, config.steps),
         Exchange("tokens", "gathered", times=config.steps),
         Exchange("whether to stop", "agreed", times=config.steps),

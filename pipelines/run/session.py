@@ -54,7 +54,7 @@ class Session:
 def plan_run(under_way: Session) -> None:
     """The steps as far as they are known, and the budget's choice if it was made."""
     chosen, inputs, compute, place = under_way.recipe, under_way.inputs, under_way.compute, under_way.directory
-    under_way.steps = plan_steps(chosen, inputs.model, inputs, compute, place)
+    under_way.steps = plan_steps(chosen, inputs.model, inputs, compute, place, under_way.ranks.size)
     if chosen.budget is not None:
         parent = under_way.steps[spent(chosen).first]
         under_way.table, under_way.choice = found_choice(chosen, parent.key, inputs, compute, place)

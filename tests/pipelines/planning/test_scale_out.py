@@ -142,6 +142,19 @@ def test_a_sum_travels_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert exchange.SLOTS == 8
 
 
+def test_what_lies_in_parts_is_sent_by_all_to_all() -> None:
+    found = Exchange("weights", "parts", 600.0, 4, 5, 2.0)
+    assert (found.calls(3), found.sent(3)) == (2 * 2, 2 * 2 * 2 * 600 * 4 / 3) and found.calls(1) == found.sent(1) == 0
+    found = []
+    for shard in ("false", "true"):
+        rows = plan_of("8b", *FULL, f"recover.shard={shard}", sizes=(1, 8))[0]["stages"]
+        found.append({row["ranks"]: row for row in rows if row["stage"] == "recover"})
+    whole, parted = found
+    assert whole[1]["seconds"] == parted[1]["seconds"] and parted[1]["device_bytes"] == pytest.approx(whole[1]["device_bytes"], rel=1e-3)
+    assert parted[8]["device_bytes"] < 0.4 * whole[8]["device_bytes"]
+
+
+FULL = ("quantize.method=none", "decompose.method=none", "prune.method=none", "recover.method=full", "recover.accumulation=8")
 COUNTED = """
 import os
 import torch
