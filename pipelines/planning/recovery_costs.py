@@ -18,13 +18,15 @@ from ...recover.selection import is_norm, where
 from ..devices.rates import Work
 from ..models.sizes import Sizes
 from ..models.structure import Site
+from ..ranks.exchange import SLOTS
 from ..recipes.stage_settings import StageSpec
 from ..stages import inputs
 from ..stages.recover import ROOM, saved_every
 from ..stages.teacher import TEACHER_TOKENS, tokens_ahead
 from .anatomy import Anatomy, TrainingStep
-from .division import MICRO_BATCHES, Divided, Exchange, in_turn
-from .stage_costs import DENSE, OPENED, CostPlan, Needs, compressed
+from .cost_plan import DENSE, OPENED, CostPlan, Needs
+from .division import MICRO_BATCHES, WINDOWS, Divided, Exchange, in_turn
+from .stage_costs import compressed
 
 F32 = torch.float32
 WHOLE = frozenset({"full", "qat", "dequantize_train_requantize", "diff_pruning"})
@@ -59,10 +61,11 @@ def recovered(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool, room:
         host += plan.hidden_bytes(max(0.0, _ahead(plan, config) - TEACHER_TOKENS))
     steps, judging, rest = _training(plan, step, config, checkpointing, cached, moved, sum(rebuilt))
     work = steps + judging * (2 + _evaluations(config)) + rest
-    shared, sent = _micro_batches(config, steps, judging), _gradients_sent(anatomy, config, trained)
+    shared, sent = _micro_batches(config, steps, judging), _gradients_sent(anatomy, config, trained, getattr(own, "shard", False))
     alone = {"opening": OPENED * 3, "rebuilding matrices": rest + -1 * (OPENED * 3), "judging what is stored": judging}
     if getattr(own, "quantizer", None) != "gptq":
-        return Needs(work, device, host, divided=shared, alone=alone, sent=sent)
+        parted = trained * 4.0 * (COPIES - 2 / anatomy.blocks) if getattr(own, "shard", False) else 0.0  # a block is whole while it runs
+        return Needs(work, device, host, divided=shared, alone=alone, sent=sent, parted=parted)
     rounding = compressed(plan, StageSpec("quantize", spec.address, "gptq", GptqConfig()), True, False, 0.0)
     walking = rounding.device - plan.outside_bytes - plan.block_bytes
     device = max(device, weights + plan.outside_bytes + walking)
@@ -116,20 +119,33 @@ def _evaluations(config: Any) -> int:
 
 def _micro_batches(config: Any, steps: Work, judging: Work) -> tuple[Divided, ...]:
     """An update's micro-batches, and the held-out batches, in turn."""
-    windows = max(1, inputs.HELD_OUT_TOKENS // config.seq_len)
-    full, left = divmod(windows, config.batch_size)
-    counts, times = [config.batch_size] * full + ([left] if left else []), 1 + _evaluations(config)
+    counts, times = _held_out(config), 1 + _evaluations(config)
     micro = in_turn(MICRO_BATCHES, steps, [1.0] * config.accumulation, config.steps)
     return micro, in_turn("held-out batches", judging * times, counts, times)
 
 
-def _gradients_sent(anatomy: Anatomy, config: Any, trained: float) -> tuple[Exchange, ...]:
-    """What ranks tell one another while they train (recover/peers, stages/recover)."""
+def _held_out(config: Any) -> list[int]:
+    """Windows of each held-out batch."""
+    full, left = divmod(max(1, inputs.HELD_OUT_TOKENS // config.seq_len), config.batch_size)
+    return [config.batch_size] * full + ([left] if left else [])
+
+
+def _gradients_sent(anatomy: Anatomy, config: Any, trained: float, parts: bool) -> tuple[Exchange, ...]:
+    """What ranks tell one another while they train (recover/peers, recover/sharded, stages/recover)."""
     every, kept = config.eval_every or max(1, config.steps // 5), saved_every(trained)
     judged = {step for step in range(1, config.steps + 1) if step % every == 0 or step == config.steps}
     saved = set(range(kept, config.steps, kept))
+    of_block, looks = trained / anatomy.blocks, anatomy.blocks * (1.0 + len(judged))
+    gradients = (
+        (
+            Exchange("weights of blocks, twice, and their gradients", "parts", of_block, 4, config.accumulation, 3.0 * anatomy.blocks * config.steps),
+            Exchange("weights of blocks that are judged", "parts", of_block, 4, len(_held_out(config)), looks),
+        )
+        if parts
+        else (Exchange("gradients", "sum", trained, 4, config.accumulation, config.steps),)
+    )
     return (
-        Exchange("gradients", "sum", trained, 4, config.accumulation, config.steps),
+        *gradients,
         Exchange("losses", "sum", 1.0, 8, config.accumulation, config.steps),
         Exchange("tokens", "gathered", times=config.steps),
         Exchange("whether to stop", "agreed", times=config.steps),
@@ -162,33 +178,53 @@ def trained_numbers(anatomy: Anatomy, spec: StageSpec, own: Any, config: Any, li
     return count
 
 
-def reconstructed(plan: CostPlan, spec: StageSpec, sizes: Sizes) -> Needs:
-    """Blocks fitted one after the other, beside their dense twins."""
+def reconstructed(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool) -> Needs:
+    """Blocks fitted one after the other, beside their dense twins. `cached`: a block's rebuilt matrices are kept while it is fitted."""
     anatomy, config = plan.anatomy, spec.config
     assert isinstance(config, Reconstruct)
-    tokens = float(-(-config.samples // config.batch_size) * config.batch_size * config.seq_len)
-    at_once, held = float(config.batch_size * config.seq_len), float(max(inputs.HELD_OUT_TOKENS, config.batch_size * config.seq_len))
-    sites = anatomy.sites()
+    batches = -(-config.samples // config.batch_size)
+    tokens = float(batches * config.batch_size * config.seq_len)
+    at_once, held = float(config.batch_size * config.seq_len), float(max(HELD_OUT_TOKENS, config.batch_size * config.seq_len))
+    sites, units = anatomy.sites(), min(SLOTS, config.batch_size)
     weights = float(sum(s.shape[0] * s.shape[1] for s in sites))
     kinds = frozenset(
         {"uniform"} if any(sizes.of[s.name].compressed and "base.codes" in sizes.of[s.name].base_names for s in sites) else {"dense"}
     )
-    trains = resolved(config, kinds).train
-    step = anatomy.step(config.batch_size, config.seq_len, plan.dtype, False, "cross_entropy")
-    micro = step.work + Work({plan.dtype: at_once * anatomy.products() * (3.0 if trains in ("scales", "weights") else 2.0)})
-    micro += Work(passes=4 * (2 * DENSE + 12) * weights, calls=60 * len(sites))
-    evaluation = plan.pass_of(held, config.seq_len) + Work(passes=4 * DENSE * weights * held / at_once)
-    windows = 2 if config.window == "split" else 1
-    every = max(1, config.steps // 5)
-    work = micro * (config.steps * windows) + evaluation * (windows * (1 + -(-config.steps // every)) + 2 + 3)
-    work += plan.pass_of(tokens, config.seq_len) * 2 + plan.loaded(True) * 4
+    trains, of_slot = resolved(config, kinds).train, -(-config.batch_size // units)
+    step = anatomy.step(of_slot, config.seq_len, plan.dtype, False, "cross_entropy")
+    steps = step.work * (config.batch_size / of_slot) + Work({plan.dtype: at_once * anatomy.products() * (3.0 if trains in ("scales", "weights") else 2.0)})
+    rebuilding = 0.0 if cached else 2 * DENSE
+    steps += Work(passes=4 * (rebuilding + 12) * weights, calls=60 * len(sites)) * units
+    evaluation = plan.pass_of(held, config.seq_len) + Work(passes=4 * rebuilding / 2 * weights * held / at_once)
+    fits = 2 if config.window == "split" else 1
+    looks = fits * (1 + -(-config.steps // max(1, config.steps // 5))) + 2
+    blocks = anatomy.blocks
+    training = in_turn(WINDOWS, steps * (config.steps * fits * blocks), [1.0] * units, config.steps * fits * blocks)
+    counts = _held_out(config)
+    judging = in_turn("held-out batches", evaluation * ((looks + 3) * blocks), counts, (looks + 3) * blocks)
+    walking = in_turn("windows of the training text", plan.pass_of(tokens, config.seq_len) * (2 * blocks), [float(batches)] * units)
+    loading = plan.loaded(True) * (4 * blocks) + Work(passes=4 * DENSE * weights * fits * blocks)
+    work = training.whole() + judging.whole() + walking.whole() + loading + OPENED * 2
     states = plan.hidden_bytes(tokens) * 2 + plan.hidden_bytes(held) * 3
-    trained = {
-        "weights": weights,
-        "scales": weights / GROUP,
-        "norms": 0.0,
-        "biases": float(sum(s.shape[0] for s in sites)),
-    }.get(trains, float(sum(config.rank * (s.shape[0] + s.shape[1]) for s in sites)))
-    acting = step.activations.saved / anatomy.blocks + 3 * 4.0 * max(s.shape[0] * s.shape[1] for s in sites)
-    device = 2 * plan.outside_bytes + max(2 * plan.block_bytes + trained * 4.0 * COPIES + acting, at_once * anatomy.vocabulary * 4.0 * 3)
-    return Needs(work * anatomy.blocks + OPENED * 2, device, anatomy.outside * plan.element, states)
+    trained = {"weights": weights}.get(trains, sum(config.rank * (s.shape[0] + s.shape[1]) for s in sites))
+    acting = step.activations.saved / blocks * 1.5 + 3 * 4.0 * max(s.shape[0] * s.shape[1] for s in sites)
+    kept = weights * 4.0 if cached and trains != "weights" else 0.0
+    device = 2 * plan.outside_bytes + max(
+        2 * plan.block_bytes + kept + trained * 4.0 * COPIES + acting, at_once * anatomy.vocabulary * 4.0 * 3
+    )
+    times = float(fits * blocks)
+    sent = (
+        Exchange("gradients", "sum", float(trained) / fits, 4, units, times * config.steps),
+        Exchange("losses", "sum", 1.0, 8, units, times * config.steps),
+        Exchange("what has a gradient", "gathered", times=times * config.steps),
+        Exchange("whether to stop", "agreed", times=times * config.steps + blocks),
+        Exchange("errors of held-out batches", "gathered", times=looks * blocks + 2.0),
+        Exchange("hashes of what is trained", "gathered", times=blocks),
+        Exchange("what was written", "broadcast", times=blocks + 1.0),
+        Exchange("whether it was undone", "broadcast"),
+        *((Exchange("which linear a norm is before", "gathered", times=times),) if fits > 1 and (config.norms or trains == "norms") else ()),
+    )
+    return Needs(
+        work, device, anatomy.outside * plan.element, states, (walking, training, judging),
+        {"loading": loading, "opening": OPENED * 2}, sent,
+    )  # fmt: skip

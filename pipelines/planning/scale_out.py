@@ -13,9 +13,9 @@ from ...reports.units import size as size_of
 from ..devices.link import Link
 from ..devices.rates import Speeds, Work
 from ..ranks.exchange import PIECE, SLOTS
-from .division import MICRO_BATCHES, SLOTS_OF_TEXT
+from .cost_plan import Needs
+from .division import MICRO_BATCHES, SLOTS_OF_TEXT, WINDOWS
 from .plan import Costed
-from .stage_costs import Needs
 
 GAIN = 0.1
 """A doubling that saves less than this share of a stage's time has stopped helping."""
@@ -149,7 +149,8 @@ def _of_a_rank(needs: Needs, size: int) -> Needs:
         return needs
     share = max((len([o for o in d.owners(size) if o == 0]) / len(d.pieces) for d in needs.divided[:1]), default=1.0)
     sums = [(x.numbers * x.itemsize, min(x.numbers, PIECE) * x.itemsize) for x in needs.sent if x.kind == "sum"]
-    return replace(needs, hidden=needs.hidden * share, device=needs.device + max((2 * piece + whole / size for whole, piece in sums), default=0.0))
+    device = needs.device - needs.parted * (1 - 1 / size)
+    return replace(needs, hidden=needs.hidden * share, device=device + max((2 * piece + whole / size for whole, piece in sums), default=0.0))
 
 
 def _total(size: int, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -185,5 +186,6 @@ def _notes(made: Costed, sizes: Sequence[int]) -> list[dict[str, str]]:
 IDLE = {
     SLOTS_OF_TEXT: "calibration text has {units} slots, so as many ranks work",
     MICRO_BATCHES: "of the micro-batches of an update there are {units}, so as many ranks work; --set {stage}.accumulation={ranks} gives each one",
+    WINDOWS: "of the windows of a step there are {units}, so as many ranks train; --set {stage}.batch_size={ranks} gives each one",
 }
 """What a division into too few pieces means for the ranks that get none."""

@@ -54,7 +54,7 @@ class Session:
 def plan_run(under_way: Session) -> None:
     """The steps as far as they are known, and the budget's choice if it was made."""
     chosen, inputs, compute, place = under_way.recipe, under_way.inputs, under_way.compute, under_way.directory
-    under_way.steps = plan_steps(chosen, inputs.model, inputs, compute, place)
+    under_way.steps = plan_steps(chosen, inputs.model, inputs, compute, place, under_way.ranks.size)
     if chosen.budget is not None:
         parent = under_way.steps[spent(chosen).first]
         under_way.table, under_way.choice = found_choice(chosen, parent.key, inputs, compute, place)
@@ -80,6 +80,12 @@ def check_ranks(chosen: Recipe, inputs: Inputs, ranks: Ranks) -> None:
             log.warning(
                 "%s: %d micro-batch%s a step for %d ranks: the others wait while it trains; %s.accumulation=%d with a smaller %s.batch_size keeps all at work",
                 spec.address, accumulation, "es" * (accumulation > 1), ranks.size, spec.address, ranks.size, spec.address,
+            )  # fmt: skip
+        windows = None if accumulation is not None or not hasattr(spec.config, "steps") else getattr(spec.config, "batch_size", None)
+        if windows is not None and windows < ranks.size:
+            log.warning(
+                "%s: %d window%s a step for %d ranks: the others wait while it trains; %s.batch_size=%d keeps all at work",
+                spec.address, windows, "s" * (windows > 1), ranks.size, spec.address, ranks.size,
             )  # fmt: skip
 
 

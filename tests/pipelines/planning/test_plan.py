@@ -161,6 +161,17 @@ def test_a_dry_run_does_nothing(commands: Processes, small_model: Path, small_te
     assert "error: this run would be refused: quantize: model.layers.0" in (tmp_path / "log").read_text()
 
 
+def test_the_number_of_ranks_is_in_the_keys_of_what_trains_in_parts_alone(small_model: Path, small_text: Path, tmp_path: Path) -> None:
+    def keys(ranks: int, **settings: bool) -> list[str]:
+        recipe = chosen(tmp_path, small_model, small_text, [{"quantize": {"method": "rtn"}}, {"recover": {"method": "qat", **settings}}])
+        compute = Compute(torch.device("cpu"), torch.float32)
+        return [step.key for step in steps.plan_steps(recipe, small_model, Inputs(recipe, small_model), compute, ranks=ranks)]
+
+    assert keys(1) == keys(2) == keys(1, shard=True)
+    two, four = keys(2, shard=True), keys(4, shard=True)
+    assert two[:-1] == four[:-1] == keys(1)[:-1] and len({two[-1], four[-1], keys(1)[-1]}) == 3
+
+
 def test_the_order_of_sums_is_in_the_keys_of_stages_that_read_calibration_text(
     small_model: Path, small_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
