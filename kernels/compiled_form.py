@@ -16,11 +16,12 @@ import torch
 import triton
 from torch import Tensor
 
+from . import lowbit_matmul_up
 from .candidates import APART, CANDIDATES, DEFAULTS, INT4, OLDER, WITHOUT_LOW_RANK, default_for
 from .launch import INTERPRETED, Launch, recording
 from .layout import SLOTS, TiledWeight, lanes_for
 from .lowbit_matmul_up import CANDIDATES as PRODUCTS
-from .lowbit_matmul_up import HOPPERS, TWO_LEVELS, launch
+from .lowbit_matmul_up import HOPPERS, TWO_LEVELS
 from .quantize_down import CANDIDATES as QUANTIZERS
 from .quantize_down import WHOLE_ROWS, quantize_down
 from .tuning import Blocks
@@ -67,7 +68,7 @@ def integer_launches(rows: int, x_group: int = GROUP, dtype: torch.dtype = torch
     products = (*TWO_LEVELS, *HOPPERS) if x_group == -1 else PRODUCTS
     for blocks in (some for some in products if some.m <= max(16, rows)):
         with recording() as started:
-            launch(codes, scales, weight, h, up, None, x_group if x_group > 0 else INPUTS, ((0, OUT, 0, RANK),), dtype, blocks)
+            lowbit_matmul_up.launch(codes, scales, weight, h, up, None, x_group if x_group > 0 else INPUTS, ((0, OUT, 0, RANK),), dtype, blocks)
         yield blocks, blocks == products[0], started[0]
 
 

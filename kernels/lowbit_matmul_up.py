@@ -21,7 +21,18 @@ from torch import Tensor
 from ..compress.activation_grid import group_columns
 from . import checks, reference
 from .candidates import OLDER
-from .launch import TRITON_DTYPES, can_time, h_strides, in_order, kernel_dtype, row_bucket, runs_triton, segment_table, segments_or_whole, start
+from .launch import (
+    TRITON_DTYPES,
+    can_time,
+    h_strides,
+    in_order,
+    kernel_dtype,
+    row_bucket,
+    runs_triton,
+    segment_table,
+    segments_or_whole,
+    start,
+)
 from .layout import SLOTS, Segments, TiledWeight
 from .parts import add_bias, add_low_rank, fragment_codes, fragment_levels, group_zeros
 from .tuning import Blocks, tuned
