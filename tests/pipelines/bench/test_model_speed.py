@@ -62,7 +62,8 @@ def test_blocks_share_numbers_and_no_memory(variant: str) -> None:
     form = model_speed.VARIANTS[variant]
     model, _ = model_speed.made(TINY, form, CPU)
     first, second = (block.mlp.down_proj for block in model.model.layers)
-    assert torch.equal(first(x := torch.randn(3, 128)), second(x))
+    x = torch.randn(3, 128)
+    assert torch.equal(first(x), second(x))
     assert not {t.data_ptr() for t in first.bound_tensors()} & {t.data_ptr() for t in second.bound_tensors()}
     assert form is not None
     stored = model_speed.record((64, 128), form, torch.Generator().manual_seed(0), CPU)
