@@ -21,7 +21,7 @@ from .candidates import APART, CANDIDATES, DEFAULTS, INT4, OLDER, WITHOUT_LOW_RA
 from .launch import INTERPRETED, Launch, recording
 from .layout import SLOTS, TiledWeight, lanes_for
 from .lowbit_matmul_up import CANDIDATES as PRODUCTS
-from .lowbit_matmul_up import HOPPERS, TWO_LEVELS
+from .lowbit_matmul_up import HOPPERS, TWO_LEVELS, by_rows
 from .quantize_down import CANDIDATES as QUANTIZERS
 from .quantize_down import WHOLE_ROWS, quantize_down
 from .tuning import Blocks
@@ -31,7 +31,7 @@ CAPABILITIES = tuple(known for known in DEFAULTS if known != OLDER)
 SHARED_LIMITS = {(8, 0): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
 """Bytes of shared memory that one program may take (CUDA programming guide, compute capabilities)."""
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-INTEGER_ROWS = (16, 1024)
+INTEGER_ROWS = (16, 64, 1024)
 OUT, INPUTS, BITS, GROUP, RANK = 4096, 4096, 4, 64, 32
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8"}
 
@@ -58,15 +58,15 @@ def launches(rows: int, blocks: Blocks, dtype: torch.dtype = torch.bfloat16) -> 
 
 
 def integer_launches(rows: int, x_group: int = GROUP, dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[Blocks, bool, Launch]]:
-    """(candidate, whether it is the first, launch) of the same weight with its input rounded to 8 bits in groups of `x_group`, −1: one scale a
+    """(candidate, whether it is the default, launch) of the same weight with its input rounded to 8 bits in groups of `x_group`, −1: one scale a
     token, for which the weight's scales are of two levels: the quantizer with down by its first candidate, and the product by each."""
     x, up = torch.empty(rows, INPUTS, dtype=dtype, device="meta"), torch.empty(OUT, RANK, dtype=dtype, device="meta")
     weight = _weight(two_levels=x_group == -1)
     with recording() as started:
         codes, scales, h = quantize_down(x, None, torch.empty(RANK, INPUTS, dtype=dtype, device="meta"), group_size=x_group)
     yield (WHOLE_ROWS if x_group == -1 else QUANTIZERS)[0], True, started[0]
-    products = (*TWO_LEVELS, *HOPPERS) if x_group == -1 else PRODUCTS
-    for blocks in (some for some in products if some.m <= max(16, rows)):
+    products = by_rows((*TWO_LEVELS, *HOPPERS) if x_group == -1 else PRODUCTS, rows)
+    for blocks in (some for some in products if some.m <= rows):
         with recording() as started:
             lowbit_matmul_up.launch(codes, scales, weight, h, up, None, x_group if x_group > 0 else INPUTS, ((0, OUT, 0, RANK),), dtype, blocks)
         yield blocks, blocks == products[0], started[0]

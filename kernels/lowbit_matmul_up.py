@@ -216,7 +216,7 @@ def _launch(
         return launch(codes, scales, weight, h, up, bias, group_size, segments, dtype, blocks)
 
     capability = torch.cuda.get_device_capability(codes.device) if can_time(codes.device) else OLDER
-    return run(tuned(key, codes.device, candidates_for(weight, scales.shape[1] == 1, capability), run))
+    return run(tuned(key, codes.device, candidates_for(weight, row_bucket(rows), scales.shape[1] == 1, capability), run))
 
 
 def launch(
@@ -250,13 +250,19 @@ def _strides(up: Tensor | None, h: Tensor | None) -> tuple[int, ...]:
     return partials, 0 if up is None else up.stride(0), *strides
 
 
-def candidates_for(weight: TiledWeight, whole: bool, capability: tuple[int, int]) -> tuple[Blocks, ...]:
+def candidates_for(weight: TiledWeight, bucket: int, whole: bool, capability: tuple[int, int]) -> tuple[Blocks, ...]:
     """The default first. With two levels of scales both kernels compute the same product; what they are for is an input of one scale a token."""
     if weight.two_levels is None or weight.in_features > MOST_INPUTS:
-        return CANDIDATES
-    levels = two_level_candidates(capability)
-    return (*levels, *CANDIDATES) if whole else (*CANDIDATES, *levels)
+        return by_rows(CANDIDATES, bucket)
+    both = by_rows(CANDIDATES, bucket), by_rows(two_level_candidates(capability), bucket)
+    return (*both[1], *both[0]) if whole else (*both[0], *both[1])
 
 
 def two_level_candidates(capability: tuple[int, int]) -> tuple[Blocks, ...]:
     return (*TWO_LEVELS, *HOPPERS) if capability >= (9, 0) else TWO_LEVELS
+
+
+def by_rows(candidates: tuple[Blocks, ...], bucket: int) -> tuple[Blocks, ...]:
+    """First the narrowest tile that holds so many rows, of at most 128."""
+    default = min((blocks for blocks in candidates if blocks.m >= min(bucket, 128)), key=lambda blocks: blocks.m)
+    return (default, *(blocks for blocks in candidates if blocks != default))

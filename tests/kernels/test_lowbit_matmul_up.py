@@ -44,7 +44,7 @@ def test_products_are_exact_up_to_one_rounding(
 @pytest.fixture
 def levels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel of two levels alone, in steps of one fragment and more."""
-    monkeypatch.setattr(module, "candidates_for", lambda weight, whole, _: (Blocks(32, 32, way=LEVELS, slots=2 if whole else 4),))
+    monkeypatch.setattr(module, "candidates_for", lambda weight, bucket, whole, _: (Blocks(32, 32, way=LEVELS, slots=2 if whole else 4),))
 
 
 @pytest.mark.usefixtures("poisoned", "levels")
@@ -110,17 +110,18 @@ def test_two_levels_agree_to_the_bit_with_segments(device: str, uniform: Callabl
 def test_two_levels_are_a_candidate_where_the_scales_are_exact(uniform: Callable[..., UniformWeight]) -> None:
     """Never a rounding that nobody measured: of a grid of float scales no product is one of whole numbers."""
     plain = tile(uniform(70, 192))
-    assert plain.two_levels is None and candidates_for(plain, True, (9, 0)) == candidates_for(plain, False, (9, 0)) == CANDIDATES
+    assert plain.two_levels is None and candidates_for(plain, 128, True, (9, 0)) == candidates_for(plain, 4096, False, (9, 0)) == CANDIDATES
     with pytest.raises(ValueError, match="no whole numbers times one float"):
         reference.two_level_matmul_up(torch.zeros(1, 192, dtype=torch.int8), torch.ones(1, 3), plain)
     exact = tile(with_integer_scales(uniform(70, 192)))
-    assert candidates_for(exact, True, (8, 0))[0] == TWO_LEVELS[0] and candidates_for(exact, False, (8, 0))[0] == CANDIDATES[0]
-    assert all(set(candidates_for(exact, whole, (8, 9))) == {*CANDIDATES, *TWO_LEVELS} for whole in (True, False))
-    assert set(candidates_for(exact, True, (9, 0))) == {*CANDIDATES, *TWO_LEVELS, *HOPPERS}
+    assert candidates_for(exact, 256, True, (8, 0))[0] == TWO_LEVELS[0] and candidates_for(exact, 256, False, (8, 0))[0] == CANDIDATES[0]
+    assert [candidates_for(exact, bucket, True, (9, 0))[0].m for bucket in (16, 32, 64, 128, 4096)] == [16, 32, 64, 128, 128]
+    assert all(set(candidates_for(exact, 16, whole, (8, 9))) == {*CANDIDATES, *TWO_LEVELS} for whole in (True, False))
+    assert set(candidates_for(exact, 64, True, (9, 0))) == {*CANDIDATES, *TWO_LEVELS, *HOPPERS}
     held = sum(t.numel() * t.element_size() for t in exact.two_levels or ())
     assert exact.resident_bytes() == plain.resident_bytes() + held, "what it keeps is counted"
     object.__setattr__(exact, "in_features", module.MOST_INPUTS + 1)
-    assert candidates_for(exact, True, (9, 0)) == CANDIDATES
+    assert candidates_for(exact, 128, True, (9, 0)) == CANDIDATES
 
 
 def test_segments_and_no_low_rank(device: str, uniform: Callable[..., UniformWeight]) -> None:
