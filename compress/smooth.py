@@ -36,7 +36,7 @@ class SvdQuantConfig:
     group_size: Group = 64
     symmetric: bool = True
     activation_bits: Literal[4, 8, 16] = 8
-    activation_group_size: Annotated[Width, ReadWhere("activation_bits is below 16", lambda config: config.activation_bits < 16)] = 64
+    activation_group_size: Annotated[Group, ReadWhere("activation_bits is below 16", lambda config: config.activation_bits < 16)] = 64
     quantizer: Literal["rtn", "gptq"] = "rtn"
     clip: Clip = "power"
     smoothing_steps: Iterations = 10

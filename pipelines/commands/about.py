@@ -174,13 +174,13 @@ def bench(
         typer.Option("-m", "--model", metavar="MODEL", help="whole stages of this model, not synthetic layers; generate, commands: a run"),
     ] = None,
     sizes: Annotated[list[int] | None, typer.Option("--size", metavar="N", min=64, help="width of a synthetic layer; repeatable")] = None,
-    only: Annotated[list[str] | None, typer.Option("--method", metavar="NAME", help="this method (of scale: subject) only; repeatable")] = None,
+    only: Annotated[list[str] | None, typer.Option("--method", metavar="NAME", help="this method (of scale: subject; of generate --shape: variant) only; repeatable")] = None,
     repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="measurements of each row")] = 3,
     depths: Annotated[
         str | None, typer.Option("--depths", metavar="N,N,…", help="compress: time and peak memory of models with so many blocks")
     ] = None,
     shape: Annotated[
-        str | None, typer.Option("--shape", metavar="NAME", help="compress: a model of this shape, made on the spot: 135m, 1b, 8b, 70b")
+        str | None, typer.Option("--shape", metavar="NAME", help="compress, generate: a model of this shape, made on the spot: 135m, 1b, 8b, 70b")
     ] = None,
     blocks: Annotated[int | None, typer.Option("--blocks", metavar="N", min=1, help="so many blocks of that shape, not all")] = None,
     count: Annotated[

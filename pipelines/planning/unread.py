@@ -24,6 +24,8 @@ def unread(spec: StageSpec, recipe: Recipe, model: Any, sizes: Sizes) -> list[st
     found = _patterns(spec, sizes.structure)
     if spec.name == "recover":
         found += _rank(spec, recipe, model, sizes)
+    elif spec.name == "fuse":
+        found += _integer_scales(spec, sizes)
     elif spec.name == "decompose" and hasattr(spec.config, "bits"):
         found += _grid(spec, sizes)
     return [f"{spec.address}.{line}" for line in found]
@@ -67,6 +69,19 @@ def _rank(spec: StageSpec, recipe: Recipe, model: Any, sizes: Sizes) -> list[str
         f"rank: {own.rank} would not be read: every chosen matrix has factors of rank {', '.join(map(str, sorted(ranks)))} from a decompose "
         "stage, which train as they are; set the rank there, and leave this one out"
     ]
+
+
+def _integer_scales(spec: StageSpec, sizes: Sizes) -> list[str]:
+    """Scales to be rounded a second time, where no matrix has both a rounded input and a grid that integers can be multiplied with."""
+    rounded = [size for s in sizes.structure.sites if s.block is not None and (size := sizes.of[s.name]).rounds_inputs]
+    if not spec.config.integer_scales or any(size.whole for size in rounded):
+        return []
+    why = (
+        "no matrix with rounded inputs lies on a uniform grid of at most 4 bits with whole zero points and contiguous groups; set the quantize stage so"
+        if rounded
+        else 'no matrix has its inputs rounded; set quantize.activations={bits: 8, group_size: -1}'
+    )
+    return [f"integer_scales: true would not be read: {why}, or leave it out"]
 
 
 def _grid(spec: StageSpec, sizes: Sizes) -> list[str]:

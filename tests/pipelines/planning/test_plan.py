@@ -121,6 +121,14 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
         "recover: diff_pruning cannot serve this model: its delta sees the raw input",
     ),
     "factors of nothing": ([{"quantize": {"method": "nf4"}}, {"recover": {"method": "loftq"}}], "put a decompose stage before it"),
+    "whole scales where no input is rounded": (
+        [{"quantize": {"method": "rtn", "group_size": 32}}, {"fuse": {"integer_scales": True}}],
+        "fuse.integer_scales: true would not be read: no matrix has its inputs rounded; set quantize.activations",
+    ),
+    "whole scales of eight bits": (
+        [{"quantize": {"method": "rtn", "bits": 8, "group_size": 32, "activations": {"bits": 8}}}, {"fuse": {"integer_scales": True}}],
+        "fuse.integer_scales: true would not be read: no matrix with rounded inputs lies on a uniform grid of at most 4 bits",
+    ),
     "long batches": ([{"recover": {"method": "lora", "seq_len": 600}}], "recover.seq_len 600 is above the 512 positions"),
 }  # fmt: skip
 
