@@ -184,7 +184,7 @@ def reconstructed(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool) -
     assert isinstance(config, Reconstruct)
     batches = -(-config.samples // config.batch_size)
     tokens = float(batches * config.batch_size * config.seq_len)
-    at_once, held = float(config.batch_size * config.seq_len), float(max(HELD_OUT_TOKENS, config.batch_size * config.seq_len))
+    at_once, held = float(config.batch_size * config.seq_len), float(max(inputs.HELD_OUT_TOKENS, config.batch_size * config.seq_len))
     sites, units = anatomy.sites(), min(SLOTS, config.batch_size)
     weights = float(sum(s.shape[0] * s.shape[1] for s in sites))
     kinds = frozenset(
