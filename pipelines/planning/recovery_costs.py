@@ -105,9 +105,9 @@ def _training(
     walked = plan.pass_of(tokens, config.seq_len) * anatomy.blocks
     if config.loss != "cross_entropy":
         micro += walked + plan.loaded(False) * (anatomy.blocks * tokens / max(_ahead(plan, config), tokens))
-    held = float(max(inputs.HELD_OUT_TOKENS, tokens))
+    held = float(sum(_held_out(config)) * config.seq_len)
     head = Work({plan.dtype: held * anatomy.vocabulary * anatomy.width}, passes=held * anatomy.vocabulary * 16.0)
-    evaluation = plan.pass_of(held, config.seq_len) * anatomy.blocks + head + (Work() if cached else dense * (held / tokens))
+    evaluation = plan.pass_of(held, config.seq_len) * anatomy.blocks + head + (Work() if cached else dense * len(_held_out(config)))
     return micro * (config.steps * config.accumulation), evaluation, dense + OPENED * 3
 
 
@@ -126,8 +126,9 @@ def _micro_batches(config: Any, steps: Work, judging: Work) -> tuple[Divided, ..
 
 def _held_out(config: Any) -> list[int]:
     """Windows of each held-out batch."""
-    full, left = divmod(max(1, inputs.HELD_OUT_TOKENS // config.seq_len), config.batch_size)
-    return [config.batch_size] * full + ([left] if left else [])
+    size = inputs.held_out_size(config.seq_len, config.batch_size)
+    full, left = divmod(max(1, inputs.HELD_OUT_TOKENS // config.seq_len), size)
+    return [size] * full + ([left] if left else [])
 
 
 def _gradients_sent(anatomy: Anatomy, config: Any, trained: float, parts: bool) -> tuple[Exchange, ...]:
@@ -138,7 +139,14 @@ def _gradients_sent(anatomy: Anatomy, config: Any, trained: float, parts: bool) 
     of_block, looks = trained / anatomy.blocks, anatomy.blocks * (1.0 + len(judged))
     gradients = (
         (
-            Exchange("weights of blocks, twice, and their gradients", "parts", of_block, 4, config.accumulation, 3.0 * anatomy.blocks * config.steps),
+            Exchange(
+                "weights of blocks, twice, and their gradients",
+                "parts",
+                of_block,
+                4,
+                config.accumulation,
+                3.0 * anatomy.blocks * config.steps,
+            ),
             Exchange("weights of blocks that are judged", "parts", of_block, 4, len(_held_out(config)), looks),
         )
         if parts
@@ -184,7 +192,7 @@ def reconstructed(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool) -
     assert isinstance(config, Reconstruct)
     batches = -(-config.samples // config.batch_size)
     tokens = float(batches * config.batch_size * config.seq_len)
-    at_once, held = float(config.batch_size * config.seq_len), float(max(inputs.HELD_OUT_TOKENS, config.batch_size * config.seq_len))
+    at_once, held = float(config.batch_size * config.seq_len), float(sum(_held_out(config)) * config.seq_len)
     sites, units = anatomy.sites(), min(SLOTS, config.batch_size)
     weights = float(sum(s.shape[0] * s.shape[1] for s in sites))
     kinds = frozenset(
@@ -192,10 +200,12 @@ def reconstructed(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool) -
     )
     trains, of_slot = resolved(config, kinds).train, -(-config.batch_size // units)
     step = anatomy.step(of_slot, config.seq_len, plan.dtype, False, "cross_entropy")
-    steps = step.work * (config.batch_size / of_slot) + Work({plan.dtype: at_once * anatomy.products() * (3.0 if trains in ("scales", "weights") else 2.0)})
+    steps = step.work * (config.batch_size / of_slot) + Work(
+        {plan.dtype: at_once * anatomy.products() * (3.0 if trains in ("scales", "weights") else 2.0)}
+    )
     rebuilding = 0.0 if cached else 2 * DENSE
     steps += Work(passes=4 * (rebuilding + 12) * weights, calls=60 * len(sites)) * units
-    evaluation = plan.pass_of(held, config.seq_len) + Work(passes=4 * rebuilding / 2 * weights * held / at_once)
+    evaluation = plan.pass_of(held, config.seq_len) + Work(passes=4 * rebuilding / 2 * weights * len(_held_out(config)))
     fits = 2 if config.window == "split" else 1
     looks = fits * (1 + -(-config.steps // max(1, config.steps // 5))) + 2
     blocks = anatomy.blocks
@@ -206,8 +216,13 @@ def reconstructed(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool) -
     loading = plan.loaded(True) * (4 * blocks) + Work(passes=4 * DENSE * weights * fits * blocks)
     work = training.whole() + judging.whole() + walking.whole() + loading + OPENED * 2
     states = plan.hidden_bytes(tokens) * 2 + plan.hidden_bytes(held) * 3
-    trained = {"weights": weights}.get(trains, sum(config.rank * (s.shape[0] + s.shape[1]) for s in sites))
-    acting = step.activations.saved / blocks * 1.5 + 3 * 4.0 * max(s.shape[0] * s.shape[1] for s in sites)
+    trained = {
+        "weights": weights,
+        "scales": weights / GROUP,
+        "norms": 0.0,
+        "biases": float(sum(s.shape[0] for s in sites)),
+    }.get(trains, float(sum(config.rank * (s.shape[0] + s.shape[1]) for s in sites)))
+    acting = step.activations.saved / blocks + 3 * 4.0 * max(s.shape[0] * s.shape[1] for s in sites)
     kept = weights * 4.0 if cached and trains != "weights" else 0.0
     device = 2 * plan.outside_bytes + max(
         2 * plan.block_bytes + kept + trained * 4.0 * COPIES + acting, at_once * anatomy.vocabulary * 4.0 * 3
@@ -222,7 +237,11 @@ def reconstructed(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool) -
         Exchange("hashes of what is trained", "gathered", times=blocks),
         Exchange("what was written", "broadcast", times=blocks + 1.0),
         Exchange("whether it was undone", "broadcast"),
-        *((Exchange("which linear a norm is before", "gathered", times=times),) if fits > 1 and (config.norms or trains == "norms") else ()),
+        *(
+            (Exchange("which linear a norm is before", "gathered", times=times),)
+            if fits > 1 and (config.norms or trains == "norms")
+            else ()
+        ),
     )
     return Needs(
         work, device, anatomy.outside * plan.element, states, (walking, training, judging),

@@ -26,6 +26,8 @@ from .baseline import fingerprint
 from .self_text import is_written, self_text
 
 HELD_OUT_TOKENS = 4096
+HELD_OUT_BATCH = 1024
+"""Tokens of a held-out batch where the training's are smaller: what is rebuilt for a batch is rebuilt as often."""
 
 
 @dataclass
@@ -94,8 +96,11 @@ class Inputs:
         count = max(1, HELD_OUT_TOKENS // seq_len // len(mixed))
         batches = []
         for source in (share.source for share in mixed):
-            found = self._teaching(self._windows("held_out", source, seq_len, count, self.recipe.seed), source)
-            pieces = [slice(start, start + batch_size) for start in range(0, len(found.ids), batch_size)]
+            found, size = (
+                self._teaching(self._windows("held_out", source, seq_len, count, self.recipe.seed), source),
+                held_out_size(seq_len, batch_size),
+            )
+            pieces = [slice(start, start + size) for start in range(0, len(found.ids), size)]
             batches += [self._batch(source, found.ids[p], None if found.loss is None else found.loss[p]) for p in pieces]
         return batches
 
@@ -182,6 +187,11 @@ class Inputs:
         """Hash of the very tokens."""
         ids = self.calibration()
         return hashlib.sha256(json.dumps([list(ids.shape)]).encode() + ids.to(torch.int64).numpy().tobytes()).hexdigest()
+
+
+def held_out_size(seq_len: int, batch_size: int) -> int:
+    """Windows of a held-out batch."""
+    return max(batch_size, HELD_OUT_BATCH // seq_len)
 
 
 def _needs(spec: StageSpec, row: Any) -> bool:

@@ -15,7 +15,7 @@ def generate(job: dict[str, Any]) -> list[int]:
     from vllm.lora.request import LoRARequest
 
     adapter = job["adapter"]
-    model = LLM(model=job["directory"], dtype="bfloat16", enforce_eager=True, enable_lora=adapter is not None, max_model_len=128)
+    model = LLM(model=job["directory"], dtype="bfloat16", enforce_eager=True, enable_lora=adapter is not None, max_model_len=128, gpu_memory_utilization=0.2)
     asked = SamplingParams(temperature=0.0, max_tokens=job["new_tokens"], ignore_eos=True)
     request = None if adapter is None else LoRARequest("adapter", 1, adapter)
     (answer,) = model.generate({"prompt_token_ids": job["prompt"]}, asked, lora_request=request)

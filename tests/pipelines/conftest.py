@@ -27,6 +27,14 @@ def float32_on_a_cpu() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def few_held_out_tokens() -> Iterator[None]:
+    """Choosing the best step on all of them would take most of a short training's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bitmend.pipelines.stages.inputs.HELD_OUT_TOKENS", 512)
+        yield
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, small_model: Path, small_text: Path) -> Path:
     """The run directory of CHAIN on the small model, never interrupted."""
