@@ -39,7 +39,7 @@ BASES: dict[str, list[list[dict[str, Any]]]] = {
     "quantize": [[]],
     "decompose": [[QUANTIZED], []],
     "recover": [[QUANTIZED], [], [QUANTIZED, {"decompose": {"rank": 2}}]],
-    "fuse": [[QUANTIZED]],
+    "fuse": [[QUANTIZED], [{"quantize": {"method": "rtn", "group_size": 32, "activations": {"bits": 8}}}]],
 }
 """What may stand before a stage: of those that its defaults can follow, the first after which a value is done."""
 
