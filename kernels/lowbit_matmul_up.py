@@ -4,7 +4,8 @@ Products of a fragment are summed as integers, the scales of token and output gr
 up-projection and the bias are added before the only write. Where the weight's scales are whole numbers times one float an output
 (`TiledWeight.two_levels`), these are multiplied in registers instead, bytes stay bytes, and the sum is integer over the whole of the
 input's group, or row (QServe, arXiv:2405.04532, §4.1 and §5.2.2): one more candidate. Hopper has no 4-bit matrix instruction: 4-bit
-activations are read as bytes in −7…7 and multiplied like 8-bit ones.
+activations are read as bytes in −7…7 and multiplied like 8-bit ones. Where integers lose, as with few rows, the chooser widens the codes to
+the output's dtype and multiplies by one of the weight-only ways.
 Knows tensors; not modules or records of weights.
 Legend: M tokens, N = O outputs, K = I inputs, G groups, R rank, L lanes.
 """
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compress.activation_grid import group_columns
+from ..compress.activation_grid import dequantize_activations, group_columns
 from . import checks, reference
 from .candidates import OLDER
 from .launch import (
@@ -36,6 +37,7 @@ from .launch import (
 from .layout import SLOTS, Segments, TiledWeight
 from .parts import add_bias, add_low_rank, fragment_codes, fragment_levels, group_zeros
 from .tuning import Blocks, tuned
+from .weight_only_ways import Operands, multiply
 
 BLOCK_R = 32
 CANDIDATES = tuple(
@@ -50,7 +52,7 @@ CANDIDATES = tuple(
         (64, 32, 4, 4),
     )
 )
-LEVELS = "levels"
+LEVELS, WIDENED = "levels", Blocks(0, 0, way="widened")
 HOPPERS = (Blocks(128, 256, 8, 3, 1, LEVELS, 1),)
 """Spills on cards before sm_90, whose matrix instruction takes no operand from shared memory."""
 MOST_INPUTS = (1 << 31) // 127**2 - 1
@@ -224,6 +226,9 @@ def launch(
     segments: tuple[tuple[int, int, int, int], ...], dtype: torch.dtype, blocks: Blocks,
 ) -> Tensor:  # fmt: skip
     """y [M, O] by one candidate, arguments checked."""
+    if blocks == WIDENED:
+        x = dequantize_activations(codes, scales, group_size).to(dtype)
+        return multiply(Operands(x, weight, h, up, bias, None, segments))
     rows, (out, inputs) = len(codes), weight.shape
     y = torch.empty(rows, out, dtype=dtype, device=codes.device)
     tables: tuple[Tensor, ...] = (weight.scales,)
@@ -252,10 +257,11 @@ def _strides(up: Tensor | None, h: Tensor | None) -> tuple[int, ...]:
 
 def candidates_for(weight: TiledWeight, bucket: int, whole: bool, capability: tuple[int, int]) -> tuple[Blocks, ...]:
     """The default first. With two levels of scales both kernels compute the same product; what they are for is an input of one scale a token."""
+    plain = by_rows(CANDIDATES, bucket)
     if weight.two_levels is None or weight.in_features > MOST_INPUTS:
-        return by_rows(CANDIDATES, bucket)
-    both = by_rows(CANDIDATES, bucket), by_rows(two_level_candidates(capability), bucket)
-    return (*both[1], *both[0]) if whole else (*both[0], *both[1])
+        return (*plain, WIDENED)
+    levels = by_rows(two_level_candidates(capability), bucket)
+    return (*levels, *plain, WIDENED) if whole else (*plain, *levels, WIDENED)
 
 
 def two_level_candidates(capability: tuple[int, int]) -> tuple[Blocks, ...]:

@@ -157,7 +157,8 @@ def _decode(model: Any, place: torch.device) -> list[float]:
         raise UsageError(f"bench generate --shape: a token is one CUDA graph, and this model's cannot be recorded: {why}")
     prompt = torch.arange(PROMPT, device=place).remainder(model.config.vocab_size).unsqueeze(0)
     tokens = decode(model, prompt, NEW_TOKENS + 2, lambda logits: int(logits.argmax()), cuda_graph if on_card else lambda step: step)
-    next(tokens), next(tokens)  # the prompt is read; the graph is recorded
+    for _ in range(2):  # the prompt is read; the graph is recorded
+        next(tokens)
     seconds = []
     for _ in range(NEW_TOKENS):
         begun = time.perf_counter()

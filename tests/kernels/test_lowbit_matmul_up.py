@@ -10,7 +10,7 @@ from bitmend.compress.weights import NormalFloatWeight, UniformWeight
 from bitmend.kernels import lowbit_matmul_up as module
 from bitmend.kernels import reference
 from bitmend.kernels.layout import tile
-from bitmend.kernels.lowbit_matmul_up import CANDIDATES, HOPPERS, LEVELS, TWO_LEVELS, candidates_for, lowbit_matmul_up
+from bitmend.kernels.lowbit_matmul_up import CANDIDATES, HOPPERS, LEVELS, TWO_LEVELS, WIDENED, candidates_for, lowbit_matmul_up
 from bitmend.kernels.quantize_down import quantize_down
 from bitmend.kernels.tuning import Blocks
 
@@ -73,6 +73,25 @@ def test_two_levels_are_the_same_product(
         torch.testing.assert_close(twin, truth, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("x_group", [-1, 64])
+def test_widened_codes_by_a_weight_only_way(
+    x_group: int, monkeypatch: pytest.MonkeyPatch, device: str, uniform: Callable[..., UniformWeight], within_budget: Callable[..., None]
+) -> None:
+    monkeypatch.setattr(module, "candidates_for", lambda *_: (WIDENED,))
+    weight, segments = tile(uniform(70, 192)).to(device), ((0, 30, 16, 8), (30, 40, 0, 16))
+    x, down, up = (t.half().to(device) for t in (torch.randn(5, 192), torch.randn(24, 192) / 14, torch.randn(70, 16) / 4))
+    codes, scales, h = quantize_down(x, None, down, group_size=x_group)
+    y = lowbit_matmul_up(codes, scales, weight, h, up, group_size=x_group, segments=segments, dtype=torch.float16)
+    inner = dequantize_activations(codes, scales, x_group, torch.float64)
+    assert h is not None
+    truth = reference.weight_only_matmul_up(inner, weight, h.double(), up, segments=segments, compute=torch.float64)
+    ranked = h.sum(0).half()
+    behind = torch.cat((ranked[:, 16:] @ up[:30, :8].t(), ranked[:, :16] @ up[30:].t()), 1)
+    within_budget(y, inner.half() @ weight.dense(torch.float16).t() + behind, truth)
+    assert torch.equal(y, lowbit_matmul_up(codes, scales, weight, h, up, group_size=x_group, segments=segments, dtype=torch.float16))
+
+
 @pytest.mark.usefixtures("poisoned", "levels")
 def test_two_levels_of_the_widest_range_and_odd_shapes(device: str, within_budget: Callable[..., None]) -> None:
     """A group that uses 15 alone around a zero point of 15 or 14 may take 127 times the output's float, one that uses all codes 8 times."""
@@ -110,18 +129,18 @@ def test_two_levels_agree_to_the_bit_with_segments(device: str, uniform: Callabl
 def test_two_levels_are_a_candidate_where_the_scales_are_exact(uniform: Callable[..., UniformWeight]) -> None:
     """Never a rounding that nobody measured: of a grid of float scales no product is one of whole numbers."""
     plain = tile(uniform(70, 192))
-    assert plain.two_levels is None and candidates_for(plain, 128, True, (9, 0)) == candidates_for(plain, 4096, False, (9, 0)) == CANDIDATES
+    assert plain.two_levels is None and candidates_for(plain, 128, True, (9, 0)) == candidates_for(plain, 4096, False, (9, 0)) == (*CANDIDATES, WIDENED)
     with pytest.raises(ValueError, match="no whole numbers times one float"):
         reference.two_level_matmul_up(torch.zeros(1, 192, dtype=torch.int8), torch.ones(1, 3), plain)
     exact = tile(with_integer_scales(uniform(70, 192)))
     assert candidates_for(exact, 256, True, (8, 0))[0] == TWO_LEVELS[0] and candidates_for(exact, 256, False, (8, 0))[0] == CANDIDATES[0]
     assert [candidates_for(exact, bucket, True, (9, 0))[0].m for bucket in (16, 32, 64, 128, 4096)] == [16, 32, 64, 128, 128]
-    assert all(set(candidates_for(exact, 16, whole, (8, 9))) == {*CANDIDATES, *TWO_LEVELS} for whole in (True, False))
-    assert set(candidates_for(exact, 64, True, (9, 0))) == {*CANDIDATES, *TWO_LEVELS, *HOPPERS}
+    assert all(set(candidates_for(exact, 16, whole, (8, 9))) == {*CANDIDATES, *TWO_LEVELS, WIDENED} for whole in (True, False))
+    assert set(candidates_for(exact, 64, True, (9, 0))) == {*CANDIDATES, *TWO_LEVELS, *HOPPERS, WIDENED}
     held = sum(t.numel() * t.element_size() for t in exact.two_levels or ())
     assert exact.resident_bytes() == plain.resident_bytes() + held, "what it keeps is counted"
     object.__setattr__(exact, "in_features", module.MOST_INPUTS + 1)
-    assert candidates_for(exact, 128, True, (9, 0)) == CANDIDATES
+    assert candidates_for(exact, 128, True, (9, 0)) == (*CANDIDATES, WIDENED)
 
 
 def test_segments_and_no_low_rank(device: str, uniform: Callable[..., UniformWeight]) -> None:

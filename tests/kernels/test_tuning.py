@@ -12,7 +12,7 @@ from bitmend.kernels import choices, lowbit_matmul_up, tuning, weight_only_ways
 from bitmend.kernels.candidates import APART, INT4, candidates_for
 from bitmend.kernels.launch import row_bucket
 from bitmend.kernels.layout import TiledWeight, tile
-from bitmend.kernels.lowbit_matmul_up import LEVELS
+from bitmend.kernels.lowbit_matmul_up import LEVELS, WIDENED
 from bitmend.kernels.tuning import Blocks
 from bitmend.kernels.weight_only_ways import WAYS, Operands, choose
 
@@ -133,4 +133,4 @@ def test_integer_products_are_told_apart_by_rows_rank_grid_and_the_inputs_groups
                     assert cost(blocks, *what) == min(cost(other, *what) for other in some) and taken.setdefault(place, blocks) == blocks
                     assert blocks.way != LEVELS or not place[0], "of float scales no whole numbers are made"
     assert len(measurements) == len(set(measurements)) == len(taken)
-    assert {blocks.way for place, blocks in taken.items() if not place[0]} == {"", LEVELS}
+    assert {blocks.way for place, blocks in taken.items() if not place[0]} == {"", LEVELS, WIDENED.way}
