@@ -110,9 +110,10 @@ def test_rounded_inputs_and_kernels(dtype: str, ran: Running) -> None:
             }
         },
         {"recover": {"method": "lora", "rank": 2, **SHORT}},
-        {"fuse": {"backend": "triton" if dtype == "float32" else "reference"}},
+        {"fuse": {"backend": "triton" if dtype == "float32" else "reference", "integer_scales": True}},
     ]
     made = ran("activations", stages, dtype)
+    assert "scales of 2 matrices are whole numbers times one float an output" in made.stages[-1].notes[0]
     assert [s.method for s in made.stages[1:3]] == ["rtn", "lora"] and made.stages[-1].stage == "fuse"
 
 

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BITMEND_CACHE", str(tmp_path / "choices"))
     monkeypatch.setitem(synthetic.SHAPES, "tiny", TINY)
-    for name, value in (("NEW_TOKENS", 4), ("PROMPT", 3), ("READ", 8)):
+    for name, value in (("NEW_TOKENS", 2), ("PROMPT", 3), ("READ", 8)):
         monkeypatch.setattr(model_speed, name, value)
 
 

@@ -14,7 +14,7 @@ from ..runs import chosen
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
-FEW: dict[str, Any] = {"calibration": {"samples": 2, "seq_len": 32}, "evaluation": {"seq_len": 128, "windows": 8}}
+FEW: dict[str, Any] = {"calibration": {"samples": 2, "seq_len": 32}, "evaluation": {"seq_len": 64, "windows": 4}}
 QUANTIZE: dict[str, Any] = {
     "quantize": {
         "method": "rtn", "bits": 4, "group_size": 32, "activations": {"bits": 8, "group_size": -1},
