@@ -138,7 +138,9 @@ def _join(arguments: list[str]) -> None:
         abandon("stdout")
     import torch
 
-    mine.alike({"command line": " ".join(arguments), "bitmend": about.version(), "torch": torch.__version__, "Python": sys.version.split()[0]})
+    mine.alike(
+        {"command line": " ".join(arguments), "bitmend": about.version(), "torch": torch.__version__, "Python": sys.version.split()[0]}
+    )
 
 
 def _end(kind: Kind, code: int, line: str) -> int:

@@ -158,7 +158,12 @@ def _svft(kinds: frozenset[str], config: Any) -> str | None:
     )
 
 
-_PAIR = Ways("low-rank pair", "low-rank term", "added into dense weights, or base in any format + PEFT LoRA", "dense unmasked weights; elsewhere refused")
+_PAIR = Ways(
+    "low-rank pair",
+    "low-rank term",
+    "added into dense weights, or base in any format + PEFT LoRA",
+    "dense unmasked weights; elsewhere refused",
+)
 _MODEL = Ways(
     "norms, biases, weights in place", "as it was stored", "any format; created biases where the architecture has a place", "in place"
 )
@@ -213,7 +218,12 @@ RECOVER: dict[str, RecoveryMethod] = {
         methods.dora,
         "factors",
         "up·down and row magnitudes",
-        Ways("magnitudes in the scales and in up", "low-rank term", "added into dense weights, or rescaled base in any format + PEFT LoRA", "scales or dense rows"),
+        Ways(
+            "magnitudes in the scales and in up",
+            "low-rank term",
+            "added into dense weights, or rescaled base in any format + PEFT LoRA",
+            "scales or dense rows",
+        ),
         version=3,
         paper="DoRA, arXiv:2402.09353",
     ),

@@ -104,7 +104,9 @@ def _summary(record: RunRecord) -> list[Finding]:
     if last is baseline:
         return [Finding("summary", f"Only the baseline has been measured: perplexity {number(last.perplexity)}, {size(last.total_bytes)}.")]
     parts = []
-    if last.kl_to_baseline is not None and any(stage.settings.get("loss") == "distill" for stage in record.stages):  # it was taught to imitate
+    if last.kl_to_baseline is not None and any(
+        stage.settings.get("loss") == "distill" for stage in record.stages
+    ):  # it was taught to imitate
         agreement = "" if last.top1_agreement is None else f", the same first choice for {percent(last.top1_agreement)} of the tokens"
         parts.append(f"KL to it {number(last.kl_to_baseline)} nats per token{agreement}")
     if last.perplexity and baseline.perplexity and is_finite(last.perplexity):

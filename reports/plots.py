@@ -163,9 +163,7 @@ def _distinct(rows: Sequence[Mapping[str, Any]], key: str | None) -> list[Any]:
     return [None] if key is None else list(dict.fromkeys(row.get(key) for row in rows))
 
 
-def _panels(
-    rows: Sequence[Mapping[str, Any]], panel: str | None, look: Look
-) -> tuple[Figure, list[tuple[Axes, list[Mapping[str, Any]]]]]:
+def _panels(rows: Sequence[Mapping[str, Any]], panel: str | None, look: Look) -> tuple[Figure, list[tuple[Axes, list[Mapping[str, Any]]]]]:
     if not rows:
         raise ValueError("no row with finite numbers to draw; measure something first")
     names = _distinct(rows, panel)

@@ -258,7 +258,11 @@ def costs(recipe: Recipe, stages: Spent, dense: Sizes) -> Costs:
         apply(spec, plain)
         if spec not in (stages.decompose, stages.prune):
             apply(spec, end)
-    sites, beside, blocks = stages.sites(dense.structure.sites), outside(recipe, stages, dense.structure, dense.tied), settings_of(recipe, stages)
+    sites, beside, blocks = (
+        stages.sites(dense.structure.sites),
+        outside(recipe, stages, dense.structure, dense.tied),
+        settings_of(recipe, stages),
+    )
     found, fitting = together(blocks, beside), set(blocks)
     headers = recipe.budget is not None and recipe.budget.total_bytes is not None
     rows = []

@@ -174,7 +174,9 @@ def bench(
         typer.Option("-m", "--model", metavar="MODEL", help="whole stages of this model, not synthetic layers; generate, commands: a run"),
     ] = None,
     sizes: Annotated[list[int] | None, typer.Option("--size", metavar="N", min=64, help="width of a synthetic layer; repeatable")] = None,
-    only: Annotated[list[str] | None, typer.Option("--method", metavar="NAME", help="this method (of scale: subject) only; repeatable")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--method", metavar="NAME", help="this method (of scale: subject) only; repeatable")
+    ] = None,
     repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="measurements of each row")] = 3,
     depths: Annotated[
         str | None, typer.Option("--depths", metavar="N,N,…", help="compress: time and peak memory of models with so many blocks")
@@ -185,7 +187,10 @@ def bench(
     blocks: Annotated[int | None, typer.Option("--blocks", metavar="N", min=1, help="so many blocks of that shape, not all")] = None,
     count: Annotated[
         bool,
-        typer.Option("--count", help="compress: the operators of one block of that shape (else of 135m), counted and not timed; scale: collectives of a block"),
+        typer.Option(
+            "--count",
+            help="compress: the operators of one block of that shape (else of 135m), counted and not timed; scale: collectives of a block",
+        ),
     ] = False,
     full: Annotated[bool, typer.Option("--full", help="kernels: every shape, hours on a CPU; decompose: slow baselines")] = False,
     device: o.Device = "auto",

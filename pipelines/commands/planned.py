@@ -13,7 +13,9 @@ LinkGiven = Annotated[
     str | None,
     typer.Option("--link", metavar="GB/s[,µs]", help="between ranks; else measured by two gloo processes of this machine"),
 ]
-ShapeName = Annotated[str | None, typer.Option("--shape", metavar="NAME", help="a model of this shape, which need not be there: 8b, 70b, 405b, …")]
+ShapeName = Annotated[
+    str | None, typer.Option("--shape", metavar="NAME", help="a model of this shape, which need not be there: 8b, 70b, 405b, …")
+]
 
 
 def plan(
@@ -62,7 +64,9 @@ def plan(
     if refusals := made.said["refusals"]:
         raise UsageError(f"this run would be refused: {refusals[0]}" + (f" (and {len(refusals) - 1} more)" if len(refusals) > 1 else ""))
     if chosen_link is None and made.said["device"] != "cpu" and max(sizes) > 1:
-        raise UsageError(f"--link: what lies between devices of type {made.said['device']} is not measured here; give its GB/s, as in --link 25")
+        raise UsageError(
+            f"--link: what lies between devices of type {made.said['device']} is not measured here; give its GB/s, as in --link 25"
+        )
     o.write(predicted(made, sizes, chosen_link or measured_link()), json)
 
 

@@ -50,7 +50,10 @@ FURTHER = 4
 """Blocks that a model may count and a file leave out: those that predict further tokens."""
 IMPORT_VERSION = 1
 CLEANING_VERSION = 1  # goes up when `wiki` makes other prose of the dump
-EXPERT_WIDTHS = {"expert_feed_forward_length": "moe_intermediate_size", "expert_shared_feed_forward_length": "shared_expert_intermediate_size"}
+EXPERT_WIDTHS = {
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
 """A file's keys, behind the architecture's name, and the config's."""
 SOURCE_NAME = "bitmend-source.json"
 Save = Callable[[Any, Path, Path], None]
@@ -211,7 +214,9 @@ def _check_gguf(path: Path) -> int:
         raise InputError(f"{path}: its tensors end at byte {end} but the file has {path.stat().st_size}; it is truncated, copy it again")
     architecture = reader.fields["general.architecture"].contents() if "general.architecture" in reader.fields else None
     experts = reader.fields.get(f"{architecture}.expert_count")
-    if architecture == "llama" and experts is not None and experts.contents():  # transformers would leave them out and draw an MLP at random
+    if (
+        architecture == "llama" and experts is not None and experts.contents()
+    ):  # transformers would leave them out and draw an MLP at random
         raise InputError(
             f"{path}: a mixture of {experts.contents()} experts under the architecture 'llama' (Mixtral), which transformers reads as a Llama "
             "without any; give the Hugging Face checkpoint it was made of"

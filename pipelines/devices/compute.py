@@ -72,7 +72,9 @@ def _own_card(device: torch.device, ranks: Ranks) -> torch.device:
     if device.index is not None:
         raise UsageError(f"--device {device}: {ranks.size} ranks take a device each; give --device cuda")
     if not torch.distributed.is_nccl_available():
-        raise UsageError(f"--device cuda: {ranks.size} ranks need NCCL, which this torch was built without; use a torch that has it, or start once")
+        raise UsageError(
+            f"--device cuda: {ranks.size} ranks need NCCL, which this torch was built without; use a torch that has it, or start once"
+        )
     count = torch.cuda.device_count()
     index = ranks.local if ranks.local < count else 0 if count == 1 else None
     machine = (process_identity() or [socket.gethostname()])[0]

@@ -18,9 +18,7 @@ from .compute import Compute, chosen_device, chosen_dtype
 log = logging.getLogger("bitmend")
 
 
-def compute_of(
-    place: RunDirectory | None, device: str, dtype: str = "auto", deterministic: bool = True, ranks: Ranks = ONE
-) -> Compute:
+def compute_of(place: RunDirectory | None, device: str, dtype: str = "auto", deterministic: bool = True, ranks: Ranks = ONE) -> Compute:
     """Where and how a run computes: what is asked for, `auto` being what environment.json says it began with. A run that began on a GPU
     and is continued where there is none goes on on the CPU. UsageError for a device or a dtype that is not there."""
     path = None if place is None else place.path / "environment.json"

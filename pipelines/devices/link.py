@@ -55,7 +55,9 @@ def measured_link() -> Link:
     with tempfile.TemporaryDirectory(prefix="bitmend-link-") as place:
         command = [sys.executable, "-P", "-m", f"{__package__}.link", str(Path(place) / "store")]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        both = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) for rank in range(2)]
+        both = [
+            subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) for rank in range(2)
+        ]
         try:
             answers = [process.communicate(timeout=SECONDS) for process in both]
         except subprocess.TimeoutExpired:

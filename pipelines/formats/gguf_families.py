@@ -106,7 +106,12 @@ class GgufModel:
     def notes(self) -> list[str]:
         """Where llama.cpp computes something else than transformers although it has the model."""
         window, config = getattr(self.config, "sliding_window", None), self.config
-        if self.family.window_period or not window or window >= config.max_position_embeddings or not getattr(config, "use_sliding_window", True):
+        if (
+            self.family.window_period
+            or not window
+            or window >= config.max_position_embeddings
+            or not getattr(config, "use_sliding_window", True)
+        ):
             return []
         return [f"llama.cpp attends to all tokens in this family: texts longer than the window of {window} tokens come out otherwise"]
 
@@ -128,7 +133,10 @@ class GgufModel:
             writer.add_sliding_window_pattern(self.family.window_period)
         elif config.model_type == "phi3":
             writer.add_sliding_window(config.sliding_window or 0)
-        for cap, add in (("attn_logit_softcapping", writer.add_attn_logit_softcapping), ("final_logit_softcapping", writer.add_final_logit_softcapping)):
+        for cap, add in (
+            ("attn_logit_softcapping", writer.add_attn_logit_softcapping),
+            ("final_logit_softcapping", writer.add_final_logit_softcapping),
+        ):
             if getattr(config, cap, None):
                 add(getattr(config, cap))
         self._write_rope(writer)

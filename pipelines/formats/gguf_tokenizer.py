@@ -96,8 +96,12 @@ def vocabulary(directory: Path | None, rows: int) -> Vocabulary:
     added = {token["id"]: token for token in described.get("added_tokens") or []}
     most = max([*pieces.values(), *added], default=-1)
     if most >= rows:
-        raise UsageError(f"{directory}: its tokenizer makes token {most}, the model has embeddings for {rows} tokens; they do not belong together")
-    special = {name: i for name in ("bos", "eos", "unk", "sep", "pad", "mask") if (i := getattr(tokenizer, f"{name}_token_id", None)) is not None}
+        raise UsageError(
+            f"{directory}: its tokenizer makes token {most}, the model has embeddings for {rows} tokens; they do not belong together"
+        )
+    special = {
+        name: i for name in ("bos", "eos", "unk", "sep", "pad", "mask") if (i := getattr(tokenizer, f"{name}_token_id", None)) is not None
+    }
     common = {"special": special, "add": _frames(tokenizer, special), "template": getattr(tokenizer, "chat_template", None)}
     tokens, types = _padded(pieces, added, rows)
     if model["type"] == "Unigram":
@@ -196,7 +200,12 @@ def _bytes_and_unknown(tokens: list[str], types: list[TokenType], unknown: str |
 
 
 def _sentencepiece(
-    described: Mapping[str, Any], pieces: Mapping[str, int], pairs: list[Any], tokens: list[str], types: list[TokenType], common: dict[str, Any]
+    described: Mapping[str, Any],
+    pieces: Mapping[str, int],
+    pairs: list[Any],
+    tokens: list[str],
+    types: list[TokenType],
+    common: dict[str, Any],
 ) -> Vocabulary:
     """llama.cpp merges whatever two pieces give the piece of the highest score. The scores are the order in which the merges make the pieces."""
     _bytes_and_unknown(tokens, types, described["model"].get("unk_token"))

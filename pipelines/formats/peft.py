@@ -150,7 +150,9 @@ def read(directory: Path, read_base: Callable[[Path], Checkpoint]) -> Checkpoint
     for module in modules:
         up, down = (_entry(stored, f"{PREFIX}{module}.lora_{letter}.weight", file) for letter in "BA")
         if len(up.shape) != 2 or len(down.shape) != 2 or up.shape[1] != down.shape[0] or not down.shape[0]:
-            raise InputError(f"{file}: {module} has lora_B {list(up.shape)} and lora_A {list(down.shape)}, which are no factors of a matrix")
+            raise InputError(
+                f"{file}: {module} has lora_B {list(up.shape)} and lora_A {list(down.shape)}, which are no factors of a matrix"
+            )
         scaling = _scaling(adapter, config, module, down.shape[0])
         if module not in linears and f"{module}.weight" not in tensors:
             raise InputError(f"{file}: the adapter reaches {module}, which {directory / BASE} does not have")

@@ -61,7 +61,9 @@ def collecting(
     def idle() -> None:
         for site in sites:
             if site.expert is not None:
-                statistics.setdefault(site.name, InputStatistics(site.shape[1], needs, model.device))  # takes no memory before a token comes
+                statistics.setdefault(
+                    site.name, InputStatistics(site.shape[1], needs, model.device)
+                )  # takes no memory before a token comes
 
     idle()
     experts = [site for site in sites if site.name not in modules]

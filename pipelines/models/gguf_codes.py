@@ -67,7 +67,11 @@ def kept_codes(model: Any, gguf: Path) -> dict[str, GgmlWeight]:
             if record is not None:
                 found[site.name] = record
             elif site.expert in (None, 0):
-                why = "is changed by its family" if site.expert is None else "holds experts whose gate and up are of two types, or that its family changes"
+                why = (
+                    "is changed by its family"
+                    if site.expert is None
+                    else "holds experts whose gate and up are of two types, or that its family changes"
+                )
                 log.warning("%s: %s %s and is imported densely", gguf.name, " with ".join(map(str, theirs)), why)
     return _whole(found, model)
 

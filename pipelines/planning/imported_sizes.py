@@ -49,4 +49,6 @@ def _parts(name: str, headers: dict[str, Stored]) -> tuple[tuple[str, tuple[int,
 def _size(record: Any) -> Size:
     low_rank = 0 if record.low_rank is None else record.low_rank.stored_bits()
     mask = 0 if record.mask is None else 8 * record.mask.numel()
-    return Size(record.stored_bits() - low_rank - mask, mask, low_rank, tuple(f"base.{part}" for part in to_tensors(record.base)), compressed=True)
+    return Size(
+        record.stored_bits() - low_rank - mask, mask, low_rank, tuple(f"base.{part}" for part in to_tensors(record.base)), compressed=True
+    )

@@ -138,7 +138,14 @@ def costed_of_config(recipe: Recipe, config: Any, device: str = "auto") -> Coste
 
 
 def _costed(
-    recipe: Recipe, specs: list[StageSpec], costs: RunCosts, sizes: Sizes, stored: float, refused: list[str], budget: "_Budget | None", writes: bool
+    recipe: Recipe,
+    specs: list[StageSpec],
+    costs: RunCosts,
+    sizes: Sizes,
+    stored: float,
+    refused: list[str],
+    budget: "_Budget | None",
+    writes: bool,
 ) -> Costed:
     """Stage by stage; `stored`: bytes of the model as it comes."""
     structure, model = sizes.structure, costs.plan.anatomy.model
@@ -204,7 +211,9 @@ class _Budget:
         return self.limit if number >= self.first else {}
 
 
-def _allocation(recipe: Recipe, dense: Sizes, inputs: Inputs | None, compute: Compute, place: RunDirectory | None, steps: list[Step]) -> _Budget:
+def _allocation(
+    recipe: Recipe, dense: Sizes, inputs: Inputs | None, compute: Compute, place: RunDirectory | None, steps: list[Step]
+) -> _Budget:
     """What the budget chooses from, the range of sizes that the choices span, and whether the table it is chosen by is there."""
     stages = spending.spent(recipe)
     counted = spending.costs(recipe, stages, dense)

@@ -65,7 +65,11 @@ class ScaleOut:
             add(REST, max(0.0, self.speeds.seconds(left)), "the others wait")
             for exchange in each.sent:
                 seconds = self.link.seconds(exchange.calls(size), exchange.sent(size), size) + self.speeds.seconds(exchange.copied(size))
-                add(f"exchange of {exchange.name}", seconds, f"{size_of(exchange.sent(size))} sent by each rank in {exchange.calls(size):,.0f} collectives")
+                add(
+                    f"exchange of {exchange.name}",
+                    seconds,
+                    f"{size_of(exchange.sent(size))} sent by each rank in {exchange.calls(size):,.0f} collectives",
+                )
         return found
 
     def seconds(self, needs: Sequence[Needs], size: int) -> float:
@@ -149,7 +153,9 @@ def _of_a_rank(needs: Needs, size: int) -> Needs:
         return needs
     share = max((len([o for o in d.owners(size) if o == 0]) / len(d.pieces) for d in needs.divided[:1]), default=1.0)
     sums = [(x.numbers * x.itemsize, min(x.numbers, PIECE) * x.itemsize) for x in needs.sent if x.kind == "sum"]
-    return replace(needs, hidden=needs.hidden * share, device=needs.device + max((2 * piece + whole / size for whole, piece in sums), default=0.0))
+    return replace(
+        needs, hidden=needs.hidden * share, device=needs.device + max((2 * piece + whole / size for whole, piece in sums), default=0.0)
+    )
 
 
 def _total(size: int, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -230,7 +230,9 @@ def _solved(
         for site in together:
             cost = _of_matrix(spec, site, records)
             rows, columns = site.shape
-            solving[site.name] = cost.work + Work({F32: 2.0 * rows * columns * SAMPLES}, passes=4.0 * rows * columns * (2 * DENSE + 10), calls=100)
+            solving[site.name] = cost.work + Work(
+                {F32: 2.0 * rows * columns * SAMPLES}, passes=4.0 * rows * columns * (2 * DENSE + 10), calls=100
+            )
             work += solving[site.name]
             measured = 4.0 * rows * (2 * columns + SAMPLES)
             peak = max(peak, kept + 4.0 * rows * columns * 1.5 + max(cost.peak, measured))
@@ -325,12 +327,18 @@ def _sums_sent(
     widths = [together[0].shape[1] for together in inputs]
     squares = ("second_moment" in needs) + ("cross_moment" in needs)
     units = [few for together in inputs for few in _units(spec, together)]
-    held = tuple((solving_cost(few), _record_bytes(spec, few)) for few in units) if methods(spec.name)[spec.method].scope == "matrix" else ()
+    held = (
+        tuple((solving_cost(few), _record_bytes(spec, few)) for few in units) if methods(spec.name)[spec.method].scope == "matrix" else ()
+    )
     return (
         *(Exchange("moments", "sum", float(width) ** 2, 4, slots, blocks) for width in widths for _ in range(squares)),
         Exchange("tokens of each slot", "gathered", units=slots, times=times),
         Exchange("samples", "gathered", times=times, held=((1.0, sum(4.0 * rows * width for width in widths) * blocks / times),)),
-        *((Exchange("records", "gathered", times=times, held=tuple((cost, count * blocks / times) for cost, count in held)),) if held else ()),
+        *(
+            (Exchange("records", "gathered", times=times, held=tuple((cost, count * blocks / times) for cost, count in held)),)
+            if held
+            else ()
+        ),
         Exchange("what was written", "broadcast", times=blocks + 1.0),
         Exchange("whether to keep hidden states", "broadcast", times=blocks - 1.0),
         Exchange("whether to stop", "agreed", times=blocks),

@@ -46,7 +46,10 @@ def publish(directory: Path) -> list[Path]:
     record = runner.run(chosen, run_directory(chosen))
     rows = [_row(stage) for stage in (*record.stages, *plain.stages)]
     protocols = {name: protocol.to_json() for name, protocol in {DEMO: record.protocol, **record.texts}.items()}
-    notes = ["Below the recipe's stages: plain methods, the recipe's embeddings, 32 × 512 calibration tokens of the demo text.", "Made by `make publish TABLE=demo`."]
+    notes = [
+        "Below the recipe's stages: plain methods, the recipe's embeddings, 32 × 512 calibration tokens of the demo text.",
+        "Made by `make publish TABLE=demo`.",
+    ]
     figure, title = size_against_perplexity(record.stages, plain_rows.rivals(record)), "The default recipe on the demo model"
     return published.write("demo", rows, COLUMNS, protocols, figure, title=title, notes=notes)
 

@@ -127,7 +127,12 @@ def _options(model: str, place: Path) -> dict[str, Any]:
 
 
 def _recipe(stages: list[dict[str, Any]], model: str, options: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> recipe.Recipe:
-    document = {"name": NAME, **SETTINGS[DEMO if model == DEMO else SMALL], **(more or {}), "stages": stages or [{"prune": {"method": "none"}}]}
+    document = {
+        "name": NAME,
+        **SETTINGS[DEMO if model == DEMO else SMALL],
+        **(more or {}),
+        "stages": stages or [{"prune": {"method": "none"}}],
+    }
     seq_len = document["calibration"]["seq_len"]
     for stage in document["stages"]:
         if "recover" in stage:
@@ -209,5 +214,7 @@ def _run(verb: str, job: Mapping[str, Any], place: Path) -> dict[str, Any]:
 def _interpreter() -> Path:
     python = Path(os.environ.get("VENV_LLAMA", ".venv-llama")) / "bin" / "python"
     if not python.is_file() or not _RUNS.is_file():
-        raise InputError(f"{python if _RUNS.is_file() else _RUNS}: no such file; run this from the root of the repository, `make interop` builds llama.cpp")
+        raise InputError(
+            f"{python if _RUNS.is_file() else _RUNS}: no such file; run this from the root of the repository, `make interop` builds llama.cpp"
+        )
     return python

@@ -80,7 +80,9 @@ def _perp_rows() -> list[ReferenceRow]:
     half, pairs = {"pattern": "unstructured", "pruned": "50 %"}, {"pattern": "2:4", "pruned": "50 %"}
     rows.append(ReferenceRow("not recovered", (prune("magnitude"),), half))
     for name in ("norms", "norms and biases"):
-        rows.append(ReferenceRow(f"{name}, 60 steps", (prune("magnitude"), {"recover": {**_BUDGET[DEMO], **SUBSETS[name], "steps": 60}}), half))
+        rows.append(
+            ReferenceRow(f"{name}, 60 steps", (prune("magnitude"), {"recover": {**_BUDGET[DEMO], **SUBSETS[name], "steps": 60}}), half)
+        )
     rows.append(ReferenceRow("not recovered", (prune(pattern="2:4"),), pairs))
     after = (prune(pattern="2:4"), _RECONSTRUCTED)
     rows.append(ReferenceRow("reconstruct mask_lora, 50 steps a block", after, pairs))

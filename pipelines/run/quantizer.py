@@ -104,7 +104,9 @@ def _begin(model: Any, asked: dict[str, Any]) -> "tuple[Artifact, torch.device, 
     artifact = open_artifact(Path(files[0]).resolve().parent)
     artifact.verify()
     if type(model) is not MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None):
-        raise UsageError(f"{artifact.directory}: holds a causal language model; AutoModelForCausalLM loads it, {type(model).__name__} does not")
+        raise UsageError(
+            f"{artifact.directory}: holds a causal language model; AutoModelForCausalLM loads it, {type(model).__name__} does not"
+        )
     if getattr(model.config, "distributed_config", None) is not None:
         raise UsageError("an artifact's kernels are bound to one device; leave tp_plan and distributed_config out")
     if asked.get("use_kernels"):
@@ -175,4 +177,3 @@ def _copy(artifact: "Artifact", directory: Path, generation_config: Any) -> None
             generation_config.save_pretrained(scratch)
         manifest = {name: value for name, value in artifact.manifest.items() if name != "source"}
         write_json(scratch / MANIFEST, {**manifest, "schema": SCHEMA, "files": kept})
-

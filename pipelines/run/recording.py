@@ -86,7 +86,15 @@ def _scores(
         teacher = measure.teacher_of(opened, place.metrics(baseline.name), windows, device, dtype)
     label = f"{step.address}: perplexity{f' on {name}' if name else ''}, blocks"
     return measure.scores_of(
-        artifact, place.metrics(step.name), windows, teacher, device, dtype, stages.binder(step.spec, device, artifact), label, under_way.ranks
+        artifact,
+        place.metrics(step.name),
+        windows,
+        teacher,
+        device,
+        dtype,
+        stages.binder(step.spec, device, artifact),
+        label,
+        under_way.ranks,
     )
 
 

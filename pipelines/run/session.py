@@ -103,7 +103,13 @@ def announce(steps: list[Step], before: Mapping[str, Any], compute: Compute, pla
     moved = before.get("compute", compute.words()) != compute.words()
     for step in steps:
         old = rows.get(step.address)
-        if old is not None and step.key and old["key"] != step.key and place.state(step.name) != "done" and place.artifact(old["name"]).is_dir():
+        if (
+            old is not None
+            and step.key
+            and old["key"] != step.key
+            and place.state(step.name) != "done"
+            and place.artifact(old["name"]).is_dir()
+        ):
             changes = [_change(k, old["settings"].get(k), v) for k, v in step.settings.items() if old["settings"].get(k) != v]
             if old["method"] != step.method:
                 changes.insert(0, f"method {old['method']} → {step.method}")

@@ -48,7 +48,9 @@ def check_jobs(jobs: int, directory: Path, recipe: Recipe, device: str) -> None:
     """UsageError where there are more processes than GPUs to give them."""
     place = RunDirectory(directory) if directory.is_dir() else None
     if compute_of(place, device, recipe.dtype, recipe.deterministic).device.type == "cuda" and jobs > (count := torch.cuda.device_count()):
-        raise UsageError(f"--jobs {jobs}: torch sees {count} GPU{'s' * (count > 1)}, and each process needs one to itself; give --jobs {count}")
+        raise UsageError(
+            f"--jobs {jobs}: torch sees {count} GPU{'s' * (count > 1)}, and each process needs one to itself; give --jobs {count}"
+        )
 
 
 def made_ahead(recipes: Sequence[tuple[str, Recipe]], directory: Path, device: str, jobs: int) -> dict[int, PipelineError]:
@@ -76,7 +78,9 @@ def made_ahead(recipes: Sequence[tuple[str, Recipe]], directory: Path, device: s
                     found[job.number] = getattr(errors, said["kind"])(said["message"])
                 elif job.process.returncode != 0:
                     last = (job.place / OUTPUT).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-                    log.warning("%s: its process ended with %d (%s); it is gone through again", label, job.process.returncode, *last or [""])
+                    log.warning(
+                        "%s: its process ended with %d (%s); it is gone through again", label, job.process.returncode, *last or [""]
+                    )
                 log.info("combination %d of %d ends: %s", job.number + 1, len(recipes), label)
             time.sleep(0.05)
     for name in SHARED[1:]:

@@ -42,7 +42,9 @@ def _records(
     records = {n: stage.parent.stored(n) for n in stage.parent.linears if not n.startswith(blocks)}
     layers = []
     structure = stage.model.structure
-    nearest = {s: getattr(stage.spec, key) for key, s in rounded_to_nearest(stage.spec, structure, is_tied(stage.model.model, structure)).items()}
+    nearest = {
+        s: getattr(stage.spec, key) for key, s in rounded_to_nearest(stage.spec, structure, is_tied(stage.model.model, structure)).items()
+    }
     for site in [*head, *nearest]:
         made, layer = _rounded(stage, site, nearest[site]) if site in nearest else solve(stage, site, statistics)
         for name in shared_names(stage.model.model, f"{site.module}.weight"):
