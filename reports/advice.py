@@ -5,7 +5,6 @@ Knows the names of stages, methods and settings as the command line has them. A 
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 from .findings import changes, worst_change, worst_role
 from .record import RunRecord, StageRecord, is_finite
@@ -37,7 +36,7 @@ def _left(last: StageRecord, baseline: StageRecord) -> float:
     return math.log(last.perplexity / baseline.perplexity)
 
 
-def _set(stage: StageRecord, key: str, value: Any) -> str:
+def _set(stage: StageRecord, key: str, value: object) -> str:
     return f"`--set {stage.stage}.{key}={value}`"
 
 
@@ -47,7 +46,7 @@ def _after_quantize(stage: StageRecord, present: set[str]) -> list[str]:
     tips = []
     if stage.method in ("rtn", "nf4"):
         tips.append(f"A method that looks at calibration text: {_set(stage, 'method', 'gptq')}.")
-    if (isinstance(group, int) and group > 32) or group == -1:
+    if isinstance(group, int) and (group > 32 or group == -1):
         cost = 16 / 32 - (16 / group if group > 0 else 0)
         tips.append(f"Smaller groups: {_set(stage, 'group_size', 32)} ({number(cost, 2)} bits per weight more at 16-bit scales).")
     if isinstance(bits, int) and bits <= 3:

@@ -6,7 +6,7 @@ is called better: the paired error between two runs is at most the sum of their 
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from .columns import PROTOCOL_TITLES, Column, protocol_text, stage_columns, used
@@ -89,16 +89,20 @@ def _who(pairs: Sequence[tuple[str, str]]) -> str:
     return ", ".join(f"{value} ({', '.join(run for run, its in pairs if its == value)})" for value in values)
 
 
-def columns(found: Sequence[Entry]) -> list[Column]:
+def columns(found: Sequence[Entry]) -> list[Column[Entry]]:
     """A run's head, its last stage's columns, the verdict."""
     left_out = ("stage", "method", "nll_difference_previous", "gap_closed", "trainable_parameters")
     of_stage = [column for column in stage_columns([entry.stage for entry in found]) if column.key not in left_out]
     return [
         Column("run", "run", lambda entry: entry.run, str, numeric=False),
         Column("way", "stages", lambda entry: entry.way, str, numeric=False),
-        *(replace(column, get=(lambda get: lambda entry: get(entry.stage))(column.get)) for column in of_stage),
+        *(column.read_by(_of_last_stage(column)) for column in of_stage),
         Column("verdict", "at equal bytes", lambda entry: entry.verdict or None, number, numeric=False),
     ]
+
+
+def _of_last_stage(column: Column[StageRecord]) -> Callable[[Entry], object]:
+    return lambda entry: column.get(entry.stage)
 
 
 def table(runs: Sequence[RunRecord], markdown: bool = False, width: int | None = None) -> str:

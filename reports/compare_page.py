@@ -1,7 +1,6 @@
 """Several runs as one self-contained page: the table, the verdicts of `compare` and the figure of bytes against perplexity."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from .columns import protocol_line, used
 from .compare import Entry, columns, entries, warnings
@@ -34,7 +33,7 @@ def comparison_html(runs: Sequence[RunRecord]) -> str:
 def _figures(found: Sequence[Entry]) -> list[Plot]:
     plots = []
     for index, protocol in enumerate(dict.fromkeys(entry.protocol for entry in found)):
-        rows: list[dict[str, Any]] = [
+        rows: list[dict[str, object]] = [
             {
                 "megabytes": entry.stage.total_bytes / 1e6,
                 "perplexity": entry.stage.perplexity,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, median
 
+from .json_values import real
 from .record import LayerRecord, RunRecord, StageRecord, is_finite
 from .units import difference, duration, number, percent, size
 
@@ -248,12 +249,12 @@ def _expensive_factors(record: RunRecord) -> list[Finding]:
 
 def _budget(record: RunRecord) -> list[Finding]:
     """What a budget was spent on, and what it was expected to cost."""
-    spent = [stage for stage in record.stages if isinstance(stage.metrics.get("allocation"), Mapping)]
+    spent = [(stage, facts) for stage in record.stages if isinstance(facts := stage.metrics.get("allocation"), Mapping)]
     if not spent:
         return []
-    stage, facts = spent[-1], spent[-1].metrics["allocation"]
-    given = Counter((layer.metrics["bits"], layer.metrics.get("grid")) for layer in stage.layers if "bits" in layer.metrics)
-    each = sorted(given.items(), key=lambda item: (item[0][0], item[0][1] or ""))
+    stage, facts = spent[-1]
+    given = Counter((real(layer.metrics["bits"]), layer.metrics.get("grid")) for layer in stage.layers if "bits" in layer.metrics)
+    each = sorted(given.items(), key=lambda item: (item[0][0], str(item[0][1] or "")))
     bits = ", ".join(f"{count} matrices {f'have {number(size)} bits' if kind is None else f'are {kind}'}" for (size, kind), count in each)
     ranks = [layer.rank for layer in stage.layers if layer.rank and "bits" in layer.metrics]
     term = f"; {len(ranks)} have a low-rank term, of rank {min(ranks)} to {max(ranks)}" if ranks else ""
@@ -270,7 +271,7 @@ def _prediction(record: RunRecord) -> list[Finding]:
     for stage in record.stages:
         metrics = [layer.metrics for layer in stage.layers]
         pairs = [(each.get("predicted_loss"), each.get("measured_loss")) for each in metrics]
-        known = [(float(p), float(m)) for p, m in pairs if p is not None and m is not None and is_finite(p) and is_finite(m)]
+        known = [(float(p), float(m)) for p, m in pairs if is_finite(p) and is_finite(m)]
         if not known:
             continue
         predicted, measured = math.fsum(p for p, _ in known), math.fsum(m for _, m in known)
