@@ -52,7 +52,7 @@ _REFIT: Mapping[str, Any] = {"requantize": True, "quantizer": "gptq", "clip": "h
 _BEST: Mapping[str, Any] = {"keep_start": True, "first": "kept", "iterations": 5, "follow": True, "overlap": 0.1, "factor_bits": None}
 
 
-def _low_rank(does: str, paper: str, version: int = 1, **defaults: Any) -> Method:
+def _low_rank(does: str, paper: str, version: int = 1, **defaults: object) -> Method:
     return Method(Decomposition, decompose, needs, version=version, defaults=defaults, together=decompose_shared, does=does, paper=paper)
 
 
@@ -95,7 +95,7 @@ def _magnitude_needs(config: Any) -> frozenset[str]:
     return frozenset({"norms"} if config.allocation == "outliers" else ())
 
 
-def _feedback_needs(config: Any) -> frozenset[str]:
+def _feedback_needs(config: object) -> frozenset[str]:
     """Methods that carry errors on: what leans toward the dense model's inputs needs them beside the compressed ones."""
     leans = getattr(config, "correction", 0.0) or getattr(config, "refit", None)
     return frozenset({"second_moment", "cross_moment"} if leans else {"second_moment"})

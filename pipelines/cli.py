@@ -102,7 +102,7 @@ def _run(arguments: list[str] | None) -> int:
             signal.signal(number, _terminate)
     try:
         _join(sys.argv[1:] if arguments is None else arguments)
-        result: Any = app(args=arguments, prog_name="pipeline", standalone_mode=False)
+        result: object = app(args=arguments, prog_name="pipeline", standalone_mode=False)
         flush()
         if result != INTERRUPTED:
             joining.leave()

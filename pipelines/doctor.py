@@ -26,7 +26,7 @@ DEMO_MEMORY_BYTES = 4 * 10**9
 def report() -> dict[str, Any]:
     """Sections of plain values, and `missing`: a list of {what, fix}."""
     packages = installed()
-    sections: dict[str, Any] = {
+    sections: dict[str, object] = {
         "python": {"version": platform.python_version(), "executable": sys.executable, "platform": platform.platform()},
         "packages": packages,
     }
@@ -65,7 +65,7 @@ def devices() -> list[dict[str, Any]]:
     """The CPU, and each CUDA device with its memory."""
     import torch
 
-    found: list[dict[str, Any]] = [{"device": "cpu", "name": cpu_name(), "total_bytes": _memory_limit()}]
+    found: list[dict[str, object]] = [{"device": "cpu", "name": cpu_name(), "total_bytes": _memory_limit()}]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
@@ -99,7 +99,7 @@ def kernels() -> dict[str, Any]:
     """Triton, and which backends compressed linears have here, why one is missing, and what was measured to choose among them."""
     import torch
 
-    found: dict[str, Any] = {"triton": find_spec("triton") is not None, "interpreter": os.environ.get("TRITON_INTERPRET") == "1"}
+    found: dict[str, object] = {"triton": find_spec("triton") is not None, "interpreter": os.environ.get("TRITON_INTERPRET") == "1"}
     try:
         from ..kernels.linear import describe
     except ImportError as error:
@@ -120,7 +120,7 @@ def disk() -> dict[str, Any]:
 
 def hub() -> dict[str, Any]:
     """Variables that steer the Hub libraries; a token is only said to be there."""
-    settings: dict[str, Any] = {name: os.environ.get(name) for name in (*OFFLINE, "HF_HOME", "HF_ENDPOINT")}
+    settings: dict[str, object] = {name: os.environ.get(name) for name in (*OFFLINE, "HF_HOME", "HF_ENDPOINT")}
     settings["token"] = "set" if os.environ.get("HF_TOKEN") else None
     settings["offline"] = any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in OFFLINE)
     return settings

@@ -133,7 +133,7 @@ class _Fused(TorchFunctionMode):
 def _fused(forward: Callable[..., Any]) -> Callable[..., Any]:
     """`forward` under `_Fused`, in backward's recomputation as well, which leaves a mode around the whole step behind."""
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: object, **kwargs: object) -> Any:
         with _Fused():
             return forward(*args, **kwargs)
 

@@ -49,11 +49,11 @@ class RoundedInput(torch.autograd.Function):
     """x [T, I] rounded as every operator of `kernels` rounds it, bit for bit; the gradient passes straight through."""
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, grid: ActivationGrid) -> Tensor:
+    def forward(ctx: object, x_TI: Tensor, grid: ActivationGrid) -> Tensor:
         return fake_quantize(x_TI, grid.bits, grid.group_size)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: object, *gradients: Tensor) -> Any:
         return gradients[0], None
 
 

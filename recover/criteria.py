@@ -5,7 +5,7 @@ Takes scores, gives flat positions; only kept weights (under the mask) can be ch
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +134,7 @@ def fisher_diagonal(linears: Mapping[str, CompressedLinear], gradients: Gradient
 
 
 def _rows(batch: Batch) -> list[Batch]:
-    masks: Any = [None] * len(batch.ids) if batch.loss_mask is None else batch.loss_mask.split(1)
+    masks: object = [None] * len(batch.ids) if batch.loss_mask is None else batch.loss_mask.split(1)
     return [Batch(ids, mask) for ids, mask in zip(batch.ids.split(1), masks, strict=True)]
 
 

@@ -146,7 +146,7 @@ class Beside:
 
     def hang(self, model: nn.Module, prefix: str = "", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> list[Any]:
         """Put the bottlenecks whose sublayer lies under `prefix` on the model; returns the hooks' handles."""
-        handles: list[Any] = []
+        handles: list[object] = []
         for name, place in self.bottlenecks.items():
             if place.exit.startswith(prefix):
                 tensors = {part: self.tensors[f"{name}.{part}"].to(device, dtype) for part in PARTS}
@@ -198,7 +198,7 @@ def hang(model: nn.Module, place: Place, bottleneck: nn.Module) -> list[Any]:
     def keep(module: nn.Module, args: Any) -> None:
         waiting[:] = [args[0]]
 
-    def add(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+    def add(module: nn.Module, args: object, y: Tensor) -> Tensor:
         return y + bottleneck(waiting.pop()).view(y.shape)
 
     return [model.get_submodule(place.entry).register_forward_pre_hook(keep), exit_.register_forward_hook(add)]

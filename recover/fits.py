@@ -16,7 +16,7 @@ Shapes = Mapping[str, tuple[int, int]]
 VIRTUAL = (prompts.PrefixTuning, prompts.PromptTuning, prompts.PTuning, prompts.MamAdapter)
 
 
-def virtual_tokens(own: Any) -> int:
+def virtual_tokens(own: object) -> int:
     """How many positions a method's virtual tokens take."""
     return own.tokens if isinstance(own, VIRTUAL) else 0
 
@@ -50,7 +50,7 @@ def left_alone(own: Any, shared: Any, model: nn.Module, names: Iterable[str]) ->
     return found
 
 
-def _trains_biases(own: Any) -> bool:
+def _trains_biases(own: object) -> bool:
     return isinstance(own, attach.BitFit) or getattr(own, "train", None) == "biases" or getattr(own, "biases", False)
 
 
@@ -96,7 +96,7 @@ def _rank(own: Any, shapes: Shapes, chosen: list[str], low_rank: frozenset[str])
     return None
 
 
-def _nothing(own: Any, model: nn.Module, place: Where, chosen: list[str]) -> str | None:
+def _nothing(own: object, model: nn.Module, place: Where, chosen: list[str]) -> str | None:
     """Settings that switch everything off, or biases that are not there."""
     reason = "leaves no trainable parameter"
     if isinstance(own, attach.Perp) and not (own.norms or own.biases or own.head or own.embeddings or own.lora != "none"):

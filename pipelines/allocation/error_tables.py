@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +55,7 @@ def table_key(
     settings: list[Setting],
     outside: Sequence[Outside],
     allocation: AllocationSettings,
-    compute: Mapping[str, Any],
+    compute: Mapping[str, object],
 ) -> str:
     """Whatever decides the table: another budget has the same one, as long as it is spent on the same matrices."""
     row: Method = QUANTIZE[stages.quantize.method]
@@ -269,7 +268,7 @@ class _Walk:
         """What the quantize stage would make of the matrix on this grid, were all below it as it is now."""
         spec = self.stages.quantize
         row: Method = QUANTIZE[spec.method]
-        wanted: dict[str, Any] = overrides(Setting(grid))["quantize"]
+        wanted: dict[str, object] = overrides(Setting(grid))["quantize"]
         config = spec.config_for(site.name)
         if row.scope == "block":  # it starts from GPTQ, and trains what that left
             row, config = QUANTIZE["gptq"], GptqConfig(clip=config.clip)

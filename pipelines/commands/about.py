@@ -125,7 +125,7 @@ def _write_method(row: Mapping[str, Any], place: int) -> None:
     echo("\n".join(paragraph(text, o.width()) for text in row["advice"]))
 
 
-def _as_written(value: Any) -> str:
+def _as_written(value: object) -> str:
     """As a recipe has it."""
     return value if isinstance(value, str) else dumps(value)
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from ...kernels.cache import cache_directory
 from ..errors import InputError, OutOfMemoryError
@@ -49,7 +49,7 @@ class WheelFile:
         return Path(self.member).name if self.member else self.requirement.replace("==", "-") + ".whl"
 
 
-def write_lines(target: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_lines(target: Path, rows: Iterable[Mapping[str, object]]) -> None:
     """One JSON object a line; a killed writer leaves nothing that counts."""
     partial = target.with_name(f".{target.name}.partial")
     with partial.open("w", encoding="utf-8") as sink:

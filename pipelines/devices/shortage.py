@@ -6,7 +6,6 @@ Knows torch's errors and a stage's settings; not what a stage does with memory.
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -64,6 +63,6 @@ def advice(address: str, spec: StageSpec | None) -> str:
     return "try " + ", ".join(tries or _halved(address, config, "seq_len") or ["a method with fewer trained parameters"])
 
 
-def _halved(address: str, config: Any, name: str) -> list[str]:
+def _halved(address: str, config: object, name: str) -> list[str]:
     value = getattr(config, name, 1)
     return [f"--set {address}.{name}={value // 2}"] if value > 1 else []

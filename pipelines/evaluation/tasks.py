@@ -76,7 +76,7 @@ def _of_lm_eval(names: Sequence[str]) -> dict[str, Any]:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else f"or is it a file NAME{FILE}?"
             raise UsageError(f"unknown task {name!r}; {hint} `lm-eval ls tasks` lists all {len(manager.all_tasks):,}")
-    made: dict[str, Any] = {}
+    made: dict[str, object] = {}
     for name in names:
         with as_input_error(
             f"{name}: its documents are neither in the cache of `datasets` nor can they be fetched",
@@ -115,7 +115,7 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as text ({error}); give a {FILE} file of lines like {LINE}") from error
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line) if line.strip() else None
@@ -142,7 +142,7 @@ def _question(row: Any, where: str) -> dict[str, Any]:
 def scores_of_tasks(
     artifact: Artifact,
     metrics: Path,
-    tasks: Mapping[str, Any],
+    tasks: Mapping[str, object],
     limit: int | None,
     device: torch.device,
     dtype: torch.dtype,

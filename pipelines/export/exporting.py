@@ -4,7 +4,7 @@ Knows artifacts and checkpoints; the bytes of a format are `formats/`.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -139,7 +139,7 @@ def _prepared(
         yield replace(checkpoint, card={**card, "read_by": known_readers(exported)}), exported, [*said, *notes]
 
 
-def checkpoint_of(artifact: Artifact, card: dict[str, Any], embeddings: bool = False) -> Checkpoint:
+def checkpoint_of(artifact: Artifact, card: Mapping[str, object], embeddings: bool = False) -> Checkpoint:
     """An artifact as every format sees it: rounded embeddings become the dense table that any program can look rows up in, unless the format has
     a place for their codes (`embeddings`)."""
     config = json.loads((artifact.directory / "config.json").read_text())

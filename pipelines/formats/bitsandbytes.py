@@ -78,7 +78,7 @@ def pack(name: str, record: StoredWeight, dtype: torch.dtype) -> dict[str, Tenso
     if mask is not None:
         codes = codes.where(mask, int((normal_float.code_book(4) == 0).nonzero()))
     flat = codes.reshape(-1, 2)
-    state: dict[str, Any] = {
+    state: dict[str, object] = {
         "quant_type": "nf4",
         "blocksize": base.block_size,
         "dtype": str(dtype).removeprefix("torch."),

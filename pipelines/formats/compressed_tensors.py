@@ -204,7 +204,7 @@ def _configured_bits(name: str, groups: Mapping[str, Any]) -> int | None:
     return by_class
 
 
-def _bits(name: str, parts: Mapping[str, Stored], groups: Mapping[str, Any]) -> int:
+def _bits(name: str, parts: Mapping[str, Stored], groups: Mapping[str, object]) -> int:
     """Bits of a linear; checks its shapes against them and against each other."""
     packed = parts["weight_packed"]
     bits = _configured_bits(name, groups)

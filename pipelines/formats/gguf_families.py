@@ -56,7 +56,7 @@ class GgufModel:
     names: TensorNameMap
 
     @staticmethod
-    def of(config: Mapping[str, Any]) -> "GgufModel":
+    def of(config: Mapping[str, object]) -> "GgufModel":
         """UsageError for a family that is not here, and for what llama.cpp would compute otherwise in one that is."""
         kind = str(config.get("model_type"))
         if kind not in FAMILIES:

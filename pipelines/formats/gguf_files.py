@@ -271,7 +271,7 @@ def _record(stored: Any, model: GgufModel, name: str) -> StoredWeight:
 
 def _join(
     model: GgufModel,
-    tensors: Mapping[str, Any],
+    tensors: Mapping[str, object],
     linears: dict[str, Callable[[], StoredWeight]],
     plain: dict[str, Callable[[], Tensor]],
     file: Path,

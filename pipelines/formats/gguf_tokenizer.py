@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from json import loads
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gguf import GGUFWriter, TokenType
 
 from ..errors import UsageError, as_input_error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 OTHERWISE = "--format dense keeps the tokenizer's own files"
 GPT2 = "byte level"
@@ -138,7 +141,7 @@ def _looks_special(text: str) -> bool:
     return text in _LOOK_SPECIAL or any(text.startswith(first) and text.endswith(last) for first, last in ends)
 
 
-def _frames(tokenizer: Any, special: Mapping[str, int]) -> dict[str, bool]:
+def _frames(tokenizer: "PreTrainedTokenizerBase", special: Mapping[str, int]) -> dict[str, bool]:
     """Whether a text gets the first token in front and the last behind. UsageError for other frames."""
     bare, framed = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     for bos in (False, True):
@@ -157,7 +160,7 @@ def _flat(part: Any) -> Iterator[Mapping[str, Any]]:
         yield part
 
 
-def _splits(pre_tokenizer: Any) -> tuple[str, ...] | None:
+def _splits(pre_tokenizer: object) -> tuple[str, ...] | None:
     """The regular expressions that split a text, one after the other; None for a step that llama.cpp has none of."""
     out: list[str] = []
     for step in _flat(pre_tokenizer):
@@ -173,9 +176,9 @@ def _splits(pre_tokenizer: Any) -> tuple[str, ...] | None:
     return tuple(out)
 
 
-def _space_prefix(described: Mapping[str, Any]) -> tuple[bool, tuple[str, ...]]:
+def _space_prefix(described: Mapping[str, object]) -> tuple[bool, tuple[str, ...]]:
     """(whether ▁ goes before a text, what is to be said of it). UsageError where spaces do not become ▁ at all."""
-    found: set[Any] = set()
+    found: set[object] = set()
     for step in [*_flat(described["normalizer"]), *_flat(described["pre_tokenizer"])]:
         if step["type"] == "Prepend" and step["prepend"] == "▁":
             found.add("prefix")

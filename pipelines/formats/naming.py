@@ -45,7 +45,7 @@ class Names:
     model: Any
 
     @staticmethod
-    def of(config: Mapping[str, Any]) -> "Names":
+    def of(config: Mapping[str, object]) -> "Names":
         return _names(json.dumps(config, sort_keys=True, default=str))
 
     @cached_property

@@ -64,7 +64,7 @@ ABOUT = {
 }
 
 
-def write(checkpoint: Checkpoint, directory: Path, write_base: WriteBase, **options: Any) -> list[str]:
+def write(checkpoint: Checkpoint, directory: Path, write_base: WriteBase, **options: object) -> list[str]:
     """DIR/base by `write_base` (a format's `write`, with its options) and DIR/adapter. UsageError without a low-rank term or virtual
     tokens, and for what PEFT does not know."""
     tokens = virtual_tokens(checkpoint)
@@ -98,7 +98,7 @@ def write(checkpoint: Checkpoint, directory: Path, write_base: WriteBase, **opti
     return [*notes, f"the low-rank term of {len(factors)} linears is in {ADAPTER}/, to be loaded by PEFT on top of {BASE}/"]
 
 
-def _write_adapter(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], title: str) -> None:
+def _write_adapter(directory: Path, config: Mapping[str, object], tensors: Mapping[str, Tensor], title: str) -> None:
     directory.mkdir()
     write_json(directory / SETTINGS, config)
     save(directory / "adapter_model.safetensors", dict(tensors))
@@ -198,7 +198,7 @@ def refuse_other_models_tokens(beside: Beside, model: Any, directory: Path) -> N
             )
 
 
-def _check_config(adapter: Path, config: Mapping[str, Any]) -> None:
+def _check_config(adapter: Path, config: Mapping[str, object]) -> None:
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("modules_to_save"):
         raise InputError(
             f"{adapter}: only virtual tokens and plain LoRA adapters are read, without DoRA and modules_to_save (this one: {config.get('peft_type')})"

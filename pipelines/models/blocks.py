@@ -9,7 +9,7 @@ Legend: N windows, T tokens, D model width, V vocabulary.
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from .rounded_inputs import raw_inputs, round_expert_inputs, round_inputs
 from .source import load_config
 from .structure import Site, Structure, inspect, set_parameter, skeleton, tied_names
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class Binder(Protocol):
     """Replaces modules by others that run their records. `experts`: fused experts as well, which are dense otherwise."""
@@ -37,7 +40,7 @@ class Binder(Protocol):
         """A block's linears, by name."""
         ...
 
-    def tables(self, model: Any, records: dict[str, StoredWeight]) -> None:
+    def tables(self, model: "PreTrainedModel", records: dict[str, StoredWeight]) -> None:
         """The token embeddings and the head, by the name of their parameter; those it leaves get their dense matrix."""
         ...
 
@@ -237,7 +240,7 @@ class StreamedModel:
     def _entering(self, ids_NT: Tensor) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
         """What enters the first block, and what every block is called with besides."""
         ids = ids_NT.to(self.device)
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
         entered: list[Tensor] = []
 
         def record(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -288,7 +291,7 @@ class StreamedModel:
         with whole_windows(), self._stand_ins(lambda index, hidden, args, kwargs: rows):
             return self.model(ids, use_cache=False).logits.view(*hidden_NTD.shape[:2], -1)
 
-    def _forward_until_stop(self, **arguments: Any) -> None:
+    def _forward_until_stop(self, **arguments: object) -> None:
         try:
             with whole_windows():
                 self.model(**arguments)
@@ -306,7 +309,7 @@ class StreamedModel:
         found: list[int] = []
         sees: list[bool] = []
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: object, **kwargs: object) -> Any:
             out = plain(*args, **kwargs)
             found.append(len(out) if isinstance(out, tuple) else 0)
             sees.append(_looks_ahead(out[0] if isinstance(out, tuple) else out))
@@ -346,7 +349,7 @@ class StreamedModel:
                 del block.forward
 
 
-def _instead(value: Any, cache: Any) -> Any:
+def _instead(value: object, cache: object) -> Any:
     return cache if isinstance(value, Cache) else value
 
 
@@ -362,7 +365,7 @@ class _Stop(Exception):
 
 
 def _to_meta(block: nn.Module) -> None:
-    module: Any
+    module: object
     for module in block.modules():
         raw_inputs(module)
         for name, parameter in module._parameters.items():

@@ -199,7 +199,7 @@ class _Enough(Exception):
     """Ends a block's forward pass once every wanted input has been seen."""
 
 
-def _stop(*_: Any) -> None:
+def _stop(*_: object) -> None:
     raise _Enough
 
 

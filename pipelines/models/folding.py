@@ -76,7 +76,7 @@ def _readers(
     block: nn.Module, prefix: str, records: Mapping[str, StoredWeight], hidden_NTD: Tensor, run: Callable[[Tensor], Tensor]
 ) -> dict[str, list[str]]:
     """Norm → the compressed linears that are handed the very tensor it returns, in a block's own names and in full ones."""
-    given: list[tuple[str, Any]] = []
+    given: list[tuple[str, object]] = []
     reads: dict[str, list[str]] = {}
     handles = []
     for name, module in block.named_modules():
@@ -84,7 +84,7 @@ def _readers(
             handles.append(module.register_forward_hook(lambda m, args, out, name=name: given.append((name, out))))
         elif f"{prefix}{name}" in records or isinstance(module, nn.Linear):
 
-            def before(m: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            def before(m: nn.Module, args: tuple[object, ...], name: str = name) -> None:
                 source = next((norm for norm, out in reversed(given) if out is args[0]), None)
                 if source is not None:
                     reads.setdefault(source, []).append(f"{prefix}{name}")

@@ -9,7 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from ..formats import ggml_folder
 from ..formats.ggml_blocks import unpack
 from .structure import Site, inspect, tied_names
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 log = logging.getLogger("bitmend")
 
 
@@ -29,7 +32,7 @@ def import_gguf(path: Path) -> Path:
     return imported.import_gguf(path, _save, "-codes")
 
 
-def _save(model: Any, gguf: Path, directory: Path) -> None:
+def _save(model: "PreTrainedModel", gguf: Path, directory: Path) -> None:
     """Write the model as it is, but for the matrices whose codes are kept."""
     records = kept_codes(model, gguf)
     if not records:
@@ -47,7 +50,7 @@ def _save(model: Any, gguf: Path, directory: Path) -> None:
     log.info("%s: %d matrices keep their codes (%s)", gguf.name, len(records), counts)
 
 
-def kept_codes(model: Any, gguf: Path) -> dict[str, GgmlWeight]:
+def kept_codes(model: "PreTrainedModel", gguf: Path) -> dict[str, GgmlWeight]:
     """Record by the name of the matrix."""
     from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
 
@@ -93,14 +96,14 @@ def _record_of(tensors: list[Any], site: Site, model: Any) -> GgmlWeight | None:
     return _matching(blocks, kinds.pop(), weight_OI, model.config)
 
 
-def _whole(found: dict[str, GgmlWeight], model: Any) -> dict[str, GgmlWeight]:
+def _whole(found: dict[str, GgmlWeight], model: "PreTrainedModel") -> dict[str, GgmlWeight]:
     """Without those experts whose parameter holds others that keep no codes."""
     lacking = {(s.module, s.parameter) for s in _sites(model) if s.expert is not None and s.name not in found}
     dense = {s.name for s in _sites(model) if (s.module, s.parameter) in lacking}
     return {name: record for name, record in found.items() if name not in dense}
 
 
-def _sites(model: Any) -> list[Site]:
+def _sites(model: "PreTrainedModel") -> list[Site]:
     structure = inspect(model, include_head=True)
     return [*structure.sites, *([structure.embeddings] if structure.embeddings is not None else [])]
 

@@ -5,7 +5,7 @@ Knows formats and headers; loads one matrix of each kind (shape, parts and their
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...compress.weights import to_tensors
 from ..formats import detect, read
@@ -14,10 +14,13 @@ from ..models.sizes import Size, Sizes, dense_sizes
 from ..models.source import weights_home
 from ..models.structure import Structure
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 FLOATS = {"F16": 2, "BF16": 2, "F32": 4}
 
 
-def imported_sizes(source: Path, model: Any, structure: Structure) -> Sizes | None:
+def imported_sizes(source: Path, model: "PreTrainedModel", structure: Structure) -> Sizes | None:
     """Sizes with every quantized matrix as its record; None for a dense checkpoint."""
     home = weights_home(source)
     if detect(home) == "dense":
@@ -28,7 +31,7 @@ def imported_sizes(source: Path, model: Any, structure: Structure) -> Sizes | No
     plain = [entry for name, entry in headers.items() if name not in packed and entry.dtype in FLOATS]
     element = FLOATS[max(plain, key=lambda entry: entry.size_bytes).dtype] if plain else 2
     sizes = dense_sizes(model, structure, element)
-    known: dict[Any, Size] = {}
+    known: dict[object, Size] = {}
     table = structure.embeddings
     for name in checkpoint.linears:
         own = str(sizes.embeddings) if table is not None and name == table.name else name

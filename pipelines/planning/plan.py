@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,6 +31,9 @@ from .stage_costs import Needs
 from .steps import Step, found_choice, plan_steps
 from .unread import unread
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def refusals(recipe: Recipe, source: Path) -> list[str]:
     """What a run of this recipe on the model in `source` would be refused for, one line each; empty when nothing is."""
@@ -39,7 +42,7 @@ def refusals(recipe: Recipe, source: Path) -> list[str]:
     return _refusals(recipe, model, _sizes(source, model, inspect(model, include_head=True)), imported)
 
 
-def _refusals(recipe: Recipe, model: Any, sizes: Sizes, imported: bool) -> list[str]:
+def _refusals(recipe: Recipe, model: "PreTrainedModel", sizes: Sizes, imported: bool) -> list[str]:
     """`sizes` become those behind the last stage."""
     refused, left_open = _too_long(recipe, positions(model.config)), []
     if recipe.budget is not None:
@@ -239,7 +242,7 @@ def _reads_fisher(spec: StageSpec) -> bool:
     return "fisher" in methods(spec.name)[spec.method].needs(spec.config)
 
 
-def _sizes(source: Path, model: Any, structure: Structure) -> Sizes:
+def _sizes(source: Path, model: "PreTrainedModel", structure: Structure) -> Sizes:
     """Before any stage: dense, or as the program stored it that quantized this checkpoint."""
     return imported_sizes(source, model, structure) or dense_sizes(model, structure, _element_bytes(source))
 
@@ -257,7 +260,7 @@ def _element_bytes(source: Path) -> float:
         raise InputError(f"{first}: not a readable safetensors file ({error}); download the model again") from error
 
 
-def _unroundable(model: Any, sizes: Sizes) -> list[str]:
+def _unroundable(model: "PreTrainedModel", sizes: Sizes) -> list[str]:
     """Matrices whose inputs a stage rounds, which only a call of their linear can do, where the model's code multiplies by itself."""
     linears = [s.name for s in sizes.structure.sites if s.expert is None and sizes.of[s.name].rounds_inputs]
     found = [name for name in linears if parameters_are_read(model, name)]

@@ -1,7 +1,7 @@
 """What a plan can say of recovery before any work: what will be refused, and the bytes beside the model. Reads configs, no weights."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...recover.bottlenecks import SerialAdapter, sublayers
 from ...recover.fits import misfit, virtual_tokens
@@ -14,8 +14,11 @@ from ..recipes.mixture import SELF, shares
 from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def refusals(spec: StageSpec, recipe: Recipe, model: Any, sizes: Sizes, imported: bool) -> list[str]:
+
+def refusals(spec: StageSpec, recipe: Recipe, model: "PreTrainedModel", sizes: Sizes, imported: bool) -> list[str]:
     """Why a recover stage cannot be, one line each. `model` is a skeleton, `sizes` what the stages before it will have made; of an
     `imported` checkpoint only shapes are known."""
     shared, own = split(spec.method, spec.config)
@@ -76,7 +79,7 @@ def _kinds(size: Size) -> frozenset[str]:
     return frozenset({base} | details | ({"masked"} if size.mask else set()) | ({"low_rank"} if size.low_rank else set()))
 
 
-def _tables(own: Any, sizes: Sizes) -> list[str]:
+def _tables(own: object, sizes: Sizes) -> list[str]:
     """Embeddings and head can train where they are plain."""
     in_blocks = {s.name for s in sizes.structure.sites if s.block is not None}
     compressed = any(size.compressed for name, size in sizes.of.items() if name not in in_blocks)
@@ -87,7 +90,7 @@ def _tables(own: Any, sizes: Sizes) -> list[str]:
     return []
 
 
-def _tokens(spec: StageSpec, recipe: Recipe, model: Any) -> list[str]:
+def _tokens(spec: StageSpec, recipe: Recipe, model: "PreTrainedModel") -> list[str]:
     """Virtual tokens take positions from every text, and stand in front once."""
     count, limit = virtual_tokens(split(spec.method, spec.config)[1]), positions(model.config)
     if not count:

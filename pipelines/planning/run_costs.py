@@ -5,7 +5,7 @@ Puts `stage_costs`, `recovery_costs` and a device's measured speeds together. Kn
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,9 @@ from ..stages.fuse import ROOM
 from . import recovery_costs, stage_costs, table_costs
 from .anatomy import Anatomy
 from .stage_costs import CostPlan, Needs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ALL_WINDOWS = 160
 """Of an evaluation of the whole text: what WikiText-2's test split holds at 2048 tokens, about."""
@@ -48,7 +51,7 @@ class RunCosts:
     base: float
 
     @classmethod
-    def of(cls, model: Any, recipe: Recipe, compute: Compute, element: float) -> "RunCosts":
+    def of(cls, model: "PreTrainedModel", recipe: Recipe, compute: Compute, element: float) -> "RunCosts":
         """Measures the device for a moment."""
         plan = CostPlan(Anatomy(model), recipe, compute.device, compute.dtype, element)
         on_card = compute.device.type == "cuda"

@@ -45,7 +45,7 @@ class Cost:
     kept: float = 0.0
 
 
-def solver_cost(stage: str, method: str, config: Any, shape: tuple[int, int], quantized: bool) -> Cost:
+def solver_cost(stage: str, method: str, config: object, shape: tuple[int, int], quantized: bool) -> Cost:
     """Of one matrix [O, I]; `quantized`: whether its record lies on a grid already."""
     if stage == "prune":
         return _pruned(method, config, *shape)
@@ -54,7 +54,7 @@ def solver_cost(stage: str, method: str, config: Any, shape: tuple[int, int], qu
     return _decomposed(config, *shape, quantized)
 
 
-def _pruned(method: str, config: Any, rows: int, columns: int) -> Cost:
+def _pruned(method: str, config: object, rows: int, columns: int) -> Cost:
     matrix = 4.0 * rows * columns
     plain = Cost(Work(passes=MASK * matrix, calls=40), 5.3 * matrix)
     if method != "sparsegpt":

@@ -145,5 +145,5 @@ def _quantizer(stages: Spent, site: Site, grid: Grid) -> tuple[str, Any]:
     name, config = stages.quantize.method, stages.quantize.config_for(site.name)
     if QUANTIZE[name].scope == "block":
         name, config = "gptq", GptqConfig(clip=config.clip)
-    wanted: dict[str, Any] = overrides(Setting(grid))["quantize"]
+    wanted: dict[str, object] = overrides(Setting(grid))["quantize"]
     return name, replace(config, **wanted | ({"correction": 0.0} if hasattr(config, "correction") else {}))

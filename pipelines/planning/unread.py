@@ -5,7 +5,7 @@ Knows names and sizes; reads no weights.
 
 import difflib
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ...recover.attach import Dora, Lora
 from ...recover.recovery_methods import split
@@ -15,11 +15,14 @@ from ..models.structure import Structure
 from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec, methods
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 NEAREST = 3
 """Names shown where a pattern matches none."""
 
 
-def unread(spec: StageSpec, recipe: Recipe, model: Any, sizes: Sizes) -> list[str]:
+def unread(spec: StageSpec, recipe: Recipe, model: "PreTrainedModel", sizes: Sizes) -> list[str]:
     """One line for each; `sizes` are what the stages before this one will have made."""
     found = _patterns(spec, sizes.structure)
     if spec.name == "recover":
@@ -48,7 +51,7 @@ def _unmatched(key: str, pattern: str, names: list[str]) -> str | None:
     )
 
 
-def _rank(spec: StageSpec, recipe: Recipe, model: Any, sizes: Sizes) -> list[str]:
+def _rank(spec: StageSpec, recipe: Recipe, model: "PreTrainedModel", sizes: Sizes) -> list[str]:
     """A rank for new factors, where every chosen matrix has some already, of another rank."""
     shared, own = split(spec.method, spec.config)
     if not (isinstance(own, Lora | Dora) or getattr(own, "train", None) == "lora"):

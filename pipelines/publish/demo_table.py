@@ -65,7 +65,7 @@ def _plain(chosen: Recipe, directory: Path) -> RunRecord:
     return RunRecord("plain methods, the default recipe's embeddings", DEMO, first.protocol, stages, {}, first.texts)
 
 
-def _measured(chosen: Recipe, directory: Path, settings: Mapping[str, Any], options: Mapping[str, Any]) -> RunRecord:
+def _measured(chosen: Recipe, directory: Path, settings: Mapping[str, object], options: Mapping[str, object]) -> RunRecord:
     """A run of one quantizer, with the recipe's embeddings and evaluation."""
     (quantize,) = [stage for stage in chosen.stages if stage.name == "quantize"]
     embeddings = {key: getattr(quantize, key) for key in ("include_embeddings", "embedding_bits", "head_bits")}

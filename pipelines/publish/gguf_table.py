@@ -11,15 +11,16 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from gguf import GGUFReader
 
 from ...reports import published
+from ...reports.json_values import text
 from ..doctor import cpu_name
 from ..errors import InputError
 from ..evaluation.speed import tokens_per_second
@@ -31,6 +32,9 @@ from ..run import runner
 from ..run.opening import last_artifact, load
 from ..stages.inputs import Inputs
 from .reference_rows import DEMO, SETTINGS, SMALL
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAME = "gguf"
 WIDE = "wide"
@@ -72,7 +76,7 @@ def _write(kept: published.PublishedRows) -> list[Path]:
         "The two perplexities of a row differ because llama.cpp rounds what enters a quantized matrix to 8 bits. Tokens/s: one thread each, greedy.",
         f"Made by `make publish TABLE={NAME}`: {len(rows)} of {len(MODELS) * (1 + len(TYPES) * (1 + len(METHODS)))} rows; {cpu_name()}, 2 cores shared with other work.",
     ]
-    protocols = {row["model"]: row["protocol"] for row in rows}
+    protocols = {text(row["model"]): row["protocol"] for row in rows}
     return published.write(NAME, shown, COLUMNS, protocols, title="GGUF: our grids beside llama.cpp's quantizer", notes=notes)
 
 
@@ -86,7 +90,7 @@ def _measure(model: str, directory: Path, kept: published.PublishedRows) -> None
     np.save(place / "windows.npy", ids_NT.numpy())
     said = {"protocol": record.protocol.to_json()}
 
-    def row(kind: str, name: str, file: Path, **more: Any) -> None:
+    def row(kind: str, name: str, file: Path, **more: object) -> None:
         if {"model": model, "type": kind, "name": name} not in kept:
             kept.append({"model": model, "type": kind, "name": name, **_in_llama_cpp(file, place, ids_NT), **said, **more})
 
@@ -126,7 +130,9 @@ def _options(model: str, place: Path) -> dict[str, Any]:
     return {"model": str(trained), "data": str(_TRAIN.parent / "text.jsonl"), "profile": "standard"}
 
 
-def _recipe(stages: list[dict[str, Any]], model: str, options: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> recipe.Recipe:
+def _recipe(
+    stages: Sequence[Mapping[str, object]], model: str, options: Mapping[str, object], more: Mapping[str, object] | None = None
+) -> recipe.Recipe:
     document = {
         "name": NAME,
         **SETTINGS[DEMO if model == DEMO else SMALL],
@@ -167,11 +173,11 @@ def _mean_squares(inputs: Inputs) -> dict[str, np.ndarray]:
     """GGUF tensor → E[x²] of every column of its input over the calibration text, which is what llama.cpp's own imatrix holds."""
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(_weights(inputs.model), dtype=torch.float32).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(_weights(inputs.model), dtype=torch.float32).eval()
     known, sums, ids_NT = GgufModel.of(model.config.to_dict()), {}, inputs.calibration()
 
     def watch(name: str) -> Any:
-        def see(_: Any, given: tuple[torch.Tensor, ...]) -> None:
+        def see(_: object, given: tuple[torch.Tensor, ...]) -> None:
             square_I = given[0].double().flatten(0, -2).square().sum(0)
             sums[name] = sums.get(name, 0) + square_I
 
@@ -202,7 +208,7 @@ def _said_types(file: Path) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
 
 
-def _run(verb: str, job: Mapping[str, Any], place: Path) -> dict[str, Any]:
+def _run(verb: str, job: Mapping[str, object], place: Path) -> dict[str, Any]:
     """One job of tests/interop/llama_cpp_runs.py. InputError with its last words when it fails."""
     (place / "jobs.json").write_text(json.dumps([{**job, "said": str(place / "said.json")}]))
     done = subprocess.run([_interpreter(), "-P", _RUNS, verb, place / "jobs.json"], capture_output=True, text=True, check=False)

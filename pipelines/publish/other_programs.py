@@ -46,7 +46,7 @@ def made(directory: Path, dense: Path, ids_NT: Tensor, asked: Mapping[str, Any])
     return next(checkpoint.rglob("config.json")).parent, found
 
 
-def place_of(directory: Path, asked: Mapping[str, Any]) -> Path:
+def place_of(directory: Path, asked: Mapping[str, object]) -> Path:
     return directory / "-".join(str(value) for value in asked.values())
 
 

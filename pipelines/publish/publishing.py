@@ -19,6 +19,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ...reports import published
+from ...reports.json_values import text
 from ...reports.plots import Look, lines_figure, pareto_figure
 from ...reports.record import RunRecord
 from .. import logs
@@ -90,13 +91,13 @@ def _stands(row: ReferenceRow, kept: published.PublishedRows) -> bool:
 def write(name: str, table: ReferenceTable, kept: published.PublishedRows) -> list[Path]:
     """The files of the table, from the rows that were measured."""
     found = [row for row in (kept.get(**_identity(row)) for row in table.rows if _stands(row, kept)) if row is not None]
-    shown = [{k: v for k, v in row.items() if k != "protocol"} | {"settings": SETTINGS[row["model"]]} for row in found]
+    shown = [{k: v for k, v in row.items() if k != "protocol"} | {"settings": SETTINGS[text(row["model"])]} for row in found]
     for row in shown:
         row["verdict"] = _verdict(row, shown, table)
     figure = _figure([r for r in shown if r.get("perplexity")], table)
     columns = [("model", "model", "text"), ("name", "method", "text"), *((tag, tag, "text") for tag in table.tags), *MEASURED]
     columns = [c for c in columns if any(r.get(c[0]) not in (None, "") for r in shown)]
-    protocols = {row["model"]: row["protocol"] for row in found if row.get("protocol")}
+    protocols = {text(row["model"]): row["protocol"] for row in found if row.get("protocol")}
     return published.write(name, shown, columns, protocols, figure, title=table.title, notes=[*table.notes, *_notes(name, found, table)])
 
 
@@ -162,13 +163,13 @@ def _measure(row: ReferenceRow, directory: Path, other_text: bool) -> dict[str, 
     return numbers | (_on_other_text(directory, directory, row) if other_text else {})
 
 
-def _recipe(row: ReferenceRow, options: Mapping[str, Any]) -> recipe.Recipe:
+def _recipe(row: ReferenceRow, options: Mapping[str, object]) -> recipe.Recipe:
     stages = [dict(stage) for stage in row.stages] or [{"fuse": {"backend": "reference"}}]
     document = {"name": "published", "seed": row.seed, "dtype": row.dtype, **SETTINGS[row.model], "stages": stages}
     return recipe.resolve(document, options=options)
 
 
-def _measure_rival(row: ReferenceRow, directory: Path, options: Mapping[str, Any], other_text: bool) -> dict[str, Any]:
+def _measure_rival(row: ReferenceRow, directory: Path, options: Mapping[str, object], other_text: bool) -> dict[str, Any]:
     """What the other program made of the baseline, as it stands or as the row's stages leave it; differences are to the dense model."""
     assert row.rival is not None
     beside = directory.with_name(f"{directory.name}-rivals")

@@ -24,7 +24,7 @@ _FOUR: dict[str, dict[str, Any]] = {
 _GRID_FOUR = {**{k: v for k, v in _FOUR.items() if k != "perp, norms and biases"}, "scales, norms": {"method": "scales", "norms": True}}
 
 
-def _recovered(name: str, kind: str, settings: Mapping[str, Any], model: str, seed: int = 0) -> ReferenceRow:
+def _recovered(name: str, kind: str, settings: Mapping[str, object], model: str, seed: int = 0) -> ReferenceRow:
     return ReferenceRow(name, (*KINDS[kind], {"recover": {**_BUDGET[model], **settings}}), {"kind": kind, "seed": seed}, model, seed)
 
 
@@ -109,7 +109,7 @@ PERP = ReferenceTable(
 # -- grid ------------------------------------------------------------------------------------------------------------------------
 
 
-def _trained(steps: int, method: str = "scales", **settings: Any) -> Stage:
+def _trained(steps: int, method: str = "scales", **settings: object) -> Stage:
     return {"recover": {**_BUDGET[DEMO], "method": method, "norms": True, "steps": steps, **settings}}
 
 

@@ -51,17 +51,17 @@ def _up(value: float) -> str:
     return f"{-(-value * 1000 // 1) / 1000:.3f}"
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: object) -> Any:
     """A single value where a list is meant; nothing twice."""
     items = value if isinstance(value, (list, tuple)) else [value]
     return tuple(item for number, item in enumerate(items) if item not in items[:number])
 
 
-def _listed_or_null(value: Any) -> Any:
+def _listed_or_null(value: object) -> Any:
     return None if value is None else _listed(value)
 
 
-def _texts(value: Any) -> Any:
+def _texts(value: object) -> Any:
     """0.5 is a share whether it was written as a number or as text."""
     return tuple(str(item) if isinstance(item, float) else item for item in _listed(value))
 

@@ -78,7 +78,7 @@ def _advice(stage: str, row: Any) -> list[str]:
     return [" ".join(part.split()) for text in texts for part in inspect.cleandoc(text).split("\n\n")]
 
 
-def text(value: Any, indent: int = 0) -> str:
+def text(value: object, indent: int = 0) -> str:
     """JSON with as much on a line as fits."""
     line = json.dumps(value, ensure_ascii=False)
     if len(line) + indent <= LINE or not isinstance(value, dict | list):

@@ -29,7 +29,7 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict] = {}  # none of those of YAML 1.1  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[Any] = set()
+        seen: set[object] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
@@ -90,7 +90,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return found
 
 
-def absolute(source: Any) -> Any:
+def absolute(source: object) -> Any:
     """A path that exists, independent of the working directory, so that a run can be resumed from anywhere."""
     if not isinstance(source, str) or source in ("", "demo"):
         return source
@@ -98,7 +98,7 @@ def absolute(source: Any) -> Any:
     return str(path.absolute()) if path.exists() else source
 
 
-def dump(value: Any) -> str:
+def dump(value: object) -> str:
     """YAML that `parse` reads back as the same value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=140, default_flow_style=False)
 
@@ -112,14 +112,14 @@ def split_assignment(text: str) -> tuple[str, Any]:
     return key, parse(value, f"--set {key}")
 
 
-def nested(keys: Iterable[str], value: Any) -> Any:
+def nested(keys: Iterable[str], value: object) -> Any:
     """("a", "b"), 3 → {"a": {"b": 3}}"""
     for key in reversed(list(keys)):
         value = {key: value}
     return value
 
 
-def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merged(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str, Any]:
     """`above` laid over `below`: mappings merge key by key, everything else is replaced."""
     result = dict(below)
     for key, value in above.items():

@@ -72,7 +72,7 @@ def register(registry: Any) -> None:
     registry.register_quantizer(QUANT_METHOD)(ArtifactQuantizer)
 
 
-def refuse_hub_id(config: Any) -> None:
+def refuse_hub_id(config: object) -> None:
     """UsageError where the model was named by an id of the Hub: transformers would ask there for the file that no artifact has."""
     name = getattr(config, "_name_or_path", "")
     if name and not Path(name).is_dir():

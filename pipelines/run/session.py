@@ -39,7 +39,7 @@ class Session:
     choice: Choice | None = None
     ranks: Ranks = ONE
 
-    def log(self, event: str, **fields: Any) -> None:
+    def log(self, event: str, **fields: object) -> None:
         """One line of log.jsonl, which one rank writes."""
         if self.ranks.leads:
             self.directory.log(event, **fields)

@@ -41,7 +41,7 @@ class Stop:
         if self.agreed():
             raise KeyboardInterrupt
 
-    def ask(self, number: int, frame: Any) -> None:
+    def ask(self, number: int, frame: object) -> None:
         if self.asked.is_set() and self.ranks.size > 1 and time.monotonic() - self.since < TWICE_SECONDS:
             return
         if self.asked.is_set() or not self.working:

@@ -105,14 +105,14 @@ class SweepOutcome:
 
 
 def combinations(
-    name: str, over: Sequence[str], *, file: Path | None = None, sets: Sequence[str] = (), options: Mapping[str, Any] | None = None
+    name: str, over: Sequence[str], *, file: Path | None = None, sets: Sequence[str] = (), options: Mapping[str, object] | None = None
 ) -> list[Point]:
     """Every combination of the `KEY=A,B,C` texts, each resolved and checked before anything runs."""
     return [Point(settings, resolve(name, file=file, sets=_assignments(sets, settings), options=options)) for settings in _product(over)]
 
 
 def directory(
-    name: str, over: Sequence[str], *, file: Path | None = None, sets: Sequence[str] = (), options: Mapping[str, Any] | None = None
+    name: str, over: Sequence[str], *, file: Path | None = None, sets: Sequence[str] = (), options: Mapping[str, object] | None = None
 ) -> Path:
     """runs/<recipe>-sweep: beside the single run, so that its pages stay its own. Known before a method is looked up, which brings torch;
     UsageError as in `combinations`, but for the stages."""

@@ -5,6 +5,7 @@ A directory whose tensor names are the model's own is referred to, not copied; a
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def build_baseline(directory: Path, scratch: Path, final: Path, manifest: dict[s
     return writer.seal(final, manifest, documents)
 
 
-def artifact_of(checkpoint: Checkpoint, files: Path, scratch: Path, final: Path, manifest: dict[str, Any]) -> Artifact:
+def artifact_of(checkpoint: Checkpoint, files: Path, scratch: Path, final: Path, manifest: Mapping[str, object]) -> Artifact:
     """The artifact of a checkpoint that was read, with the config and tokenizer files of `files`."""
     documents = {n: (files / n).read_bytes() for n in ("config.json", *DOCUMENTS) if (files / n).is_file()}
     writer = ArtifactWriter(scratch, None)

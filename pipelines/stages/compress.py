@@ -6,7 +6,7 @@ Knows the walk and the bookkeeping; one matrix is `matrices`' business, what lie
 Legend: N windows, T tokens.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -132,7 +132,7 @@ def _solved(stage: Stage, states: States, index: int, sites: list[Site]) -> tupl
             statistics = _statistics(stage, states, index, sites)
         return solve_block(stage, states, index, sites, statistics)
     records: dict[str, StoredWeight] = {}
-    layers: dict[str, dict[str, Any]] = {}
+    layers: dict[str, dict[str, object]] = {}
     with torch.no_grad():
         groups = _groups(stage, states, index, sites)
         for number, group in enumerate(groups, 1):
@@ -211,7 +211,7 @@ def _head_statistics(stage: Stage, states: States, site: Site) -> InputStatistic
     return statistics.get(site.name) or InputStatistics(site.shape[1], needs, stage.context.device)
 
 
-def _write(stage: Stage, index: int, part: str, records: Mapping[str, StoredWeight], layers: list[dict[str, Any]]) -> None:
+def _write(stage: Stage, index: int, part: str, records: Mapping[str, StoredWeight], layers: Sequence[Mapping[str, object]]) -> None:
     """One part: this block's new records, and everything else of it as the parent has it. Experts that share a parameter with a new record
     get dense ones."""
     if not stage.context.ranks.leads:

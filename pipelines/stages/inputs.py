@@ -159,7 +159,7 @@ class Inputs:
         chosen = self.recipe
         return resolve_model(chosen.teacher) if chosen.teacher else resolve_model(chosen.model, chosen.revision)
 
-    def fingerprint(self, spec: StageSpec, row: Any) -> list[Any]:
+    def fingerprint(self, spec: StageSpec, row: object) -> list[Any]:
         """Whatever of the data decides a stage's result: nothing for a method that reads no text."""
         if spec.name == "recover":
             mixed = shares(self.recipe.data.train)
@@ -168,7 +168,7 @@ class Inputs:
             return [*parts, self.calibration_fingerprint() if _needs(spec, row) else None, self.teacher_fingerprint()]
         return [self.calibration_fingerprint() if _needs(spec, row) else None]
 
-    def reads_calibration(self, spec: StageSpec, row: Any) -> bool:
+    def reads_calibration(self, spec: StageSpec, row: object) -> bool:
         """Whether a stage's result depends on the calibration text."""
         return _needs(spec, row)
 
@@ -184,7 +184,7 @@ class Inputs:
         return hashlib.sha256(json.dumps([list(ids.shape)]).encode() + ids.to(torch.int64).numpy().tobytes()).hexdigest()
 
 
-def _needs(spec: StageSpec, row: Any) -> bool:
+def _needs(spec: StageSpec, row: object) -> bool:
     needs = getattr(row, "needs", None)
     if needs is None:
         return False

@@ -7,8 +7,9 @@ checkpoints of transformers; not what the text is used for.
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,13 +25,16 @@ from ..text.sources import PARAGRAPH, Body
 from ..text.splits import Document
 from .baseline import fingerprint
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 log = logging.getLogger("bitmend")
 VERSION = 1
 DOCUMENTS, TOKENS, AT_ONCE = 128, 128, 64
 """How many documents of how many tokens, and how many are written at once."""
 
 
-def self_text(model: Path, tokenizer: Any, seed: int, device: torch.device) -> Body:
+def self_text(model: Path, tokenizer: "PreTrainedTokenizerBase", seed: int, device: torch.device) -> Body:
     """What the model in this directory writes. InputError for a quantized one, and for a kept text that another model wrote."""
     path, facts = _place(model, tokenizer, seed)
     begin, said = _beginning(tokenizer)
@@ -43,12 +47,12 @@ def self_text(model: Path, tokenizer: Any, seed: int, device: torch.device) -> B
     return Body(documents, PARAGRAPH, f"self (written by {facts['model'][:8]}, {said})", "by document")
 
 
-def is_written(model: Path, tokenizer: Any, seed: int) -> bool:
+def is_written(model: Path, tokenizer: "PreTrainedTokenizerBase", seed: int) -> bool:
     """Whether that text is in the cache."""
     return _place(model, tokenizer, seed)[0].is_file()
 
 
-def _place(model: Path, tokenizer: Any, seed: int) -> tuple[Path, dict[str, Any]]:
+def _place(model: Path, tokenizer: "PreTrainedTokenizerBase", seed: int) -> tuple[Path, dict[str, Any]]:
     """Where the text lies, and the facts that name it."""
     settings = {"version": VERSION, "documents": DOCUMENTS, "tokens": TOKENS, "seed": seed, "begins": _beginning(tokenizer)[1]}
     facts = {"model": fingerprint(model), "settings": settings}
@@ -56,7 +60,7 @@ def _place(model: Path, tokenizer: Any, seed: int) -> tuple[Path, dict[str, Any]
     return cache_directory() / "text" / f"self-{name}.jsonl", facts
 
 
-def _kept(path: Path, facts: dict[str, Any]) -> list[str]:
+def _kept(path: Path, facts: Mapping[str, object]) -> list[str]:
     try:
         written_by, *rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
         texts = [row["text"] for row in rows]

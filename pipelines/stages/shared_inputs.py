@@ -50,7 +50,7 @@ def _solve_one(stage: Stage, site: Site, statistics: Mapping[str, InputStatistic
 def _together(stage: Stage, sites: list[Site], statistics: Mapping[str, InputStatistics]) -> list[list[Site]]:
     """Those that read one input with one and the same config, where their method solves several at once and the config does not say
     `shared: false`; else one site each."""
-    groups: dict[Any, list[Site]] = {}
+    groups: dict[object, list[Site]] = {}
     for site in sites:
         config = stage.config_for(site)
         shares = stage.row.together is not None and getattr(config, "shared", True)

@@ -5,7 +5,7 @@ Knows artifacts and records; no method.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from ..errors import QualityError
 from ..models.blocks import StreamedModel
 from ..models.structure import Site, Structure, set_parameter, tied_names
 from ..store.artifact import Artifact, ArtifactWriter, shards_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SLACK = 1e-6
 """Of a held-out loss in nats: what the order of a sum may change."""
@@ -49,7 +52,7 @@ class InPlace:
     def _dense(self, site: Site) -> StoredWeight:
         return StoredWeight(DenseWeight(site.read(self.artifact.tensor(f"{site.module}.{site.parameter}")).contiguous()))
 
-    def tables(self, model: Any, records: dict[str, StoredWeight]) -> None:
+    def tables(self, model: "PreTrainedModel", records: dict[str, StoredWeight]) -> None:
         for name, record in records.items():
             set_parameter(model, name, record.dense(self.dtype).to(self.device))
         model.tie_weights()
@@ -63,7 +66,7 @@ class Trained:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def untouched(own: Any, shared: Any, model: nn.Module, structure: Structure) -> list[str]:
+def untouched(own: object, shared: object, model: nn.Module, structure: Structure) -> list[str]:
     """What a recovery leaves alone in the decoder's blocks and a reader might not expect, one line a reason. `model` is a skeleton."""
     sites = [site.name for site in structure.sites if site.block is not None]
     inside = {s.name: s.reason for s in structure.skipped if s.name.startswith(f"{structure.prefix}.")}
@@ -117,7 +120,7 @@ def write_rest(parent: Artifact, writer: ArtifactWriter, streamed: StreamedModel
 
 
 def write_block(
-    parent: Artifact, writer: ArtifactWriter, structure: Structure, index: int, found: Trained, extra: Mapping[str, Any] | None = None
+    parent: Artifact, writer: ArtifactWriter, structure: Structure, index: int, found: Trained, extra: Mapping[str, object] | None = None
 ) -> None:
     """One block's part. A linear that was plain and still is one stays a plain tensor."""
     start, part = f"{structure.prefix}.{index}.", f"block-{index:05d}"

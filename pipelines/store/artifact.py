@@ -166,7 +166,7 @@ class ArtifactWriter:
         part: str,
         shards: Mapping[str, Mapping[str, Tensor]],
         linears: Mapping[str, StoredWeight],
-        extra: Mapping[str, Any] | None = None,
+        extra: Mapping[str, object] | None = None,
     ) -> None:
         """Write the shards (suffix → tensors) of one part, records included, then its marker; `extra` is kept in the marker."""
         marker = self._written(part, shards, linears, extra) if self.ranks.leads else None
@@ -177,7 +177,7 @@ class ArtifactWriter:
         part: str,
         shards: Mapping[str, Mapping[str, Tensor]],
         linears: Mapping[str, StoredWeight],
-        extra: Mapping[str, Any] | None,
+        extra: Mapping[str, object] | None,
     ) -> dict[str, Any]:
         linears, files = settled(linears), {}
         for suffix, tensors in shards.items():
@@ -238,15 +238,15 @@ class ArtifactWriter:
 
         return _record(self.finished[part]["linears"][linear], linear, tensors)
 
-    def seal(self, final: Path, manifest: Mapping[str, Any], documents: Mapping[str, bytes]) -> Artifact:
+    def seal(self, final: Path, manifest: Mapping[str, object], documents: Mapping[str, bytes]) -> Artifact:
         """Write the manifest, remove the markers, rename scratch → final. `documents` are config and tokenizer files. What the parent
         keeps beside the model is taken over."""
         for part in self._parents_beside():
             if part not in self.finished:
                 self.finished[part] = self._copied(part)
         beside = {part: marker["extra"]["beside"] for part, marker in self.finished.items() if "beside" in marker["extra"]}
-        files: dict[str, Any] = {}
-        linears: dict[str, Any] = {}
+        files: dict[str, object] = {}
+        linears: dict[str, object] = {}
         parts: dict[str, str] = {}
         for part, marker in sorted(self.finished.items()):
             files |= marker["files"]
@@ -280,7 +280,7 @@ def record_of(artifact: Artifact, linear: str, tensors: Callable[[str], Mapping[
         raise InputError(f"{artifact.directory}: {linear}: {error}; the artifact does not match its manifest") from error
 
 
-def _record(description: Mapping[str, Any], linear: str, tensors: Callable[[str], Mapping[str, Tensor]]) -> StoredWeight:
+def _record(description: Mapping[str, object], linear: str, tensors: Callable[[str], Mapping[str, Tensor]]) -> StoredWeight:
     """A record from its description and the tensors whose names begin with what is asked for; a shared factor lies with its holder."""
     found = {name.removeprefix(f"{linear}."): tensor for name, tensor in tensors(f"{linear}.").items()}
     holder = holder_of(description)

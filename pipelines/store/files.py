@@ -92,7 +92,7 @@ def write_pieces(path: Path, pieces: Iterable[bytes | memoryview], patch: Callab
             raise
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, object]) -> None:
     """One of the program's own files, with a checksum of what it says."""
     plain = json.loads(json.dumps(value))  # as it will be read: keys are strings
     write_bytes(path, (json.dumps({**plain, CHECKSUM: _checksum(plain)}, indent=1, sort_keys=True) + "\n").encode())
@@ -115,7 +115,7 @@ def read_json(path: Path, way_out: str = "") -> dict[str, Any]:
     return content
 
 
-def _checksum(content: Mapping[str, Any]) -> str:
+def _checksum(content: Mapping[str, object]) -> str:
     return checksum(json.dumps(content, sort_keys=True))
 
 
@@ -220,7 +220,7 @@ class disk_errors:
 
     def __enter__(self) -> None: ...
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutOfMemoryError(
                 f"{self.path}: no disk space left; free some and run the same command again, finished parts are kept"

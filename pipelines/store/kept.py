@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import safetensors
 from torch import Tensor, uint8
@@ -23,7 +22,7 @@ CHUNK_BYTES = 1 << 22
 
 def keep(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Whole or not at all."""
-    entries: dict[str, Any] = {}
+    entries: dict[str, object] = {}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.numel() * tensor.element_size()
@@ -31,7 +30,7 @@ def keep(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
     keep_pieces(path, entries, map(data_of, tensors.values()), metadata)
 
 
-def keep_pieces(path: Path, entries: Mapping[str, Any], pieces: Iterable[memoryview], metadata: Mapping[str, str] | None = None) -> None:
+def keep_pieces(path: Path, entries: Mapping[str, object], pieces: Iterable[memoryview], metadata: Mapping[str, str] | None = None) -> None:
     """The same for data that need not lie in memory together: `entries` as in a safetensors header, `pieces` in their order."""
     header = json.dumps({"__metadata__": {FIELD: UNKNOWN, **(metadata or {})}, **entries}).encode()
     header += b" " * (-len(header) % 8)

@@ -59,5 +59,5 @@ def weights_of(directory: Path, manifest: Mapping[str, Any]) -> Path:
     return Path(source) if source else directory
 
 
-def place_of(directory: Path, manifest: Mapping[str, Any], name: str) -> Path:
+def place_of(directory: Path, manifest: Mapping[str, object], name: str) -> Path:
     return (weights_of(directory, manifest) if name.endswith(".safetensors") else directory) / name

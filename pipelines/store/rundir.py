@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -81,7 +81,7 @@ class RunDirectory:
             )
         return state
 
-    def write(self, state: dict[str, Any]) -> None:
+    def write(self, state: Mapping[str, object]) -> None:
         write_json(self.path / "run.json", {"schema": SCHEMA, "program": "bitmend", **state})
 
     def create(self) -> None:
@@ -129,7 +129,7 @@ class RunDirectory:
             for name in ("run.json", ".lock"):
                 (self.path / name).unlink()
 
-    def log(self, event: str, **fields: Any) -> None:
+    def log(self, event: str, **fields: object) -> None:
         """One line of log.jsonl."""
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}, default=str)
         with disk_errors(self.path), (self.path / "log.jsonl").open("a") as file:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -22,6 +22,9 @@ from ..errors import InputError, UsageError
 from ..recipes.mixture import SELF
 from .sources import Body, read
 from .splits import PARTS, Document, Exclusion, split_documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +216,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _bos_rule(tokenizer: Any, bos: str) -> str:
+def _bos_rule(tokenizer: "PreTrainedTokenizerBase", bos: str) -> str:
     if bos not in ("auto", "none", "start", "window"):
         raise UsageError(f"unknown bos '{bos}'; known are auto, none, start, window")
     if bos == "auto":

@@ -10,11 +10,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..demo.texts import TEXTS
 from ..errors import InputError, as_input_error
 from .splits import PARTS, Document
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +61,7 @@ def read(source: str, part: str, tokenizer: Any = None) -> Body:
     return _from_datasets(source, part, tokenizer)
 
 
-def _from_file(path: Path, tokenizer: Any) -> Body:
+def _from_file(path: Path, tokenizer: "PreTrainedTokenizerBase") -> Body:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     if path.suffix in PLAIN_TEXT:
@@ -114,7 +117,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
 
 
-def _from_datasets(source: str, part: str, tokenizer: Any) -> Body:
+def _from_datasets(source: str, part: str, tokenizer: "PreTrainedTokenizerBase") -> Body:
     """A data set's official split for the part; parts without one of their own share the train split."""
     name, config, asked = _parse(ALIASES.get(source, source))
     splits, whole = _load(name, config, asked)
