@@ -4,7 +4,7 @@ Knows module names and shapes; not records, data or files.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -13,6 +13,18 @@ from .experts import is_expert
 from .selection import Where, chosen_linears, norms, where
 
 Shapes = Mapping[str, tuple[int, int]]
+
+
+class Chosen(Protocol):
+    """Which part of a model trains: TrainConfig, or a config of its own."""
+
+    @property
+    def targets(self) -> str: ...
+
+    @property
+    def layers(self) -> str: ...
+
+
 VIRTUAL = (prompts.PrefixTuning, prompts.PromptTuning, prompts.PTuning, prompts.MamAdapter)
 
 
@@ -21,7 +33,7 @@ def virtual_tokens(own: object) -> int:
     return own.tokens if isinstance(own, VIRTUAL) else 0
 
 
-def misfit(own: Any, shared: Any, model: nn.Module, shapes: Shapes, low_rank: frozenset[str] = frozenset()) -> str | None:
+def misfit(own: object, shared: Chosen, model: nn.Module, shapes: Shapes, low_rank: frozenset[str] = frozenset()) -> str | None:
     """Why the settings cannot be on this model (a skeleton will do), None when they can. `shapes` are [out, in] of the decoder's linears,
     `low_rank` those that have factors already."""
     try:
@@ -34,7 +46,7 @@ def misfit(own: Any, shared: Any, model: nn.Module, shapes: Shapes, low_rank: fr
     return _nothing(own, model, place, chosen) or _rank(own, shapes, chosen, low_rank) or _bottleneck(own, model, place, shapes, chosen)
 
 
-def left_alone(own: Any, shared: Any, model: nn.Module, names: Iterable[str]) -> list[str]:
+def left_alone(own: object, shared: Chosen, model: nn.Module, names: Iterable[str]) -> list[str]:
     """What of the chosen linears a method cannot reach, one line a reason: the fused experts of a mixture have no place for biases, nor a
     module of their own that a bottleneck could stand beside."""
     place = where(model, shared.targets, shared.layers)
@@ -67,9 +79,9 @@ def _virtual(own: Any, shared: Any, model: nn.Module) -> str | None:
     return None
 
 
-def _bottleneck(own: Any, model: nn.Module, place: Where, shapes: Shapes, chosen: list[str]) -> str | None:
+def _bottleneck(own: object, model: nn.Module, place: Where, shapes: Shapes, chosen: list[str]) -> str | None:
     width: int | None = getattr(own, "bottleneck", None)
-    at: Any = getattr(own, "at", "mlp")
+    at: bottlenecks.At = getattr(own, "at", "mlp")
     if width is None:
         return None
     own_modules = [name for name in shapes if not is_expert(model, name)]
