@@ -49,7 +49,7 @@ class Method:
 _OF_GRID = frozenset({"bits", "group_size", "symmetric", "clip", "float_zeros", "start", "activations", "grid"})
 _OF_TERM = frozenset(item.name for item in fields(SvdQuantConfig)) - {"smoothing_steps"}
 _REFIT: Mapping[str, Any] = {"requantize": True, "quantizer": "gptq", "clip": "hessian"}
-_BEST: Mapping[str, Any] = {"keep_start": True, "first": "kept", "iterations": 5, "follow": True, "overlap": 0.1, "factor_bits": None}
+_BEST: Mapping[str, object] = {"keep_start": True, "first": "kept", "iterations": 5, "follow": True, "overlap": 0.1, "factor_bits": None}
 
 
 def _low_rank(does: str, paper: str, version: int = 1, **defaults: object) -> Method:

@@ -420,9 +420,9 @@ def to_tensors(record: Any, prefix: str = "") -> dict[str, Tensor]:
     return out
 
 
-def describe(record: Any) -> dict[str, Any]:
+def describe(record: Any) -> dict[str, object]:
     """JSON description of a record without its tensors; `from_tensors` needs both."""
-    out: dict[str, Any] = {"kind": _KINDS[type(record)]}
+    out: dict[str, object] = {"kind": _KINDS[type(record)]}
     for field in fields(record):
         value = getattr(record, field.name)
         if isinstance(value, Tensor):

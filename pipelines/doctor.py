@@ -23,7 +23,7 @@ DEMO_DISK_BYTES = 3 * 10**9
 DEMO_MEMORY_BYTES = 4 * 10**9
 
 
-def report() -> dict[str, Any]:
+def report() -> dict[str, object]:
     """Sections of plain values, and `missing`: a list of {what, fix}."""
     packages = installed()
     sections: dict[str, object] = {
@@ -48,7 +48,7 @@ def installed() -> dict[str, str | None]:
     return found
 
 
-def torch_settings() -> dict[str, Any]:
+def torch_settings() -> dict[str, object]:
     import torch
 
     return {
@@ -74,7 +74,7 @@ def devices() -> list[dict[str, Any]]:
     return found
 
 
-def arithmetic(size: int = 1024, repeats: int = 5) -> dict[str, Any]:
+def arithmetic(size: int = 1024, repeats: int = 5) -> dict[str, object]:
     """Measured GFLOP/s of a square matrix product in float32 and bfloat16, median of a few, and which is faster here."""
     import torch
 
@@ -95,7 +95,7 @@ def arithmetic(size: int = 1024, repeats: int = 5) -> dict[str, Any]:
     return {"device": where, **{f"{name}_gflops": round(speed, 1) for name, speed in speeds.items()}, "faster": faster}
 
 
-def kernels() -> dict[str, Any]:
+def kernels() -> dict[str, object]:
     """Triton, and which backends compressed linears have here, why one is missing, and what was measured to choose among them."""
     import torch
 
@@ -111,14 +111,14 @@ def memory() -> dict[str, Any]:
     return {"limit_bytes": _memory_limit(), "available_bytes": _meminfo("MemAvailable")}
 
 
-def disk() -> dict[str, Any]:
+def disk() -> dict[str, object]:
     """Free bytes where runs go by default and where the cache lies."""
     cache_directory = _cache_directory()
     here = Path.cwd()
     return {"here": str(here), "here_free_bytes": _free(here), "cache_free_bytes": _free(cache_directory)}
 
 
-def hub() -> dict[str, Any]:
+def hub() -> dict[str, object]:
     """Variables that steer the Hub libraries; a token is only said to be there."""
     settings: dict[str, object] = {name: os.environ.get(name) for name in (*OFFLINE, "HF_HOME", "HF_ENDPOINT")}
     settings["token"] = "set" if os.environ.get("HF_TOKEN") else None

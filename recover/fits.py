@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from ..compress.ranges import Layers, Targets
 from . import attach, bottlenecks, increments, prompts
 from .experts import is_expert
 from .selection import Where, chosen_linears, norms, where
@@ -19,10 +20,10 @@ class Chosen(Protocol):
     """Which part of a model trains: TrainConfig, or a config of its own."""
 
     @property
-    def targets(self) -> str: ...
+    def targets(self) -> Targets: ...
 
     @property
-    def layers(self) -> str: ...
+    def layers(self) -> Layers: ...
 
 
 VIRTUAL = (prompts.PrefixTuning, prompts.PromptTuning, prompts.PTuning, prompts.MamAdapter)

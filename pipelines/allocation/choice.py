@@ -185,7 +185,7 @@ def explained(made: StageRecord, chosen: Choice, recipe: Recipe, before: Sequenc
     return replace(made, layers=tuple(layers), metrics={**made.metrics, "allocation": facts}, notes=notes)
 
 
-def _explained(row: ChosenSetting, whole: bool, measured_error: float | None) -> dict[str, Any]:
+def _explained(row: ChosenSetting, whole: bool, measured_error: float | None) -> dict[str, object]:
     setting = row.setting
     loss, error = (row.predicted_loss, row.predicted_error) if whole else (row.predicted_loss_q, row.predicted_error_q)
     given = {"bits": setting.grid.bits, "group_size": setting.grid.group_size, "bytes": row.bytes}

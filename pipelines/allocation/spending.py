@@ -194,7 +194,7 @@ def together(blocks: Iterable[Setting], beside: Iterable[Outside]) -> list[Setti
     return list(dict.fromkeys([*blocks, *(setting for each in beside for setting in each.settings)]))
 
 
-_LEFT_ALONE: dict[str, dict[str, Any]] = {"decompose": {"rank": 0}, "prune": {"pattern": "dense", "sparsity": 0.0}}
+_LEFT_ALONE: dict[str, dict[str, object]] = {"decompose": {"rank": 0}, "prune": {"pattern": "dense", "sparsity": 0.0}}
 """What a matrix that a stage ignores has, in that stage's words."""
 
 

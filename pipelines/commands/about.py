@@ -81,7 +81,7 @@ def list_(method: MethodName = None, json: o.Json = False, verbose: o.Verbose = 
         _write_list(catalog.catalog())
 
 
-def _machine_list(known: Mapping[str, Any]) -> dict[str, Any]:
+def _machine_list(known: Mapping[str, Any]) -> dict[str, object]:
     """Setting → default of every method, and beside it what all methods of a stage share, what each does and where it departs from its paper."""
     from ..recipes.stage_settings import STAGES
 

@@ -92,7 +92,7 @@ def scores_of(
     bind: Binder | None = None,
     label: str = "perplexity, blocks",
     ranks: Ranks = ONE,
-) -> tuple[Scores, dict[str, Any]]:
+) -> tuple[Scores, dict[str, object]]:
     """Scores under a protocol: read if they were measured, else measured and kept. Without a teacher (the baseline itself) the last
     hidden states are kept as well, for the stages that follow. Several ranks share the windows; rank 0 reads and keeps."""
     key = perplexity.protocol_key(windows)

@@ -58,7 +58,14 @@ def _seconds(model: Any, prompt_1T: Tensor, new_tokens: int) -> float:
     """Greedy generation of exactly so many tokens with a key-value cache."""
     device = next(model.parameters()).device
     prompt = prompt_1T.to(device)
-    settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "use_cache": True, "pad_token_id": 0}
+    settings: dict[str, object] = {
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+        "use_cache": True,
+        "pad_token_id": 0,
+    }
     wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     begun = time.perf_counter()

@@ -50,7 +50,7 @@ class TaskScore:
     values: tuple[float, ...] | None
 
 
-def load_tasks(names: Sequence[str]) -> dict[str, Any]:
+def load_tasks(names: Sequence[str]) -> dict[str, object]:
     """lm-eval's tasks by name, their documents in memory; a group or a tag is its members. UsageError without lm-eval and for unknown names;
     InputError for a file that is none of multiple choice, and for documents that are neither in the cache nor to be had."""
     if not names:
@@ -67,7 +67,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     return found | made
 
 
-def _of_lm_eval(names: Sequence[str]) -> dict[str, Any]:
+def _of_lm_eval(names: Sequence[str]) -> dict[str, object]:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
@@ -109,7 +109,7 @@ def _of_file(path: Path) -> Any:
         )
 
 
-def read_questions(path: Path) -> list[dict[str, Any]]:
+def read_questions(path: Path) -> list[dict[str, object]]:
     """The lines of a file of multiple choice. InputError names the line that is none."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -128,7 +128,7 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _question(row: Any, where: str) -> dict[str, Any]:
+def _question(row: Any, where: str) -> dict[str, object]:
     wanted = isinstance(row, dict) and row.keys() == {"question", "choices", "answer"}
     choices, answer = (row["choices"], row["answer"]) if wanted else ([], None)
     texts = [row["question"], *choices] if wanted and isinstance(choices, list) else [None]

@@ -150,7 +150,7 @@ def read(directory: Path) -> Checkpoint:
     return to_memory(Checkpoint(config, Lazy(linears), tensors, files=directory))
 
 
-def _state(name: str, parts: Mapping[str, Stored]) -> dict[str, Any]:
+def _state(name: str, parts: Mapping[str, Stored]) -> dict[str, object]:
     """The JSON part, with every shape it promises checked against the file's headers."""
     entry = parts[STATE]
     try:

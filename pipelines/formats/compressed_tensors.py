@@ -125,7 +125,7 @@ def merged(schemes: Mapping[Scheme, Mapping[str, int]]) -> dict[Scheme, dict[str
     return {scheme: linears for scheme, linears in out.items() if linears}
 
 
-def quantization_config(schemes: Mapping[Scheme, Mapping[str, int]], ignored: list[str]) -> dict[str, Any]:
+def quantization_config(schemes: Mapping[Scheme, Mapping[str, int]], ignored: list[str]) -> dict[str, object]:
     """One scheme goes by the class of module, several by the modules' names."""
     groups = {}
     for number, ((bits, group_size, symmetric), names) in enumerate(schemes.items()):

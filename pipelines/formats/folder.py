@@ -61,7 +61,7 @@ def write_folder(
     (directory / "README.md").write_text(model_card(checkpoint.card, notes, how_to_load), encoding="utf-8")
 
 
-def portable_config(config: Mapping[str, object]) -> dict[str, Any]:
+def portable_config(config: Mapping[str, object]) -> dict[str, object]:
     """The config with the names of transformers 4 beside those of 5: readers of GPTQ live on both sides of that change.
 
     transformers 4 looks for `torch_dtype`, `rope_theta` (GPT-NeoX: `rotary_emb_base`, `rotary_pct`) and `rope_scaling`, and falls back
@@ -78,13 +78,13 @@ def portable_config(config: Mapping[str, object]) -> dict[str, Any]:
     return out
 
 
-def _old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+def _old_rope(rope: Mapping[str, Any]) -> dict[str, object]:
     """`rope_parameters`, one set or one per kind of layer (Gemma 3), as the fields of transformers 4."""
     if isinstance(rope.get("full_attention"), Mapping):
         local = rope.get("sliding_attention") or {}
         out = _old_rope(rope["full_attention"])
         return {**out, "rope_local_base_freq": local["rope_theta"]} if "rope_theta" in local else out
-    out: dict[str, Any] = {}
+    out: dict[str, object] = {}
     if "rope_theta" in rope:
         out["rope_theta"] = out["rotary_emb_base"] = rope["rope_theta"]
     if "partial_rotary_factor" in rope:

@@ -124,7 +124,7 @@ def read(directory: Path) -> Checkpoint:
     return to_memory(Checkpoint(config, Lazy(loaders), Lazy(tensors), files=directory))
 
 
-def _settings(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _settings(directory: Path) -> tuple[dict[str, object], dict[str, object]]:
     """(config.json without it, the quantization settings). InputError for what is not read here."""
     config, quantization = read_config(directory)
     quantization = quantization or {}

@@ -119,7 +119,7 @@ def virtual_tokens(checkpoint: Checkpoint) -> Tokens | None:
     return found[-1] if found else None
 
 
-def adapter_config(ranks: Mapping[str, int]) -> dict[str, Any]:
+def adapter_config(ranks: Mapping[str, int]) -> dict[str, object]:
     """PEFT's LoRA settings for module → rank."""
     common = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {name: rank for name, rank in ranks.items() if rank != common}

@@ -63,7 +63,7 @@ class StreamedModel:
     config: PretrainedConfig | None = None
     model: Any = field(init=False)
     structure: Structure = field(init=False)
-    _calls: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(init=False, default_factory=dict)
+    _calls: dict[tuple[int, int], list[tuple[tuple[object, ...], dict[str, object]]]] = field(init=False, default_factory=dict)
     _tuple_size: int = field(init=False, default=-1)
     _plain: dict[int, dict[str, nn.Module]] = field(init=False, default_factory=dict)
     _fused: dict[int, dict[str, nn.Parameter]] = field(init=False, default_factory=dict)
@@ -237,7 +237,7 @@ class StreamedModel:
         """The same hidden states, and how they came about, for whoever hooks the token embeddings; nothing is recorded."""
         return self._entering(ids_NT)[0]
 
-    def _entering(self, ids_NT: Tensor) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    def _entering(self, ids_NT: Tensor) -> tuple[Tensor, list[tuple[tuple[object, ...], dict[str, object]]]]:
         """What enters the first block, and what every block is called with besides."""
         ids = ids_NT.to(self.device)
         calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
@@ -254,7 +254,7 @@ class StreamedModel:
             self._forward_until_stop(**self._arguments(ids))
         return entered[0], calls
 
-    def _arguments(self, ids_NT: Tensor) -> dict[str, Any]:
+    def _arguments(self, ids_NT: Tensor) -> dict[str, object]:
         """What the model is called with: the text, and its virtual tokens."""
         count, length = ids_NT.shape
         if self.tokens is None:
@@ -273,7 +273,7 @@ class StreamedModel:
         out = out[0] if isinstance(out, tuple) else out
         return out[:, self.prompt_length :] if index == self.structure.blocks - 1 else out
 
-    def call_of(self, index: int, hidden_NTD: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def call_of(self, index: int, hidden_NTD: Tensor) -> tuple[tuple[object, ...], dict[str, object]]:
         """What block `index` is called with besides hidden states of this shape."""
         shape = (hidden_NTD.shape[0], hidden_NTD.shape[1])
         if shape not in self._calls:

@@ -135,7 +135,7 @@ def load_tokenizer(directory: Path) -> Any:
         return tokenizer
 
 
-def source_files(directory: Path) -> dict[str, dict[str, Any]]:
+def source_files(directory: Path) -> dict[str, dict[str, object]]:
     """safetensors files of a model directory with size and sha256 (cached by path, size and time of change)."""
     paths = source_paths(directory)
     return {name: {"sha256": cached_sha256(path), "bytes": path.stat().st_size} for name, path in paths.items()}

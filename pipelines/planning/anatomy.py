@@ -88,7 +88,7 @@ class Anatomy:
 
     def inputs(self, sites: list[Site]) -> list[list[Site]]:
         """Sites by the input they read: q, k and v together, gate and up."""
-        groups: dict[Any, list[Site]] = {}
+        groups: dict[object, list[Site]] = {}
         for site in sites:
             groups.setdefault(_input_of(site) or site.name, []).append(site)
         return list(groups.values())

@@ -258,7 +258,7 @@ def _units(spec: StageSpec, together: list[Site]) -> list[list[Site]]:
     return list(out.values())
 
 
-def _stacks(spec: StageSpec, together: list[Site]) -> dict[Any, int]:
+def _stacks(spec: StageSpec, together: list[Site]) -> dict[object, int]:
     """Config → rows of the matrices of one input that a method solves at once (stages/shared_inputs)."""
     row, out = methods(spec.name)[spec.method], dict[Any, int]()
     for site in together:

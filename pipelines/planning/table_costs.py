@@ -7,7 +7,6 @@ Legend: N sequences, T tokens, O out, I in, D model, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -140,7 +139,7 @@ def _of_matrix(stages: Spent, site: Site, settings: Sequence[Setting], iterates:
     return work, 2.0 * matrix + max(solved, spectrum)
 
 
-def _quantizer(stages: Spent, site: Site, grid: Grid) -> tuple[str, Any]:
+def _quantizer(stages: Spent, site: Site, grid: Grid) -> tuple[str, object]:
     """The method and config that make a matrix's codes on a grid: of one that trains whole blocks, what it starts from."""
     name, config = stages.quantize.method, stages.quantize.config_for(site.name)
     if QUANTIZE[name].scope == "block":

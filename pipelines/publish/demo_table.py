@@ -25,7 +25,7 @@ from . import other_programs
 from .reference_rows import DEMO, SETTINGS
 
 log = logging.getLogger("bitmend")
-PLAIN: dict[str, dict[str, Any]] = {
+PLAIN: dict[str, dict[str, object]] = {
     "RTN": {"method": "rtn", "bits": 4, "group_size": 64},
     "GPTQ": {"method": "gptq", "bits": 4, "group_size": 64},
     "NF4": {"method": "nf4"},

@@ -43,7 +43,7 @@ MODELS = (SMALL, WIDE, DEMO)
 TYPES = ("Q2_K", "Q3_K_M", "Q4_K_M")
 TRAINED = {"method": "scales", "steps": 40, "batch_size": 1, "accumulation": 2, "eval_every": 10, "loss": "both"}
 BY_BUDGET = "GPTQ, types by budget"
-METHODS: Mapping[str, list[dict[str, Any]]] = {"GPTQ": [], "GPTQ, scales trained": [{"recover": TRAINED}], BY_BUDGET: []}
+METHODS: Mapping[str, list[dict[str, object]]] = {"GPTQ": [], "GPTQ, scales trained": [{"recover": TRAINED}], BY_BUDGET: []}
 COLUMNS = (
     ("model", "model", "text"), ("type", "type", "text"), ("name", "rounded by", "text"), ("perplexity", "perplexity in llama.cpp", "perplexity"),
     ("own_perplexity", "in ours", "perplexity"), ("file_bytes", "bytes", "bytes"), ("llama_tokens_per_second", "llama.cpp tokens/s", "number"),
@@ -121,7 +121,7 @@ def _measure(model: str, directory: Path, kept: published.PublishedRows) -> None
                 row(kind, name, file, own_perplexity=made.stages[-1].perplexity, tokens_per_second=speed, types=_said_types(file))
 
 
-def _options(model: str, place: Path) -> dict[str, Any]:
+def _options(model: str, place: Path) -> dict[str, object]:
     if model == DEMO:
         return {"model": DEMO, "profile": DEMO}
     trained = _TRAIN.parent / "model" if model == SMALL else place / "model"
@@ -146,7 +146,7 @@ def _recipe(
     return recipe.resolve(document, options=options)
 
 
-def _as_grids(file: Path, model: Path) -> dict[str, Any]:
+def _as_grids(file: Path, model: Path) -> dict[str, object]:
     """A quantize stage that puts every matrix on the grid of the type that it has in the file."""
     types = {tensor.name: tensor.tensor_type.name.lower() for tensor in GGUFReader(file).tensors}
     known = GgufModel.of(json.loads((model / "config.json").read_text()))
@@ -161,7 +161,7 @@ def _as_grids(file: Path, model: Path) -> dict[str, Any]:
     return {"method": "gptq", "grid": common, "overrides": overrides, "include_embeddings": True, "embedding_bits": bits}
 
 
-def _budget_of(file: Path) -> dict[str, Any]:
+def _budget_of(file: Path) -> dict[str, object]:
     """The bits that a file's matrices take, as a budget for ours, whose embeddings may have any."""
     matrices = [tensor for tensor in GGUFReader(file).tensors if len(tensor.shape) == 2]
     bits = 8 * sum(int(tensor.n_bytes) for tensor in matrices) / sum(int(tensor.n_elements) for tensor in matrices)

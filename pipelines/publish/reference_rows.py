@@ -25,7 +25,7 @@ class ReferenceRow:
 
     name: str
     stages: tuple[Stage, ...]
-    tags: Mapping[str, Any] = field(default_factory=dict)
+    tags: Mapping[str, object] = field(default_factory=dict)
     model: str = DEMO
     seed: int = 0
     budget: str | None = None

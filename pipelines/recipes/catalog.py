@@ -33,7 +33,7 @@ def named(method: str) -> list[dict[str, Any]]:
     return found
 
 
-def packaged(recipe: str, model: str | None, profile: str | None) -> dict[str, Any] | None:
+def packaged(recipe: str, model: str | None, profile: str | None) -> dict[str, object] | None:
     """The settings of a packaged recipe of which a model and a profile alone are chosen, as `resolve` gives them; None for any other."""
     known = catalog()["recipes"].get(recipe)
     if known is None or model == "":

@@ -298,7 +298,7 @@ def _recipe_path(name_or_path: str) -> Path:
     raise UsageError(f"{unknown('recipe', name_or_path, known_recipes())}, or the path of a .yaml file")
 
 
-def _document(document: Mapping[str, object], origin: str, inner: bool = False) -> dict[str, Any]:
+def _document(document: Mapping[str, object], origin: str, inner: bool = False) -> dict[str, object]:
     """Top-level keys checked; `data: SRC` spread over its three uses."""
     known = [key for key in FIELDS if not inner or key not in ("model", "profile", "name")] + ([] if inner else ["profiles"])
     for key in document:
@@ -312,7 +312,7 @@ def _document(document: Mapping[str, object], origin: str, inner: bool = False) 
     return checked
 
 
-def _command_line(sets: list[str], options: Mapping[str, object]) -> dict[str, Any]:
+def _command_line(sets: list[str], options: Mapping[str, object]) -> dict[str, object]:
     given = {key: value for key, value in options.items() if value is not None}
     data = dict.fromkeys(Data.model_fields, given.pop("data")) if "data" in given else {}
     for option, use in (("calibration", "calibration"), ("train", "train"), ("eval", "evaluation")):
@@ -351,7 +351,7 @@ def _stage_list(stages: object, origin: str) -> list[_Stage]:
     return found
 
 
-def _mapping(value: object, where: str) -> Mapping[str, Any]:
+def _mapping(value: object, where: str) -> Mapping[str, object]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):

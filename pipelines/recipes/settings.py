@@ -74,7 +74,7 @@ def parse(text: str, origin: str) -> Any:
         raise UsageError(f"{origin}: not readable as YAML: {' '.join(str(error).split())}") from error
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, object]:
     """A settings file; UsageError if it is missing, unreadable or not a mapping with text keys."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -103,7 +103,7 @@ def dump(value: object) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=140, default_flow_style=False)
 
 
-def split_assignment(text: str) -> tuple[str, Any]:
+def split_assignment(text: str) -> tuple[str, object]:
     """`quantize.bits=3` → ("quantize.bits", 3); the value is YAML."""
     key, equals, value = text.partition("=")
     key = key.strip()

@@ -90,7 +90,7 @@ class StageSpec:
         """Whether an override sets one of these keys for the module."""
         return not self._changes(module).keys().isdisjoint(keys)
 
-    def _changes(self, module: str) -> dict[str, Any]:
+    def _changes(self, module: str) -> dict[str, object]:
         changes: dict[str, object] = {}
         for pattern, fields in self.overrides.items():
             if re.search(pattern, module):

@@ -24,7 +24,7 @@ from .opening import opened
 
 def evaluate_tasks(
     model: str, names: Sequence[str], *, limit: int | None = None, device: str = "auto", dtype: str | None = None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Scores on tasks, for `pipeline eval --tasks`: a row a metric. Of a stage of a run the change to the run's baseline as well, which is
     scored where the run has not done so."""
     tasks = load_tasks(names)

@@ -96,7 +96,7 @@ _TABLE = re.compile(r"[0-9a-f]{8}")
 _TORN = re.compile(r"\..+\.\d+")  # what `write_bytes` was writing when it was killed
 
 
-def gc(directory: Path, dry_run: bool = False) -> dict[str, Any]:
+def gc(directory: Path, dry_run: bool = False) -> dict[str, object]:
     """Drop what nothing names: stages of settings that are neither the last plan's nor a sweep's, their metrics, unfinished scratch
     directories, a teacher's states, torn files. What this program would not have named so is left, and named in `left`. With `dry_run`
     nothing is dropped."""

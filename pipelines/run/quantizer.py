@@ -45,7 +45,7 @@ def register(registry: Any) -> None:
     class ArtifactQuantizer(HfQuantizer):
         """Knows the steps of `from_pretrained`; models are made by `opening`."""
 
-        def update_device_map(self, device_map: Any) -> dict[str, Any] | None:
+        def update_device_map(self, device_map: Any) -> dict[str, object] | None:
             return one_device(device_map)
 
         def update_attn_implementation(self, config: Any) -> Any:
@@ -81,7 +81,7 @@ def refuse_hub_id(config: object) -> None:
         )
 
 
-def one_device(device_map: Any) -> dict[str, Any] | None:
+def one_device(device_map: Any) -> dict[str, object] | None:
     """A `device_map` that names one device, whatever it was given as; UsageError for several."""
     if isinstance(device_map, str):
         from ..devices.compute import chosen_device

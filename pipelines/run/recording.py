@@ -77,7 +77,7 @@ def _measured(
 
 def _scores(
     under_way: Session, step: Step, artifact: Artifact, name: str, windows: Windows, compared: bool
-) -> tuple[Scores, dict[str, Any]]:
+) -> tuple[Scores, dict[str, object]]:
     """Scores on one text, `compared` to the baseline's."""
     place, device, dtype = under_way.directory, under_way.compute.device, under_way.compute.dtype
     baseline, teacher = under_way.steps[0], None

@@ -93,7 +93,7 @@ class SweepOutcome:
             row["error"] = str(result.error) if result.error else None
         return row
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {"schema": 1, "max_trainable_parameters": self.max_trainable, "runs": self.rows()}
 
     def raise_failure(self) -> None:

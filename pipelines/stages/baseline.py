@@ -64,7 +64,7 @@ def artifact_of(checkpoint: Checkpoint, files: Path, scratch: Path, final: Path,
     return writer.seal(final, manifest, documents)
 
 
-def _with_dtype(config: dict[str, Any]) -> dict[str, Any]:
+def _with_dtype(config: dict[str, Any]) -> dict[str, object]:
     """transformers would look for the type in the weights."""
     return config if config.get("dtype") or config.get("torch_dtype") else {**config, "dtype": str(dtype_of(config)).removeprefix("torch.")}
 

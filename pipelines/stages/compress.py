@@ -91,7 +91,7 @@ def _part(index: int) -> str:
     return f"block-{index:05d}"
 
 
-def _block(stage: Stage, states: States, index: int, sites: list[Site], followed: bool) -> list[dict[str, Any]]:
+def _block(stage: Stage, states: States, index: int, sites: list[Site], followed: bool) -> list[dict[str, object]]:
     """Compress and write one block, unless that was done before, and hand its outputs on where somebody follows who reads them; what is
     said of its matrices."""
     part = _part(index)
@@ -228,7 +228,7 @@ def _write(stage: Stage, index: int, part: str, records: Mapping[str, StoredWeig
 
 def _measured(stage: Stage, states: States, layers: list[dict[str, Any]]) -> dict[str, Any]:
     tokens = sum(stage.context.ranks.gathered(states.hidden.tokens))
-    found: dict[str, Any] = {"calibration_tokens": tokens if stage.looks_at_inputs else 0}
+    found: dict[str, object] = {"calibration_tokens": tokens if stage.looks_at_inputs else 0}
     return found | ({"block_sparsity": _by_block(layers)} if stage.sparsity else {})
 
 

@@ -122,7 +122,7 @@ def matrix_outside(model: nn.Module, artifact: Artifact, site: Site) -> StoredWe
     return StoredWeight(DenseWeight(site.read(artifact.tensor(names[0])).contiguous()))
 
 
-def solve(stage: Stage, site: Site, statistics: Mapping[str, InputStatistics]) -> tuple[StoredWeight, dict[str, Any]]:
+def solve(stage: Stage, site: Site, statistics: Mapping[str, InputStatistics]) -> tuple[StoredWeight, dict[str, object]]:
     """(the site's new record, what is said of it). InputError names the site and what the method could not use."""
     config = stage.config_for(site)
     target_OI = checked_target(stage, site, config)

@@ -16,7 +16,7 @@ from ..store.artifact import shards_of
 from .matrices import Stage, current, described, solve, target
 
 
-def write_rest(stage: Stage, head: list[Site], statistics_of: Callable[[Site], InputStatistics]) -> list[dict[str, Any]]:
+def write_rest(stage: Stage, head: list[Site], statistics_of: Callable[[Site], InputStatistics]) -> list[dict[str, object]]:
     """Rank 0: the last part of the artifact, and what is said of its matrices. `head`: the output head, when it is to be compressed."""
     if "rest" in stage.writer.finished:
         return stage.writer.finished["rest"]["extra"].get("layers", [])
@@ -36,7 +36,7 @@ def write_rest(stage: Stage, head: list[Site], statistics_of: Callable[[Site], I
 
 def _records(
     stage: Stage, head: list[Site], statistics: Mapping[str, InputStatistics]
-) -> tuple[dict[str, StoredWeight], list[dict[str, Any]]]:
+) -> tuple[dict[str, StoredWeight], list[dict[str, object]]]:
     """The parent's records outside the blocks, and the new ones, of which each replaces what held the same matrix."""
     blocks = f"{stage.model.structure.prefix}."
     records = {n: stage.parent.stored(n) for n in stage.parent.linears if not n.startswith(blocks)}

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -276,7 +275,7 @@ def _as_kept(
     ]
 
 
-def _metrics(result: TrainResult) -> dict[str, Any]:
+def _metrics(result: TrainResult) -> dict[str, object]:
     return {
         "held_out_loss_start": result.start_loss,
         "held_out_loss_best": result.best_loss,

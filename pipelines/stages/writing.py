@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...compress.weights import DenseWeight, StoredWeight
 from ...recover.compressed_linear import compressed_linears, install
-from ...recover.fits import left_alone
+from ...recover.fits import Chosen, left_alone
 from ...recover.merge import audit
 from ...recover.trainable import Attached, through
 from ..errors import QualityError
@@ -66,7 +66,7 @@ class Trained:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def untouched(own: object, shared: object, model: nn.Module, structure: Structure) -> list[str]:
+def untouched(own: object, shared: Chosen, model: nn.Module, structure: Structure) -> list[str]:
     """What a recovery leaves alone in the decoder's blocks and a reader might not expect, one line a reason. `model` is a skeleton."""
     sites = [site.name for site in structure.sites if site.block is not None]
     inside = {s.name: s.reason for s in structure.skipped if s.name.startswith(f"{structure.prefix}.")}

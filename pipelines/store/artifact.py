@@ -188,7 +188,7 @@ class ArtifactWriter:
         write_json(self.scratch / f"{part}.part.json", marker)
         return marker
 
-    def _write_shard(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def _write_shard(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, object]:
         data = safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, metadata={"format": "pt"})
         entry = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
         target = self.scratch / name

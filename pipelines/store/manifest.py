@@ -13,7 +13,7 @@ from .files import cached_sha256, read_json, sha256
 SCHEMA = 1
 MANIFEST = "artifact.json"
 QUANT_METHOD = "bitmend"
-FOR_TRANSFORMERS: Mapping[str, Any] = {
+FOR_TRANSFORMERS: Mapping[str, object] = {
     "quantization_config": {"quant_method": QUANT_METHOD},
     "transformers_weights": "import_bitmend_first.safetensors",
 }

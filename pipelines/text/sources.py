@@ -95,7 +95,7 @@ def _utf8(path: Path) -> str:
         raise InputError(f"{path}: byte {error.start} is not UTF-8; convert it, e.g. iconv -f latin1 -t utf-8") from error
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+def _json_lines(path: Path) -> Iterator[dict[str, object]]:
     for number, line in enumerate(_utf8(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -109,7 +109,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet_rows(path: Path) -> Iterator[dict[str, object]]:
     from pyarrow import parquet
 
     with as_input_error(f"{path}: not a readable parquet file"), parquet.ParquetFile(path) as file:
