@@ -7,12 +7,15 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ...compress.ranges import DtypeName
 from .streams import echo, takes
+
+if TYPE_CHECKING:
+    from ...reports.record import RunRecord
 
 Model = Annotated[str | None, typer.Option("-m", "--model", metavar="MODEL", help="demo, a directory, a Hub id or a .gguf file")]
 Revision = Annotated[str | None, typer.Option("--revision", metavar="REV", help="revision of a Hub model")]
@@ -91,7 +94,7 @@ def write(value: Mapping[str, object], as_json: bool) -> None:
         _write_section(value, "")
 
 
-def show_record(record: Any, as_json: bool) -> None:
+def show_record(record: "RunRecord", as_json: bool) -> None:
     """A run's stage table and what it says in words, or the one JSON object."""
     from ...reports.render import render, show
 
@@ -152,7 +155,7 @@ def _cell(key: str, value: object) -> str:
     return str(value) if not isinstance(value, Mapping) else "none" if not value else json.dumps(_finite(value), default=str)
 
 
-def _finite(value: object) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, float):
         return value if value - value == 0 else None
     if isinstance(value, Mapping):

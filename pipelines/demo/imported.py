@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
@@ -24,7 +24,7 @@ from .download import Progress, WheelFile, fetch, file_sha256, locked, write_lin
 from .permute import permute_llama_
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ EXPERT_WIDTHS = {
 }
 """A file's keys, behind the architecture's name, and the config's."""
 SOURCE_NAME = "bitmend-source.json"
-Save = Callable[[Any, Path, Path], None]
+Save = Callable[["PreTrainedModel", Path, Path], None]
 """(model in float32, its file, directory): write config and weights."""
 PROBE_TOKENS = 48
 LOGIT_TOLERANCE = 2e-4
@@ -171,7 +171,7 @@ def _convert(gguf: Path, directory: Path, save: Save) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def _config_of(gguf: Path) -> Any:
+def _config_of(gguf: Path) -> "PreTrainedConfig":
     """As transformers reads it, and the widths of experts, which it leaves at its own defaults (5.24)."""
     from gguf import GGUFReader
 
@@ -184,7 +184,8 @@ def _config_of(gguf: Path) -> Any:
     return config
 
 
-def _save_permuted(model: Any, gguf: Path, directory: Path) -> None:
+def _save_permuted(model: "PreTrainedModel", gguf: Path, directory: Path) -> None:
+    assert isinstance(model, LlamaForCausalLM)
     _permute_checked_(model, PERMUTATION_SEED)
     save_dense(model, gguf, directory)
 

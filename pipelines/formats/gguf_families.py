@@ -7,7 +7,7 @@ Knows configs and names; no weights, no tokenizer.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from gguf import MODEL_ARCH, GGUFWriter, RopeScalingType, TensorNameMap, get_tensor_name_map
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .naming import Names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
@@ -52,7 +55,7 @@ class GgufModel:
     """One model as llama.cpp sees it."""
 
     family: Family
-    config: Any  # a PretrainedConfig, its defaults filled in
+    config: "PreTrainedConfig"  # a PretrainedConfig, its defaults filled in
     names: TensorNameMap
 
     @staticmethod
@@ -168,17 +171,17 @@ class GgufModel:
             writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(scale) / math.log(trained)) if scale > 1 else 1.0)
 
 
-def _head_dim(config: Any) -> int:
+def _head_dim(config: "PreTrainedConfig") -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _rope(config: Any) -> dict[str, Any]:
+def _rope(config: "PreTrainedConfig") -> dict[str, Any]:
     """Of the layers that attend to everything."""
     rope = config.rope_parameters
     return {"rope_type": "default", **rope.get("full_attention", rope)}
 
 
-def _refusal(family: Family, config: Any) -> str | None:
+def _refusal(family: Family, config: "PreTrainedConfig") -> str | None:
     """What llama.cpp would compute otherwise, in words."""
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     rope, local = _rope(config), config.rope_parameters.get("sliding_attention", {})

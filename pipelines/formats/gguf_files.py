@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
+from gguf.gguf_reader import ReaderTensor
 from torch import Tensor
 
-from ...compress.ggml_types import GGML_TYPES
+from ...compress.ggml_types import GGML_TYPES, GgmlName
 from ...compress.weights import DenseWeight, GgmlWeight, LowRank, StoredWeight
 from ..errors import InputError, UsageError, as_input_error
 from .biases import with_room_for_biases
@@ -248,12 +249,12 @@ def _places(output: Path) -> Iterator[tuple[Path, Path, Path | None]]:
             yield made / MODEL, made / ADAPTER, made / "README.md"
 
 
-def _opened(file: Path) -> dict[str, Any]:
+def _opened(file: Path) -> dict[str, ReaderTensor]:
     with as_input_error(f"{file}: no whole GGUF file", "write or copy it again"):
         return {tensor.name: tensor for tensor in GGUFReader(file).tensors}
 
 
-def _floats(stored: Any, model: GgufModel, name: str) -> Tensor:
+def _floats(stored: ReaderTensor, model: GgufModel, name: str) -> Tensor:
     kind = stored.tensor_type.name
     shape = tuple(int(n) for n in reversed(stored.shape))
     tensor = torch.from_numpy(stored.data.copy()).view(-1).view(torch.uint8).view(FLOATS[kind]).view(shape)
@@ -262,16 +263,16 @@ def _floats(stored: Any, model: GgufModel, name: str) -> Tensor:
     return tensor - offset if offset else tensor
 
 
-def _record(stored: Any, model: GgufModel, name: str) -> StoredWeight:
+def _record(stored: ReaderTensor, model: GgufModel, name: str) -> StoredWeight:
     columns, rows = (int(n) for n in stored.shape)
-    record = StoredWeight(unpack(torch.from_numpy(stored.data.copy()), stored.tensor_type.name.lower(), (rows, columns)))
+    record = StoredWeight(unpack(torch.from_numpy(stored.data.copy()), cast(GgmlName, stored.tensor_type.name.lower()), (rows, columns)))
     order = model.rows(name)
     return record if order is None else take_rows(record, order.argsort())
 
 
 def _join(
     model: GgufModel,
-    tensors: Mapping[str, object],
+    tensors: Mapping[str, ReaderTensor],
     linears: dict[str, Callable[[], StoredWeight]],
     plain: dict[str, Callable[[], Tensor]],
     file: Path,
@@ -290,6 +291,6 @@ def _dense_record(load: Callable[[], Tensor]) -> StoredWeight:
     return StoredWeight(DenseWeight(load()))
 
 
-def _with_term(base: Callable[[], StoredWeight], up: Any, down: Any, order: Tensor | None) -> StoredWeight:
+def _with_term(base: Callable[[], StoredWeight], up: ReaderTensor, down: ReaderTensor, order: Tensor | None) -> StoredWeight:
     up_OR, down_RI = (torch.from_numpy(stored.data.copy()) for stored in (up, down))
     return replace(base(), low_rank=LowRank(up_OR if order is None else up_OR[order.argsort()], down_RI))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -23,6 +23,9 @@ from .checkpoint import Checkpoint, Lazy
 from .folder import check_types
 from .naming import expert_parameter
 from .shards import FLOATING, Stored, fresh_directory, open_directory, save, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PREFIX = "base_model.model."
 VIRTUAL = {"PREFIX_TUNING": "prefix_tuning", "PROMPT_TUNING": "prompt_tuning", "P_TUNING": "p_tuning"}
@@ -178,13 +181,13 @@ def _read_tokens(config: Mapping[str, Any], entry: Stored) -> Beside:
     return Beside(method, tokens="prefix", tensors={TOKENS: values.view(len(values), layers, 2, heads, -1)})
 
 
-def refuse_other_models_tokens(beside: Beside, model: Any, directory: Path) -> None:
+def refuse_other_models_tokens(beside: Beside, model: "PreTrainedModel", directory: Path) -> None:
     """InputError for virtual tokens of another size than the model's; of a prefix, as far as its config says it."""
     tokens, config = beside.virtual(), model.config.get_text_config()
     if tokens is None:
         return
     if tokens.kind == "prompt":
-        found, wanted = {"width": tokens.values.shape[1]}, {"width": model.get_input_embeddings().weight.shape[1]}
+        found, wanted = {"width": tokens.values.shape[1]}, {"width": model.get_input_embeddings().get_parameter("weight").shape[1]}
     else:
         _, layers, _, heads, width = tokens.values.shape
         found = {"layers": layers, "key-value heads": heads, "head width": width}

@@ -90,7 +90,7 @@ class KernelBinder:
             self.reasons[name] = f"{type(embedding).__name__} does more than look up rows, so its table stays dense"
         return plain
 
-    def _bind(self, record: StoredWeight, linear: object, dtype: torch.dtype) -> nn.Module:
+    def _bind(self, record: StoredWeight, linear: nn.Module, dtype: torch.dtype) -> nn.Module:
         backend = "reference" if self.backend == "reference" else "auto"
         return bind(record, _bias(linear), device=self.device, dtype=dtype, backend=backend)
 
@@ -127,8 +127,9 @@ def _find(model: nn.Module, name: str) -> Any:
         return None
 
 
-def _bias(module: Any) -> Tensor | None:
-    return None if module.bias is None else module.bias.data
+def _bias(module: nn.Module) -> Tensor | None:
+    bias = getattr(module, "bias", None)
+    return bias.data if isinstance(bias, Tensor) else None
 
 
 def _untie(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import Cache, PretrainedConfig
 
 from ...compress.weights import DenseWeight, StoredWeight
@@ -67,7 +68,7 @@ class StreamedModel:
     _tuple_size: int = field(init=False, default=-1)
     _plain: dict[int, dict[str, nn.Module]] = field(init=False, default_factory=dict)
     _fused: dict[int, dict[str, nn.Parameter]] = field(init=False, default_factory=dict)
-    _hooks: dict[int, list[Any]] = field(init=False, default_factory=dict)
+    _hooks: dict[int, list[RemovableHandle]] = field(init=False, default_factory=dict)
     tokens: Tokens | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:

@@ -252,9 +252,11 @@ class _ExpertInputs(torch.overrides.TorchFunctionMode):
             parameter = model.model.get_submodule(site.module)._parameters[site.parameter]
             self.slices[parameter[site.expert].data_ptr()] = site
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.linear and isinstance(args[1], Tensor):
+    def __torch_function__(
+        self, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
+        if func is nn.functional.linear and isinstance(x := args[0], Tensor) and isinstance(args[1], Tensor):
             site = self.slices.get(args[1].data_ptr())
-            if site is not None and len(args[0]):
-                self.seen(site, args[0])
+            if site is not None and len(x):
+                self.seen(site, x)
         return func(*args, **(kwargs or {}))

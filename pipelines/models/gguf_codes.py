@@ -9,12 +9,12 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from ...compress.ggml_types import GGML_TYPES
+from ...compress.ggml_types import GGML_TYPES, GgmlName
 from ...compress.weights import GgmlWeight
 from ..demo import imported
 from ..formats import ggml_folder
@@ -22,7 +22,8 @@ from ..formats.ggml_blocks import unpack
 from .structure import Site, inspect, tied_names
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from gguf.gguf_reader import ReaderTensor
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 log = logging.getLogger("bitmend")
 
@@ -85,7 +86,7 @@ def _stacked(site: Site) -> list[str]:
     return [f"blk.{site.block}.ffn_{part}_exps.weight" for part in parts] or [f"no tensor for {site.parameter}"]
 
 
-def _record_of(tensors: list[Any], site: Site, model: Any) -> GgmlWeight | None:
+def _record_of(tensors: "list[ReaderTensor]", site: Site, model: Any) -> GgmlWeight | None:
     """None where the blocks are not the loaded matrix: of more than one type, for one."""
     kinds = {tensor.tensor_type.name.lower() for tensor in tensors}
     if len(kinds) > 1:
@@ -93,7 +94,7 @@ def _record_of(tensors: list[Any], site: Site, model: Any) -> GgmlWeight | None:
     arrays = [tensor.data if site.expert is None else tensor.data[site.expert] for tensor in tensors]
     blocks = torch.cat([torch.from_numpy(array.copy()) for array in arrays])
     weight_OI = site.read(model.get_parameter(f"{site.module}.{site.parameter}").detach())
-    return _matching(blocks, kinds.pop(), weight_OI, model.config)
+    return _matching(blocks, cast(GgmlName, kinds.pop()), weight_OI, model.config)
 
 
 def _whole(found: dict[str, GgmlWeight], model: "PreTrainedModel") -> dict[str, GgmlWeight]:
@@ -108,7 +109,7 @@ def _sites(model: "PreTrainedModel") -> list[Site]:
     return [*structure.sites, *([structure.embeddings] if structure.embeddings is not None else [])]
 
 
-def _matching(blocks: Tensor, kind: Any, weight_OI: Tensor, config: Any) -> GgmlWeight | None:
+def _matching(blocks: Tensor, kind: GgmlName, weight_OI: Tensor, config: "PreTrainedConfig") -> GgmlWeight | None:
     """The blocks as they lie, or with the rows of Llama's query and key heads put back."""
     rows, columns = weight_OI.shape
     if blocks.ndim != 2 or len(blocks) != rows or blocks.shape[1] * 8 * GGML_TYPES[kind].columns != columns * GGML_TYPES[kind].block_bits:
@@ -120,7 +121,7 @@ def _matching(blocks: Tensor, kind: Any, weight_OI: Tensor, config: Any) -> Ggml
     return None
 
 
-def _orders(rows: int, config: Any) -> Iterator[Tensor | None]:
+def _orders(rows: int, config: "PreTrainedConfig") -> Iterator[Tensor | None]:
     """Of the file's rows: as they are; with the two channels of every rotary pair, which lie side by side in the file, half a head apart."""
     yield None
     for heads in dict.fromkeys((config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads)):

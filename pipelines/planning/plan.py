@@ -32,7 +32,7 @@ from .steps import Step, found_choice, plan_steps
 from .unread import unread
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def refusals(recipe: Recipe, source: Path) -> list[str]:
@@ -127,9 +127,10 @@ def costed(recipe: Recipe, directory: Path | None = None, device: str = "auto") 
     return replace(found, said=found.said | {"warnings": list(dict.fromkeys(noted)), "finished": finished})
 
 
-def costed_of_config(recipe: Recipe, config: Any, device: str = "auto") -> Costed:
+def costed_of_config(recipe: Recipe, config: "PreTrainedConfig", device: str = "auto") -> Costed:
     """The same of a model that nobody has: of a configuration alone, stored in its dtype. Texts are not looked at; what the model would write
     itself is taken to be missing."""
+    assert isinstance(config.dtype, torch.dtype)
     model, element = skeleton(config), float(config.dtype.itemsize)
     structure = inspect(model, include_head=True)
     costs = RunCosts.of(model, recipe, compute_of(None, device, recipe.dtype, recipe.deterministic), element)

@@ -4,17 +4,16 @@ Knows the order in which `recover.train` and `stages/recover` do things; activat
 Legend: B batch, T tokens, O out, I in, D model, V vocabulary.
 """
 
-from typing import Any
-
 import torch
 
 from ...compress.gptq import GptqConfig
 from ...recover.activations import Activations
-from ...recover.fits import virtual_tokens
+from ...recover.fits import Chosen, virtual_tokens
 from ...recover.memory import COPIES
 from ...recover.reconstruct import Reconstruct, resolved
 from ...recover.recovery_methods import split
 from ...recover.selection import is_norm, where
+from ...recover.training_run import TrainConfig
 from ..devices.rates import Work
 from ..models.sizes import Sizes
 from ..models.structure import Site
@@ -67,7 +66,7 @@ def recovered(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool, room:
     return Needs(work + rounding.work, device, host, rounding.hidden, shared, alone | {"rounding by GPTQ": rounding.work}, sent)
 
 
-def _acting(plan: CostPlan, activations: Activations, config: Any, teacher: bool) -> float:
+def _acting(plan: CostPlan, activations: Activations, config: TrainConfig, teacher: bool) -> float:
     """The most of: a step's own activations; what waits for backward while the teacher runs ahead through its blocks."""
     if not teacher:
         return activations.peak
@@ -78,14 +77,14 @@ def _acting(plan: CostPlan, activations: Activations, config: Any, teacher: bool
     return max(activations.peak + plan.hidden_bytes(ahead), activations.saved + walking)
 
 
-def _ahead(plan: CostPlan, config: Any) -> float:
+def _ahead(plan: CostPlan, config: TrainConfig) -> float:
     """Tokens of one pass of the teacher."""
     wanted = config.steps * config.accumulation * config.batch_size * config.seq_len
     return min(tokens_ahead(plan.device, int(plan.hidden_bytes(1))), wanted)
 
 
 def _training(
-    plan: CostPlan, step: TrainingStep, config: Any, checkpointing: bool, cached: bool, moved: bool, rebuilt: int
+    plan: CostPlan, step: TrainingStep, config: TrainConfig, checkpointing: bool, cached: bool, moved: bool, rebuilt: int
 ) -> tuple[Work, Work, Work]:
     """Steps with the teacher's passes; one evaluation on the held-out text (of the start, five, and the records as they are stored); what comes
     once."""
@@ -106,13 +105,13 @@ def _training(
     return micro * (config.steps * config.accumulation), evaluation, dense + OPENED * 3
 
 
-def _evaluations(config: Any) -> int:
+def _evaluations(config: TrainConfig) -> int:
     """On the way, the start and the end apart."""
     every = config.eval_every or max(1, config.steps // 5)
     return -(-config.steps // every)
 
 
-def _micro_batches(config: Any, steps: Work, judging: Work) -> tuple[Divided, ...]:
+def _micro_batches(config: TrainConfig, steps: Work, judging: Work) -> tuple[Divided, ...]:
     """An update's micro-batches, and the held-out batches, in turn."""
     windows = max(1, HELD_OUT_TOKENS // config.seq_len)
     full, left = divmod(windows, config.batch_size)
@@ -121,7 +120,7 @@ def _micro_batches(config: Any, steps: Work, judging: Work) -> tuple[Divided, ..
     return micro, in_turn("held-out batches", judging * times, counts, times)
 
 
-def _gradients_sent(anatomy: Anatomy, config: Any, trained: float) -> tuple[Exchange, ...]:
+def _gradients_sent(anatomy: Anatomy, config: TrainConfig, trained: float) -> tuple[Exchange, ...]:
     """What ranks tell one another while they train (recover/peers, stages/recover)."""
     every, kept = config.eval_every or max(1, config.steps // 5), saved_every(trained)
     judged = {step for step in range(1, config.steps + 1) if step % every == 0 or step == config.steps}
@@ -139,7 +138,7 @@ def _gradients_sent(anatomy: Anatomy, config: Any, trained: float) -> tuple[Exch
     )
 
 
-def trained_numbers(anatomy: Anatomy, spec: StageSpec, own: Any, config: Any, linears: list[Site], sizes: Sizes) -> float:
+def trained_numbers(anatomy: Anatomy, spec: StageSpec, own: object, config: Chosen, linears: list[Site], sizes: Sizes) -> float:
     """How many numbers train, about: by the rank of factors, the groups of grids, whole matrices, norms."""
     place = where(anatomy.model, config.targets, config.layers)
     chosen = [s for s in linears if place.linear(s.name)]
@@ -154,7 +153,9 @@ def trained_numbers(anatomy: Anatomy, spec: StageSpec, own: Any, config: Any, li
         if spec.method == "scales" or getattr(own, "scales", False):
             count += rows * columns / 64 if "base.scales" in size.base_names or "base.codes" in size.base_names else 0
     if getattr(own, "norms", False):
-        count += sum(m.weight.numel() for n, m in anatomy.model.named_modules() if is_norm(m) and place.holds(n))
+        count += sum(
+            p.numel() for n, m in anatomy.model.named_modules() if is_norm(m) and place.holds(n) for p in [m.get_parameter("weight")]
+        )
     if getattr(own, "biases", False) or spec.method == "bitfit":
         count += sum(s.shape[0] for s in chosen if s.expert is None)
     return count

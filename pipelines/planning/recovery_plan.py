@@ -15,7 +15,7 @@ from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def refusals(spec: StageSpec, recipe: Recipe, model: "PreTrainedModel", sizes: Sizes, imported: bool) -> list[str]:
@@ -108,7 +108,7 @@ def _tokens(spec: StageSpec, recipe: Recipe, model: "PreTrainedModel") -> list[s
     return found
 
 
-def _teacher_differs(config: Any, teacher: Path, by_block: bool) -> list[str]:
+def _teacher_differs(config: "PreTrainedConfig", teacher: Path, by_block: bool) -> list[str]:
     """A teacher must speak the same vocabulary; where it teaches block by block, have the same blocks."""
     ours, theirs = config.get_text_config(), load_config(teacher).get_text_config()
     advice = "give the dense model that this one was made from"

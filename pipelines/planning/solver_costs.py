@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ...compress.decompose import Decomposition
 from ...compress.grids import STEPS
 from ..devices.rates import Work
 
@@ -135,7 +136,7 @@ def _decomposed(config: Any, rows: int, columns: int, quantized: bool) -> Cost:
     return Cost(work, peak, 4.0 * columns**2 if again and config.quantizer == "gptq" else 0.0)
 
 
-def _requantized(config: Any, rows: int, columns: int) -> Work:
+def _requantized(config: Decomposition, rows: int, columns: int) -> Work:
     work = Work(passes=4 * PACK * rows * columns, calls=200) + _search(config.clip, rows, columns)
     if config.quantizer == "gptq":
         work += _sweep(rows, columns, SETTLED_CALLS)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ...compress.smooth import SvdQuantConfig
 from ...compress.statistics import SAMPLES
 from ..devices.rates import Work
 from ..evaluation.perplexity import LOGITS_AT_ONCE, TOKENS_AT_ONCE, batches
@@ -278,7 +279,7 @@ def _of_matrix(spec: StageSpec, site: Site, records: bool) -> Cost:
     return solver_cost("quantize", method, config, site.shape, records)
 
 
-def _smoothed(config: Any, site: Site, records: bool) -> Cost:
+def _smoothed(config: SvdQuantConfig, site: Site, records: bool) -> Cost:
     """svdquant: rounded once, a term for each exponent, then the schedule."""
     from ...compress.decompose import Decomposition
 

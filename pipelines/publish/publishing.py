@@ -144,7 +144,7 @@ def _label(row: ReferenceRow, table: ReferenceTable) -> str:
     return " ".join(str(part) for part in (row.model, row.name, *(row.tags[tag] for tag in table.tags)))
 
 
-def _identity(row: ReferenceRow) -> dict[str, Any]:
+def _identity(row: ReferenceRow) -> dict[str, object]:
     return {"model": row.model, "name": row.name, **row.tags}
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...reports.record import RunRecord
 from ..errors import PipelineError, UsageError
 from ..recipes.recipe import Recipe, planned_directory, resolve
 from .ledger import keep_plan
@@ -49,7 +50,7 @@ class Result:
     """What a combination came to: a reports RunRecord, or the error that stopped it."""
 
     point: Point
-    record: Any = None
+    record: RunRecord | None = None
     error: PipelineError | None = None
 
     def trainable(self) -> int | None:
