@@ -231,7 +231,9 @@ def _perplexity(artifact: Artifact, recipe: Recipe, device: torch.device) -> flo
     """In float32, whatever the run computes in, so that what a format loses stands out."""
     windows = Inputs(recipe, artifact.directory).evaluation()
     with scratch_directory() as scratch:
-        scores, _ = measure.scores_of(artifact, scratch, windows, None, device, torch.float32, label="export: perplexity, blocks")
+        scores, _ = measure.scores_of(
+            artifact, scratch, windows, None, measure.ForwardPass(device, torch.float32), "export: perplexity, blocks"
+        )
     return scores.perplexity if scores.nll else None
 
 

@@ -5,6 +5,7 @@ Knows modules and their inputs; not what the statistics are for.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -113,6 +114,15 @@ def gather(
     statistics.update(sums.total())
 
 
+@dataclass(frozen=True)
+class DenseInputs:
+    """The dense model's inputs of the same text (site → inputs in call order), and what runs it: called with the place of a batch, before
+    that batch enters the compressed block."""
+
+    inputs: Mapping[str, list[Tensor]]
+    run: Callable[[int], object]
+
+
 def collect(
     model: StreamedModel,
     index: int,
@@ -120,19 +130,18 @@ def collect(
     sites: list[Site],
     needs: frozenset[str],
     statistics: dict[str, InputStatistics],
-    dense_inputs: Mapping[str, list[Tensor]] | None = None,
-    before: Callable[[int], object] | None = None,
+    dense: DenseInputs | None = None,
     share: BatchShare | None = None,
 ) -> None:
-    """`gather` from a loaded block; `before` is called with the place of the batch that will enter it. The first batch shows which input
+    """`gather` from a loaded block. The first batch shows which input
     comes last; the others run no further than that, so the product behind it is left out. Experts run to the end."""
     modules = {site.module: model.model.get_submodule(site.module) for site in sites}
     called: list[str] = []
     handles = [m.register_forward_pre_hook(lambda *_, name=name: called.append(name)) for name, m in modules.items()]
 
     def run(place: int, hidden_NTD: Tensor) -> None:
-        if before is not None:
-            before(place)
+        if dense is not None:
+            dense.run(place)
         with suppress(_Enough):
             model.run_block(index, hidden_NTD)
         if place == 0:
@@ -142,7 +151,7 @@ def collect(
                 handles.append(modules[called[-1]].register_forward_pre_hook(_stop))
 
     try:
-        gather(model, hidden, sites, needs, statistics, run, dense_inputs, share)
+        gather(model, hidden, sites, needs, statistics, run, None if dense is None else dense.inputs, share)
     finally:
         for handle in handles:
             handle.remove()
@@ -154,18 +163,17 @@ def collect_head(
     site: Site,
     needs: frozenset[str],
     statistics: dict[str, InputStatistics],
-    dense_inputs: Mapping[str, list[Tensor]] | None = None,
-    before: Callable[[int], object] | None = None,
+    dense: DenseInputs | None = None,
     share: BatchShare | None = None,
 ) -> None:
     """The same of the output head, from hidden states that leave the last block, window by window; its product is left out."""
 
     def run(place: int, hidden_NTD: Tensor) -> None:
-        if before is not None:
-            before(place)
+        if dense is not None:
+            dense.run(place)
         through_head(model, site, hidden_NTD)
 
-    gather(model, hidden, [site], needs, statistics, run, dense_inputs, share)
+    gather(model, hidden, [site], needs, statistics, run, None if dense is None else dense.inputs, share)
 
 
 def through_head(model: StreamedModel, site: Site, hidden_NTD: Tensor) -> None:

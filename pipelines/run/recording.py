@@ -61,9 +61,8 @@ def _measured(
     main, extra = found.pop(MAIN)
     size = measure.size_of(artifact)
     first, previous = (scores[0], scores[-1]) if scores else ({}, None)
-    made = measure.stage_record(
-        step.address, step.method, step.settings, metrics, size, main, extra, first.get(MAIN, main), previous[MAIN] if previous else None
-    )
+    measured = measure.Measured(main, extra, first.get(MAIN, main), previous[MAIN] if previous else None)
+    made = measure.stage_record(step.address, step.method, step.settings, metrics, size, measured)
     made = replace(made, texts={name: measure.text_record(*pair, first.get(name)) for name, pair in found.items()})
     made = replace(made, tasks=_tasks(under_way, step, artifact, bool(scores)))
     if step.address in under_way.warnings:
@@ -85,17 +84,8 @@ def _scores(
         opened = open_artifact(place.artifact(baseline.name))
         teacher = measure.teacher_of(opened, place.metrics(baseline.name), windows, device, dtype)
     label = f"{step.address}: perplexity{f' on {name}' if name else ''}, blocks"
-    return measure.scores_of(
-        artifact,
-        place.metrics(step.name),
-        windows,
-        teacher,
-        device,
-        dtype,
-        stages.binder(step.spec, device, artifact),
-        label,
-        under_way.ranks,
-    )
+    forward = measure.ForwardPass(device, dtype, stages.binder(step.spec, device, artifact))
+    return measure.scores_of(artifact, place.metrics(step.name), windows, teacher, forward, label, under_way.ranks)
 
 
 def _tasks(under_way: Session, step: Step, artifact: Artifact, compared: bool) -> dict[str, TaskRecord]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -40,7 +40,7 @@ from ..store.rundir import RunDirectory, appears, check_shared
 from .ledger import gc, record, status
 from .opening import last_artifact
 from .recording import Measures, measured, save_record, texts_of
-from .session import Session, check_ranks, plan_run, take_up
+from .session import Session, StageAddresses, check_ranks, given_addresses, plan_run, take_up
 from .signals import Stop, signals
 
 __all__ = ["Session", "Step", "gc", "last_artifact", "plan_steps", "record", "resume", "run", "status"]
@@ -56,13 +56,11 @@ def run(
     recipe: Recipe,
     directory: Path | None = None,
     *,
-    from_stage: str | None = None,
-    until_stage: str | None = None,
-    force: str | None = None,
     device: str = "auto",
     max_perplexity_ratio: float | None = None,
     page: bool = True,
     ranks: Ranks = ONE,
+    **addresses: Unpack[StageAddresses],
 ) -> RunRecord:
     """Run a recipe, or go on with it. Returns the record of all its stages; `page` draws report.html as well. `ranks`: what other processes call
     this function with the same arguments.
@@ -70,6 +68,7 @@ def run(
     Raises UsageError, InputError, OutOfMemoryError; QualityError when the last stage's perplexity is above
     `max_perplexity_ratio` times the baseline's (everything is kept); KeyboardInterrupt on SIGINT and SIGTERM, resumable.
     """
+    from_stage, until_stage, force = given_addresses(**addresses)
     place = RunDirectory((directory or run_directory(recipe)).resolve())
     with _taken(place, ranks), disk_errors(place.path), signals(ranks) as stop:
         compute = compute_of(place, device, recipe.dtype, recipe.deterministic, ranks)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from ..allocation.choice import Choice
 from ..allocation.spending import spent
@@ -20,6 +20,21 @@ from ..store.rundir import RunDirectory
 from .signals import Stop
 
 log = logging.getLogger("bitmend")
+
+
+class StageAddresses(TypedDict, total=False):
+    """Which of the stages that are there are done again from, which one is the last, which one is done again."""
+
+    from_stage: str | None
+    until_stage: str | None
+    force: str | None
+
+
+def given_addresses(
+    from_stage: str | None = None, until_stage: str | None = None, force: str | None = None
+) -> tuple[str | None, str | None, str | None]:
+    """The three in order; TypeError for any other name."""
+    return from_stage, until_stage, force
 
 
 @dataclass

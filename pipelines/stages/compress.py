@@ -19,7 +19,7 @@ from ...compress.weights import StoredWeight
 from ..errors import InputError, UsageError
 from ..logs import bar
 from ..models.blocks import StreamedModel
-from ..models.collecting import collect, collect_head, dense_inputs_of, input_groups, through_head
+from ..models.collecting import DenseInputs, collect, collect_head, dense_inputs_of, input_groups, through_head
 from ..models.hidden import Room
 from ..models.reading import BlockReader, BlockTensors
 from ..models.sizes import fallback_notes
@@ -171,8 +171,8 @@ def _statistics(stage: Stage, states: States, index: int, sites: list[Site]) -> 
         source, hidden = stage.dense, states.dense
     if "cross_moment" in needs and stage.dense is not None:
         with dense_inputs_of(stage.dense, sites) as paired:
-            dense = _dense_first(states, paired, partial(stage.dense.run_block, index))
-            collect(source, index, hidden, sites, needs, statistics, paired, dense, stage.share)
+            dense = DenseInputs(paired, _dense_first(states, paired, partial(stage.dense.run_block, index)))
+            collect(source, index, hidden, sites, needs, statistics, dense, stage.share)
     elif sites:
         collect(source, index, hidden, sites, needs, statistics, share=stage.share)
     for site in sites:
@@ -204,8 +204,8 @@ def _head_statistics(stage: Stage, states: States, site: Site) -> InputStatistic
     with torch.no_grad():
         if "cross_moment" in needs and stage.dense is not None:
             with dense_inputs_of(stage.dense, [site]) as paired:
-                dense = _dense_first(states, paired, partial(through_head, stage.dense, site))
-                collect_head(stage.model, states.hidden, site, needs, statistics, paired, dense, stage.share)
+                dense = DenseInputs(paired, _dense_first(states, paired, partial(through_head, stage.dense, site)))
+                collect_head(stage.model, states.hidden, site, needs, statistics, dense, stage.share)
         else:
             collect_head(stage.model, states.hidden, site, needs, statistics, share=stage.share)
     return statistics.get(site.name) or InputStatistics(site.shape[1], needs, stage.context.device)
