@@ -74,8 +74,8 @@ def svdquant(problem: BlockProblem, configs: Mapping[str, SvdQuantConfig]) -> tu
         parts = [part_of(problem.weights[n], problem.targets[n], problem.statistics[n], configs[n]) for n in names]
         smooth_I, alpha = smoothing(parts)
         for name, part in zip(names, parts, strict=True):
-            records[name], found = split(part, None if smooth_I is None else smooth_I.clone())  # files hold no shared tensors
-            metrics[name] = found if alpha is None else found | {"smoothing_alpha": alpha}
+            records[name], result = split(part, None if smooth_I is None else smooth_I.clone())  # files hold no shared tensors
+            metrics[name] = result if alpha is None else result | {"smoothing_alpha": alpha}
     return records, metrics
 
 

@@ -125,7 +125,7 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _join(arguments: list[str]) -> None:
-    """Where a launcher started several processes, take part: they must have been told the same, and rank 0 alone speaks."""
+    """Where a launcher started several processes, take part: they must have been given the same arguments, and rank 0 alone writes output."""
     if joining.world() is None:
         return
     if not arguments or arguments[0] not in ON_RANKS:
@@ -186,7 +186,7 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 
 def _other_cache(error: OSError) -> str:
-    """The way out where another library's cache, in the home directory unless told, cannot be written."""
+    """The way out where another library's cache, in the home directory unless set, cannot be written."""
     parts = Path(str(error.filename or "")).parts
     variable = next((variable for part, variable in _CACHES.items() if part in parts), None)
     return f"; set {variable} to a directory of yours" if variable and error.errno in UNWRITABLE else ""

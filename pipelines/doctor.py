@@ -39,13 +39,13 @@ def report() -> dict[str, object]:
 
 def installed() -> dict[str, str | None]:
     """Package → version, None where it is not installed."""
-    found: dict[str, str | None] = {}
+    result: dict[str, str | None] = {}
     for package in (*PACKAGES, *(("triton",) if sys.platform == "linux" else ())):
         try:
-            found[package] = version(package)
+            result[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            result[package] = None
+    return result
 
 
 def torch_settings() -> dict[str, object]:
@@ -65,13 +65,13 @@ def devices() -> list[dict[str, Any]]:
     """The CPU, and each CUDA device with its memory."""
     import torch
 
-    found: list[dict[str, object]] = [{"device": "cpu", "name": cpu_name(), "total_bytes": _memory_limit()}]
+    result: list[dict[str, object]] = [{"device": "cpu", "name": cpu_name(), "total_bytes": _memory_limit()}]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             capability = f"sm_{properties.major}{properties.minor}"
-            found.append({"device": f"cuda:{index}", "name": f"{properties.name} ({capability})", "total_bytes": properties.total_memory})
-    return found
+            result.append({"device": f"cuda:{index}", "name": f"{properties.name} ({capability})", "total_bytes": properties.total_memory})
+    return result
 
 
 def arithmetic(size: int = 1024, repeats: int = 5) -> dict[str, object]:
@@ -99,12 +99,12 @@ def kernels() -> dict[str, object]:
     """Triton, and which backends compressed linears have here, why one is missing, and what was measured to choose among them."""
     import torch
 
-    found: dict[str, object] = {"triton": find_spec("triton") is not None, "interpreter": os.environ.get("TRITON_INTERPRET") == "1"}
+    result: dict[str, object] = {"triton": find_spec("triton") is not None, "interpreter": os.environ.get("TRITON_INTERPRET") == "1"}
     try:
         from ..kernels.linear import describe
     except ImportError as error:
-        return found | {"import_error": str(error)}
-    return found | describe("cuda" if torch.cuda.is_available() else "cpu")
+        return result | {"import_error": str(error)}
+    return result | describe("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def memory() -> dict[str, Any]:
@@ -135,7 +135,7 @@ def cache() -> dict[str, Any]:
 
 def missing(sections: dict[str, Any]) -> list[dict[str, str]]:
     """What stands in the way, each with the line that fixes it."""
-    found = [
+    result = [
         {"what": f"the package {name} is not installed", "fix": f"{Path(sys.executable).name} -m pip install {name}"}
         for name, version_found in sections["packages"].items()
         if version_found is None
@@ -143,23 +143,23 @@ def missing(sections: dict[str, Any]) -> list[dict[str, str]]:
     torch_section = sections.get("torch")
     if torch_section and torch_section["cores"] and torch_section["threads"] > torch_section["cores"]:
         line = f"export OMP_NUM_THREADS={torch_section['cores']}"
-        found.append({"what": f"{torch_section['threads']} threads on {torch_section['cores']} cores", "fix": line})
+        result.append({"what": f"{torch_section['threads']} threads on {torch_section['cores']} cores", "fix": line})
     if shutil.which("nvidia-smi") and torch_section and torch_section["cuda_build"] is None:
         line = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
-        found.append({"what": "an NVIDIA driver, but a torch built for the CPU only", "fix": line})
+        result.append({"what": "an NVIDIA driver, but a torch built for the CPU only", "fix": line})
     if (available := sections["memory"]["available_bytes"]) is not None and available < DEMO_MEMORY_BYTES:
-        found.append({"what": f"{available / 1e9:.1f} GB of memory available, the demo takes up to 4", "fix": "close other programs"})
+        result.append({"what": f"{available / 1e9:.1f} GB of memory available, the demo takes up to 4", "fix": "close other programs"})
     if sections["disk"]["here_free_bytes"] < DEMO_DISK_BYTES:
         free = sections["disk"]["here_free_bytes"] / 1e9
-        found.append({"what": f"{free:.1f} GB free here, the demo takes up to 3", "fix": "pipeline run … -o DIR on another disk"})
+        result.append({"what": f"{free:.1f} GB free here, the demo takes up to 3", "fix": "pipeline run … -o DIR on another disk"})
     if (broken := sections.get("kernels", {}).get("import_error")) is not None:
-        found.append(
+        result.append(
             {"what": f"the kernels cannot be imported: {broken}", "fix": f"{Path(sys.executable).name} -m pip install --upgrade triton"}
         )
     if not os.access(_existing(Path(sections["cache"]["directory"])), os.W_OK):
         what = f"the cache directory {sections['cache']['directory']} cannot be written"
-        found.append({"what": what, "fix": "export BITMEND_CACHE=DIR"})
-    return found
+        result.append({"what": what, "fix": "export BITMEND_CACHE=DIR"})
+    return result
 
 
 def _cache_directory() -> Path:

@@ -51,8 +51,8 @@ class RebuiltLinear(torch.autograd.Function):
             return (x_gradient, None, *(None for _ in parameters))
         product = summed if getattr(linear.reweight, "sums_gradient", False) else torch.matmul
         weight_gradient = product(gradient_TO.T, x_TI)
-        x_gradient, found = linear.pull_back(gradient_TO if wanted[0] else None, weight_gradient, parameters, wanted[2:])
-        return (x_gradient, None, *found)
+        x_gradient, result = linear.pull_back(gradient_TO if wanted[0] else None, weight_gradient, parameters, wanted[2:])
+        return (x_gradient, None, *result)
 
 
 class RoundedInput(torch.autograd.Function):
@@ -145,8 +145,8 @@ class CompressedLinear(nn.Module):
         return self.sparse is not None and self.stored.smooth is None and self.stored.activations is None
 
     def weight_parameters(self) -> list[Tensor]:
-        found: list[Tensor] = [] if self.reweight is None else list(self.reweight.parameters())
-        return [*found, self.sparse.values] if self.sparse is not None and self.inline_sparse else found
+        result: list[Tensor] = [] if self.reweight is None else list(self.reweight.parameters())
+        return [*result, self.sparse.values] if self.sparse is not None and self.inline_sparse else result
 
     def effective(self, *parameters: Tensor) -> Tensor:
         """The matrix that multiplies the base's input, differentiable in `parameters` (the order of `weight_parameters`)."""

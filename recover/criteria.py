@@ -43,14 +43,14 @@ def choose(
     ranked = {name: _masked(_by_row(s) if by == "channel" else s, kept[name]) for name, s in scores.items()}
     pick = _best if by == "weight" else _reaching
     if quota == "matrix":
-        found = {name: pick(s.reshape(-1), max(1, round(share * s.numel()))) for name, s in ranked.items()}
+        result = {name: pick(s.reshape(-1), max(1, round(share * s.numel()))) for name, s in ranked.items()}
     else:
         sizes = [s.numel() for s in ranked.values()]
         flat = torch.cat([s.reshape(-1) for s in ranked.values()])
         chosen = torch.zeros_like(flat, dtype=torch.bool)
         chosen[pick(flat, max(1, round(share * len(flat))))] = True
-        found = {name: part.nonzero().squeeze(-1) for name, part in zip(ranked, chosen.split(sizes), strict=True)}
-    return {name: index for name, index in found.items() if len(index)}
+        result = {name: part.nonzero().squeeze(-1) for name, part in zip(ranked, chosen.split(sizes), strict=True)}
+    return {name: index for name, index in result.items() if len(index)}
 
 
 def _by_row(score_OI: Tensor) -> Tensor:

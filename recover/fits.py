@@ -55,12 +55,12 @@ def left_alone(own: object, shared: Chosen, model: nn.Module, names: Iterable[st
     if not experts:
         return []
     which = f"{experts[0]} and {len(experts) - 1} more expert matrices" if len(experts) > 1 else experts[0]
-    found = []
+    result = []
     if _trains_biases(own):
-        found.append(f"left alone: the biases of {which} (fused experts have no place for them)")
+        result.append(f"left alone: the biases of {which} (fused experts have no place for them)")
     if getattr(own, "bottleneck", None) is not None and getattr(own, "at", "mlp") != "attention":
-        found.append(f"left alone: {which} (no bottleneck can stand beside fused experts)")
-    return found
+        result.append(f"left alone: {which} (no bottleneck can stand beside fused experts)")
+    return result
 
 
 def _trains_biases(own: object) -> bool:
@@ -86,12 +86,12 @@ def _bottleneck(own: object, model: nn.Module, place: Where, shapes: Shapes, cho
     if width is None:
         return None
     own_modules = [name for name in shapes if not is_expert(model, name)]
-    found = list(bottlenecks.sublayers(own_modules, set(chosen), place.blocks_name, at))
-    if not found:
+    result = list(bottlenecks.sublayers(own_modules, set(chosen), place.blocks_name, at))
+    if not result:
         experts = " (fused experts have no such linears)" if len(own_modules) < len(shapes) else ""
         return f"targets, layers and at leave no attention or MLP sublayer whose first and last linear are known by name{experts}"
     serial = isinstance(own, bottlenecks.SerialAdapter)
-    limit = min(min(shapes[part.exit][0], shapes[part.exit][0] if serial else shapes[part.entry][1]) for part in found)
+    limit = min(min(shapes[part.exit][0], shapes[part.exit][0] if serial else shapes[part.entry][1]) for part in result)
     return None if 0 < width <= limit else f"bottleneck {width} does not fit a width of {limit}; choose 1…{limit}"
 
 

@@ -56,7 +56,7 @@ class ChunkedLoss(torch.autograd.Function):
         count, total = len(targets_N), torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
         wants = [hidden_ND.requires_grad, *(p.requires_grad for p in trained)]
         hidden_gradient = torch.zeros_like(hidden_ND) if wants[0] else None
-        found = [torch.zeros_like(p) for p in trained]
+        result = [torch.zeros_like(p) for p in trained]
         for part, logits, leaf in _chunks(head, hidden_ND):
             teacher_logits = None
             if teacher is not None:
@@ -68,14 +68,14 @@ class ChunkedLoss(torch.autograd.Function):
                 gradients = torch.autograd.grad(logits, [leaf, *trained], gradient_NV.to(logits.dtype), allow_unused=True)
                 if hidden_gradient is not None:
                     hidden_gradient[part] = gradients[0]
-                for sum_, g in zip(found, gradients[1:], strict=True):
+                for sum_, g in zip(result, gradients[1:], strict=True):
                     sum_ += 0 if g is None else g
-        ctx.save_for_backward(hidden_gradient, *found)
+        ctx.save_for_backward(hidden_gradient, *result)
         return (total / count).float()
 
     @staticmethod
     def backward(ctx: _Kept, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_gradient, *found = ctx.saved_tensors
+        hidden_gradient, *result = ctx.saved_tensors
         scale = gradients[0]
         return (
             None if hidden_gradient is None else hidden_gradient * scale,
@@ -83,7 +83,7 @@ class ChunkedLoss(torch.autograd.Function):
             None,
             None,
             None,
-            *(g * scale for g in found if g is not None),
+            *(g * scale for g in result if g is not None),
         )
 
 

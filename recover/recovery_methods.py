@@ -390,14 +390,14 @@ def split(name: str, config: Any) -> tuple[Any, Any]:
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(word, list(known), 1)
-    return f" (nearest is {found[0]!r})" if found else ""
+    result = difflib.get_close_matches(word, list(known), 1)
+    return f" (nearest is {result[0]!r})" if result else ""
 
 
-def refusal(name: str, found: Iterable[frozenset[str]], config: object) -> str | None:
-    """Why a method cannot serve a compressed model, said before any work; None when it can. `found` are the kinds of the chosen records."""
+def refusal(name: str, result: Iterable[frozenset[str]], config: object) -> str | None:
+    """Why a method cannot serve a compressed model, before any work; None when it can. `found` are the kinds of the chosen records."""
     _, own = split(name, config)
-    union = frozenset().union(*found)
+    union = frozenset().union(*result)
     reason = RECOVER[name].serves(union, own)
     return None if reason is None else f"{name} cannot serve this model: {reason}"
 

@@ -13,8 +13,8 @@ from .units import number, percent
 
 def suggestions(record: RunRecord) -> list[str]:
     """What to try, from the stage that hurt most and from what is left of the gap."""
-    found = changes(record.stages)
-    worst = worst_change(found)
+    result = changes(record.stages)
+    worst = worst_change(result)
     present = {stage.stage.split(".")[0] for stage in record.stages}
     tips: list[str] = []
     if worst is not None:
@@ -23,7 +23,7 @@ def suggestions(record: RunRecord) -> list[str]:
     last, baseline = (record.stages[-1] if record.stages else None), record.baseline
     if last is not None and baseline is not None and last is not baseline and _left(last, baseline) > 0.02:
         tips += _more_recovery(record, present)
-    for change in found:
+    for change in result:
         if change.after.stage.startswith("fuse") and abs(change.nats) > 1e-3 and not change.is_noise:
             apart = f"{change.after.stage} differs by {percent(abs(math.expm1(change.nats)))} from the stage before it"
             tips.append(f"{apart}: check the kernels with `pipeline doctor`.")

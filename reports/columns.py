@@ -224,11 +224,11 @@ def extra_rows(stages: Sequence[StageRecord]) -> list[tuple[str, str, float]]:
 
 def series(stage: StageRecord) -> list[tuple[str, list[Mapping[str, object]]]]:
     """(name, rows) of the extra metrics that are lists of mappings, such as a training history."""
-    found = []
+    result = []
     for name, value in stage.metrics.items():
         if isinstance(value, list | tuple) and value and len(rows := [row for row in value if isinstance(row, Mapping)]) == len(value):
-            found.append((name, rows))
-    return found
+            result.append((name, rows))
+    return result
 
 
 def series_columns(rows: Sequence[Mapping[str, object]]) -> list[Column[Mapping[str, object]]]:

@@ -86,8 +86,8 @@ class Card:
 
 def html(record: RunRecord) -> str:
     """The page of one run."""
-    told = findings(record)
-    sentences = [(found.kind, LABELS[found.kind], found.text) for found in told if found.kind != "summary"]
+    results = findings(record)
+    sentences = [(finding.kind, LABELS[finding.kind], finding.text) for finding in results if finding.kind != "summary"]
     columns = stage_columns(record.stages)
     quality = [column for column in columns if column.group in ("quality", "both")]
     cost = [column for column in columns if column.group in ("cost", "both")]
@@ -98,7 +98,7 @@ def html(record: RunRecord) -> str:
         title=f"{record.model}: {record.run}",
         record=record,
         protocol_line="; ".join(protocol_lines(record)),
-        lead=next((found.text for found in told if found.kind == "summary"), ""),
+        lead=next((finding.text for finding in results if finding.kind == "summary"), ""),
         cards=_cards(record),
         sentences=sentences,
         tips=[("try", LABELS["try"], text) for text in suggestions(record)],

@@ -79,13 +79,13 @@ def size_against_perplexity(stages: Sequence[StageRecord], rivals: Sequence[Stag
 
 def _placed(stages: Sequence[StageRecord], text: str | None) -> list[tuple[float, float, str]]:
     """(MB on disk, perplexity on the text, name) of the stages that have both."""
-    found = []
+    result = []
     for stage in stages:
         measured = stage if text is None else stage.texts.get(text)
         perplexity = measured.perplexity if measured is not None else None
         if _positive(perplexity) and stage.total_bytes:
-            found.append((float(stage.total_bytes) / 1e6, float(perplexity or 0.0), stage.stage))
-    return found
+            result.append((float(stage.total_bytes) / 1e6, float(perplexity or 0.0), stage.stage))
+    return result
 
 
 def _size_panel(axes: Axes, way: Sequence[tuple[float, float, str]], rivals: Sequence[tuple[float, float, str]]) -> None:
@@ -269,12 +269,12 @@ def _heat_panel(
     roles = sorted(dict.fromkeys(layer.role for layer in layers), key=_role_place)
     blocks = sorted({layer.block for layer in layers if layer.block is not None})
     columns: list[int | None] = [*blocks, *([None] if any(layer.block is None for layer in layers) else [])]
-    found: dict[tuple[object, object], list[float]] = {}
+    result: dict[tuple[object, object], list[float]] = {}
     for layer in layers:
         measured = value(layer)
         if measured is not None and math.isfinite(measured):
-            found.setdefault((layer.role, layer.block), []).append(float(measured))
-    grid = [[fmean(found[role, block]) if (role, block) in found else math.nan for block in columns] for role in roles]
+            result.setdefault((layer.role, layer.block), []).append(float(measured))
+    grid = [[fmean(result[role, block]) if (role, block) in result else math.nan for block in columns] for role in roles]
     edges_x, edges_y = range(len(columns) + 1), range(len(roles) + 1)
     mesh = axes.pcolormesh(
         edges_x, edges_y, grid, norm=norm, cmap="viridis", edgecolors=PAPER, linewidth=0.4 if len(columns) <= 48 else 0.0

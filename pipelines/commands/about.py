@@ -69,11 +69,11 @@ def list_(method: MethodName = None, json: o.Json = False, verbose: o.Verbose = 
     from ..recipes import catalog
 
     if method is not None:
-        found = catalog.named(method)
+        result = catalog.named(method)
         if json:
-            o.write_json({"methods": found})
+            o.write_json({"methods": result})
             return
-        for place, row in enumerate(found):
+        for place, row in enumerate(result):
             _write_method(row, place)
     elif json:
         o.write_json(_machine_list(catalog.catalog()))

@@ -228,14 +228,14 @@ def _check_gguf(path: Path) -> int:
     counts = {name: field.contents() for name, field in reader.fields.items() if name.endswith(".block_count")}
     if not counts:  # transformers would then make as many as its own default
         raise InputError(f"{path}: says nowhere how many blocks it has (ARCHITECTURE.block_count); it is damaged, fetch it again")
-    for name, said in counts.items():
-        refuse_more_blocks(f"{path}: {name}", said, (tensor.name for tensor in reader.tensors))
+    for name, stated in counts.items():
+        refuse_more_blocks(f"{path}: {name}", stated, (tensor.name for tensor in reader.tensors))
     return len(reader.tensors)
 
 
-def refuse_more_blocks(name: str, said: object, tensors: Iterable[str]) -> None:
+def refuse_more_blocks(name: str, stated: object, tensors: Iterable[str]) -> None:
     """InputError where a model says to have more blocks than the names of its tensors count, and so many that it is not the few that some keep
     for predicting further tokens: making them takes minutes before anything fails."""
     held = 1 + max((int(part) for tensor in tensors for part in tensor.split(".") if part.isdecimal()), default=-1)
-    if isinstance(said, int) and said > held + FURTHER:
-        raise InputError(f"{name} is {said}, and its tensors are those of {held} blocks; it is damaged, fetch it again")
+    if isinstance(stated, int) and stated > held + FURTHER:
+        raise InputError(f"{name} is {stated}, and its tensors are those of {held} blocks; it is damaged, fetch it again")

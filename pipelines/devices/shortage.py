@@ -33,8 +33,8 @@ def shortage(address: str, spec: StageSpec | None, compute: Compute) -> Iterator
 
 
 def _wanted(error: BaseException) -> str:
-    found = re.search(r"[Tt]ried to allocate ([0-9.]+) (bytes|[KMG]iB)", str(error))
-    return "an allocation failed" if found is None else f"{float(found[1]) * UNITS[found[2]] / 1e9:.2f} GB more were needed"
+    result = re.search(r"[Tt]ried to allocate ([0-9.]+) (bytes|[KMG]iB)", str(error))
+    return "an allocation failed" if result is None else f"{float(result[1]) * UNITS[result[2]] / 1e9:.2f} GB more were needed"
 
 
 def _free(compute: Compute, on_card: bool) -> str:

@@ -104,10 +104,10 @@ def scores_of(
     hidden states are kept as well, for the stages that follow. Several ranks share the windows; rank 0 reads and keeps."""
     key = perplexity.protocol_key(windows)
     path, hidden_path = metrics / f"{key}.json", metrics / f"{key}.hidden.safetensors"
-    found = load_scores(path) if ranks.leads else None
-    found = ranks.broadcast(found if ranks.leads and (teacher is not None or is_whole(hidden_path)) else None)
-    if found is not None:
-        return found
+    result = load_scores(path) if ranks.leads else None
+    result = ranks.broadcast(result if ranks.leads and (teacher is not None or is_whole(hidden_path)) else None)
+    if result is not None:
+        return result
     began = time.monotonic()
     model = StreamedModel(artifact, forward.device, forward.dtype, forward.bind)
     with bar(label, model.structure.blocks) as shown:

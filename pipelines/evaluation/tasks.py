@@ -58,13 +58,13 @@ def load_tasks(names: Sequence[str]) -> dict[str, object]:
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError("tasks are scored by lm-eval, which is not installed: pip install 'bitmend[eval]'")
     files = [name for name in names if name.endswith(FILE)]
-    found = {Path(name).stem: _of_file(Path(name).expanduser()) for name in files}
+    result = {Path(name).stem: _of_file(Path(name).expanduser()) for name in files}
     named = [name for name in names if name not in files]
     with _quiet():
         made = _of_lm_eval(named) if named else {}
-    if len(found) < len(files) or found.keys() & made.keys():
+    if len(result) < len(files) or result.keys() & made.keys():
         raise UsageError(f"two of the tasks {', '.join(names)} have one name; rename a file")
-    return found | made
+    return result | made
 
 
 def _of_lm_eval(names: Sequence[str]) -> dict[str, object]:
@@ -155,10 +155,10 @@ def scores_of_tasks(
         return {name: _score_of(row) for name, row in read_json(path, "delete it and run again")["scores"].items()}
     model = whole_model(artifact, device, dtype, bind).model
     model.config.use_cache = True
-    found = answered(model, load_tokenizer(artifact.directory), tasks, limit)
+    result = answered(model, load_tokenizer(artifact.directory), tasks, limit)
     metrics.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"scores": {name: asdict(score) for name, score in found.items()}})
-    return found
+    write_json(path, {"scores": {name: asdict(score) for name, score in result.items()}})
+    return result
 
 
 def _score_of(row: Mapping[str, Any]) -> TaskScore:
@@ -182,14 +182,14 @@ def answered(model: Any, tokenizer: Any, tasks: Mapping[str, Any], limit: int | 
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
         wrap: Any = HFLM  # a decorator of lm-eval's hides its parameters
         wrapped = wrap(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
-        found: Any = evaluate(wrapped, {"tasks": dict(tasks)}, limit=limit, bootstrap_iters=BOOTSTRAP)
+        result: Any = evaluate(wrapped, {"tasks": dict(tasks)}, limit=limit, bootstrap_iters=BOOTSTRAP)
     out: dict[str, TaskScore] = {}
-    for task, results in found["results"].items():
+    for task, results in result["results"].items():
         for key, score in results.items():
             metric, _, filter_ = key.partition(",")
             if not filter_ or metric.endswith("_stderr") or not isinstance(score, int | float):
                 continue
-            rows = [row for row in found["samples"][task] if row["filter"] == filter_]
+            rows = [row for row in result["samples"][task] if row["filter"] == filter_]
             values = [row.get(metric) for row in rows]
             stderr = results.get(f"{metric}_stderr,{filter_}")
             out[f"{task} {metric}{'' if filter_ == 'none' else f' {filter_}'}"] = TaskScore(

@@ -175,10 +175,10 @@ def _state(name: str, parts: Mapping[str, Stored]) -> dict[str, object]:
             raise InputError(
                 f"{parts[part].file}: {name}.{part} has shape {list(parts[part].shape)}; {rows} × {columns} in blocks of {block} need [{count}]"
             )
-    found = parts["weight"].size_bytes
-    if found != -(-rows * columns // 2):
+    result = parts["weight"].size_bytes
+    if result != -(-rows * columns // 2):
         raise InputError(
-            f"{parts['weight'].file}: {name}.weight holds {found} bytes; {rows} × {columns} weights of 4 bits need {-(-rows * columns // 2)}"
+            f"{parts['weight'].file}: {name}.weight holds {result} bytes; {rows} × {columns} weights of 4 bits need {-(-rows * columns // 2)}"
         )
     return state
 
@@ -213,8 +213,8 @@ def _nested(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> tuple[Te
     return values, (codes, scales, offset) if block == NESTED_BLOCK else None
 
 
-def _check_map(name: str, entry: Stored, found: Tensor, known: Tensor) -> None:
-    if not torch.equal(found.float(), known):
+def _check_map(name: str, entry: Stored, result: Tensor, known: Tensor) -> None:
+    if not torch.equal(result.float(), known):
         raise InputError(
             f"{entry.file}: {entry.name} is not the table bitsandbytes uses for NF4; the file is of another version or damaged ({name})"
         )

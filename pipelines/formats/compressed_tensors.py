@@ -82,7 +82,7 @@ def write(checkpoint: Checkpoint, directory: Path, shard_bytes: int = SHARD_BYTE
 
 def _refuse_experts(checkpoint: Checkpoint) -> None:
     """Readers decode all experts by one scheme, without zero points."""
-    found: set[tuple[int, int]] = set()
+    result: set[tuple[int, int]] = set()
     for name, record in checkpoint.linears.items():
         if expert_parameter(name) is None or not isinstance(record.base, UniformWeight):
             continue
@@ -90,8 +90,8 @@ def _refuse_experts(checkpoint: Checkpoint) -> None:
             raise UsageError(
                 f"{name}: programs read compressed-tensors experts without zero points; quantize symmetrically or use --format gptq"
             )
-        found.add((record.base.bits, record.base.group_size))
-        if len(found) > 1:
+        result.add((record.base.bits, record.base.group_size))
+        if len(result) > 1:
             raise UsageError(
                 f"{name}: compressed-tensors experts share one setting; these have several bits or group sizes, use --format gptq"
             )

@@ -117,9 +117,9 @@ def model_card(card: Mapping[str, Any], notes: Sequence[str], how_to_load: str) 
     if "read_by" in card:
         known = [f"- {program}" for program in card["read_by"]] or ["- no other program is known to; bitmend has read it back"]
         lines += ["## Read by", "", "Known to read exactly this file:", "", *known, ""]
-    said = [*card.get("notes", ()), *notes]
-    if said:
-        lines += ["## Notes", "", *(f"- {note}" for note in said), ""]
+    remarks = [*card.get("notes", ()), *notes]
+    if remarks:
+        lines += ["## Notes", "", *(f"- {note}" for note in remarks), ""]
     return "\n".join(lines)
 
 

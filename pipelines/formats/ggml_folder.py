@@ -38,7 +38,7 @@ def read(directory: Path) -> Checkpoint:
     config, quantization = read_config(directory)
     stored, types = open_directory(directory), (quantization or {}).get("types") or {}
     checked = {name: _checked(directory, stored, name, kind) for name, kind in types.items()}
-    linears = {name: partial(_record, stored[f"{name}.{_BLOCKS}"], *found) for name, found in checked.items()}
+    linears = {name: partial(_record, stored[f"{name}.{_BLOCKS}"], *result) for name, result in checked.items()}
     plain = {name: entry.load for name, entry in stored.items() if name.removesuffix(f".{_BLOCKS}") not in types}
     return Checkpoint(config, Lazy(linears), Lazy(plain), files=directory)
 

@@ -72,13 +72,13 @@ class GgufModel:
 
     def name(self, name: str) -> str:
         """A tensor of the state dict → its name in the file. UsageError where llama.cpp has no place for it."""
-        found = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
+        result = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
         module, _, leaf = name.rpartition(".")
-        if found is None or (leaf == "bias" and module.rpartition(".")[2] not in self.family.biases):
+        if result is None or (leaf == "bias" and module.rpartition(".")[2] not in self.family.biases):
             raise UsageError(
                 f"{name}: llama.cpp has no place for it in a model of type {self.config.model_type!r}; --format dense carries it"
             )
-        return found
+        return result
 
     def rows(self, name: str) -> Tensor | None:
         """int64 [O]: row i in the file is row rows[i] of this module's weight or bias; None where the order is the same."""

@@ -177,21 +177,21 @@ def _splits(pre_tokenizer: object) -> tuple[str, ...] | None:
 
 
 def _space_prefix(described: Mapping[str, object]) -> tuple[bool, tuple[str, ...]]:
-    """(whether ▁ goes before a text, what is to be said of it). UsageError where spaces do not become ▁ at all."""
-    found: set[object] = set()
+    """(whether ▁ goes before a text, the notes on that). UsageError where spaces do not become ▁ at all."""
+    result: set[object] = set()
     for step in [*_flat(described["normalizer"]), *_flat(described["pre_tokenizer"])]:
         if step["type"] == "Prepend" and step["prepend"] == "▁":
-            found.add("prefix")
+            result.add("prefix")
         elif step["type"] == "Metaspace" and step["replacement"] == "▁":
-            found |= {"spaces"} if step["prepend_scheme"] == "never" else {"spaces", "prefix", "not twice"}
+            result |= {"spaces"} if step["prepend_scheme"] == "never" else {"spaces", "prefix", "not twice"}
         elif step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == "▁":
-            found.add("spaces")
+            result.add("spaces")
         elif step["type"] not in ("Precompiled", "Split") and not (step["type"] == "Replace" and step["pattern"].get("Regex") == " {2,}"):
             raise UsageError(f"llama.cpp has no step {step['type']} in a SentencePiece tokenizer. {OTHERWISE}")
-    if "spaces" not in found:
+    if "spaces" not in result:
         raise UsageError(f"its tokenizer does not write spaces as ▁, as SentencePiece does. {OTHERWISE}")
     twice = "llama.cpp puts ▁ before a text that begins with a space, too, and this tokenizer does not: such a text, or one behind a special token, gets a token more there"
-    return "prefix" in found, (twice,) if "not twice" in found else ()
+    return "prefix" in result, (twice,) if "not twice" in result else ()
 
 
 def _bytes_and_unknown(tokens: list[str], types: list[TokenType], unknown: str | None) -> None:
@@ -222,10 +222,10 @@ def _sentencepiece(
     known, possible = set(map(tuple, pairs)), 0
     for piece in made:
         possible += sum((piece[:i], piece[i:]) not in known and piece[:i] in pieces and piece[i:] in pieces for i in range(1, len(piece)))
-    prefix, said = _space_prefix(described)
+    prefix, remarks = _space_prefix(described)
     if possible:
-        said += (f"llama.cpp also merges {possible} pairs of pieces that this tokenizer does not: a text may become other tokens there",)
-    return Vocabulary("llama", "default", tokens, types, scores, space_prefix=prefix, notes=said, **common)
+        remarks += (f"llama.cpp also merges {possible} pairs of pieces that this tokenizer does not: a text may become other tokens there",)
+    return Vocabulary("llama", "default", tokens, types, scores, space_prefix=prefix, notes=remarks, **common)
 
 
 def _unigram(described: Mapping[str, Any], tokens: list[str], types: list[TokenType], common: dict[str, Any]) -> Vocabulary:
@@ -237,5 +237,5 @@ def _unigram(described: Mapping[str, Any], tokens: list[str], types: list[TokenT
     scores = [float(score) for _, score in model["vocab"]] + [-10000.0] * (len(tokens) - len(model["vocab"]))
     charsmap = next((step["precompiled_charsmap"] for step in _flat(described["normalizer"]) if step["type"] == "Precompiled"), None)
     decoded = None if charsmap is None else base64.b64decode(charsmap)
-    prefix, said = _space_prefix(described)
-    return Vocabulary("t5", "default", tokens, types, scores, space_prefix=prefix, charsmap=decoded, notes=said, **common)
+    prefix, remarks = _space_prefix(described)
+    return Vocabulary("t5", "default", tokens, types, scores, space_prefix=prefix, charsmap=decoded, notes=remarks, **common)

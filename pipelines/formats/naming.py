@@ -166,7 +166,7 @@ def _cut_of(target: str, ids: Tensor, starts: Tensor, sources: list[str]) -> dic
 def expert_parameter(name: str) -> str | None:
     """`model.layers.0.mlp.experts.gate_up_proj` for `….gate_up_proj.3`, None for a linear of its own.
 
-    A fused parameter is told from a module in a numbered list by its own name, which is not a number's parent module:
+    A fused parameter is distinguished from a module in a numbered list by its own name, which is not a number's parent module:
     `experts.3.gate_proj` ends in a word, `experts.gate_up_proj.3` in a number.
     """
     head, _, tail = name.rpartition(".")

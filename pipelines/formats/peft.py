@@ -116,10 +116,10 @@ def virtual_tokens(checkpoint: Checkpoint) -> Tokens | None:
                 f"{beside.method} keeps bottlenecks beside the model, which merge into nothing and which no format here has a place for: "
                 "run them with bitmend.pipelines.load(RUN_DIR) or `pipeline generate`, or export an earlier --stage"
             )
-    found = [tokens for beside in checkpoint.beside if (tokens := beside.virtual()) is not None]
-    if found and with_low_rank(checkpoint):
+    result = [tokens for beside in checkpoint.beside if (tokens := beside.virtual()) is not None]
+    if result and with_low_rank(checkpoint):
         raise UsageError("PEFT runs a low-rank term or virtual tokens, not both; export a --stage that has one of them")
-    return found[-1] if found else None
+    return result[-1] if result else None
 
 
 def adapter_config(ranks: Mapping[str, int]) -> dict[str, object]:
@@ -187,16 +187,16 @@ def refuse_other_models_tokens(beside: Beside, model: "PreTrainedModel", directo
     if tokens is None:
         return
     if tokens.kind == "prompt":
-        found, wanted = {"width": tokens.values.shape[1]}, {"width": model.get_input_embeddings().get_parameter("weight").shape[1]}
+        result, wanted = {"width": tokens.values.shape[1]}, {"width": model.get_input_embeddings().get_parameter("weight").shape[1]}
     else:
         _, layers, _, heads, width = tokens.values.shape
-        found = {"layers": layers, "key-value heads": heads, "head width": width}
+        result = {"layers": layers, "key-value heads": heads, "head width": width}
         known = {"key-value heads": getattr(config, "num_key_value_heads", None), "head width": getattr(config, "head_dim", None)}
         wanted = {"layers": config.num_hidden_layers} | (known if all(known.values()) else {})
     for name, number in wanted.items():
-        if found[name] != number:
+        if result[name] != number:
             raise InputError(
-                f"{directory / ADAPTER}: its virtual tokens have {name} {found[name]}, the model of {directory / BASE} has {number}; "
+                f"{directory / ADAPTER}: its virtual tokens have {name} {result[name]}, the model of {directory / BASE} has {number}; "
                 "the two do not belong together"
             )
 

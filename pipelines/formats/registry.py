@@ -91,8 +91,8 @@ def read(directory: Path) -> Checkpoint:
     """Import whatever `directory` holds, a pair of base and adapter included. InputError for what is none of FORMATS."""
     if is_pair(directory):
         return peft.read(directory, read)
-    found = detect(directory)
-    return ggml_folder.read(directory) if found == ggml_folder.METHOD else FORMATS[found].read(directory)
+    result = detect(directory)
+    return ggml_folder.read(directory) if result == ggml_folder.METHOD else FORMATS[result].read(directory)
 
 
 def _unknown(directory: Path, what: str) -> str:

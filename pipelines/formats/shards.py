@@ -302,10 +302,10 @@ def _name_shards(directory: Path, shards: list[list[str]], total: int) -> None:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor → file name. InputError when the index is not made so."""
-    found = read_json(index).get("weight_map")
-    if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
+    result = read_json(index).get("weight_map")
+    if not isinstance(result, dict) or not result or not all(isinstance(file, str) for file in result.values()):
         raise InputError(f"{index} has no weight_map from tensor to file; fetch the index again")
-    return found
+    return result
 
 
 def _check_index(directory: Path, tensors: Mapping[str, Stored]) -> None:

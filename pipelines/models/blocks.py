@@ -88,8 +88,8 @@ class StreamedModel:
         for head in heads if self.bind is None else ():
             round_inputs(self.model.get_submodule(head.module), self.artifact.stored(head.name).to(self.device))
         if self.virtual:
-            found = [t for beside in self.artifact.beside if (t := beside.virtual()) is not None]
-            self.tokens = found[-1].to(self.device, self.dtype) if found else None
+            result = [t for beside in self.artifact.beside if (t := beside.virtual()) is not None]
+            self.tokens = result[-1].to(self.device, self.dtype) if result else None
 
     @property
     def prompt_length(self) -> int:
@@ -154,17 +154,17 @@ class StreamedModel:
         """Block `index` with real parameters: plain tensors as stored, records as `bind` says. Another `source` may hold the block (a part
         just written), another `bind` may place it."""
         bind, block, prefix = bind or self.bind, self.layers[index], f"{self.structure.prefix}.{index}"
-        found = self.reader.block(f"{prefix}.") if source is None else BlockTensors.read(source, f"{prefix}.")
-        stored = {s.name: found.stored(s.name) for s in self.structure.of_block(index) if s.name in found.linears}
+        result = self.reader.block(f"{prefix}.") if source is None else BlockTensors.read(source, f"{prefix}.")
+        stored = {s.name: result.stored(s.name) for s in self.structure.of_block(index) if s.name in result.linears}
         compressed = {s.name: s for s in self.structure.of_block(index) if s.name in stored}
         plain = {f"{s.module}.{s.parameter}" for s in compressed.values()}
         experts = {f"{s.module}.{s.parameter}" for s in self.structure.of_block(index) if s.expert is not None}
-        tensors = found.tensors
+        tensors = result.tensors
         for name in block.state_dict():
             full = f"{prefix}.{name}"
             if full not in plain:
                 if full not in tensors:
-                    raise InputError(f"{found.artifact.directory}: no tensor {full!r}; the checkpoint is incomplete")
+                    raise InputError(f"{result.artifact.directory}: no tensor {full!r}; the checkpoint is incomplete")
                 own = self.reader.keeps and full in experts  # `put` writes into them
                 set_parameter(self.model, full, tensors[full].to(self.device, self._running(tensors[full]), copy=own))
         linears = {s.module for s in self.structure.of_block(index) if s.expert is None}
@@ -307,12 +307,12 @@ class StreamedModel:
         one after it: this is then no language model that a perplexity means something for."""
         block = self.load_block(0)
         plain = block.forward
-        found: list[int] = []
+        result: list[int] = []
         sees: list[bool] = []
 
         def forward(*args: object, **kwargs: object) -> Any:
             out = plain(*args, **kwargs)
-            found.append(len(out) if isinstance(out, tuple) else 0)
+            result.append(len(out) if isinstance(out, tuple) else 0)
             sees.append(_looks_ahead(out[0] if isinstance(out, tuple) else out))
             raise _Stop
 
@@ -326,7 +326,7 @@ class StreamedModel:
             self.unload_block(0)
         if sees[0]:
             raise InputError(f"{type(self.model).__name__}: its tokens see those after them, so this is not a causal language model")
-        self._tuple_size = found[0]
+        self._tuple_size = result[0]
 
     @contextmanager
     def _stand_ins(self, stand_in: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:

@@ -104,12 +104,12 @@ def gather(
     that read one tensor in one slot and several in another."""
     rounds = (share := share or BatchShare(len(hidden))).rounds
     batches = hidden.at([place for places in rounds for place in places])
-    sums, found = SlotSums(sites, needs, model.device, share.ranks), dict[str, InputStatistics]()
-    with collecting(model, sites, needs, found, dense_inputs) as begin:
+    sums, result = SlotSums(sites, needs, model.device, share.ranks), dict[str, InputStatistics]()
+    with collecting(model, sites, needs, result, dense_inputs) as begin:
         for places in rounds:
             for place in places:
                 run(place, next(batches))
-            sums.add(found)
+            sums.add(result)
             begin()
     statistics.update(sums.total())
 

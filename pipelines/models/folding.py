@@ -2,7 +2,7 @@
 
 For y = base·Q(x / s) + up·(down·x) with x = norm(·)·w: the norm's weight becomes w / s, and down becomes down·s, since it sees x / s as
 well. This holds where the norm's output reaches only linears of that one smoothing vector. Who reads it is seen by running the
-block, and every fold is proven by running the block again: the same outputs, or it is taken back and the reason said.
+block, and every fold is proven by running the block again: the same outputs, or it is taken back and the reason noted.
 Knows a loaded block and its records; not files.
 Legend: O out, I in, R rank, N windows, T tokens, D width.
 """
@@ -46,12 +46,12 @@ def fold_block(
         if not wanted:
             continue
         problem = _differ(readers, records)
-        found = None if problem else _fold(block, prefix, norm, readers, records, hidden_NTD, run)
-        if found is None:
+        result = None if problem else _fold(block, prefix, norm, readers, records, hidden_NTD, run)
+        if result is None:
             notes.append(f"{prefix}{norm}: {problem or 'its output is used elsewhere too'}; the smoothing of {', '.join(wanted)} stays")
             continue
-        changed |= found[0]
-        tensors |= found[1]
+        changed |= result[0]
+        tensors |= result[1]
     unread = sorted(smoothed.keys() - {name for readers in reads.values() for name in readers})
     if unread:
         notes.append(f"{', '.join(unread)}: no norm stands right before, so the smoothing stays")

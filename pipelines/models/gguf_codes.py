@@ -61,7 +61,7 @@ def kept_codes(model: "PreTrainedModel", gguf: Path) -> dict[str, GgmlWeight]:
     quantized = {t.name: t for t in reader.tensors if t.tensor_type.name.lower() in GGML_TYPES and len(t.shape) in (2, 3)}
     if known is None or not quantized:
         return {}
-    names, found = get_tensor_name_map(known, inspect(model).blocks), dict[str, GgmlWeight]()
+    names, result = get_tensor_name_map(known, inspect(model).blocks), dict[str, GgmlWeight]()
     tied = tied_names(model)
     for site in _sites(model):
         parameter = f"{site.module}.{site.parameter}"
@@ -69,7 +69,7 @@ def kept_codes(model: "PreTrainedModel", gguf: Path) -> dict[str, GgmlWeight]:
         if parameter not in tied and all(name in quantized for name in theirs):
             record = _record_of([quantized[str(name)] for name in theirs], site, model)
             if record is not None:
-                found[site.name] = record
+                result[site.name] = record
             elif site.expert in (None, 0):
                 why = (
                     "is changed by its family"
@@ -77,7 +77,7 @@ def kept_codes(model: "PreTrainedModel", gguf: Path) -> dict[str, GgmlWeight]:
                     else "holds experts whose gate and up are of two types, or that its family changes"
                 )
                 log.warning("%s: %s %s and is imported densely", gguf.name, " with ".join(map(str, theirs)), why)
-    return _whole(found, model)
+    return _whole(result, model)
 
 
 def _stacked(site: Site) -> list[str]:
@@ -97,11 +97,11 @@ def _record_of(tensors: "list[ReaderTensor]", site: Site, model: Any) -> GgmlWei
     return _matching(blocks, cast(GgmlName, kinds.pop()), weight_OI, model.config)
 
 
-def _whole(found: dict[str, GgmlWeight], model: "PreTrainedModel") -> dict[str, GgmlWeight]:
+def _whole(result: dict[str, GgmlWeight], model: "PreTrainedModel") -> dict[str, GgmlWeight]:
     """Without those experts whose parameter holds others that keep no codes."""
-    lacking = {(s.module, s.parameter) for s in _sites(model) if s.expert is not None and s.name not in found}
+    lacking = {(s.module, s.parameter) for s in _sites(model) if s.expert is not None and s.name not in result}
     dense = {s.name for s in _sites(model) if (s.module, s.parameter) in lacking}
-    return {name: record for name, record in found.items() if name not in dense}
+    return {name: record for name, record in result.items() if name not in dense}
 
 
 def _sites(model: "PreTrainedModel") -> list[Site]:

@@ -140,15 +140,15 @@ def apply(spec: StageSpec, sizes: Sizes) -> list[str]:
 
 def fallback_notes(spec: StageSpec, sites: Iterable[Site]) -> list[str]:
     """Which matrices get another type than the grid that was asked for, by width."""
-    found: dict[tuple[str, str, int], int] = {}
+    result: dict[tuple[str, str, int], int] = {}
     for site in sites:
         asked = getattr(spec.config_for(site.name), "grid", "uniform")
         if asked != "uniform" and (got := type_for(asked, site.shape[1])) != asked:
-            found[asked, got, site.shape[1]] = found.get((asked, got, site.shape[1]), 0) + 1
+            result[asked, got, site.shape[1]] = result.get((asked, got, site.shape[1]), 0) + 1
     return [
         f"{count} matrices have {columns} columns, no multiple of the {GGML_TYPES[asked].columns} of a block of {asked}: they are {got}, "
         f"{GGML_TYPES[got].block_bits / GGML_TYPES[got].columns:g} bits a weight"
-        for (asked, got, columns), count in found.items()
+        for (asked, got, columns), count in result.items()
     ]
 
 
@@ -157,12 +157,12 @@ def rounded_to_nearest(spec: StageSpec, structure: Structure, tied: bool) -> dic
     and a head of its own. Not a head that the method compresses, nor embeddings that are one matrix with it."""
     table, head = structure.embeddings, structure.head
     by_method = head is not None and spec.include_head and not spec.skips(head.name)
-    found: dict[Literal["embedding_bits", "head_bits"], Site] = {}
+    result: dict[Literal["embedding_bits", "head_bits"], Site] = {}
     if table is not None and spec.include_embeddings and not spec.skips(table.name) and not (tied and by_method):
-        found["embedding_bits"] = table
-    if head is not None and spec.head_bits is not None and not by_method and not spec.skips(head.name) and not (tied and found):
-        found["head_bits"] = head
-    return found
+        result["embedding_bits"] = table
+    if head is not None and spec.head_bits is not None and not by_method and not spec.skips(head.name) and not (tied and result):
+        result["head_bits"] = head
+    return result
 
 
 def _exact_head(spec: StageSpec, sizes: Sizes) -> list[str]:

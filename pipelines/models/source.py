@@ -106,8 +106,8 @@ def load_config(directory: Path) -> PretrainedConfig:
 
 def positions(config: PretrainedConfig) -> int | None:
     """How many tokens the model was made for; None where its config does not say."""
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
+    result = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return result if isinstance(result, int) and result > 0 else None
 
 
 def refuse_beyond(config: PretrainedConfig, asked: Mapping[str, int]) -> None:

@@ -83,8 +83,8 @@ class Anatomy:
 
     def products(self, sites: list[Site] | None = None) -> float:
         """Multiply-adds of a token through a block's matrices (or some of them): of experts those that it reaches."""
-        found = self.sites() if sites is None else sites
-        return sum(s.shape[0] * s.shape[1] * (1.0 if s.expert is None else self.active) for s in found)
+        result = self.sites() if sites is None else sites
+        return sum(s.shape[0] * s.shape[1] * (1.0 if s.expert is None else self.active) for s in result)
 
     def sites(self) -> list[Site]:
         """Those of a block in the middle, whose kind is the most frequent."""
@@ -129,8 +129,8 @@ def _forward(anatomy: Anatomy, batch: int, seq_len: int, dtype: torch.dtype) -> 
 
 @lru_cache(maxsize=64)
 def _step(anatomy: Anatomy, batch: int, seq_len: int, dtype: torch.dtype, checkpointing: bool, loss: LossName) -> TrainingStep:
-    found = [step_without_bytes(anatomy.cut(n), batch, seq_len, dtype, checkpointing, loss, Counted) for n in _few(anatomy)]
-    (one, seen), (two, also) = found
+    result = [step_without_bytes(anatomy.cut(n), batch, seq_len, dtype, checkpointing, loss, Counted) for n in _few(anatomy)]
+    (one, seen), (two, also) = result
     block = also.work() + -1 * seen.work()
     more = anatomy.blocks - 1
     whole = Activations(one.saved + more * (two.saved - one.saved), one.peak + more * (two.peak - one.peak))

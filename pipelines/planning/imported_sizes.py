@@ -27,7 +27,7 @@ def imported_sizes(source: Path, model: "PreTrainedModel", structure: Structure)
         return None
     checkpoint, headers = read(source), open_directory(home)
     parts = {name: _parts(name, headers) for name in checkpoint.linears}
-    packed = {f"{name}.{part}" for name, found in parts.items() for part, *_ in found}
+    packed = {f"{name}.{part}" for name, result in parts.items() for part, *_ in result}
     plain = [entry for name, entry in headers.items() if name not in packed and entry.dtype in FLOATS]
     element = FLOATS[max(plain, key=lambda entry: entry.size_bytes).dtype] if plain else 2
     sizes = dense_sizes(model, structure, element)

@@ -74,8 +74,8 @@ class RunCosts:
 
     def table(self, stages: Spent, settings: Sequence[Setting], before: Sizes, blocks: int, outside: Sequence[Outside]) -> Needs:
         """Of so many blocks, and of matrices outside of them, of a budget's table of errors."""
-        found = table_costs.table(self.plan, stages, settings, _has_records(before), blocks)
-        return found.most(table_costs.outside_table(self.plan, outside)) if outside else found
+        result = table_costs.table(self.plan, stages, settings, _has_records(before), blocks)
+        return result.most(table_costs.outside_table(self.plan, outside)) if outside else result
 
     def needs(self, spec: StageSpec, before: Sizes, after: Sizes, first: bool) -> Needs:
         """Of the stage alone, without its evaluation."""
@@ -110,7 +110,7 @@ class RunCosts:
         rebuilt = sum(sizes.weights[n] for n, size in sizes.of.items() if size.compressed) * self.plan.itemsize
         return asked == "always" or (asked == "auto" and rebuilt <= min(self.available(device=True) / 3, DENSE_CACHE_BYTES))
 
-    def said(self, parts: Sequence[Needs]) -> dict[str, Any]:
+    def row(self, parts: Sequence[Needs]) -> dict[str, Any]:
         """What one process takes of the device, of the host and of time."""
         placed = [self.placed(part) for part in parts]
         device, host = (max(bytes_) for bytes_ in zip(*placed, strict=True))
@@ -133,8 +133,8 @@ class RunCosts:
         """Bytes that there are for this process: of the card, or of the machine's memory (with what the process has already)."""
         if device and self.compute.device.type == "cuda":
             return float(torch.cuda.mem_get_info(self.compute.device)[1])
-        found = doctor.memory()
-        known = [n for n in (found["limit_bytes"], found["available_bytes"]) if n is not None]
+        result = doctor.memory()
+        known = [n for n in (result["limit_bytes"], result["available_bytes"]) if n is not None]
         return float(min(known)) if known else float("inf")
 
     def shortages(self, specs: Mapping[str, StageSpec | None], rows: list[dict[str, Any]]) -> list[str]:

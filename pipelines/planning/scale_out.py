@@ -43,11 +43,11 @@ class ScaleOut:
 
     def terms(self, needs: Sequence[Needs], size: int) -> dict[str, Term]:
         """What the seconds of the busiest rank go into."""
-        found: dict[str, Term] = {}
+        result: dict[str, Term] = {}
 
         def add(name: str, seconds: float, why: str) -> None:
-            before = found.get(name)
-            found[name] = Term(seconds + (before.seconds if before else 0.0), why)
+            before = result.get(name)
+            result[name] = Term(seconds + (before.seconds if before else 0.0), why)
 
         for each in needs:
             left = each.work
@@ -70,7 +70,7 @@ class ScaleOut:
                     seconds,
                     f"{size_of(exchange.sent(size))} sent by each rank in {exchange.calls(size):,.0f} collectives",
                 )
-        return found
+        return result
 
     def seconds(self, needs: Sequence[Needs], size: int) -> float:
         if size == 1:  # the dry run's own number, to the last bit
@@ -79,10 +79,10 @@ class ScaleOut:
 
     def serial(self, needs: Sequence[Needs]) -> dict[str, float]:
         """Seconds that no number of ranks makes fewer, by what they go into."""
-        found = {CHOLESKY: sum(self._cholesky(d.first.values(), d.times) for each in needs for d in each.divided)}
+        result = {CHOLESKY: sum(self._cholesky(d.first.values(), d.times) for each in needs for d in each.divided)}
         shared = {d.name for each in needs for d in each.divided} | {f"exchange of {x.name}" for each in needs for x in each.sent}
-        found |= {name: term.seconds for name, term in self.terms(needs, 1).items() if name not in shared}
-        return {name: seconds for name, seconds in found.items() if seconds > 0}
+        result |= {name: term.seconds for name, term in self.terms(needs, 1).items() if name not in shared}
+        return {name: seconds for name, seconds in result.items() if seconds > 0}
 
     def enough(self, needs: Sequence[Needs]) -> tuple[int, str]:
         """The number of ranks behind which a doubling saves less than GAIN, and what is in its way."""
@@ -110,10 +110,10 @@ def predicted(made: Costed, sizes: Sequence[int], link: Link) -> dict[str, Any]:
     parts = {stage: needs[:-1] for stage, needs in made.needs.items()} | {"an evaluation": made.needs["baseline"][-1:], "all": everything}
     stops = [dict(zip(("stage", "ranks", STOPS), (part, *fleet.enough(needs)), strict=True)) for part, needs in parts.items()]
     return {
-        "recipe": made.said["recipe"],
-        "model": made.said["model"],
-        "parameters": made.said["parameters"],
-        "device": f"{made.said['device']} in {made.said['dtype']}, one like this for each rank",
+        "recipe": made.report["recipe"],
+        "model": made.report["model"],
+        "parameters": made.report["parameters"],
+        "device": f"{made.report['device']} in {made.report['dtype']}, one like this for each rank",
         "link": f"{size_of(link.bytes_per_second)}/s, {link.latency_seconds * 1e6:.0f} µs, {link.source}",
         "stages": stages,
         "all_stages": total,
@@ -165,9 +165,9 @@ def _total(size: int, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _serial(stage: str, found: dict[str, float]) -> dict[str, Any]:
-    return {"stage": stage, "seconds": round(sum(found.values()), 1)} | {
-        "of which": ", ".join(f"{name} {duration(seconds)}" for name, seconds in sorted(found.items(), key=lambda item: -item[1]))
+def _serial(stage: str, result: dict[str, float]) -> dict[str, Any]:
+    return {"stage": stage, "seconds": round(sum(result.values()), 1)} | {
+        "of which": ", ".join(f"{name} {duration(seconds)}" for name, seconds in sorted(result.items(), key=lambda item: -item[1]))
     }
 
 
@@ -177,8 +177,8 @@ def _notes(made: Costed, sizes: Sequence[int]) -> list[dict[str, str]]:
     for stage, needs in made.needs.items():
         for shared in (shared for each in needs[:-1] for shared in each.divided):
             idle, units = [size for size in sizes if size > len(shared.pieces)], len(shared.pieces)
-            if idle and (said := IDLE.get(shared.name)):
-                notes.append(f"{stage} on {' and '.join(map(str, idle))} ranks: {said.format(stage=stage, units=units, ranks=max(idle))}")
+            if idle and (reason := IDLE.get(shared.name)):
+                notes.append(f"{stage} on {' and '.join(map(str, idle))} ranks: {reason.format(stage=stage, units=units, ranks=max(idle))}")
     if any(size > SLOTS for size in sizes):
         batches = len(made.needs["baseline"][-1].divided[0].pieces)
         notes.append(

@@ -60,10 +60,10 @@ def _pruned(method: str, config: object, rows: int, columns: int) -> Cost:
     plain = Cost(Work(passes=MASK * matrix, calls=40), 5.3 * matrix)
     if method != "sparsegpt":
         return plain
-    found = Cost(_sweep(rows, columns, 3.3), max(7.3 * matrix, FACTOR_PEAK * 4 * columns**2), 8.0 * columns**2)
+    result = Cost(_sweep(rows, columns, 3.3), max(7.3 * matrix, FACTOR_PEAK * 4 * columns**2), 8.0 * columns**2)
     if getattr(config, "bits", None) is None:
-        return found
-    return replace(found, work=found.work + _search(getattr(config, "clip", "hessian"), rows, columns))
+        return result
+    return replace(result, work=result.work + _search(getattr(config, "clip", "hessian"), rows, columns))
 
 
 def _rounded(config: Any, rows: int, columns: int, feedback: bool) -> Cost:

@@ -188,22 +188,22 @@ def _shared(plan: CostPlan, running: Work, windows: int, seq_len: int, solving: 
     slots: dict[int, float] = {}
     for number, count in enumerate(plan.batches(windows, seq_len)):
         slots[number % SLOTS] = slots.get(number % SLOTS, 0.0) + count
-    found = in_turn(SLOTS_OF_TEXT, running, list(slots.values()))
-    return (found,) if solving is None else (found, solving)
+    result = in_turn(SLOTS_OF_TEXT, running, list(slots.values()))
+    return (result,) if solving is None else (result, solving)
 
 
-def _with_rest(plan: CostPlan, spec: StageSpec, found: Needs) -> Needs:
+def _with_rest(plan: CostPlan, spec: StageSpec, result: Needs) -> Needs:
     """The head and the embeddings, where they are compressed: one matrix at a time, whole."""
     anatomy = plan.anatomy
     rest = [anatomy.head] if spec.include_head and anatomy.head is not None else []
     for site in rest:
         cost = solver_cost(spec.name, spec.method, spec.config_for(site.name), site.shape, True)
-        found = found.most(Needs(cost.work, plan.outside_bytes + 4.0 * site.shape[0] * site.shape[1] + cost.peak, found.host))
+        result = result.most(Needs(cost.work, plan.outside_bytes + 4.0 * site.shape[0] * site.shape[1] + cost.peak, result.host))
     nearest = rounded_to_nearest(spec, anatomy.structure, is_tied(anatomy.model, anatomy.structure))
     for key, site in nearest.items():
         cost = solver_cost("quantize", "rtn", spec.embedding_config(site.shape[1], getattr(spec, key)), site.shape, False)
-        found = found.most(Needs(cost.work, plan.outside_bytes + 4.0 * site.shape[0] * site.shape[1] + cost.peak, found.host))
-    return found
+        result = result.most(Needs(cost.work, plan.outside_bytes + 4.0 * site.shape[0] * site.shape[1] + cost.peak, result.host))
+    return result
 
 
 def gathering(plan: CostPlan, inputs: list[list[Site]], needs: frozenset[str], tokens: float) -> Work:
@@ -227,7 +227,7 @@ def _solved(
     for number, together in enumerate(plan.anatomy.inputs(sites)):
         width = together[0].shape[1]
         kept += squares * width**2 + 4.0 * SAMPLES * width
-        found, solving = 0.0, dict[str, Work]()
+        result, solving = 0.0, dict[str, Work]()
         for site in together:
             cost = _of_matrix(spec, site, records)
             rows, columns = site.shape
@@ -237,13 +237,13 @@ def _solved(
             work += solving[site.name]
             measured = 4.0 * rows * (2 * columns + SAMPLES)
             peak = max(peak, kept + 4.0 * rows * columns * 1.5 + max(cost.peak, measured))
-            found = max(found, cost.kept)
+            result = max(result, cost.kept)
         for config, rows in _stacks(spec, together).items():
             cost = solver_cost(spec.name, spec.method, config, (rows, width), records)
             peak = max(peak, kept + 4.0 * rows * width * 1.5 + cost.peak)
-        first[number] = factor_work(width) if found else Work()
+        first[number] = factor_work(width) if result else Work()
         work += first[number]
-        kept += found
+        kept += result
         for few in _units(spec, together):
             own = sum((solving[site.name] for site in few), Work())
             pieces.append(Piece(own, solving_cost(few), number))

@@ -51,13 +51,13 @@ def plan_steps(chosen: Recipe, source: Path, inputs: Inputs, compute: Compute, p
     specs = list(chosen.stages)
     if stages is not None:
         steps += _keyed(chosen, specs[: stages.first], inputs, compute, steps)
-        _, found = found_choice(chosen, steps[-1].key, inputs, compute, place)
-        if found is None:
+        _, result = found_choice(chosen, steps[-1].key, inputs, compute, place)
+        if result is None:
             return steps + [
                 Step(spec.address, spec.method, "", f"{number:02d}-{spec.address}", spec.settings(), spec)
                 for number, spec in enumerate(specs[stages.first :], stages.first + 1)
             ]
-        specs = resolved(chosen, stages, found)
+        specs = resolved(chosen, stages, result)
     return [*steps[:1], *_keyed(chosen, specs, inputs, compute, steps[:1])]
 
 

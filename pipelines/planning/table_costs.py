@@ -81,8 +81,8 @@ def table(plan: CostPlan, stages: Spent, settings: Sequence[Setting], records: b
     for together in anatomy.inputs(sites):
         kept += 4.0 * together[0].shape[1] ** 2
         for site in together:
-            found, held = _of_matrix(stages, site, settings, plan.recipe.allocation.errors == "iterates")
-            work, peak = work + found, max(peak, kept + held)
+            result, held = _of_matrix(stages, site, settings, plan.recipe.allocation.errors == "iterates")
+            work, peak = work + result, max(peak, kept + held)
         if stages.quantize.method.startswith("gptq") or row.scope == "block":
             work, kept = work + factor_work(together[0].shape[1]), kept + 4.0 * together[0].shape[1] ** 2
     device = plan.outside_bytes + plan.block_bytes + max(peak, kept, plan.running_bytes(plan.recipe.calibration.samples, seq_len))

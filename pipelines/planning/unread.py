@@ -24,12 +24,12 @@ NEAREST = 3
 
 def unread(spec: StageSpec, recipe: Recipe, model: "PreTrainedModel", sizes: Sizes) -> list[str]:
     """One line for each; `sizes` are what the stages before this one will have made."""
-    found = _patterns(spec, sizes.structure)
+    result = _patterns(spec, sizes.structure)
     if spec.name == "recover":
-        found += _rank(spec, recipe, model, sizes)
+        result += _rank(spec, recipe, model, sizes)
     elif spec.name == "decompose" and hasattr(spec.config, "bits"):
-        found += _grid(spec, sizes)
-    return [f"{spec.address}.{line}" for line in found]
+        result += _grid(spec, sizes)
+    return [f"{spec.address}.{line}" for line in result]
 
 
 def _patterns(spec: StageSpec, structure: Structure) -> list[str]:

@@ -55,13 +55,13 @@ def publish(directory: Path) -> list[Path]:
 
 
 def _plain(chosen: Recipe, directory: Path) -> RunRecord:
-    found = {name: _measured(chosen, directory / "demo-plain", settings, {"model": DEMO}) for name, settings in PLAIN.items()}
+    result = {name: _measured(chosen, directory / "demo-plain", settings, {"model": DEMO}) for name, settings in PLAIN.items()}
     try:
-        found["AutoRound"] = _auto_round(chosen, directory)
+        result["AutoRound"] = _auto_round(chosen, directory)
     except InputError as error:
         log.warning("AutoRound's row is left out: %s", error)
-    stages = tuple(replace(record.stages[-1], stage=name, layers=(), metrics={}, notes=()) for name, record in found.items())
-    first = next(iter(found.values()))
+    stages = tuple(replace(record.stages[-1], stage=name, layers=(), metrics={}, notes=()) for name, record in result.items())
+    first = next(iter(result.values()))
     return RunRecord("plain methods, the default recipe's embeddings", DEMO, first.protocol, stages, {}, first.texts)
 
 
@@ -86,10 +86,10 @@ def _auto_round(chosen: Recipe, directory: Path) -> RunRecord:
         export(first, "dense", beside / "dense", stage="baseline")
     document = {"name": "plain", "calibration": SETTINGS[DEMO]["calibration"], "stages": [{"quantize": PLAIN["RTN"]}]}
     ids_NT = Inputs(recipe.resolve(document, options={"model": DEMO}), beside / "dense").calibration()
-    checkpoint, said = other_programs.made(beside, beside / "dense", ids_NT, AUTO_ROUND)
+    checkpoint, reported = other_programs.made(beside, beside / "dense", ids_NT, AUTO_ROUND)
     untouched = {"method": "rtn", "ignore": [r"\.layers\."]}
     record = _measured(chosen, beside / "run", untouched, {"model": str(checkpoint), "data": DEMO, "teacher": DEMO})
-    last = replace(record.stages[-1], method="auto_round", seconds=said["seconds"], peak_bytes=said["peak_bytes"])
+    last = replace(record.stages[-1], method="auto_round", seconds=reported["seconds"], peak_bytes=reported["peak_bytes"])
     return replace(record, stages=(*record.stages[:-1], last))
 
 

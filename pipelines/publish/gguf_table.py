@@ -88,11 +88,11 @@ def _measure(model: str, directory: Path, kept: published.PublishedRows) -> None
     inputs = Inputs(_recipe([], model, options), last_artifact(place / "run", "baseline").directory)
     ids_NT = inputs.evaluation().ids
     np.save(place / "windows.npy", ids_NT.numpy())
-    said = {"protocol": record.protocol.to_json()}
+    protocol = {"protocol": record.protocol.to_json()}
 
     def row(kind: str, name: str, file: Path, **more: object) -> None:
         if {"model": model, "type": kind, "name": name} not in kept:
-            kept.append({"model": model, "type": kind, "name": name, **_in_llama_cpp(file, place, ids_NT), **said, **more})
+            kept.append({"model": model, "type": kind, "name": name, **_in_llama_cpp(file, place, ids_NT), **protocol, **more})
 
     dense = place / "dense.gguf"
     if not dense.is_file():
@@ -198,8 +198,8 @@ def _weights(artifact: Path) -> Path:
 
 def _in_llama_cpp(file: Path, place: Path, ids_NT: torch.Tensor) -> dict[str, Any]:
     nll = _run("score", {"model": str(file), "windows": str(place / "windows.npy")}, place)["nll"]
-    said = _run("generate", {"model": str(file), "ids": ids_NT[0, :16].tolist(), "new_tokens": _NEW_TOKENS}, place)
-    rate = _NEW_TOKENS / said["seconds"]
+    answer = _run("generate", {"model": str(file), "ids": ids_NT[0, :16].tolist(), "new_tokens": _NEW_TOKENS}, place)
+    rate = _NEW_TOKENS / answer["seconds"]
     return {"perplexity": math.exp(math.fsum(nll) / len(nll)), "file_bytes": file.stat().st_size, "llama_tokens_per_second": rate}
 
 

@@ -38,7 +38,7 @@ class Budget:
         """What the matrices it is spent on may store: all of it in bits per weight, or what `rest_bytes` leave of the artifact."""
         return self.bits_per_weight * weights / 8 if self.bits_per_weight is not None else (self.total_bytes or 0) - rest_bytes
 
-    def said(self, stored_bytes: float, weights: int, rest_bytes: float) -> str:
+    def text_of(self, stored_bytes: float, weights: int, rest_bytes: float) -> str:
         """A size of those matrices in the budget's own unit, rounded up: as a budget it is enough."""
         if self.bits_per_weight is not None:
             return f"{_up(stored_bytes * 8 / weights)}bpw"

@@ -37,13 +37,13 @@ class FieldRange:
 
 def field_ranges(config_type: type, defaults: Mapping[str, object]) -> list[FieldRange]:
     """Of every field in order; `defaults` lie over the dataclass's own. TypeError for a field whose type declares no range."""
-    known, found = hints(config_type), []
+    known, result = hints(config_type), []
     for item in dataclasses.fields(config_type):
         hint, default = known[item.name], _default(item, defaults)
         where = " and ".join(condition.words for condition in _conditions(hint))
         default = list(default) if isinstance(default, tuple) else default
-        found.append(FieldRange(item.name, type_words(hint), range_words(hint), default, where))
-    return found
+        result.append(FieldRange(item.name, type_words(hint), range_words(hint), default, where))
+    return result
 
 
 def refuse_unread(config: Any, defaults: Mapping[str, Any], where: str, named: Collection[str]) -> None:

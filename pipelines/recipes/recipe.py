@@ -339,16 +339,16 @@ def _stage_list(stages: object, origin: str) -> list[_Stage]:
         raise UsageError(f"{origin}: stages: expected a list, as in [{{quantize: {{method: gptq, bits: 4}}}}], got {stages!r}")
     if len(stages) > MOST_STAGES:
         raise UsageError(f"{origin}: stages: {len(stages)} are more than a recipe may have ({MOST_STAGES})")
-    found: list[_Stage] = []
+    result: list[_Stage] = []
     for place, item in enumerate(stages, start=1):
         entry = {item: None} if isinstance(item, str) else item
         if not isinstance(entry, Mapping) or len(entry) != 1:
             raise UsageError(f"{origin}: stages: entry {place} should be one `stage: {{settings}}`, got {item!r}")
         ((name, keys),) = entry.items()
         refuse_unknown("stage", [name], STAGES, f"{origin}: stages, entry {place}")
-        nth = 1 + sum(stage.name == name for stage in found)
-        found.append(_Stage(name, name if nth == 1 else f"{name}.{nth}", with_implied(_mapping(keys, f"{origin}: {name}"))))
-    return found
+        nth = 1 + sum(stage.name == name for stage in result)
+        result.append(_Stage(name, name if nth == 1 else f"{name}.{nth}", with_implied(_mapping(keys, f"{origin}: {name}"))))
+    return result
 
 
 def _mapping(value: object, where: str) -> Mapping[str, object]:

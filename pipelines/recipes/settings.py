@@ -82,12 +82,12 @@ def read_mapping(path: Path) -> dict[str, object]:
         raise UsageError(f"{path}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as text ({error})") from error
-    found = parse(text, str(path))
-    if found is None:
+    results = parse(text, str(path))
+    if results is None:
         return {}
-    if not isinstance(found, dict):
-        raise UsageError(f"{path}: holds a {type(found).__name__}; expected `key: value` lines (see `pipeline show`)")
-    return found
+    if not isinstance(results, dict):
+        raise UsageError(f"{path}: holds a {type(results).__name__}; expected `key: value` lines (see `pipeline show`)")
+    return results
 
 
 def absolute(source: object) -> Any:

@@ -59,8 +59,8 @@ def _training_step(path: Path) -> dict[str, int]:
 
 
 def _mean_perplexity(path: Path) -> float | None:
-    found = load_scores(path)
-    return found[0].perplexity if found else None
+    result = load_scores(path)
+    return result[0].perplexity if result else None
 
 
 def record(directory: Path) -> RunRecord:

@@ -27,7 +27,7 @@ ROOM = 1.5  # a model is loaded whole to be timed where its weights on disk take
 
 def fuse(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: Context) -> Outcome:
     """Fold what can be folded, take the rest of the parent over, and let the whole model write a few tokens through the kernels, so that
-    what cannot run is said now."""
+    what cannot run is refused now."""
     notes: list[str] = []
     if any("smooth" in description for description in parent.linears.values()):
         notes += _fold(parent, writer, context)

@@ -1,4 +1,4 @@
-"""One compression stage under way, and what it does with one matrix: where it comes from, what it should imitate, what is said of it.
+"""One compression stage under way, and what it does with one matrix: where it comes from, what it should imitate, its row of the report.
 
 Knows artifacts and the structure of the model; the maths is `compress/methods`, the order of things `compress`.
 Legend: O out, I in.
@@ -123,7 +123,7 @@ def matrix_outside(model: nn.Module, artifact: Artifact, site: Site) -> StoredWe
 
 
 def solve(stage: Stage, site: Site, statistics: Mapping[str, InputStatistics]) -> tuple[StoredWeight, dict[str, object]]:
-    """(the site's new record, what is said of it). InputError names the site and what the method could not use."""
+    """(the site's new record, its row of the report). InputError names the site and what the method could not use."""
     config = stage.config_for(site)
     target_OI = checked_target(stage, site, config)
     known = LayerStatistics(statistics[site.name], stage.fisher.get(site.name))

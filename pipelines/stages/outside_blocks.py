@@ -17,7 +17,7 @@ from .matrices import Stage, current, described, solve, target
 
 
 def write_rest(stage: Stage, head: list[Site], statistics_of: Callable[[Site], InputStatistics]) -> list[dict[str, object]]:
-    """Rank 0: the last part of the artifact, and what is said of its matrices. `head`: the output head, when it is to be compressed."""
+    """Rank 0: the last part of the artifact, and its rows of the report. `head`: the output head, when it is to be compressed."""
     if "rest" in stage.writer.finished:
         return stage.writer.finished["rest"]["extra"].get("layers", [])
     statistics = {site.name: statistics_of(site) for site in head}

@@ -37,14 +37,14 @@ DOCUMENTS, TOKENS, AT_ONCE = 128, 128, 64
 def self_text(model: Path, tokenizer: "PreTrainedTokenizerBase", seed: int, device: torch.device) -> Body:
     """What the model in this directory writes. InputError for a quantized one, and for a kept text that another model wrote."""
     path, facts = _place(model, tokenizer, seed)
-    begin, said = _beginning(tokenizer)
+    begin, where = _beginning(tokenizer)
     with locked(path):
         if not path.is_file():
-            log.info("self: %s writes %d documents of %d tokens; each begins %s", model.name, DOCUMENTS, TOKENS, said)
+            log.info("self: %s writes %d documents of %d tokens; each begins %s", model.name, DOCUMENTS, TOKENS, where)
             rows = [facts, *({"text": text} for text in _written(model, tokenizer, begin, seed, device))]
             write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     documents = [Document(text) for text in _kept(path, facts)]
-    return Body(documents, PARAGRAPH, f"self (written by {facts['model'][:8]}, {said})", "by document")
+    return Body(documents, PARAGRAPH, f"self (written by {facts['model'][:8]}, {where})", "by document")
 
 
 def is_written(model: Path, tokenizer: "PreTrainedTokenizerBase", seed: int) -> bool:
@@ -72,7 +72,7 @@ def _kept(path: Path, facts: Mapping[str, object]) -> list[str]:
 
 
 def _beginning(tokenizer: Any) -> tuple[int | None, str]:
-    """The token before the first one, and what is to be said about it."""
+    """The token before the first one, and that in words."""
     if tokenizer.bos_token_id is not None:
         return tokenizer.bos_token_id, "at BOS"
     if tokenizer.eos_token_id is not None:
@@ -113,8 +113,8 @@ def _prefix(begin: int | None, random_N: Tensor | None) -> Tensor:
 def _sampled(writer: Any, prefix_NT: Tensor, device: torch.device) -> Tensor:
     """ids [N, TOKENS]; an end token ends nothing, what follows it is the next text."""
     ids_NT = prefix_NT.to(device)
-    found = writer.generate(
+    result = writer.generate(
         input_ids=ids_NT, attention_mask=torch.ones_like(ids_NT), do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
         eos_token_id=None, pad_token_id=0, min_new_tokens=TOKENS - ids_NT.shape[1], max_new_tokens=TOKENS - ids_NT.shape[1], cache_implementation="static", disable_compile=True,
     )  # fmt: skip
-    return found.cpu()
+    return result.cpu()

@@ -11,11 +11,11 @@ from ..models.structure import Site
 from .matrices import Stage, checked_target, current, described, solve
 
 Solved = tuple[dict[str, StoredWeight], dict[str, dict[str, Any]]]
-"""By site: the record, and what is said of it."""
+"""By site: the record, and its row of the report."""
 
 
 def solve_all(stage: Stage, sites: list[Site], statistics: Mapping[str, InputStatistics]) -> Solved:
-    """(records, what is said of each) of sites whose inputs are known, on every rank."""
+    """(records, their rows of the report) of sites whose inputs are known, on every rank."""
     ranks, units = stage.context.ranks, _together(stage, sites, statistics)
     owners = spread([solving_cost(few) for few in units], ranks.size)
     mine: dict[int, Solved] = {}
@@ -23,8 +23,8 @@ def solve_all(stage: Stage, sites: list[Site], statistics: Mapping[str, InputSta
         if owners[unit] == ranks.rank:
             records, layers = _solve_one(stage, few[0], statistics) if len(few) == 1 else _solve_few(stage, few, statistics)
             mine[unit] = (records if ranks.size == 1 else {name: record.to("cpu") for name, record in records.items()}), layers
-    found = ranks.in_order(mine).values()
-    return {n: r for records, _ in found for n, r in records.items()}, {n: said for _, layers in found for n, said in layers.items()}
+    result = ranks.in_order(mine).values()
+    return {n: r for records, _ in result for n, r in records.items()}, {n: row for _, layers in result for n, row in layers.items()}
 
 
 def solving_cost(sites: Sequence[Site]) -> float:
@@ -43,8 +43,8 @@ def spread(costs: Sequence[float], size: int) -> list[int]:
 
 
 def _solve_one(stage: Stage, site: Site, statistics: Mapping[str, InputStatistics]) -> Solved:
-    record, said = solve(stage, site, statistics)
-    return {site.name: record}, {site.name: said}
+    record, row = solve(stage, site, statistics)
+    return {site.name: record}, {site.name: row}
 
 
 def _together(stage: Stage, sites: list[Site], statistics: Mapping[str, InputStatistics]) -> list[list[Site]]:

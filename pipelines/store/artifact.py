@@ -77,8 +77,8 @@ class Artifact:
     def stored_bytes(self, name: str) -> int:
         """Of one tensor's data, which is not read."""
         with self._open(self.index[name]) as shard:
-            found = shard.get_slice(name)
-            return math.prod(found.get_shape()) * found[:0].element_size()
+            result = shard.get_slice(name)
+            return math.prod(result.get_shape()) * result[:0].element_size()
 
     def tensor(self, name: str) -> Tensor:
         """A fresh, aligned copy, so that arithmetic does not depend on where in a file a tensor lay."""
@@ -282,11 +282,11 @@ def record_of(artifact: Artifact, linear: str, tensors: Callable[[str], Mapping[
 
 def _record(description: Mapping[str, object], linear: str, tensors: Callable[[str], Mapping[str, Tensor]]) -> StoredWeight:
     """A record from its description and the tensors whose names begin with what is asked for; a shared factor lies with its holder."""
-    found = {name.removeprefix(f"{linear}."): tensor for name, tensor in tensors(f"{linear}.").items()}
+    result = {name.removeprefix(f"{linear}."): tensor for name, tensor in tensors(f"{linear}.").items()}
     holder = holder_of(description)
     if holder is not None:
-        found |= {name.removeprefix(f"{holder}."): tensor for name, tensor in tensors(f"{holder}.{SHARED}").items()}
-    return from_tensors(description, found)
+        result |= {name.removeprefix(f"{holder}."): tensor for name, tensor in tensors(f"{holder}.{SHARED}").items()}
+    return from_tensors(description, result)
 
 
 def shards_of(tensors: Mapping[str, Tensor], linears: Mapping[str, StoredWeight]) -> dict[str, dict[str, Tensor]]:

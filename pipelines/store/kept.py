@@ -53,10 +53,10 @@ def is_whole(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        told = safetensors_metadata(path)[FIELD]
+        recorded = safetensors_metadata(path)[FIELD]
     except (OSError, ValueError, KeyError):
         return False
-    return remembered(path, "kept", lambda file: _digest(file, told.encode())) == told
+    return remembered(path, "kept", lambda file: _digest(file, recorded.encode())) == recorded
 
 
 def kept(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
@@ -67,13 +67,13 @@ def kept(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-def _digest(path: Path, told: bytes) -> str:
+def _digest(path: Path, recorded: bytes) -> str:
     """Of the file as it was before its own checksum was put in."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         size = file.read(8)
         digest.update(size)
-        digest.update(file.read(int.from_bytes(size, "little")).replace(told, UNKNOWN.encode(), 1))
+        digest.update(file.read(int.from_bytes(size, "little")).replace(recorded, UNKNOWN.encode(), 1))
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

@@ -57,8 +57,8 @@ class RunDirectory:
             text = self.recipe.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise InputError(f"{self.recipe}: cannot be read ({error}); run the recipe again with -o {self.path}") from error
-        body, mark, told = text.rpartition(RECIPE_CHECKSUM)
-        if "stages:" not in text or (mark and told.strip() != checksum(body)):
+        body, mark, recorded = text.rpartition(RECIPE_CHECKSUM)
+        if "stages:" not in text or (mark and recorded.strip() != checksum(body)):
             raise InputError(
                 f"{self.recipe}: has changed since it was written; run its recipe again with -o {self.path}, with --set for what is to be another"
             )
@@ -235,8 +235,8 @@ def check_shared(directory: Path, ranks: Ranks) -> None:
 def holding_run(path: Path) -> RunDirectory | None:
     """The run whose directory `path` is or, links followed, lies in; `path` need not be there."""
     path = path.expanduser().resolve()
-    found = (directory for directory in (path, *path.parents) if (directory / "run.json").is_file() and (directory / "stages").is_dir())
-    return next(map(RunDirectory, found), None)
+    result = (directory for directory in (path, *path.parents) if (directory / "run.json").is_file() and (directory / "stages").is_dir())
+    return next(map(RunDirectory, result), None)
 
 
 def refuse_inside_run(output: Path, itself: bool = True) -> None:

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Documents:
-    """A part's documents, the string that joins them, and what is to be said beside a number measured on them."""
+    """A part's documents, the string that joins them, and what a report notes with a number measured on them."""
 
     documents: tuple[Document, ...]
     join: str
@@ -197,7 +197,7 @@ def schedule(weights: Sequence[float]) -> Callable[[int], tuple[int, int]]:
 def batch(windows: Windows, step: int, seed: int, batch_size: int) -> tuple[Tensor, Tensor | None]:
     """Ids [B, T] and loss mask [B, T] (None: all) of one optimizer step; depends on (seed, step) alone.
 
-    The windows are gone through in shuffled epochs: none comes twice before all have come once.
+    The windows are drawn in shuffled epochs: none comes twice before all have come once.
     """
     count = len(windows.ids)
     rows = []

@@ -171,7 +171,7 @@ def _load(name: str, config: str | None, split: str | None) -> tuple[Any, list[s
             f"data '{name}'{f' ({config})' if config else ''}: not a local file, and the datasets library cannot load it ({reason[:300]}); "
             "use 'demo', a text (.txt, .raw, .md), .jsonl or .parquet file, or see that the id is right and the hub can be reached"
         ) from error
-    return loaded, [str(found) for found in loaded]
+    return loaded, [str(result) for result in loaded]
 
 
 def _limited(rows: Iterable[dict[str, Any]], label: str) -> Iterator[dict[str, Any]]:
