@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable
 
 from .findings import changes, worst_change, worst_role
-from .record import RunRecord, StageRecord, is_finite
+from .json_values import is_finite
+from .record import RunRecord, StageRecord
 from .units import number, percent
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, TypeVar
 
-from .record import LayerRecord, Protocol, RunRecord, StageRecord, TextRecord, numbers
+from .json_values import numbers
+from .record import LayerRecord, Protocol, RunRecord, StageRecord, TextRecord
 from .units import MISSING, difference, duration, exact, number, percent, ratio, size
 
 Row = TypeVar("Row", contravariant=True)

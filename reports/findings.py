@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, median
 
-from .json_values import real
-from .record import LayerRecord, RunRecord, StageRecord, is_finite
+from .json_values import is_finite, real
+from .record import LayerRecord, RunRecord, StageRecord
 from .units import difference, duration, number, percent, size
 
 SLIGHT = 5e-4

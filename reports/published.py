@@ -13,8 +13,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from .drawing import save
-from .json_values import JsonObject, mapping, sequence
-from .record import Protocol, finite
+from .json_values import JsonObject, finite, mapping, sequence
+from .record import Protocol
 from .tables import markdown_table
 from .units import duration, exact, number, percent, size
 

@@ -7,11 +7,11 @@ the stage's notes say which one it was.
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, TypeGuard, overload
+from typing import Any
 
-from .json_values import Json, JsonObject
+from .json_values import JsonObject, as_json, finite
 
 SCHEMA = 2
 OF_SCHEMA_1 = "root_relative_error"
@@ -300,63 +300,12 @@ def place_of(name: str) -> tuple[int | None, str]:
     return int(parts[first]), f"{expert}.{role}" if expert else role
 
 
-def numbers(value: object, path: str = "") -> list[tuple[str, float]]:
-    """Every number inside a JSON-like value with its dotted path; booleans and text are not numbers."""
-    if isinstance(value, Mapping):
-        return [pair for key, inner in value.items() for pair in numbers(inner, f"{path}.{key}" if path else str(key))]
-    if isinstance(value, list | tuple):
-        return [pair for index, inner in enumerate(value) for pair in numbers(inner, f"{path}.{index}" if path else str(index))]
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return [(path, value)]
-    return []
-
-
-@overload
-def finite(value: Mapping[str, object]) -> JsonObject: ...
-
-
-@overload
-def finite(value: object) -> Json: ...
-
-
-def finite(value: object) -> Json:
-    """The value in JSON's own types, with None for every number that is not finite."""
-    return _finite(value, "", [])
-
-
-def is_finite(value: object) -> TypeGuard[float]:
-    """Whether it is a number, and neither an infinity nor NaN."""
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def _positive(*values: float | None) -> bool:
     return all(value is not None and math.isfinite(value) and value > 0 for value in values)
 
 
 def _plain(record: "Protocol | StageRecord", lost: list[str]) -> JsonObject:
-    return {key: _finite(value, key, lost) for key, value in asdict(record).items()}
-
-
-def _finite(value: object, path: str, lost: list[str]) -> Json:
-    """JSON types only; NaN and infinities become None and their paths are appended to `lost`."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(inner, f"{path}.{key}".lstrip("."), lost) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner, f"{path}.{index}".lstrip("."), lost) for index, inner in enumerate(value)]
-    if value is None or isinstance(value, bool | str | int):
-        return value
-    number = value if isinstance(value, float) else _scalar(value)
-    if isinstance(number, float) and not math.isfinite(number):
-        lost.append(path)
-        return None
-    return number
-
-
-def _scalar(value: object) -> int | float | str:
-    """Numbers of other libraries (zero-dimensional tensors, numpy scalars) by their `item()`, the rest by its text."""
-    item: Callable[[], object] | None = getattr(value, "item", None)
-    plain = item() if callable(item) else value
-    return plain if isinstance(plain, int | float) else str(plain)
+    return {key: as_json(value, key, lost) for key, value in asdict(record).items()}
 
 
 def _known(cls: type, data: Mapping[str, object], what: str) -> dict[str, Any]:

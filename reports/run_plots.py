@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .drawing import INK, MUTED, PALETTE, PAPER, STYLE, new_figure, nice_log_axis, panel_title, place_labels, plain
-from .record import LayerRecord, StageRecord, is_finite
+from .json_values import is_finite
+from .record import LayerRecord, StageRecord
 from .units import number
 
 STAGE_COLORS = {

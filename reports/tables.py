@@ -14,8 +14,8 @@ from itertools import zip_longest
 from typing import TypeVar
 
 from .columns import Column, layer_columns, series, stage_columns, used
-from .json_values import mapping, mappings, sequence
-from .record import RunRecord, StageRecord, finite
+from .json_values import finite, mapping, mappings, sequence
+from .record import RunRecord, StageRecord
 from .units import number as number
 
 BOUND = "\u00a0"
