@@ -35,7 +35,7 @@ rivals: .venv-rivals/.installed
 	.venv-rivals/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r tests/interop/rivals.txt
 	touch $@
 
-# What a card has to show, in parts of two minutes that go on in the next call: PART=tests|demo|shape|kernels|train (else all in turn), SECONDS=
+# What a card has to show, in parts of two minutes that go on in the next call: PART=tests|demo|shape|kernels|decode|train (else all in turn), SECONDS=
 # of each, AGAIN=1 to measure anew, PYTHON= any with torch, Triton and transformers. Nothing is installed: the import map is a link.
 gpu:
 	@mkdir -p runs/gpu/import && ln -sfn $(CURDIR) runs/gpu/import/bitmend

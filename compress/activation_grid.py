@@ -1,4 +1,5 @@
 """Activations on their dynamic grid (W4A8, W4A4): symmetric, per token and group, absmax at the top code; halves round away from zero.
+A group size of −1 is the whole row: one scale a token.
 
 The one rounding of inputs in the project: solvers, training, simulation and kernels call it or equal it. Knows tensors only.
 Legend: M tokens, I in, G groups.
@@ -8,11 +9,17 @@ import torch
 from torch import Tensor
 
 
+def group_columns(group_size: int, in_features: int) -> int:
+    """Inputs of a group."""
+    return max(in_features, 1) if group_size == -1 else group_size
+
+
 def quantize_activations(x_MI: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
     """(codes int8 [M, I], scales float32 [M, G]): symmetric, per token per group; the last group may be shorter.
 
     scale = absmax / (2^(bits−1) − 1); a group of zeros has scale 0 and codes 0; halves round away from zero."""
     rows, columns = x_MI.shape
+    group_size = group_columns(group_size, columns)
     top = (1 << (bits - 1)) - 1
     grouped = torch.nn.functional.pad(x_MI.float(), (0, -columns % group_size)).view(rows, -1, group_size)
     absmax = grouped.abs().amax(-1)
@@ -24,7 +31,7 @@ def quantize_activations(x_MI: Tensor, bits: int, group_size: int) -> tuple[Tens
 
 def dequantize_activations(codes_MI: Tensor, scales_MG: Tensor, group_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """[M, I]: code·scale of its group."""
-    group = torch.arange(codes_MI.shape[1], device=codes_MI.device) // group_size
+    group = torch.arange(codes_MI.shape[1], device=codes_MI.device) // group_columns(group_size, codes_MI.shape[1])
     return codes_MI.to(dtype) * scales_MG.to(dtype)[:, group]
 
 

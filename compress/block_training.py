@@ -4,7 +4,8 @@ block does.
 `learned_rounding` moves rounding offsets and range multipliers by signed gradient descent (AutoRound, arXiv:2309.05516);
 `block_training` moves the weights themselves, scales and zeros by Adam through a straight-through estimator (EfficientQAT's first
 phase, arXiv:2407.11062). Both begin at GPTQ's codes or at the nearest ones, keep the best iterate by the loss over all samples,
-the start among them, and end in an ordinary grid weight. Knows a block as a function (`BlockProblem`); no models, no files.
+the start among them, and end in an ordinary grid weight. A step's windows come from the slots in turn; what each slot's say is summed in the order of
+the slots, whoever has them: the same bits on any number of processes. Knows a block as a function (`BlockProblem`); no models, no files.
 Legend: O out, I in, G groups, N windows, T tokens, D model width.
 """
 
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from .block import BlockProblem, Samples, Window
+from .block import BlockProblem, Window
 from .ggml_grids import check_type
 from .ggml_types import GridName
 from .gptq import GptqConfig, gptq
@@ -24,6 +25,7 @@ from .latents import Latent
 from .precision import Matmul, matmuls
 from .ranges import Batch, Bits, Group, Rate, RateOrZero, ReadWhere, Share, Steps, Tokens
 from .rounding import RtnConfig, quantized, rtn
+from .statistics import LayerStatistics
 from .weights import ActivationGrid, Base, GgmlWeight, StoredWeight, UniformWeight
 
 Start = Literal["gptq", "rtn", "stored"]
@@ -47,7 +49,7 @@ class LearnedRoundingConfig:
     `start` "stored" goes on from the codes of a quantize stage before it. `steps` updates of `batch_size` samples each, the first
     `seq_len` tokens of them; rates fall linearly to 0. `window`: what trains together and where the error is measured: the matrices of
     attention and of the MLP one after the other, those of the block, or those of the block seen from behind the next block. `outliers` is
-    the share of largest squared errors that the loss does not see (SignRoundV2). `target`: what the dense block makes of the dense
+    the share of largest squared errors, of those that are computed together, that the loss does not see (SignRoundV2). `target`: what the dense block makes of the dense
     model's states, or of the compressed model's."""
 
     bits: Annotated[Bits, _NEW] = 3
@@ -162,25 +164,35 @@ def _trains(base: Base) -> bool:
 
 
 def _begin(problem: BlockProblem, configs: Mapping[str, Any]) -> tuple[dict[str, Latent], Metrics]:
-    """Every matrix on its grid, before training."""
-    latents, metrics = {}, {}
-    for name, config in configs.items():
-        record, target, statistics = problem.weights[name], problem.targets[name], problem.statistics[name]
-        metrics[name] = {}
-        grid = (config.bits, config.group_size, config.symmetric, config.clip, config.float_zeros)
-        if config.start == "stored":
-            if not _trains(record.base):
-                raise ValueError(
-                    f"{name}: start=stored needs a uniform grid with contiguous groups, or a type of ggml without flat groups, from a quantize "
-                    "stage before; use start=gptq"
-                )
-            record = quantized(record, record.base, config.activations or record.activations)
-        elif config.start == "gptq":
-            record, metrics[name] = gptq(record, target, statistics, GptqConfig(*grid, activations=config.activations, grid=config.grid))
-        else:
-            record, metrics[name] = rtn(record, target, statistics, RtnConfig(*grid, activations=config.activations, grid=config.grid))
-        latents[name] = Latent.of(record, target)
-    return latents, metrics
+    """Every matrix on its grid, before training: each is found by its owner."""
+    names, share = list(configs), problem.share
+
+    def solve(unit: int) -> tuple[StoredWeight, dict[str, float]]:
+        name = names[unit]
+        record, told = _on_grid(name, problem.weights[name], problem.targets[name], problem.statistics[name], configs[name])
+        return record if share.size == 1 else record.to("cpu"), told
+
+    shapes = [problem.targets[name].shape for name in names]
+    found = dict(zip(names, share.solved([float(rows + columns) * columns**2 for rows, columns in shapes], solve), strict=True))
+    latents = {name: Latent.of(record.to(problem.targets[name].device), problem.targets[name]) for name, (record, _) in found.items()}
+    return latents, {name: told for name, (_, told) in found.items()}
+
+
+def _on_grid(
+    name: str, record: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, config: Any
+) -> tuple[StoredWeight, dict[str, float]]:
+    """What the config starts from."""
+    grid = (config.bits, config.group_size, config.symmetric, config.clip, config.float_zeros)
+    if config.start == "stored":
+        if not _trains(record.base):
+            raise ValueError(
+                f"{name}: start=stored needs a uniform grid with contiguous groups, or a type of ggml without flat groups, from a quantize "
+                "stage before; use start=gptq"
+            )
+        return quantized(record, record.base, config.activations or record.activations), {}
+    if config.start == "gptq":
+        return gptq(record, target_OI, statistics, GptqConfig(*grid, activations=config.activations, grid=config.grid))
+    return rtn(record, target_OI, statistics, RtnConfig(*grid, activations=config.activations, grid=config.grid))
 
 
 def _trained(problem: BlockProblem, configs: Mapping[str, Any], stepper: Callable[[Sequence[Latent]], Step]) -> tuple[Records, Metrics]:
@@ -218,15 +230,13 @@ def _fit(
     best_step, every = 0, max(1, config.steps // EVALUATIONS)
     for index in range(config.steps):
         problem.pause()
-        rows = torch.randint(len(problem.inputs_NTD), (config.batch_size,), generator=generator)
+        drawn = _drawn(problem.slots(), index, config.batch_size, generator)
         for latent in latents.values():
             for parameter in latent.parameters():
                 parameter.grad = None
         with torch.enable_grad(), matmuls(config.matmul):
-            out = problem.forward(
-                others | {name: latent.effective() for name, latent in latents.items()}, problem.inputs_NTD[rows][:, : config.seq_len]
-            )
-            _loss(out, problem.outputs_NTD[rows][:, : config.seq_len], config.outliers).backward()
+            matrices = {name: latent.effective() for name, latent in latents.items()}
+            torch.autograd.backward(list(matrices.values()), _gradients(problem, others, matrices, drawn, config))
         step(index / config.steps)
         if (index + 1) % every == 0 or index + 1 == config.steps:
             records = {name: latent.record() for name, latent in latents.items()}
@@ -236,16 +246,52 @@ def _fit(
     return best, {"block_loss_start": start, "block_loss_best": lowest, "best_step": float(best_step)}
 
 
+def _drawn(slots: Sequence[Sequence[int]], step: int, batch_size: int, generator: torch.Generator) -> list[list[int]]:
+    """Of every slot the samples of a step. Slots take turns, so that processes have equally many."""
+    drawn: list[list[int]] = [[] for _ in slots]
+    for turn in range(step * batch_size, (step + 1) * batch_size):
+        slot = turn % len(slots)
+        drawn[slot].append(slots[slot][int(torch.randint(len(slots[slot]), (), generator=generator))])
+    return drawn
+
+
+def _gradients(
+    problem: BlockProblem, others: Mapping[str, Tensor], matrices: Mapping[str, Tensor], drawn: Sequence[Sequence[int]], config: Any
+) -> list[Tensor]:
+    """Of the mean loss over the samples drawn, for every matrix, on every process: slot by slot, in their order."""
+    leaves, share = {name: matrix.detach().contiguous().requires_grad_(True) for name, matrix in matrices.items()}, problem.share
+    numbers = sum(leaf.numel() for leaf in leaves.values())
+    total = None if share.size == 1 else share.ordered_sum(next(iter(leaves.values())).new_empty(numbers))
+    for slot in share.turns([bool(numbers) for numbers in drawn]):
+        if slot is not None:
+            rows = torch.tensor(drawn[slot])
+            x_BTD, wanted_BTD = (samples[rows][:, : config.seq_len] for samples in (problem.inputs_NTD, problem.outputs_NTD))
+            loss = _loss(problem.forward({**others, **leaves}, x_BTD), wanted_BTD, config.outliers)
+            torch.autograd.backward(loss * (len(rows) / config.batch_size))
+        if total is not None:
+            total.add(None if slot is None else torch.cat([_taken(leaf).view(-1) for leaf in leaves.values()]))
+    if total is None:
+        return [_taken(leaf) for leaf in leaves.values()]
+    parts = total.total().split([leaf.numel() for leaf in leaves.values()])
+    return [part.view(leaf.shape) for part, leaf in zip(parts, leaves.values(), strict=True)]
+
+
+def _taken(leaf: Tensor) -> Tensor:
+    """Its gradient, which it loses."""
+    gradient, leaf.grad = leaf.grad, None
+    return torch.full_like(leaf, -0.0, requires_grad=False) if gradient is None else gradient.contiguous()  # x + −0 is x, were it −0 itself
+
+
 @torch.no_grad()
 def _compressed_targets(problem: BlockProblem, batch_size: int) -> Iterator[Tensor]:
-    """What the dense block makes of the compressed model's states."""
-    for part in _batches(problem.inputs_NTD, batch_size):
-        yield problem.forward(problem.targets, problem.inputs_NTD[part])
+    """What the dense block makes of the compressed model's states, of the samples that are here."""
+    for rows in _batches(sorted(number for numbers in problem.own_slots().values() for number in numbers), batch_size):
+        yield problem.forward(problem.targets, problem.inputs_NTD[rows])
 
 
-def _batches(samples: Samples, size: int) -> Iterator[slice]:
-    for start in range(0, len(samples), size):
-        yield slice(start, min(start + size, len(samples)))
+def _batches(numbers: Sequence[int], size: int) -> Iterator[Tensor]:
+    for start in range(0, len(numbers), size):
+        yield torch.tensor(numbers[start : start + size])
 
 
 def _dense(records: Mapping[str, StoredWeight]) -> dict[str, Tensor]:
@@ -265,8 +311,10 @@ def _loss(out_BTD: Tensor, wanted_BTD: Tensor, outliers: float) -> Tensor:
 @torch.no_grad()
 def _loss_over_all(problem: BlockProblem, matrices: dict[str, Tensor], config: Any) -> float:
     """Mean over all samples, of their first `seq_len` tokens (they see no later ones)."""
-    total = 0.0
-    for part in _batches(problem.inputs_NTD, config.batch_size):
-        x_BTD, wanted_BTD = (samples[part][:, : config.seq_len] for samples in (problem.inputs_NTD, problem.outputs_NTD))
-        total += float(_loss(problem.forward(matrices, x_BTD), wanted_BTD, config.outliers)) * len(x_BTD)
-    return total / len(problem.inputs_NTD)
+    found: dict[int, float] = {}
+    for slot, numbers in problem.own_slots().items():
+        found[slot] = 0.0
+        for rows in _batches(numbers, config.batch_size):
+            x_BTD, wanted_BTD = (samples[rows][:, : config.seq_len] for samples in (problem.inputs_NTD, problem.outputs_NTD))
+            found[slot] += float(_loss(problem.forward(matrices, x_BTD), wanted_BTD, config.outliers)) * len(rows)
+    return sum(problem.share.in_order(found)) / sum(map(len, problem.slots()))

@@ -146,7 +146,7 @@ def feed_back_uniform_(
     `bitmend::feed_back_block_`, of which a card has a kernel (kernels/column_sweep)."""
     outputs = weight_IO.shape[1]
     if weight_IO.device.type == "cpu" and outputs > _ROWS:
-        return _in_parts_(weight_IO, factor, grids, block, pull, -(-outputs // -(-outputs // _ROWS)))
+        return _in_parts_(weight_IO, factor, grids, block, pull, part_rows(outputs))
     sweep = _SweepTensors.of(weight_IO, block, pull)
     # On the CPU the loop is called by name: what counts operators then sees its own.
     run = feed_back_block_ if weight_IO.device.type == "cpu" else torch.ops.bitmend.feed_back_block_
@@ -158,6 +158,11 @@ def feed_back_uniform_(
         )  # fmt: skip
         _carry_on_(weight_IO, factor, error_SO, start, stop)
     return sweep.levels_IO, sweep.loss_O
+
+
+def part_rows(outputs: int) -> int:
+    """Rows of a part, where so many are swept in parts of about one size."""
+    return -(-outputs // -(-outputs // _ROWS))
 
 
 def feed_back_block_(

@@ -4,15 +4,16 @@ Knows tensors and records only. Masked weights stay at exactly 0; dropping them 
 Legend: O out, I in, G groups, S columns of a sub-block or group.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from . import normal_float as nf
+from .block import BlockShare
 from .feedback import (
     BLOCK,
     GivenGrids,
@@ -22,6 +23,7 @@ from .feedback import (
     factor_of,
     feed_back_,
     feed_back_uniform_,
+    part_rows,
     uniform_rounding,
 )
 from .ggml_grids import check_type, round_ggml, with_codes
@@ -31,9 +33,9 @@ from .masks import finite
 from .ranges import Bits, Damp, Group, Share, ShareOrAll, Width
 from .refit import refit_scales
 from .rounding import base_target, grid_importance, normal_float_record, quantized, refuse_float_zeros
-from .sharing import rows_on_grid
+from .sharing import joined_rows, rows_on_grid
 from .statistics import LayerStatistics
-from .weights import ActivationGrid, GgmlWeight, StoredWeight, UniformWeight
+from .weights import ActivationGrid, GgmlWeight, StoredWeight, UniformWeight, to_tensors
 
 ActOrder = Literal["static_groups", "full", "none"]
 
@@ -199,14 +201,24 @@ def gptq(weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, c
     return records[""], metrics[""]
 
 
+def by_rows(config: GptqConfig) -> bool:
+    """Whether `gptq_together` can be shared: a sweep on grids that are known beforehand goes through some rows after others anyway."""
+    return config.act_order == "static_groups"
+
+
 def gptq_together(
-    weights: Mapping[str, StoredWeight], targets: Mapping[str, Tensor], statistics: Mapping[str, LayerStatistics], config: GptqConfig
+    weights: Mapping[str, StoredWeight],
+    targets: Mapping[str, Tensor],
+    statistics: Mapping[str, LayerStatistics],
+    config: GptqConfig,
+    share: BlockShare | None = None,
 ) -> tuple[dict[str, StoredWeight], dict[str, dict[str, float]]]:
     """GPTQ of matrices that read one input (q/k/v, gate/up): rows do not know each other, so all of them go through one sweep. Matrices
-    whose inputs are smoothed differ in their factors and go one by one. Where there are several, a ValueError begins with the name of the
+    whose inputs are smoothed differ in their factors and go one by one. With `share` (`by_rows`) parts of the rows, whose height is a matter of their
+    number alone, are swept apart, each by its owner; every process is given all. Where there are several, a ValueError begins with the name of the
     matrix, or of the first where it is the input that will not do."""
     if len(weights) > 1 and any(weight.smooth is not None for weight in weights.values()):
-        found = {n: gptq_together({n: weights[n]}, {n: targets[n]}, {n: statistics[n]}, config) for n in weights}
+        found = {n: gptq_together({n: weights[n]}, {n: targets[n]}, {n: statistics[n]}, config, share) for n in weights}
         return {n: records[n] for n, (records, _) in found.items()}, {n: metrics[n] for n, (_, metrics) in found.items()}
     grid = UniformGrid(config.bits, config.group_size, config.symmetric, config.float_zeros)
     first, several = next(iter(weights)), len(weights) > 1
@@ -230,10 +242,14 @@ def gptq_together(
     counts = [len(base_OI) for base_OI in bases]
     mask_OI = _stacked_masks([weight.mask_OI() for weight in weights.values()], bases)
     whole_OI, static = torch.cat(bases) if several else bases[0], config.act_order == "static_groups"
-    if kind is None:
-        whole, loss_O = gptq_uniform(whole_OI, factor, grid, config.clip, static, importance_I, mask_OI, BLOCK, config.first_order)
-    else:
-        whole, loss_O = gptq_ggml(whole_OI, factor, kind, config.clip, importance_I, mask_OI, BLOCK, config.first_order)
+
+    def swept(rows: slice) -> tuple[UniformWeight | GgmlWeight, Tensor]:
+        own_OI, own_mask_OI = whole_OI[rows], None if mask_OI is None else mask_OI[rows]
+        if kind is None:
+            return gptq_uniform(own_OI, factor, grid, config.clip, static, importance_I, own_mask_OI, BLOCK, config.first_order)
+        return gptq_ggml(own_OI, factor, kind, config.clip, importance_I, own_mask_OI, BLOCK, config.first_order)
+
+    whole, loss_O = swept(slice(None)) if share is None else _swept_apart(swept, len(whole_OI), share, whole_OI.device)
     losses = torch.stack([loss.sum() for loss in loss_O.split(counts)]).tolist()
     records, metrics, end = dict[str, StoredWeight](), dict[str, dict[str, float]](), 0
     for name, base_OI, loss in zip(weights, bases, losses, strict=True):
@@ -242,6 +258,25 @@ def gptq_together(
         records[name] = quantized(weights[name], base, config.activations)
         metrics[name] = feedback_metrics(factor, loss)
     return records, metrics
+
+
+def _swept_apart(
+    swept: Callable[[slice], tuple[UniformWeight | GgmlWeight, Tensor]], rows: int, share: BlockShare, device: torch.device
+) -> tuple[UniformWeight | GgmlWeight, Tensor]:
+    """(record, error of every row) of parts of the rows, each swept by its owner."""
+    height = part_rows(rows)
+    parts = [slice(start, min(start + height, rows)) for start in range(0, rows, height)]
+
+    def solve(part: int) -> tuple[UniformWeight | GgmlWeight, Tensor]:
+        record, loss_O = swept(parts[part])
+        return (record, loss_O) if share.size == 1 else (_moved(record, "cpu"), loss_O.cpu())
+
+    found = share.solved([float(part.stop - part.start) for part in parts], solve)
+    return _moved(joined_rows([record for record, _ in found]), device), torch.cat([loss_O for _, loss_O in found]).to(device)
+
+
+def _moved(record: UniformWeight | GgmlWeight, device: torch.device | str) -> UniformWeight | GgmlWeight:
+    return replace(record, **{name: tensor.to(device) for name, tensor in to_tensors(record).items()})
 
 
 @contextmanager

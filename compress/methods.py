@@ -12,7 +12,7 @@ from typing import Any, Literal
 from .block import BlockProblem
 from .block_training import BlockTrainingConfig, LearnedRoundingConfig, block_needs, block_training, learned_rounding
 from .decompose import Decomposition, decompose, decompose_shared, needs
-from .gptq import GptqConfig, GptqNormalFloatConfig, gptq, gptq_nf, gptq_together
+from .gptq import GptqConfig, GptqNormalFloatConfig, by_rows, gptq, gptq_nf, gptq_together
 from .grids import clip_needs
 from .masks import MagnitudeConfig, WandaConfig, magnitude, wanda
 from .rounding import Nf4Config, NormalFloatConfig, RtnConfig, nf4, normal_float, rtn
@@ -29,7 +29,8 @@ class Method:
     own values of the config's fields: a row is `config(**(defaults | what the user set))`; `together(weights, targets, statistics,
     config)`, all by name, solves matrices that read one input and have one config at once, unless that says `shared: false`; `departs`: where it is not what
     its paper has; `dense_outputs`: with scope "block", whether it is trained towards what the dense block makes; `by_matrix`: the settings
-    that may differ from matrix to matrix, where that is not all of them."""
+    that may differ from matrix to matrix, where that is not all of them; `by_rows`: whether `together` takes a `share`, with which several
+    processes solve rows of one large matrix."""
 
     config: type
     function: Callable[..., Any]
@@ -44,6 +45,7 @@ class Method:
     does: str = ""
     paper: str = ""
     by_matrix: frozenset[str] | None = None
+    by_rows: Callable[[Any], bool] = lambda config: False
 
 
 _OF_GRID = frozenset({"bits", "group_size", "symmetric", "clip", "float_zeros", "start", "activations", "grid"})
@@ -125,7 +127,9 @@ QUANTIZE: Mapping[str, Method] = {
         GptqConfig,
         gptq,
         needs=_feedback_needs,
+        version=2,
         together=gptq_together,
+        by_rows=by_rows,
         does="column by column, later ones make up for the error",
         paper="GPTQ, arXiv:2210.17323",
     ),
@@ -141,7 +145,7 @@ QUANTIZE: Mapping[str, Method] = {
         learned_rounding,
         needs=block_needs,
         scope="block",
-        version=2,
+        version=3,
         dense_outputs=True,
         by_matrix=_OF_GRID,
         departs="AutoRound with one range multiplier a group, where it has one for each end; starts from GPTQ",
@@ -153,7 +157,7 @@ QUANTIZE: Mapping[str, Method] = {
         block_training,
         needs=block_needs,
         scope="block",
-        version=2,
+        version=3,
         dense_outputs=True,
         by_matrix=_OF_GRID,
         does="weights, scales and zeros trained block by block",

@@ -3,7 +3,7 @@
 Knows records by name; not how a factor was found, nor where records are stored.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -38,6 +38,12 @@ def rows_on_grid(weight: _OnGrid, rows: slice) -> _OnGrid:
     """Some rows, in memory of their own."""
     own = {name: tensor.clone() if name == "group_index" else tensor[rows].clone() for name, tensor in to_tensors(weight).items()}
     return replace(weight, **own)
+
+
+def joined_rows(parts: Sequence[_OnGrid]) -> _OnGrid:
+    """Rows on one kind of grid, without a group index, one part below the other."""
+    each = [to_tensors(part) for part in parts]
+    return parts[0] if len(parts) == 1 else replace(parts[0], **{name: torch.cat([tensors[name] for tensors in each]) for name in each[0]})
 
 
 def settled(linears: Mapping[str, StoredWeight]) -> dict[str, StoredWeight]:

@@ -36,7 +36,7 @@ class SvdQuantConfig:
     group_size: Group = 64
     symmetric: bool = True
     activation_bits: Literal[4, 8, 16] = 8
-    activation_group_size: Annotated[Width, ReadWhere("activation_bits is below 16", lambda config: config.activation_bits < 16)] = 64
+    activation_group_size: Annotated[Group, ReadWhere("activation_bits is below 16", lambda config: config.activation_bits < 16)] = 64
     quantizer: Literal["rtn", "gptq"] = "rtn"
     clip: Clip = "power"
     smoothing_steps: Iterations = 10
@@ -68,15 +68,27 @@ def svdquant(problem: BlockProblem, configs: Mapping[str, SvdQuantConfig]) -> tu
     groups: dict[int, list[str]] = {}
     for name in configs:
         groups.setdefault(id(problem.statistics[name].inputs), []).append(name)
-    records: dict[str, StoredWeight] = {}
-    metrics: dict[str, dict[str, float]] = {}
-    for names in groups.values():
-        parts = [part_of(problem.weights[n], problem.targets[n], problem.statistics[n], configs[n]) for n in names]
-        smooth_I, alpha = smoothing(parts)
-        for name, part in zip(names, parts, strict=True):
-            records[name], result = split(part, None if smooth_I is None else smooth_I.clone())  # files hold no shared tensors
-            metrics[name] = result if alpha is None else result | {"smoothing_alpha": alpha}
-    return records, metrics
+    units, share = list(groups.values()), problem.share
+
+    def solve(unit: int) -> dict[str, tuple[StoredWeight, dict[str, float]]]:
+        found = _solved(problem, units[unit], configs)
+        return found if share.size == 1 else {name: (record.to("cpu"), told) for name, (record, told) in found.items()}
+
+    shapes = [[problem.targets[name].shape for name in names] for names in units]
+    costs = [float(sum(rows for rows, _ in few) + few[0][1]) * few[0][1] ** 2 for few in shapes]
+    solved = {name: found for part in share.solved(costs, solve) for name, found in part.items()}
+    return {n: record.to(problem.targets[n].device) for n, (record, _) in solved.items()}, {n: told for n, (_, told) in solved.items()}
+
+
+def _solved(
+    problem: BlockProblem, names: Sequence[str], configs: Mapping[str, SvdQuantConfig]
+) -> dict[str, tuple[StoredWeight, dict[str, float]]]:
+    """(record, metrics) of the matrices that read one input."""
+    parts = [part_of(problem.weights[n], problem.targets[n], problem.statistics[n], configs[n]) for n in names]
+    smooth_I, alpha = smoothing(parts)
+    found = [split(part, None if smooth_I is None else smooth_I.clone()) for part in parts]  # files hold no shared tensors
+    of_all = {} if alpha is None else {"smoothing_alpha": alpha}
+    return {name: (record, told | of_all) for name, (record, told) in zip(names, found, strict=True)}
 
 
 def part_of(weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, config: SvdQuantConfig) -> SmoothedMatrix:

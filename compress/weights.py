@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .base_weights import DenseWeight, GgmlWeight, NormalFloatWeight, UniformWeight, bits_of
 from .packing import pack_mask, unpack_mask
-from .ranges import Width
+from .ranges import Group
 
 Base = DenseWeight | UniformWeight | NormalFloatWeight | GgmlWeight
 Factor = Tensor | UniformWeight
@@ -66,20 +66,21 @@ class SparseDelta:
 
 @dataclass(frozen=True)
 class ActivationGrid:
-    """Dynamic, symmetric quantization of the input, per token per group (W4A8, W4A4); simulated outside the kernels."""
+    """Dynamic, symmetric quantization of the input, per token per group (W4A8, W4A4), −1: one scale a token; simulated outside the kernels."""
 
     bits: Literal[4, 8]
-    group_size: Width = 64
+    group_size: Group = 64
 
     def __post_init__(self) -> None:
-        if self.bits not in ACTIVATION_BITS or self.group_size < 1:  # of a record as well, which comes from disk
+        if self.bits not in ACTIVATION_BITS or (self.group_size < 1 and self.group_size != -1):  # of a record as well, which comes from disk
             raise ValueError(
-                f"activations of {self.bits} bits in groups of {self.group_size}; choose one of {ACTIVATION_BITS} bits and groups of at least 1"
+                f"activations of {self.bits} bits in groups of {self.group_size}; choose one of {ACTIVATION_BITS} bits and groups of at "
+                "least 1, or -1 for one scale a token"
             )
 
     def divide(self, in_features: int) -> None:
         """ValueError when the groups do not divide a row."""
-        if in_features % self.group_size:
+        if self.group_size != -1 and in_features % self.group_size:
             raise ValueError(
                 f"in_features {in_features} is not a multiple of activations.group_size {self.group_size}; choose one that divides it"
             )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compress.weights import StoredWeight
+from ..compress.weights import ActivationGrid, StoredWeight
 from .journal import Journal
 from .quantize_down import quantize_down
 from .rivals import rivals
@@ -28,7 +28,8 @@ from .variants import DEMO, Layer, Variant, check, site, synthetic, variants
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """What is measured. A variant's output may err at most `slack` × what torch errs with the same dense weight in bfloat16."""
+    """What is measured. A variant's output may err at most `slack` × what torch errs with the same dense weight in bfloat16. `two_levels`: of 8-bit
+    inputs also with one scale a token and weights' scales of two levels."""
 
     rows: tuple[int, ...]
     layers: tuple[Layer, ...]
@@ -37,6 +38,7 @@ class BenchPlan:
     activation_bits: tuple[int | None, ...] = (None,)
     stack_blocks: int = 0
     slack: float = 2.0
+    two_levels: bool = False
 
 
 ONE = tuple(Layer("1B", out, inputs) for out, inputs in ((2048, 2048), (8192, 2048), (2048, 8192)))
@@ -48,9 +50,9 @@ RANKS = (0, 16, 32, 64, 128)
 PLANS = {
     "cpu": BenchPlan((1, 16, 64, 256), (*DEMO, ONE[0]), (0, 16, 64), (4,), (None,), stack_blocks=30),
     "cpu, full": BenchPlan(ROWS[:-1], (*DEMO, *ONE, *SEVEN), RANKS, (4, 8), (None,), stack_blocks=30),
-    "cuda": BenchPlan(ROWS, (*ONE, *SEVEN, *SEVENTY), RANKS, (4,), (None, 8)),
+    "cuda": BenchPlan(ROWS, (*ONE, *SEVEN, *SEVENTY), RANKS, (4,), (None, 8), two_levels=True),
 }
-PLANS["cuda, quick"] = BenchPlan((1, 16, 64, 256, 2048), DECODE, (0, 32), (4,), (None, 8))
+PLANS["cuda, quick"] = BenchPlan((1, 16, 64, 256, 2048), DECODE, (0, 32), (4,), (None, 8), two_levels=True)
 QUICK = TimingProtocol(warm_up=1, repeats=5, most_seconds=0.3)
 """Minutes instead of an hour: the shapes and rows that decide decode and prefill of an 8B model, few repeats."""
 PLANS["cuda, full"] = replace(PLANS["cuda"], bits=(2, 3, 4), activation_bits=(None, 8, 4))
@@ -106,27 +108,29 @@ def _pieces(plan: BenchPlan, place: torch.device, protocol: TimingProtocol, peak
     for layer in plan.layers:
         for bits in plan.bits:
             for activation_bits in plan.activation_bits:
-                for rank in plan.ranks:
-                    key = f"W{bits}A{activation_bits or 16} {layer.out}x{layer.inputs} rank {rank}"
-                    pieces[key] = partial(_measure_layer, layer, bits, activation_bits, rank, plan, place, protocol, peak)
+                for two_levels in (False, True) if plan.two_levels and activation_bits == 8 and bits <= 4 else (False,):
+                    operator = f"W{bits}A{activation_bits or 16}{', two levels' if two_levels else ''}"
+                    for rank in plan.ranks:
+                        stored = partial(synthetic, layer, bits, rank, activation_bits, place, two_levels)
+                        key = f"{operator} {layer.out}x{layer.inputs} rank {rank}"
+                        pieces[key] = partial(_measure_layer, stored, {"operator": operator, **asdict(layer)}, rank, plan, place, protocol, peak)
     if plan.stack_blocks:
         pieces |= {f"stack rank {rank}": partial(_stack, rank, plan, place, protocol) for rank in plan.ranks if rank <= 64}
     return pieces
 
 
 def _measure_layer(
-    layer: Layer, bits: int, activation_bits: int | None, rank: int, plan: BenchPlan, place: torch.device, protocol: TimingProtocol, peak: dict[str, float]
+    make: Callable[[], StoredWeight], what: dict[str, Any], rank: int, plan: BenchPlan, place: torch.device, protocol: TimingProtocol, peak: dict[str, float]
 ) -> dict[str, Any]:  # fmt: skip
     rows: list[dict[str, Any]] = []
-    stored = synthetic(layer, bits, rank, activation_bits, place)
+    stored = make()
     others, reasons = _rivals(stored, place)
     built = _copies(stored, others, place)
-    what = {"operator": f"W{bits}A{activation_bits or 16}", **asdict(layer)}
     refused: list[dict[str, Any]] = [
         what | {"rows": 1, "rank": rank, "variant": name, "reason": reason} for name, reason in reasons.items()
     ]
     for m in plan.rows:
-        x = torch.randn(m, layer.inputs, generator=torch.Generator().manual_seed(m)).to(torch.bfloat16).to(place)
+        x = torch.randn(m, stored.shape[1], generator=torch.Generator().manual_seed(m)).to(torch.bfloat16).to(place)
         where = what | {"rows": m, "rank": rank}
         for name in built[0]:
             error, allowed = check(stored, built[0][name][0], x, plan.slack)
@@ -137,8 +141,8 @@ def _measure_layer(
             timing = time_calls([partial(copy[name][0], x) for copy in built], place, protocol)
             row = where | {"variant": name, **asdict(timing), "resident_bytes": built[0][name][1], "relative_error": error}
             rows.append(row | _shares(row, peak))
-        if place.type == "cuda" and activation_bits is not None:
-            rows.append(_quantize_row(where, x, stored, activation_bits, place, protocol))
+        if place.type == "cuda" and stored.activations is not None:
+            rows.append(_quantize_row(where, x, stored, stored.activations, place, protocol))
     return {"rows": rows, "refused": refused}
 
 
@@ -163,12 +167,13 @@ def _copies(stored: StoredWeight, others: Mapping[str, Callable[[], Variant]], p
 
 
 def _quantize_row(
-    where: dict[str, Any], x: Tensor, stored: StoredWeight, bits: int, place: torch.device, protocol: TimingProtocol
+    where: dict[str, Any], x: Tensor, stored: StoredWeight, grid: ActivationGrid, place: torch.device, protocol: TimingProtocol
 ) -> dict[str, Any]:
     """The quantizer alone, or with the down-projection on board: reading x once should make them cost the same."""
     down = None if stored.low_rank is None else stored.low_rank.factors(torch.bfloat16)[1]
-    timing = time_calls([partial(quantize_down, x, None, down, bits=bits)] * 8, place, protocol)
-    return where | {"operator": "quantize", "variant": "quantize" if down is None else "quantize_down", **asdict(timing)}
+    timing = time_calls([partial(quantize_down, x, None, down, bits=grid.bits, group_size=grid.group_size)] * 8, place, protocol)
+    operator = "quantize, one scale a token" if grid.group_size == -1 else "quantize"
+    return where | {"operator": operator, "variant": "quantize" if down is None else "quantize_down", **asdict(timing)}
 
 
 def _stack(rank: int, plan: BenchPlan, place: torch.device, protocol: TimingProtocol) -> dict[str, Any]:

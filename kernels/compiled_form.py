@@ -16,11 +16,14 @@ import torch
 import triton
 from torch import Tensor
 
+from . import lowbit_matmul_up
 from .candidates import APART, CANDIDATES, DEFAULTS, INT4, OLDER, WITHOUT_LOW_RANK, default_for
 from .launch import INTERPRETED, Launch, recording
 from .layout import SLOTS, TiledWeight, lanes_for
-from .lowbit_matmul_up import lowbit_matmul_up
-from .quantize_down import quantize_down
+from .lowbit_matmul_up import CANDIDATES as PRODUCTS
+from .lowbit_matmul_up import HOPPERS, TWO_LEVELS, by_rows
+from .quantize_down import CANDIDATES as QUANTIZERS
+from .quantize_down import WHOLE_ROWS, quantize_down
 from .tuning import Blocks
 from .weight_only_ways import WAYS, Operands
 
@@ -28,6 +31,7 @@ CAPABILITIES = tuple(known for known in DEFAULTS if known != OLDER)
 SHARED_LIMITS = {(8, 0): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
 """Bytes of shared memory that one program may take (CUDA programming guide, compute capabilities)."""
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+INTEGER_ROWS = (16, 64, 1024)
 OUT, INPUTS, BITS, GROUP, RANK = 4096, 4096, 4, 64, 32
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8"}
 
@@ -53,21 +57,29 @@ def launches(rows: int, blocks: Blocks, dtype: torch.dtype = torch.bfloat16) -> 
     return started
 
 
-def integer_launches(rows: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
-    """The same weight with its input rounded to 8 bits: the quantizer with down, and the product, each by its first candidate."""
+def integer_launches(rows: int, x_group: int = GROUP, dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[Blocks, bool, Launch]]:
+    """(candidate, whether it is the default, launch) of the same weight with its input rounded to 8 bits in groups of `x_group`, −1: one scale a
+    token, for which the weight's scales are of two levels: the quantizer with down by its first candidate, and the product by each."""
     x, up = torch.empty(rows, INPUTS, dtype=dtype, device="meta"), torch.empty(OUT, RANK, dtype=dtype, device="meta")
+    weight = _weight(two_levels=x_group == -1)
     with recording() as started:
-        codes, scales, h = quantize_down(x, None, torch.empty(RANK, INPUTS, dtype=dtype, device="meta"))
-        lowbit_matmul_up(codes, scales, _weight(), h, up, dtype=dtype)
-    return started
+        codes, scales, h = quantize_down(x, None, torch.empty(RANK, INPUTS, dtype=dtype, device="meta"), group_size=x_group)
+    yield (WHOLE_ROWS if x_group == -1 else QUANTIZERS)[0], True, started[0]
+    products = by_rows((*TWO_LEVELS, *HOPPERS) if x_group == -1 else PRODUCTS, rows)
+    for blocks in (some for some in products if some.m <= rows):
+        with recording() as started:
+            lowbit_matmul_up.launch(codes, scales, weight, h, up, None, x_group if x_group > 0 else INPUTS, ((0, OUT, 0, RANK),), dtype, blocks)
+        yield blocks, blocks == products[0], started[0]
 
 
-def _weight() -> TiledWeight:
+def _weight(two_levels: bool = False) -> TiledWeight:
     lanes, groups = lanes_for(INPUTS, GROUP, BITS), INPUTS // GROUP
     codes = torch.empty(OUT, INPUTS // (SLOTS[BITS] * lanes), lanes // 2, dtype=torch.int32, device="meta")
     scales = torch.empty(groups, OUT, dtype=torch.float16, device="meta")
     weight = TiledWeight(codes, scales, torch.empty_like(scales), None, BITS, GROUP, INPUTS)
-    weight.__dict__.update(exact_zeros=True, integer_zeros=True)  # nothing can be asked of a tensor without memory
+    levels = torch.empty_like(scales, dtype=torch.int8), torch.empty(OUT, dtype=torch.float32, device="meta")
+    # nothing can be asked of a tensor without memory
+    weight.__dict__.update(exact_zeros=True, integer_zeros=True, two_levels=levels if two_levels else None)
     return weight
 
 
@@ -129,10 +141,15 @@ def _instructions(ptx: str) -> dict[str, Any]:
 def table(capabilities: Sequence[tuple[int, int]] = CAPABILITIES) -> list[dict[str, Any]]:
     """A row for each kernel of each configuration on each card: what several start alike is one row, with all their numbers of rows."""
     started = [(rows, blocks.way, blocks, launch) for rows, blocks in configurations() for launch in launches(rows, blocks)]
-    started += [(rows, "W4A8", None, launch) for rows in (16, 1024) for launch in integer_launches(rows)]
+    for x_group, way in ((GROUP, "W4A8"), (-1, "W4A8, two levels")):
+        started += [
+            (rows, way, None if first else blocks, launch) for rows in INTEGER_ROWS for blocks, first, launch in integer_launches(rows, x_group)
+        ]
     found: dict[str, dict[str, Any]] = {}
     for rows, way, blocks, launch in started:
         for capability in capabilities:
+            if blocks in HOPPERS and capability < (9, 0):
+                continue
             key = f"{launch.kernel.__name__} {capability} {_specialized(launch)} {launch.options}"
             if key not in found:
                 made, options = compiled(launch, capability), launch.options
@@ -142,6 +159,6 @@ def table(capabilities: Sequence[tuple[int, int]] = CAPABILITIES) -> list[dict[s
                 found[key] = {"card": card, "way": way, "kernel": launch.kernel.__name__, "default": False, "rows": []} | sizes | made
                 found[key]["fits"] = made["shared_bytes"] <= SHARED_LIMITS[capability]
             row = found[key]
-            row["default"] |= blocks is None or default_for(rows, capability) == blocks
+            row["default"] |= blocks is None or default_for(rows, capability) == blocks  # None: the first of its own candidates
             row["rows"] = sorted({*row["rows"], rows})
     return [row | {"rows": ", ".join(map(str, row["rows"]))} for row in found.values()]

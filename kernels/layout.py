@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..compress import normal_float
+from ..compress.integer_scales import exact_levels, reach
 from ..compress.weights import Base, NormalFloatWeight, UniformWeight
 from . import torch_int4
 
@@ -67,6 +68,15 @@ class TiledWeight:
         return bool(((self.zeros >= 0) & (self.zeros <= 1 << self.bits)).all())
 
     @cached_property
+    def two_levels(self) -> tuple[Tensor, Tensor] | None:
+        """(k int8 [G, O], c float32 [O]) where the scales are exactly c·k and (code − zero)·k lies within a signed byte; None elsewhere."""
+        if self.book is not None or self.bits > 4 or not self.integer_zeros:
+            return None
+        zeros_OG = torch.full_like(self.scales, 1 << (self.bits - 1)).t() if self.zeros is None else self.zeros.t()
+        found = exact_levels(self.scales.t(), reach(self.codes_OI(), zeros_OG, self.group_size))
+        return None if found is None else (found[0].t().contiguous(), found[1])
+
+    @cached_property
     def int4_refusal(self) -> str:
         """Why torch's own operator cannot carry it, or nothing."""
         if self.book is not None or self.bits != 4:
@@ -106,7 +116,8 @@ class TiledWeight:
         return replace(self, codes=self.codes[ids], scales=self.scales[:, ids], zeros=zeros)
 
     def tensors(self) -> list[Tensor]:
-        return [t for t in (self.codes, self.scales, self.zeros, self.book, *self.__dict__.get("int4", ())) if t is not None]
+        made = (*self.__dict__.get("int4", ()), *(self.__dict__.get("two_levels") or ()))
+        return [t for t in (self.codes, self.scales, self.zeros, self.book, *made) if t is not None]
 
     def resident_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors())

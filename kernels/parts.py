@@ -20,6 +20,15 @@ def fragment_codes(words, slot, BITS: tl.constexpr, ROWS: tl.constexpr, LANES: t
 
 
 @triton.jit
+def fragment_levels(words, slot, level, zero, BITS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """int8 [ROWS, LANES]: (code − zero)·level, level and zero int32 [ROWS], the two codes of a word by one multiplication and one addition.
+    2048 keeps the low half positive, so that it borrows nothing from the high one, and is gone when eight bits of it are kept."""
+    pairs = (words >> (BITS * slot)) & (((1 << BITS) - 1) * 0x00010001)
+    pairs = pairs * level[:, None] + (2048 - zero * level * 0x00010001)[:, None]
+    return tl.join(pairs.to(tl.int8), (pairs >> 16).to(tl.int8)).reshape(ROWS, LANES)
+
+
+@triton.jit
 def fragment_shifted(
     words, slot: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, SHIFT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
 ):

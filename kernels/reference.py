@@ -7,7 +7,7 @@ Legend: M tokens, O out, I in, R rank, G groups of activations, S partial sums.
 import torch
 from torch import Tensor
 
-from ..compress.activation_grid import dequantize_activations, quantize_activations
+from ..compress.activation_grid import dequantize_activations, group_columns, quantize_activations
 from .layout import Segments, TiledWeight
 
 
@@ -37,6 +37,44 @@ def lowbit_matmul_up(
     return weight_only_matmul_up(x_MI, weight, h_MR, up_OR, bias_O, segments=segments).to(dtype)
 
 
+def two_level_matmul_up(
+    codes_MI: Tensor,
+    scales_MG: Tensor,
+    weight: TiledWeight,
+    h_MR: Tensor | None = None,
+    up_OR: Tensor | None = None,
+    bias_O: Tensor | None = None,
+    *,
+    group_size: int = 64,
+    segments: Segments | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """[M, O] in `dtype`: the same by whole numbers, summed exactly over each of the input's groups, then scaled by it and by the output's
+    own float (QServe, arXiv:2405.04532, §4.1). ValueError where the weight's scales are no such products."""
+    if weight.two_levels is None:
+        raise ValueError("weight's scales are no whole numbers times one float an output")
+    (level_GO, channel_O), inputs = weight.two_levels, weight.in_features
+    group = torch.arange(inputs, device=weight.device) // weight.group_size
+    zeros = float(1 << (weight.bits - 1)) if weight.zeros is None else weight.zeros.double().t()[:, group]
+    whole_OI = (weight.codes_OI().double() - zeros) * level_GO.double().t()[:, group]
+    x_MI, width = codes_MI.double(), group_columns(group_size, inputs)
+    y = x_MI.new_zeros(len(x_MI), weight.shape[0])
+    for g, first in enumerate(range(0, inputs, width)):  # float64 holds the sums of bytes' products exactly
+        sums = x_MI[:, first : first + width] @ whole_OI[:, first : first + width].t()
+        y += sums * scales_MG[:, g : g + 1].double()
+    return _finished(y * channel_O.double(), h_MR, up_OR, bias_O, segments).to(dtype)
+
+
+def _finished(y: Tensor, h_MR: Tensor | None, up_OR: Tensor | None, bias_O: Tensor | None, segments: Segments | None) -> Tensor:
+    """y [M, O], added to in place, + h·upᵀ of every segment + bias."""
+    if up_OR is not None:
+        assert h_MR is not None
+        h = h_MR.to(y.dtype).sum(0) if h_MR.dim() == 3 else h_MR.to(y.dtype)
+        for row, rows, rank, ranks in segments if segments is not None else ((0, *up_OR.shape[:1], 0, up_OR.shape[1]),):
+            y[:, row : row + rows] += h[:, rank : rank + ranks] @ up_OR[row : row + rows, :ranks].to(y.dtype).t()
+    return y if bias_O is None else y + bias_O.to(y.dtype)
+
+
 def weight_only_matmul_up(
     x_MI: Tensor,
     weight: TiledWeight,
@@ -52,11 +90,7 @@ def weight_only_matmul_up(
     a segment (row, rows, rank, ranks) reads its own ranks of h."""
     x = x_MI.to(compute)
     y = x @ weight.dense(compute).t()
-    if up_OR is not None:
-        if h_MR is None:
-            assert down_RI is not None, "up_OR without h_MR needs down_RI"
-            h_MR = x @ down_RI.to(compute).t()
-        h = h_MR.to(compute).sum(0) if h_MR.dim() == 3 else h_MR.to(compute)
-        for row, rows, rank, ranks in segments if segments is not None else ((0, *up_OR.shape[:1], 0, up_OR.shape[1]),):
-            y[:, row : row + rows] += h[:, rank : rank + ranks] @ up_OR[row : row + rows, :ranks].to(compute).t()
-    return (y if bias_O is None else y + bias_O.to(compute)).to(x_MI.dtype)
+    if up_OR is not None and h_MR is None:
+        assert down_RI is not None, "up_OR without h_MR needs down_RI"
+        h_MR = x @ down_RI.to(compute).t()
+    return _finished(y, h_MR, up_OR, bias_O, segments).to(x_MI.dtype)

@@ -5,8 +5,10 @@ Legend: M rows of activations, O out, I in, G groups.
 """
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 from ..compress.weights import StoredWeight, UniformWeight
@@ -16,16 +18,26 @@ Rival = tuple[Callable[[Tensor], Tensor], int]
 
 
 def rivals(stored: StoredWeight) -> dict[str, Callable[[], Rival]]:
-    """Name → how it is built (x [M, I] bfloat16 → y [M, O], and the bytes that it keeps); none for what is more than 4-bit codes in groups."""
+    """Name → how it is built (x [M, I] bfloat16 → y [M, O], and the bytes that it keeps); none for what is more than 4-bit codes in groups and a
+    low-rank term, which no such operator knows and which stands behind it in two products of its own."""
     base = stored.base
-    if not isinstance(base, UniformWeight) or base.bits != 4 or stored.low_rank is not None or stored.activations is not None:
+    if not isinstance(base, UniformWeight) or base.bits != 4 or stored.activations is not None:
         return {}
     found: dict[str, Callable[[], Rival]] = {}
     if base.group_size in torch_int4.GROUPS:
         found["torch int4"] = lambda: tinygemm(base)
     if base.scales.device.type == "cuda" and find_spec("gemlite") is not None:
         found["gemlite"] = lambda: gemlite(base)
-    return found
+    if stored.low_rank is None:
+        return found
+    up, down = stored.low_rank.factors(torch.bfloat16)
+    return {f"{name}, unfused rank": partial(with_rank, build, up, down) for name, build in found.items()}
+
+
+def with_rank(build: Callable[[], Rival], up: Tensor, down: Tensor) -> Rival:
+    """The operator, then h = x·downᵀ and h·upᵀ onto its output; factors of its own, which a cache would else hold for all copies."""
+    (base, kept), up, down = build(), up.clone(), down.clone()
+    return (lambda x: torch.addmm(base(x), x @ down.t(), up.t())), kept + sum(t.numel() * t.element_size() for t in (up, down))
 
 
 def tinygemm(base: UniformWeight) -> Rival:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compress.activation_grid import group_columns
 from ..compress.weights import ActivationGrid, DenseWeight
 from .checks import RANK_LIMIT
 from .layout import TiledWeight, tile
@@ -90,8 +91,9 @@ def operator_for(prepared: Prepared, place: torch.device, dtype: torch.dtype, wa
     if prepared.activations is None:
         return TritonOperator(prepared, weight, False), NAME, "weight-only: the way is chosen by the rows of x, `describe` says which and why"
     why_not = _integer_refusal(prepared, weight)
+    levels = "" if why_not or weight.two_levels is None else ", scales of two levels"  # found now: a graph that is recorded cannot wait for it
     reason = (
-        f"W{weight.bits}A{prepared.activations.bits} on the integer unit"
+        f"W{weight.bits}A{prepared.activations.bits} on the integer unit{levels}"
         if not why_not
         else f"input rounded apart, then weight-only: {why_not}"
     )
@@ -107,10 +109,10 @@ def _integer_refusal(prepared: Prepared, weight: TiledWeight) -> str:
     assert grid is not None
     if prepared.columns is not None:
         return "the columns are reordered, and the input's groups are not"
-    if grid.bits not in CODE_BITS or grid.group_size not in GROUP_SIZES:
-        return f"the kernel rounds to {CODE_BITS} bits in groups of {GROUP_SIZES}, not {grid.bits} and {grid.group_size}"
+    if grid.bits not in CODE_BITS or grid.group_size not in (*GROUP_SIZES, -1):
+        return f"the kernel rounds to {CODE_BITS} bits in groups of {GROUP_SIZES} or of a row, not {grid.bits} and {grid.group_size}"
     try:
-        check_weight(weight, grid.group_size)
+        check_weight(weight, group_columns(grid.group_size, weight.in_features))
     except ValueError as error:
         return str(error)
     return ""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..compress.integer_scales import with_integer_scales
 from ..compress.weights import ActivationGrid, LowRank, StoredWeight, UniformWeight
 from .layout import tile
 from .linear import bind, bind_group
@@ -36,15 +37,17 @@ class Layer:
 DEMO = (Layer("demo", 576, 576), Layer("demo", 192, 576), Layer("demo", 1536, 576), Layer("demo", 576, 1536))
 
 
-def synthetic(layer: Layer, bits: int, rank: int, activation_bits: int | None, place: torch.device) -> StoredWeight:
-    """Random codes, scales and factors of a size that real layers have; the same on every machine."""
+def synthetic(layer: Layer, bits: int, rank: int, activation_bits: int | None, place: torch.device, two_levels: bool = False) -> StoredWeight:
+    """Random codes, scales and factors of a size that real layers have; the same on every machine. `two_levels`: scales are whole numbers times
+    one float an output, and an input has one scale a token."""
     base, random = _base(layer, bits), torch.Generator().manual_seed(layer.out * 31 + layer.inputs + 1)
     low_rank = None
     if rank:
         up = torch.randn(layer.out, rank, generator=random) / rank**0.5 / 4
         low_rank = LowRank(up.bfloat16(), (torch.randn(rank, layer.inputs, generator=random) / layer.inputs**0.5).bfloat16())
-    activations = None if activation_bits is None else ActivationGrid(cast(Literal[4, 8], activation_bits))
-    return StoredWeight(base, low_rank=low_rank, activations=activations).to(place)
+    activations = None if activation_bits is None else ActivationGrid(cast(Literal[4, 8], activation_bits), -1 if two_levels else 64)
+    stored = StoredWeight(base, low_rank=low_rank, activations=activations).to(place)
+    return replace(stored, base=with_integer_scales(cast(UniformWeight, stored.base))) if two_levels else stored
 
 
 @lru_cache(maxsize=1)
@@ -78,6 +81,10 @@ def variants(stored: StoredWeight, place: torch.device) -> dict[str, Variant]:
         return found | {f"{packed.backend} without rank": (packed, packed.resident_bytes())}
     up, down = stored.low_rank.factors(torch.bfloat16)
     fused = bind(stored, device=place, dtype=torch.bfloat16)
+    if stored.activations is None:
+        base_only = plain.dense(torch.bfloat16)
+        kept = size_of(base_only) + size_of(up) + size_of(down)
+        found["torch bfloat16, unfused rank"] = (lambda x: F.linear(x, base_only) + _multiply_dense(_multiply_dense(x, down), up)), kept
     kept = packed.resident_bytes() + size_of(up) + size_of(down)
     found["unfused rank"] = (lambda x: packed(x) + _multiply_dense(_multiply_dense(x, down), up)), kept
     return found | {f"{fused.backend} fused": (fused, fused.resident_bytes())}

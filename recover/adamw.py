@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sharded import local
 from .trainable import Trainable
 
 
@@ -56,9 +57,9 @@ class AdamW:
                 ternary_step_(trainable.parameter.data, trainable.parameter.grad, rates[name], progress)
 
     def _adam(self, names: list[str], rates: Mapping[str, float]) -> None:
-        values = [self.trainables[name].parameter.data for name in names]
-        gradients = [g.float() for name in names if (g := self.trainables[name].parameter.grad) is not None]
-        first, second = [self.first[name] for name in names], [self.second[name] for name in names]
+        values = [local(self.trainables[name].parameter.data) for name in names]
+        gradients = [local(g).float() for name in names if (g := self.trainables[name].parameter.grad) is not None]
+        first, second = [local(self.first[name]) for name in names], [local(self.second[name]) for name in names]
         beta1, beta2 = self.betas
         torch._foreach_lerp_(first, gradients, 1 - beta1)
         torch._foreach_mul_(second, beta2)

@@ -85,15 +85,21 @@ class BitFit:
 
 @dataclass(frozen=True)
 class Full:
+    """`shard`: of every block's weights, gradients and moments each of several processes holds a part (`sharded`); their number is in the key then."""
+
     norms: bool = True
     biases: bool = True
     embeddings: bool = False
     head: bool = False
+    shard: bool = False
 
 
 @dataclass(frozen=True)
 class Qat:
+    """`shard` as in `Full`, of the latents."""
+
     norms: bool = True
+    shard: bool = False
 
 
 @dataclass(frozen=True)

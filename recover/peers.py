@@ -34,12 +34,14 @@ def _nobody(like: Tensor) -> Sum:
 @dataclass(frozen=True)
 class Peers:
     """This process is number `rank` of `size`; unit u (a micro-batch of an update, a held-out batch) is of process u % size. `gathered` gives every
-    process's value on all; `ordered_sum` makes a sum of tensors like the given one."""
+    process's value on all; `ordered_sum` makes a sum of tensors like the given one. `even`: a pass through the model needs all processes, so that one
+    without a unit in a round goes through the model, too, for nothing."""
 
     rank: int = 0
     size: int = 1
     gathered: Callable[[Any], list[Any]] = lambda value: [value]
     ordered_sum: Callable[[Tensor], Sum] = _nobody
+    even: bool = False
 
     def rounds(self, units: int) -> Iterator[int | None]:
         """This process's unit of every round of `size` units; None where it has none."""

@@ -1,14 +1,15 @@
 """Reconstruction: train one decoder block so that it does what the dense block does to the same inputs, layer by layer in depth
 (PERP, arXiv:2312.15230, sec. 3.3), attention and MLP together or one after the other (arXiv:2510.14444).
 
-What trains is what another method attaches, bounded as there: kept weights, pairs under the mask, norms, biases, scales, factors.
+What trains is what another method attaches, bounded as there: kept weights, pairs under the mask, norms, biases, scales, factors. A step's windows
+lie in slots, whose gradients are summed in their order, whichever process has them.
 Knows a block as a function of hidden states; its memory is one block, whatever the depth. Not files, nor where hidden states come from.
 Legend: B batch, T tokens, D model width.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, Protocol
@@ -20,6 +21,7 @@ from ..compress.ranges import Batch, Count, FactorOrZero, Layers, Rate, ReadWher
 from . import attach as methods
 from .adamw import AdamW
 from .compressed_linear import CompressedLinear, compressed_linears
+from .peers import ALONE, Peers, SharedGradients
 from .selection import norms, roles, where
 from .site import AttachSite, joined, kinds, train_norms
 from .train import ROLLBACK_FACTOR, as_stored, beyond_limits, extremes
@@ -77,30 +79,31 @@ def attach_part(site: AttachSite, config: Reconstruct) -> Attached:
 
 
 class Pairs(Protocol):
-    """(input, wanted output) of batches, which need not all lie in memory: a list is one."""
-
-    def __len__(self) -> int: ...
+    """(input, wanted output) by number, those of this process alone, which need not all lie in memory: a dict is one."""
 
     def __getitem__(self, number: int, /) -> tuple[Tensor, Tensor]: ...
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def items(self) -> Iterable[tuple[int, tuple[Tensor, Tensor]]]: ...
 
 
 @dataclass
 class Block:
     """One block under training. `forward` runs it as it stands in the model; `pairs` are (input, what the dense block makes of it), all
-    [B, T, D], to train on; `checks` are others, on which the best is chosen; `dense`: the dense block's linears by name; `chosen`: names of
-    the linears that may train; `attach(targets)` puts the method on the linears of those names."""
+    [B, T, D], to train on; `batches` names those of every batch, slot by slot; `checks` are others, on which the best is chosen; `dense`: the dense
+    block's linears by name; `chosen`: names of the linears that may train; `attach(targets)` puts the method on the linears of those names. Among
+    `peers` a pair at place k of a batch, and a check of number k, are of process k % size."""
 
     model: nn.Module
     forward: Callable[[Tensor], Tensor]
     pairs: Pairs
+    batches: Sequence[Sequence[int]]
     checks: Pairs
     dense: Mapping[str, nn.Module]
     chosen: frozenset[str]
     attach: Callable[[tuple[str, ...]], Attached]
     seed: int
     stop: Callable[[], bool] = field(default=lambda: False)
+    peers: Peers = ALONE
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,8 @@ class Fitted:
 
 
 def reconstruct(block: Block, config: Reconstruct) -> Fitted:
-    """Fit the block; where its error did not fall, everything is as it was. KeyboardInterrupt when asked to stop."""
+    """Fit the block; where its error did not fall, everything is as it was. KeyboardInterrupt when asked to stop, ReplicasDiffer when peers no
+    longer hold the same values."""
     linears = compressed_linears(block.model)
     config = resolved(config, frozenset().union(*(kinds(linears[name].stored) for name in block.chosen)))
     before = block_error(block)
@@ -139,6 +143,7 @@ def reconstruct(block: Block, config: Reconstruct) -> Fitted:
         standing = {n: block.dense[n] for n in others} if config.window == "split" and _is_attention(group[0]) else {}
         with instead(block.model, standing):
             said += _fit(block, attached, config)
+    block.peers.check({f"{at}.{name}": value for at, attached in enumerate(done) for name, value in _snapshot(attached).items()})
     with _all_stored(done):
         after = block_error(block)
     if not after < before:
@@ -180,11 +185,13 @@ def _next_linear(block: Block) -> dict[str, str]:
     watched = {**compressed_linears(block.model), **{n: block.model.get_submodule(n) for n in norms_loaded(block.model)}}
     handles = [module.register_forward_pre_hook(lambda m, args, n=name: order.append(n)) for name, module in watched.items()]
     try:
-        block.forward(block.pairs[0][0])
+        for _, (x, _) in block.pairs.items():
+            block.forward(x)
+            break
     finally:
         for handle in handles:
             handle.remove()
-    linears = set(compressed_linears(block.model))
+    linears, order = set(compressed_linears(block.model)), block.peers.gathered(order)[0]  # the first process has a pair
     return {name: next((n for n in order[i:] if n in linears), "") for i, name in enumerate(order) if name not in linears}
 
 
@@ -208,11 +215,11 @@ def instead(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None
 
 @torch.no_grad()
 def block_error(block: Block) -> float:
-    """Mean over the tokens of the checks of the output's relative squared error."""
+    """Mean over the tokens of everybody's checks of the output's relative squared error."""
+    found = {number: (float(token_errors(block.forward(x), y).double().sum()), y.shape[0] * y.shape[1]) for number, (x, y) in block.checks.items()}
     total, count = 0.0, 0
-    for x, y in block.checks:
-        total += float(token_errors(block.forward(x), y).double().sum())
-        count += y.shape[0] * y.shape[1]
+    for error, tokens in block.peers.in_order(found):
+        total, count = total + error, count + tokens
     return total / max(1, count)
 
 
@@ -252,17 +259,28 @@ def _fit(block: Block, attached: Attached, config: Reconstruct) -> list[str]:
 
 
 def _step(block: Block, attached: Attached, optimizer: AdamW, now: Mapping[str, float], config: Reconstruct, step: int) -> str | None:
-    """One update on one pair, which depends on (seed, step) alone; what went wrong, or None."""
-    generator = torch.Generator().manual_seed(block.seed * 1_000_003 + step)
-    x, y = block.pairs[int(torch.randint(len(block.pairs), (1,), generator=generator))]
+    """One update on one batch, which depends on (seed, step) alone; what went wrong, or None. Of the batch's slots each process takes its own."""
+    generator, peers = torch.Generator().manual_seed(block.seed * 1_000_003 + step), block.peers
+    slots = block.batches[int(torch.randint(len(block.batches), (1,), generator=generator))]
     parameters = [t.parameter for t in attached.trainables.values()]
     for parameter in parameters:
         parameter.grad = None
-    loss = token_errors(block.forward(x), y).mean()
-    torch.autograd.backward(loss)
+    total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
+    shared = None if peers.size == 1 else SharedGradients(peers, parameters, parameters[0].device)
+    for slot in peers.rounds(len(slots)):
+        loss = None
+        if slot is not None:
+            x, y = block.pairs[slots[slot]]
+            loss = token_errors(block.forward(x), y).mean() * (len(x) / config.batch_size)
+            torch.autograd.backward(loss)
+            total += loss.detach()
+        if shared is not None:
+            shared.add(None if loss is None else loss.detach())
+    if shared is not None:
+        total, _ = shared.settle(0)
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip if config.clip > 0 else math.inf)
     optimizer.step(now, step / config.steps)
-    error, size, *found = torch.cat([loss.detach().view(1), norm.view(1), *extremes(attached.trainables)]).tolist()
+    error, size, *found = torch.cat([total.view(1), norm.view(1), *extremes(attached.trainables)]).tolist()
     if not (math.isfinite(error) and math.isfinite(size)):
         return f"step {step + 1}: the loss is not finite"
     return beyond_limits(attached.trainables, found)

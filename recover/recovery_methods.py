@@ -341,7 +341,7 @@ RECOVER: dict[str, RecoveryMethod] = {
         "what `train` names, block by block towards the dense block's output",
         Ways("as what it trains", "as it was stored", "as what it trains", "as what it trains"),
         serves=_reconstruct,
-        version=4,
+        version=5,
         by_block=True,
         paper="PERP, arXiv:2312.15230",
     ),

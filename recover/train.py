@@ -20,6 +20,7 @@ from .adamw import AdamW, TrainState
 from .losses import Objective, negative_log_likelihood, token_loss
 from .peers import ALONE, Peers, SharedGradients
 from .selection import decoder_blocks
+from .sharded import clip_, is_part, local, replicated
 from .student import Batch, Student, Teacher, student_of
 from .trainable import Attached, Trainable
 from .training_run import TrainConfig, TrainingRun, learning_rate, rates
@@ -87,17 +88,25 @@ class TrainingDiverged(RuntimeError):
 def as_stored(attached: Attached) -> Iterator[None]:
     """Within, every trainable holds the value that would read back from disk."""
     trainables, switch = attached.trainables, attached.stored_form or (lambda on: None)
-    kept = {name: t.parameter.data for name, t in trainables.items()}
+    kept = {name: t.parameter.data.clone() if is_part(t.parameter) else t.parameter.data for name, t in trainables.items()}
     try:
         switch(True)
         with torch.no_grad():
             for t in trainables.values():
-                t.parameter.data = t.stored(t.parameter.data)
+                _put(t.parameter, t.stored(local(t.parameter.data)))
         yield
     finally:
         switch(False)
         for name, t in trainables.items():
-            t.parameter.data = kept[name]
+            _put(t.parameter, local(kept[name]))
+
+
+def _put(parameter: nn.Parameter, value: Tensor) -> None:
+    """A part keeps its memory, which is where its block is put together from."""
+    if is_part(parameter):
+        local(parameter.data).copy_(value)
+    else:
+        parameter.data = value
 
 
 @contextmanager
@@ -120,11 +129,14 @@ def checkpointed(model: nn.Module, active: bool) -> Iterator[None]:
 def held_out_loss(student: Student, held_out: Sequence[Batch], peers: Peers = ALONE) -> float:
     """Mean over kinds of the mean negative log-likelihood of their tokens."""
     found: dict[int, tuple[str, float, int]] = {}
-    for number, batch in enumerate(held_out):
-        if number % peers.size == peers.rank:
+    for number in peers.rounds(len(held_out)):
+        if number is not None:
+            batch = held_out[number]
             targets = batch.targets()
             loss = negative_log_likelihood(batch.predictions(student.hidden(batch.ids)), student.logits, targets)
             found[number] = (batch.kind, loss, len(targets))
+        elif peers.even:
+            student.hidden(held_out[0].ids)
     sums: dict[str, tuple[float, int]] = {}
     for kind, loss, tokens in peers.in_order(found):
         total, count = sums.get(kind, (0.0, 0))
@@ -163,7 +175,7 @@ def train(
         else:
             run.load(resume)
         finished = _loop(run, text, hooks, device)
-    hooks.peers.check(run.best)
+    hooks.peers.check(replicated(run.best))
     if finished:
         run.restore(run.best)
         if attached.stored_form is not None:
@@ -204,7 +216,7 @@ def _loop(run: TrainingRun, text: TrainingText, hooks: Hooks, device: torch.devi
             _roll_back(run, problem)
             first_step, began, first_tokens = run.step, time.perf_counter(), run.tokens
         if save is not None and saved and (stopped or problem is None):
-            peers.check(run.snapshot())
+            peers.check(replicated(run.snapshot()))
             save(run.state())
         if stopped:
             return False
@@ -230,7 +242,7 @@ def _update(run: TrainingRun, text: TrainingText, device: torch.device, peers: P
     for parameter in parameters:
         parameter.grad = None
     total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
-    shared = None if peers.size == 1 else SharedGradients(peers, parameters, device)
+    shared = None if peers.size == 1 else SharedGradients(peers, [p for p in parameters if not is_part(p)], device)
     for k in peers.rounds(config.accumulation):
         loss = None
         if k is not None:
@@ -243,16 +255,28 @@ def _update(run: TrainingRun, text: TrainingText, device: torch.device, peers: P
                 torch.autograd.backward(loss)
             total += loss.detach()
             tokens += batch.ids.numel()
+        elif peers.even:
+            _for_nothing(run, text, device)
         if shared is not None:
             shared.add(None if loss is None else loss.detach())
     if shared is not None:
         total, tokens = shared.settle(tokens)
     run.tokens += tokens
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip if config.clip > 0 else math.inf)
+    norm = clip_(parameters, config.clip)
     run.step += 1
     share = learning_rate(step, config) * run.factor
     run.optimizer.step({name: rate * share for name, rate in run.rates.items()}, step / config.steps)
     run.unread.append((run.step, run.tokens, torch.cat([total.view(1), norm.view(1), *extremes(run.trainables)])))
+
+
+def _for_nothing(run: TrainingRun, text: TrainingText, device: torch.device) -> None:
+    """Forward and back beside others, adding nothing to their gradients."""
+    batch, parameters = text.batches(run.step * run.config.accumulation).to(device), [t.parameter for t in run.trainables.values()]
+    kept = [p.grad for p in parameters]
+    torch.autograd.backward(batch_loss(run.student, batch, None, Objective("cross_entropy", 1.0)) * 0.0)
+    for parameter, gradient in zip(parameters, kept, strict=True):
+        if not is_part(parameter):
+            parameter.grad = gradient
 
 
 def _read(run: TrainingRun) -> str | None:

@@ -2,11 +2,15 @@
 
 import gc
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels' tests run in Triton's interpreter; read when triton is first imported
@@ -46,3 +50,53 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory = tmp_path / "cache"
     monkeypatch.setenv("BITMEND_CACHE", str(directory))
     return directory
+
+
+class Together:
+    """One thread of several that stand in for processes: what is handed to maths that several processes share."""
+
+    def __init__(self, rank: int, size: int, barrier: threading.Barrier, box: list[Any]) -> None:
+        self.rank, self.size, self.barrier, self.box = rank, size, barrier, box
+
+    def gathered(self, value: Any) -> list[Any]:
+        self.box[self.rank] = value
+        self.barrier.wait()
+        found = list(self.box)
+        self.barrier.wait()
+        return found
+
+    def ordered_sum(self, like: Tensor) -> "ThreadSum":
+        return ThreadSum(self, like)
+
+
+class ThreadSum:
+    def __init__(self, together: Together, like: Tensor) -> None:
+        self.together, self.sum = together, torch.full_like(like, -0.0)
+
+    def add(self, tensor: Tensor | None) -> None:
+        for found in self.together.gathered(None if tensor is None else tensor.clone()):
+            if found is not None:
+                self.sum = self.sum + found
+
+    def total(self) -> Tensor:
+        return self.sum
+
+
+@pytest.fixture(scope="session")
+def side_by_side() -> Callable[[int, Callable[[Together], Any]], list[Any]]:
+    """(size, work) → what `work` gave on each of so many threads."""
+
+    def run(size: int, work: Callable[[Together], Any]) -> list[Any]:
+        barrier, box = threading.Barrier(size, timeout=60), [None] * size
+
+        def one(rank: int) -> Any:
+            try:
+                return work(Together(rank, size, barrier, box))
+            except BaseException:
+                barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(size) as pool:
+            return list(pool.map(one, range(size)))
+
+    return run

@@ -20,7 +20,7 @@ ALLOWED = {
     "reports": set(),
     "pipelines": {"compress", "recover", "kernels", "reports"},
 }
-RECORDS = {"weights", "grids", "normal_float", "ggml_types", "ggml_grids", "packing", "precision", "activation_grid", "ranges"}
+RECORDS = {"weights", "grids", "normal_float", "ggml_types", "ggml_grids", "packing", "precision", "activation_grid", "integer_scales", "ranges"}
 """Of compress, what says how a stored weight or an input is represented, and what range a setting lies in: all that kernels and recover may know
 of it; no solver, no statistics."""
 COMPRESS_MAY_IMPORT = {"torch", "scipy", "numpy", "annotated_types"}

@@ -3,7 +3,7 @@
 compress and decompose solve one random matrix a size, whose inputs have a decaying spectrum and a few outlier channels; decompose
 measures the exact step against its published route as well, and allocate the integer program of a budget (`solvers`);
 recover, and every subject given a model, runs real stages through the runner, one row a method; scale on several processes (`process_scaling`).
-kernels measures itself.
+kernels measures itself; generate a run's models (`decode_speed`), or one of random weights (`model_speed`).
 Legend: O out, I in, T tokens.
 """
 
@@ -51,8 +51,8 @@ COUNTED = "135m"
 @dataclass(frozen=True)
 class Options:
     """What the command line asked for; `model` None means synthetic layers (recover: the demo model). `depths` (numbers of blocks) and
-    `shape` (a name in synthetic.SHAPES, with so many of its `blocks`) mean whole runs on models made on the spot, `count` that of one block of
-    that shape, whose operators are counted."""
+    `shape` (a name in synthetic.SHAPES, with so many of its `blocks`) mean whole runs on models made on the spot (generate: such a model itself),
+    `count` that of one block of that shape, whose operators are counted."""
 
     device: str = "auto"
     sizes: tuple[int, ...] = SIZES
@@ -73,6 +73,8 @@ def run(subject: str, options: Options) -> dict[str, Any]:
         raise UsageError("--blocks says how many blocks of a --shape are made: give it with one")
     if subject == "scale":
         return _over_processes(options)
+    if subject == "generate" and options.shape is not None:
+        return _of_random_model(options)
     if options.depths or options.shape is not None or options.count:
         return _of_scale(subject, options)
     if subject == "kernels":
@@ -113,6 +115,19 @@ def _over_processes(options: Options) -> dict[str, Any]:
         rows = [process_scaling.of_a_block(row) for row in rows if row["ranks"] > 1]
     environment: dict[str, Any] = _environment(torch.device("cpu"), options) | {"repeats": 1, "warm_up": 0, "threads": 1}
     measured = {"schema": 1, "bench": "scale", "environment": environment, "rows": rows}
+    if options.output is not None:
+        _write(measured, options.output)
+    return measured
+
+
+def _of_random_model(options: Options) -> dict[str, Any]:
+    """Tokens a second of a model of one shape, by the ways to store it."""
+    from . import model_speed
+
+    if options.model is not None or options.depths or options.count:
+        raise UsageError("bench generate --shape makes a model of its own: give it without -m, --depths and --count")
+    rows = model_speed.of_shape(options.shape or "", options.blocks, options.only, options.device, options.repeats, options.output)
+    measured: dict[str, Any] = {"schema": 1, "bench": f"generate-shape-{options.shape}", "environment": _environment(_device(options), options), "rows": rows}
     if options.output is not None:
         _write(measured, options.output)
     return measured

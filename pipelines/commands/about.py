@@ -69,11 +69,11 @@ def list_(method: MethodName = None, json: o.Json = False, verbose: o.Verbose = 
     from ..recipes import catalog
 
     if method is not None:
-        result = catalog.named(method)
+        found = catalog.named(method)
         if json:
-            o.write_json({"methods": result})
+            o.write_json({"methods": found})
             return
-        for place, row in enumerate(result):
+        for place, row in enumerate(found):
             _write_method(row, place)
     elif json:
         o.write_json(_machine_list(catalog.catalog()))
@@ -81,7 +81,7 @@ def list_(method: MethodName = None, json: o.Json = False, verbose: o.Verbose = 
         _write_list(catalog.catalog())
 
 
-def _machine_list(known: Mapping[str, Any]) -> dict[str, object]:
+def _machine_list(known: Mapping[str, Any]) -> dict[str, Any]:
     """Setting → default of every method, and beside it what all methods of a stage share, what each does and where it departs from its paper."""
     from ..recipes.stage_settings import STAGES
 
@@ -125,7 +125,7 @@ def _write_method(row: Mapping[str, Any], place: int) -> None:
     echo("\n".join(paragraph(text, o.width()) for text in row["advice"]))
 
 
-def _as_written(value: object) -> str:
+def _as_written(value: Any) -> str:
     """As a recipe has it."""
     return value if isinstance(value, str) else dumps(value)
 
@@ -174,23 +174,18 @@ def bench(
         typer.Option("-m", "--model", metavar="MODEL", help="whole stages of this model, not synthetic layers; generate, commands: a run"),
     ] = None,
     sizes: Annotated[list[int] | None, typer.Option("--size", metavar="N", min=64, help="width of a synthetic layer; repeatable")] = None,
-    only: Annotated[
-        list[str] | None, typer.Option("--method", metavar="NAME", help="this method (of scale: subject) only; repeatable")
-    ] = None,
+    only: Annotated[list[str] | None, typer.Option("--method", metavar="NAME", help="this method (of scale: subject; of generate --shape: variant) only; repeatable")] = None,
     repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="measurements of each row")] = 3,
     depths: Annotated[
         str | None, typer.Option("--depths", metavar="N,N,…", help="compress: time and peak memory of models with so many blocks")
     ] = None,
     shape: Annotated[
-        str | None, typer.Option("--shape", metavar="NAME", help="compress: a model of this shape, made on the spot: 135m, 1b, 8b, 70b")
+        str | None, typer.Option("--shape", metavar="NAME", help="compress, generate: a model of this shape, made on the spot: 135m, 1b, 8b, 70b")
     ] = None,
     blocks: Annotated[int | None, typer.Option("--blocks", metavar="N", min=1, help="so many blocks of that shape, not all")] = None,
     count: Annotated[
         bool,
-        typer.Option(
-            "--count",
-            help="compress: the operators of one block of that shape (else of 135m), counted and not timed; scale: collectives of a block",
-        ),
+        typer.Option("--count", help="compress: the operators of one block of that shape (else of 135m), counted and not timed; scale: collectives of a block"),
     ] = False,
     full: Annotated[bool, typer.Option("--full", help="kernels: every shape, hours on a CPU; decompose: slow baselines")] = False,
     device: o.Device = "auto",

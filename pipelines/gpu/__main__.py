@@ -1,4 +1,4 @@
-"""`make gpu [PART=tests|demo|shape|kernels|train]`, that is `python -m bitmend.pipelines.gpu [PART …]`: what a card has to show.
+"""`make gpu [PART=tests|demo|shape|kernels|decode|train]`, that is `python -m bitmend.pipelines.gpu [PART …]`: what a card has to show.
 
 Each part stops by itself after two minutes, says what it found and what is left, and goes on in the next call. What is finished is in
 reports/published/gpu-<card>.{json,md} at once; `runs/gpu` keeps what is under way. Knows the parts' order; not what they measure.
@@ -23,6 +23,7 @@ PARTS: dict[str, tuple[Callable[[CardPart, Call], None], Sequence[tuple[str, str
     "demo": (demo_runs.demo, demo_runs.DEMO_COLUMNS),
     "shape": (benches.shape, benches.SHAPE_COLUMNS),
     "kernels": (benches.kernels, benches.KERNEL_COLUMNS),
+    "decode": (benches.decode, benches.DECODE_COLUMNS),
     "train": (demo_runs.train, demo_runs.TRAIN_COLUMNS),
 }
 PUBLISHED = ROOT / "reports" / "published"

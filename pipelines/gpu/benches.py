@@ -1,10 +1,11 @@
-"""shape: two blocks of a large model through every method of `pipeline bench compress --shape`; kernels: their benchmark, piece by piece.
+"""shape: two blocks of a large model through every method of `pipeline bench compress --shape`; kernels: their benchmark, piece by piece;
+decode: a whole model of random weights, which writes and reads, by each way to store it.
 
 Knows how the two are started and where they write what they have finished.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ KERNEL_COLUMNS = (
     ("operator", "operator"), ("variant", "variant"), ("out", "out"), ("inputs", "in"), ("rows", "rows"), ("rank", "rank"),
     ("microseconds", "µs"), ("spread", "spread µs"), ("times_bfloat16", "× bf16"), ("bandwidth_share", "of bandwidth"),
     ("arithmetic_share", "of arithmetic"), ("reason", "refused"),
+)  # fmt: skip
+DECODE_COLUMNS = (
+    ("variant", "variant"), ("regime", "regime"), ("blocks", "blocks"), ("tokens", "tokens"), ("tokens_per_second", "tokens/s"), ("milliseconds", "ms"),
+    ("spread", "spread ms"), ("times_bfloat16", "× bf16"), ("resident_bytes", "weights in memory"), ("backends", "matrices"),
 )  # fmt: skip
 
 
@@ -57,32 +62,62 @@ def shape(part: CardPart, call: Call) -> None:
 
 def kernels(part: CardPart, call: Call) -> None:
     """The benchmark's journal is read while it is written; what it has finished is kept there for the next call."""
-    place, seen = call.place / "kernels", 0
-
-    def watch() -> None:
-        nonlocal seen
-        journal = place / "bench-kernels.journal"
-        if not journal.is_file():
-            return
-        pieces = [json.loads(line) for line in journal.read_text(encoding="utf-8").split("\n")[1:-1]]
-        for piece in pieces[seen:]:
-            keep(piece["result"])
-            part.say(f"{piece['key']} measured")
-        seen = len(pieces)
+    place = call.place / "kernels"
 
     def keep(measured: dict[str, Any]) -> None:
         for row in (*measured.get("rows", []), *measured.get("refused", [])):
             part.add(" ".join(str(row[key]) for key in ("operator", "variant", "out", "inputs", "rows", "rank")), row)
 
+    watch = _journal(part, place / "bench-kernels.journal", keep)
     code = call.run("bitmend.kernels.bench", ["--device", "cuda", "--output", str(place), *call.plan.kernels], "kernels", watch)
     if code in (0, 1):
         from ...kernels.bench import beside_bfloat16
 
         measured = json.loads((place / "bench-kernels.json").read_text(encoding="utf-8"))  # the journal goes with the last piece
         keep(measured | {"rows": beside_bfloat16(measured["rows"])})
-        part.note("kernels", None)
+    _ended(part, call, "kernels", code in (0, 1), code)
+
+
+def decode(part: CardPart, call: Call) -> None:
+    """A variant is a row of decode and one of prefill as soon as it is measured; what is left is measured in the next call."""
+    place = call.place / "decode"
+
+    def keep(measured: dict[str, Any]) -> None:
+        for row in measured["rows"]:
+            part.add(f"{row['variant']} {row['regime']}", row)
+
+    from ..bench.model_speed import JOURNAL
+
+    watch = _journal(part, place / JOURNAL, keep)
+    code = call.run("bitmend.pipelines.cli", ["bench", "generate", "--device", "cuda", "-o", str(place), *call.plan.decode], "decode", watch)
+    if code == 0:
+        for path in place.glob("bench-generate-shape-*.json"):
+            keep(json.loads(path.read_text(encoding="utf-8")))
+    _ended(part, call, "decode", code == 0, code)
+
+
+def _journal(part: CardPart, journal: Path, keep: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
+    """Hands on what a benchmark's journal has got since the last look."""
+    seen = 0
+
+    def watch() -> None:
+        nonlocal seen
+        if not journal.is_file():
+            return
+        pieces = [json.loads(line) for line in journal.read_text(encoding="utf-8").split("\n")[1:-1]]
+        for piece in pieces[seen:]:
+            if "rows" in piece["result"]:  # the environment has none
+                keep(piece["result"])
+            part.say(f"{piece['key']} measured")
+        seen = len(pieces)
+
+    return watch
+
+
+def _ended(part: CardPart, call: Call, name: str, finished: bool, code: int | None) -> None:
+    if finished:
+        part.note(name, None)
         part.remain([])
     else:
-        said = "was stopped in time" if code is None else f"exit code {code}: {call.last_line('kernels')}"
-        part.note("kernels", None if code is None else f"kernels: {said}")
+        part.note(name, None if code is None else f"{name}: exit code {code}: {call.last_line(name)}")
         part.remain([f"pieces of the benchmark after {len(part.rows)} rows"])

@@ -21,7 +21,7 @@ PARENT_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 @dataclass(frozen=True)
 class CardPlan:
     """What is measured. `shape` is a name in synthetic.SHAPES and a number of blocks, `shape_rows` (stage, method) of its table or all;
-    `sets` are settings of the demo, `training` those of train."""
+    `decode` are options of `pipeline bench generate`, `sets` settings of the demo, `training` those of train."""
 
     tests: tuple[str, ...] = ("tests/device", "tests/kernels")
     model: str = "demo"
@@ -31,6 +31,7 @@ class CardPlan:
     shape: tuple[str, int] = ("8b", 2)
     shape_rows: tuple[tuple[str, str], ...] = ()
     kernels: tuple[str, ...] = ("--quick",)
+    decode: tuple[str, ...] = ("--shape", "8b")
     training: tuple[str, ...] = ("recover.steps=300", "recover.batch_size=8", "recover.seq_len=512", "recover.eval_every=50")
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -210,9 +210,9 @@ class HiddenStates:
         else:
             self.slots[number] = _slot(self.room, batch_NTD)
 
-    def paired(self, run: Callable[[Tensor], Tensor]) -> "Paired":
-        """Each batch with run(batch)."""
-        return Paired(self, HiddenStates.of(map(run, self), self.room))
+    def paired(self, run: Callable[[Tensor], Tensor], numbers: Sequence[int]) -> "Paired":
+        """Each batch with run(batch), under these numbers."""
+        return Paired(self, HiddenStates.of(map(run, self), self.room), {number: at for at, number in enumerate(numbers)})
 
     @property
     def places(self) -> list[Place]:
@@ -258,36 +258,38 @@ class HiddenStates:
             wanted = (ends for number, ends in enumerate(pairwise(ends)) if mine(number))
             return cls.of((hidden[start:end].to(room.device) for start, end in wanted), room)
 
-    def rows(self) -> "StateRows":
-        return StateRows(self)
+    def rows(self, numbers: Sequence[int] | None = None) -> "StateRows":
+        """The windows as rows; `numbers` under which they are known, where these are some of a text's."""
+        return StateRows(self, {number: at for at, number in enumerate(range(self.windows) if numbers is None else numbers)})
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Two states of the same text, batch by batch."""
+    """Two states of the same text, batch by batch; `places` says where the batch of a number is."""
 
     first: HiddenStates
     second: HiddenStates
-
-    def __len__(self) -> int:
-        return len(self.first)
+    places: Mapping[int, int]
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        return self.first[number], self.second[number]
+        place = self.places[number]
+        return self.first[place], self.second[place]
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(self.first, self.second, strict=True)
+    def items(self) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        return zip(self.places, zip(self.first, self.second, strict=True), strict=True)
 
 
 @dataclass(frozen=True)
 class StateRows:
-    """All batches as one [M, T, D], of which only the rows asked for are fetched: by numbers in a tensor, or by a slice."""
+    """All batches as one [M, T, D], of which only the rows asked for are fetched: by numbers in a tensor, or by a slice. `places` says where among
+    the windows at hand a number's is."""
 
     states: HiddenStates
+    places: Mapping[int, int]
 
     def __len__(self) -> int:
-        return self.states.windows
+        return len(self.places)
 
     def __getitem__(self, wanted: Tensor | slice) -> Tensor:
-        numbers = wanted.tolist() if isinstance(wanted, Tensor) else range(*wanted.indices(len(self)))
-        return torch.stack([self.states.window(number) for number in numbers])
+        numbers = wanted.tolist() if isinstance(wanted, Tensor) else list(self.places)[wanted]
+        return torch.stack([self.states.window(self.places[number]) for number in numbers])

@@ -3,13 +3,13 @@
 Batch b is of slot b % SLOTS, slot s of rank s % size; neither knows how many ranks there are. Knows hidden states; not what is summed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..ranks.exchange import ONE, SLOTS, Ranks
-from .hidden import HiddenStates, Room
+from .hidden import HiddenStates
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class BatchShare:
         turns = [first + self.ranks.rank for first in slots[:: self.ranks.size]]
         return [[place for place, number in enumerate(numbers) if number % SLOTS == slot] for slot in turns]
 
+    def windows(self, parts: Sequence[slice]) -> list[int]:
+        """Of the windows in the batches `parts`, those that are here, in their order."""
+        return [window for number in self.numbers for window in range(parts[number].start, parts[number].stop)]
+
     def all_batches(self, hidden: HiddenStates) -> Iterator[Tensor]:
         """All ranks' batches in their order, on every rank."""
         own = iter(hidden)
@@ -48,6 +52,8 @@ class BatchShare:
                 sent = next(own).cpu() if self.has(number) else None
                 yield self.ranks.broadcast(sent, self.owner(number)).to(hidden.room.device)
 
-    def everywhere(self, hidden: HiddenStates, room: Room) -> HiddenStates:
-        """The same, kept."""
-        return hidden if self.ranks.size == 1 else HiddenStates.of(self.all_batches(hidden), room)
+
+def windows_by_slot(parts: Sequence[slice]) -> list[list[int]]:
+    """The windows of every slot, whoever has it."""
+    slots = range(min(SLOTS, len(parts)))
+    return [[window for part in parts[slot::SLOTS] for window in range(part.start, part.stop)] for slot in slots]

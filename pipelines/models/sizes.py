@@ -29,7 +29,8 @@ SHARD_BYTES = 48
 @dataclass
 class Size:
     """Bits that one linear stores, by what stores them, and the tensors they lie in; `compressed` once a stage made a record of it,
-    `rounds_inputs` once one quantizes its activations. `open_factors`: on which grid its factors lie is found while it is solved."""
+    `rounds_inputs` once one quantizes its activations. `open_factors`: on which grid its factors lie is found while it is solved. `whole`: on a
+    uniform grid of 4 bits at most, with whole zero points and contiguous groups, which a product of integers can read."""
 
     base: float
     mask: float = 0
@@ -39,6 +40,7 @@ class Size:
     compressed: bool = False
     rounds_inputs: bool = False
     open_factors: bool = False
+    whole: bool = False
 
     @property
     def bits(self) -> float:
@@ -244,6 +246,7 @@ def on_grid(size: Size, shape: tuple[int, int], grid: Grid, index: bool) -> None
     else:
         scales = ("base.scales", *(() if grid.symmetric else ("base.zeros",)), *(("base.group_index",) if index else ()))
     size.base_names = ("base.codes", *scales)
+    size.whole = grid.kind == "uniform" and grid.bits <= 4 and not grid.float_zeros and not index
 
 
 def grid_of(config: Any) -> Grid:

@@ -12,7 +12,7 @@ from ..devices.rates import Work
 from ..ranks.exchange import PIECE
 from ..stages.shared_inputs import spread
 
-SLOTS_OF_TEXT, MICRO_BATCHES = "slots of calibration text", "micro-batches of an update"
+SLOTS_OF_TEXT, MICRO_BATCHES, WINDOWS = "slots of calibration text", "micro-batches of an update", "windows of a step"
 """Names of pieces of which a recipe may have too few."""
 COPIES = 5.0
 """Reads and writes of a summed tensor in a round: packed, received, added."""
@@ -71,11 +71,12 @@ def in_turn(name: str, work: Work, counts: Sequence[float], times: float = 1.0) 
 class Exchange:
     """Collectives of one kind, `times` over. `sum`: `ranks.OrderedSum` of `units` tensors of `numbers` of `itemsize` bytes. `gathered`: what all ranks
     hold together, in equal parts, each with every rank afterwards (`units`: as often as there are rounds of them); `broadcast`: what rank 0 says;
-    `agreed`: a flag; `streamed`: what others have, to rank 0 alone. `held`: cost and bytes of the parts of what is gathered, where they are spread by cost;
+    `agreed`: a flag; `streamed`: what others have, to rank 0 alone; `parts`: of tensors
+    that lie in parts the others' (or theirs of a gradient) to every rank, in each round of `units`. `held`: cost and bytes of the parts of what is gathered, where they are spread by cost;
     all ranks send as much as the one that holds most."""
 
     name: str
-    kind: Literal["sum", "gathered", "broadcast", "agreed", "streamed"]
+    kind: Literal["sum", "gathered", "broadcast", "agreed", "streamed", "parts"]
     numbers: float = 0.0
     itemsize: int = 1
     units: int = 1
@@ -86,6 +87,8 @@ class Exchange:
         """Collectives that each rank takes part in: an object's size goes ahead of it."""
         if size == 1 or self.kind == "streamed":
             return 0.0
+        if self.kind == "parts":
+            return self.times * self._rounds(size)
         return self.times * (len(self._widths(size)) * (self._rounds(size) + 1) if self.kind == "sum" else 2 * self._rounds(size))
 
     def sent(self, size: int) -> float:
@@ -97,6 +100,8 @@ class Exchange:
             each = sum(others * self.itemsize * (self._rounds(size) * (width + 1) + width) for width in self._widths(size))
         elif self.kind == "streamed":
             each = self.numbers * self.itemsize / size
+        elif self.kind == "parts":
+            each = others * self._rounds(size) * self.numbers * self.itemsize / size
         elif self.kind == "gathered":
             each = others * (self._most_held(size) if self.held else self.numbers * self.itemsize / size)
         else:

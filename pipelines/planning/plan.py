@@ -25,9 +25,9 @@ from ..stages.baseline import check_source
 from ..stages.inputs import Inputs
 from ..store.rundir import OUTSIDE, RunDirectory, finished_blocks
 from . import recovery_plan
+from .cost_plan import Needs
 from .imported_sizes import imported_sizes
 from .run_costs import RunCosts
-from .stage_costs import Needs
 from .steps import Step, found_choice, plan_steps
 from .unread import unread
 

@@ -4,30 +4,35 @@ Knows the order in which `recover.train` and `stages/recover` do things; activat
 Legend: B batch, T tokens, O out, I in, D model, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 
 from ...compress.gptq import GptqConfig
 from ...recover.activations import Activations
-from ...recover.fits import Chosen, virtual_tokens
+from ...recover.fits import virtual_tokens
 from ...recover.memory import COPIES
 from ...recover.reconstruct import Reconstruct, resolved
 from ...recover.recovery_methods import split
 from ...recover.selection import is_norm, where
-from ...recover.training_run import TrainConfig
 from ..devices.rates import Work
 from ..models.sizes import Sizes
 from ..models.structure import Site
+from ..ranks.exchange import SLOTS
 from ..recipes.stage_settings import StageSpec
-from ..stages.inputs import HELD_OUT_TOKENS
+from ..stages import inputs
 from ..stages.recover import ROOM, saved_every
 from ..stages.teacher import TEACHER_TOKENS, tokens_ahead
 from .anatomy import Anatomy, TrainingStep
-from .division import MICRO_BATCHES, Divided, Exchange, in_turn
-from .stage_costs import DENSE, OPENED, CostPlan, Needs, compressed
+from .cost_plan import DENSE, OPENED, CostPlan, Needs
+from .division import MICRO_BATCHES, WINDOWS, Divided, Exchange, in_turn
+from .stage_costs import compressed
 
 F32 = torch.float32
 WHOLE = frozenset({"full", "qat", "dequantize_train_requantize", "diff_pruning"})
 """Methods whose trained values are the matrices themselves."""
+GROUP = 64
+"""Weights of a scale, where a stage's parent does not say."""
 
 
 def recovered(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool, room: float) -> Needs:
@@ -56,17 +61,18 @@ def recovered(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool, room:
         host += plan.hidden_bytes(max(0.0, _ahead(plan, config) - TEACHER_TOKENS))
     steps, judging, rest = _training(plan, step, config, checkpointing, cached, moved, sum(rebuilt))
     work = steps + judging * (2 + _evaluations(config)) + rest
-    shared, sent = _micro_batches(config, steps, judging), _gradients_sent(anatomy, config, trained)
+    shared, sent = _micro_batches(config, steps, judging), _gradients_sent(anatomy, config, trained, getattr(own, "shard", False))
     alone = {"opening": OPENED * 3, "rebuilding matrices": rest + -1 * (OPENED * 3), "judging what is stored": judging}
     if getattr(own, "quantizer", None) != "gptq":
-        return Needs(work, device, host, divided=shared, alone=alone, sent=sent)
+        parted = trained * 4.0 * (COPIES - 2 / anatomy.blocks) if getattr(own, "shard", False) else 0.0  # a block is whole while it runs
+        return Needs(work, device, host, divided=shared, alone=alone, sent=sent, parted=parted)
     rounding = compressed(plan, StageSpec("quantize", spec.address, "gptq", GptqConfig()), True, False, 0.0)
     walking = rounding.device - plan.outside_bytes - plan.block_bytes
     device = max(device, weights + plan.outside_bytes + walking)
     return Needs(work + rounding.work, device, host, rounding.hidden, shared, alone | {"rounding by GPTQ": rounding.work}, sent)
 
 
-def _acting(plan: CostPlan, activations: Activations, config: TrainConfig, teacher: bool) -> float:
+def _acting(plan: CostPlan, activations: Activations, config: Any, teacher: bool) -> float:
     """The most of: a step's own activations; what waits for backward while the teacher runs ahead through its blocks."""
     if not teacher:
         return activations.peak
@@ -77,14 +83,14 @@ def _acting(plan: CostPlan, activations: Activations, config: TrainConfig, teach
     return max(activations.peak + plan.hidden_bytes(ahead), activations.saved + walking)
 
 
-def _ahead(plan: CostPlan, config: TrainConfig) -> float:
+def _ahead(plan: CostPlan, config: Any) -> float:
     """Tokens of one pass of the teacher."""
     wanted = config.steps * config.accumulation * config.batch_size * config.seq_len
     return min(tokens_ahead(plan.device, int(plan.hidden_bytes(1))), wanted)
 
 
 def _training(
-    plan: CostPlan, step: TrainingStep, config: TrainConfig, checkpointing: bool, cached: bool, moved: bool, rebuilt: int
+    plan: CostPlan, step: TrainingStep, config: Any, checkpointing: bool, cached: bool, moved: bool, rebuilt: int
 ) -> tuple[Work, Work, Work]:
     """Steps with the teacher's passes; one evaluation on the held-out text (of the start, five, and the records as they are stored); what comes
     once."""
@@ -99,34 +105,47 @@ def _training(
     walked = plan.pass_of(tokens, config.seq_len) * anatomy.blocks
     if config.loss != "cross_entropy":
         micro += walked + plan.loaded(False) * (anatomy.blocks * tokens / max(_ahead(plan, config), tokens))
-    held = float(max(HELD_OUT_TOKENS, tokens))
+    held = float(max(inputs.HELD_OUT_TOKENS, tokens))
     head = Work({plan.dtype: held * anatomy.vocabulary * anatomy.width}, passes=held * anatomy.vocabulary * 16.0)
     evaluation = plan.pass_of(held, config.seq_len) * anatomy.blocks + head + (Work() if cached else dense * (held / tokens))
     return micro * (config.steps * config.accumulation), evaluation, dense + OPENED * 3
 
 
-def _evaluations(config: TrainConfig) -> int:
+def _evaluations(config: Any) -> int:
     """On the way, the start and the end apart."""
     every = config.eval_every or max(1, config.steps // 5)
     return -(-config.steps // every)
 
 
-def _micro_batches(config: TrainConfig, steps: Work, judging: Work) -> tuple[Divided, ...]:
+def _micro_batches(config: Any, steps: Work, judging: Work) -> tuple[Divided, ...]:
     """An update's micro-batches, and the held-out batches, in turn."""
-    windows = max(1, HELD_OUT_TOKENS // config.seq_len)
-    full, left = divmod(windows, config.batch_size)
-    counts, times = [config.batch_size] * full + ([left] if left else []), 1 + _evaluations(config)
+    counts, times = _held_out(config), 1 + _evaluations(config)
     micro = in_turn(MICRO_BATCHES, steps, [1.0] * config.accumulation, config.steps)
     return micro, in_turn("held-out batches", judging * times, counts, times)
 
 
-def _gradients_sent(anatomy: Anatomy, config: TrainConfig, trained: float) -> tuple[Exchange, ...]:
-    """What ranks tell one another while they train (recover/peers, stages/recover)."""
+def _held_out(config: Any) -> list[int]:
+    """Windows of each held-out batch."""
+    full, left = divmod(max(1, inputs.HELD_OUT_TOKENS // config.seq_len), config.batch_size)
+    return [config.batch_size] * full + ([left] if left else [])
+
+
+def _gradients_sent(anatomy: Anatomy, config: Any, trained: float, parts: bool) -> tuple[Exchange, ...]:
+    """What ranks tell one another while they train (recover/peers, recover/sharded, stages/recover)."""
     every, kept = config.eval_every or max(1, config.steps // 5), saved_every(trained)
     judged = {step for step in range(1, config.steps + 1) if step % every == 0 or step == config.steps}
     saved = set(range(kept, config.steps, kept))
+    of_block, looks = trained / anatomy.blocks, anatomy.blocks * (1.0 + len(judged))
+    gradients = (
+        (
+            Exchange("weights of blocks, twice, and their gradients", "parts", of_block, 4, config.accumulation, 3.0 * anatomy.blocks * config.steps),
+            Exchange("weights of blocks that are judged", "parts", of_block, 4, len(_held_out(config)), looks),
+        )
+        if parts
+        else (Exchange("gradients", "sum", trained, 4, config.accumulation, config.steps),)
+    )
     return (
-        Exchange("gradients", "sum", trained, 4, config.accumulation, config.steps),
+        *gradients,
         Exchange("losses", "sum", 1.0, 8, config.accumulation, config.steps),
         Exchange("tokens", "gathered", times=config.steps),
         Exchange("whether to stop", "agreed", times=config.steps),
@@ -138,7 +157,7 @@ def _gradients_sent(anatomy: Anatomy, config: TrainConfig, trained: float) -> tu
     )
 
 
-def trained_numbers(anatomy: Anatomy, spec: StageSpec, own: object, config: Chosen, linears: list[Site], sizes: Sizes) -> float:
+def trained_numbers(anatomy: Anatomy, spec: StageSpec, own: Any, config: Any, linears: list[Site], sizes: Sizes) -> float:
     """How many numbers train, about: by the rank of factors, the groups of grids, whole matrices, norms."""
     place = where(anatomy.model, config.targets, config.layers)
     chosen = [s for s in linears if place.linear(s.name)]
@@ -151,38 +170,61 @@ def trained_numbers(anatomy: Anatomy, spec: StageSpec, own: object, config: Chos
         if rank:
             count += size.low_rank / 16 if size.low_rank else min(rank, rows, columns) * (rows + columns)
         if spec.method == "scales" or getattr(own, "scales", False):
-            count += rows * columns / 64 if "base.scales" in size.base_names or "base.codes" in size.base_names else 0
+            count += rows * columns / GROUP if "base.scales" in size.base_names or "base.codes" in size.base_names else 0
     if getattr(own, "norms", False):
-        count += sum(
-            p.numel() for n, m in anatomy.model.named_modules() if is_norm(m) and place.holds(n) for p in [m.get_parameter("weight")]
-        )
+        count += sum(m.get_parameter("weight").numel() for n, m in anatomy.model.named_modules() if is_norm(m) and place.holds(n))
     if getattr(own, "biases", False) or spec.method == "bitfit":
         count += sum(s.shape[0] for s in chosen if s.expert is None)
     return count
 
 
-def reconstructed(plan: CostPlan, spec: StageSpec, sizes: Sizes) -> Needs:
-    """Blocks fitted one after the other, beside their dense twins."""
+def reconstructed(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool) -> Needs:
+    """Blocks fitted one after the other, beside their dense twins. `cached`: a block's rebuilt matrices are kept while it is fitted."""
     anatomy, config = plan.anatomy, spec.config
     assert isinstance(config, Reconstruct)
-    tokens = float(-(-config.samples // config.batch_size) * config.batch_size * config.seq_len)
-    at_once, held = float(config.batch_size * config.seq_len), float(max(HELD_OUT_TOKENS, config.batch_size * config.seq_len))
-    sites = anatomy.sites()
+    batches = -(-config.samples // config.batch_size)
+    tokens = float(batches * config.batch_size * config.seq_len)
+    at_once, held = float(config.batch_size * config.seq_len), float(max(inputs.HELD_OUT_TOKENS, config.batch_size * config.seq_len))
+    sites, units = anatomy.sites(), min(SLOTS, config.batch_size)
     weights = float(sum(s.shape[0] * s.shape[1] for s in sites))
     kinds = frozenset(
         {"uniform"} if any(sizes.of[s.name].compressed and "base.codes" in sizes.of[s.name].base_names for s in sites) else {"dense"}
     )
-    trains = resolved(config, kinds).train
-    step = anatomy.step(config.batch_size, config.seq_len, plan.dtype, False, "cross_entropy")
-    micro = step.work + Work({plan.dtype: at_once * anatomy.products() * (3.0 if trains in ("scales", "weights") else 2.0)})
-    micro += Work(passes=4 * (2 * DENSE + 12) * weights, calls=60 * len(sites))
-    evaluation = plan.pass_of(held, config.seq_len) + Work(passes=4 * DENSE * weights * held / at_once)
-    windows = 2 if config.window == "split" else 1
-    every = max(1, config.steps // 5)
-    work = micro * (config.steps * windows) + evaluation * (windows * (1 + -(-config.steps // every)) + 2 + 3)
-    work += plan.pass_of(tokens, config.seq_len) * 2 + plan.loaded(True) * 4
+    trains, of_slot = resolved(config, kinds).train, -(-config.batch_size // units)
+    step = anatomy.step(of_slot, config.seq_len, plan.dtype, False, "cross_entropy")
+    steps = step.work * (config.batch_size / of_slot) + Work({plan.dtype: at_once * anatomy.products() * (3.0 if trains in ("scales", "weights") else 2.0)})
+    rebuilding = 0.0 if cached else 2 * DENSE
+    steps += Work(passes=4 * (rebuilding + 12) * weights, calls=60 * len(sites)) * units
+    evaluation = plan.pass_of(held, config.seq_len) + Work(passes=4 * rebuilding / 2 * weights * held / at_once)
+    fits = 2 if config.window == "split" else 1
+    looks = fits * (1 + -(-config.steps // max(1, config.steps // 5))) + 2
+    blocks = anatomy.blocks
+    training = in_turn(WINDOWS, steps * (config.steps * fits * blocks), [1.0] * units, config.steps * fits * blocks)
+    counts = _held_out(config)
+    judging = in_turn("held-out batches", evaluation * ((looks + 3) * blocks), counts, (looks + 3) * blocks)
+    walking = in_turn("windows of the training text", plan.pass_of(tokens, config.seq_len) * (2 * blocks), [float(batches)] * units)
+    loading = plan.loaded(True) * (4 * blocks) + Work(passes=4 * DENSE * weights * fits * blocks)
+    work = training.whole() + judging.whole() + walking.whole() + loading + OPENED * 2
     states = plan.hidden_bytes(tokens) * 2 + plan.hidden_bytes(held) * 3
     trained = {"weights": weights}.get(trains, sum(config.rank * (s.shape[0] + s.shape[1]) for s in sites))
-    acting = step.activations.saved / anatomy.blocks * 1.5 + 3 * 4.0 * max(s.shape[0] * s.shape[1] for s in sites)
-    device = 2 * plan.outside_bytes + max(2 * plan.block_bytes + trained * 4.0 * COPIES + acting, at_once * anatomy.vocabulary * 4.0 * 3)
-    return Needs(work * anatomy.blocks + OPENED * 2, device, anatomy.outside * plan.element, states)
+    acting = step.activations.saved / blocks * 1.5 + 3 * 4.0 * max(s.shape[0] * s.shape[1] for s in sites)
+    kept = weights * 4.0 if cached and trains != "weights" else 0.0
+    device = 2 * plan.outside_bytes + max(
+        2 * plan.block_bytes + kept + trained * 4.0 * COPIES + acting, at_once * anatomy.vocabulary * 4.0 * 3
+    )
+    times = float(fits * blocks)
+    sent = (
+        Exchange("gradients", "sum", float(trained) / fits, 4, units, times * config.steps),
+        Exchange("losses", "sum", 1.0, 8, units, times * config.steps),
+        Exchange("what has a gradient", "gathered", times=times * config.steps),
+        Exchange("whether to stop", "agreed", times=times * config.steps + blocks),
+        Exchange("errors of held-out batches", "gathered", times=looks * blocks + 2.0),
+        Exchange("hashes of what is trained", "gathered", times=blocks),
+        Exchange("what was written", "broadcast", times=blocks + 1.0),
+        Exchange("whether it was undone", "broadcast"),
+        *((Exchange("which linear a norm is before", "gathered", times=times),) if fits > 1 and (config.norms or trains == "norms") else ()),
+    )
+    return Needs(
+        work, device, anatomy.outside * plan.element, states, (walking, training, judging),
+        {"loading": loading, "opening": OPENED * 2}, sent,
+    )  # fmt: skip

@@ -21,9 +21,10 @@ from ..models.sizes import Sizes
 from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec
 from ..stages.fuse import ROOM
+from ..stages.writing import DENSE_CACHE_BYTES
 from . import recovery_costs, stage_costs, table_costs
 from .anatomy import Anatomy
-from .stage_costs import CostPlan, Needs
+from .cost_plan import OPENED, CostPlan, Needs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +33,6 @@ ALL_WINDOWS = 160
 """Of an evaluation of the whole text: what WikiText-2's test split holds at 2048 tokens, about."""
 CUDA_HOST_BYTES = 0.6e9
 """Of a process once a CUDA context lies in it; not measured here, the order of what drivers take."""
-DENSE_CACHE_BYTES = 2e9
 STAGE_BYTES = 10e6
 """What a stage adds to the process besides tensors: modules, their code's objects, an allocator's slack; measured on models of 2 and 4 blocks."""
 KERNEL_COPIES = 1.3
@@ -83,7 +83,7 @@ class RunCosts:
             return self._fused(after)
         if spec.name == "recover":
             if spec.method == "reconstruct":
-                return recovery_costs.reconstructed(self.plan, spec, before)
+                return recovery_costs.reconstructed(self.plan, spec, before, self._cached(spec, before, self.plan.anatomy.blocks))
             return recovery_costs.recovered(self.plan, spec, before, self._cached(spec, before), self.available(device=True))
         return stage_costs.compressed(self.plan, spec, _has_records(before), first, after.total_bytes())
 
@@ -102,12 +102,12 @@ class RunCosts:
             whole = (
                 KERNEL_COPIES * (sizes.total_bytes() - anatomy.outside * self.plan.element) / anatomy.blocks + 2 * self.plan.outside_bytes
             )
-        return Needs(speaking + stage_costs.OPENED * 3 + Work(files=sizes.total_bytes()), whole, anatomy.outside * self.plan.element)
+        return Needs(speaking + OPENED * 3 + Work(files=sizes.total_bytes()), whole, anatomy.outside * self.plan.element)
 
-    def _cached(self, spec: StageSpec, sizes: Sizes) -> bool:
-        """Whether recovery will keep rebuilt matrices, as it decides by what is free."""
+    def _cached(self, spec: StageSpec, sizes: Sizes, parts: int = 1) -> bool:
+        """Whether recovery will keep rebuilt matrices, as it decides by what is free; `parts`: in how many it goes through them."""
         asked = getattr(spec.config, "cache_dense", "auto")
-        rebuilt = sum(sizes.weights[n] for n, size in sizes.of.items() if size.compressed) * self.plan.itemsize
+        rebuilt = sum(sizes.weights[n] for n, size in sizes.of.items() if size.compressed) * self.plan.itemsize / parts
         return asked == "always" or (asked == "auto" and rebuilt <= min(self.available(device=True) / 3, DENSE_CACHE_BYTES))
 
     def row(self, parts: Sequence[Needs]) -> dict[str, Any]:

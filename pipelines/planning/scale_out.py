@@ -13,9 +13,9 @@ from ...reports.units import size as size_of
 from ..devices.link import Link
 from ..devices.rates import Speeds, Work
 from ..ranks.exchange import PIECE, SLOTS
-from .division import MICRO_BATCHES, SLOTS_OF_TEXT
+from .cost_plan import Needs
+from .division import MICRO_BATCHES, SLOTS_OF_TEXT, WINDOWS
 from .plan import Costed
-from .stage_costs import Needs
 
 GAIN = 0.1
 """A doubling that saves less than this share of a stage's time has stopped helping."""
@@ -43,11 +43,11 @@ class ScaleOut:
 
     def terms(self, needs: Sequence[Needs], size: int) -> dict[str, Term]:
         """What the seconds of the busiest rank go into."""
-        result: dict[str, Term] = {}
+        found: dict[str, Term] = {}
 
         def add(name: str, seconds: float, why: str) -> None:
-            before = result.get(name)
-            result[name] = Term(seconds + (before.seconds if before else 0.0), why)
+            before = found.get(name)
+            found[name] = Term(seconds + (before.seconds if before else 0.0), why)
 
         for each in needs:
             left = each.work
@@ -65,12 +65,8 @@ class ScaleOut:
             add(REST, max(0.0, self.speeds.seconds(left)), "the others wait")
             for exchange in each.sent:
                 seconds = self.link.seconds(exchange.calls(size), exchange.sent(size), size) + self.speeds.seconds(exchange.copied(size))
-                add(
-                    f"exchange of {exchange.name}",
-                    seconds,
-                    f"{size_of(exchange.sent(size))} sent by each rank in {exchange.calls(size):,.0f} collectives",
-                )
-        return result
+                add(f"exchange of {exchange.name}", seconds, f"{size_of(exchange.sent(size))} sent by each rank in {exchange.calls(size):,.0f} collectives")
+        return found
 
     def seconds(self, needs: Sequence[Needs], size: int) -> float:
         if size == 1:  # the dry run's own number, to the last bit
@@ -79,10 +75,10 @@ class ScaleOut:
 
     def serial(self, needs: Sequence[Needs]) -> dict[str, float]:
         """Seconds that no number of ranks makes fewer, by what they go into."""
-        result = {CHOLESKY: sum(self._cholesky(d.first.values(), d.times) for each in needs for d in each.divided)}
+        found = {CHOLESKY: sum(self._cholesky(d.first.values(), d.times) for each in needs for d in each.divided)}
         shared = {d.name for each in needs for d in each.divided} | {f"exchange of {x.name}" for each in needs for x in each.sent}
-        result |= {name: term.seconds for name, term in self.terms(needs, 1).items() if name not in shared}
-        return {name: seconds for name, seconds in result.items() if seconds > 0}
+        found |= {name: term.seconds for name, term in self.terms(needs, 1).items() if name not in shared}
+        return {name: seconds for name, seconds in found.items() if seconds > 0}
 
     def enough(self, needs: Sequence[Needs]) -> tuple[int, str]:
         """The number of ranks behind which a doubling saves less than GAIN, and what is in its way."""
@@ -153,9 +149,8 @@ def _of_a_rank(needs: Needs, size: int) -> Needs:
         return needs
     share = max((len([o for o in d.owners(size) if o == 0]) / len(d.pieces) for d in needs.divided[:1]), default=1.0)
     sums = [(x.numbers * x.itemsize, min(x.numbers, PIECE) * x.itemsize) for x in needs.sent if x.kind == "sum"]
-    return replace(
-        needs, hidden=needs.hidden * share, device=needs.device + max((2 * piece + whole / size for whole, piece in sums), default=0.0)
-    )
+    device = needs.device - needs.parted * (1 - 1 / size)
+    return replace(needs, hidden=needs.hidden * share, device=device + max((2 * piece + whole / size for whole, piece in sums), default=0.0))
 
 
 def _total(size: int, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -165,9 +160,9 @@ def _total(size: int, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _serial(stage: str, result: dict[str, float]) -> dict[str, Any]:
-    return {"stage": stage, "seconds": round(sum(result.values()), 1)} | {
-        "of which": ", ".join(f"{name} {duration(seconds)}" for name, seconds in sorted(result.items(), key=lambda item: -item[1]))
+def _serial(stage: str, found: dict[str, float]) -> dict[str, Any]:
+    return {"stage": stage, "seconds": round(sum(found.values()), 1)} | {
+        "of which": ", ".join(f"{name} {duration(seconds)}" for name, seconds in sorted(found.items(), key=lambda item: -item[1]))
     }
 
 
@@ -177,8 +172,8 @@ def _notes(made: Costed, sizes: Sequence[int]) -> list[dict[str, str]]:
     for stage, needs in made.needs.items():
         for shared in (shared for each in needs[:-1] for shared in each.divided):
             idle, units = [size for size in sizes if size > len(shared.pieces)], len(shared.pieces)
-            if idle and (reason := IDLE.get(shared.name)):
-                notes.append(f"{stage} on {' and '.join(map(str, idle))} ranks: {reason.format(stage=stage, units=units, ranks=max(idle))}")
+            if idle and (said := IDLE.get(shared.name)):
+                notes.append(f"{stage} on {' and '.join(map(str, idle))} ranks: {said.format(stage=stage, units=units, ranks=max(idle))}")
     if any(size > SLOTS for size in sizes):
         batches = len(made.needs["baseline"][-1].divided[0].pieces)
         notes.append(
@@ -191,5 +186,6 @@ def _notes(made: Costed, sizes: Sequence[int]) -> list[dict[str, str]]:
 IDLE = {
     SLOTS_OF_TEXT: "calibration text has {units} slots, so as many ranks work",
     MICRO_BATCHES: "of the micro-batches of an update there are {units}, so as many ranks work; --set {stage}.accumulation={ranks} gives each one",
+    WINDOWS: "of the windows of a step there are {units}, so as many ranks train; --set {stage}.batch_size={ranks} gives each one",
 }
 """What a division into too few pieces means for the ranks that get none."""

@@ -5,110 +5,31 @@ code does between its products `anatomy`. Recovery is in `recovery_costs`. Reads
 Legend: N windows, T tokens, O out, I in, D model, V vocabulary.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ...compress.smooth import SvdQuantConfig
 from ...compress.statistics import SAMPLES
 from ..devices.rates import Work
-from ..evaluation.perplexity import LOGITS_AT_ONCE, TOKENS_AT_ONCE, batches
+from ..evaluation.perplexity import LOGITS_AT_ONCE, TOKENS_AT_ONCE
 from ..models.sizes import rounded_to_nearest
 from ..models.structure import Site, is_tied
 from ..ranks.exchange import SLOTS
-from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec, methods
-from ..stages.shared_inputs import solving_cost
-from .anatomy import Anatomy
+from ..stages.shared_inputs import row_parts, solving_cost
+from .block_costs import smoothed, trained
+from .cost_plan import DENSE, OPENED, CostPlan, Needs
 from .division import SLOTS_OF_TEXT, Divided, Exchange, Piece, in_turn
 from .solver_costs import Cost, factor_work, solver_cost
 
 F32 = torch.float32
-OPENED = Work(calls=50_000)
-"""A model opened for running: its modules made, its structure found, a block tried."""
-DENSE = 14.0
-"""Reads and writes of a weight in float32 while a record is made dense, counted on 3- and 4-bit codes."""
 RUNNING_BYTES = 20e6
 """Of host memory once products run: what kernels prepare and an allocator keeps, measured on models of 2 and 4 blocks."""
 READ_AHEAD = 2
 """Blocks of an artifact that lie in host memory: the one that is computed on, and the next."""
 LOGIT_COPIES = 6
 """Of a span's logits in float32 while they are scored beside the teacher's."""
-ATTENTION_SHARE = 2.0
-"""Multiply-adds of fused attention run at this share of the seconds of plain products of as many."""
-
-
-@dataclass(frozen=True)
-class Needs:
-    """`device`: bytes of tensors on the run's device; `host`: bytes of this process besides (on a CPU both are one memory); `hidden`: bytes of
-    hidden states, which lie on the device, in host memory or in files, as there is room. Of `work`, all that one process does: `divided` is what
-    several ranks share, `alone` names what is left, which every rank repeats or waits for; `sent` is what goes from rank to rank."""
-
-    work: Work
-    device: float
-    host: float
-    hidden: float = 0.0
-    divided: tuple[Divided, ...] = ()
-    alone: Mapping[str, Work] = field(default_factory=dict)
-    sent: tuple[Exchange, ...] = ()
-
-    def most(self, other: "Needs") -> "Needs":
-        """Both one after the other."""
-        device, host, hidden = max(self.device, other.device), max(self.host, other.host), max(self.hidden, other.hidden)
-        alone = {name: self.alone.get(name, Work()) + other.alone.get(name, Work()) for name in {**self.alone, **other.alone}}
-        return Needs(self.work + other.work, device, host, hidden, self.divided + other.divided, alone, self.sent + other.sent)
-
-
-@dataclass(frozen=True)
-class CostPlan:
-    """What all stages of a run share: the model, the recipe, the device and dtype of forward passes, bytes of a stored number."""
-
-    anatomy: Anatomy
-    recipe: Recipe
-    device: torch.device
-    dtype: torch.dtype
-    element: float
-
-    @property
-    def itemsize(self) -> int:
-        return self.dtype.itemsize
-
-    @property
-    def outside_bytes(self) -> float:
-        return self.anatomy.outside * self.itemsize
-
-    @property
-    def block_bytes(self) -> float:
-        return self.anatomy.block_parameters * self.itemsize
-
-    def hidden_bytes(self, tokens: float) -> float:
-        return tokens * self.anatomy.width * self.itemsize
-
-    def batch(self, seq_len: int) -> int:
-        return max(1, TOKENS_AT_ONCE // seq_len)
-
-    def batches(self, windows: int, seq_len: int) -> list[int]:
-        """Windows of each batch."""
-        return [part.stop - part.start for part in batches(windows, seq_len)]
-
-    def pass_of(self, tokens: float, seq_len: int, sites: list[Site] | None = None) -> Work:
-        """Tokens through one block, or through its products with some matrices alone."""
-        batch = self.batch(seq_len)
-        between = self.anatomy.forward(batch, seq_len, self.dtype)
-        attention = ATTENTION_SHARE * tokens * seq_len * self.anatomy.width
-        products = Work({self.dtype: tokens * self.anatomy.products(sites) + attention})
-        return products + between.work * (tokens / (batch * seq_len))
-
-    def running_bytes(self, windows: int, seq_len: int) -> float:
-        """What one block holds besides its weights and its input while a batch runs."""
-        return self.anatomy.forward(min(windows, self.batch(seq_len)), seq_len, self.dtype).peak
-
-    def loaded(self, records: bool) -> Work:
-        """One block read, and made dense where it holds records."""
-        count = self.anatomy.block_parameters
-        return Work(passes=count * (4 * DENSE if records else 2 * self.element + self.itemsize), calls=300)
 
 
 def evaluated(plan: CostPlan, windows: int, records: bool, teacher: bool) -> Needs:
@@ -162,12 +83,15 @@ def compressed(plan: CostPlan, spec: StageSpec, records: bool, first: bool, writ
     hidden = plan.hidden_bytes(tokens) * (models + row.dense_outputs)
     held = plan.outside_bytes * models + plan.block_bytes * models
     alone = {"writing": writing, "loading": loading + read_back}
+    shared = [in_turn(SLOTS_OF_TEXT, (running + unneeded + gathered) * anatomy.blocks, plan.slots(windows, seq_len)), pieces]
+    sent = _sums_sent(plan, spec, sites, needs, windows, seq_len)
     if row.scope == "block" and hasattr(spec.config, "steps"):
-        trained = _trained(plan, spec, sites, tokens)
-        work, held = work + trained.work, held + kept
-        solving = replace(solving, peak=max(solving.peak, trained.peak))
-    if row.scope == "block":
-        alone["blocks trained as a whole"] = work + -1 * (running + unneeded + gathered + writing + loading + read_back)
+        training = trained(plan, spec, sites)
+        work, held = work + training.work, held + kept
+        solving = replace(solving, peak=max(solving.peak, training.peak))
+        alone["rounding and moving what trains"] = training.repeated
+        shared += training.divided(anatomy.blocks, plan.slots(windows, seq_len))
+        sent += training.sent(anatomy.blocks)
     device = held + max(solving.peak, plan.running_bytes(windows, seq_len))
     read = anatomy.block_parameters * plan.element * (1 if first else 2)
     opening = OPENED * (2 if twin else 1)
@@ -176,34 +100,28 @@ def compressed(plan: CostPlan, spec: StageSpec, records: bool, first: bool, writ
         device,
         max(anatomy.outside * plan.element, READ_AHEAD * read) + written / anatomy.blocks + RUNNING_BYTES,
         hidden,
-        _shared(plan, (running + unneeded + gathered) * anatomy.blocks, windows, seq_len, pieces if row.scope == "matrix" else None),
+        tuple(shared),
         {name: each * anatomy.blocks for name, each in alone.items()} | {"opening": opening},
-        _sums_sent(plan, spec, sites, needs, windows, seq_len),
+        sent,
     )
     return _with_rest(plan, spec, whole)
 
 
-def _shared(plan: CostPlan, running: Work, windows: int, seq_len: int, solving: Divided | None) -> tuple[Divided, ...]:
-    """Batches of calibration text by slots; matrices by owners, where they are solved one by one."""
-    slots: dict[int, float] = {}
-    for number, count in enumerate(plan.batches(windows, seq_len)):
-        slots[number % SLOTS] = slots.get(number % SLOTS, 0.0) + count
-    result = in_turn(SLOTS_OF_TEXT, running, list(slots.values()))
-    return (result,) if solving is None else (result, solving)
-
-
-def _with_rest(plan: CostPlan, spec: StageSpec, result: Needs) -> Needs:
+def _with_rest(plan: CostPlan, spec: StageSpec, found: Needs) -> Needs:
     """The head and the embeddings, where they are compressed: one matrix at a time, whole."""
     anatomy = plan.anatomy
     rest = [anatomy.head] if spec.include_head and anatomy.head is not None else []
     for site in rest:
         cost = solver_cost(spec.name, spec.method, spec.config_for(site.name), site.shape, True)
-        result = result.most(Needs(cost.work, plan.outside_bytes + 4.0 * site.shape[0] * site.shape[1] + cost.peak, result.host))
+        factor, costs = factor_work(site.shape[1]) if cost.kept else Work(), _parts(spec, [[site]])[0]
+        rows = Divided("rows of the head", tuple(Piece(cost.work * (1 / len(costs)), each, 0) for each in costs), 1.0, {0: factor}, True)
+        device = plan.outside_bytes + 4.0 * site.shape[0] * site.shape[1] + cost.peak
+        found = found.most(Needs(cost.work + factor, device, found.host, 0.0, (rows,), {}, _records_sent(spec, [[site]], 1.0, 1.0)))
     nearest = rounded_to_nearest(spec, anatomy.structure, is_tied(anatomy.model, anatomy.structure))
     for key, site in nearest.items():
         cost = solver_cost("quantize", "rtn", spec.embedding_config(site.shape[1], getattr(spec, key)), site.shape, False)
-        result = result.most(Needs(cost.work, plan.outside_bytes + 4.0 * site.shape[0] * site.shape[1] + cost.peak, result.host))
-    return result
+        found = found.most(Needs(cost.work, plan.outside_bytes + 4.0 * site.shape[0] * site.shape[1] + cost.peak, found.host))
+    return found
 
 
 def gathering(plan: CostPlan, inputs: list[list[Site]], needs: frozenset[str], tokens: float) -> Work:
@@ -224,42 +142,64 @@ def _solved(
     squares = 4.0 * (("second_moment" in needs) + ("cross_moment" in needs))
     kept, work, peak = 0.0, Work(), 0.0
     pieces, first = list[Piece](), dict[int, Work]()
+    solved = list[tuple[Work, list[Site], int]]()
     for number, together in enumerate(plan.anatomy.inputs(sites)):
         width = together[0].shape[1]
         kept += squares * width**2 + 4.0 * SAMPLES * width
-        result, solving = 0.0, dict[str, Work]()
+        found, solving = 0.0, dict[str, Work]()
         for site in together:
             cost = _of_matrix(spec, site, records)
             rows, columns = site.shape
-            solving[site.name] = cost.work + Work(
-                {F32: 2.0 * rows * columns * SAMPLES}, passes=4.0 * rows * columns * (2 * DENSE + 10), calls=100
-            )
+            solving[site.name] = cost.work + Work({F32: 2.0 * rows * columns * SAMPLES}, passes=4.0 * rows * columns * (2 * DENSE + 10), calls=100)
             work += solving[site.name]
             measured = 4.0 * rows * (2 * columns + SAMPLES)
             peak = max(peak, kept + 4.0 * rows * columns * 1.5 + max(cost.peak, measured))
-            result = max(result, cost.kept)
+            found = max(found, cost.kept)
         for config, rows in _stacks(spec, together).items():
             cost = solver_cost(spec.name, spec.method, config, (rows, width), records)
             peak = max(peak, kept + 4.0 * rows * width * 1.5 + cost.peak)
-        first[number] = factor_work(width) if result else Work()
+        first[number] = factor_work(width) if found else Work()
         work += first[number]
-        kept += result
+        kept += found
         for few in _units(spec, together):
-            own = sum((solving[site.name] for site in few), Work())
-            pieces.append(Piece(own, solving_cost(few), number))
+            solved.append((sum((solving[site.name] for site in few), Work()), few, number))
+    for (own, _, number), costs in zip(solved, _parts(spec, [few for _, few, _ in solved]), strict=True):
+        pieces += [Piece(own * (1 / len(costs)), cost, number) for cost in costs]
     return Cost(work, max(peak, kept)), kept, Divided("matrices of a block", tuple(pieces), plan.anatomy.blocks, first, by_cost=True)
 
 
 def _units(spec: StageSpec, together: list[Site]) -> list[list[Site]]:
     """Of the sites of one input, those that one rank solves: all that a method solves at once (stages/shared_inputs), else each."""
     row, out = methods(spec.name)[spec.method], dict[Any, list[Site]]()
+    if row.scope == "block" and not row.dense_outputs:
+        return [together]
     for site in together:
         config = spec.config_for(site.name)
         out.setdefault(config if row.together is not None and getattr(config, "shared", True) else site.name, []).append(site)
     return list(out.values())
 
 
-def _stacks(spec: StageSpec, together: list[Site]) -> dict[object, int]:
+def _parts(spec: StageSpec, units: list[list[Site]]) -> list[list[float]]:
+    """What the parts of every unit cost (stages/shared_inputs)."""
+    row = methods(spec.name)[spec.method]
+    if row.scope == "block":
+        return [[solving_cost(few)] for few in units]
+    return row_parts(units, [row.by_rows(spec.config_for(few[0].name)) for few in units])
+
+
+def _records_sent(spec: StageSpec, units: list[list[Site]], times: float, share: float) -> tuple[Exchange, ...]:
+    """New records, of which owners have a `share` of all at a time: whole units together, and those of which ranks have parts."""
+    whole, parts = list[tuple[float, float]](), list[Exchange]()
+    for few, costs in zip(units, _parts(spec, units), strict=True):
+        each = _record_bytes(spec, few) * share
+        if len(costs) == 1:
+            whole.append((costs[0], each))
+        else:
+            parts.append(Exchange("rows of a matrix", "gathered", times=times, held=tuple((cost, each / len(costs)) for cost in costs)))
+    return Exchange("records", "gathered", 1.0, times=times, held=tuple(whole)), *parts
+
+
+def _stacks(spec: StageSpec, together: list[Site]) -> dict[Any, int]:
     """Config → rows of the matrices of one input that a method solves at once (stages/shared_inputs)."""
     row, out = methods(spec.name)[spec.method], dict[Any, int]()
     for site in together:
@@ -274,47 +214,9 @@ def _of_matrix(spec: StageSpec, site: Site, records: bool) -> Cost:
     if row.scope != "block":
         return solver_cost(spec.name, spec.method, config, site.shape, records)
     if not hasattr(config, "start"):
-        return _smoothed(config, site, records)
+        return smoothed(config, site, records)
     method = {"gptq": "gptq", "rtn": "rtn", "stored": "rtn"}[config.start]
     return solver_cost("quantize", method, config, site.shape, records)
-
-
-def _smoothed(config: SvdQuantConfig, site: Site, records: bool) -> Cost:
-    """svdquant: rounded once, a term for each exponent, then the schedule."""
-    from ...compress.decompose import Decomposition
-
-    rank, rows, columns = config.rank, *site.shape
-    attempt = solver_cost("decompose", "", Decomposition(rank, "plain", True, config.quantizer, "none"), site.shape, True)
-    final = solver_cost("decompose", "", Decomposition(rank, "plain", True, config.quantizer, config.clip), site.shape, True)
-    seen = Work({F32: 2.0 * 512 * rows * columns})
-    return Cost((attempt.work + seen) * (config.smoothing_steps + 1) + (final.work + seen) * config.iterations, final.peak)
-
-
-def _trained(plan: CostPlan, spec: StageSpec, sites: list[Site], tokens: float) -> Cost:
-    """A block trained as a whole (`compress/block_training`): steps, evaluations over all samples; in float32."""
-    from ...compress.block_training import EVALUATIONS
-
-    config, anatomy = spec.config, plan.anatomy
-    weights = float(sum(s.shape[0] * s.shape[1] for s in sites))
-    seq_len = min(config.seq_len, plan.recipe.calibration.seq_len)
-    samples = plan.recipe.calibration.samples
-    parts = 2 if config.window == "sub_block" else 1
-    at_once = config.batch_size * seq_len
-    between = anatomy.step(config.batch_size, seq_len, plan.dtype, False, "cross_entropy")
-    blocks = 2 if config.window == "two_blocks" else 1
-    step = Work({plan.dtype: 2.0 * blocks * at_once * anatomy.products()}) + between.work * blocks
-    step += Work({plan.dtype: float(at_once * anatomy.products())}) + Work(passes=4 * LATENT * weights, calls=60 * len(sites))
-    every = max(1, config.steps // EVALUATIONS)
-    evaluations = 1 + -(-config.steps // every)
-    evaluation = plan.pass_of(samples * seq_len, seq_len) * blocks + Work(passes=4 * (DENSE + 30) * weights, calls=80 * len(sites))
-    copies = 9.0 if spec.method == "learned_rounding" else 10.0
-    peak = 4 * copies * weights + blocks * 1.4 * between.activations.saved / anatomy.blocks
-    work = (step * config.steps + evaluation * evaluations) * parts
-    return Cost(work, peak)
-
-
-LATENT = 40.0
-"""Reads and writes of a weight in float32 while a latent is rounded, goes back and is moved."""
 
 
 def _sums_sent(
@@ -328,18 +230,11 @@ def _sums_sent(
     widths = [together[0].shape[1] for together in inputs]
     squares = ("second_moment" in needs) + ("cross_moment" in needs)
     units = [few for together in inputs for few in _units(spec, together)]
-    held = (
-        tuple((solving_cost(few), _record_bytes(spec, few)) for few in units) if methods(spec.name)[spec.method].scope == "matrix" else ()
-    )
     return (
         *(Exchange("moments", "sum", float(width) ** 2, 4, slots, blocks) for width in widths for _ in range(squares)),
         Exchange("tokens of each slot", "gathered", units=slots, times=times),
         Exchange("samples", "gathered", times=times, held=((1.0, sum(4.0 * rows * width for width in widths) * blocks / times),)),
-        *(
-            (Exchange("records", "gathered", times=times, held=tuple((cost, count * blocks / times) for cost, count in held)),)
-            if held
-            else ()
-        ),
+        *_records_sent(spec, units, times, blocks / times),
         Exchange("what was written", "broadcast", times=blocks + 1.0),
         Exchange("whether to keep hidden states", "broadcast", times=blocks - 1.0),
         Exchange("whether to stop", "agreed", times=blocks),

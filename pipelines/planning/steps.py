@@ -27,8 +27,9 @@ from ..store.rundir import RunDirectory
 log = logging.getLogger("bitmend")
 SUMS = 2
 """Of the order in which sums over the calibration text are taken; rises when it changes."""
-SAME_BITS = {"gradient_checkpointing": False}
-"""Settings that decide memory and time, not results, and the value that stands for all of theirs in a key."""
+SAME_BITS = {"gradient_checkpointing": False, "shard": False}
+"""Settings that decide memory and time, not results, and the value that stands for all of theirs in a key; where shards are added up in an order of their
+own, the number of ranks is in it."""
 
 
 @dataclass
@@ -43,25 +44,25 @@ class Step:
     spec: StageSpec | None = None
 
 
-def plan_steps(chosen: Recipe, source: Path, inputs: Inputs, compute: Compute, place: RunDirectory | None = None) -> list[Step]:
+def plan_steps(chosen: Recipe, source: Path, inputs: Inputs, compute: Compute, place: RunDirectory | None = None, ranks: int = 1) -> list[Step]:
     """Every stage; those that a budget chooses for, and all behind them, have no key until the choice lies in the run's directory."""
     model = fingerprint(source)
     steps = [Step("baseline", None, model, f"00-baseline-{model[:8]}", {"model": chosen.model})]
     stages = spent(chosen) if chosen.budget is not None else None
     specs = list(chosen.stages)
     if stages is not None:
-        steps += _keyed(chosen, specs[: stages.first], inputs, compute, steps)
-        _, result = found_choice(chosen, steps[-1].key, inputs, compute, place)
-        if result is None:
+        steps += _keyed(chosen, specs[: stages.first], inputs, compute, steps, ranks)
+        _, found = found_choice(chosen, steps[-1].key, inputs, compute, place)
+        if found is None:
             return steps + [
                 Step(spec.address, spec.method, "", f"{number:02d}-{spec.address}", spec.settings(), spec)
                 for number, spec in enumerate(specs[stages.first :], stages.first + 1)
             ]
-        specs = resolved(chosen, stages, result)
-    return [*steps[:1], *_keyed(chosen, specs, inputs, compute, steps[:1])]
+        specs = resolved(chosen, stages, found)
+    return [*steps[:1], *_keyed(chosen, specs, inputs, compute, steps[:1], ranks)]
 
 
-def _keyed(chosen: Recipe, specs: list[StageSpec], inputs: Inputs, compute: Compute, before: list[Step]) -> list[Step]:
+def _keyed(chosen: Recipe, specs: list[StageSpec], inputs: Inputs, compute: Compute, before: list[Step], ranks: int) -> list[Step]:
     steps = list(before)
     for number, spec in enumerate(specs, 1):
         row = methods(spec.name)[spec.method]
@@ -69,6 +70,7 @@ def _keyed(chosen: Recipe, specs: list[StageSpec], inputs: Inputs, compute: Comp
         decisive = settings | {name: value for name, value in SAME_BITS.items() if name in settings}
         identity = [SCHEMA, steps[-1].key, spec.name, spec.method, row.version, decisive, chosen.seed, inputs.fingerprint(spec, row)]
         identity += [{"sums": SUMS}] if inputs.reads_calibration(spec, row) else []
+        identity += [{"ranks": ranks}] if getattr(spec.config, "shard", False) and ranks > 1 else []  # here alone it decides the last bits
         identity += [where] if (where := compute.identity()) else []
         key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
         steps.append(Step(spec.address, spec.method, key, f"{number:02d}-{spec.address}-{key[:8]}", settings, spec))

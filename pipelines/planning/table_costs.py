@@ -19,9 +19,10 @@ from ..devices.rates import Work
 from ..evaluation.perplexity import LOGITS_AT_ONCE
 from ..models.structure import Site
 from ..stages.self_text import AT_ONCE, DOCUMENTS, TOKENS
+from .cost_plan import ATTENTION_SHARE, DENSE, OPENED, CostPlan, Needs
 from .division import Exchange, in_turn
 from .solver_costs import factor_work, factors_work, solver_cost, term_work
-from .stage_costs import ATTENTION_SHARE, DENSE, OPENED, READ_AHEAD, RUNNING_BYTES, CostPlan, Needs, gathering
+from .stage_costs import READ_AHEAD, RUNNING_BYTES, gathering
 
 F32, F64 = torch.float32, torch.float64
 SQUARED = 6.0

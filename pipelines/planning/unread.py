@@ -5,7 +5,7 @@ Knows names and sizes; reads no weights.
 
 import difflib
 import re
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ...recover.attach import Dora, Lora
 from ...recover.recovery_methods import split
@@ -15,21 +15,20 @@ from ..models.structure import Structure
 from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec, methods
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 NEAREST = 3
 """Names shown where a pattern matches none."""
 
 
-def unread(spec: StageSpec, recipe: Recipe, model: "PreTrainedModel", sizes: Sizes) -> list[str]:
+def unread(spec: StageSpec, recipe: Recipe, model: Any, sizes: Sizes) -> list[str]:
     """One line for each; `sizes` are what the stages before this one will have made."""
-    result = _patterns(spec, sizes.structure)
+    found = _patterns(spec, sizes.structure)
     if spec.name == "recover":
-        result += _rank(spec, recipe, model, sizes)
+        found += _rank(spec, recipe, model, sizes)
+    elif spec.name == "fuse":
+        found += _integer_scales(spec, sizes)
     elif spec.name == "decompose" and hasattr(spec.config, "bits"):
-        result += _grid(spec, sizes)
-    return [f"{spec.address}.{line}" for line in result]
+        found += _grid(spec, sizes)
+    return [f"{spec.address}.{line}" for line in found]
 
 
 def _patterns(spec: StageSpec, structure: Structure) -> list[str]:
@@ -51,7 +50,7 @@ def _unmatched(key: str, pattern: str, names: list[str]) -> str | None:
     )
 
 
-def _rank(spec: StageSpec, recipe: Recipe, model: "PreTrainedModel", sizes: Sizes) -> list[str]:
+def _rank(spec: StageSpec, recipe: Recipe, model: Any, sizes: Sizes) -> list[str]:
     """A rank for new factors, where every chosen matrix has some already, of another rank."""
     shared, own = split(spec.method, spec.config)
     if not (isinstance(own, Lora | Dora) or getattr(own, "train", None) == "lora"):
@@ -70,6 +69,19 @@ def _rank(spec: StageSpec, recipe: Recipe, model: "PreTrainedModel", sizes: Size
         f"rank: {own.rank} would not be read: every chosen matrix has factors of rank {', '.join(map(str, sorted(ranks)))} from a decompose "
         "stage, which train as they are; set the rank there, and leave this one out"
     ]
+
+
+def _integer_scales(spec: StageSpec, sizes: Sizes) -> list[str]:
+    """Scales to be rounded a second time, where no matrix has both a rounded input and a grid that integers can be multiplied with."""
+    rounded = [size for s in sizes.structure.sites if s.block is not None and (size := sizes.of[s.name]).rounds_inputs]
+    if not spec.config.integer_scales or any(size.whole for size in rounded):
+        return []
+    why = (
+        "no matrix with rounded inputs lies on a uniform grid of at most 4 bits with whole zero points and contiguous groups; set the quantize stage so"
+        if rounded
+        else 'no matrix has its inputs rounded; set quantize.activations={bits: 8, group_size: -1}'
+    )
+    return [f"integer_scales: true would not be read: {why}, or leave it out"]
 
 
 def _grid(spec: StageSpec, sizes: Sizes) -> list[str]:

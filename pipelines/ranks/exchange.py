@@ -116,6 +116,13 @@ class Ranks:
                 with together():
                     dist.send_object_list([value.cpu() if hasattr(value, "cpu") else value], 0, self.control)
 
+    def mesh(self, kind: str) -> Any:
+        """All ranks, as torch's parallel modules on this kind of device know them."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        with together():
+            return init_device_mesh(kind, (self.size,))
+
     def alike(self, found: Mapping[str, Any]) -> None:
         """UsageError that names the first rank for which one of these differs from rank 0's."""
         everyone = self.gathered(dict(found))

@@ -22,9 +22,14 @@ from .settings import refuse_unknown, unknown
 
 @dataclass(frozen=True)
 class FuseConfig:
-    """`backend` as in kernels.linear: auto takes the fastest that this device has; the others insist."""
+    """`backend` as in kernels.linear: auto takes the fastest that this device has; the others insist.
+
+    `integer_scales`: of matrices with rounded inputs (W4A8) every group's scale is rounded to a whole number times one float of its output, so
+    that a code times it stays within a byte and the product is summed as integers (QServe, arXiv:2405.04532). This is a second rounding, which
+    changes results: this stage's perplexity is measured with it. Off, nothing is rounded; such a product then runs where scales are exact."""
 
     backend: Literal["auto", "triton", "cpu-int4", "cpu-int8", "dense", "reference"] = "auto"
+    integer_scales: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..evaluation.scores import load_scores
 from ..store.files import read_json, safetensors_metadata
 from ..store.manifest import read_manifest, verify_files
-from ..store.rundir import TRAINING_STATE, RunDirectory, finished_blocks
+from ..store.rundir import PARTS_META, TRAINING_PARTS, TRAINING_STATE, RunDirectory, finished_blocks
 
 
 def status(directory: Path, verify: bool = False) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def status(directory: Path, verify: bool = False) -> dict[str, Any]:
             verify_files(final, read_manifest(final), full=True)
         if state == "partial":
             entry["finished_parts"] = len(list(place.scratch(name).glob("*.part.json")))
-            entry |= _training_step(place.scratch(name) / TRAINING_STATE)
+            entry |= _training_step(place.scratch(name))
         scores = sorted(place.metrics(name).glob("????????.json"), key=lambda p: p.stat().st_mtime)
         if scores:
             entry["perplexity"] = _mean_perplexity(scores[-1])
@@ -48,8 +48,11 @@ def _table(place: RunDirectory, last: Mapping[str, Any]) -> dict[str, Any]:
     return {"allocation": {"state": made, "finished_blocks": finished_blocks(directory), "directory": last["allocation"]}}
 
 
-def _training_step(path: Path) -> dict[str, int]:
+def _training_step(scratch: Path) -> dict[str, int]:
     """How far a training state has come; nothing where there is none."""
+    path, parts = scratch / TRAINING_STATE, scratch / TRAINING_PARTS / PARTS_META
+    if parts.is_file():
+        return {"finished_steps": read_json(parts)["step"]}
     if not path.is_file():
         return {}
     try:

@@ -69,7 +69,7 @@ class Session:
 def plan_run(session: Session) -> None:
     """The steps as far as they are known, and the budget's choice if it was made."""
     chosen, inputs, compute, place = session.recipe, session.inputs, session.compute, session.directory
-    session.steps = plan_steps(chosen, inputs.model, inputs, compute, place)
+    session.steps = plan_steps(chosen, inputs.model, inputs, compute, place, session.ranks.size)
     if chosen.budget is not None:
         parent = session.steps[spent(chosen).first]
         session.table, session.choice = found_choice(chosen, parent.key, inputs, compute, place)
@@ -95,6 +95,12 @@ def check_ranks(chosen: Recipe, inputs: Inputs, ranks: Ranks) -> None:
             log.warning(
                 "%s: %d micro-batch%s a step for %d ranks: the others wait while it trains; %s.accumulation=%d with a smaller %s.batch_size keeps all at work",
                 spec.address, accumulation, "es" * (accumulation > 1), ranks.size, spec.address, ranks.size, spec.address,
+            )  # fmt: skip
+        windows = None if accumulation is not None or not hasattr(spec.config, "steps") else getattr(spec.config, "batch_size", None)
+        if windows is not None and windows < ranks.size:
+            log.warning(
+                "%s: %d window%s a step for %d ranks: the others wait while it trains; %s.batch_size=%d keeps all at work",
+                spec.address, windows, "s" * (windows > 1), ranks.size, spec.address, ranks.size,
             )  # fmt: skip
 
 

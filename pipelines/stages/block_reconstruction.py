@@ -1,7 +1,8 @@
 """The recover stage block by block: each block learns to do what the dense one does to the hidden states that the blocks below, already
 recovered, hand in. Memory is one block, its dense twin and the hidden states, whatever the depth.
 
-A finished block is run as it was written, so a resumed stage goes on with the same bits. Several ranks do the same work. Knows the walk; the fitting is `recover/reconstruct`.
+A finished block is run as it was written, so a resumed stage goes on with the same bits. Of a training batch window w is of slot w % SLOTS, whose
+windows are computed together; slots and held-out batches belong to ranks, and so do their hidden states. Knows the walk; the fitting is `recover/reconstruct`.
 Legend: B batch, T tokens, D model width.
 """
 
@@ -11,29 +12,60 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...compress.weights import DenseWeight, StoredWeight
-from ...recover.compressed_linear import CompressedLinear, compressed_linears
+from ...recover.compressed_linear import CompressedLinear, cache_dense, compressed_linears
+from ...recover.peers import ReplicasDiffer
 from ...recover.reconstruct import Block, Fitted, Reconstruct, reconstruct
 from ...recover.recovery_methods import attach
 from ...recover.selection import where
 from ...recover.student import Batch
-from ..errors import UsageError
+from ..errors import InputError, UsageError
 from ..logs import bar
 from ..models.blocks import StreamedModel
 from ..models.hidden import HiddenStates, Room
 from ..models.source import load_config
 from ..models.structure import Site, skeleton
+from ..ranks.exchange import SLOTS
 from ..recipes.stage_settings import StageSpec
 from ..store.artifact import Artifact, ArtifactWriter
 from ..store.files import read_json, write_json
 from .context import Context, Outcome, check_stop
-from .writing import SLACK, InPlace, Trained, as_stored_before, audited, trained, untouched, write_block, write_rest
+from .writing import SLACK, InPlace, Trained, as_stored_before, audited, dense_cache_bytes, trained, untouched, write_block, write_rest
 
 UNDONE = "undone.json"
 """In a scratch directory: the whole had become worse (held-out losses before and after), and its parts are being written as the parent has
 them. A stage that is killed meanwhile goes on with that."""
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What is trained on and judged by, and which of it is here. `units`: token ids of a slot of a batch, by number; `batches` names those of each;
+    `held_out` by number."""
+
+    units: dict[int, Tensor]
+    batches: list[list[int]]
+    held_out: dict[int, Batch]
+    tokens: int
+    shapes: list[Tensor]
+    """Ids of every shape that there is, here or elsewhere."""
+
+    @classmethod
+    def of(cls, config: Reconstruct, context: Context) -> "_Text":
+        draw, ranks = context.inputs.training(config.seq_len, config.batch_size), context.ranks
+        drawn = [draw(i).ids for i in range(-(-config.samples // config.batch_size))]
+        held_out = context.inputs.held_out(config.seq_len, config.batch_size)
+        slots = min(SLOTS, config.batch_size)
+        units = {i * slots + slot: ids[slot::slots] for i, ids in enumerate(drawn) for slot in range(slots)}
+        shapes = {tuple(ids.shape): ids for ids in (*units.values(), *(batch.ids for batch in held_out))}
+        return cls(
+            {number: ids for number, ids in units.items() if ranks.owns(number % slots)},
+            [list(range(i * slots, (i + 1) * slots)) for i in range(len(drawn))],
+            {number: batch for number, batch in enumerate(held_out) if ranks.owns(number)},
+            sum(ids.numel() for ids in drawn),
+            list(shapes.values()),
+        )
 
 
 @dataclass
@@ -46,6 +78,7 @@ class _Walk:
     context: Context
     model: StreamedModel
     dense: StreamedModel
+    text: "_Text"
     hidden: HiddenStates
     start: HiddenStates
     now: HiddenStates
@@ -65,14 +98,13 @@ def reconstruct_blocks(parent: Artifact, writer: ArtifactWriter, spec: StageSpec
     config: Reconstruct = spec.config
     model = StreamedModel(parent, context.device, context.dtype, virtual=False)
     dense = StreamedModel(context.teacher, context.device, context.dtype, virtual=False)
-    draw = context.inputs.training(config.seq_len, config.batch_size)
-    ids = [draw(i).ids for i in range(-(-config.samples // config.batch_size))]
-    held_out = context.inputs.held_out(config.seq_len, config.batch_size)
-    for some in (ids[0], *(batch.ids for batch in held_out)):
-        dense.embed(some)  # what its blocks are called with, learnt while none of them is loaded
-    room = Room.measured(context.device, context.scratch, context.ranks.size)
-    hidden, start, now = (HiddenStates.of(map(model.embed, some), room) for some in (ids, *[[batch.ids for batch in held_out]] * 2))
-    walk = _Walk(parent, writer, spec, context, model, dense, hidden, start, now)
+    text = _Text.of(config, context)
+    for some in text.shapes:
+        for each in (model, dense):
+            each.embed(some)  # what its blocks are called with, learnt while none of them is loaded
+    room, held_out = Room.measured(context.device, context.scratch, context.ranks.size), [batch.ids for batch in text.held_out.values()]
+    hidden, start, now = (HiddenStates.of(map(model.embed, some), room) for some in (text.units.values(), held_out, held_out))
+    walk = _Walk(parent, writer, spec, context, model, dense, text, hidden, start, now)
     with bar(f"{spec.address} reconstruct, blocks", model.structure.blocks) as shown:
         for index in range(model.structure.blocks):
             _block(walk, index)
@@ -82,7 +114,7 @@ def reconstruct_blocks(parent: Artifact, writer: ArtifactWriter, spec: StageSpec
     if losses := ranks.broadcast(read_json(undone)["losses"] if ranks.leads and undone.is_file() else None):
         before, after = losses
     else:
-        before, after = _loss(model, walk.start, held_out), _loss(model, walk.now, held_out)
+        before, after = _loss(walk, walk.start), _loss(walk, walk.now)
     worse = not after <= before + SLACK
     if worse and ranks.leads:
         write_json(undone, {"losses": [before, after]})
@@ -90,7 +122,7 @@ def reconstruct_blocks(parent: Artifact, writer: ArtifactWriter, spec: StageSpec
         _undo(walk)
     write_rest(parent, writer, model, Trained())
     audited(parent, writer, spec.address, codes_move=False)
-    return _outcome(walk, before, after, worse, sum(i.numel() for i in ids))
+    return _outcome(walk, before, after, worse, text.tokens)
 
 
 def _block(walk: _Walk, index: int) -> None:
@@ -119,10 +151,12 @@ def _fitted(walk: _Walk, index: int) -> tuple[Trained, dict[str, Any]]:
     model, dense, context = walk.model, walk.dense, walk.context
     with torch.no_grad():
         dense.load_block(index)
-        pairs, checks = (states.paired(partial(dense.run_block, index)) for states in (walk.hidden, walk.now))
+        here = (walk.hidden, walk.text.units), (walk.now, walk.text.held_out)
+        pairs, checks = (states.paired(partial(dense.run_block, index), list(numbers)) for states, numbers in here)
     model.load_block(index, bind=InPlace(walk.parent, model.structure, context.device, context.dtype))
     model.model.requires_grad_(False)
     twins = {s.name: _dense_twin(dense, s, context.dtype) for s in model.structure.of_block(index)}
+    cache_dense(compressed_linears(model.model), dense_cache_bytes(context.device))  # each slot of a step would rebuild them
     chosen = {n for n in compressed_linears(model.model) if where(model.model, walk.config.targets, walk.config.layers).linear(n)}
 
     def attached(targets: tuple[str, ...]) -> Any:
@@ -131,13 +165,15 @@ def _fitted(walk: _Walk, index: int) -> tuple[Trained, dict[str, Any]]:
         return made
 
     block = Block(
-        model.model, lambda h: model.run_block(index, h), pairs, checks, twins,
-        frozenset(chosen), attached, context.seed + index, context.stop,
+        model.model, lambda h: model.run_block(index, h), pairs, walk.text.batches, checks, twins,
+        frozenset(chosen), attached, context.seed + index, context.stop, context.peers,
     )  # fmt: skip
     try:
         fitted = reconstruct(block, walk.config)
     except ValueError as error:
         raise UsageError(f"{walk.spec.address}: {error}") from error
+    except ReplicasDiffer as error:
+        raise InputError(f"{walk.spec.address}: {error}") from error
     found = trained(model.model, fitted.plain) if fitted.improved else Trained()
     model.unload_block(index)
     dense.unload_block(index)
@@ -156,15 +192,17 @@ def _said(index: int, fitted: Fitted, names: list[str]) -> dict[str, Any]:
     return {"block": index, "linears": names, "count": fitted.count, "diverged": list(fitted.diverged), **errors}
 
 
-def _loss(model: StreamedModel, hidden: HiddenStates, held_out: list[Batch]) -> float:
+def _loss(walk: _Walk, hidden: HiddenStates) -> float:
     """Mean negative log-likelihood of the held-out tokens that count."""
-    total, count = 0.0, 0
-    for states, batch in zip(hidden, held_out, strict=True):
+    found: dict[int, tuple[float, int]] = {}
+    for states, (number, batch) in zip(hidden, walk.text.held_out.items(), strict=True):
         targets = batch.targets().to(states.device)
         with torch.no_grad():
-            log_p = batch.predictions(model.logits(states)).float().log_softmax(-1)
-        total -= float(log_p.gather(-1, targets.unsqueeze(-1)).double().sum())
-        count += len(targets)
+            log_p = batch.predictions(walk.model.logits(states)).float().log_softmax(-1)
+        found[number] = float(log_p.gather(-1, targets.unsqueeze(-1)).double().sum()), len(targets)
+    total, count = 0.0, 0
+    for loss, tokens in walk.context.ranks.in_order(found).values():
+        total, count = total - loss, count + tokens
     return total / max(1, count)
 
 

@@ -252,7 +252,6 @@ def _notes(stage: Stage, chosen: list[Site]) -> list[str]:
     notes += said_of_rest(stage, [site for site in chosen if site.block is None])
     grid = getattr(stage.spec.config, "activations", None)
     if grid is not None:
-        notes.append(
-            f"inputs are rounded to {grid.bits} bits, per token in groups of {grid.group_size}: simulated in every perplexity, carried by no export"
-        )
+        groups = "" if grid.group_size == -1 else f" in groups of {grid.group_size}"
+        notes.append(f"inputs are rounded to {grid.bits} bits, per token{groups}: simulated in every perplexity, carried by no export")
     return notes

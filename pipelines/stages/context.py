@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..ranks.exchange import ONE, Ranks
+from ...recover.peers import Peers
+from ..ranks.exchange import ONE, OrderedSum, Ranks
 from ..store.artifact import Artifact
 from .inputs import Inputs
 
@@ -30,6 +32,11 @@ class Context:
     inputs: Inputs
     stop: Callable[[], bool]
     ranks: Ranks = ONE
+
+    @property
+    def peers(self) -> Peers:
+        """The ranks, as recovery knows them."""
+        return Peers(self.ranks.rank, self.ranks.size, self.ranks.gathered, partial(OrderedSum, self.ranks))
 
 
 @dataclass(frozen=True)

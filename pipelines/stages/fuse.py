@@ -1,19 +1,25 @@
 """The fuse stage: every compressed linear on the fastest kernel the device has, smoothing folded into the norms before it.
 
-The artifact keeps device-neutral tensors, hard-linked to its parent's where nothing was folded; which kernel runs is chosen when it
+With `integer_scales` it rounds once more: the scales of matrices with rounded inputs to two levels (`compress/integer_scales`), which its own
+perplexity measures. The artifact keeps device-neutral tensors, hard-linked to its parent's where nothing was changed; which kernel runs is chosen when it
 is opened, and kept in a cache of the device. Knows parts of an artifact; what a fold is is `folding`, how records become modules
 `binding`.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ...compress.integer_scales import refusal, with_integer_scales
+from ...compress.weights import StoredWeight, UniformWeight
 from ..devices.compute import free_bytes
 from ..evaluation.speed import resident_bytes, tokens_per_second
 from ..models.binding import KernelBinder
 from ..models.blocks import StreamedModel
-from ..models.folding import fold_block
+from ..models.folding import Folded, fold_block
 from ..models.loading import whole_model
 from ..models.rounded_inputs import raw_inputs
 from ..models.source import positions
@@ -29,8 +35,9 @@ def fuse(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: Con
     """Fold what can be folded, take the rest of the parent over, and let the whole model write a few tokens through the kernels, so that
     what cannot run is refused now."""
     notes: list[str] = []
-    if any("smooth" in description for description in parent.linears.values()):
-        notes += _fold(parent, writer, context)
+    smoothed = any("smooth" in description for description in parent.linears.values())
+    if smoothed or spec.config.integer_scales:
+        notes += _rewrite(parent, writer, context, smoothed, spec.config.integer_scales)
     for file in sorted(name for name in parent.manifest["files"] if name.endswith(".safetensors")):
         part = file.split(".")[0]
         if part not in writer.finished:
@@ -43,33 +50,62 @@ def fuse(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: Con
     return Outcome(metrics={"backends": dict(binder.backends), "resident_bytes": kept}, notes=notes, tokens_per_second=speed)
 
 
-def _fold(parent: Artifact, writer: ArtifactWriter, context: Context) -> list[str]:
-    """Parts of the blocks in which a norm took a smoothing vector up. Proven in float32, on whatever the first tokens' embeddings are."""
+def _rewrite(parent: Artifact, writer: ArtifactWriter, context: Context, smoothed: bool, integer_scales: bool) -> list[str]:
+    """Parts of the blocks: norms that took a smoothing vector up, proven in float32 on whatever the first tokens' embeddings are; then scales of
+    two levels."""
     model = StreamedModel(parent, context.device, torch.float32)
     vocabulary = model.model.get_input_embeddings().num_embeddings
-    hidden = model.embed(torch.arange(PROMPT_TOKENS).remainder(vocabulary).view(1, -1))
-    notes: list[str] = []
-    folds = 0
+    hidden = model.embed(torch.arange(PROMPT_TOKENS).remainder(vocabulary).view(1, -1)) if smoothed else None
+    made: list[dict[str, Any]] = []
     for index in range(model.structure.blocks):
         check_stop(context)
         part, prefix = f"block-{index:05d}", f"{model.structure.prefix}.{index}."
-        if part in writer.finished:
-            notes += writer.finished[part]["extra"].get("notes", [])
-            folds += writer.finished[part]["extra"].get("folds", 0)
+        if part not in writer.finished:
+            linears = {name: parent.stored(name).to(context.device) for name in parent.linears if name.startswith(prefix)}
+            folded = Folded({}, {}, ()) if hidden is None else _folded(model, index, prefix, linears, hidden)
+            linears |= folded.records
+            changed, said = _two_levels(linears) if integer_scales else ({}, {})
+            tensors = {**parent.plain(prefix), **folded.tensors}
+            vectors = sum(name.endswith(".weight") for name in folded.tensors)
+            records = linears | changed
+            writer.write_part(part, shards_of(tensors, records), records, {"notes": list(folded.notes), "folds": vectors, "levels": said})
+        made.append(writer.finished[part]["extra"])
+    notes = [f"{sum(extra.get('folds', 0) for extra in made)} smoothing vectors folded into the norms before them"] if smoothed else []
+    notes += [note for extra in made for note in extra.get("notes", [])]
+    return notes + (_levels_notes(made) if integer_scales else [])
+
+
+def _folded(model: StreamedModel, index: int, prefix: str, linears: dict[str, StoredWeight], hidden: Tensor) -> Folded:
+    block = model.load_block(index)
+    for module in block.modules():
+        raw_inputs(module)
+    folded = fold_block(block, prefix, linears, hidden, lambda h: model.run_block(index, h))
+    model.unload_block(index)
+    return folded
+
+
+def _two_levels(linears: dict[str, StoredWeight]) -> tuple[dict[str, StoredWeight], dict[str, float | str]]:
+    """(records whose scales are now of two levels, by the name of every matrix with rounded inputs how far its base moved, ‖Δ‖ / ‖base‖, or why it
+    stays)."""
+    changed: dict[str, StoredWeight] = {}
+    said: dict[str, float | str] = {}
+    for name, record in linears.items():
+        if record.activations is None:
             continue
-        block = model.load_block(index)
-        for module in block.modules():
-            raw_inputs(module)
-        linears = {name: parent.stored(name).to(context.device) for name in parent.linears if name.startswith(prefix)}
-        folded = fold_block(block, prefix, linears, hidden, lambda h, index=index: model.run_block(index, h))
-        model.unload_block(index)
-        linears |= folded.records
-        tensors = {**parent.plain(prefix), **folded.tensors}
-        vectors = sum(name.endswith(".weight") for name in folded.tensors)
-        writer.write_part(part, shards_of(tensors, linears), linears, {"notes": list(folded.notes), "folds": vectors})
-        notes += folded.notes
-        folds += vectors
-    return [f"{folds} smoothing vectors folded into the norms before them", *notes]
+        said[name] = refusal(record.base)
+        if isinstance(record.base, UniformWeight) and not said[name]:
+            changed[name] = replace(record, base=with_integer_scales(record.base))
+            before = record.base_dense()
+            said[name] = float((changed[name].base_dense() - before).norm() / before.norm().clamp(min=1e-30))
+    return changed, said
+
+
+def _levels_notes(made: Sequence[dict[str, Any]]) -> list[str]:
+    said = {name: value for extra in made for name, value in extra.get("levels", {}).items()}
+    moved = [value for value in said.values() if not isinstance(value, str)]
+    stay = [f"{name}: its scales stay as they are: {value}" for name, value in said.items() if isinstance(value, str)]
+    mean = f", which moved their weights by {sum(moved) / len(moved):.2%} of their norm in the mean" if moved else ""
+    return [f"scales of {len(moved)} matrices are whole numbers times one float an output{mean}", *stay[:10]]
 
 
 def _write_a_little(parent: Artifact, binder: KernelBinder, context: Context) -> tuple[float | None, int | None]:

@@ -3,7 +3,7 @@
 Knows the model's structure and the stage's settings; the maths is `compress/`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from ...compress.ranges import Bits
@@ -13,18 +13,19 @@ from ...compress.weights import StoredWeight
 from ..models.sizes import rounded_to_nearest
 from ..models.structure import Site, is_tied, shared_names, tied_names
 from ..store.artifact import shards_of
-from .matrices import Stage, current, described, solve, target
+from .matrices import Stage, current, described, target
+from .shared_inputs import Solved, solve_all
 
 
-def write_rest(stage: Stage, head: list[Site], statistics_of: Callable[[Site], InputStatistics]) -> list[dict[str, object]]:
-    """Rank 0: the last part of the artifact, and its rows of the report. `head`: the output head, when it is to be compressed."""
+def write_rest(stage: Stage, head: list[Site], statistics_of: Callable[[Site], InputStatistics]) -> list[dict[str, Any]]:
+    """The last part of the artifact, which rank 0 writes, and what is said of its matrices. `head`: the output head, when it is to be compressed."""
     if "rest" in stage.writer.finished:
         return stage.writer.finished["rest"]["extra"].get("layers", [])
-    statistics = {site.name: statistics_of(site) for site in head}
+    solved = solve_all(stage, head, {site.name: statistics_of(site) for site in head}) if head else ({}, {})
     if not stage.context.ranks.leads:
         stage.writer.write_part("rest", {}, {})
     else:
-        records, layers = _records(stage, head, statistics)
+        records, layers = _records(stage, head, solved)
         tied = tied_names(stage.model.model)
         replaced = {tied.get(f"{n}.weight", f"{n}.weight") for n in records}
         blocks = f"{stage.model.structure.prefix}."
@@ -35,18 +36,16 @@ def write_rest(stage: Stage, head: list[Site], statistics_of: Callable[[Site], I
 
 
 def _records(
-    stage: Stage, head: list[Site], statistics: Mapping[str, InputStatistics]
-) -> tuple[dict[str, StoredWeight], list[dict[str, object]]]:
+    stage: Stage, head: list[Site], solved: Solved
+) -> tuple[dict[str, StoredWeight], list[dict[str, Any]]]:
     """The parent's records outside the blocks, and the new ones, of which each replaces what held the same matrix."""
     blocks = f"{stage.model.structure.prefix}."
     records = {n: stage.parent.stored(n) for n in stage.parent.linears if not n.startswith(blocks)}
     layers = []
     structure = stage.model.structure
-    nearest = {
-        s: getattr(stage.spec, key) for key, s in rounded_to_nearest(stage.spec, structure, is_tied(stage.model.model, structure)).items()
-    }
+    nearest = {s: getattr(stage.spec, key) for key, s in rounded_to_nearest(stage.spec, structure, is_tied(stage.model.model, structure)).items()}
     for site in [*head, *nearest]:
-        made, layer = _rounded(stage, site, nearest[site]) if site in nearest else solve(stage, site, statistics)
+        made, layer = _rounded(stage, site, nearest[site]) if site in nearest else (solved[0][site.name], solved[1][site.name])
         for name in shared_names(stage.model.model, f"{site.module}.weight"):
             records.pop(name.removesuffix(".weight"), None)
         records[site.name] = made

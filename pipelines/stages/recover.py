@@ -8,7 +8,6 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,8 +19,9 @@ from ...recover.compressed_linear import cache_dense, compressed_linears
 from ...recover.losses import Objective
 from ...recover.memory import COPIES, training_memory
 from ...recover.merge import stored_loss
-from ...recover.peers import Peers, ReplicasDiffer
+from ...recover.peers import ReplicasDiffer
 from ...recover.recovery_methods import RECOVER, Gradients, attach, refusal, split
+from ...recover.sharded import local, shard, whole
 from ...recover.site import kinds
 from ...recover.student import Batch, Student, student_of
 from ...recover.train import Hooks, Progress, TrainingDiverged, TrainingText, TrainResult, batch_loss, train
@@ -34,7 +34,7 @@ from ..models.blocks import StreamedModel
 from ..models.loading import whole_model
 from ..models.source import load_config
 from ..models.structure import inspect, skeleton
-from ..ranks.exchange import OrderedSum, Ranks
+from ..ranks.exchange import LostRank, Ranks
 from ..recipes.stage_settings import StageSpec
 from ..store.artifact import Artifact, ArtifactWriter
 from ..store.kept import is_whole, keep, kept
@@ -42,8 +42,9 @@ from ..store.rundir import TRAINING_STATE
 from .block_reconstruction import reconstruct_blocks
 from .context import Context, Outcome
 from .requantize_trained import requantize_trained
+from .sharded_state import keep_parts, kept_parts
 from .teacher import streamed_teacher
-from .writing import SLACK, InPlace, Trained, as_stored_before, audited, trained, untouched, write_model
+from .writing import SLACK, InPlace, Trained, as_stored_before, audited, dense_cache_bytes, trained, untouched, write_model
 
 SMALL_STATE_BYTES = 200e6
 ROOM = 0.8
@@ -64,20 +65,25 @@ def recover(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: 
     batches, held_out = _texts(context, config)
 
     bare = skeleton(load_config(parent.directory))
-    structure = inspect(bare)
-    notes += untouched(own, config, bare, structure)
-    streamed = whole_model(parent, context.device, context.dtype, InPlace(parent, structure, context.device, context.dtype))
-    model = streamed.model.requires_grad_(False)
-    student = student_of(model)
-    gradients = Gradients(batches, lambda batch: batch_loss(student, batch, None, Objective("cross_entropy", 1.0)))
-    attached = _attached(parent, spec, streamed, context.seed, gradients)
-    student = attached.run or student
+    notes += untouched(own, config, bare, inspect(bare))
+    streamed, student, attached = _student(parent, spec, batches, context)
     config = replace(config, gradient_checkpointing=checkpoints(parent, config, attached, context))
-    cached = cache_dense(compressed_linears(model), _cache_budget(config, context.device))
-    memory = training_memory(model, attached, cached)
-    result, speed = _train(spec, model, student, attached, batches, held_out, config, context)
+    cached = cache_dense(compressed_linears(streamed.model), _cache_budget(config, context.device))
+    memory, parts = training_memory(streamed.model, attached, cached), _parts(own, context)
+    if parts:
+        shard(streamed.model, attached, context.ranks.mesh(context.device.type))
+        memory["trainable_bytes"] = COPIES * 4 * sum(local(t.parameter).numel() for t in attached.trainables.values())
+    result, speed = _train(spec, streamed.model, student, attached, batches, held_out, config, context)
     if not result.finished:
         raise KeyboardInterrupt
+    if parts:
+        values = {name: whole(t.parameter.detach()).clone() for name, t in attached.trainables.items()}
+        del streamed, student, attached
+        streamed, student, attached = _student(parent, spec, batches, context)
+        with torch.no_grad():
+            for name, trainable in attached.trainables.items():
+                trainable.parameter.copy_(values.pop(name))
+    model = streamed.model
     if attached.unrounded and result.improved:
         requantize_trained(parent, streamed, attached.unrounded, spec.address, context)
     kept, remarks = _as_kept(model, student, attached, held_out, result, spec)
@@ -93,6 +99,23 @@ def recover(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: 
         "tokens_per_second": speed,
     }
     return Outcome(layers, metrics, notes + remarks, attached.count())
+
+
+def _student(
+    parent: Artifact, spec: StageSpec, batches: Callable[[int], Batch], context: Context
+) -> tuple[StreamedModel, Student, Attached]:
+    """The whole model, with the method on it."""
+    structure = inspect(skeleton(load_config(parent.directory)))
+    streamed = whole_model(parent, context.device, context.dtype, InPlace(parent, structure, context.device, context.dtype))
+    student = student_of(streamed.model.requires_grad_(False))
+    gradients = Gradients(batches, lambda batch: batch_loss(student, batch, None, Objective("cross_entropy", 1.0)))
+    attached = _attached(parent, spec, streamed, context.seed, gradients)
+    return streamed, attached.run or student, attached
+
+
+def _parts(own: object, context: Context) -> bool:
+    """Whether ranks hold parts of what trains."""
+    return getattr(own, "shard", False) and context.ranks.size > 1
 
 
 def _attached(parent: Artifact, spec: StageSpec, streamed: StreamedModel, seed: int, gradients: Gradients) -> Attached:
@@ -162,7 +185,7 @@ def _cache_budget(config: TrainConfig, device: torch.device) -> float:
         return 0
     if config.cache_dense == "always":
         return float("inf")
-    return min(free_bytes(device) / 3, 2e9)
+    return dense_cache_bytes(device)
 
 
 # -- text ------------------------------------------------------------------------------------------------------------------------
@@ -192,10 +215,12 @@ def _train(
     """What training came to, and its tokens a second since this process took it up."""
     path = context.scratch / TRAINING_STATE
 
-    ranks = context.ranks
+    ranks, parts = context.ranks, _parts(spec.config, context)
 
     def save(state: TrainState) -> None:
-        if ranks.leads:
+        if parts:
+            keep_parts(context.scratch, state, ranks)
+        elif ranks.leads:
             keep(path, state.tensors, {"meta": json.dumps(state.meta)})
 
     every = saved_every(attached.count())
@@ -211,7 +236,8 @@ def _train(
         try:
             result = train(
                 model, attached, TrainingText(batches, held_out, teacher), config, student=student,
-                main=RECOVER[spec.method].main, resume=_saved(path, ranks), hooks=Hooks(save, every, progress, context.stop, _peers(ranks)),
+                main=RECOVER[spec.method].main, resume=kept_parts(context.scratch, attached, ranks) if parts else _saved(path, ranks),
+                hooks=Hooks(save, every, progress, context.stop, replace(context.peers, even=parts)),
             )  # fmt: skip
             return result, speed
         except TrainingDiverged as error:
@@ -220,6 +246,10 @@ def _train(
             ) from error
         except ReplicasDiffer as error:
             raise InputError(f"{spec.address}: {error}") from error
+        except RuntimeError as error:
+            if not parts or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise LostRank(f"the ranks lost one another ({str(error).strip().splitlines()[0]})") from error
 
 
 def saved_every(trained: float) -> int:
@@ -233,10 +263,6 @@ def own_batches(config: TrainConfig, ranks: Ranks) -> Sequence[int]:
         return range(config.steps * config.accumulation)
     own = range(ranks.rank, config.accumulation, ranks.size)
     return [step * config.accumulation + k for step in range(config.steps) for k in own]
-
-
-def _peers(ranks: Ranks) -> Peers:
-    return Peers(ranks.rank, ranks.size, ranks.gathered, partial(OrderedSum, ranks))
 
 
 def _saved(path: Path, ranks: Ranks) -> TrainState | None:

@@ -1,30 +1,52 @@
-"""Matrices that read one input, solved together where their method asks for it, spread over the ranks by what they cost. Knows who shares
-statistics; the maths is the method's."""
+"""Matrices that read one input, solved together where their method asks for it, spread over the ranks by what they cost; of the dearest, parts of
+their rows. Knows who shares statistics; the maths is the method's."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+from ...compress.block import BlockShare
+from ...compress.feedback import part_rows
 from ...compress.statistics import InputStatistics, LayerStatistics
 from ...compress.weights import StoredWeight
 from ..errors import InputError
 from ..models.structure import Site
+from ..ranks.exchange import SLOTS
 from .matrices import Stage, checked_target, current, described, solve
 
 Solved = tuple[dict[str, StoredWeight], dict[str, dict[str, Any]]]
-"""By site: the record, and its row of the report."""
+"""By site: the record, and what is said of it."""
 
 
 def solve_all(stage: Stage, sites: list[Site], statistics: Mapping[str, InputStatistics]) -> Solved:
-    """(records, their rows of the report) of sites whose inputs are known, on every rank."""
+    """(records, what is said of each) of sites whose inputs are known, on every rank."""
     ranks, units = stage.context.ranks, _together(stage, sites, statistics)
-    owners = spread([solving_cost(few) for few in units], ranks.size)
-    mine: dict[int, Solved] = {}
+    parts = row_parts(units, [stage.row.by_rows(stage.config_for(few[0])) for few in units])
+    owners = iter(spread([cost for costs in parts for cost in costs], ranks.size))
+    owned = [[next(owners) for _ in costs] for costs in parts]
+    mine, shared = dict[int, Solved](), dict[int, Solved]()
     for unit, few in enumerate(units):
-        if owners[unit] == ranks.rank:
+        if owned[unit] == [ranks.rank]:
             records, layers = _solve_one(stage, few[0], statistics) if len(few) == 1 else _solve_few(stage, few, statistics)
             mine[unit] = (records if ranks.size == 1 else {name: record.to("cpu") for name, record in records.items()}), layers
-    result = ranks.in_order(mine).values()
-    return {n: r for records, _ in result for n, r in records.items()}, {n: row for _, layers in result for n, row in layers.items()}
+    for unit, few in enumerate(units):  # behind its own, so that nobody waits for a rank that has others to solve
+        if len(owned[unit]) > 1:
+            share = BlockShare((), ranks.rank, ranks.size, ranks.gathered, spread=lambda costs, of_unit=owned[unit]: of_unit)
+            shared[unit] = _solve_few(stage, few, statistics, {"share": share})
+    found = [solved for _, solved in sorted((shared | ranks.in_order(mine)).items())]
+    return {n: r for records, _ in found for n, r in records.items()}, {n: said for _, layers in found for n, said in layers.items()}
+
+
+def row_parts(units: Sequence[Sequence[Site]], by_rows: Sequence[bool]) -> list[list[float]]:
+    """Of every unit what its parts cost: one, or where its method solves rows apart several parts of a unit that costs more than its share of
+    all. How many ranks there are is of no consequence: a part's bits may be others than a whole's."""
+    costs, found = [solving_cost(few) for few in units], list[list[float]]()
+    for few, apart, cost in zip(units, by_rows, costs, strict=True):
+        rows, columns = sum(site.shape[0] for site in few), few[0].shape[1]
+        height = part_rows(rows)
+        heights = [min(height, rows - start) for start in range(0, rows, height)] if apart and cost * SLOTS > sum(costs) else [rows]
+        found.append([float(some + columns) * columns**2 for some in heights])
+    return found
 
 
 def solving_cost(sites: Sequence[Site]) -> float:
@@ -43,14 +65,14 @@ def spread(costs: Sequence[float], size: int) -> list[int]:
 
 
 def _solve_one(stage: Stage, site: Site, statistics: Mapping[str, InputStatistics]) -> Solved:
-    record, row = solve(stage, site, statistics)
-    return {site.name: record}, {site.name: row}
+    record, said = solve(stage, site, statistics)
+    return {site.name: record}, {site.name: said}
 
 
 def _together(stage: Stage, sites: list[Site], statistics: Mapping[str, InputStatistics]) -> list[list[Site]]:
     """Those that read one input with one and the same config, where their method solves several at once and the config does not say
     `shared: false`; else one site each."""
-    groups: dict[object, list[Site]] = {}
+    groups: dict[Any, list[Site]] = {}
     for site in sites:
         config = stage.config_for(site)
         shares = stage.row.together is not None and getattr(config, "shared", True)
@@ -58,14 +80,16 @@ def _together(stage: Stage, sites: list[Site], statistics: Mapping[str, InputSta
     return list(groups.values())
 
 
-def _solve_few(stage: Stage, sites: list[Site], statistics: Mapping[str, InputStatistics]) -> Solved:
+def _solve_few(
+    stage: Stage, sites: list[Site], statistics: Mapping[str, InputStatistics], shared: Mapping[str, BlockShare] = MappingProxyType({})
+) -> Solved:
     assert stage.row.together is not None
     config = stage.config_for(sites[0])
     targets = {s.name: checked_target(stage, s, config) for s in sites}
     weights = {s.name: current(stage, s).to(stage.context.device) for s in sites}
     known = {s.name: LayerStatistics(statistics[s.name], stage.fisher.get(s.name)) for s in sites}
     try:
-        records, metrics = stage.row.together(weights, targets, known, config)
+        records, metrics = stage.row.together(weights, targets, known, config, **shared)
     except ValueError as error:
         one = any(str(error).startswith(f"{name}: ") for name in targets)
         raise InputError(str(error) if one else f"{', '.join(targets)}: {error}") from error

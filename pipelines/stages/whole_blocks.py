@@ -4,43 +4,61 @@ Knows the model's blocks; the training is `compress/block_training` and `compres
 Legend: B windows, T tokens, D model width.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...compress.block import BlockShare
 from ...compress.methods import BlockProblem
 from ...compress.statistics import InputStatistics, LayerStatistics
-from ...compress.weights import StoredWeight
+from ...compress.weights import StoredWeight, to_tensors
+from ...recover.peers import ReplicasDiffer
+from ..errors import InputError
+from ..evaluation.perplexity import batches
 from ..models.blocks import StreamedModel
 from ..models.hidden import HiddenStates
+from ..models.sharding import windows_by_slot
 from ..models.structure import Site
+from ..ranks.exchange import OrderedSum
 from .context import check_stop
 from .matrices import Stage, current, described, target
+from .shared_inputs import spread
 from .walked import States
 
 
 def solve_block(
     stage: Stage, states: States, index: int, sites: list[Site], statistics: dict[str, InputStatistics]
 ) -> tuple[dict[str, StoredWeight], list[dict[str, Any]]]:
-    """Hand the whole block to a method that trains it; every rank does that, on all of the text."""
+    """Hand the whole block to a method that trains it. Several ranks do that together: each has the windows of its slots."""
+    ranks, parts = stage.context.ranks, [*batches(*stage.calibration().shape)]
+    share = BlockShare(
+        windows_by_slot(parts), ranks.rank, ranks.size, ranks.gathered, partial(OrderedSum, ranks), lambda costs: spread(costs, ranks.size)
+    )
+    own = stage.share.windows(parts)
     targets = {s.name: target(stage, s) for s in sites}
     behind = _behind(stage, index)
-    inputs, outputs = stage.share.everywhere(states.hidden, stage.room), _dense_outputs(stage, states, [index, *behind])
+    outputs = _dense_outputs(stage, states, [index, *behind])
     layers = {s.name: LayerStatistics(statistics[s.name], stage.fisher.get(s.name)) for s in sites}
     problem = BlockProblem(
         {s.name: current(stage, s).to(stage.context.device) for s in sites},
         targets,
         _block_function(stage, index, sites, behind),
-        inputs.rows(),
-        outputs.rows(),
+        states.hidden.rows(own),
+        outputs.rows(own if len(outputs) else []),
         layers,
         stage.context.seed + index,
         _parts(stage, index, sites),
-        lambda batches: HiddenStates.of(batches, stage.room).rows(),
+        lambda kept: HiddenStates.of(kept, stage.room).rows(own),
         lambda: check_stop(stage.context),
+        share,
     )
     records, metrics = stage.row.function(problem, {s.name: stage.config_for(s) for s in sites})
+    try:
+        stage.context.peers.check({f"{name}.{part}": tensor for name, record in records.items() for part, tensor in to_tensors(record).items()})
+    except ReplicasDiffer as error:
+        raise InputError(f"{stage.spec.address}: {error}") from error
     for model in (stage.model, stage.dense):
         if model is not None:
             for number in behind:
@@ -54,8 +72,7 @@ def _dense_outputs(stage: Stage, states: States, blocks: list[int]) -> HiddenSta
         return HiddenStates(stage.room)
     assert stage.dense is not None and states.dense is not None
     with torch.no_grad():
-        outputs = HiddenStates.of((_through(stage.dense, blocks, h) for h in states.dense), stage.room)
-    return stage.share.everywhere(outputs, stage.room)
+        return HiddenStates.of((_through(stage.dense, blocks, h) for h in states.dense), stage.room)
 
 
 def _behind(stage: Stage, index: int) -> list[int]:

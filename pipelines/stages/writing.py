@@ -15,6 +15,7 @@ from ...recover.compressed_linear import compressed_linears, install
 from ...recover.fits import Chosen, left_alone
 from ...recover.merge import audit
 from ...recover.trainable import Attached, through
+from ..devices.compute import free_bytes
 from ..errors import QualityError
 from ..models.blocks import StreamedModel
 from ..models.structure import Site, Structure, set_parameter, tied_names
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 SLACK = 1e-6
 """Of a held-out loss in nats: what the order of a sum may change."""
+DENSE_CACHE_BYTES = 2e9
 FEW = 4
 """Matrices that a note names one by one."""
 
@@ -56,6 +58,11 @@ class InPlace:
         for name, record in records.items():
             set_parameter(model, name, record.dense(self.dtype).to(self.device))
         model.tie_weights()
+
+
+def dense_cache_bytes(device: torch.device) -> float:
+    """What rebuilt dense matrices may take: a third of what is free now, up to DENSE_CACHE_BYTES."""
+    return min(free_bytes(device) / 3, DENSE_CACHE_BYTES)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ APPEARING_SECONDS = 60.0
 RECIPE_CHECKSUM = "# checksum of the lines above: "
 TRAINING_STATE = "training.safetensors"
 """In the scratch directory of a stage that trains: where it is, to go on from."""
+TRAINING_PARTS, PARTS_META = "training.parts", "meta.json"
+"""The same where ranks hold parts: a directory, and what in it is no tensor."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from bitmend.compress.activation_grid import dequantize_activations, fake_quantize, quantize_activations
+from bitmend.compress.weights import ActivationGrid
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -28,3 +29,13 @@ def test_there_and_back_keeps_shape_and_dtype() -> None:
     assert made.shape == x.shape and made.dtype == torch.bfloat16
     codes, scales = quantize_activations(x.view(6, 40), 8, 16)
     assert torch.equal(made.view(6, 40), dequantize_activations(codes, scales, 16).to(torch.bfloat16))
+
+
+def test_one_scale_a_token() -> None:
+    x = torch.randn(5, 40, generator=torch.Generator().manual_seed(2))
+    codes, scales = quantize_activations(x, 8, -1)
+    assert scales.shape == (5, 1) and torch.equal(codes, quantize_activations(x, 8, 40)[0])
+    torch.testing.assert_close(dequantize_activations(codes, scales, -1), x, rtol=0, atol=float(scales.max()) / 1.99)
+    ActivationGrid(8, -1).divide(41)
+    with pytest.raises(ValueError, match="groups of at least 1, or -1 for one scale a token"):
+        ActivationGrid(8, 0)

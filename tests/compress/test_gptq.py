@@ -7,6 +7,7 @@ import torch
 from bitmend.compress import feedback
 from bitmend.compress import gptq as gptq_module
 from bitmend.compress import normal_float as nf
+from bitmend.compress.block import BlockShare
 from bitmend.compress.feedback import inverse_factor
 from bitmend.compress.gptq import GptqConfig, GptqNormalFloatConfig, corrected_target, gptq, gptq_book, gptq_nf, gptq_together, gptq_uniform
 from bitmend.compress.grids import Clip, UniformGrid, fit, round_to_grid
@@ -272,6 +273,29 @@ def test_together_or_one_by_one_is_the_same(settings, monkeypatch):
         assert metrics[name] == pytest.approx(found, rel=1e-5)
     places = [tensor.untyped_storage().data_ptr() for record in records.values() for tensor in to_tensors(record).values()]
     assert len(set(places)) == len(places), "records that share memory cannot be saved"
+
+
+@pytest.mark.parametrize("settings", [{"bits": 3, "correction": 0.5, "refit": 0.0}, {"symmetric": True, "first_order": 0.1}, {"bits": 2, "grid": "q2_k", "group_size": 16}])
+def test_rows_swept_apart_are_those_of_one_sweep(settings, monkeypatch, side_by_side):
+    """By three processes, by one that goes through the parts, and all at once as the CPU does."""
+    monkeypatch.setattr(feedback, "_ROWS", 40)
+    given, config = layer(90, 256, dtype=torch.float32), GptqConfig(**{"group_size": 32, **settings})
+    mask_OI = None if settings.get("bits") != 3 else given.weight_OI.abs() > 0.01
+    weights = {n: StoredWeight(DenseWeight(w)) for n, w in zip("ab", given.weight_OI.split(50), strict=True)}
+    if mask_OI is not None:
+        weights = {n: w.with_mask(m) for (n, w), m in zip(weights.items(), mask_OI.split(50), strict=True)}
+    targets = dict(zip("ab", given.weight_OI.split(50), strict=True))
+
+    def solved(share=None):
+        records, metrics = gptq_together(weights, targets, dict.fromkeys("ab", given.statistics), config, share)
+        return {f"{n}.{part}": tensor for n, record in records.items() for part, tensor in to_tensors(record).items()}, metrics
+
+    def of_three(together):
+        return solved(BlockShare((), together.rank, 3, together.gathered, spread=lambda costs: [2, 0, 2]))
+
+    expected, told = solved()
+    for tensors, metrics in [solved(BlockShare()), *side_by_side(3, of_three)]:
+        assert metrics == told and all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
 
 
 def test_together_what_cannot_be_is_refused_by_name_and_what_is_smoothed_goes_alone():

@@ -14,10 +14,11 @@ import pytest
 import torch
 from bitmend.kernels import timing
 from bitmend.pipelines import logs
-from bitmend.pipelines.bench import shape, synthetic
+from bitmend.pipelines.bench import model_speed, shape, synthetic
 from bitmend.pipelines.gpu import __main__ as gpu
 from bitmend.pipelines.gpu.child import Call, CardPlan
 from bitmend.pipelines.gpu.demo_runs import readme_table
+from bitmend.pipelines.models import decoding
 
 from .pretended import pretended_cuda
 
@@ -41,12 +42,16 @@ SHORT = (
 )
 STEP = ("recover.steps=1", "recover.batch_size=16", "recover.seq_len=64", "recover.eval_every=1")
 QUICK = ("prune.method=none", "decompose.method=zeroquant_v2", "recover.accumulation=1", "fuse.backend=reference")
+SPEEDS = ("bfloat16", "4 bits, rank 32")
 
 
 @pytest.fixture
 def plan(small_model: Path, small_text: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CardPlan:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "choices"))
     monkeypatch.setitem(synthetic.SHAPES, "tiny", synthetic.Shape(2, 64, 128, 4, 2, 96))
+    for name, value in (("NEW_TOKENS", 2), ("PROMPT", 2), ("READ", 4), ("VARIANTS", {name: model_speed.VARIANTS[name] for name in SPEEDS})):
+        monkeypatch.setattr(model_speed, name, value)
+    monkeypatch.setattr(decoding, "WARM_UP", 1)
     few = {"calibration": {"samples": 8, "seq_len": 64}, "evaluation": {"seq_len": 64, "windows": 2}}
     monkeypatch.setattr(shape, "STANDARD", few)
     monkeypatch.setattr(timing, "peaks", lambda device, protocol: {"gigabytes_per_second": 1.0, "teraflops": 1.0})
@@ -54,6 +59,7 @@ def plan(small_model: Path, small_text: Path, monkeypatch: pytest.MonkeyPatch, t
     return CardPlan(
         model=str(small_model), data=str(small_text), sets=(*SHORT, *STEP, *QUICK), dtypes=("float32",), shape=("tiny", 2),
         shape_rows=(("quantize", "rtn"), ("recover", "scales")), kernels=("--quick", "--layers", "64x128", "--ranks", "0", "--rows", "2"),
+        decode=("--shape", "tiny", "--blocks", "1", "--repeats", "1"),
         training=(*SHORT, *STEP, "dtype=float32"),
     )  # fmt: skip
 
@@ -85,11 +91,11 @@ def make_gpu(tmp_path: Path, plan: CardPlan, *arguments: str, seconds: float = 6
 def test_every_part_leaves_rows_and_is_not_run_again(
     tmp_path: Path, plan: CardPlan, in_here: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parts = ("demo", "shape", "kernels", "train")
+    parts = ("demo", "shape", "kernels", "decode", "train")
     code, found = make_gpu(tmp_path, plan, *parts)
     said = capsys.readouterr().out
     assert code == 0 and said.startswith("pretended, torch"), said
-    assert [found[name]["left"] for name in parts] == [[], [], [], []]
+    assert [found[name]["left"] for name in parts] == [[], [], [], [], []]
     assert list(found["demo"]["rows"]) == [f"float32 {name}" for name in ("baseline", "quantize", "decompose", "recover", "fuse")]
     assert all(row["perplexity"] > 1 and row["dtype"] == "float32" for row in found["demo"]["rows"].values())
     rtn, scales = found["shape"]["rows"].values()
@@ -97,6 +103,9 @@ def test_every_part_leaves_rows_and_is_not_run_again(
     assert scales["seconds_per_step"] > 0 and scales["device_peak_bytes"] > 0
     variants = {row["variant"] for row in found["kernels"]["rows"].values()}
     assert {"torch bfloat16", "torch int4"} <= variants and "| torch int4 |" in (tmp_path / "out" / "gpu-pretended.md").read_text()
+    assert list(found["decode"]["rows"]) == [f"{variant} {regime}" for variant in SPEEDS for regime in ("decode", "prefill")]
+    assert all(row["times_bfloat16"] > 0 and row["blocks"] == 1 for row in found["decode"]["rows"].values())
+    assert found["decode"]["rows"]["4 bits, rank 32 decode"]["backends"] == "triton 7"
     assert found["train"]["rows"]["recover"]["steps"] == 1 and found["train"]["rows"]["recover"]["tokens_per_second"] > 0
 
     in_here.clear()

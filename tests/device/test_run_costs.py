@@ -117,6 +117,14 @@ SLOW: dict[str, list[dict[str, Any]]] = {
     "caldera": [RTN, {"decompose": {"method": "caldera", "rank": 4, "iterations": 1}}],
     "best": [RTN, {"decompose": {"method": "best", "rank": 4, "iterations": 2}}],
     "reconstruct": [RTN, {"recover": {"method": "reconstruct", "steps": 2, "samples": 8, "seq_len": 128}}],
+    "reconstruct, factors under a mask": [
+        {"prune": {"method": "magnitude"}},
+        {"recover": {"method": "reconstruct", "steps": 2, "samples": 8, "seq_len": 128}},
+    ],
+    "reconstruct, weights": [
+        {"prune": {"method": "magnitude"}},
+        {"recover": {"method": "reconstruct", "train": "weights", "steps": 2, "samples": 8, "seq_len": 128}},
+    ],
 }
 
 

@@ -23,7 +23,7 @@ def test_rows_are_complete_and_written(tmp_path: Path, device: str) -> None:
     assert {(row["rows"], row["rank"]) for row in measured["rows"]} == {(1, 0), (1, 8), (3, 0), (3, 8)}
     for rank, needed in (
         (0, ("torch bfloat16", "dequantize then matmul", "without rank")),
-        (8, ("torch bfloat16", "unfused rank", "fused")),
+        (8, ("torch bfloat16", "torch bfloat16, unfused rank", "unfused rank", "fused")),
     ):
         variants = {row["variant"] for row in measured["rows"] if row["rank"] == rank}
         assert all(any(name in variant for variant in variants) for name in needed), variants
@@ -62,9 +62,24 @@ def test_torchs_int4_multiplies_with_the_same_weights() -> None:
     assert 0 < error <= allowed and kept == 128 * 256 // 2 + 128 * 4 * 2 * 2
     for other in (
         bench.synthetic(TINY.layers[0], 3, 0, None, torch.device("cpu")),
-        bench.synthetic(TINY.layers[0], 4, 8, None, torch.device("cpu")),
+        bench.synthetic(TINY.layers[0], 4, 0, 8, torch.device("cpu")),
     ):
         assert bench.rivals(other) == {}
+    ranked = bench.synthetic(bench.Layer("own", 128, 256), 4, 8, None, torch.device("cpu"))
+    call, more = bench.rivals(ranked)["torch int4, unfused rank"]()
+    error, allowed = bench.check(ranked, call, torch.randn(3, 256).bfloat16(), 2.0)
+    assert 0 < error <= allowed and more == kept + 2 * 8 * (128 + 256)
+
+
+def test_two_levels_are_rows_of_their_own(device: str) -> None:
+    """Against their own definition: the weight is another one."""
+    plan = replace(TINY, rows=(3,), activation_bits=(8,), two_levels=True)
+    measured = bench.run(device, plan=plan, protocol=QUICK)
+    assert measured["refused"] == []
+    found = {(row["operator"], row["rank"]): row for row in measured["rows"]}
+    assert {("W4A8", 0), ("W4A8", 8), ("W4A8, two levels", 0), ("W4A8, two levels", 8)} <= set(found)
+    stored = bench.synthetic(TINY.layers[0], 4, 8, 8, torch.device("cpu"), two_levels=True)
+    assert stored.activations is not None and stored.activations.group_size == -1
 
 
 def test_an_operator_of_others_that_cannot_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
@@ -90,7 +105,8 @@ def test_times_stand_beside_bfloat16_of_as_many_rows() -> None:
 
 def test_the_quick_plan_is_a_cards(capsys: pytest.CaptureFixture[str]) -> None:
     plan = bench.PLANS["cuda, quick"]
-    assert {(layer.out, layer.inputs) for layer in plan.layers} == {(4096, 4096), (28672, 4096), (4096, 14336)} and plan.ranks == (0, 32)
+    assert {(layer.out, layer.inputs) for layer in plan.layers} == {(4096, 4096), (28672, 4096), (4096, 14336)} and plan.ranks == (0, 32) and plan.two_levels
+    assert not any(bench.PLANS[name].two_levels for name in ("cpu", "cpu, full")), "its kernels are a card's"
     with pytest.raises(SystemExit, match="2"):
         bench.main(["--quick", "--device", "cpu"])
     assert "--quick is a plan of a card's" in capsys.readouterr().err

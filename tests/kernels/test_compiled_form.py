@@ -10,7 +10,7 @@ import pytest
 import triton
 from bitmend.kernels import compiled_form
 from bitmend.kernels.candidates import G16, WHOLE
-from bitmend.kernels.compiled_form import CAPABILITIES, compiled, configurations, default_for, integer_launches, launches
+from bitmend.kernels.compiled_form import CAPABILITIES, INTEGER_ROWS, compiled, configurations, default_for, integer_launches, launches
 from bitmend.kernels.launch import INTERPRETED
 from bitmend.reports import published
 
@@ -49,6 +49,10 @@ def test_the_published_table_is_of_these_configurations_and_none_spills() -> Non
             options = launch.options
             shape = options.get("BLOCK_N"), options.get("BLOCK_M"), options["num_warps"], options["num_stages"], count
             assert ("sm_90", launch.kernel.__name__, *shape) in listed, (blocks, "make publish TABLE=kernels-static")
+    for count in INTEGER_ROWS:
+        for blocks, _, launch in (found for x_group in (64, -1) for found in integer_launches(count, x_group)):
+            shape = launch.options.get("BLOCK_N"), launch.options["BLOCK_M"], launch.options["num_warps"], launch.options["num_stages"], count
+            assert ("sm_90", launch.kernel.__name__, *shape) in listed, (blocks, "make publish TABLE=kernels-static")
 
 
 def test_every_default_is_compiled() -> None:
@@ -61,7 +65,9 @@ def test_every_default_is_compiled() -> None:
 def test_launches_need_no_memory() -> None:
     names = [launch.kernel.__name__ for launch in launches(1, G16)]
     assert names == ["project_kernel", "gemv_kernel"] and [launch.kernel.__name__ for launch in launches(2048, WHOLE)] == ["dequantize_kernel"]
-    assert [launch.kernel.__name__ for launch in integer_launches(64)] == ["_quantize_down_kernel", "_lowbit_kernel"]
+    for x_group, names in ((64, ["_quantize_down_kernel", "_lowbit_kernel"]), (-1, ["_quantize_rows_kernel", "_levels_kernel"])):
+        found = [launch.kernel.__name__ for _, _, launch in integer_launches(64, x_group)]
+        assert list(dict.fromkeys(found)) == names and found.count(names[0]) == 1
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter's refusal")

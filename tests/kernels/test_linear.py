@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitmend.compress.integer_scales import with_integer_scales
 from bitmend.compress.weights import ActivationGrid, DenseWeight, LowRank, SparseDelta, StoredWeight, UniformWeight
 from bitmend.kernels.linear import Backend, bind, bind_group, describe, resident_bytes
 from bitmend.kernels.operators import rounded
@@ -53,6 +54,9 @@ WEIGHTS = {
     "W4A8": lambda uniform, pair, normal_float: StoredWeight(
         uniform(96, 192, 4), low_rank=pair(96, 192, 8), smooth=torch.rand(192) + 0.5, activations=ActivationGrid(8)
     ),
+    "W4A8, two levels": lambda uniform, pair, normal_float: StoredWeight(
+        with_integer_scales(uniform(96, 192, 4)), None, pair(96, 192, 8), torch.rand(192) + 0.5, activations=ActivationGrid(8, -1)
+    ).with_mask(torch.rand(96, 192) > 0.5),
     "delta": lambda uniform, pair, normal_float: StoredWeight(
         uniform(96, 192, 4), delta=SparseDelta(torch.randperm(96 * 192)[:50].int(), torch.randn(50))
     ),
@@ -105,6 +109,7 @@ def test_bind_multiplies_as_defined(
         assert backend == "triton" and kind in NOT_IN_TRITON, error
         assert NOT_IN_TRITON[kind] in str(error)
         return
+    assert (kind == "W4A8, two levels" and module.backend == "triton") == ("two levels" in module.reason)
     assert module.reason and module.backend in ("cpu-int4", "cpu-int8", "triton", "dense", "reference")
     assert not (backend == "triton" and kind in NOT_IN_TRITON)
     for shape in ((1, 192), (2, 3, 192), (70, 192)):

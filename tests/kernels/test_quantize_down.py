@@ -40,12 +40,28 @@ def test_ranks(rank: int, dtype: torch.dtype, device: str) -> None:
     assert int((codes.int() - expected.int()).abs().max()) <= 1
 
 
-@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("rows, inputs", [(1, 77), (19, 200)])
+def test_one_scale_a_token(rows: int, inputs: int, device: str) -> None:
+    x, smooth = torch.randn(inputs, rows, device=device).half().t(), torch.rand(inputs, device=device) + 0.5
+    x[0] = 0
+    down = (torch.randn(24, inputs, device=device) / inputs**0.5).half()
+    codes, scales, h = quantize_down(x, smooth, down, group_size=-1)
+    expected, expected_scales, expected_h = reference.quantize_down(x, smooth, down, group_size=-1)
+    assert scales.shape == (rows, 1) and h is not None and expected_h is not None and not codes[0].any() and scales[0] == 0
+    assert int((codes.int() - expected.int()).abs().max()) <= (device != "cpu")
+    torch.testing.assert_close(scales, expected_scales, rtol=1e-6, atol=0)
+    torch.testing.assert_close(h.sum(0), expected_h, rtol=1e-5, atol=1e-5)
+    for a, b in zip((codes, scales, h), quantize_down(x.contiguous(), smooth, down, group_size=-1), strict=True):
+        assert b is not None and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 def test_rounding_errs_by_half_a_step(group_size: int, device: str) -> None:
     x = torch.randn(5, 256, device=device)
     codes, scales, h = quantize_down(x, bits=8, group_size=group_size)
     assert h is None
-    step = scales.repeat_interleave(group_size, dim=1)
+    step = scales.repeat_interleave(256 if group_size == -1 else group_size, dim=1)
     assert bool(((codes * step - x).abs() <= step / 2 * 1.001).all())
     torch.testing.assert_close(dequantize_activations(codes, scales, group_size), fake_quantize(x, 8, group_size))
 

@@ -94,7 +94,7 @@ def ends(hint: Any) -> list[Any]:
         elif get_origin(kind) is tuple:
             found += [[item] for item in ends(get_args(kind)[0])]
         else:
-            found += [{"bits": bits, "group_size": size} for bits in (4, 8) for size in limits(*members(_hint(kind, "group_size"))[0])]
+            found += [{"bits": bits, "group_size": size} for bits in (4, 8) for size in ends(_hint(kind, "group_size"))]
     return found
 
 

@@ -1,7 +1,7 @@
 """A rank's part of stages, without the runner: every stage of each chain on the artifact before it. Run as code of `Processes.ranks`.
 
 Arguments in BITMEND_RANKED (json): place, model, text, chains (name → stages of a recipe), sections,
-stops (name of a chain → which time it asks whether to stop it is told to).
+rows (of a matrix that are swept at once), stops (name of a chain → which time it asks whether to stop it is told to).
 """
 
 import json
@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from bitmend.compress import feedback
 from bitmend.pipelines import stages
 from bitmend.pipelines.evaluation import perplexity
 from bitmend.pipelines.ranks import joining as world
@@ -23,6 +24,7 @@ from bitmend.pipelines.store.artifact import Artifact, ArtifactWriter, open_arti
 
 asked = json.loads(os.environ["BITMEND_RANKED"])
 perplexity.TOKENS_AT_ONCE, texts.HELD_OUT_TOKENS = asked["tokens_at_once"], asked["held_out_tokens"]
+feedback._ROWS = asked["rows"]
 walked.SECONDS = 0.0  # so short a stage leaves no hidden states else
 place, model = Path(asked["place"]), Path(asked["model"])
 ranks = world.join()

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from bitmend.compress.weights import to_tensors
 from bitmend.recover.compressed_linear import compressed_linears, install
 from bitmend.recover.merge import audit
+from bitmend.recover.peers import Peers
 from bitmend.recover.reconstruct import TRAINS, Block, Reconstruct, block_error, reconstruct, resolved
 from bitmend.recover.recovery_methods import attach, refusal
 from bitmend.recover.site import kinds
@@ -40,8 +42,9 @@ def problem(kind: str = "2:4", config: Reconstruct | None = None, stop: Any = No
     return Block(
         model,
         lambda x: run(model, x),
-        pairs[:-1],
-        pairs[-1:],
+        dict(enumerate(pairs[:-1])),
+        [[number] for number in range(len(pairs) - 1)],
+        dict(enumerate(pairs[-1:])),
         {n: dense.get_submodule(n) for n in names},
         names,
         attached,
@@ -92,6 +95,37 @@ def test_the_same_seed_gives_the_same_bits_and_the_windows_differ() -> None:
         reconstruct(given, config)
         found.append(torch.cat([r.base.weight.view(-1) for r in records(given).values()]))
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(("train", "kind"), [("mask_lora", "2:4"), ("scales", "3-bit")])
+def test_the_bits_do_not_depend_on_the_number_of_processes(train: Any, kind: str, side_by_side: Any) -> None:
+    """A step's four windows are of four slots; each process has its own, one of eight none."""
+    config = Reconstruct(train=train, window="split", steps=4, rank=4)
+
+    def share(peers: Peers) -> Block:
+        given = problem(kind, config)
+        windows = [(batch[0][slot : slot + 1], batch[1][slot : slot + 1]) for _, batch in sorted(given.pairs.items()) for slot in range(4)]
+        given.pairs = {number: pair for number, pair in enumerate(windows) if number % 4 % peers.size == peers.rank}
+        given.batches = [[*range(number, number + 4)] for number in range(0, len(windows), 4)]
+        given.checks = {number: pair for number, pair in given.checks.items() if number % peers.size == peers.rank}
+        given.peers = peers
+        return given
+
+    def fitted(given: Block) -> Any:
+        return reconstruct(given, config), {f"{n}.{k}": t for n, r in records(given).items() for k, t in to_tensors(r).items()}
+
+    expected, tensors = fitted(share(Peers()))
+    assert expected.improved
+    for size in (2, 8):
+        shares = [share(Peers(rank, size)) for rank in range(size)]  # models come of one generator of random numbers
+
+        def work(together: Any, shares: list[Block] = shares) -> Any:
+            given = shares[together.rank]
+            given.peers = replace(given.peers, gathered=together.gathered, ordered_sum=together.ordered_sum)
+            return fitted(given)
+
+        for found, others in side_by_side(size, work):
+            assert found == expected and all(torch.equal(others[name], tensor) for name, tensor in tensors.items())
 
 
 def test_norms_beside_train_in_the_window_of_the_linear_that_follows() -> None:

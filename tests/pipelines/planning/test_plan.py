@@ -121,6 +121,14 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
         "recover: diff_pruning cannot serve this model: its delta sees the raw input",
     ),
     "factors of nothing": ([{"quantize": {"method": "nf4"}}, {"recover": {"method": "loftq"}}], "put a decompose stage before it"),
+    "whole scales where no input is rounded": (
+        [{"quantize": {"method": "rtn", "group_size": 32}}, {"fuse": {"integer_scales": True}}],
+        "fuse.integer_scales: true would not be read: no matrix has its inputs rounded; set quantize.activations",
+    ),
+    "whole scales of eight bits": (
+        [{"quantize": {"method": "rtn", "bits": 8, "group_size": 32, "activations": {"bits": 8}}}, {"fuse": {"integer_scales": True}}],
+        "fuse.integer_scales: true would not be read: no matrix with rounded inputs lies on a uniform grid of at most 4 bits",
+    ),
     "long batches": ([{"recover": {"method": "lora", "seq_len": 600}}], "recover.seq_len 600 is above the 512 positions"),
 }  # fmt: skip
 
@@ -159,6 +167,17 @@ def test_a_dry_run_does_nothing(commands: Processes, small_model: Path, small_te
     assert not (tmp_path / "run").exists()
     assert commands.run([*arguments, "--dry-run", "--set", "quantize.group_size=48"], tmp_path / "log") == 2
     assert "error: this run would be refused: quantize: model.layers.0" in (tmp_path / "log").read_text()
+
+
+def test_the_number_of_ranks_is_in_the_keys_of_what_trains_in_parts_alone(small_model: Path, small_text: Path, tmp_path: Path) -> None:
+    def keys(ranks: int, **settings: bool) -> list[str]:
+        recipe = chosen(tmp_path, small_model, small_text, [{"quantize": {"method": "rtn"}}, {"recover": {"method": "qat", **settings}}])
+        compute = Compute(torch.device("cpu"), torch.float32)
+        return [step.key for step in steps.plan_steps(recipe, small_model, Inputs(recipe, small_model), compute, ranks=ranks)]
+
+    assert keys(1) == keys(2) == keys(1, shard=True)
+    two, four = keys(2, shard=True), keys(4, shard=True)
+    assert two[:-1] == four[:-1] == keys(1)[:-1] and len({two[-1], four[-1], keys(1)[-1]}) == 3
 
 
 def test_the_order_of_sums_is_in_the_keys_of_stages_that_read_calibration_text(

@@ -142,6 +142,19 @@ def test_a_sum_travels_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert exchange.SLOTS == 8
 
 
+def test_what_lies_in_parts_is_sent_by_all_to_all() -> None:
+    found = Exchange("weights", "parts", 600.0, 4, 5, 2.0)
+    assert (found.calls(3), found.sent(3)) == (2 * 2, 2 * 2 * 2 * 600 * 4 / 3) and found.calls(1) == found.sent(1) == 0
+    found = []
+    for shard in ("false", "true"):
+        rows = plan_of("8b", *FULL, f"recover.shard={shard}", sizes=(1, 8))[0]["stages"]
+        found.append({row["ranks"]: row for row in rows if row["stage"] == "recover"})
+    whole, parted = found
+    assert whole[1]["seconds"] == parted[1]["seconds"] and parted[1]["device_bytes"] == pytest.approx(whole[1]["device_bytes"], rel=1e-3)
+    assert parted[8]["device_bytes"] < 0.4 * whole[8]["device_bytes"]
+
+
+FULL = ("quantize.method=none", "decompose.method=none", "prune.method=none", "recover.method=full", "recover.accumulation=8")
 COUNTED = """
 import os
 import torch
@@ -153,9 +166,18 @@ assert process_scaling.main([{recipe!r}, {run!r}, {answer!r} + os.environ["RANK"
 TRAINED = {"method": "lora", "rank": 2, "steps": 3, "batch_size": 1, "seq_len": 64, "accumulation": 3, "eval_every": 2, "loss": "cross_entropy"}
 
 
-def test_collectives_and_their_bytes_are_those_of_the_plan(commands: Processes, small_model: Path, small_text: Path, tmp_path: Path) -> None:
+BY_MATRIX = [{"quantize": {"method": "gptq", "group_size": 32}}, {"recover": TRAINED}]
+BY_BLOCK = [
+    {"quantize": {"method": "block_training", "group_size": 32, "steps": 2, "batch_size": 3, "window": "sub_block"}},
+    {"recover": {"method": "reconstruct", "train": "lora", "norms": False, "rank": 2, "steps": 3, "batch_size": 3, "samples": 6, "seq_len": 64}},
+]
+
+
+@pytest.mark.parametrize("stages", [BY_MATRIX, pytest.param(BY_BLOCK, marks=pytest.mark.slow)])
+def test_collectives_and_their_bytes_are_those_of_the_plan(
+    stages: list[dict[str, Any]], commands: Processes, small_model: Path, small_text: Path, tmp_path: Path
+) -> None:
     """Of sums to the byte; of objects, which are pickled, within what a pickle adds."""
-    stages = [{"quantize": {"method": "gptq", "group_size": 32}}, {"recover": TRAINED}]
     recipe = chosen(tmp_path, small_model, small_text, stages, calibration={"samples": 40, "seq_len": 128}, evaluation={"seq_len": 64, "windows": 2})
     (tmp_path / "resolved.yaml").write_text(recipe.to_yaml())
     code = COUNTED.format(recipe=str(tmp_path / "resolved.yaml"), run=str(tmp_path / "run"), answer=str(tmp_path / "answer"))
@@ -169,7 +191,7 @@ def test_collectives_and_their_bytes_are_those_of_the_plan(commands: Processes, 
         handed = [[event.sent for event in of_rank if event.kind == "all_to_all_single"] for of_rank in events]
         assert sum(map(len, handed)) == 2 * sum(x.times * math.ceil(x.units / 2) for x in sums)
         added = sum(x.times * x.itemsize * math.ceil(x.units / 2) * (math.ceil(x.numbers / 2) + 1) for x in sums)
-        assert [sum(of_rank) for of_rank in handed] == [added, added] and sums[0].units == 3
+        assert [sum(of_rank) for of_rank in handed] == [added, added] and {x.units for x in sums} == {3}
         counted = [event for event in events[0] if event.kind in ("all_to_all_single", "all_gather", "broadcast")]
         assert len(counted) == sum(exchange.calls(2) for exchange in exchanges), stage
         sent = sum(exchange.sent(2) for exchange in exchanges)

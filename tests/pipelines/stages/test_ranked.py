@@ -10,10 +10,11 @@ import safetensors.torch
 import torch
 from bitmend.compress.methods import DECOMPOSE, PRUNE, QUANTIZE
 from bitmend.pipelines.models.sharding import BatchShare
+from bitmend.pipelines.models.structure import Site
 from bitmend.pipelines.ranks.exchange import SLOTS, Ranks
 from bitmend.pipelines.recipes.recipe import resolve
 from bitmend.pipelines.stages.inputs import Inputs
-from bitmend.pipelines.stages.shared_inputs import spread
+from bitmend.pipelines.stages.shared_inputs import row_parts, spread
 from bitmend.pipelines.store.files import sha256
 from bitmend.pipelines.store.rundir import TRAINING_STATE
 from bitmend.recover.recovery_methods import RECOVER
@@ -23,9 +24,12 @@ from ..runs import Processes
 
 CODE = Path(__file__).parents[1].joinpath("ranked.py").read_text(encoding="utf-8")
 SECTIONS = {"calibration": {"samples": 10, "seq_len": 64}, "evaluation": {"seq_len": 32, "windows": 1}}
+ROWS = 80
+"""The most that a sweep takes at once: of the wider matrices ranks have parts."""
 GRID = {"bits": 3, "group_size": 32}
 TERM = {"rank": 2}
 TRAIN = {"steps": 2, "batch_size": 2, "seq_len": 32, "accumulation": 3, "eval_every": 1}
+FITTED = {"steps": 2, "samples": 6, "batch_size": 3, "seq_len": 32}
 Chain = list[dict[str, Any]]
 Chains = dict[str, Chain]
 SHORT: Chains = {
@@ -35,7 +39,7 @@ SHORT: Chains = {
         {"decompose": {"method": "lq_lora", "iterations": 1, **TERM}},
     ],
     "block": [{"quantize": {"method": "learned_rounding", "steps": 2, "batch_size": 3, "seq_len": 48, **GRID}}],
-    "pruned": [{"prune": {"method": "wanda"}}, {"recover": {"method": "perp", **TRAIN}}],
+    "pruned": [{"prune": {"method": "wanda"}}, {"recover": {"method": "perp", **TRAIN}}, {"recover": {"method": "reconstruct", **FITTED}}],
     "rounded": [
         {"quantize": {"method": "rtn", "clip": "hessian", **GRID}},
         {"recover": {"method": "scales", "norms": True, "loss": "both", **TRAIN}},
@@ -53,7 +57,7 @@ BRIEF: dict[str, dict[str, Any]] = {
     "learned_rounding": {"steps": 2, "batch_size": 3, "seq_len": 48},
     "block_training": {"steps": 2, "batch_size": 3, "seq_len": 48, "window": "two_blocks"},
     "svdquant": {"iterations": 2, "smoothing_steps": 2},
-    "reconstruct": {"steps": 2, "samples": 6, "batch_size": 2, "seq_len": 32},
+    "reconstruct": FITTED,
 }
 """Settings of methods that have no steps or would take minutes."""
 
@@ -87,7 +91,7 @@ def artifacts(place: Path) -> dict[str, str]:
 
 def made(commands: Processes, size: int, place: Path, stops: dict[str, int] | None = None, **asked: Any) -> tuple[dict[str, str], str]:
     """What `size` processes leave, and what rank 0 says."""
-    told = {"place": str(place), "tokens_at_once": 64, "held_out_tokens": 320, "sections": SECTIONS, "stops": stops or {}, **asked}
+    told = {"place": str(place), "tokens_at_once": 64, "held_out_tokens": 320, "rows": ROWS, "sections": SECTIONS, "stops": stops or {}, **asked}
     log = place.with_suffix(".log")
     codes = commands.ranks(size, log, code=CODE, environments=[{"BITMEND_RANKED": json.dumps(told)}] * size)
     assert codes == [0] * size, [Path(f"{log}.{rank}").read_text()[-3000:] for rank in range(size)]
@@ -162,7 +166,7 @@ def test_a_bad_input_of_one_rank_is_an_error_of_all(llama: Alone, commands: Proc
     rare = next(t for t in ids_NT[1].tolist() if [int((row == t).any()) for row in ids_NT] == [0, 1] + [0] * 8)
     text["model.embed_tokens.weight"][rare] = torch.nan
     safetensors.torch.save_file(text, tmp_path / "model" / "model.safetensors", {"format": "pt"})
-    told = {"place": str(tmp_path / "bad"), "tokens_at_once": 64, "held_out_tokens": 320, "sections": SECTIONS, "stops": {}}
+    told = {"place": str(tmp_path / "bad"), "tokens_at_once": 64, "held_out_tokens": 320, "rows": ROWS, "sections": SECTIONS, "stops": {}}
     told |= asked | {"model": str(tmp_path / "model"), "chains": {"wanda": [{"prune": {"method": "wanda"}}]}}
     codes = commands.ranks(2, tmp_path / "log", code=CODE, environments=[{"BITMEND_RANKED": json.dumps(told)}] * 2)
     assert codes == [99, 99]
@@ -174,6 +178,14 @@ def test_the_dearest_matrices_are_spread_first() -> None:
     assert spread([1, 8, 3, 5, 2], 2) == [1, 0, 1, 1, 0]
     assert spread([1, 1, 1], 1) == [0, 0, 0]
     assert spread([4, 4, 4, 4], 4) == [0, 1, 2, 3]
+
+
+def test_the_dearest_are_divided_by_rows_whatever_the_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitmend.compress.feedback._ROWS", 100)
+    wide, plain, few = ([Site("w", "w", "linear", shape, 0)] for shape in ((250, 10), (90, 40), (101, 1)))
+    assert row_parts([wide], [True]) == [[(84 + 10) * 100.0] * 2 + [(82 + 10) * 100.0]] and row_parts([wide], [False]) == [[26000.0]]
+    assert [len(costs) for costs in row_parts([wide, plain, few], [True] * 3)] == [1, 1, 1], "the first costs less than an eighth"
+    assert [len(costs) for costs in row_parts([wide, few, few], [True] * 3)] == [3, 1, 1]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])

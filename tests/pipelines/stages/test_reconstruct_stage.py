@@ -90,7 +90,7 @@ def test_only_the_chosen_depth_trains_and_one_block_is_in_memory(
         return plain(block, config)
 
     monkeypatch.setattr(STAGE, "reconstruct", watched)
-    monkeypatch.setattr(STAGE, "_loss", lambda model, hidden, held_out: 3.0)
+    monkeypatch.setattr(STAGE, "_loss", lambda walk, hidden: 3.0)
     stage = again(tmp_path, small_model, layers="last:2", window="split", targets="q,down")
     assert [b["block"] for b in stage.metrics["blocks"]] == [2, 3]
     same = [p.stat().st_ino for p in stage_directory(tmp_path / "run", "prune").glob("block-0000[01].*")]

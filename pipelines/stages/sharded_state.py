@@ -1,0 +1,49 @@
+"""The state of a training whose values lie in parts on the ranks: torch's distributed checkpoint, a file a rank, which any number of ranks can read.
+
+It lies in the scratch directory of its stage and takes the place of the one before by renaming. Like all of torch's, its index is a pickle: it is read
+from this run's directory alone. Knows training states and files.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from ...recover.adamw import TrainState
+from ...recover.trainable import Attached
+from ..ranks.exchange import Ranks, together
+from ..store.files import read_json, write_json
+from ..store.rundir import PARTS_META, TRAINING_PARTS
+
+
+def keep_parts(scratch: Path, state: TrainState, ranks: Ranks) -> None:
+    """Every rank writes its own; rank 0 puts the directory in its place."""
+    import torch.distributed.checkpoint as dcp
+
+    place, fresh = scratch / TRAINING_PARTS, scratch / f"{TRAINING_PARTS}.new"
+    if ranks.leads:
+        shutil.rmtree(fresh, ignore_errors=True)
+    ranks.barrier()
+    with together():
+        dcp.save(dict(state.tensors), checkpoint_id=fresh, process_group=ranks.control)
+    if ranks.leads:
+        write_json(fresh / PARTS_META, state.meta)
+        shutil.rmtree(place, ignore_errors=True)
+        os.rename(fresh, place)
+    ranks.barrier()
+
+
+def kept_parts(scratch: Path, attached: Attached, ranks: Ranks) -> TrainState | None:
+    """What was kept, in the parts that the trainables now lie in; None where nothing was."""
+    import torch.distributed.checkpoint as dcp
+
+    place = scratch / TRAINING_PARTS
+    meta = ranks.broadcast(read_json(place / PARTS_META) if ranks.leads and (place / PARTS_META).is_file() else None)
+    if meta is None:
+        return None
+    labels = ("value", "first", "second", "best", "good")
+    tensors = {f"{label}.{name}": torch.zeros_like(t.parameter.detach()) for label in labels for name, t in attached.trainables.items()}
+    with together():
+        dcp.load(tensors, checkpoint_id=place, process_group=ranks.control)
+    return TrainState(tensors, meta)

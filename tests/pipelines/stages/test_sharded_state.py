@@ -1,0 +1,52 @@
+"""Matrices that train in parts on several processes (FSDP2 through gloo): as good as on one, and a state that another number of them can read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bitmend.pipelines.store.rundir import PARTS_META, TRAINING_PARTS
+
+from ..runs import Processes
+from .test_ranked import GRID, TRAIN, Chains, by_one, made
+
+PARTS = {**TRAIN, "steps": 6, "shard": True}
+CHAINS: Chains = {
+    "full": [{"prune": {"method": "wanda"}}, {"recover": {"method": "full", **PARTS}}],
+    "qat": [{"quantize": {"method": "rtn", **GRID}}, {"recover": {"method": "qat", **PARTS}}],
+}
+
+
+def told(place: Path, name: str) -> dict[str, Any]:
+    return json.loads((place / f"{name}-1.json").read_text())["metrics"]
+
+
+def close(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Perplexities within 0.1 %, at every look and at the end; what trains in parts on one machine is no more than its share."""
+    for name in ("held_out_loss_start", "held_out_loss_best", "held_out_loss_kept"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-3)
+    assert found["best_step"] > 0 and expected["held_out_loss_best"] < expected["held_out_loss_start"] - 0.01
+    assert found["tokens"] == expected["tokens"] and len(found["history"]) == len(expected["history"])
+    for one, other in zip(found["history"], expected["history"], strict=True):
+        assert one == pytest.approx(other, abs=1e-3)
+
+
+def test_perplexity_is_that_of_one_process(commands: Processes, small_model: Path, small_text: Path, tmp_path: Path) -> None:
+    _, asked = by_one("llama", {"full": CHAINS["full"]}, commands, small_model, small_text, tmp_path)
+    made(commands, 2, tmp_path / "two", **asked)
+    close(told(tmp_path / "two", "full"), told(tmp_path / "one", "full"))
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on(commands: Processes, small_model: Path, small_text: Path, tmp_path: Path) -> None:
+    """It is the run's key that has it begin anew; the state can be read."""
+    _, asked = by_one("llama", CHAINS, commands, small_model, small_text, tmp_path)
+    place = tmp_path / "changing"
+    _, said = made(commands, 4, place, {"full": 6, "qat": 6}, **asked)
+    assert said.count("stopped") == 2
+    for name in CHAINS:
+        parts = place / f"{name}-1.partial" / TRAINING_PARTS
+        assert json.loads((parts / PARTS_META).read_text())["step"] == 3 and len(list(parts.glob("*.distcp"))) == 4
+    made(commands, 2, place, **asked)
+    for name in CHAINS:
+        close(told(place, name), told(tmp_path / "one", name))
