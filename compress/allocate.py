@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -132,11 +131,11 @@ def _solve(
         constraints.append(LinearConstraint(csr_array(removed[None] / least_sparsity), 1, np.inf))
     program = {"bounds": Bounds(0, 1), "constraints": constraints}
     largest = float(np.abs(objective_N).max()) or 1.0
-    relaxed: Any = milp(objective_N / largest, integrality=np.zeros(count), **program)
+    relaxed: object = milp(objective_N / largest, integrality=np.zeros(count), **program)
     optimum = max(float(relaxed.fun or 0.0), 1e-12)  # the solver stops at an absolute gap of 1e-6 too: let the optimum be about 1,000
     options = {"mip_rel_gap": gap, "time_limit": time_limit_s}
     with _silent():
-        result: Any = milp(objective_N / largest * (1e3 / optimum), integrality=np.ones(count), options=options, **program)
+        result: object = milp(objective_N / largest * (1e3 / optimum), integrality=np.ones(count), options=options, **program)
     if result.x is None:
         if result.status == 2:
             most = 0.0 if removed is None else sum(removed[matrix_N == m].max() for m in range(matrix_N[-1] + 1))

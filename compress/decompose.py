@@ -123,8 +123,8 @@ class Problem:
         if self.config.overlap < 1.0 and low_rank is not None and self.metric.moment_II is not None:
             inputs = self.parts[0].statistics.inputs
             beyond = LayerStatistics(inputs.with_moment(self.metric.beyond(low_rank.factors()[1], self.config.overlap)))
-        found = (requantize(w, part.target_OI, beyond or part.statistics, self.config.quantizer, self.config.clip) for w, part in held)
-        return tuple(replace(record, low_rank=None) for record in found)
+        result = (requantize(w, part.target_OI, beyond or part.statistics, self.config.quantizer, self.config.clip) for w, part in held)
+        return tuple(replace(record, low_rank=None) for record in result)
 
     def solved(
         self, base: Stored, error: WeightedError, form: FactorForm, rank: int, held: tuple[Tensor, Tensor] | None = None
@@ -176,9 +176,9 @@ def needs(config: Decomposition) -> frozenset[str]:
     wanted = {"plain": set(), "absmean": {"absmean"}, "diagonal": {"norms"}, "fisher": {"fisher"}, "second_moment": {"second_moment"}}
     gptq = {"second_moment"} if config.requantize and config.quantizer == "gptq" else set()
     inputs = {"norms"} if config.shared else set()  # who reads one input is seen by whose statistics are one
-    found = frozenset(wanted[config.metric] | gptq | inputs)
-    has_norms = "second_moment" in found or not config.requantize
-    return found if has_norms else found | clip_needs(config.clip)
+    result = frozenset(wanted[config.metric] | gptq | inputs)
+    has_norms = "second_moment" in result or not config.requantize
+    return result if has_norms else result | clip_needs(config.clip)
 
 
 def decompose(
@@ -207,8 +207,8 @@ def decompose_shared(
     first, *others = weights
     metric, notes = metric_of(statistics[first], config.metric)
     parts = tuple(FactoredMatrix(replace(weights[n], low_rank=None), targets[n], statistics[n]) for n in weights)
-    found, metrics = _best(Problem(parts, metric, config))
-    records = dict(zip(weights, found, strict=True))
+    result, metrics = _best(Problem(parts, metric, config))
+    records = dict(zip(weights, result, strict=True))
     for name in others:
         low_rank = records[name].low_rank
         assert low_rank is not None
@@ -229,7 +229,7 @@ def _best(problem: Problem) -> tuple[Stored, dict[str, float]]:
         previous = last.squared_error
     assert last is not None
     if best is None:
-        best = tuple(replace(start, low_rank=_without_effect(found)) for start, found in zip(problem.start, last.stored, strict=True))
+        best = tuple(replace(start, low_rank=_without_effect(result)) for start, result in zip(problem.start, last.stored, strict=True))
     total = squared_error(problem.target_OI, problem.metric) or 1.0
     assert best[0].low_rank is not None
     return best, {
@@ -272,12 +272,12 @@ def _alternating(problem: Problem, form: FactorForm, rank: int, low_rank: LowRan
         base = problem.quantized(low_rank)
         error = problem.error(base)
         if config.follow and low_rank is not None and not kept:
-            found = problem.followed(base, error, form, low_rank)
+            result = problem.followed(base, error, form, low_rank)
         else:
-            found = problem.solved(base, error, form, rank - kept, held)
-        low_rank = found.low_rank
+            result = problem.solved(base, error, form, rank - kept, held)
+        low_rank = result.low_rank
         del base, error  # before the next Q is looked for
-        yield found
+        yield result
 
 
 def _kept_rank(problem: Problem, rank: int) -> int:

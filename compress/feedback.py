@@ -12,14 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .settling import settle_columns_
 from .statistics import InputStatistics
 
 BLOCK = 128
 _INNER = 32  # columns updated one by one before a matrix product carries their errors on
 _SETTLED, _SETTLED_NARROW, _NARROW = 64, 128, 1024
 """Columns that are rounded at once, and of a matrix with so few rows, whose products take less time than it takes to ask for them."""
-_LOOK_EVERY = 3
-"""Rounds between two looks at which rows stand."""
 _ROWS = 8192  # of a matrix that go through a sweep at once on the CPU: what a block works on then stays in its cache
 _MAX_DAMP = 10.0
 
@@ -103,6 +102,23 @@ def factor_of(inputs: InputStatistics, damp: float, by_diagonal: bool, smooth_I:
     return inputs.factors[key]
 
 
+@dataclass(frozen=True)
+class _SweepTensors:
+    """What a sweep writes: levels [I, O], a block's errors [S, O], each row's loss [O]; `origin_IO` are the weights before the sweep, toward
+    which `pull` draws them, None where it is 0."""
+
+    levels_IO: Tensor
+    error_SO: Tensor
+    loss_O: Tensor
+    origin_IO: Tensor | None
+    pull: float
+
+    @classmethod
+    def of(cls, weight_IO: Tensor, block: int, pull: float) -> "_SweepTensors":
+        origin_IO = weight_IO.clone() if pull else None
+        return cls(torch.empty_like(weight_IO), torch.empty_like(weight_IO[:block]), torch.zeros_like(weight_IO[0]), origin_IO, pull)
+
+
 def feed_back_(
     weight_IO: Tensor, factor: InverseFactor, open_columns: OpenColumns, periods: tuple[int, ...], block: int = BLOCK, pull: float = 0.0
 ) -> tuple[Tensor, Tensor]:
@@ -115,14 +131,12 @@ def feed_back_(
     holds all the errors of the columns before it, whatever `block` is. Returns (levels [I, O], Σ(error/U_jj)² of every row [O]), the
     latter being diag((W − Q)·H·(W − Q)ᵀ) with the damped H.
     """
-    levels_IO, errors, origin_IO, loss_O = _sweep_room(weight_IO, block, pull)
+    sweep = _SweepTensors.of(weight_IO, block, pull)
     for start, stop in _blocks(len(weight_IO), periods, block):
-        error_SO = errors[: stop - start]
-        _feed_back_block_(
-            weight_IO, levels_IO, error_SO, loss_O, factor.unit_II, factor.diagonal_I, open_columns, periods, start, stop, origin_IO, pull
-        )
-        _carry_on_(weight_IO, factor, error_SO, start, stop)
-    return levels_IO, loss_O
+        own = replace(sweep, error_SO=sweep.error_SO[: stop - start])
+        _feed_back_block_(weight_IO, own, factor.unit_II, factor.diagonal_I, open_columns, periods, start, stop)
+        _carry_on_(weight_IO, factor, own.error_SO, start, stop)
+    return sweep.levels_IO, sweep.loss_O
 
 
 def feed_back_uniform_(
@@ -133,17 +147,17 @@ def feed_back_uniform_(
     outputs = weight_IO.shape[1]
     if weight_IO.device.type == "cpu" and outputs > _ROWS:
         return _in_parts_(weight_IO, factor, grids, block, pull, part_rows(outputs))
-    levels_IO, errors, origin_IO, loss_O = _sweep_room(weight_IO, block, pull)
+    sweep = _SweepTensors.of(weight_IO, block, pull)
     # On the CPU the loop is called by name: what counts operators then sees its own.
     run = feed_back_block_ if weight_IO.device.type == "cpu" else torch.ops.bitmend.feed_back_block_
     for start, stop in _blocks(len(weight_IO), (), block):
-        error_SO = errors if stop - start == len(errors) else errors[: stop - start]
+        error_SO = sweep.error_SO if stop - start == len(sweep.error_SO) else sweep.error_SO[: stop - start]
         run(
-            weight_IO, levels_IO, error_SO, loss_O, factor.unit_II, factor.diagonal_I, grids.scale_GO, grids.zero_GO, grids.group_I,
-            grids.keep_IO, origin_IO, start, stop, grids.top, grids.float_zeros, pull,
+            weight_IO, sweep.levels_IO, error_SO, sweep.loss_O, factor.unit_II, factor.diagonal_I, grids.scale_GO, grids.zero_GO,
+            grids.group_I, grids.keep_IO, sweep.origin_IO, start, stop, grids.top, grids.float_zeros, pull,
         )  # fmt: skip
         _carry_on_(weight_IO, factor, error_SO, start, stop)
-    return levels_IO, loss_O
+    return sweep.levels_IO, sweep.loss_O
 
 
 def part_rows(outputs: int) -> int:
@@ -165,7 +179,8 @@ def feed_back_block_(
             groups = group_I[first:last]
             return uniform_rounding(scale_GO[groups], zero_GO[groups], top, float_zeros, None if keep_IO is None else keep_IO[first:last])
 
-        _feed_back_block_(weight_IO, levels_IO, error_SO, loss_O, unit_II, diagonal_I, open_columns, (), start, stop, origin_IO, pull)
+        sweep = _SweepTensors(levels_IO, error_SO, loss_O, origin_IO, pull)
+        _feed_back_block_(weight_IO, sweep, unit_II, diagonal_I, open_columns, (), start, stop)
         return
     groups = group_I[start:stop]
     grid = [scale_GO[groups], zero_GO[groups]]
@@ -176,7 +191,7 @@ def feed_back_block_(
     parts = zip(*(t.split(width) for t in (weight_IO[start:stop], levels_IO[start:stop], error_SO, *grid)), strict=True)
     for first, (weight, levels, error, *own) in zip(range(start, stop, width), parts, strict=True):
         last = first + len(weight)
-        _settle_columns_(weight, levels, error, unit_II[first:last, first:last], top, *own)
+        settle_columns_(weight, levels, error, unit_II[first:last, first:last], top, *own)
         if last < stop:
             weight_IO[last:stop].addmm_(unit_II[first:last, last:stop].T, error, alpha=-1)
     _add_loss_(loss_O, error_SO, diagonal_I[start:stop])
@@ -215,12 +230,6 @@ def uniform_rounding(scale_SO: Tensor, zero_SO: Tensor, top: int, float_zeros: b
     return scale_SO, round_row
 
 
-def _sweep_room(weight_IO: Tensor, block: int, pull: float) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """(levels [I, O], errors of a block, the weights as they are where they are drawn back to, loss [O])."""
-    origin_IO = weight_IO.clone() if pull else None
-    return torch.empty_like(weight_IO), torch.empty_like(weight_IO[:block]), origin_IO, torch.zeros_like(weight_IO[0])
-
-
 def _carry_on_(weight_IO: Tensor, factor: InverseFactor, error_SO: Tensor, start: int, stop: int) -> None:
     """The errors of a block into all columns behind it, by one product."""
     if stop < len(weight_IO):
@@ -228,76 +237,22 @@ def _carry_on_(weight_IO: Tensor, factor: InverseFactor, error_SO: Tensor, start
 
 
 def _feed_back_block_(
-    weight_IO: Tensor, levels_IO: Tensor, error_SO: Tensor, loss_O: Tensor, unit_II: Tensor, diagonal_I: Tensor, open_columns: OpenColumns,
-    periods: tuple[int, ...], start: int, stop: int, origin_IO: Tensor | None, pull: float,
+    weight_IO: Tensor, sweep: _SweepTensors, unit_II: Tensor, diagonal_I: Tensor, open_columns: OpenColumns, periods: tuple[int, ...],
+    start: int, stop: int,
 ) -> None:  # fmt: skip
     for first, last in _sub_blocks(start, stop, periods):
-        part_SO = error_SO[first - start : last - start]
+        part_SO = sweep.error_SO[first - start : last - start]
         scale_SO, round_row = open_columns(first, last, weight_IO)
-        if origin_IO is not None:
-            round_row = _pulled(round_row, origin_IO[first:last], pull)
-        _round_columns(weight_IO[first:last], levels_IO[first:last], part_SO, scale_SO, unit_II[first:last, first:last], round_row)
+        if sweep.origin_IO is not None:
+            round_row = _pulled(round_row, sweep.origin_IO[first:last], sweep.pull)
+        _round_columns(weight_IO[first:last], sweep.levels_IO[first:last], part_SO, scale_SO, unit_II[first:last, first:last], round_row)
         if last < stop:
             weight_IO[last:stop].addmm_(unit_II[first:last, last:stop].T, part_SO, alpha=-1)
-    _add_loss_(loss_O, error_SO, diagonal_I[start:stop])
+    _add_loss_(sweep.loss_O, sweep.error_SO, diagonal_I[start:stop])
 
 
 def _add_loss_(loss_O: Tensor, error_SO: Tensor, diagonal_S: Tensor) -> None:
     loss_O += (error_SO / diagonal_S.unsqueeze(1)).square_().sum(0)
-
-
-def _settle_columns_(
-    weight_SO: Tensor, levels_SO: Tensor, error_SO: Tensor, unit_SS: Tensor, top: int, scale_SO: Tensor, zero_SO: Tensor, *limits: Tensor
-) -> None:
-    """Round columns that carry their errors on among themselves, all at once instead of one after the other; the codes lie in 0…`top`, or
-    within the `limits` [S, O] where some are given.
-
-    For given values Q the errors solve W − Q = Uᵀ·E, so E = U⁻ᵀ·(W − Q) by one product, and column i holds Q + E when its turn comes. From
-    the codes without errors on: round what every column then holds, until no code changes. After r rounds the first r columns stand as a
-    loop over columns leaves them, and most rows stand after a few rounds; those that do are taken out of the others' way.
-    """
-    size, outputs = weight_SO.shape
-    one_SS = torch.eye(size, dtype=unit_SS.dtype, device=unit_SS.device)
-    carried_SS = torch.linalg.solve_triangular(unit_SS, one_SS, upper=True, unitriangular=True).T
-    state = weight_SO.new_empty((5 + len(limits)) * size, outputs)
-    from_0, scale, *ends, codes, other, error = state.split(size)
-    torch.addcmul(weight_SO, zero_SO, scale_SO, out=from_0)
-    torch.cat((scale_SO, *limits), out=state[size : (2 + len(limits)) * size])
-    _round_to_codes_(torch.div(from_0, scale, out=codes), top, *ends)
-    rows_N, moving = None, outputs
-    for step in range(1, size + 1):
-        torch.mm(carried_SS, torch.addcmul(from_0, codes, scale, value=-1, out=other), out=error)
-        _round_to_codes_(torch.addcdiv(codes, error, scale, out=other), top, *ends)
-        codes, other = other, codes
-        if step % _LOOK_EVERY:
-            continue
-        moved_M = other.ne_(codes).amax(0).nonzero().view(-1)
-        if not len(moved_M):
-            break
-        if 2 * len(moved_M) < moving:
-            _write_rows_(levels_SO, rows_N, codes)
-            rows_N, moving = moved_M if rows_N is None else rows_N[moved_M], len(moved_M)
-            state = state.index_select(1, moved_M)
-            from_0, scale, *ends, codes, other, error = state.split(size)
-            codes, other = (other, codes) if step % 2 else (codes, other)
-    _write_rows_(levels_SO, rows_N, codes)
-    levels_SO.sub_(zero_SO)
-    torch.mm(carried_SS, torch.addcmul(weight_SO, levels_SO, scale_SO, value=-1), out=error_SO)
-    torch.addcmul(error_SO, levels_SO, scale_SO, out=weight_SO)
-
-
-def _round_to_codes_(value: Tensor, top: int, *limits: Tensor) -> None:
-    if limits:
-        torch.clamp(value.round_(), *limits, out=value)
-    else:
-        value.round_().clamp_(0, top)
-
-
-def _write_rows_(out_SO: Tensor, rows_N: Tensor | None, found_SN: Tensor) -> None:
-    if rows_N is None:
-        out_SO.copy_(found_SN)
-    else:
-        out_SO.index_copy_(1, rows_N, found_SN)
 
 
 def _in_parts_(weight_IO: Tensor, factor: InverseFactor, grids: GivenGrids, block: int, pull: float, rows: int) -> tuple[Tensor, Tensor]:

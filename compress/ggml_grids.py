@@ -147,9 +147,9 @@ class _Blocks:
     def solved_better(self, best: list[Tensor], scale_M: Tensor, minimum_M: Tensor) -> list[Tensor]:
         """[scale, minimum, lost]: the best of every group so far, and those solved for the codes of this scale and minimum."""
         scale_M, minimum_M = self.solved(self.codes(scale_M, minimum_M), minimum_M)
-        found = (scale_M, minimum_M, self.lost(scale_M, minimum_M))
-        better = found[2] < best[2]
-        return [new.where(better, old) for new, old in zip(found, best, strict=True)]
+        result = (scale_M, minimum_M, self.lost(scale_M, minimum_M))
+        better = result[2] < best[2]
+        return [new.where(better, old) for new, old in zip(result, best, strict=True)]
 
     def solved(self, codes_SM: Tensor, minimum_M: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted least squares of every group for these codes; a minimum of a k-quant is not negative."""
@@ -251,8 +251,8 @@ def _sum(term_SM: Tensor) -> Tensor:
 
 def _quotient(above: Tensor, below: Tensor, otherwise: Tensor) -> Tensor:
     """above/below, `otherwise` where that is no number."""
-    found = above / below
-    return found.where(torch.isfinite(found), otherwise)
+    result = above / below
+    return result.where(torch.isfinite(result), otherwise)
 
 
 def _away_from_0(scale: Tensor) -> Tensor:

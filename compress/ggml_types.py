@@ -71,20 +71,20 @@ OF_BITS: Mapping[int, GgmlName] = {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6
 def type_for(name: str, in_features: int, masked: bool = False) -> GgmlName:
     """The type that rows of so many columns get where `name` is asked for: its fallback where they are no multiple of its super-blocks.
     ValueError, with the numbers, where they are none of the fallback's either, and for `masked` rows where the type has minima."""
-    wanted, found = GGML_TYPES[name], cast(GgmlName, name)
+    wanted, result = GGML_TYPES[name], cast(GgmlName, name)
     if in_features % wanted.columns:
         other = "" if wanted.fallback is None else f" and of {wanted.fallback}, which takes its place, 32"
         if wanted.fallback is None or in_features % GGML_TYPES[wanted.fallback].columns:
             raise ValueError(
                 f"in_features {in_features} does not fit: a block of {name} has {wanted.columns} columns{other}; set grid: uniform"
             )
-        found = wanted.fallback
-    if masked and GGML_TYPES[found].minima:
+        result = wanted.fallback
+    if masked and GGML_TYPES[result].minima:
         without = ", ".join(other for other, layout in GGML_TYPES.items() if not layout.minima)
         raise ValueError(
-            f"{found} has no code for 0, since it has minima, and the mask removes weights; grids for pruned models: {without}"
+            f"{result} has no code for 0, since it has minima, and the mask removes weights; grids for pruned models: {without}"
         )
-    return found
+    return result
 
 
 def as_settings(grid: str) -> dict[str, Any]:

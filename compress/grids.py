@@ -162,12 +162,12 @@ class _Search:
         lost_KG1O = lost[0] if len(lost) == 1 else torch.cat(lost, 1)
         lost_KG1O.nan_to_num_(nan=float("inf"), posinf=float("inf"))  # what overflows is no candidate
         lost, chosen = lost_KG1O.min(0, keepdim=True)
-        found = (scale_KG1O.gather(0, chosen)[0], zero_KG1O.gather(0, chosen)[0], lost[0])
+        result = (scale_KG1O.gather(0, chosen)[0], zero_KG1O.gather(0, chosen)[0], lost[0])
         if self.least is not None:
             better = lost[0] < self.least
             old = (self.scale, self.zero, self.least)
-            found = tuple(new.where(better, kept) for new, kept in zip(found, old, strict=True))
-        self.scale, self.zero, self.least = found
+            result = tuple(new.where(better, kept) for new, kept in zip(result, old, strict=True))
+        self.scale, self.zero, self.least = result
 
     def _lost(self, weight_HSO: Tensor, importance_HSO: Tensor | None, candidates: tuple[Tensor, ...]) -> Tensor:
         """Σ importance·|Δ|^power of every group under every candidate, [K, H, 1, O]."""
@@ -242,7 +242,7 @@ def _in_chunks(
     together = groups * (1 if on_card else pieces)
     scales, zeros, levels = [], [], weight_OS.new_empty(groups * size * rows)
     for i in range(0, len(weight_OGS), rows):
-        found = []
+        result = []
         for j in range(0, count, together):
             part = weight_OGS[i : i + rows, j : j + together]
             # A CPU transposes matrices that are whole in memory block by block, all else number by number; on a card a copy is memory.
@@ -250,9 +250,9 @@ def _in_chunks(
             weight_GSO = weight_GSO.flatten(0, 1).contiguous().view(weight_GSO.shape)
             importance = None if importance_OGS is None else importance_OGS[i : i + rows, j : j + together].permute(1, 2, 0)
             few = min(groups, len(weight_GSO))
-            found.append(search(weight_GSO, importance, levels[: few * size * len(part)].view(few, size, len(part))))
-        scales.append(torch.cat([part.scale for part in found]))
-        zeros.append(torch.cat([part.zero for part in found]))
+            result.append(search(weight_GSO, importance, levels[: few * size * len(part)].view(few, size, len(part))))
+        scales.append(torch.cat([part.scale for part in result]))
+        zeros.append(torch.cat([part.zero for part in result]))
     scale, zero = (torch.cat(parts, -1).permute(2, 0, 1).reshape(*weight_OS.shape[:-1], 1) for parts in (scales, zeros))
     return scale, zero
 

@@ -115,7 +115,9 @@ def masked_base(base: Base, mask_OI: Tensor) -> Base:
     if isinstance(base, DenseWeight):
         return DenseWeight(base.weight.where(mask_OI, 0))
     if isinstance(base, GgmlWeight) and not base.symmetric:
-        raise ValueError(f"the minima of {base.type} leave no code for 0; prune before the quantization, or on a grid without minima (q3_k, q6_k)")
+        raise ValueError(
+            f"the minima of {base.type} leave no code for 0; prune before the quantization, or on a grid without minima (q3_k, q6_k)"
+        )
     if not isinstance(base, UniformWeight):
         zero = torch.full_like(base.codes_OI(), base.layout.zero if isinstance(base, GgmlWeight) else zero_code(base.bits))
     else:

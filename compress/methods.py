@@ -51,10 +51,10 @@ class Method:
 _OF_GRID = frozenset({"bits", "group_size", "symmetric", "clip", "float_zeros", "start", "activations", "grid"})
 _OF_TERM = frozenset(item.name for item in fields(SvdQuantConfig)) - {"smoothing_steps"}
 _REFIT: Mapping[str, Any] = {"requantize": True, "quantizer": "gptq", "clip": "hessian"}
-_BEST: Mapping[str, Any] = {"keep_start": True, "first": "kept", "iterations": 5, "follow": True, "overlap": 0.1, "factor_bits": None}
+_BEST: Mapping[str, object] = {"keep_start": True, "first": "kept", "iterations": 5, "follow": True, "overlap": 0.1, "factor_bits": None}
 
 
-def _low_rank(does: str, paper: str, version: int = 1, **defaults: Any) -> Method:
+def _low_rank(does: str, paper: str, version: int = 1, **defaults: object) -> Method:
     return Method(Decomposition, decompose, needs, version=version, defaults=defaults, together=decompose_shared, does=does, paper=paper)
 
 
@@ -97,7 +97,7 @@ def _magnitude_needs(config: Any) -> frozenset[str]:
     return frozenset({"norms"} if config.allocation == "outliers" else ())
 
 
-def _feedback_needs(config: Any) -> frozenset[str]:
+def _feedback_needs(config: object) -> frozenset[str]:
     """Methods that carry errors on: what leans toward the dense model's inputs needs them beside the compressed ones."""
     leans = getattr(config, "correction", 0.0) or getattr(config, "refit", None)
     return frozenset({"second_moment", "cross_moment"} if leans else {"second_moment"})

@@ -1,4 +1,4 @@
-"""What an error is measured in: a `Metric` from a matrix's statistics, and what is to be said of those statistics.
+"""What an error is measured in: a `Metric` from a matrix's statistics, and the metrics that describe those statistics.
 
 Knows statistics; not what is done with the metric.
 Legend: O out, I in.
@@ -61,8 +61,8 @@ def output_error(weight_OI: Tensor, target_OI: Tensor, x_TI: Tensor) -> float | 
         x_TI = x_TI.to(wanted_OI)
         lost += (x_TI @ (wanted_OI - ours_OI).T).square_().sum(dtype=torch.float64).cpu()
         whole += (x_TI @ wanted_OI.T).square_().sum(dtype=torch.float64).cpu()
-    found = float(lost / whole) if whole > 0 else float(lost)
-    return found if math.isfinite(found) else None
+    result = float(lost / whole) if whole > 0 else float(lost)
+    return result if math.isfinite(result) else None
 
 
 def _fisher(statistics: LayerStatistics) -> tuple[Metric, dict[str, float]]:

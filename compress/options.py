@@ -190,7 +190,7 @@ def overrides(setting: Setting) -> dict[str, dict[str, Any]]:
         own = {"bits": grid.bits, "block_size": grid.group_size, "double_quantize": grid.double_quantized}
     else:
         own = {"grid": grid.kind, **as_settings(grid.kind)}
-    stages: dict[str, dict[str, Any]] = {"quantize": own}
+    stages: dict[str, dict[str, object]] = {"quantize": own}
     if grid.pattern != "dense":
         stages["prune"] = {"pattern": grid.pattern, "sparsity": grid.sparsity}
     if setting.rank:

@@ -5,7 +5,7 @@ Knows records by name; not how a factor was found, nor where records are stored.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ SHARED = "low_rank.down"
 """The tensor, or the beginning of the names of the tensors, that a record with a shared factor leaves to its holder."""
 
 
-def holder_of(description: Mapping[str, Any]) -> str | None:
+def holder_of(description: Mapping[str, object]) -> str | None:
     """The linear that stores the factor which the described record shares, or None."""
     low_rank = description.get("low_rank")
     return low_rank.get("shared") if isinstance(low_rank, Mapping) else None

@@ -52,9 +52,18 @@ class Sweep:
     zero_GO: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class GridSearch:
+    """The grid that kept weights are rounded to, and how each group's scale is searched; `importance_I` as in `grids.fit`."""
+
+    grid: UniformGrid
+    clip: Clip = "none"
+    importance_I: Tensor | None = None
+
+
 def sparsegpt_sweep(
-    weight_OI: Tensor, factor: InverseFactor, sparsity: float, pattern: str = "unstructured", grid: UniformGrid | None = None,
-    clip: Clip = "none", importance_I: Tensor | None = None, allowed_OI: Tensor | None = None, block: int = BLOCK,
+    weight_OI: Tensor, factor: InverseFactor, sparsity: float, pattern: str = "unstructured", search: GridSearch | None = None,
+    allowed_OI: Tensor | None = None, block: int = BLOCK,
 ) -> tuple[Tensor, Sweep, float]:  # fmt: skip
     """(levels [O, I], what was decided, weighted squared error); a weight's value is its level, or level·scale on a grid.
 
@@ -66,6 +75,7 @@ def sparsegpt_sweep(
         raise ValueError("sparsegpt sweeps columns in their own order; factor with by_diagonal=False")
     count, rows = work_IO.shape
     span, choose = _chooser(count, sparsity, pattern)
+    grid = None if search is None else search.grid
     size = count if grid is None else grid.size(count)
     sweep = Sweep(torch.ones_like(work_IO, dtype=torch.bool) if allowed_OI is None else allowed_OI.T.contiguous())
     if grid is not None:
@@ -79,12 +89,12 @@ def sparsegpt_sweep(
             score_MO = updated_IO[chosen].square() * weight_of_column_I1[chosen]
             sweep.keep_IO[chosen] = choose(score_MO.where(sweep.keep_IO[chosen], -1.0))
         keep_SO = sweep.keep_IO[start:stop]
-        if grid is None or sweep.scale_GO is None or sweep.zero_GO is None:
+        if search is None or grid is None or sweep.scale_GO is None or sweep.zero_GO is None:
             return keep_SO.to(updated_IO.dtype), _copy_row
         if start % size == 0:
             group = slice(start, start + size)
-            importance = None if importance_I is None else importance_I[group]
-            scale, zero = fit((updated_IO[group] * sweep.keep_IO[group]).T, grid, clip, importance)
+            importance = None if search.importance_I is None else search.importance_I[group]
+            scale, zero = fit((updated_IO[group] * sweep.keep_IO[group]).T, grid, search.clip, importance)
             sweep.scale_GO[start // size], sweep.zero_GO[start // size] = scale.view(-1), zero.view(-1)
         scale_SO, zero_SO = (t[start // size].expand(stop - start, rows) for t in (sweep.scale_GO, sweep.zero_GO))
         return uniform_rounding(scale_SO, zero_SO, grid.top, grid.float_zeros, keep_SO)
@@ -102,10 +112,8 @@ def sparsegpt(
         raise ValueError("sparsegpt moves the kept weights, which a grid does not allow; prune before quantizing, or set bits here")
     base_OI, factor = base_target(weight, target_OI), factor_of(statistics.inputs, config.damp, False, weight.smooth)
     grid = None if config.bits is None else UniformGrid(config.bits, config.group_size, config.symmetric)
-    importance_I = None if grid is None else grid_importance(weight, statistics, config.clip)
-    levels_OI, sweep, loss = sparsegpt_sweep(
-        base_OI, factor, config.sparsity, config.pattern, grid, config.clip, importance_I, weight.mask_OI()
-    )
+    search = None if grid is None else GridSearch(grid, config.clip, grid_importance(weight, statistics, config.clip))
+    levels_OI, sweep, loss = sparsegpt_sweep(base_OI, factor, config.sparsity, config.pattern, search, weight.mask_OI())
     mask_OI = sweep.keep_IO.T
     if grid is None or sweep.scale_GO is None or sweep.zero_GO is None:
         dtype = weight.base.weight.dtype if isinstance(weight.base, DenseWeight) else torch.float32

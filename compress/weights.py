@@ -7,266 +7,14 @@ Legend: O out, I in, R rank, G groups, N stored values.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from . import normal_float
-from .ggml_types import GGML_TYPES, GgmlName, GgmlType
-from .packing import pack_codes, pack_mask, unpack_codes, unpack_mask
+from .base_weights import DenseWeight, GgmlWeight, NormalFloatWeight, UniformWeight, bits_of
+from .packing import pack_mask, unpack_mask
 from .ranges import Group
-
-
-@dataclass(frozen=True)
-class DenseWeight:
-    """A floating-point matrix [O, I]."""
-
-    weight: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight.shape[1]
-
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.weight.to(dtype)
-
-    def stored_bits(self) -> int:
-        """A pruned weight is counted by what lies on disk, zeros included."""
-        return _bits(self.weight)
-
-
-@dataclass(frozen=True)
-class UniformWeight:
-    """(code − zero)·scale on a grid of 2^bits levels.
-
-    codes int32 [O, ⌈I·bits/32⌉]; scales float [O, G]; zeros: None (symmetric: 2^(bits−1)), int32 [O, ⌈G·bits/32⌉]
-    packed like codes, or float [O, G]; group_index int32 [I] names each column's group, None means contiguous groups.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    bits: int
-    group_size: int
-    in_features: int
-    group_index: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.codes.shape[0], self.in_features
-
-    @property
-    def groups(self) -> int:
-        return self.scales.shape[1]
-
-    @property
-    def symmetric(self) -> bool:
-        return self.zeros is None
-
-    @property
-    def float_zeros(self) -> bool:
-        return self.zeros is not None and self.zeros.is_floating_point()
-
-    def codes_OI(self) -> Tensor:
-        """uint8 [O, I]."""
-        return unpack_codes(self.codes, self.bits, self.in_features)
-
-    def zeros_OG(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        if self.zeros is None:
-            return torch.full_like(self.scales, 1 << (self.bits - 1), dtype=dtype)
-        if self.zeros.is_floating_point():
-            return self.zeros.to(dtype)
-        return unpack_codes(self.zeros, self.bits, self.groups).to(dtype)
-
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Computed in float32 and then rounded to `dtype`."""
-        levels, scales, zeros = self.codes_OI().float(), self.scales.float(), self.zeros_OG()
-        if self.group_index is not None:
-            columns = self.group_index.long()
-            return ((levels - zeros[:, columns]) * scales[:, columns]).to(dtype)
-        rows = levels.shape[0]
-        grouped = levels.view(rows, self.groups, -1)
-        return grouped.sub_(zeros.unsqueeze(-1)).mul_(scales.unsqueeze(-1)).view(rows, -1).to(dtype)
-
-    def stored_bits(self) -> int:
-        return _bits(self.codes, self.scales, self.zeros, self.group_index)
-
-    @classmethod
-    def from_codes(
-        cls,
-        codes_OI: Tensor,
-        scales_OG: Tensor,
-        zeros_OG: Tensor | None,
-        bits: int,
-        group_size: int,
-        group_index_I: Tensor | None = None,
-    ) -> Self:
-        """Pack unpacked integer codes; integer-typed zeros are packed, floating ones kept."""
-        zeros = zeros_OG
-        if zeros is not None and not zeros.is_floating_point():
-            zeros = pack_codes(zeros, bits)
-        index = None if group_index_I is None else group_index_I.to(torch.int32)
-        return cls(pack_codes(codes_OI, bits), scales_OG, zeros, bits, group_size, codes_OI.shape[1], index)
-
-
-@dataclass(frozen=True)
-class NormalFloatWeight:
-    """code book[code]·absmax of its block (arXiv:2305.14314); blocks of `block_size` run along a row.
-
-    codes int32 [O, ⌈I·bits/32⌉]; absmax float32 [O, G], or, double-quantized in blocks of 256 over the flattened
-    absmax: absmax_codes uint8 [O, G], absmax_scales float32 [⌈O·G/256⌉], absmax_offset float32 [1].
-    """
-
-    codes: Tensor
-    bits: int
-    block_size: int
-    in_features: int
-    absmax: Tensor | None = None
-    absmax_codes: Tensor | None = None
-    absmax_scales: Tensor | None = None
-    absmax_offset: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.codes.shape[0], self.in_features
-
-    @property
-    def groups(self) -> int:
-        return self.in_features // self.block_size
-
-    def codes_OI(self) -> Tensor:
-        return unpack_codes(self.codes, self.bits, self.in_features)
-
-    def absmax_OG(self) -> Tensor:
-        if self.absmax is not None:
-            return self.absmax.float()
-        assert self.absmax_codes is not None and self.absmax_scales is not None and self.absmax_offset is not None
-        return normal_float.dequantize_absmax(self.absmax_codes, self.absmax_scales, self.absmax_offset)
-
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        book = normal_float.code_book(self.bits).to(self.codes.device)
-        values = book[self.codes_OI().int()].view(self.shape[0], self.groups, self.block_size)
-        return values.mul_(self.absmax_OG().unsqueeze(-1)).view(self.shape).to(dtype)
-
-    def stored_bits(self) -> int:
-        return _bits(self.codes, self.absmax, self.absmax_codes, self.absmax_scales, self.absmax_offset)
-
-
-@dataclass(frozen=True)
-class GgmlWeight:
-    """A block type of ggml, bits as many as in a GGUF file: d·s·(code − zero) − m·t, see `ggml_types`.
-
-    codes int32 [O, I·bits/32]; super_scales (d) and super_minima (m, with minima) float16 [O, B]; small_codes int32 [O, B·words], packed,
-    of every super-block the s of its groups and behind them the t, absent in the legacy types, whose s and t are 1.
-    """
-
-    codes: Tensor
-    super_scales: Tensor
-    type: GgmlName
-    in_features: int
-    super_minima: Tensor | None = None
-    small_codes: Tensor | None = None
-
-    @property
-    def layout(self) -> GgmlType:
-        return GGML_TYPES[self.type]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.codes.shape[0], self.in_features
-
-    @property
-    def bits(self) -> int:
-        return self.layout.bits
-
-    @property
-    def group_size(self) -> int:
-        return self.layout.group_size
-
-    @property
-    def groups(self) -> int:
-        return self.in_features // self.layout.group_size
-
-    @property
-    def symmetric(self) -> bool:
-        return not self.layout.minima
-
-    def codes_OI(self) -> Tensor:
-        """uint8 [O, I]."""
-        return unpack_codes(self.codes, self.bits, self.in_features)
-
-    def small_codes_OG(self) -> tuple[Tensor, Tensor | None]:
-        """(s, t) float32 [O, G], whole numbers, s signed where there are no minima; t None there."""
-        rows, layout = self.shape[0], self.layout
-        one = torch.ones(rows, self.groups, device=self.codes.device)
-        if self.small_codes is None:
-            return one, one if layout.minima else None
-        small = unpack_codes(self.small_codes, layout.scale_bits, self.super_scales.shape[1] * layout.small_codes)
-        small_OBK = small.float().view(rows, -1, layout.small_codes) - layout.scale_zero
-        parts = [part.reshape(rows, -1) for part in small_OBK.split(layout.groups, -1)]
-        return parts[0], parts[1] if layout.minima else None
-
-    def spread(self, supers_OB: Tensor) -> Tensor:
-        """A number per super-block → one per group, [O, G]."""
-        return supers_OB.repeat_interleave(self.layout.groups, dim=1)
-
-    def scales_OG(self) -> Tensor:
-        """d·s float32 [O, G]; may be negative or 0."""
-        return self.spread(self.super_scales.float()) * self.small_codes_OG()[0]
-
-    def minima_OG(self) -> Tensor | None:
-        """m·t float32 [O, G]; None where 0 is on the grid."""
-        minima = self.small_codes_OG()[1]
-        return None if minima is None or self.super_minima is None else self.spread(self.super_minima.float()) * minima
-
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """In float32 as `gguf.quants.dequantize` computes it, bit for bit, and then rounded to `dtype`."""
-        return self.values(self.codes_OI().float()).to(dtype)
-
-    def uniform(self) -> "UniformWeight":
-        """The same values, but for the rounding of float32, on a uniform grid with float32 scales and zero points: what a program that knows
-        no super-blocks can read. A group of scale 0 is flat: code 0 of a grid as wide as its minimum."""
-        scales, minima, codes = self.scales_OG(), self.minima_OG(), self.codes
-        if minima is None:
-            return UniformWeight(codes, scales, None, self.bits, self.group_size, self.in_features)
-        flat = scales == 0
-        if bool(flat.any()):
-            columns = flat.repeat_interleave(self.group_size, dim=1)
-            codes = pack_codes(self.codes_OI().where(~columns, 0), self.bits)
-        zeros, scales = (minima / scales).where(~flat, 1.0), scales.where(~flat, minima)
-        return UniformWeight(codes, scales, zeros, self.bits, self.group_size, self.in_features)
-
-    def values(self, codes_OI: Tensor) -> Tensor:
-        """What float32 codes [O, I] stand for."""
-        minima = self.minima_OG()
-        grouped = (codes_OI.view(self.shape[0], self.groups, -1) - self.layout.zero).mul_(self.scales_OG().unsqueeze(-1))
-        return (grouped if minima is None else grouped.sub_(minima.unsqueeze(-1))).view(self.shape)
-
-    def stored_bits(self) -> int:
-        return _bits(self.codes, self.super_scales, self.super_minima, self.small_codes)
-
-    @classmethod
-    def from_codes(
-        cls, codes_OI: Tensor, super_scales_OB: Tensor, super_minima_OB: Tensor | None, small_OBK: Tensor | None, type: GgmlName
-    ) -> Self:
-        """Pack unpacked codes; `small` as stored, unsigned: each super-block's s, then its t. ValueError where a shape is not the type's."""
-        layout, (rows, columns) = GGML_TYPES[type], codes_OI.shape
-        blocks, small = columns // layout.columns, None
-        shapes = {"super_scales": super_scales_OB, "super_minima": super_minima_OB, "small codes": small_OBK}
-        wanted: dict[str, tuple[int, ...] | None] = {
-            "super_scales": (rows, blocks),
-            "super_minima": (rows, blocks) if layout.minima else None,
-            "small codes": (rows, blocks, layout.small_codes) if layout.small_codes else None,
-        }
-        held = {name: None if value is None else tuple(value.shape) for name, value in shapes.items()}
-        if columns % layout.columns or held != wanted:
-            raise ValueError(f"{type} of {rows} × {columns}: needs {wanted} and columns in multiples of {layout.columns}, got {held}")
-        if small_OBK is not None:
-            small = pack_codes(small_OBK.reshape(rows, -1), layout.scale_bits)
-        minima = None if super_minima_OB is None else super_minima_OB.half()
-        return cls(pack_codes(codes_OI, layout.bits), super_scales_OB.half(), type, columns, minima, small)
-
 
 Base = DenseWeight | UniformWeight | NormalFloatWeight | GgmlWeight
 Factor = Tensor | UniformWeight
@@ -298,7 +46,7 @@ class LowRank:
 
     def stored_bits(self) -> int:
         own = (self.up, self.down) if self.shared is None else (self.up,)
-        return sum(f.stored_bits() if isinstance(f, UniformWeight) else _bits(f) for f in own)
+        return sum(f.stored_bits() if isinstance(f, UniformWeight) else bits_of(f) for f in own)
 
 
 @dataclass(frozen=True)
@@ -313,7 +61,7 @@ class SparseDelta:
         return weight_OI
 
     def stored_bits(self) -> int:
-        return _bits(self.index, self.values)
+        return bits_of(self.index, self.values)
 
 
 @dataclass(frozen=True)
@@ -381,7 +129,7 @@ class StoredWeight:
 
     def stored_bits(self) -> int:
         parts = (self.base, self.low_rank, self.delta)
-        return sum(p.stored_bits() for p in parts if p is not None) + _bits(self.mask, self.smooth)
+        return sum(p.stored_bits() for p in parts if p is not None) + bits_of(self.mask, self.smooth)
 
     def bits_per_weight(self) -> float:
         return self.stored_bits() / (self.shape[0] * self.shape[1])
@@ -421,9 +169,9 @@ def to_tensors(record: Any, prefix: str = "") -> dict[str, Tensor]:
     return out
 
 
-def describe(record: Any) -> dict[str, Any]:
+def describe(record: Any) -> dict[str, object]:
     """JSON description of a record without its tensors; `from_tensors` needs both."""
-    out: dict[str, Any] = {"kind": _KINDS[type(record)]}
+    out: dict[str, object] = {"kind": _KINDS[type(record)]}
     for field in fields(record):
         value = getattr(record, field.name)
         if isinstance(value, Tensor):
@@ -454,7 +202,3 @@ def from_tensors(description: Mapping[str, Any], tensors: Mapping[str, Tensor], 
         else:
             values[name] = value
     return record(**values)
-
-
-def _bits(*tensors: Tensor | None) -> int:
-    return sum(t.numel() * t.element_size() * 8 for t in tensors if t is not None)

@@ -102,7 +102,7 @@ def _run(arguments: list[str] | None) -> int:
             signal.signal(number, _terminate)
     try:
         _join(sys.argv[1:] if arguments is None else arguments)
-        result: Any = app(args=arguments, prog_name="pipeline", standalone_mode=False)
+        result: object = app(args=arguments, prog_name="pipeline", standalone_mode=False)
         flush()
         if result != INTERRUPTED:
             joining.leave()
@@ -125,7 +125,7 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _join(arguments: list[str]) -> None:
-    """Where a launcher started several processes, take part: they must have been told the same, and rank 0 alone speaks."""
+    """Where a launcher started several processes, take part: they must have been given the same arguments, and rank 0 alone writes output."""
     if joining.world() is None:
         return
     if not arguments or arguments[0] not in ON_RANKS:
@@ -138,7 +138,9 @@ def _join(arguments: list[str]) -> None:
         abandon("stdout")
     import torch
 
-    mine.alike({"command line": " ".join(arguments), "bitmend": about.version(), "torch": torch.__version__, "Python": sys.version.split()[0]})
+    mine.alike(
+        {"command line": " ".join(arguments), "bitmend": about.version(), "torch": torch.__version__, "Python": sys.version.split()[0]}
+    )
 
 
 def _end(kind: Kind, code: int, line: str) -> int:
@@ -184,7 +186,7 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 
 def _other_cache(error: OSError) -> str:
-    """The way out where another library's cache, in the home directory unless told, cannot be written."""
+    """The way out where another library's cache, in the home directory unless set, cannot be written."""
     parts = Path(str(error.filename or "")).parts
     variable = next((variable for part, variable in _CACHES.items() if part in parts), None)
     return f"; set {variable} to a directory of yours" if variable and error.errno in UNWRITABLE else ""

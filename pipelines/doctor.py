@@ -23,10 +23,10 @@ DEMO_DISK_BYTES = 3 * 10**9
 DEMO_MEMORY_BYTES = 4 * 10**9
 
 
-def report() -> dict[str, Any]:
+def report() -> dict[str, object]:
     """Sections of plain values, and `missing`: a list of {what, fix}."""
     packages = installed()
-    sections: dict[str, Any] = {
+    sections: dict[str, object] = {
         "python": {"version": platform.python_version(), "executable": sys.executable, "platform": platform.platform()},
         "packages": packages,
     }
@@ -39,16 +39,16 @@ def report() -> dict[str, Any]:
 
 def installed() -> dict[str, str | None]:
     """Package → version, None where it is not installed."""
-    found: dict[str, str | None] = {}
+    result: dict[str, str | None] = {}
     for package in (*PACKAGES, *(("triton",) if sys.platform == "linux" else ())):
         try:
-            found[package] = version(package)
+            result[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            result[package] = None
+    return result
 
 
-def torch_settings() -> dict[str, Any]:
+def torch_settings() -> dict[str, object]:
     import torch
 
     return {
@@ -65,16 +65,16 @@ def devices() -> list[dict[str, Any]]:
     """The CPU, and each CUDA device with its memory."""
     import torch
 
-    found: list[dict[str, Any]] = [{"device": "cpu", "name": cpu_name(), "total_bytes": _memory_limit()}]
+    result: list[dict[str, object]] = [{"device": "cpu", "name": cpu_name(), "total_bytes": _memory_limit()}]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             capability = f"sm_{properties.major}{properties.minor}"
-            found.append({"device": f"cuda:{index}", "name": f"{properties.name} ({capability})", "total_bytes": properties.total_memory})
-    return found
+            result.append({"device": f"cuda:{index}", "name": f"{properties.name} ({capability})", "total_bytes": properties.total_memory})
+    return result
 
 
-def arithmetic(size: int = 1024, repeats: int = 5) -> dict[str, Any]:
+def arithmetic(size: int = 1024, repeats: int = 5) -> dict[str, object]:
     """Measured GFLOP/s of a square matrix product in float32 and bfloat16, median of a few, and which is faster here."""
     import torch
 
@@ -95,32 +95,32 @@ def arithmetic(size: int = 1024, repeats: int = 5) -> dict[str, Any]:
     return {"device": where, **{f"{name}_gflops": round(speed, 1) for name, speed in speeds.items()}, "faster": faster}
 
 
-def kernels() -> dict[str, Any]:
+def kernels() -> dict[str, object]:
     """Triton, and which backends compressed linears have here, why one is missing, and what was measured to choose among them."""
     import torch
 
-    found: dict[str, Any] = {"triton": find_spec("triton") is not None, "interpreter": os.environ.get("TRITON_INTERPRET") == "1"}
+    result: dict[str, object] = {"triton": find_spec("triton") is not None, "interpreter": os.environ.get("TRITON_INTERPRET") == "1"}
     try:
         from ..kernels.linear import describe
     except ImportError as error:
-        return found | {"import_error": str(error)}
-    return found | describe("cuda" if torch.cuda.is_available() else "cpu")
+        return result | {"import_error": str(error)}
+    return result | describe("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def memory() -> dict[str, Any]:
     return {"limit_bytes": _memory_limit(), "available_bytes": _meminfo("MemAvailable")}
 
 
-def disk() -> dict[str, Any]:
+def disk() -> dict[str, object]:
     """Free bytes where runs go by default and where the cache lies."""
     cache_directory = _cache_directory()
     here = Path.cwd()
     return {"here": str(here), "here_free_bytes": _free(here), "cache_free_bytes": _free(cache_directory)}
 
 
-def hub() -> dict[str, Any]:
+def hub() -> dict[str, object]:
     """Variables that steer the Hub libraries; a token is only said to be there."""
-    settings: dict[str, Any] = {name: os.environ.get(name) for name in (*OFFLINE, "HF_HOME", "HF_ENDPOINT")}
+    settings: dict[str, object] = {name: os.environ.get(name) for name in (*OFFLINE, "HF_HOME", "HF_ENDPOINT")}
     settings["token"] = "set" if os.environ.get("HF_TOKEN") else None
     settings["offline"] = any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in OFFLINE)
     return settings
@@ -135,7 +135,7 @@ def cache() -> dict[str, Any]:
 
 def missing(sections: dict[str, Any]) -> list[dict[str, str]]:
     """What stands in the way, each with the line that fixes it."""
-    found = [
+    result = [
         {"what": f"the package {name} is not installed", "fix": f"{Path(sys.executable).name} -m pip install {name}"}
         for name, version_found in sections["packages"].items()
         if version_found is None
@@ -143,23 +143,23 @@ def missing(sections: dict[str, Any]) -> list[dict[str, str]]:
     torch_section = sections.get("torch")
     if torch_section and torch_section["cores"] and torch_section["threads"] > torch_section["cores"]:
         line = f"export OMP_NUM_THREADS={torch_section['cores']}"
-        found.append({"what": f"{torch_section['threads']} threads on {torch_section['cores']} cores", "fix": line})
+        result.append({"what": f"{torch_section['threads']} threads on {torch_section['cores']} cores", "fix": line})
     if shutil.which("nvidia-smi") and torch_section and torch_section["cuda_build"] is None:
         line = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
-        found.append({"what": "an NVIDIA driver, but a torch built for the CPU only", "fix": line})
+        result.append({"what": "an NVIDIA driver, but a torch built for the CPU only", "fix": line})
     if (available := sections["memory"]["available_bytes"]) is not None and available < DEMO_MEMORY_BYTES:
-        found.append({"what": f"{available / 1e9:.1f} GB of memory available, the demo takes up to 4", "fix": "close other programs"})
+        result.append({"what": f"{available / 1e9:.1f} GB of memory available, the demo takes up to 4", "fix": "close other programs"})
     if sections["disk"]["here_free_bytes"] < DEMO_DISK_BYTES:
         free = sections["disk"]["here_free_bytes"] / 1e9
-        found.append({"what": f"{free:.1f} GB free here, the demo takes up to 3", "fix": "pipeline run … -o DIR on another disk"})
+        result.append({"what": f"{free:.1f} GB free here, the demo takes up to 3", "fix": "pipeline run … -o DIR on another disk"})
     if (broken := sections.get("kernels", {}).get("import_error")) is not None:
-        found.append(
+        result.append(
             {"what": f"the kernels cannot be imported: {broken}", "fix": f"{Path(sys.executable).name} -m pip install --upgrade triton"}
         )
     if not os.access(_existing(Path(sections["cache"]["directory"])), os.W_OK):
         what = f"the cache directory {sections['cache']['directory']} cannot be written"
-        found.append({"what": what, "fix": "export BITMEND_CACHE=DIR"})
-    return found
+        result.append({"what": what, "fix": "export BITMEND_CACHE=DIR"})
+    return result
 
 
 def _cache_directory() -> Path:

@@ -10,7 +10,10 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 ROOT = "bitmend"
 LINE_SECONDS = 15.0
@@ -94,7 +97,7 @@ def track(items: Iterable[Item], description: str, total: int | None = None) -> 
             shown.advance()
 
 
-def _rich_progress() -> Any:
+def _rich_progress() -> "Progress":
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -108,7 +111,7 @@ class _Silent:
 
 
 class _Drawn:
-    def __init__(self, progress: Any, task: Any) -> None:
+    def __init__(self, progress: "Progress", task: "TaskID") -> None:
         self.progress, self.task = progress, task
 
     def advance(self, steps: int = 1, **fields: object) -> None:

@@ -6,9 +6,9 @@ Legend: B batch, T tokens, O out, I in, D model, E experts.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -97,8 +97,10 @@ class Alive(TorchDispatchMode):
         for tensor in () if model is None else (*model.parameters(), *model.buffers()):
             self._bytes[tensor.untyped_storage()._cdata] = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+    def __torch_dispatch__(
+        self, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], Tensor) and args[0].is_meta:
             return 1
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
@@ -124,31 +126,42 @@ A = TypeVar("A", bound=Alive)
 class _Fused(TorchFunctionMode):
     """Attention as fused kernels do it: no [T, T] matrix; inputs, output and a number a row are kept."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
         if func is FUSED_ATTENTION:
             return _Attention.apply(*args[:3])
         return func(*args, **(kwargs or {}))
 
 
-def _fused(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _fused(forward: Callable[..., object]) -> Callable[..., object]:
     """`forward` under `_Fused`, in backward's recomputation as well, which leaves a mode around the whole step behind."""
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: object, **kwargs: object) -> object:
         with _Fused():
             return forward(*args, **kwargs)
 
     return run
 
 
+class _Kept(Protocol):
+    """What forward leaves for backward."""
+
+    saved_tensors: tuple[Tensor, ...]
+    in_features: int
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: _Kept, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out = query.new_empty((*query.shape[:-1], value.shape[-1]))
         ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: _Kept, *gradients: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
 
 
@@ -156,12 +169,12 @@ class _Frozen(torch.autograd.Function):
     """x [N, I] → [N, O] by a weight that is rebuilt when it is needed: nothing is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, out_features: int) -> Tensor:
+    def forward(ctx: _Kept, x_NI: Tensor, out_features: int) -> Tensor:
         ctx.in_features = x_NI.shape[1]
         return x_NI.new_empty(x_NI.shape[0], out_features)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: _Kept, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0].new_empty(gradients[0].shape[0], ctx.in_features), None
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..compress.ranges import Factor, Share, Width
 from .compressed_linear import compressed_linears
@@ -82,7 +83,7 @@ def _attached(method: str, site: AttachSite, config: SerialAdapter | ParallelAda
     linears = {name: linear for name, linear in compressed_linears(site.model).items() if not is_expert(site.model, name)}
     places: dict[str, Place] = {}
     adapters: dict[str, Bottleneck] = {}
-    handles: list[Any] = []
+    handles: list[RemovableHandle] = []
     for part in sublayers(list(linears), set(site.linears), site.place.blocks_name, config.at):
         place, width = place_of(part), linears[part.exit].out_features
         width_in = width if place.entry is None else linears[part.entry].in_features

@@ -6,9 +6,9 @@ Knows records and tensors; not how a weight was compressed, nor files.
 Legend: O out, I in, R rank, T tokens (all leading dimensions), N sparse values.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +21,28 @@ from .scales import RelativeScales
 from .trainable import Trainable, through
 
 
+class _Kept(Protocol):
+    """What forward leaves for backward."""
+
+    saved_tensors: tuple[Any, ...]
+    needs_input_grad: tuple[bool, ...]
+    linear: "CompressedLinear"
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
 class RebuiltLinear(torch.autograd.Function):
     """x Wᵀ where W = linear.effective(*parameters) is built in forward, dropped, and built again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, linear: "CompressedLinear", *parameters: Tensor) -> Tensor:
+    def forward(ctx: _Kept, x_TI: Tensor, linear: "CompressedLinear", *parameters: Tensor) -> Tensor:
         ctx.linear = linear
         needs_x = any(p.requires_grad for p in parameters)
         ctx.save_for_backward(x_TI if needs_x else None, *parameters)
         return x_TI @ linear.effective(*parameters).T
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: _Kept, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, *parameters = ctx.saved_tensors
         linear, wanted = ctx.linear, ctx.needs_input_grad
         gradient_TO = gradients[0].to(linear.dtype)
@@ -41,19 +51,19 @@ class RebuiltLinear(torch.autograd.Function):
             return (x_gradient, None, *(None for _ in parameters))
         product = summed if getattr(linear.reweight, "sums_gradient", False) else torch.matmul
         weight_gradient = product(gradient_TO.T, x_TI)
-        x_gradient, found = linear.pull_back(gradient_TO if wanted[0] else None, weight_gradient, parameters, wanted[2:])
-        return (x_gradient, None, *found)
+        x_gradient, result = linear.pull_back(gradient_TO if wanted[0] else None, weight_gradient, parameters, wanted[2:])
+        return (x_gradient, None, *result)
 
 
 class RoundedInput(torch.autograd.Function):
     """x [T, I] rounded as every operator of `kernels` rounds it, bit for bit; the gradient passes straight through."""
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, grid: ActivationGrid) -> Tensor:
+    def forward(ctx: object, x_TI: Tensor, grid: ActivationGrid) -> Tensor:
         return fake_quantize(x_TI, grid.bits, grid.group_size)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
 
 
@@ -135,8 +145,8 @@ class CompressedLinear(nn.Module):
         return self.sparse is not None and self.stored.smooth is None and self.stored.activations is None
 
     def weight_parameters(self) -> list[Tensor]:
-        found: list[Tensor] = [] if self.reweight is None else list(self.reweight.parameters())
-        return [*found, self.sparse.values] if self.sparse is not None and self.inline_sparse else found
+        result: list[Tensor] = [] if self.reweight is None else list(self.reweight.parameters())
+        return [*result, self.sparse.values] if self.sparse is not None and self.inline_sparse else result
 
     def effective(self, *parameters: Tensor) -> Tensor:
         """The matrix that multiplies the base's input, differentiable in `parameters` (the order of `weight_parameters`)."""
@@ -150,7 +160,7 @@ class CompressedLinear(nn.Module):
         return weight.to(self.dtype)
 
     def pull_back(
-        self, gradient_TO: Tensor | None, gradient_OI: Tensor, parameters: list[Tensor], wanted: Any
+        self, gradient_TO: Tensor | None, gradient_OI: Tensor, parameters: list[Tensor], wanted: Sequence[bool]
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """(gradient of x, gradients of `parameters`) from the gradients of the output and of the matrix; `gradient_OI` is used up."""
         own = parameters[:-1] if self.inline_sparse else parameters
@@ -271,7 +281,7 @@ class CompressedLinear(nn.Module):
         bias = None if self.bias is None else self.bias.detach().to(self.bias_storage or self.bias.dtype)
         return stored, bias
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "CompressedLinear":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompressedLinear":
         """Follow the model to another device; the record's dtypes are what is stored and stay."""
         device = fn(torch.empty(0, device=self.device)).device
         if device != self.device:
@@ -317,7 +327,7 @@ def cache_dense(linears: Mapping[str, CompressedLinear], budget_bytes: float) ->
 def as_records(linears: Iterable[CompressedLinear]) -> Callable[[bool], None]:
     """A `stored_form` for what folds into a record with more rounding than that of each trained value: when on, the linears hold and run
     the records that `to_stored` makes of them."""
-    chosen, kept = list(linears), list[dict[str, Any]]()
+    chosen, kept = list(linears), list[dict[str, object]]()
     own = ("stored", "up", "down", "up_scales", "down_scales", "after")
 
     def switch(on: bool) -> None:

@@ -5,7 +5,7 @@ Takes scores, gives flat positions; only kept weights (under the mask) can be ch
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,14 +43,14 @@ def choose(
     ranked = {name: _masked(_by_row(s) if by == "channel" else s, kept[name]) for name, s in scores.items()}
     pick = _best if by == "weight" else _reaching
     if quota == "matrix":
-        found = {name: pick(s.reshape(-1), max(1, round(share * s.numel()))) for name, s in ranked.items()}
+        result = {name: pick(s.reshape(-1), max(1, round(share * s.numel()))) for name, s in ranked.items()}
     else:
         sizes = [s.numel() for s in ranked.values()]
         flat = torch.cat([s.reshape(-1) for s in ranked.values()])
         chosen = torch.zeros_like(flat, dtype=torch.bool)
         chosen[pick(flat, max(1, round(share * len(flat))))] = True
-        found = {name: part.nonzero().squeeze(-1) for name, part in zip(ranked, chosen.split(sizes), strict=True)}
-    return {name: index for name, index in found.items() if len(index)}
+        result = {name: part.nonzero().squeeze(-1) for name, part in zip(ranked, chosen.split(sizes), strict=True)}
+    return {name: index for name, index in result.items() if len(index)}
 
 
 def _by_row(score_OI: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def fisher_diagonal(linears: Mapping[str, CompressedLinear], gradients: Gradient
 
 
 def _rows(batch: Batch) -> list[Batch]:
-    masks: Any = [None] * len(batch.ids) if batch.loss_mask is None else batch.loss_mask.split(1)
+    masks: object = [None] * len(batch.ids) if batch.loss_mask is None else batch.loss_mask.split(1)
     return [Batch(ids, mask) for ids, mask in zip(batch.ids.split(1), masks, strict=True)]
 
 

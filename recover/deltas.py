@@ -229,9 +229,9 @@ def diff_pruning(site: AttachSite, config: DiffPruning) -> Attached:
 
     def chosen() -> dict[str, Tensor]:
         scores = {name: g.moves().abs() for name, g in gates.items()}
-        found = choose(scores, {name: lin.stored.mask_OI() for name, lin in site.linears.items()}, config.share)
+        result = choose(scores, {name: lin.stored.mask_OI() for name, lin in site.linears.items()}, config.share)
         masks = {name: torch.zeros(g.moved.numel(), dtype=torch.bool, device=g.moved.device) for name, g in gates.items()}
-        for name, index in found.items():
+        for name, index in result.items():
             masks[name][index] = True
         return {name: mask.view(gates[name].moved.shape) for name, mask in masks.items()}
 

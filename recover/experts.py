@@ -5,8 +5,7 @@ tokens that reach an expert by that expert's slice. `ExpertMatrices` takes the p
 Knows modules; not records, nor what trains. Legend: E experts, T tokens, O out, I in.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +32,12 @@ class _Matrix:
         self.linear = linear
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Tensor:
+    def __torch_function__(
+        cls, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: Mapping[str, object] | None = None
+    ) -> Tensor:
         if func not in PRODUCTS or len(args) != 2 or kwargs or not isinstance(args[1], cls):
-            raise NotImplementedError(
-                f"experts whose code does more with a matrix than multiply tokens by it ({func.__name__}) cannot train"
-            )
+            name = getattr(func, "__name__", func)
+            raise NotImplementedError(f"experts whose code does more with a matrix than multiply tokens by it ({name}) cannot train")
         return args[1].linear(args[0])
 
 

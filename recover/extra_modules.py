@@ -9,10 +9,15 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedConfig
+    from transformers.utils import ModelOutput
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}
 PARTS = ("down", "down_bias", "up", "up_bias")
@@ -48,19 +53,19 @@ class Tokens:
         """[B, P, D]."""
         return self.values.expand(batch, *self.values.shape)
 
-    def cache(self, config: Any, batch: int) -> Any:
+    def cache(self, config: "PreTrainedConfig", batch: int) -> "Cache":
         """A fresh transformers cache that holds the prefix; attention grows it, so every forward pass wants its own."""
         from transformers import DynamicCache
 
         return self.fill_(DynamicCache(config=config), batch)
 
-    def fill_(self, cache: Any, batch: int) -> Any:
+    def fill_(self, cache: "Cache", batch: int) -> "Cache":
         for layer, pair in enumerate(self.values.permute(1, 2, 3, 0, 4)):
             keys, values = pair.unsqueeze(1).expand(2, batch, *pair.shape[1:])
             cache.update(keys, values, layer)
         return cache
 
-    def stand_before(self, model: nn.Module) -> list[Any]:
+    def stand_before(self, model: nn.Module) -> list[RemovableHandle]:
         """Put the tokens in front of whatever the model is called with, generation with a cache included; its logits are those of the
         text alone. Returns the hooks' handles."""
         whole: Any = model
@@ -76,13 +81,13 @@ class _Front:
 
     tokens: Tokens
     embeddings: nn.Module
-    config: Any
+    config: "PreTrainedConfig"
     cache_name: str
     first: bool = False
     lent: bool = False
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+    def before(self, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[tuple[()], dict[str, Any]]:
+        given: dict[str, Any] = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         name = next((n for n in ("cache", "past_key_values") if given.get(n) is not None), self.cache_name)
         cache, count = given.get(name), self.tokens.count
         text = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
@@ -106,7 +111,7 @@ class _Front:
                 given["position_ids"] = torch.cat((front, positions), -1)
         return (), given
 
-    def behind(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+    def behind(self, module: nn.Module, args: object, kwargs: object, out: "ModelOutput") -> "ModelOutput":
         if self.first and self.tokens.kind == "prompt":
             out["last_hidden_state"] = out[0][:, self.tokens.count :]
         if self.lent:  # nobody asked for the cache that brought the prefix
@@ -134,7 +139,7 @@ class Beside:
     def virtual(self) -> Tokens | None:
         return None if self.tokens is None else Tokens(self.tokens, self.tensors[TOKENS])
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """JSON without the tensors; `beside_of` needs both."""
         places = {name: asdict(place) for name, place in self.bottlenecks.items()}
         return {
@@ -144,9 +149,11 @@ class Beside:
             "shapes": {n: list(t.shape) for n, t in self.tensors.items()},
         }
 
-    def hang(self, model: nn.Module, prefix: str = "", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> list[Any]:
+    def hang(
+        self, model: nn.Module, prefix: str = "", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> list[RemovableHandle]:
         """Put the bottlenecks whose sublayer lies under `prefix` on the model; returns the hooks' handles."""
-        handles: list[Any] = []
+        handles: list[RemovableHandle] = []
         for name, place in self.bottlenecks.items():
             if place.exit.startswith(prefix):
                 tensors = {part: self.tensors[f"{name}.{part}"].to(device, dtype) for part in PARTS}
@@ -188,17 +195,17 @@ def start_tensors(width_in: int, width_out: int, bottleneck: int, generator: tor
     return {"down": down, "down_bias": torch.zeros(bottleneck), "up": torch.zeros(width_out, bottleneck), "up_bias": torch.zeros(width_out)}
 
 
-def hang(model: nn.Module, place: Place, bottleneck: nn.Module) -> list[Any]:
+def hang(model: nn.Module, place: Place, bottleneck: nn.Module) -> list[RemovableHandle]:
     """The hooks' handles. Serial ones read what `exit` puts out; parallel ones what `entry` took in."""
     exit_ = model.get_submodule(place.exit)
     if place.entry is None:
         return [exit_.register_forward_hook(lambda module, args, y: y + bottleneck(y))]
     waiting: list[Tensor] = []
 
-    def keep(module: nn.Module, args: Any) -> None:
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         waiting[:] = [args[0]]
 
-    def add(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+    def add(module: nn.Module, args: object, y: Tensor) -> Tensor:
         return y + bottleneck(waiting.pop()).view(y.shape)
 
     return [model.get_submodule(place.entry).register_forward_pre_hook(keep), exit_.register_forward_hook(add)]

@@ -4,24 +4,37 @@ Knows module names and shapes; not records, data or files.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
+from ..compress.ranges import Layers, Targets
 from . import attach, bottlenecks, increments, prompts
 from .experts import is_expert
 from .selection import Where, chosen_linears, norms, where
 
 Shapes = Mapping[str, tuple[int, int]]
+
+
+class Chosen(Protocol):
+    """Which part of a model trains: TrainConfig, or a config of its own."""
+
+    @property
+    def targets(self) -> Targets: ...
+
+    @property
+    def layers(self) -> Layers: ...
+
+
 VIRTUAL = (prompts.PrefixTuning, prompts.PromptTuning, prompts.PTuning, prompts.MamAdapter)
 
 
-def virtual_tokens(own: Any) -> int:
+def virtual_tokens(own: object) -> int:
     """How many positions a method's virtual tokens take."""
     return own.tokens if isinstance(own, VIRTUAL) else 0
 
 
-def misfit(own: Any, shared: Any, model: nn.Module, shapes: Shapes, low_rank: frozenset[str] = frozenset()) -> str | None:
+def misfit(own: object, shared: Chosen, model: nn.Module, shapes: Shapes, low_rank: frozenset[str] = frozenset()) -> str | None:
     """Why the settings cannot be on this model (a skeleton will do), None when they can. `shapes` are [out, in] of the decoder's linears,
     `low_rank` those that have factors already."""
     try:
@@ -34,7 +47,7 @@ def misfit(own: Any, shared: Any, model: nn.Module, shapes: Shapes, low_rank: fr
     return _nothing(own, model, place, chosen) or _rank(own, shapes, chosen, low_rank) or _bottleneck(own, model, place, shapes, chosen)
 
 
-def left_alone(own: Any, shared: Any, model: nn.Module, names: Iterable[str]) -> list[str]:
+def left_alone(own: object, shared: Chosen, model: nn.Module, names: Iterable[str]) -> list[str]:
     """What of the chosen linears a method cannot reach, one line a reason: the fused experts of a mixture have no place for biases, nor a
     module of their own that a bottleneck could stand beside."""
     place = where(model, shared.targets, shared.layers)
@@ -42,15 +55,15 @@ def left_alone(own: Any, shared: Any, model: nn.Module, names: Iterable[str]) ->
     if not experts:
         return []
     which = f"{experts[0]} and {len(experts) - 1} more expert matrices" if len(experts) > 1 else experts[0]
-    found = []
+    result = []
     if _trains_biases(own):
-        found.append(f"left alone: the biases of {which} (fused experts have no place for them)")
+        result.append(f"left alone: the biases of {which} (fused experts have no place for them)")
     if getattr(own, "bottleneck", None) is not None and getattr(own, "at", "mlp") != "attention":
-        found.append(f"left alone: {which} (no bottleneck can stand beside fused experts)")
-    return found
+        result.append(f"left alone: {which} (no bottleneck can stand beside fused experts)")
+    return result
 
 
-def _trains_biases(own: Any) -> bool:
+def _trains_biases(own: object) -> bool:
     return isinstance(own, attach.BitFit) or getattr(own, "train", None) == "biases" or getattr(own, "biases", False)
 
 
@@ -67,18 +80,18 @@ def _virtual(own: Any, shared: Any, model: nn.Module) -> str | None:
     return None
 
 
-def _bottleneck(own: Any, model: nn.Module, place: Where, shapes: Shapes, chosen: list[str]) -> str | None:
+def _bottleneck(own: object, model: nn.Module, place: Where, shapes: Shapes, chosen: list[str]) -> str | None:
     width: int | None = getattr(own, "bottleneck", None)
-    at: Any = getattr(own, "at", "mlp")
+    at: bottlenecks.At = getattr(own, "at", "mlp")
     if width is None:
         return None
     own_modules = [name for name in shapes if not is_expert(model, name)]
-    found = list(bottlenecks.sublayers(own_modules, set(chosen), place.blocks_name, at))
-    if not found:
+    result = list(bottlenecks.sublayers(own_modules, set(chosen), place.blocks_name, at))
+    if not result:
         experts = " (fused experts have no such linears)" if len(own_modules) < len(shapes) else ""
         return f"targets, layers and at leave no attention or MLP sublayer whose first and last linear are known by name{experts}"
     serial = isinstance(own, bottlenecks.SerialAdapter)
-    limit = min(min(shapes[part.exit][0], shapes[part.exit][0] if serial else shapes[part.entry][1]) for part in found)
+    limit = min(min(shapes[part.exit][0], shapes[part.exit][0] if serial else shapes[part.entry][1]) for part in result)
     return None if 0 < width <= limit else f"bottleneck {width} does not fit a width of {limit}; choose 1…{limit}"
 
 
@@ -96,7 +109,7 @@ def _rank(own: Any, shapes: Shapes, chosen: list[str], low_rank: frozenset[str])
     return None
 
 
-def _nothing(own: Any, model: nn.Module, place: Where, chosen: list[str]) -> str | None:
+def _nothing(own: object, model: nn.Module, place: Where, chosen: list[str]) -> str | None:
     """Settings that switch everything off, or biases that are not there."""
     reason = "leaves no trainable parameter"
     if isinstance(own, attach.Perp) and not (own.norms or own.biases or own.head or own.embeddings or own.lora != "none"):

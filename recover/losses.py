@@ -4,9 +4,9 @@ The gradient of a chunk's logits is written down by hand and pulled through the 
 needs neither the logits nor a second pass. Legend: N counted tokens, D model, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -33,10 +33,18 @@ class Objective:
         return {"distill": (1.0, 0.0), "cross_entropy": (0.0, 1.0), "both": (0.5, 0.5)}[self.loss]
 
 
+class _Kept(Protocol):
+    """What forward leaves for backward."""
+
+    saved_tensors: tuple[Tensor | None, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
 class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Kept,
         hidden_ND: Tensor,
         head: Head,
         targets_N: Tensor,
@@ -48,7 +56,7 @@ class ChunkedLoss(torch.autograd.Function):
         count, total = len(targets_N), torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
         wants = [hidden_ND.requires_grad, *(p.requires_grad for p in trained)]
         hidden_gradient = torch.zeros_like(hidden_ND) if wants[0] else None
-        found = [torch.zeros_like(p) for p in trained]
+        result = [torch.zeros_like(p) for p in trained]
         for part, logits, leaf in _chunks(head, hidden_ND):
             teacher_logits = None
             if teacher is not None:
@@ -60,16 +68,23 @@ class ChunkedLoss(torch.autograd.Function):
                 gradients = torch.autograd.grad(logits, [leaf, *trained], gradient_NV.to(logits.dtype), allow_unused=True)
                 if hidden_gradient is not None:
                     hidden_gradient[part] = gradients[0]
-                for sum_, g in zip(found, gradients[1:], strict=True):
+                for sum_, g in zip(result, gradients[1:], strict=True):
                     sum_ += 0 if g is None else g
-        ctx.save_for_backward(hidden_gradient, *found)
+        ctx.save_for_backward(hidden_gradient, *result)
         return (total / count).float()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        hidden_gradient, *found = ctx.saved_tensors
+    def backward(ctx: _Kept, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_gradient, *result = ctx.saved_tensors
         scale = gradients[0]
-        return (None if hidden_gradient is None else hidden_gradient * scale, None, None, None, None, *(g * scale for g in found))
+        return (
+            None if hidden_gradient is None else hidden_gradient * scale,
+            None,
+            None,
+            None,
+            None,
+            *(g * scale for g in result if g is not None),
+        )
 
 
 def logits_at_once(device: torch.device) -> int:
@@ -80,7 +95,7 @@ def logits_at_once(device: torch.device) -> int:
     return max(CHUNK_LOGITS, total_bytes // (CARD_SHARE * LOGIT_BYTES))
 
 
-def _chunks(head: Head, hidden_ND: Tensor) -> Any:
+def _chunks(head: Head, hidden_ND: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     size, start, count = 16, 0, len(hidden_ND)
     while start < count:
         part = slice(start, min(start + size, count))

@@ -140,13 +140,13 @@ def mam_adapter(site: AttachSite, config: MamAdapter) -> Attached:
     return out
 
 
-def _wrap(site: AttachSite, settings: Any) -> Any:
+def _wrap(site: AttachSite, settings: object) -> Any:
     """peft's wrapper around the model, its random start decided by the seed."""
     from peft import get_peft_model
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(site.seed)
-        wrapped: Any = get_peft_model(site.model, settings)  # type: ignore[arg-type]
+        wrapped: object = get_peft_model(site.model, settings)  # type: ignore[arg-type]
     return wrapped
 
 

@@ -23,7 +23,7 @@ from .training_run import TrainConfig
 Refusal = Callable[[frozenset[str], Any], str | None]
 
 
-def _anything(kinds: frozenset[str], config: Any) -> str | None:
+def _anything(kinds: frozenset[str], config: object) -> str | None:
     return None
 
 
@@ -83,7 +83,7 @@ def quantized(kinds: frozenset[str]) -> bool:
     return bool(kinds & {"uniform", "normal_float", "ggml"})
 
 
-def _needs_grid(kinds: frozenset[str], config: Any) -> str | None:
+def _needs_grid(kinds: frozenset[str], config: object) -> str | None:
     return (
         None
         if "dense" not in kinds
@@ -99,7 +99,7 @@ def _scales(kinds: frozenset[str], config: methods.Scales) -> str | None:
     return None if config.scales == "auto" and quantized(kinds) else _needs_grid(kinds, config)
 
 
-def _full(kinds: frozenset[str], config: Any) -> str | None:
+def _full(kinds: frozenset[str], config: object) -> str | None:
     return "the weights are quantized: choose qat (grid held) or dequantize_train_requantize" if quantized(kinds) else None
 
 
@@ -109,13 +109,13 @@ def _perp(kinds: frozenset[str], config: methods.Perp) -> str | None:
     return None
 
 
-def _qa_lora(kinds: frozenset[str], config: Any) -> str | None:
+def _qa_lora(kinds: frozenset[str], config: object) -> str | None:
     if "masked" in kinds:
         return "float zero points move masked weights off 0: choose scales or lora for a pruned model"
     return "it merges into the zero points of a uniform grid" if kinds & {"dense", "normal_float", "ggml"} else None
 
 
-def _needs_uniform(kinds: frozenset[str], config: Any) -> str | None:
+def _needs_uniform(kinds: frozenset[str], config: object) -> str | None:
     return (
         "its increments are whole steps of a uniform grid, which NormalFloat and the types of GGUF have not"
         if kinds & {"normal_float", "ggml"}
@@ -123,7 +123,7 @@ def _needs_uniform(kinds: frozenset[str], config: Any) -> str | None:
     )
 
 
-def _diff_pruning(kinds: frozenset[str], config: Any) -> str | None:
+def _diff_pruning(kinds: frozenset[str], config: object) -> str | None:
     return "its delta sees the raw input, and this base rounds its own: choose pafi or fish_mask" if "activations" in kinds else None
 
 
@@ -150,7 +150,7 @@ def _reconstruct(kinds: frozenset[str], config: Reconstruct) -> str | None:
     return RECOVER[name].serves(kinds, own(config))
 
 
-def _svft(kinds: frozenset[str], config: Any) -> str | None:
+def _svft(kinds: frozenset[str], config: object) -> str | None:
     if "quantized_factors" not in kinds:
         return None
     return (
@@ -158,7 +158,12 @@ def _svft(kinds: frozenset[str], config: Any) -> str | None:
     )
 
 
-_PAIR = Ways("low-rank pair", "low-rank term", "added into dense weights, or base in any format + PEFT LoRA", "dense unmasked weights; elsewhere refused")
+_PAIR = Ways(
+    "low-rank pair",
+    "low-rank term",
+    "added into dense weights, or base in any format + PEFT LoRA",
+    "dense unmasked weights; elsewhere refused",
+)
 _MODEL = Ways(
     "norms, biases, weights in place", "as it was stored", "any format; created biases where the architecture has a place", "in place"
 )
@@ -213,7 +218,12 @@ RECOVER: dict[str, RecoveryMethod] = {
         methods.dora,
         "factors",
         "up·down and row magnitudes",
-        Ways("magnitudes in the scales and in up", "low-rank term", "added into dense weights, or rescaled base in any format + PEFT LoRA", "scales or dense rows"),
+        Ways(
+            "magnitudes in the scales and in up",
+            "low-rank term",
+            "added into dense weights, or rescaled base in any format + PEFT LoRA",
+            "scales or dense rows",
+        ),
         version=3,
         paper="DoRA, arXiv:2402.09353",
     ),
@@ -380,19 +390,19 @@ def split(name: str, config: Any) -> tuple[Any, Any]:
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(word, list(known), 1)
-    return f" (nearest is {found[0]!r})" if found else ""
+    result = difflib.get_close_matches(word, list(known), 1)
+    return f" (nearest is {result[0]!r})" if result else ""
 
 
-def refusal(name: str, found: Iterable[frozenset[str]], config: Any) -> str | None:
-    """Why a method cannot serve a compressed model, said before any work; None when it can. `found` are the kinds of the chosen records."""
+def refusal(name: str, result: Iterable[frozenset[str]], config: object) -> str | None:
+    """Why a method cannot serve a compressed model, before any work; None when it can. `found` are the kinds of the chosen records."""
     _, own = split(name, config)
-    union = frozenset().union(*found)
+    union = frozenset().union(*result)
     reason = RECOVER[name].serves(union, own)
     return None if reason is None else f"{name} cannot serve this model: {reason}"
 
 
-def attach(name: str, model: nn.Module, config: Any, *, seed: int = 0, gradients: Gradients | None = None) -> Attached:
+def attach(name: str, model: nn.Module, config: object, *, seed: int = 0, gradients: Gradients | None = None) -> Attached:
     """Put a method on a model whose compressed linears are installed. ValueError for a refusal or when nothing is left to train."""
     shared, own = split(name, config)
     linears = compressed_linears(model)

@@ -80,7 +80,9 @@ class RelativeScales(nn.Module):
     def trainables(self, scales: bool = True) -> dict[str, Trainable]:
         out: dict[str, Trainable] = {}
         if scales:
-            out["scales"] = Trainable(self.delta, "scales", self.as_stored, limits=Limits(4 if self._in_half() else 2, self.extremes, self.problem))
+            out["scales"] = Trainable(
+                self.delta, "scales", self.as_stored, limits=Limits(4 if self._in_half() else 2, self.extremes, self.problem)
+            )
         self.delta.requires_grad_(scales)
         if self.zeta is not None:
             out["zeros"] = Trainable(self.zeta, "zeros")

@@ -41,14 +41,14 @@ def roles(name: str) -> tuple[str, ...]:
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """(name, list) of the longest ModuleList whose members are all of one class and that lies in no other one (the experts of a block do).
     ValueError when there is none."""
-    found: list[tuple[str, nn.ModuleList]] = []
+    result: list[tuple[str, nn.ModuleList]] = []
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
+        inside = any(name.startswith(f"{outer}.") for outer, _ in result)
         if isinstance(module, nn.ModuleList) and not inside and len({type(block) for block in module}) == 1:
-            found.append((name, module))
-    if not found:
+            result.append((name, module))
+    if not result:
         raise ValueError(f"{type(model).__name__} has no list of decoder blocks")
-    return max(found, key=lambda pair: len(pair[1]))
+    return max(result, key=lambda pair: len(pair[1]))
 
 
 def block_index(name: str, blocks_name: str) -> int | None:

@@ -81,11 +81,11 @@ def train_factors(linears: Mapping[str, CompressedLinear]) -> dict[str, Trainabl
             continue
         low_rank = linear.stored.low_rank
         holder = None if low_rank is None or low_rank.shared is None else linears.get(low_rank.shared)
-        found = linear.train_low_rank()
+        result = linear.train_low_rank()
         if holder is not None and holder.down is not None:
-            found = {key: t for key, t in found.items() if not key.startswith("down")}
+            result = {key: t for key, t in result.items() if not key.startswith("down")}
             linear.down, linear.down_scales = holder.down, holder.down_scales
-        out |= {f"{name}.{key}": t for key, t in found.items()}
+        out |= {f"{name}.{key}": t for key, t in result.items()}
     return out
 
 

@@ -103,7 +103,7 @@ def whole_windows() -> Iterator[None]:
         masking_utils.find_packed_sequence_indices = asks
 
 
-def head_of(head: nn.Module, config: Any) -> Callable[[Tensor], Tensor]:
+def head_of(head: nn.Module, config: object) -> Callable[[Tensor], Tensor]:
     """The output embedding and what some families do to its logits: Gemma's soft cap, Cohere's and Granite's scales."""
     cap, factor = getattr(config, "final_logit_softcapping", None), getattr(config, "logit_scale", None)
     divisor = getattr(config, "logits_scaling", None)

@@ -5,17 +5,17 @@ Knows the names of stages, methods and settings as the command line has them. A 
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 from .findings import changes, worst_change, worst_role
-from .record import RunRecord, StageRecord, is_finite
+from .json_values import is_finite
+from .record import RunRecord, StageRecord
 from .units import number, percent
 
 
 def suggestions(record: RunRecord) -> list[str]:
     """What to try, from the stage that hurt most and from what is left of the gap."""
-    found = changes(record.stages)
-    worst = worst_change(found)
+    result = changes(record.stages)
+    worst = worst_change(result)
     present = {stage.stage.split(".")[0] for stage in record.stages}
     tips: list[str] = []
     if worst is not None:
@@ -24,7 +24,7 @@ def suggestions(record: RunRecord) -> list[str]:
     last, baseline = (record.stages[-1] if record.stages else None), record.baseline
     if last is not None and baseline is not None and last is not baseline and _left(last, baseline) > 0.02:
         tips += _more_recovery(record, present)
-    for change in found:
+    for change in result:
         if change.after.stage.startswith("fuse") and abs(change.nats) > 1e-3 and not change.is_noise:
             apart = f"{change.after.stage} differs by {percent(abs(math.expm1(change.nats)))} from the stage before it"
             tips.append(f"{apart}: check the kernels with `pipeline doctor`.")
@@ -37,7 +37,7 @@ def _left(last: StageRecord, baseline: StageRecord) -> float:
     return math.log(last.perplexity / baseline.perplexity)
 
 
-def _set(stage: StageRecord, key: str, value: Any) -> str:
+def _set(stage: StageRecord, key: str, value: object) -> str:
     return f"`--set {stage.stage}.{key}={value}`"
 
 
@@ -47,7 +47,7 @@ def _after_quantize(stage: StageRecord, present: set[str]) -> list[str]:
     tips = []
     if stage.method in ("rtn", "nf4"):
         tips.append(f"A method that looks at calibration text: {_set(stage, 'method', 'gptq')}.")
-    if (isinstance(group, int) and group > 32) or group == -1:
+    if isinstance(group, int) and (group > 32 or group == -1):
         cost = 16 / 32 - (16 / group if group > 0 else 0)
         tips.append(f"Smaller groups: {_set(stage, 'group_size', 32)} ({number(cost, 2)} bits per weight more at 16-bit scales).")
     if isinstance(bits, int) and bits <= 3:

@@ -7,35 +7,44 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from .record import LayerRecord, Protocol, RunRecord, StageRecord, TextRecord, numbers
+from .json_values import numbers
+from .record import LayerRecord, Protocol, RunRecord, StageRecord, TextRecord
 from .units import MISSING, difference, duration, exact, number, percent, ratio, size
+
+Row = TypeVar("Row", contravariant=True)
+"""What a table has a row for: a stage, a layer, a run."""
+Whole = TypeVar("Whole")
 
 
 @dataclass(frozen=True)
-class Column:
-    """One column: `get` finds the raw value in a record, `show` writes it for a reader.
+class Column(Generic[Row]):
+    """One column: `get` finds the raw value in a row, `show` writes a value of `get`'s kind for a reader.
 
     A terminal too narrow for all columns leaves out those of the highest `rank` first; `short` is its heading there.
     """
 
     key: str
     title: str
-    get: Callable[[Any], Any]
+    get: Callable[[Row], object]
     show: Callable[[Any], str]
     numeric: bool = True
     group: str = "quality"
     rank: int = 0
     short: str = ""
 
+    def read_by(self, get: "Callable[[Whole], object]") -> "Column[Whole]":
+        """The same column of another kind of row."""
+        return Column(self.key, self.title, get, self.show, self.numeric, self.group, self.rank, self.short)
 
-def _field(name: str) -> Callable[[Any], Any]:
+
+def _field(name: str) -> Callable[[object], object]:
     return lambda record: getattr(record, name)
 
 
-def _pair(name: str) -> Callable[[Any], Any]:
-    def get(stage: Any) -> Any:
+def _pair(name: str) -> Callable[[object], object]:
+    def get(stage: object) -> object:
         value = getattr(stage, name)
         return None if value is None else (value, getattr(stage, f"{name}_stderr"))
 
@@ -46,7 +55,7 @@ def _show_pair(pair: tuple[float, float | None] | None) -> str:
     return MISSING if pair is None else difference(*pair)
 
 
-STAGE_COLUMNS: tuple[Column, ...] = (
+STAGE_COLUMNS: tuple[Column[StageRecord], ...] = (
     Column("stage", "stage", _field("stage"), str, numeric=False, group="both"),
     Column("method", "method", _field("method"), number, numeric=False, group="both"),
     Column("perplexity", "perplexity", _field("perplexity"), number),
@@ -67,7 +76,7 @@ STAGE_COLUMNS: tuple[Column, ...] = (
 )
 
 
-def stage_columns(stages: Sequence[StageRecord]) -> list[Column]:
+def stage_columns(stages: Sequence[StageRecord]) -> list[Column[StageRecord]]:
     """Every column of a stage: behind those of quality, two for each further evaluation text and each metric of a task."""
     texts = dict.fromkeys(name for stage in stages for name in stage.texts)
     tasks = dict.fromkeys(name for stage in stages for name in stage.tasks)
@@ -76,7 +85,7 @@ def stage_columns(stages: Sequence[StageRecord]) -> list[Column]:
     return [*STAGE_COLUMNS[:cost], *more, *STAGE_COLUMNS[cost:]]
 
 
-def _text_columns(name: str) -> list[Column]:
+def _text_columns(name: str) -> list[Column[StageRecord]]:
     """In the table of the run: perplexity, and what was lost to the baseline."""
     perplexity, lost = (next(c for c in text_table(name) if c.key == key) for key in ("perplexity", "nll_difference"))
     return [
@@ -85,11 +94,11 @@ def _text_columns(name: str) -> list[Column]:
     ]
 
 
-def _task_columns(name: str) -> list[Column]:
+def _task_columns(name: str) -> list[Column[StageRecord]]:
     """The score with its standard error over documents, and the change to the baseline with the paired one."""
 
-    def of(value: str, error: str) -> Callable[[Any], Any]:
-        def get(stage: StageRecord) -> Any:
+    def of(value: str, error: str) -> Callable[[StageRecord], object]:
+        def get(stage: StageRecord) -> object:
             task = stage.tasks.get(name)
             return None if task is None or getattr(task, value) is None else (getattr(task, value), getattr(task, error))
 
@@ -108,17 +117,18 @@ def _show_score(pair: tuple[float, float | None] | None) -> str:
     return number(score, 3) if stderr is None else f"{score:.3f} ± {stderr:.3f}"
 
 
-def text_table(name: str) -> list[Column]:
+def text_table(name: str) -> list[Column[StageRecord]]:
     """The columns of a table of one further evaluation text, a row a stage."""
-
-    def of(get: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        return lambda stage: get(stage.texts[name]) if name in stage.texts else None
-
     known = {field.name for field in fields(TextRecord)}
-    return [STAGE_COLUMNS[0], *(replace(column, get=of(column.get)) for column in STAGE_COLUMNS if column.key in known)]
+    return [STAGE_COLUMNS[0], *(replace(column, get=_of_text(name, column.key)) for column in STAGE_COLUMNS if column.key in known)]
 
 
-LAYER_COLUMNS: tuple[Column, ...] = (
+def _of_text(name: str, key: str) -> Callable[[StageRecord], object]:
+    get = _pair(key) if key == "nll_difference" else _field(key)
+    return lambda stage: get(stage.texts[name]) if name in stage.texts else None
+
+
+LAYER_COLUMNS: tuple[Column[LayerRecord], ...] = (
     Column("name", "layer", _field("name"), str, numeric=False),
     Column("relative_output_error", "relative output error", _field("relative_output_error"), number),
     Column("bits_per_weight", "bits/weight", _field("bits_per_weight"), number),
@@ -141,21 +151,21 @@ PROTOCOL_TITLES = {
 }
 
 
-def used(columns: Sequence[Column], rows: Sequence[Any]) -> list[Column]:
+def used(columns: Sequence[Column[Whole]], rows: Sequence[Whole]) -> list[Column[Whole]]:
     """The columns that hold something in at least one row."""
     return [column for column in columns if any(column.get(row) is not None for row in rows)]
 
 
-def layer_columns(layers: Sequence[LayerRecord]) -> list[Column]:
+def layer_columns(layers: Sequence[LayerRecord]) -> list[Column[LayerRecord]]:
     """The fixed layer columns in use, then one for every extra number of `metrics`."""
     keys: dict[str, None] = {}
     for layer in layers:
         keys.update(dict.fromkeys(key for key, _ in numbers(layer.metrics)))
-    extra = [Column(key, key.replace("_", " ").replace(".", ": "), _metric(key), exact) for key in keys]
+    extra: list[Column[LayerRecord]] = [Column(key, key.replace("_", " ").replace(".", ": "), _metric(key), exact) for key in keys]
     return used(LAYER_COLUMNS, layers) + extra
 
 
-def _metric(key: str) -> Callable[[Any], Any]:
+def _metric(key: str) -> Callable[[LayerRecord], object]:
     return lambda layer: dict(numbers(layer.metrics)).get(key)
 
 
@@ -193,7 +203,7 @@ def protocol_line(protocol: Protocol) -> str:
     return ", ".join(part for part in parts if part) or "protocol not recorded"
 
 
-def protocol_text(value: Any) -> str:
+def protocol_text(value: object) -> str:
     if value is None:
         return MISSING
     if isinstance(value, bool):
@@ -203,7 +213,7 @@ def protocol_text(value: Any) -> str:
     return number(value, 7) if isinstance(value, int | float) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def extra_rows(stages: Sequence[StageRecord]) -> list[tuple[str, str, Any]]:
+def extra_rows(stages: Sequence[StageRecord]) -> list[tuple[str, str, float]]:
     """(stage, readable path, value) of every number in the stages' extra metrics, series left out."""
     rows = []
     for stage in stages:
@@ -213,22 +223,22 @@ def extra_rows(stages: Sequence[StageRecord]) -> list[tuple[str, str, Any]]:
     return rows
 
 
-def series(stage: StageRecord) -> list[tuple[str, list[Mapping[str, Any]]]]:
+def series(stage: StageRecord) -> list[tuple[str, list[Mapping[str, object]]]]:
     """(name, rows) of the extra metrics that are lists of mappings, such as a training history."""
-    found = []
+    result = []
     for name, value in stage.metrics.items():
-        if isinstance(value, list | tuple) and value and all(isinstance(row, Mapping) for row in value):
-            found.append((name, list(value)))
-    return found
+        if isinstance(value, list | tuple) and value and len(rows := [row for row in value if isinstance(row, Mapping)]) == len(value):
+            result.append((name, rows))
+    return result
 
 
-def series_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+def series_columns(rows: Sequence[Mapping[str, object]]) -> list[Column[Mapping[str, object]]]:
     keys = dict.fromkeys(key for row in rows for key in row)
     ordered = sorted(keys, key=lambda key: key != "step")
     return [Column(key, key.replace("_", " "), _item(key), exact) for key in ordered]
 
 
-def _item(key: str) -> Callable[[Any], Any]:
+def _item(key: str) -> Callable[[Mapping[str, object]], object]:
     return lambda row: row.get(key)
 
 
@@ -246,7 +256,7 @@ class RoleSummary:
     measured_loss: float | None
 
 
-ROLE_COLUMNS: tuple[Column, ...] = (
+ROLE_COLUMNS: tuple[Column[RoleSummary], ...] = (
     Column("role", "type", _field("role"), str, numeric=False),
     Column("layers", "layers", _field("layers"), number),
     Column("bits_per_weight", "mean bits/weight", _field("bits_per_weight"), number),
@@ -271,11 +281,11 @@ def role_rows(layers: Sequence[LayerRecord]) -> list[RoleSummary]:
     return rows
 
 
-def _sum(values: Sequence[Any]) -> float | None:
+def _sum(values: Sequence[object]) -> float | None:
     known = [float(value) for value in values if isinstance(value, int | float) and math.isfinite(value)]
     return math.fsum(known) if known else None
 
 
-def _mean(values: Sequence[Any]) -> float | None:
-    known = [float(value) for value in values if value is not None and math.isfinite(value)]
+def _mean(values: Sequence[object]) -> float | None:
+    known = [float(value) for value in values if isinstance(value, int | float) and math.isfinite(value)]
     return math.fsum(known) / len(known) if known else None

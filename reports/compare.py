@@ -6,7 +6,7 @@ is called better: the paired error between two runs is at most the sum of their 
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from .columns import PROTOCOL_TITLES, Column, protocol_text, stage_columns, used
@@ -34,49 +34,49 @@ class Entry:
 
 def entries(runs: Sequence[RunRecord]) -> list[Entry]:
     """One entry per run that has a measured stage, in the given order, each with its verdict."""
-    found = [entry for run in runs if (entry := _entry(run)) is not None]
-    for members in groups(found):
-        if len(members) == 1 < len(found):
-            found[members[0]] = replace(found[members[0]], verdict="not judged: no other run has its model and protocol")
+    result = [entry for run in runs if (entry := _entry(run)) is not None]
+    for members in groups(result):
+        if len(members) == 1 < len(result):
+            result[members[0]] = replace(result[members[0]], verdict="not judged: no other run has its model and protocol")
             continue
-        placed = [index for index in members if found[index].stage.total_bytes is not None]
-        front = {placed[index] for index in pareto_front([_point(found[index]) for index in placed])}
+        placed = [index for index in members if result[index].stage.total_bytes is not None]
+        front = {placed[index] for index in pareto_front([_point(result[index]) for index in placed])}
         for index in placed:
-            rivals = [found[other] for other in placed if other != index]
-            found[index] = _judged(found[index], index in front, rivals)
-    return found
+            rivals = [result[other] for other in placed if other != index]
+            result[index] = _judged(result[index], index in front, rivals)
+    return result
 
 
-def groups(found: Sequence[Entry]) -> list[list[int]]:
+def groups(result: Sequence[Entry]) -> list[list[int]]:
     """The places of the entries that may be judged against one another: of one model, measured on one text under one protocol."""
     alike: dict[tuple[str, str], list[int]] = {}
-    for index, entry in enumerate(found):
+    for index, entry in enumerate(result):
         alike.setdefault((entry.model, entry.protocol), []).append(index)
     return list(alike.values())
 
 
 def warnings(runs: Sequence[RunRecord]) -> list[str]:
     """What forbids or weakens the comparison."""
-    found = [entry for run in runs if (entry := _entry(run)) is not None]
+    result = [entry for run in runs if (entry := _entry(run)) is not None]
     texts = []
-    if len({entry.protocol for entry in found}) > 1:
-        texts.append(f"These runs were measured under different protocols, so their perplexities do not compare. {_apart(found)}")
+    if len({entry.protocol for entry in result}) > 1:
+        texts.append(f"These runs were measured under different protocols, so their perplexities do not compare. {_apart(result)}")
     for name in dict.fromkeys(name for run in runs for name in run.texts):
         if len({run.texts[name].identity() for run in runs if name in run.texts}) > 1:
             texts.append(f"The runs measured {name} under different protocols, so its perplexities do not compare.")
-    if len({entry.model for entry in found}) > 1:
-        named = _who([(entry.run, entry.model) for entry in found])
+    if len({entry.model for entry in result}) > 1:
+        named = _who([(entry.run, entry.model) for entry in result])
         texts.append(
             f"These runs are of different models ({named}): token perplexities compare only within one tokenizer; bits per byte do across."
         )
-    if missing := [run.run for run in runs if run.run not in {entry.run for entry in found}]:
+    if missing := [run.run for run in runs if run.run not in {entry.run for entry in result}]:
         texts.append(f"Not measured yet: {', '.join(missing)}.")
     return texts
 
 
-def _apart(found: Sequence[Entry]) -> str:
+def _apart(result: Sequence[Entry]) -> str:
     """In which fields of the protocol they differ, and who has what."""
-    known = [(entry.run, json.loads(entry.protocol)) for entry in found]
+    known = [(entry.run, json.loads(entry.protocol)) for entry in result]
     apart = [key for key in PROTOCOL_TITLES if len({json.dumps(protocol[key]) for _, protocol in known}) > 1]
     return " ".join(
         f"{PROTOCOL_TITLES[key].capitalize()}: {_who([(run, protocol_text(protocol[key])) for run, protocol in known])}." for key in apart
@@ -89,30 +89,34 @@ def _who(pairs: Sequence[tuple[str, str]]) -> str:
     return ", ".join(f"{value} ({', '.join(run for run, its in pairs if its == value)})" for value in values)
 
 
-def columns(found: Sequence[Entry]) -> list[Column]:
+def columns(result: Sequence[Entry]) -> list[Column[Entry]]:
     """A run's head, its last stage's columns, the verdict."""
     left_out = ("stage", "method", "nll_difference_previous", "gap_closed", "trainable_parameters")
-    of_stage = [column for column in stage_columns([entry.stage for entry in found]) if column.key not in left_out]
+    of_stage = [column for column in stage_columns([entry.stage for entry in result]) if column.key not in left_out]
     return [
         Column("run", "run", lambda entry: entry.run, str, numeric=False),
         Column("way", "stages", lambda entry: entry.way, str, numeric=False),
-        *(replace(column, get=(lambda get: lambda entry: get(entry.stage))(column.get)) for column in of_stage),
+        *(column.read_by(_of_last_stage(column)) for column in of_stage),
         Column("verdict", "at equal bytes", lambda entry: entry.verdict or None, number, numeric=False),
     ]
 
 
+def _of_last_stage(column: Column[StageRecord]) -> Callable[[Entry], object]:
+    return lambda entry: column.get(entry.stage)
+
+
 def table(runs: Sequence[RunRecord], markdown: bool = False, width: int | None = None) -> str:
     """Plain text (of at most `width` characters) or Markdown; below the plain table what each run did and its verdict, then the warnings."""
-    found, below = entries(runs), warnings(runs)
-    every = columns(found)
+    result, below = entries(runs), warnings(runs)
+    every = columns(result)
     if markdown:
-        return markdown_table(*cells(used(every, found), found)) + "".join(f"\n{line}\n" for line in below)
+        return markdown_table(*cells(used(every, result), result)) + "".join(f"\n{line}\n" for line in below)
     shown = [column for column in every if column.key not in ("way", "verdict")]
     if width is None:
-        text = plain_table(*cells(used(shown, found), found))
+        text = plain_table(*cells(used(shown, result), result))
     else:
-        text = fitted_table(*short_cells(fitting(shown, found, width), found), width)
-    lines = [f"{entry.run}: {entry.way}{f'; {entry.verdict}' if entry.verdict else ''}" for entry in found]
+        text = fitted_table(*short_cells(fitting(shown, result, width), result), width)
+    lines = [f"{entry.run}: {entry.way}{f'; {entry.verdict}' if entry.verdict else ''}" for entry in result]
     return text + "".join(f"\n{paragraph(line, width)}\n" for line in [*lines, *below])
 
 

@@ -58,12 +58,14 @@ STYLE: Any = {
 WIDTH = 4.7
 
 
-def new_figure(rows: int = 1, columns: int = 1, height: float = 3.0, width: float = WIDTH, **options: Any) -> tuple[Figure, list[Axes]]:
+def new_figure(
+    rows: int = 1, columns: int = 1, height: float = 3.0, width: float = WIDTH, sharex: bool = False
+) -> tuple[Figure, list[Axes]]:
     """A figure of rows × columns panels, each `height` inches high; its axes row by row."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height * rows), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(rows, columns, squeeze=False, **options)
+        axes = figure.subplots(rows, columns, squeeze=False, sharex=sharex)
     return figure, list(axes.ravel())
 
 

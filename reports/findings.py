@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, median
 
-from .record import LayerRecord, RunRecord, StageRecord, is_finite
+from .json_values import is_finite, real
+from .record import LayerRecord, RunRecord, StageRecord
 from .units import difference, duration, number, percent, size
 
 SLIGHT = 5e-4
@@ -58,24 +59,24 @@ class Change:
 
 def findings(record: RunRecord) -> list[Finding]:
     """Sentences about a run, in the order they should be read."""
-    found = changes(record.stages)
-    worst = worst_change(found)
-    sentences = [*_summary(record), *_hurt(found, worst), *_helped(found)]
+    result = changes(record.stages)
+    worst = worst_change(result)
+    sentences = [*_summary(record), *_hurt(result, worst), *_helped(result)]
     if worst is not None:
         sentences += _layers(worst.after)
-    sentences += [*_noise(found), *_adaptation(record), *_expensive_factors(record), *_budget(record), *_prediction(record)]
+    sentences += [*_noise(result), *_adaptation(record), *_expensive_factors(record), *_budget(record), *_prediction(record)]
     return sentences + _notes(record.stages)
 
 
 def changes(stages: Sequence[StageRecord]) -> list[Change]:
     """Between consecutive stages that have a perplexity, in ln(perplexity) where no paired difference was measured."""
     known = [stage for stage in stages if is_finite(stage.perplexity) and (stage.perplexity or 0) > 0]
-    found = []
+    result = []
     for before, after in pairwise(known):
         measured = after.nll_difference_previous
         moved = math.log((after.perplexity or 1) / (before.perplexity or 1)) if measured is None else measured
-        found.append(Change(before, after, moved, after.nll_difference_previous_stderr))
-    return found
+        result.append(Change(before, after, moved, after.nll_difference_previous_stderr))
+    return result
 
 
 def named(stage: StageRecord) -> str:
@@ -91,8 +92,8 @@ def _notes(stages: Sequence[StageRecord]) -> list[Finding]:
     return [Finding("note", f"{', '.join(names)}: {note}") for note, names in makers.items()]
 
 
-def worst_change(found: Sequence[Change]) -> Change | None:
-    rising = [change for change in found if change.nats > 0 and change.counts]
+def worst_change(result: Sequence[Change]) -> Change | None:
+    rising = [change for change in result if change.nats > 0 and change.counts]
     return max(rising, key=lambda change: change.nats, default=None)
 
 
@@ -104,7 +105,9 @@ def _summary(record: RunRecord) -> list[Finding]:
     if last is baseline:
         return [Finding("summary", f"Only the baseline has been measured: perplexity {number(last.perplexity)}, {size(last.total_bytes)}.")]
     parts = []
-    if last.kl_to_baseline is not None and any(stage.settings.get("loss") == "distill" for stage in record.stages):  # it was taught to imitate
+    if last.kl_to_baseline is not None and any(
+        stage.settings.get("loss") == "distill" for stage in record.stages
+    ):  # it was taught to imitate
         agreement = "" if last.top1_agreement is None else f", the same first choice for {percent(last.top1_agreement)} of the tokens"
         parts.append(f"KL to it {number(last.kl_to_baseline)} nats per token{agreement}")
     if last.perplexity and baseline.perplexity and is_finite(last.perplexity):
@@ -121,21 +124,21 @@ def _summary(record: RunRecord) -> list[Finding]:
     return [Finding("summary", f"From baseline to {named(last)}: {'; '.join(parts)}.")] if parts else []
 
 
-def _hurt(found: Sequence[Change], worst: Change | None) -> list[Finding]:
-    if not found:
+def _hurt(result: Sequence[Change], worst: Change | None) -> list[Finding]:
+    if not result:
         return []
     if worst is None:
-        slight = any(change.is_slight and not change.is_noise for change in found)
+        slight = any(change.is_slight and not change.is_noise for change in result)
         least = f"{percent(SLIGHT * 2)}" if slight else "two standard errors"
         return [Finding("hurt", f"No stage raised perplexity by {'as much as' if slight else 'more than'} {least}.")]
-    total = math.fsum(change.nats for change in found if change.nats > 0 and change.counts)
+    total = math.fsum(change.nats for change in result if change.nats > 0 and change.counts)
     share = f", {percent(worst.nats / total)} of all that was lost on the way" if worst.nats < total else ""
     error = "" if worst.stderr is None else f"; {difference(worst.nats, worst.stderr)} nats per token"
     return [Finding("hurt", f"{named(worst.after)} hurt most: {worst.text}{share}{error}.")]
 
 
-def _helped(found: Sequence[Change]) -> list[Finding]:
-    falling = [change for change in found if change.nats < 0 and change.counts]
+def _helped(result: Sequence[Change]) -> list[Finding]:
+    falling = [change for change in result if change.nats < 0 and change.counts]
     sentences = []
     for change in falling:
         closed = change.after.gap_closed
@@ -187,16 +190,16 @@ def _error(layer: LayerRecord) -> float:
     return float(layer.relative_output_error or 0.0)
 
 
-def _noise(found: Sequence[Change]) -> list[Finding]:
+def _noise(result: Sequence[Change]) -> list[Finding]:
     sentences = []
-    for change in found:
+    for change in result:
         if change.is_noise:
             moved = f"{difference(change.nats, change.stderr)} nats per token"
-            told = f"{named(change.after)}: {change.text} is within two standard errors ({moved})"
-            sentences.append(Finding("noise", f"{told}: not a difference this evaluation can tell from none."))
+            verdict = f"{named(change.after)}: {change.text} is within two standard errors ({moved})"
+            sentences.append(Finding("noise", f"{verdict}: not a difference this evaluation can tell from none."))
         elif change.is_slight:
             sentences.append(Finding("noise", f"{named(change.after)}: {change.text} is too little to count as a loss or a gain."))
-    blind = [change.after.stage for change in found if change.stderr is None]
+    blind = [change.after.stage for change in result if change.stderr is None]
     if blind:
         text = f"No paired standard error was recorded for {', '.join(blind)}: small changes there may be noise."
         sentences.append(Finding("noise", text))
@@ -246,12 +249,12 @@ def _expensive_factors(record: RunRecord) -> list[Finding]:
 
 def _budget(record: RunRecord) -> list[Finding]:
     """What a budget was spent on, and what it was expected to cost."""
-    spent = [stage for stage in record.stages if isinstance(stage.metrics.get("allocation"), Mapping)]
+    spent = [(stage, facts) for stage in record.stages if isinstance(facts := stage.metrics.get("allocation"), Mapping)]
     if not spent:
         return []
-    stage, facts = spent[-1], spent[-1].metrics["allocation"]
-    given = Counter((layer.metrics["bits"], layer.metrics.get("grid")) for layer in stage.layers if "bits" in layer.metrics)
-    each = sorted(given.items(), key=lambda item: (item[0][0], item[0][1] or ""))
+    stage, facts = spent[-1]
+    given = Counter((real(layer.metrics["bits"]), layer.metrics.get("grid")) for layer in stage.layers if "bits" in layer.metrics)
+    each = sorted(given.items(), key=lambda item: (item[0][0], str(item[0][1] or "")))
     bits = ", ".join(f"{count} matrices {f'have {number(size)} bits' if kind is None else f'are {kind}'}" for (size, kind), count in each)
     ranks = [layer.rank for layer in stage.layers if layer.rank and "bits" in layer.metrics]
     term = f"; {len(ranks)} have a low-rank term, of rank {min(ranks)} to {max(ranks)}" if ranks else ""
@@ -268,7 +271,7 @@ def _prediction(record: RunRecord) -> list[Finding]:
     for stage in record.stages:
         metrics = [layer.metrics for layer in stage.layers]
         pairs = [(each.get("predicted_loss"), each.get("measured_loss")) for each in metrics]
-        known = [(float(p), float(m)) for p, m in pairs if p is not None and m is not None and is_finite(p) and is_finite(m)]
+        known = [(float(p), float(m)) for p, m in pairs if is_finite(p) and is_finite(m)]
         if not known:
             continue
         predicted, measured = math.fsum(p for p, _ in known), math.fsum(m for _, m in known)

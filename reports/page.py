@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from . import run_plots
@@ -36,6 +36,7 @@ from .record import RunRecord, StageRecord, perplexity_ratio
 from .units import exact, number, percent, ratio, size
 
 LONG = 200
+Row = TypeVar("Row")
 LABELS = {
     "hurt": "Hurt most",
     "helped": "Helped",
@@ -64,7 +65,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Records:
-    columns: Sequence[Column]
+    columns: Sequence[Column[Any]]
     rows: Sequence[Sequence[Cell]]
     title: str = ""
 
@@ -85,8 +86,8 @@ class Card:
 
 def html(record: RunRecord) -> str:
     """The page of one run."""
-    told = findings(record)
-    sentences = [(found.kind, LABELS[found.kind], found.text) for found in told if found.kind != "summary"]
+    results = findings(record)
+    sentences = [(finding.kind, LABELS[finding.kind], finding.text) for finding in results if finding.kind != "summary"]
     columns = stage_columns(record.stages)
     quality = [column for column in columns if column.group in ("quality", "both")]
     cost = [column for column in columns if column.group in ("cost", "both")]
@@ -97,7 +98,7 @@ def html(record: RunRecord) -> str:
         title=f"{record.model}: {record.run}",
         record=record,
         protocol_line="; ".join(protocol_lines(record)),
-        lead=next((found.text for found in told if found.kind == "summary"), ""),
+        lead=next((finding.text for finding in results if finding.kind == "summary"), ""),
         cards=_cards(record),
         sentences=sentences,
         tips=[("try", LABELS["try"], text) for text in suggestions(record)],
@@ -119,7 +120,7 @@ def html(record: RunRecord) -> str:
     )
 
 
-def template(name: str) -> Any:
+def template(name: str) -> Template:
     """A template of this folder; an undefined name in it is an error, and everything is escaped."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
     environment.filters["code"] = code
@@ -131,11 +132,11 @@ def code(text: str) -> Markup:
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
-def records(columns: Sequence[Column], rows: Sequence[Any], title: str = "") -> Records:
+def records(columns: Sequence[Column[Row]], rows: Sequence[Row], title: str = "") -> Records:
     return Records(columns, [[_cell(column, row) for column in columns] for row in rows], title)
 
 
-def _cell(column: Column, row: Any) -> Cell:
+def _cell(column: Column[Row], row: Row) -> Cell:
     value = column.get(row)
     parts = value if isinstance(value, tuple) else (value,)
     exact = " ".join(repr(part) for part in parts if isinstance(part, int | float) and not isinstance(part, bool))
@@ -210,7 +211,7 @@ def _allocated(stages: Sequence[StageRecord]) -> StageRecord | None:
 
 
 def _mixed(stage: StageRecord) -> bool:
-    given: dict[Any, set[tuple[Any, Any]]] = {}
+    given: dict[object, set[tuple[object, object]]] = {}
     for layer in stage.layers:
         given.setdefault(layer.role, set()).add((layer.bits_per_weight, layer.rank))
     return any(len(different) > 1 for different in given.values())
@@ -223,7 +224,7 @@ def _description(title: str, record: RunRecord) -> str:
 
 def _extra(record: RunRecord) -> Records | None:
     rows = extra_rows(record.stages)
-    columns = (
+    columns: tuple[Column[tuple[str, str, float]], ...] = (
         Column("stage", "stage", lambda row: row[0], str, numeric=False),
         Column("name", "what", lambda row: row[1], str, numeric=False),
         Column("value", "value", lambda row: row[2], exact),
@@ -235,11 +236,11 @@ def _layer_title(stage: StageRecord) -> str:
     return f"{named(stage)}: {len(stage.layers)} layer{'' if len(stage.layers) == 1 else 's'}"
 
 
-def _listed(settings: Mapping[str, Any]) -> str:
+def _listed(settings: Mapping[str, object]) -> str:
     """Settings as words; what names hundreds of matrices is cut short, the other formats have it in full."""
     texts = {key: _text(value) for key, value in settings.items() if value is not None}
     return ", ".join(f"{key} {text if len(text) <= LONG else f'{text[:LONG]}… ({len(text):,} characters)'}" for key, text in texts.items())
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -7,14 +7,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from .drawing import INK, MARKERS, MUTED, PALETTE, PAPER, STYLE, new_figure, nice_log_axis, panel_title, place_labels, plain
+from .json_values import real
 from .pareto import pareto_front
 
 
@@ -35,7 +36,7 @@ LINEAR, LOG_Y = Look(), Look(log_y=True)
 
 
 def lines_figure(
-    rows: Iterable[Mapping[str, Any]],
+    rows: Iterable[Mapping[str, object]],
     x: str,
     y: str,
     series: str | None = None,
@@ -53,13 +54,13 @@ def lines_figure(
     figure, panels = _panels(kept, panel, look)
     for axes, members in panels:
         for index, name in enumerate(names):
-            line = sorted((row for row in members if series is None or row.get(series) == name), key=lambda row: row[x])
+            line = sorted((row for row in members if series is None or row.get(series) == name), key=lambda row: real(row[x]))
             if not line:
                 continue
-            errors = [row.get(error) or 0.0 for row in line] if error else None
+            errors = [real(row.get(error) or 0.0) for row in line] if error else None
             axes.errorbar(
-                [row[x] for row in line],
-                [row[y] for row in line],
+                [real(row[x]) for row in line],
+                [real(row[y]) for row in line],
                 yerr=errors,
                 marker=MARKERS[index % len(MARKERS)],
                 color=PALETTE[index % len(PALETTE)],
@@ -74,7 +75,7 @@ def lines_figure(
 
 
 def pareto_figure(
-    rows: Iterable[Mapping[str, Any]],
+    rows: Iterable[Mapping[str, object]],
     x: str = "total_bytes",
     y: str = "perplexity",
     label: str | None = "method",
@@ -88,7 +89,7 @@ def pareto_figure(
     names = _distinct(kept, series)
     figure, panels = _panels(kept, panel, look)
     for axes, members in panels:
-        points = [(float(row[x]), float(row[y])) for row in members]
+        points = [(real(row[x]), real(row[y])) for row in members]
         front = [points[index] for index in pareto_front(points)]
         axes.plot(
             *zip(*front, strict=True), color=MUTED, linewidth=1.2, linestyle="-", drawstyle="steps-post", label="Pareto line", zorder=1
@@ -119,7 +120,7 @@ def _steps(x0: float, y0: float, x1: float, y1: float) -> list[tuple[float, floa
     return [(x0 + (x1 - x0) * share, y0) for share in shares] + [(x1, y0 + (y1 - y0) * share) for share in shares]
 
 
-def kernels_figure(rows: Iterable[Mapping[str, Any]], *, rank: int = 32, against: str = "torch bfloat16", title: str = "") -> Figure:
+def kernels_figure(rows: Iterable[Mapping[str, object]], *, rank: int = 32, against: str = "torch bfloat16", title: str = "") -> Figure:
     """How many times faster than `against` each variant of a matmul is, by rows of x; one panel per matrix.
 
     rows: as the kernel benchmark writes them (`operator, model, out, inputs, rows, rank, variant, microseconds`); rows that
@@ -127,18 +128,18 @@ def kernels_figure(rows: Iterable[Mapping[str, Any]], *, rank: int = 32, against
     with one, at the measured rank nearest to `rank`; `against` is the fastest such row at the same matrix and number of rows, and the dashed line at 1.
     """
     kept = [row for row in rows if row.get("out") and row.get("operator") != "quantize" and _finite(row.get("microseconds"))]
-    base: dict[tuple[Any, ...], float] = {}
+    base: dict[tuple[object, ...], float] = {}
     for row in kept:
         if row["variant"] == against:
-            base[_matrix(row)] = min(base.get(_matrix(row), math.inf), row["microseconds"])
-    ranks = {row["rank"] for row in kept if row["rank"]}
+            base[_matrix(row)] = min(base.get(_matrix(row), math.inf), real(row["microseconds"]))
+    ranks = {real(row["rank"]) for row in kept if row["rank"]}
     shown = (0, min(ranks, key=lambda measured: abs(measured - rank), default=0))
     plain_variants = {row["variant"] for row in kept if not row["rank"]}
     relative = [
         {
             "rows": row["rows"],
             "matrix": f"{row['model']}: {row['out']:,} × {row['inputs']:,}",
-            "speed": base[_matrix(row)] / row["microseconds"],
+            "speed": base[_matrix(row)] / real(row["microseconds"]),
             "variant": f"{row['operator']} {row['variant']}" + (f", rank {row['rank']}" if row["rank"] else ""),
         }
         for row in kept
@@ -151,21 +152,21 @@ def kernels_figure(rows: Iterable[Mapping[str, Any]], *, rank: int = 32, against
     return lines_figure(relative, "rows", "speed", "variant", panel="matrix", look=look)
 
 
-def _matrix(row: Mapping[str, Any]) -> tuple[Any, ...]:
+def _matrix(row: Mapping[str, object]) -> tuple[object, ...]:
     return row["model"], row["out"], row["inputs"], row["rows"]
 
 
-def _finite(value: Any) -> bool:
+def _finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _distinct(rows: Sequence[Mapping[str, Any]], key: str | None) -> list[Any]:
+def _distinct(rows: Sequence[Mapping[str, object]], key: str | None) -> list[object]:
     return [None] if key is None else list(dict.fromkeys(row.get(key) for row in rows))
 
 
 def _panels(
-    rows: Sequence[Mapping[str, Any]], panel: str | None, look: Look
-) -> tuple[Figure, list[tuple[Axes, list[Mapping[str, Any]]]]]:
+    rows: Sequence[Mapping[str, object]], panel: str | None, look: Look
+) -> tuple[Figure, list[tuple[Axes, list[Mapping[str, object]]]]]:
     if not rows:
         raise ValueError("no row with finite numbers to draw; measure something first")
     names = _distinct(rows, panel)
@@ -183,13 +184,13 @@ def _panels(
     return figure, [(ax, [row for row in rows if panel is None or row.get(panel) == name]) for ax, name in zip(axes, names, strict=False)]
 
 
-def _finish(axes: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str, look: Look) -> None:
+def _finish(axes: Axes, rows: Sequence[Mapping[str, object]], x: str, y: str, look: Look) -> None:
     """Axis scales, reference lines and labels of one panel."""
-    heights = [row[y] for row in rows] + list(look.references.values())
+    heights = [real(row[y]) for row in rows] + list(look.references.values())
     for name, value in look.references.items():
         axes.axhline(value, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.0, zorder=1)
         axes.annotate(name, (1.0, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7.5, color=MUTED)
-    for which, wanted, values in (("x", look.log_x, [row[x] for row in rows]), ("y", look.log_y, heights)):
+    for which, wanted, values in (("x", look.log_x, [real(row[x]) for row in rows]), ("y", look.log_y, heights)):
         if wanted and min(values) > 0:
             distinct = sorted(set(values)) if which == "x" else []
             nice_log_axis(axes, which, min(values), max(values), distinct if 2 <= len(distinct) <= 8 else ())
@@ -203,7 +204,7 @@ def _finish(axes: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str, look:
 def _legend(figure: Figure, panels: Sequence[Axes], wanted: bool) -> None:
     if not wanted:
         return
-    known: dict[str, Any] = {}
+    known: dict[str, Artist] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             known.setdefault(label, handle)

@@ -13,7 +13,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from .drawing import save
-from .record import Protocol, finite
+from .json_values import JsonObject, finite, mapping, sequence
+from .record import Protocol
 from .tables import markdown_table
 from .units import duration, exact, number, percent, size
 
@@ -41,10 +42,10 @@ class PublishedRows:
     is refused. A line torn by a kill is dropped. PublishedRows with the same identity: the last one counts.
     """
 
-    def __init__(self, path: Path | str, keys: Sequence[str], context: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, path: Path | str, keys: Sequence[str], context: Mapping[str, object] | None = None) -> None:
         self.path = Path(path)
         self.keys = tuple(keys)
-        self._rows: dict[str, dict[str, Any]] = {}
+        self._rows: dict[str, JsonObject] = {}
         head = {"keys": list(self.keys), "context": finite(dict(context or {}))}
         head = json.loads(json.dumps(head))
         lines = self._read()
@@ -60,32 +61,32 @@ class PublishedRows:
     def __contains__(self, identity: object) -> bool:
         return isinstance(identity, Mapping) and self._identity(identity) in self._rows
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[JsonObject]:
         return iter(list(self._rows.values()))
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def get(self, **identity: Any) -> dict[str, Any] | None:
+    def get(self, **identity: object) -> JsonObject | None:
         return self._rows.get(self._identity(identity))
 
-    def append(self, row: Mapping[str, Any]) -> None:
+    def append(self, row: Mapping[str, object]) -> None:
         """Writes the row to disk before it returns; numbers that are not finite are stored as null."""
         plain = json.loads(json.dumps(finite(dict(row)), allow_nan=False))
         self._append(plain)
         self._rows[self._identity(plain)] = plain
 
-    def missing(self, wanted: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    def missing(self, wanted: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
         """Those of `wanted` that have no row yet, in their order."""
         return [identity for identity in wanted if identity not in self]
 
-    def _identity(self, row: Mapping[str, Any]) -> str:
+    def _identity(self, row: Mapping[str, object]) -> str:
         absent = [key for key in self.keys if key not in row]
         if absent:
             raise ValueError(f"{self.path}: a row is identified by {', '.join(self.keys)}; {absent[0]!r} is missing in {dict(row)}")
         return json.dumps([row[key] for key in self.keys])
 
-    def _append(self, value: Mapping[str, Any]) -> None:
+    def _append(self, value: Mapping[str, object]) -> None:
         with self.path.open("ab") as file:
             file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
             file.flush()
@@ -107,9 +108,9 @@ Columns = Sequence[str | tuple[str, str] | tuple[str, str, str]]
 
 def write(
     name: str,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, object]],
     columns: Columns,
-    protocol: Protocol | Mapping[str, Any] | None = None,
+    protocol: Protocol | Mapping[str, object] | None = None,
     figure: Figure | None = None,
     *,
     title: str = "",
@@ -144,9 +145,9 @@ def read(name: str, directory: Path | str | None = None) -> dict[str, Any]:
 def _markdown(
     name: str,
     title: str,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, object]],
     columns: Sequence[tuple[str, str, str]],
-    protocol: Mapping[str, Any],
+    protocol: Mapping[str, object],
     notes: Sequence[str],
     drawn: bool,
 ) -> str:
@@ -192,7 +193,7 @@ def _guess(key: str) -> str:
     )
 
 
-def _protocol(protocol: Protocol | Mapping[str, Any] | None) -> dict[str, Any]:
+def _protocol(protocol: Protocol | Mapping[str, object] | None) -> JsonObject:
     plain = protocol.to_json() if isinstance(protocol, Protocol) else dict(protocol or {})
     return finite({key: value for key, value in plain.items() if value is not None and value != {}})
 
@@ -204,11 +205,11 @@ def _replace(path: Path, text: str) -> Path:
     return path
 
 
-def _first_difference(old: Any, new: Mapping[str, Any]) -> str:
+def _first_difference(old: object, new: Mapping[str, object]) -> str:
     if not isinstance(old, Mapping) or set(old) != set(new):
         return "no such file of rows"
     if old["keys"] != new["keys"]:
-        return f"rows identified by {', '.join(old['keys'])} instead of {', '.join(new['keys'])}"
-    before, after = old["context"], new["context"]
+        return f"rows identified by {', '.join(map(str, sequence(old['keys'])))} instead of {', '.join(map(str, sequence(new['keys'])))}"
+    before, after = mapping(old["context"]), mapping(new["context"])
     key = next(key for key in {**before, **after} if before.get(key) != after.get(key))
     return f"{key} was {before.get(key)!r} and is {after.get(key)!r}"

@@ -7,9 +7,11 @@ the stage's notes say which one it was.
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
+
+from .json_values import JsonObject, as_json, finite
 
 SCHEMA = 2
 OF_SCHEMA_1 = "root_relative_error"
@@ -29,11 +31,11 @@ class Protocol:
     seq_len: int | None = None
     windows: int | None = None
     tokens: int | None = None
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, object] = field(default_factory=dict)
     dtype: str | None = None
     device: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return _plain(self, [])
 
     def identity(self) -> str:
@@ -43,7 +45,7 @@ class Protocol:
         return json.dumps(known, sort_keys=True)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Protocol":
+    def from_json(cls, data: Mapping[str, object]) -> "Protocol":
         return cls(**_known(cls, data, "protocol"))
 
 
@@ -62,7 +64,7 @@ class LayerRecord:
     sparsity: float | None = None
     block: int | None = None
     role: str | None = None
-    metrics: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         block, role = place_of(self.name)
@@ -72,7 +74,7 @@ class LayerRecord:
             object.__setattr__(self, "role", role)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "LayerRecord":
+    def from_json(cls, data: Mapping[str, object]) -> "LayerRecord":
         return cls(**_known(cls, data, f"layer {data.get('name', '?')!r}"))
 
 
@@ -90,7 +92,7 @@ class TextRecord:
     gap_closed: float | None = None
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "TextRecord":
+    def from_json(cls, data: Mapping[str, object]) -> "TextRecord":
         return cls(**_known(cls, data, "text"))
 
 
@@ -107,7 +109,7 @@ class TaskRecord:
     difference_stderr: float | None = None
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "TaskRecord":
+    def from_json(cls, data: Mapping[str, object]) -> "TaskRecord":
         return cls(**_known(cls, data, "task"))
 
 
@@ -143,20 +145,20 @@ class StageRecord:
     trainable_parameters: int | None = None
     tokens_per_second: float | None = None
     notes: tuple[str, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
+    metrics: Mapping[str, object] = field(default_factory=dict)
     layers: tuple[LayerRecord, ...] = ()
     texts: Mapping[str, TextRecord] = field(default_factory=dict)
     tasks: Mapping[str, TaskRecord] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         lost: list[str] = []
         data = _plain(self, lost)
-        data["notes"] += [note for note in (f"{name} is not finite" for name in lost) if note not in data["notes"]]
+        data["notes"] = [*self.notes, *(note for name in lost if (note := f"{name} is not finite") not in self.notes)]
         return data
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "StageRecord":
+    def from_json(cls, data: Mapping[str, object]) -> "StageRecord":
         known = _known(cls, data, f"stage {data.get('stage', '?')!r}")
         known["notes"] = tuple(known.get("notes") or ())
         known["layers"] = tuple(LayerRecord.from_json(layer) for layer in known.get("layers") or ())
@@ -177,10 +179,10 @@ class RunRecord:
     model: str
     protocol: Protocol = field(default_factory=Protocol)
     stages: tuple[StageRecord, ...] = ()
-    environment: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, object] = field(default_factory=dict)
     texts: Mapping[str, Protocol] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {
             "schema": SCHEMA,
             "run": self.run,
@@ -192,7 +194,7 @@ class RunRecord:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "RunRecord":
+    def from_json(cls, data: Mapping[str, object]) -> "RunRecord":
         schema = data.get("schema")
         if schema not in (1, SCHEMA):
             raise ValueError(
@@ -298,57 +300,15 @@ def place_of(name: str) -> tuple[int | None, str]:
     return int(parts[first]), f"{expert}.{role}" if expert else role
 
 
-def numbers(value: Any, path: str = "") -> list[tuple[str, float]]:
-    """Every number inside a JSON-like value with its dotted path; booleans and text are not numbers."""
-    if isinstance(value, Mapping):
-        return [pair for key, inner in value.items() for pair in numbers(inner, f"{path}.{key}" if path else str(key))]
-    if isinstance(value, list | tuple):
-        return [pair for index, inner in enumerate(value) for pair in numbers(inner, f"{path}.{index}" if path else str(index))]
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return [(path, value)]
-    return []
-
-
-def finite(value: Any) -> Any:
-    """The value in JSON's own types, with None for every number that is not finite."""
-    return _finite(value, "", [])
-
-
-def is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
 def _positive(*values: float | None) -> bool:
     return all(value is not None and math.isfinite(value) and value > 0 for value in values)
 
 
-def _plain(record: Any, lost: list[str]) -> dict[str, Any]:
-    return _finite(asdict(record), "", lost)
+def _plain(record: "Protocol | StageRecord", lost: list[str]) -> JsonObject:
+    return {key: as_json(value, key, lost) for key, value in asdict(record).items()}
 
 
-def _finite(value: Any, path: str, lost: list[str]) -> Any:
-    """JSON types only; NaN and infinities become None and their paths are appended to `lost`."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(inner, f"{path}.{key}".lstrip("."), lost) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner, f"{path}.{index}".lstrip("."), lost) for index, inner in enumerate(value)]
-    if value is None or isinstance(value, bool | str | int):
-        return value
-    number = value if isinstance(value, float) else _scalar(value)
-    if isinstance(number, float) and not math.isfinite(number):
-        lost.append(path)
-        return None
-    return number
-
-
-def _scalar(value: Any) -> int | float | str:
-    """Numbers of other libraries (zero-dimensional tensors, numpy scalars) by their `item()`, the rest by its text."""
-    item: Callable[[], Any] | None = getattr(value, "item", None)
-    plain = item() if callable(item) else value
-    return plain if isinstance(plain, int | float) else str(plain)
-
-
-def _known(cls: type, data: Mapping[str, Any], what: str) -> dict[str, Any]:
+def _known(cls: type, data: Mapping[str, object], what: str) -> dict[str, Any]:
     names = {entry.name for entry in fields(cls)}
     unknown = sorted(set(data) - names)
     if unknown:

@@ -34,7 +34,7 @@ def show(record: RunRecord, console: "Console") -> None:
     console.print(Text(f"{record.model}, {record.run}", style="italic"))
     console.print(Text(fitted_table(*short_cells(columns, record.stages), console.width), end=""), soft_wrap=True)
     lines = [(f"perplexity on {'; '.join(protocol_lines(record))}", "dim")]
-    lines += [(found.text, TONES.get(found.kind, "")) for found in findings(record)]
+    lines += [(result.text, TONES.get(result.kind, "")) for result in findings(record)]
     lines += [(f"try: {tip.replace('`', '')}", "cyan") for tip in suggestions(record)]
     for line, style in lines:
         console.print(Text(paragraph(line, console.width), style=style), soft_wrap=True)
@@ -59,7 +59,7 @@ def markdown(record: RunRecord) -> str:
     """The whole record for a pull request or a README: words and stage table first, layers last."""
     line = f"Perplexity on {'; '.join(protocol_lines(record))}.\n"
     parts = [f"# {record.model}: {record.run}\n", line, stage_table(record, markdown=True)]
-    sentences = [found.text for found in findings(record)] + [f"Try: {tip}" for tip in suggestions(record)]
+    sentences = [result.text for result in findings(record)] + [f"Try: {tip}" for tip in suggestions(record)]
     parts.append("".join(f"- {text}\n" for text in sentences))
     extra = [(stage, path, exact(value)) for stage, path, value in extra_rows(record.stages)]
     if extra:

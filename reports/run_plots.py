@@ -6,16 +6,18 @@ Each function takes stages or layers and returns a figure, or None where there i
 import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import TypeGuard
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .drawing import INK, MUTED, PALETTE, PAPER, STYLE, new_figure, nice_log_axis, panel_title, place_labels, plain
-from .record import LayerRecord, StageRecord, is_finite
+from .json_values import is_finite
+from .record import LayerRecord, StageRecord
 from .units import number
 
 STAGE_COLORS = {
@@ -78,13 +80,13 @@ def size_against_perplexity(stages: Sequence[StageRecord], rivals: Sequence[Stag
 
 def _placed(stages: Sequence[StageRecord], text: str | None) -> list[tuple[float, float, str]]:
     """(MB on disk, perplexity on the text, name) of the stages that have both."""
-    found = []
+    result = []
     for stage in stages:
         measured = stage if text is None else stage.texts.get(text)
         perplexity = measured.perplexity if measured is not None else None
         if _positive(perplexity) and stage.total_bytes:
-            found.append((float(stage.total_bytes) / 1e6, float(perplexity or 0.0), stage.stage))
-    return found
+            result.append((float(stage.total_bytes) / 1e6, float(perplexity or 0.0), stage.stage))
+    return result
 
 
 def _size_panel(axes: Axes, way: Sequence[tuple[float, float, str]], rivals: Sequence[tuple[float, float, str]]) -> None:
@@ -148,7 +150,7 @@ def allocation(layers: Sequence[LayerRecord]) -> Figure | None:
 def predicted_against_measured(layers: Sequence[LayerRecord]) -> Figure | None:
     """The loss an allocation predicted for every layer against the one measured afterwards, both logarithmic."""
     pairs = [(layer.metrics.get("predicted_loss"), layer.metrics.get("measured_loss"), layer) for layer in layers]
-    kept = [(float(p), float(m), layer) for p, m, layer in pairs if _positive(p) and _positive(m) and p is not None and m is not None]
+    kept = [(float(p), float(m), layer) for p, m, layer in pairs if _positive(p) and _positive(m)]
     if not kept:
         return None
     figure, (axes,) = new_figure(height=3.3)
@@ -184,7 +186,7 @@ def training(stage: StageRecord) -> Figure | None:
         ax.yaxis.set_major_locator(MaxNLocator(4))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
         panel_title(ax, "held-out loss, nats per token" if name == "held_out_loss" else "training loss")
-        if best is not None and is_finite(best):
+        if is_finite(best):
             ax.axvline(best, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.0, zorder=1)
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -209,7 +211,7 @@ def _label(stage: StageRecord, joint: str = "\n") -> str:
     return f"{stage.stage}{joint}{stage.method}" if stage.method and stage.method != stage.stage else stage.stage
 
 
-def _positive(value: Any) -> bool:
+def _positive(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value) and value > 0
 
 
@@ -268,12 +270,12 @@ def _heat_panel(
     roles = sorted(dict.fromkeys(layer.role for layer in layers), key=_role_place)
     blocks = sorted({layer.block for layer in layers if layer.block is not None})
     columns: list[int | None] = [*blocks, *([None] if any(layer.block is None for layer in layers) else [])]
-    found: dict[tuple[Any, Any], list[float]] = {}
+    result: dict[tuple[object, object], list[float]] = {}
     for layer in layers:
         measured = value(layer)
         if measured is not None and math.isfinite(measured):
-            found.setdefault((layer.role, layer.block), []).append(float(measured))
-    grid = [[fmean(found[role, block]) if (role, block) in found else math.nan for block in columns] for role in roles]
+            result.setdefault((layer.role, layer.block), []).append(float(measured))
+    grid = [[fmean(result[role, block]) if (role, block) in result else math.nan for block in columns] for role in roles]
     edges_x, edges_y = range(len(columns) + 1), range(len(roles) + 1)
     mesh = axes.pcolormesh(
         edges_x, edges_y, grid, norm=norm, cmap="viridis", edgecolors=PAPER, linewidth=0.4 if len(columns) <= 48 else 0.0
@@ -293,8 +295,9 @@ def _heat_panel(
             _color_bar(figure, axes, mesh, norm)
 
 
-def _color_bar(figure: Figure, axes: Axes, mesh: Any, norm: Normalize) -> None:
-    below = norm.vmin is not None and bool((mesh.get_array() < norm.vmin).any())
+def _color_bar(figure: Figure, axes: Axes, mesh: QuadMesh, norm: Normalize) -> None:
+    drawn = mesh.get_array()
+    below = norm.vmin is not None and drawn is not None and bool((drawn < norm.vmin).any())
     bar = figure.colorbar(mesh, ax=axes, orientation="horizontal", fraction=0.12, pad=0.02, aspect=40, extend="min" if below else "neither")
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     low, high = float(norm.vmin or 0.0), float(norm.vmax or 1.0)

@@ -11,16 +11,18 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from itertools import zip_longest
-from typing import Any
+from typing import TypeVar
 
 from .columns import Column, layer_columns, series, stage_columns, used
-from .record import RunRecord, StageRecord, finite
+from .json_values import finite, mapping, mappings, sequence
+from .record import RunRecord, StageRecord
 from .units import number as number
 
 BOUND = "\u00a0"
+Row = TypeVar("Row")
 
 
-def fitting(columns: Sequence[Column], rows: Sequence[Any], width: int) -> list[Column]:
+def fitting(columns: Sequence[Column[Row]], rows: Sequence[Row], width: int) -> list[Column[Row]]:
     """The columns in use; those of the highest rank are left out until the table fits `width` characters."""
     shown = used(columns, rows)
     while any(column.rank for column in shown) and _natural_width(*short_cells(shown, rows)[:2]) > width:
@@ -28,7 +30,7 @@ def fitting(columns: Sequence[Column], rows: Sequence[Any], width: int) -> list[
     return shown
 
 
-def short_cells(columns: Sequence[Column], rows: Sequence[Any]) -> tuple[list[str], list[list[str]], list[bool]]:
+def short_cells(columns: Sequence[Column[Row]], rows: Sequence[Row]) -> tuple[list[str], list[list[str]], list[bool]]:
     """As `cells`, under the short titles."""
     _, texts, numeric = cells(columns, rows)
     return [column.short or column.title for column in columns], texts, numeric
@@ -101,7 +103,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], numeric
     return "\n".join([line(header), rule, *(line(row) for row in rows)]) + "\n"
 
 
-def cells(columns: Sequence[Column], rows: Sequence[Any]) -> tuple[list[str], list[list[str]], list[bool]]:
+def cells(columns: Sequence[Column[Row]], rows: Sequence[Row]) -> tuple[list[str], list[list[str]], list[bool]]:
     """(header, rows of text, which columns are numeric), as the two functions above take them."""
     return (
         [column.title for column in columns],
@@ -122,28 +124,27 @@ def layer_table(stage: StageRecord, markdown: bool = False) -> str:
 
 def csv_text(record: RunRecord) -> str:
     """Tidy rows at full precision: `kind` is "stage", "series" or "layer"; extra metrics, settings and protocol are dotted columns."""
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     protocol = _flat(record.protocol.to_json(), "protocol")
     for text, other in record.texts.items():
         protocol |= _flat(other.to_json(), f"texts.{text}.protocol")
     for index, stage in enumerate(record.stages):
-        data = stage.to_json()
+        data: dict[str, object] = {**stage.to_json()}
         head = {"run": record.run, "model": record.model, "stage_index": index, "stage": stage.stage, "method": stage.method}
-        layers, notes = data.pop("layers"), data.pop("notes")
+        layers, notes = mappings(data.pop("layers")), sequence(data.pop("notes"))
         for name in ("metrics", "settings", "texts", "tasks"):
-            data.update(_flat(data.pop(name), name))
-        rows.append({**head, "kind": "stage", **data, "notes": " | ".join(notes), **protocol})
+            data.update(_flat(mapping(data.pop(name)), name))
+        rows.append({**head, "kind": "stage", **data, "notes": " | ".join(map(str, notes)), **protocol})
         for name, steps in series(stage):
             rows += [{**head, "kind": "series", "series": name, **_flat(finite(step), name)} for step in steps]
             rows[-len(steps) - 1].pop(f"metrics.{name}", None)
         for layer in layers:
-            name = layer.pop("name")
-            layer.update(_flat(layer.pop("metrics"), "metrics"))
-            rows.append({**head, "kind": "layer", "layer": name, **layer})
+            own = {key: value for key, value in layer.items() if key not in ("name", "metrics")}
+            rows.append({**head, "kind": "layer", "layer": layer["name"], **own, **_flat(mapping(layer["metrics"]), "metrics")})
     return _csv(rows)
 
 
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def _csv(rows: Sequence[Mapping[str, object]]) -> str:
     first = ["run", "model", "stage_index", "kind", "stage", "method", "layer", "block", "role"]
     known = first + [f.name for f in fields(StageRecord)] + ["relative_output_error", "rank"]
     present = dict.fromkeys(key for row in rows for key in row)
@@ -155,8 +156,8 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return out.getvalue()
 
 
-def _flat(value: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(value: Mapping[str, object], prefix: str) -> dict[str, object]:
+    flat: dict[str, object] = {}
     for key, inner in value.items():
         name = f"{prefix}.{key}"
         if isinstance(inner, Mapping):

@@ -1,13 +1,12 @@
 """Numbers for readers: how many digits, which unit, what stands where nothing was measured."""
 
 import math
-from typing import Any
 
 MISSING = "–"
 MINUS = "−"
 
 
-def number(value: Any, digits: int = 4) -> str:
+def number(value: object, digits: int = 4) -> str:
     """A number to `digits` significant digits with thousands separated; anything else as its text."""
     if value is None:
         return MISSING
@@ -23,7 +22,7 @@ def number(value: Any, digits: int = 4) -> str:
     return _signed(f"{value:,.{places}f}")
 
 
-def exact(value: Any) -> str:
+def exact(value: object) -> str:
     """A number to six significant digits without trailing zeros, for measurements of unknown kind."""
     if value is None or isinstance(value, bool) or not isinstance(value, int | float):
         return number(value)

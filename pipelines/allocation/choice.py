@@ -102,22 +102,22 @@ def choose_settings(recipe: Recipe, stages: Spent, counted: Costs, table: ErrorT
     losses_MK = losses(table, recipe.allocation.weighting)
     limit, usable = stages.budget.bytes_for(counted.weights, counted.rest_bytes), np.isfinite(counted.bytes_MK)
     try:
-        found = choose(np.where(usable, counted.bytes_MK, 0.0), np.where(usable, losses_MK, np.inf), limit)
+        result = choose(np.where(usable, counted.bytes_MK, 0.0), np.where(usable, losses_MK, np.inf), limit)
     except InfeasibleBudget as error:
         raise UsageError(infeasible(recipe, stages, counted)) from error
     alone = {setting.grid: k for k, setting in enumerate(counted.settings) if not setting.rank}
     beside = {each.site.name: each for each in counted.outside}
     rows = []
-    for m, k in enumerate(found.choice):
+    for m, k in enumerate(result.choice):
         setting = counted.settings[k]
         errors, lost = (table.relative_MVK[m, 0] ** 0.5).tolist(), losses_MK[m].tolist()
         q = alone[setting.grid]
         name, stored_bytes = counted.sites[m].name, round(counted.bytes_MK[m, k])
         row = ChosenSetting(name, setting, stored_bytes, lost[k], errors[k], lost[q], errors[q])
         rows.append(replace(row, key=beside[name].key, tied=beside[name].tied) if name in beside else row)
-    most, stored = (stages.budget.said(n, counted.weights, counted.rest_bytes) for n in (counted.largest, found.total_bytes))
+    most, stored = (stages.budget.text_of(n, counted.weights, counted.rest_bytes) for n in (counted.largest, result.total_bytes))
     note = f"the budget {stages.budget.text} is above all that the choices of `allocation` can store ({most}): every matrix got what errs least"
-    measured = (found.settings, stored, found.total_bytes, found.total_loss, found.gap, found.seconds, table.seconds)
+    measured = (result.settings, stored, result.total_bytes, result.total_loss, result.gap, result.seconds, table.seconds)
     return Choice(stages.budget.text, recipe.allocation.weighting, rows, *measured, note if limit > counted.largest else None)
 
 
@@ -185,7 +185,7 @@ def explained(made: StageRecord, chosen: Choice, recipe: Recipe, before: Sequenc
     return replace(made, layers=tuple(layers), metrics={**made.metrics, "allocation": facts}, notes=notes)
 
 
-def _explained(row: ChosenSetting, whole: bool, measured_error: float | None) -> dict[str, Any]:
+def _explained(row: ChosenSetting, whole: bool, measured_error: float | None) -> dict[str, object]:
     setting = row.setting
     loss, error = (row.predicted_loss, row.predicted_error) if whole else (row.predicted_loss_q, row.predicted_error_q)
     given = {"bits": setting.grid.bits, "group_size": setting.grid.group_size, "bytes": row.bytes}

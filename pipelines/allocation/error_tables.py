@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +55,7 @@ def table_key(
     settings: list[Setting],
     outside: Sequence[Outside],
     allocation: AllocationSettings,
-    compute: Mapping[str, Any],
+    compute: Mapping[str, object],
 ) -> str:
     """Whatever decides the table: another budget has the same one, as long as it is spent on the same matrices."""
     row: Method = QUANTIZE[stages.quantize.method]
@@ -112,9 +111,9 @@ def build(
         by_fisher = allocation.weighting == "fisher" or (solver is not None and "fisher" in _needs(solver))
         _complete(walk, blocks, [part for part in last if part.read() is None], outside, by_fisher)
     every = together(settings, outside)
-    found = [row for part in blocks + last for row in part.rows(every)]
+    result = [row for part in blocks + last for row in part.rows(every)]
     seconds = sum(done[1] for part in blocks + last if (done := part.read()) is not None)
-    return ErrorTable(np.stack([errors_VK for errors_VK, _ in found]), np.stack([energy_V for _, energy_V in found]), seconds)
+    return ErrorTable(np.stack([errors_VK for errors_VK, _ in result]), np.stack([energy_V for _, energy_V in result]), seconds)
 
 
 def _complete(walk: "_Walk", blocks: list["_Part"], last: list["_Part"], outside: Sequence[Outside], by_fisher: bool) -> None:
@@ -154,21 +153,21 @@ class _Part:
 
     def read(self) -> tuple[dict[str, Tensor], float] | None:
         """Tensors by name, and the seconds they took; None where the file is not there or not whole."""
-        found = kept(self.file)
-        return None if found is None else (found[0], float(found[1]["seconds"]))
+        result = kept(self.file)
+        return None if result is None else (result[0], float(result[1]["seconds"]))
 
     def write(self, tensors: Mapping[str, Tensor], began: float) -> None:
         keep(self.file, tensors, {"seconds": str(time.monotonic() - began)})
 
     def rows(self, every: list[Setting]) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
         """Errors over all settings, inf where one is not the matrix's own, and energy."""
-        found = self.read()
-        assert found is not None
+        result = self.read()
+        assert result is not None
         for site, settings in self.own:
-            errors_VK = found[0][f"{site.name}.errors"].numpy()
+            errors_VK = result[0][f"{site.name}.errors"].numpy()
             over_all = np.full((len(errors_VK), len(every)), np.inf)
             over_all[:, [every.index(setting) for setting in settings]] = errors_VK
-            yield over_all, found[0][f"{site.name}.energy"].numpy()
+            yield over_all, result[0][f"{site.name}.energy"].numpy()
 
 
 def _relative(errors_VK: Tensor, energy_V: Tensor) -> Tensor:
@@ -269,7 +268,7 @@ class _Walk:
         """What the quantize stage would make of the matrix on this grid, were all below it as it is now."""
         spec = self.stages.quantize
         row: Method = QUANTIZE[spec.method]
-        wanted: dict[str, Any] = overrides(Setting(grid))["quantize"]
+        wanted: dict[str, object] = overrides(Setting(grid))["quantize"]
         config = spec.config_for(site.name)
         if row.scope == "block":  # it starts from GPTQ, and trains what that left
             row, config = QUANTIZE["gptq"], GptqConfig(clip=config.clip)

@@ -44,7 +44,9 @@ class Product:
 
 def gain(rows: int, squares: Tensor | None, nats_per_square: float) -> Tensor:
     """[V, rows] float64: ones; and, where the squared gradients at the outputs are known, what a squared error there costs in nats per token."""
-    return torch.stack([torch.ones(rows, dtype=torch.float64), *([] if squares is None else [squares.double().cpu() * nats_per_square / 2])])
+    return torch.stack(
+        [torch.ones(rows, dtype=torch.float64), *([] if squares is None else [squares.double().cpu() * nats_per_square / 2])]
+    )
 
 
 def outside_errors(

@@ -26,7 +26,7 @@ from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec, methods
 
 EMBEDDING_BITS: tuple[Bits, ...] = (4, 5, 6, 8)
-"""Of matrices outside the blocks, where a budget in bytes is not told others."""
+"""Of matrices outside the blocks, where a budget in bytes names no others."""
 SLACK = 0.01
 """What an estimate of the artifact's other bytes may be off before a budget is refused because of it."""
 
@@ -135,12 +135,13 @@ def settings_of(recipe: Recipe, stages: Spent) -> list[Setting]:
     if (types := _grids(recipe, stages.quantize, stages.prune)) is not None:
         return settings((), (), (), ranks, chosen.factor_bits, sparsities, types)
     books = hasattr(config, "block_size")
-    found = settings(chosen.bits, chosen.group_sizes, chosen.double_quantize if books else (), ranks, chosen.factor_bits, sparsities)
+    result = settings(chosen.bits, chosen.group_sizes, chosen.double_quantize if books else (), ranks, chosen.factor_bits, sparsities)
     if books:
-        return [setting for setting in found if setting.grid.kind == "normal_float"]
+        return [setting for setting in result if setting.grid.kind == "normal_float"]
     own = grid_of(config)
     return [
-        replace(s, grid=replace(own, **{key: getattr(s.grid, key) for key in ("bits", "group_size", "pattern", "sparsity")})) for s in found
+        replace(s, grid=replace(own, **{key: getattr(s.grid, key) for key in ("bits", "group_size", "pattern", "sparsity")}))
+        for s in result
     ]
 
 
@@ -176,15 +177,15 @@ def embedding_bits(recipe: Recipe) -> tuple[Bits, ...]:
 def outside(recipe: Recipe, stages: Spent, structure: Structure, tied: bool) -> list[Outside]:
     """UsageError where the recipe names their bits and quantize rounds none."""
     bits, spec = embedding_bits(recipe), stages.quantize
-    found = rounded_to_nearest(spec, structure, tied)
-    if recipe.allocation.embedding_bits and not found:
+    result = rounded_to_nearest(spec, structure, tied)
+    if recipe.allocation.embedding_bits and not result:
         raise UsageError(
             f"--budget {stages.budget.text}: allocation.embedding_bits: {spec.address} rounds neither the embeddings nor a head of its own; "
             f"set {spec.address}.include_embeddings or {spec.address}.head_bits, or leave it out"
         )
     return [
         Outside(site, key, tied, tuple(spec.embedding_config(site.shape[1], b) for b in sorted(bits)))
-        for key, site in found.items()
+        for key, site in result.items()
         if bits
     ]
 
@@ -194,7 +195,7 @@ def together(blocks: Iterable[Setting], beside: Iterable[Outside]) -> list[Setti
     return list(dict.fromkeys([*blocks, *(setting for each in beside for setting in each.settings)]))
 
 
-_LEFT_ALONE: dict[str, dict[str, Any]] = {"decompose": {"rank": 0}, "prune": {"pattern": "dense", "sparsity": 0.0}}
+_LEFT_ALONE: dict[str, dict[str, object]] = {"decompose": {"rank": 0}, "prune": {"pattern": "dense", "sparsity": 0.0}}
 """What a matrix that a stage ignores has, in that stage's words."""
 
 
@@ -258,20 +259,24 @@ def costs(recipe: Recipe, stages: Spent, dense: Sizes) -> Costs:
         apply(spec, plain)
         if spec not in (stages.decompose, stages.prune):
             apply(spec, end)
-    sites, beside, blocks = stages.sites(dense.structure.sites), outside(recipe, stages, dense.structure, dense.tied), settings_of(recipe, stages)
-    found, fitting = together(blocks, beside), set(blocks)
+    sites, beside, blocks = (
+        stages.sites(dense.structure.sites),
+        outside(recipe, stages, dense.structure, dense.tied),
+        settings_of(recipe, stages),
+    )
+    result, fitting = together(blocks, beside), set(blocks)
     headers = recipe.budget is not None and recipe.budget.total_bytes is not None
     rows = []
     for site in sites:
         index = has_index(stages.quantize.config_for(site.name))
-        fits = [s in fitting and allowed(recipe, stages, site, s) for s in found]
-        rows.append([_stored(end, site, s, index, headers) if fit else np.inf for s, fit in zip(found, fits, strict=True)])
+        fits = [s in fitting and allowed(recipe, stages, site, s) for s in result]
+        rows.append([_stored(end, site, s, index, headers) if fit else np.inf for s, fit in zip(result, fits, strict=True)])
     for each in beside:
-        rows.append([_stored(plain, each.site, s, False, headers) if s in each.settings else np.inf for s in found])
+        rows.append([_stored(plain, each.site, s, False, headers) if s in each.settings else np.inf for s in result])
     sites += [each.site for each in beside]
     own = {plain.name_of(site) for site in sites}
     others = replace(plain, of={name: size for name, size in plain.of.items() if name not in own})
-    return Costs(sites, found, np.array(rows), others.total_bytes(), beside)
+    return Costs(sites, result, np.array(rows), others.total_bytes(), beside)
 
 
 def _stored(end: Sizes, site: Site, setting: Setting, index: bool, headers: bool) -> float:
@@ -320,7 +325,7 @@ def _check_fits(recipe: Recipe, stages: Spent, counted: Costs) -> None:
 
 
 def infeasible(recipe: Recipe, stages: Spent, counted: Costs) -> str:
-    least = stages.budget.said(counted.smallest, counted.weights, counted.rest_bytes)
+    least = stages.budget.text_of(counted.smallest, counted.weights, counted.rest_bytes)
     masks = any(spec.name == "prune" and spec != stages.prune for spec in recipe.stages)
     way = " (1 bit per weight of that are the masks of prune: --set prune.method=none leaves them out)" if masks else ""
     return f"--budget {stages.budget.text} is infeasible: the smallest that the choices of `allocation` can store is {least}{way}"

@@ -104,7 +104,7 @@ def _row(name: str, kind: str, size: int, shape: Shape, place: Path, link: Link)
         "sent_bytes": max(sum(event.sent for event in of_rank) for of_rank in events),
         "predicted_sent_bytes": round(sum(exchange.sent(size) for exchange in exchanges)),
         "waited_seconds": statistics.mean(sum(event.waited for event in of_rank) for of_rank in events),
-        "blocks": made_of.said["blocks"],
+        "blocks": made_of.report["blocks"],
     }  # fmt: skip
 
 

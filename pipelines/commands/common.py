@@ -7,12 +7,15 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ...compress.ranges import DtypeName
 from .streams import echo, takes
+
+if TYPE_CHECKING:
+    from ...reports.record import RunRecord
 
 Model = Annotated[str | None, typer.Option("-m", "--model", metavar="MODEL", help="demo, a directory, a Hub id or a .gguf file")]
 Revision = Annotated[str | None, typer.Option("--revision", metavar="REV", help="revision of a Hub model")]
@@ -73,7 +76,7 @@ def width() -> int:
     return shutil.get_terminal_size((140, 24)).columns
 
 
-def write_json(value: Any) -> None:
+def write_json(value: object) -> None:
     """One JSON object on stdout; numbers that JSON cannot hold become null."""
     echo_json(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str))
 
@@ -83,7 +86,7 @@ def echo_json(text: str) -> None:
     echo(text if takes(text) else json.dumps(json.loads(text), indent=2))
 
 
-def write(value: Mapping[str, Any], as_json: bool) -> None:
+def write(value: Mapping[str, object], as_json: bool) -> None:
     """A mapping as JSON, or as lines for a person: lists of mappings become tables."""
     if as_json:
         write_json(value)
@@ -91,7 +94,7 @@ def write(value: Mapping[str, Any], as_json: bool) -> None:
         _write_section(value, "")
 
 
-def show_record(record: Any, as_json: bool) -> None:
+def show_record(record: "RunRecord", as_json: bool) -> None:
     """A run's stage table and what it says in words, or the one JSON object."""
     from ...reports.render import render, show
 
@@ -105,7 +108,7 @@ def show_record(record: Any, as_json: bool) -> None:
     echo(text.getvalue(), end="")
 
 
-def _write_section(section: Mapping[str, Any], indent: str) -> None:
+def _write_section(section: Mapping[str, object], indent: str) -> None:
     for key, value in section.items():
         if isinstance(value, Mapping) and value:
             echo(f"{indent}{key}:")
@@ -117,7 +120,7 @@ def _write_section(section: Mapping[str, Any], indent: str) -> None:
             echo(f"{indent}{key}: {_cell(str(key), value)}")
 
 
-def table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str] | None = None) -> str:
+def table(rows: Sequence[Mapping[str, object]], titles: Mapping[str, str] | None = None) -> str:
     """A table of mappings, as wide as the terminal at most; `titles` are shorter names for keys."""
     from ...reports.tables import fitted_table
 
@@ -127,7 +130,7 @@ def table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str] | None = 
     return fitted_table(header, [[_cell(str(key), row.get(key)) for key in keys] for row in rows], numeric, width())
 
 
-def _cell(key: str, value: Any) -> str:
+def _cell(key: str, value: object) -> str:
     """A value for a person, its unit taken from the key's name."""
     if value is None:
         return "–"
@@ -152,7 +155,7 @@ def _cell(key: str, value: Any) -> str:
     return str(value) if not isinstance(value, Mapping) else "none" if not value else json.dumps(_finite(value), default=str)
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, float):
         return value if value - value == 0 else None
     if isinstance(value, Mapping):

@@ -22,7 +22,9 @@ ExportFormat = Annotated[
     Literal["dense", "gptq", "gptq-v2", "compressed-tensors", "bnb", "gguf"], typer.Option("--format", help="checkpoint format")
 ]
 OutputFile = Annotated[Path | None, typer.Option("-o", "--output", parser=o.place, metavar="FILE", help="instead of stdout")]
-OutputDirectory = Annotated[Path, typer.Option("-o", "--output", parser=o.place, metavar="DIR", help="a new or empty directory; FILE.gguf for gguf")]
+OutputDirectory = Annotated[
+    Path, typer.Option("-o", "--output", parser=o.place, metavar="DIR", help="a new or empty directory; FILE.gguf for gguf")
+]
 Evaluated = Annotated[str, typer.Argument(metavar="MODEL_OR_ARTIFACT", help="demo, a model, a run's stage directory or an export")]
 SeqLen = Annotated[int | None, typer.Option("--seq-len", metavar="N", min=2, help="tokens a window")]
 Windows = Annotated[int | None, typer.Option("--windows", metavar="N", min=1, help="how many windows; default all (16 for demo)")]
@@ -32,7 +34,9 @@ Tasks = Annotated[
 Limit = Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="with --tasks: the first N documents of each")]
 StageName = Annotated[str | None, typer.Option("--stage", metavar="NAME", help="this stage's artifact; default the last one")]
 Merge = Annotated[bool, typer.Option("--merge", help="merge the low-rank term into the base where that is exact; dense does so by itself")]
-Engine = Annotated[Literal["kernels", "llama.cpp"], typer.Option("--engine", help="what computes: our kernels, or llama.cpp (an extra) from a GGUF file")]
+Engine = Annotated[
+    Literal["kernels", "llama.cpp"], typer.Option("--engine", help="what computes: our kernels, or llama.cpp (an extra) from a GGUF file")
+]
 Requantize = Annotated[bool, typer.Option("--requantize", help="with --merge: quantize the merged weight again, the loss is reported")]
 
 
@@ -108,7 +112,9 @@ def eval_(
         if not names:
             raise UsageError("--tasks names no task; give some, as in --tasks hellaswag,arc_easy")
         if eval_source is not None or seq_len is not None or windows is not None:
-            raise UsageError("--eval, --seq-len and --windows belong to perplexity, which --tasks does not measure; leave them or --tasks out")
+            raise UsageError(
+                "--eval, --seq-len and --windows belong to perplexity, which --tasks does not measure; leave them or --tasks out"
+            )
         from ..run.evaluate import evaluate_tasks
 
         o.write(evaluate_tasks(model, names, limit=limit, device=device, dtype=dtype), json)
@@ -228,7 +234,7 @@ def _refuse_to_overwrite(output: Path) -> None:
 
 
 def _protocol(model: str) -> tuple[str, int, int | None]:
-    """Source, window length and number of windows to measure with unless told: those of the run that holds the artifact,
+    """Source, window length and number of windows to measure with unless given: those of the run that holds the artifact,
     else the profile that this model would be given."""
     from ..recipes.recipe import PROFILES, resolve
     from ..store.rundir import run_of

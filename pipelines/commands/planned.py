@@ -13,7 +13,9 @@ LinkGiven = Annotated[
     str | None,
     typer.Option("--link", metavar="GB/s[,µs]", help="between ranks; else measured by two gloo processes of this machine"),
 ]
-ShapeName = Annotated[str | None, typer.Option("--shape", metavar="NAME", help="a model of this shape, which need not be there: 8b, 70b, 405b, …")]
+ShapeName = Annotated[
+    str | None, typer.Option("--shape", metavar="NAME", help="a model of this shape, which need not be there: 8b, 70b, 405b, …")
+]
 
 
 def plan(
@@ -59,10 +61,12 @@ def plan(
     else:
         layers: Any = {"file": config, "sets": sets or [], "options": given}
         made = planning.costed(resolve(recipe, **layers), output or planned_directory(recipe, **layers), device)
-    if refusals := made.said["refusals"]:
+    if refusals := made.report["refusals"]:
         raise UsageError(f"this run would be refused: {refusals[0]}" + (f" (and {len(refusals) - 1} more)" if len(refusals) > 1 else ""))
-    if chosen_link is None and made.said["device"] != "cpu" and max(sizes) > 1:
-        raise UsageError(f"--link: what lies between devices of type {made.said['device']} is not measured here; give its GB/s, as in --link 25")
+    if chosen_link is None and made.report["device"] != "cpu" and max(sizes) > 1:
+        raise UsageError(
+            f"--link: what lies between devices of type {made.report['device']} is not measured here; give its GB/s, as in --link 25"
+        )
     o.write(predicted(made, sizes, chosen_link or measured_link()), json)
 
 

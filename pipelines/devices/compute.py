@@ -72,14 +72,16 @@ def _own_card(device: torch.device, ranks: Ranks) -> torch.device:
     if device.index is not None:
         raise UsageError(f"--device {device}: {ranks.size} ranks take a device each; give --device cuda")
     if not torch.distributed.is_nccl_available():
-        raise UsageError(f"--device cuda: {ranks.size} ranks need NCCL, which this torch was built without; use a torch that has it, or start once")
+        raise UsageError(
+            f"--device cuda: {ranks.size} ranks need NCCL, which this torch was built without; use a torch that has it, or start once"
+        )
     count = torch.cuda.device_count()
     index = ranks.local if ranks.local < count else 0 if count == 1 else None
     machine = (process_identity() or [socket.gethostname()])[0]
     card = None if index is None else str(torch.cuda.get_device_properties(index).uuid)
-    found = ranks.gathered((machine, card, count, ranks.local))
-    for rank, (at, one, of, local) in enumerate(found):
-        if one is None or (at, one) in [(there, other) for there, other, *_ in found[:rank]]:
+    result = ranks.gathered((machine, card, count, ranks.local))
+    for rank, (at, one, of, local) in enumerate(result):
+        if one is None or (at, one) in [(there, other) for there, other, *_ in result[:rank]]:
             raise UsageError(
                 f"rank {rank}: has no device to itself (LOCAL_RANK {local}, {of} CUDA device{'s' * (of > 1)} there); "
                 "start as many processes a machine as it has devices (torchrun: --nproc-per-node)"
@@ -115,8 +117,8 @@ def chosen(device: str = "auto", dtype: str = "auto", deterministic: bool = True
 def measured_dtype() -> torch.dtype:
     """bfloat16 where this CPU has units for it (AMX, AVX512-BF16) and they are the faster ones on a product of a model's shape; elsewhere
     it is emulated, several times as slow as float32."""
-    found = torch.cpu.get_capabilities()
-    if not (found.get("amx_bf16") or found.get("avx512_bf16")):
+    result = torch.cpu.get_capabilities()
+    if not (result.get("amx_bf16") or result.get("avx512_bf16")):
         return torch.float32
     seconds = {dtype: _product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
     return torch.bfloat16 if seconds[torch.float32] > FASTER * seconds[torch.bfloat16] else torch.float32
@@ -137,9 +139,9 @@ def free_bytes(device: torch.device) -> int:
     """What may still be allocated: on a GPU by its own account, on a CPU what the system says is available, within the control group's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    found = memory()
-    left = max(0, found["limit_bytes"] - _resident_bytes())
-    return left if found["available_bytes"] is None else min(left, found["available_bytes"])
+    result = memory()
+    left = max(0, result["limit_bytes"] - _resident_bytes())
+    return left if result["available_bytes"] is None else min(left, result["available_bytes"])
 
 
 def _resident_bytes() -> int:

@@ -55,7 +55,9 @@ def measured_link() -> Link:
     with tempfile.TemporaryDirectory(prefix="bitmend-link-") as place:
         command = [sys.executable, "-P", "-m", f"{__package__}.link", str(Path(place) / "store")]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        both = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) for rank in range(2)]
+        both = [
+            subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) for rank in range(2)
+        ]
         try:
             answers = [process.communicate(timeout=SECONDS) for process in both]
         except subprocess.TimeoutExpired:
@@ -64,11 +66,11 @@ def measured_link() -> Link:
             for process in both:
                 process.kill()
         if not answers or any(process.returncode for process in both):
-            said = b"".join(err for _, err in answers).decode(errors="replace").strip().splitlines()
-            reason = said[-1] if said else f"no answer within {SECONDS:.0f} s"
+            lines = b"".join(err for _, err in answers).decode(errors="replace").strip().splitlines()
+            reason = lines[-1] if lines else f"no answer within {SECONDS:.0f} s"
             raise InputError(f"two gloo processes of this machine could not measure their link ({reason}); give it, as in --link 10")
-        found = json.loads(answers[0][0])
-        return Link(found["bytes_per_second"], found["latency_seconds"], "measured between two gloo processes of this machine")
+        result = json.loads(answers[0][0])
+        return Link(result["bytes_per_second"], result["latency_seconds"], "measured between two gloo processes of this machine")
 
 
 def _measure(store: str, rank: int) -> dict[str, float]:
@@ -81,12 +83,12 @@ def _measure(store: str, rank: int) -> dict[str, float]:
 
     def exchange(size: int, times: int, clock: Callable[[], float]) -> float:
         sent, received = (torch.ones(2 * size, dtype=torch.uint8) for _ in range(2))
-        found = []
+        result = []
         for _ in range(times):
             began = clock()
             dist.all_to_all_single(received, sent)
-            found.append(clock() - began)
-        return statistics.median(found[1:])
+            result.append(clock() - began)
+        return statistics.median(result[1:])
 
     latency = exchange(1, SMALL_ROUNDS, time.perf_counter)
     seconds = exchange(BYTES, ROUNDS, time.process_time)  # the processors carry the bytes, whoever else uses them
@@ -95,6 +97,6 @@ def _measure(store: str, rank: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    found = _measure(sys.argv[1], int(sys.argv[2]))
+    result = _measure(sys.argv[1], int(sys.argv[2]))
     if sys.argv[2] == "0":
-        print(json.dumps(found))
+        print(json.dumps(result))

@@ -95,15 +95,15 @@ def _products(device: torch.device, dtype: torch.dtype, clock: Callable[[], floa
 
 def _seconds(work: Callable[[], object], device: torch.device, times: int, clock: Callable[[], float]) -> float:
     """Of one call, the median of a few measurements after a first that warms up; no more of them where they take long."""
-    found: list[float] = []
-    while len(found) < REPEATS + 1 and sum(found) * times < LONG:
+    result: list[float] = []
+    while len(result) < REPEATS + 1 and sum(result) * times < LONG:
         began = clock()
         for _ in range(times):
             work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        found.append((clock() - began) / times)
-    measured = sorted(found[1:] or found)
+        result.append((clock() - began) / times)
+    measured = sorted(result[1:] or result)
     return max(measured[len(measured) // 2], 1e-9)
 
 

@@ -6,7 +6,6 @@ Knows torch's errors and a stage's settings; not what a stage does with memory.
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -34,8 +33,8 @@ def shortage(address: str, spec: StageSpec | None, compute: Compute) -> Iterator
 
 
 def _wanted(error: BaseException) -> str:
-    found = re.search(r"[Tt]ried to allocate ([0-9.]+) (bytes|[KMG]iB)", str(error))
-    return "an allocation failed" if found is None else f"{float(found[1]) * UNITS[found[2]] / 1e9:.2f} GB more were needed"
+    result = re.search(r"[Tt]ried to allocate ([0-9.]+) (bytes|[KMG]iB)", str(error))
+    return "an allocation failed" if result is None else f"{float(result[1]) * UNITS[result[2]] / 1e9:.2f} GB more were needed"
 
 
 def _free(compute: Compute, on_card: bool) -> str:
@@ -64,6 +63,6 @@ def advice(address: str, spec: StageSpec | None) -> str:
     return "try " + ", ".join(tries or _halved(address, config, "seq_len") or ["a method with fewer trained parameters"])
 
 
-def _halved(address: str, config: Any, name: str) -> list[str]:
+def _halved(address: str, config: object, name: str) -> list[str]:
     value = getattr(config, name, 1)
     return [f"--set {address}.{name}={value // 2}"] if value > 1 else []

@@ -82,29 +82,36 @@ def resident_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+@dataclass(frozen=True)
+class ForwardPass:
+    """Where and how exactly a model runs, and what its linears are bound to."""
+
+    device: torch.device
+    dtype: torch.dtype
+    bind: Binder | None = None
+
+
 def scores_of(
     artifact: Artifact,
     metrics: Path,
     windows: Windows,
     teacher: perplexity.BaselineOutputs | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    bind: Binder | None = None,
+    forward: ForwardPass,
     label: str = "perplexity, blocks",
     ranks: Ranks = ONE,
-) -> tuple[Scores, dict[str, Any]]:
+) -> tuple[Scores, dict[str, object]]:
     """Scores under a protocol: read if they were measured, else measured and kept. Without a teacher (the baseline itself) the last
     hidden states are kept as well, for the stages that follow. Several ranks share the windows; rank 0 reads and keeps."""
     key = perplexity.protocol_key(windows)
     path, hidden_path = metrics / f"{key}.json", metrics / f"{key}.hidden.safetensors"
-    found = load_scores(path) if ranks.leads else None
-    found = ranks.broadcast(found if ranks.leads and (teacher is not None or is_whole(hidden_path)) else None)
-    if found is not None:
-        return found
+    result = load_scores(path) if ranks.leads else None
+    result = ranks.broadcast(result if ranks.leads and (teacher is not None or is_whole(hidden_path)) else None)
+    if result is not None:
+        return result
     began = time.monotonic()
-    model = StreamedModel(artifact, device, dtype, bind)
+    model = StreamedModel(artifact, forward.device, forward.dtype, forward.bind)
     with bar(label, model.structure.blocks) as shown:
-        room = Room.measured(device, metrics)
+        room = Room.measured(forward.device, metrics)
         scores, hidden = perplexity.score(model, windows, teacher, lambda done, total: shown.advance(), room, ranks)
     seconds = time.monotonic() - began
     extra = {
@@ -171,11 +178,21 @@ def _mean(values: Sequence[float] | None) -> float | None:
     return math.fsum(values) / len(values) if values else None
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A stage's scores and what was measured with them, the baseline's scores, and those of the stage before (None: it is the baseline)."""
+
+    scores: Scores
+    extra: Mapping[str, Any]
+    baseline: Scores
+    previous: Scores | None
+
+
 def stage_record(
-    address: str, method: str | None, settings: dict[str, Any], metrics: Path, size: dict[str, Any],
-    scores: Scores, extra: dict[str, Any], baseline: Scores, previous: Scores | None,
-) -> StageRecord:  # fmt: skip
-    """A stage's record from what lies beside its artifact."""
+    address: str, method: str | None, settings: Mapping[str, object], metrics: Path, size: Mapping[str, Any], measured: Measured
+) -> StageRecord:
+    """A stage's record from the files of its metrics."""
+    scores, extra, baseline, previous = measured.scores, measured.extra, measured.baseline, measured.previous
     path = metrics / "stage.json"
     stage = read_json(path, "delete it and its stage, and run again") if path.is_file() else {}
     difference, error = paired_difference(scores.nll, baseline.nll)

@@ -87,21 +87,21 @@ def score(
         raise InputError("the evaluation windows hold no token of a completion; give more text, or a larger evaluation.windows")
     states = last_states(model, ids_NT, room or Room(model.device), progress, ranks.owns)
     own = [part for number, part in enumerate(batches(*ids_NT.shape)) if ranks.owns(number)]
-    found: dict[int, list[float]] = {}
+    result: dict[int, list[float]] = {}
     wrong: str | None = None
     with torch.no_grad():
         for part, batch_NTD in zip(own, states, strict=True):
             for index, hidden_TD in enumerate(batch_NTD, part.start):
                 sums = _window(model, hidden_TD, ids_NT[index], counts_NT[index], teacher, index)
-                found[index] = (sums / average).tolist()
-                if not math.isfinite(found[index][0]) or not bool(torch.isfinite(hidden_TD).all()):
+                result[index] = (sums / average).tolist()
+                if not math.isfinite(result[index][0]) or not bool(torch.isfinite(hidden_TD).all()):
                     wrong = _first_non_finite(model, ids_NT[index : index + 1])
                     break
             if wrong is not None:
                 break
     if wrong := next(filter(None, ranks.gathered(wrong)), None):
         raise InputError(f"{model.artifact.directory.name}: {wrong}")
-    nll, kl, top1 = zip(*ranks.in_order(found).values(), strict=True)
+    nll, kl, top1 = zip(*ranks.in_order(result).values(), strict=True)
     return Scores(nll, kl if teacher else None, top1 if teacher else None), states
 
 
@@ -109,8 +109,8 @@ def whole_states(states: HiddenStates, windows: Windows, ranks: Ranks, room: Roo
     """Of what `score` left on every rank, all batches in their order on rank 0; None on the others."""
     if ranks.size == 1:
         return states
-    found = HiddenStates.of(ranks.streamed(states, len(list(batches(*windows.ids.shape)))), room)
-    return found if ranks.leads else None
+    result = HiddenStates.of(ranks.streamed(states, len(list(batches(*windows.ids.shape)))), room)
+    return result if ranks.leads else None
 
 
 def _window(

@@ -26,7 +26,7 @@ class Scores:
         return math.exp(mean) if mean < 700 else math.inf
 
 
-def save_scores(path: Path, scores: Scores, protocol: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+def save_scores(path: Path, scores: Scores, protocol: Mapping[str, object], extra: Mapping[str, object]) -> None:
     """One JSON file for one artifact under one protocol."""
     record = {"protocol": protocol, "nll": scores.nll, "kl": scores.kl, "top1": scores.top1, **extra}
     write_json(path, record)

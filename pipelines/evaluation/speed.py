@@ -8,12 +8,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ...kernels.linear import resident_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Speed", "measure", "resident_bytes", "tokens_per_second"]
 
@@ -41,7 +44,7 @@ def measure(models: Mapping[str, Any], prompt_1T: Tensor, new_tokens: int, repea
     return {name: _speed(rows) for name, rows in seen.items()}
 
 
-def tokens_per_second(model: Any, prompt_1T: Tensor, new_tokens: int = 16) -> float:
+def tokens_per_second(model: "PreTrainedModel", prompt_1T: Tensor, new_tokens: int = 16) -> float:
     """One quick measurement: greedy tokens after a prompt, the time to read it left out."""
     return measure({"": model}, prompt_1T, new_tokens, 1)[""].tokens_per_second
 
@@ -55,7 +58,14 @@ def _seconds(model: Any, prompt_1T: Tensor, new_tokens: int) -> float:
     """Greedy generation of exactly so many tokens with a key-value cache."""
     device = next(model.parameters()).device
     prompt = prompt_1T.to(device)
-    settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "use_cache": True, "pad_token_id": 0}
+    settings: dict[str, object] = {
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+        "use_cache": True,
+        "pad_token_id": 0,
+    }
     wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     begun = time.perf_counter()

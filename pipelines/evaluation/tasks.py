@@ -50,7 +50,7 @@ class TaskScore:
     values: tuple[float, ...] | None
 
 
-def load_tasks(names: Sequence[str]) -> dict[str, Any]:
+def load_tasks(names: Sequence[str]) -> dict[str, object]:
     """lm-eval's tasks by name, their documents in memory; a group or a tag is its members. UsageError without lm-eval and for unknown names;
     InputError for a file that is none of multiple choice, and for documents that are neither in the cache nor to be had."""
     if not names:
@@ -58,16 +58,16 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError("tasks are scored by lm-eval, which is not installed: pip install 'bitmend[eval]'")
     files = [name for name in names if name.endswith(FILE)]
-    found = {Path(name).stem: _of_file(Path(name).expanduser()) for name in files}
+    result = {Path(name).stem: _of_file(Path(name).expanduser()) for name in files}
     named = [name for name in names if name not in files]
     with _quiet():
         made = _of_lm_eval(named) if named else {}
-    if len(found) < len(files) or found.keys() & made.keys():
+    if len(result) < len(files) or result.keys() & made.keys():
         raise UsageError(f"two of the tasks {', '.join(names)} have one name; rename a file")
-    return found | made
+    return result | made
 
 
-def _of_lm_eval(names: Sequence[str]) -> dict[str, Any]:
+def _of_lm_eval(names: Sequence[str]) -> dict[str, object]:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
@@ -76,7 +76,7 @@ def _of_lm_eval(names: Sequence[str]) -> dict[str, Any]:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else f"or is it a file NAME{FILE}?"
             raise UsageError(f"unknown task {name!r}; {hint} `lm-eval ls tasks` lists all {len(manager.all_tasks):,}")
-    made: dict[str, Any] = {}
+    made: dict[str, object] = {}
     for name in names:
         with as_input_error(
             f"{name}: its documents are neither in the cache of `datasets` nor can they be fetched",
@@ -109,13 +109,13 @@ def _of_file(path: Path) -> Any:
         )
 
 
-def read_questions(path: Path) -> list[dict[str, Any]]:
+def read_questions(path: Path) -> list[dict[str, object]]:
     """The lines of a file of multiple choice. InputError names the line that is none."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as text ({error}); give a {FILE} file of lines like {LINE}") from error
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line) if line.strip() else None
@@ -128,7 +128,7 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _question(row: Any, where: str) -> dict[str, Any]:
+def _question(row: Any, where: str) -> dict[str, object]:
     wanted = isinstance(row, dict) and row.keys() == {"question", "choices", "answer"}
     choices, answer = (row["choices"], row["answer"]) if wanted else ([], None)
     texts = [row["question"], *choices] if wanted and isinstance(choices, list) else [None]
@@ -142,7 +142,7 @@ def _question(row: Any, where: str) -> dict[str, Any]:
 def scores_of_tasks(
     artifact: Artifact,
     metrics: Path,
-    tasks: Mapping[str, Any],
+    tasks: Mapping[str, object],
     limit: int | None,
     device: torch.device,
     dtype: torch.dtype,
@@ -155,10 +155,10 @@ def scores_of_tasks(
         return {name: _score_of(row) for name, row in read_json(path, "delete it and run again")["scores"].items()}
     model = whole_model(artifact, device, dtype, bind).model
     model.config.use_cache = True
-    found = answered(model, load_tokenizer(artifact.directory), tasks, limit)
+    result = answered(model, load_tokenizer(artifact.directory), tasks, limit)
     metrics.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"scores": {name: asdict(score) for name, score in found.items()}})
-    return found
+    write_json(path, {"scores": {name: asdict(score) for name, score in result.items()}})
+    return result
 
 
 def _score_of(row: Mapping[str, Any]) -> TaskScore:
@@ -182,14 +182,14 @@ def answered(model: Any, tokenizer: Any, tasks: Mapping[str, Any], limit: int | 
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
         wrap: Any = HFLM  # a decorator of lm-eval's hides its parameters
         wrapped = wrap(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
-        found: Any = evaluate(wrapped, {"tasks": dict(tasks)}, limit=limit, bootstrap_iters=BOOTSTRAP)
+        result: Any = evaluate(wrapped, {"tasks": dict(tasks)}, limit=limit, bootstrap_iters=BOOTSTRAP)
     out: dict[str, TaskScore] = {}
-    for task, results in found["results"].items():
+    for task, results in result["results"].items():
         for key, score in results.items():
             metric, _, filter_ = key.partition(",")
             if not filter_ or metric.endswith("_stderr") or not isinstance(score, int | float):
                 continue
-            rows = [row for row in found["samples"][task] if row["filter"] == filter_]
+            rows = [row for row in result["samples"][task] if row["filter"] == filter_]
             values = [row.get(metric) for row in rows]
             stderr = results.get(f"{metric}_stderr,{filter_}")
             out[f"{task} {metric}{'' if filter_ == 'none' else f' {filter_}'}"] = TaskScore(

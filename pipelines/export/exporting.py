@@ -4,7 +4,7 @@ Knows artifacts and checkpoints; the bytes of a format are `formats/`.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -124,22 +124,22 @@ def _verified(directory: Path, stage: str | None) -> Artifact:
 def _prepared(
     directory: Path, artifact: Artifact, recipe: Recipe, format_: str, merge: bool, requantize: bool, adapter: bool
 ) -> Iterator[tuple[Checkpoint, Exported, list[str]]]:
-    """The checkpoint to be written, its card filled in, what decides who reads it, and what is to be said."""
+    """The checkpoint to be written, its card filled in, what decides who reads it, and the notes."""
     if format_ not in formats.FORMATS:
         raise UsageError(f"unknown format {format_!r}; known are {', '.join(formats.FORMATS)}")
     whole = formats.FORMATS[format_].whole
-    said = [] if whole else _embeddings_made_dense(artifact)
-    card = _card(directory, artifact, said)
+    remarks = [] if whole else _embeddings_made_dense(artifact)
+    card = _card(directory, artifact, remarks)
     with requantized(artifact, recipe) if merge and requantize else nullcontext((artifact, [])) as (source, notes):
         checkpoint, descriptions = checkpoint_of(source, card, whole), list(source.linears.values())
         if merge and not requantize and format_ != "dense":  # a dense weight takes every term in
             checkpoint = merged(checkpoint, source)
             descriptions = [{name: part for name, part in entire.items() if name != "low_rank"} for entire in descriptions]
         exported = Exported.of(format_, adapter, checkpoint.config.get("model_type", ""), descriptions)
-        yield replace(checkpoint, card={**card, "read_by": known_readers(exported)}), exported, [*said, *notes]
+        yield replace(checkpoint, card={**card, "read_by": known_readers(exported)}), exported, [*remarks, *notes]
 
 
-def checkpoint_of(artifact: Artifact, card: dict[str, Any], embeddings: bool = False) -> Checkpoint:
+def checkpoint_of(artifact: Artifact, card: Mapping[str, object], embeddings: bool = False) -> Checkpoint:
     """An artifact as every format sees it: rounded embeddings become the dense table that any program can look rows up in, unless the format has
     a place for their codes (`embeddings`)."""
     config = json.loads((artifact.directory / "config.json").read_text())
@@ -167,7 +167,7 @@ def checkpoint_of(artifact: Artifact, card: dict[str, Any], embeddings: bool = F
 
 
 def _embeddings_made_dense(artifact: Artifact) -> list[str]:
-    """What is to be said of token embeddings that the artifact holds on a grid."""
+    """The note on token embeddings that the artifact holds on a grid."""
     table = inspect(skeleton(load_config(artifact.directory))).embeddings
     if table is None or table.name not in artifact.linears:
         return []
@@ -176,7 +176,7 @@ def _embeddings_made_dense(artifact: Artifact) -> list[str]:
     return [f"{table.name}: rounded to {bits} in the artifact, written densely here; no format has a place for the codes of an embedding"]
 
 
-def _card(directory: Path, artifact: Artifact, said: list[str]) -> dict[str, Any]:
+def _card(directory: Path, artifact: Artifact, remarks: list[str]) -> dict[str, Any]:
     """What the model card says."""
     made = record(directory)
     name = artifact.manifest["stage"]["name"]
@@ -189,7 +189,7 @@ def _card(directory: Path, artifact: Artifact, said: list[str]) -> dict[str, Any
         "perplexity": stage.perplexity if stage else None,
         "baseline_perplexity": made.stages[0].perplexity,
         "protocol": made.protocol.to_json(),
-        "notes": [*(stage.notes if stage else []), *said],
+        "notes": [*(stage.notes if stage else []), *remarks],
     }
 
 
@@ -210,10 +210,10 @@ def _measure(output: Path, recipe: Recipe, device: torch.device) -> float:
     """Perplexity of what was written, opened as any model would be, under the run's protocol."""
     with scratch_directory() as place:
         manifest = {"key": fingerprint(output), "parent": None, "stage": {"name": "baseline", "method": None, "settings": {}}}
-        found = _perplexity(build_baseline(output, place / "a.partial", place / "a", manifest), recipe, device)
-    if found is None:
+        result = _perplexity(build_baseline(output, place / "a.partial", place / "a", manifest), recipe, device)
+    if result is None:
         raise InputError(f"{output}: nothing to measure it on")
-    return found
+    return result
 
 
 def _measure_whole(format_: str, output: Path, written: Checkpoint, artifact: Artifact, recipe: Recipe, device: torch.device) -> float:
@@ -221,17 +221,19 @@ def _measure_whole(format_: str, output: Path, written: Checkpoint, artifact: Ar
     with scratch_directory() as place:
         manifest = {"key": "export", "parent": None, "stage": {"name": "baseline", "method": None, "settings": {}}}
         read = formats.read_back(format_, output, written)
-        found = _perplexity(artifact_of(read, artifact.directory, place / "a.partial", place / "a", manifest), recipe, device)
-    if found is None:
+        result = _perplexity(artifact_of(read, artifact.directory, place / "a.partial", place / "a", manifest), recipe, device)
+    if result is None:
         raise InputError(f"{output}: nothing to measure it on")
-    return found
+    return result
 
 
 def _perplexity(artifact: Artifact, recipe: Recipe, device: torch.device) -> float | None:
     """In float32, whatever the run computes in, so that what a format loses stands out."""
     windows = Inputs(recipe, artifact.directory).evaluation()
     with scratch_directory() as scratch:
-        scores, _ = measure.scores_of(artifact, scratch, windows, None, device, torch.float32, label="export: perplexity, blocks")
+        scores, _ = measure.scores_of(
+            artifact, scratch, windows, None, measure.ForwardPass(device, torch.float32), "export: perplexity, blocks"
+        )
     return scores.perplexity if scores.nll else None
 
 

@@ -62,10 +62,10 @@ def _file(artifact: Artifact) -> Path:
 
 
 def _opened(file: Path, length: int, seed: int) -> Any:
-    llama: Any = import_module("llama_cpp")
+    llama: object = import_module("llama_cpp")
     _into_our_log(llama)
     adapter = adapter_beside(file)
-    settings: dict[str, Any] = {"lora_path": str(adapter)} if adapter.is_file() else {}
+    settings: dict[str, object] = {"lora_path": str(adapter)} if adapter.is_file() else {}
     try:
         return llama.Llama(str(file), n_ctx=length, n_threads=torch.get_num_threads(), seed=seed, verbose=False, **settings)
     except ValueError as error:

@@ -29,7 +29,9 @@ def merged(checkpoint: Checkpoint, artifact: Artifact) -> Checkpoint:
     for name in artifact.linears:
         reason = merge_refusal(artifact.stored(name))
         if reason is not None:
-            raise UsageError(f"{name}: {reason}; --adapter writes base and adapter, --format dense one model, --requantize quantizes the sum again: see what it costs")
+            raise UsageError(
+                f"{name}: {reason}; --adapter writes base and adapter, --format dense one model, --requantize quantizes the sum again: see what it costs"
+            )
     return checkpoint.with_linears(Lazy({n: lambda n=n: _audited(n, artifact.stored(n)) for n in artifact.linears}))
 
 

@@ -78,7 +78,7 @@ def pack(name: str, record: StoredWeight, dtype: torch.dtype) -> dict[str, Tenso
     if mask is not None:
         codes = codes.where(mask, int((normal_float.code_book(4) == 0).nonzero()))
     flat = codes.reshape(-1, 2)
-    state: dict[str, Any] = {
+    state: dict[str, object] = {
         "quant_type": "nf4",
         "blocksize": base.block_size,
         "dtype": str(dtype).removeprefix("torch."),
@@ -150,7 +150,7 @@ def read(directory: Path) -> Checkpoint:
     return to_memory(Checkpoint(config, Lazy(linears), tensors, files=directory))
 
 
-def _state(name: str, parts: Mapping[str, Stored]) -> dict[str, Any]:
+def _state(name: str, parts: Mapping[str, Stored]) -> dict[str, object]:
     """The JSON part, with every shape it promises checked against the file's headers."""
     entry = parts[STATE]
     try:
@@ -175,10 +175,10 @@ def _state(name: str, parts: Mapping[str, Stored]) -> dict[str, Any]:
             raise InputError(
                 f"{parts[part].file}: {name}.{part} has shape {list(parts[part].shape)}; {rows} × {columns} in blocks of {block} need [{count}]"
             )
-    found = parts["weight"].size_bytes
-    if found != -(-rows * columns // 2):
+    result = parts["weight"].size_bytes
+    if result != -(-rows * columns // 2):
         raise InputError(
-            f"{parts['weight'].file}: {name}.weight holds {found} bytes; {rows} × {columns} weights of 4 bits need {-(-rows * columns // 2)}"
+            f"{parts['weight'].file}: {name}.weight holds {result} bytes; {rows} × {columns} weights of 4 bits need {-(-rows * columns // 2)}"
         )
     return state
 
@@ -213,8 +213,8 @@ def _nested(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> tuple[Te
     return values, (codes, scales, offset) if block == NESTED_BLOCK else None
 
 
-def _check_map(name: str, entry: Stored, found: Tensor, known: Tensor) -> None:
-    if not torch.equal(found.float(), known):
+def _check_map(name: str, entry: Stored, result: Tensor, known: Tensor) -> None:
+    if not torch.equal(result.float(), known):
         raise InputError(
             f"{entry.file}: {entry.name} is not the table bitsandbytes uses for NF4; the file is of another version or damaged ({name})"
         )

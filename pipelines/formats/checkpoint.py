@@ -190,7 +190,7 @@ def config_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return dtype_of(checkpoint.config)
 
 
-def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
+def dtype_of(config: Mapping[str, object]) -> torch.dtype:
     """The floating type a config.json names, float32 where it names none."""
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     dtype = getattr(torch, name, None)

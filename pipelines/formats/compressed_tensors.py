@@ -82,7 +82,7 @@ def write(checkpoint: Checkpoint, directory: Path, shard_bytes: int = SHARD_BYTE
 
 def _refuse_experts(checkpoint: Checkpoint) -> None:
     """Readers decode all experts by one scheme, without zero points."""
-    found: set[tuple[int, int]] = set()
+    result: set[tuple[int, int]] = set()
     for name, record in checkpoint.linears.items():
         if expert_parameter(name) is None or not isinstance(record.base, UniformWeight):
             continue
@@ -90,8 +90,8 @@ def _refuse_experts(checkpoint: Checkpoint) -> None:
             raise UsageError(
                 f"{name}: programs read compressed-tensors experts without zero points; quantize symmetrically or use --format gptq"
             )
-        found.add((record.base.bits, record.base.group_size))
-        if len(found) > 1:
+        result.add((record.base.bits, record.base.group_size))
+        if len(result) > 1:
             raise UsageError(
                 f"{name}: compressed-tensors experts share one setting; these have several bits or group sizes, use --format gptq"
             )
@@ -125,7 +125,7 @@ def merged(schemes: Mapping[Scheme, Mapping[str, int]]) -> dict[Scheme, dict[str
     return {scheme: linears for scheme, linears in out.items() if linears}
 
 
-def quantization_config(schemes: Mapping[Scheme, Mapping[str, int]], ignored: list[str]) -> dict[str, Any]:
+def quantization_config(schemes: Mapping[Scheme, Mapping[str, int]], ignored: list[str]) -> dict[str, object]:
     """One scheme goes by the class of module, several by the modules' names."""
     groups = {}
     for number, ((bits, group_size, symmetric), names) in enumerate(schemes.items()):
@@ -204,7 +204,7 @@ def _configured_bits(name: str, groups: Mapping[str, Any]) -> int | None:
     return by_class
 
 
-def _bits(name: str, parts: Mapping[str, Stored], groups: Mapping[str, Any]) -> int:
+def _bits(name: str, parts: Mapping[str, Stored], groups: Mapping[str, object]) -> int:
     """Bits of a linear; checks its shapes against them and against each other."""
     packed = parts["weight_packed"]
     bits = _configured_bits(name, groups)

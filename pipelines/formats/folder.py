@@ -40,7 +40,7 @@ def read_config(directory: Path) -> tuple[dict[str, Any], dict[str, Any] | None]
     return config, quantization
 
 
-def check_types(where: str, settings: Any, kinds_of: Mapping[str, tuple[type, ...]]) -> None:
+def check_types(where: str, settings: object, kinds_of: Mapping[str, tuple[type, ...]]) -> None:
     """InputError, which begins with `where`, unless `settings` is a mapping whose values have one of these types each, or are null or left out."""
     if not isinstance(settings, dict):
         raise InputError(f"{where} holds {settings!r} where settings belong")
@@ -51,7 +51,7 @@ def check_types(where: str, settings: Any, kinds_of: Mapping[str, tuple[type, ..
 
 
 def write_folder(
-    checkpoint: Checkpoint, directory: Path, quantization: Mapping[str, Any] | None, notes: Sequence[str], how_to_load: str
+    checkpoint: Checkpoint, directory: Path, quantization: Mapping[str, object] | None, notes: Sequence[str], how_to_load: str
 ) -> None:
     config = portable_config(checkpoint.config)
     if quantization is not None:
@@ -61,7 +61,7 @@ def write_folder(
     (directory / "README.md").write_text(model_card(checkpoint.card, notes, how_to_load), encoding="utf-8")
 
 
-def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def portable_config(config: Mapping[str, object]) -> dict[str, object]:
     """The config with the names of transformers 4 beside those of 5: readers of GPTQ live on both sides of that change.
 
     transformers 4 looks for `torch_dtype`, `rope_theta` (GPT-NeoX: `rotary_emb_base`, `rotary_pct`) and `rope_scaling`, and falls back
@@ -78,13 +78,13 @@ def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+def _old_rope(rope: Mapping[str, Any]) -> dict[str, object]:
     """`rope_parameters`, one set or one per kind of layer (Gemma 3), as the fields of transformers 4."""
     if isinstance(rope.get("full_attention"), Mapping):
         local = rope.get("sliding_attention") or {}
         out = _old_rope(rope["full_attention"])
         return {**out, "rope_local_base_freq": local["rope_theta"]} if "rope_theta" in local else out
-    out: dict[str, Any] = {}
+    out: dict[str, object] = {}
     if "rope_theta" in rope:
         out["rope_theta"] = out["rotary_emb_base"] = rope["rope_theta"]
     if "partial_rotary_factor" in rope:
@@ -117,13 +117,13 @@ def model_card(card: Mapping[str, Any], notes: Sequence[str], how_to_load: str) 
     if "read_by" in card:
         known = [f"- {program}" for program in card["read_by"]] or ["- no other program is known to; bitmend has read it back"]
         lines += ["## Read by", "", "Known to read exactly this file:", "", *known, ""]
-    said = [*card.get("notes", ()), *notes]
-    if said:
-        lines += ["## Notes", "", *(f"- {note}" for note in said), ""]
+    remarks = [*card.get("notes", ()), *notes]
+    if remarks:
+        lines += ["## Notes", "", *(f"- {note}" for note in remarks), ""]
     return "\n".join(lines)
 
 
-def _listed(protocol: Any) -> list[str]:
+def _listed(protocol: object) -> list[str]:
     """One line per entry; what is unknown is left out, and line breaks are shown as such."""
     if not isinstance(protocol, Mapping):
         return [str(protocol)]
@@ -137,5 +137,5 @@ def _listed(protocol: Any) -> list[str]:
     return lines
 
 
-def _number(value: Any) -> str:
+def _number(value: object) -> str:
     return f"{value:.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -120,18 +120,18 @@ def _join(name: str, linears: Mapping[str, StoredWeight], pieces: Sequence[tuple
 
 def _assembled(names: Names, name: str, shape: torch.Size, tensors: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> Tensor:
     """A dense tensor put together from the file's, proven by taking it apart again."""
-    found = {target: tensors[target] for target in parts}
-    if list(found) == [name]:
-        return found[name]
-    flat = torch.empty(shape, dtype=next(iter(found.values())).dtype).reshape(-1, shape[-1] if len(shape) > 1 else 1)
+    result = {target: tensors[target] for target in parts}
+    if list(result) == [name]:
+        return result[name]
+    flat = torch.empty(shape, dtype=next(iter(result.values())).dtype).reshape(-1, shape[-1] if len(shape) > 1 else 1)
     for target, ids in parts.items():
-        piece = found[target].reshape(ids.numel(), -1)
+        piece = result[target].reshape(ids.numel(), -1)
         if piece.shape[1] != flat.shape[1]:
-            raise InputError(f"{target} has shape {list(found[target].shape)}, which does not fit into {name} {list(shape)}")
+            raise InputError(f"{target} has shape {list(result[target].shape)}, which does not fit into {name} {list(shape)}")
         flat[ids] = piece
     whole = flat.view(shape)
     for target, tensor in names.convert({name: whole}).items():
-        if not torch.equal(tensor, found[target]):
+        if not torch.equal(tensor, result[target]):
             raise InputError(
                 f"{target}: this architecture's conversion to {name} is not understood; load and save it with transformers first"
             )

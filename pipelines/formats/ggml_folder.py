@@ -38,7 +38,7 @@ def read(directory: Path) -> Checkpoint:
     config, quantization = read_config(directory)
     stored, types = open_directory(directory), (quantization or {}).get("types") or {}
     checked = {name: _checked(directory, stored, name, kind) for name, kind in types.items()}
-    linears = {name: partial(_record, stored[f"{name}.{_BLOCKS}"], *found) for name, found in checked.items()}
+    linears = {name: partial(_record, stored[f"{name}.{_BLOCKS}"], *result) for name, result in checked.items()}
     plain = {name: entry.load for name, entry in stored.items() if name.removesuffix(f".{_BLOCKS}") not in types}
     return Checkpoint(config, Lazy(linears), Lazy(plain), files=directory)
 
@@ -51,7 +51,9 @@ def _checked(directory: Path, stored: Mapping[str, Stored], name: str, kind: str
     size = layout.block_bits // 8
     if entry is None or entry.dtype != "U8" or len(entry.shape) != 2 or entry.shape[1] % size:
         held = "nothing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
-        raise InputError(f"{directory}: {name}.{_BLOCKS} holds {held}, not rows of {size}-byte blocks of {kind}; import the GGUF file again")
+        raise InputError(
+            f"{directory}: {name}.{_BLOCKS} holds {held}, not rows of {size}-byte blocks of {kind}; import the GGUF file again"
+        )
     return cast(GgmlName, kind), (entry.shape[0], entry.shape[1] // size * layout.columns)
 
 

@@ -7,7 +7,7 @@ Knows configs and names; no weights, no tokenizer.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from gguf import MODEL_ARCH, GGUFWriter, RopeScalingType, TensorNameMap, get_tensor_name_map
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .naming import Names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
@@ -52,11 +55,11 @@ class GgufModel:
     """One model as llama.cpp sees it."""
 
     family: Family
-    config: Any  # a PretrainedConfig, its defaults filled in
+    config: "PreTrainedConfig"  # a PretrainedConfig, its defaults filled in
     names: TensorNameMap
 
     @staticmethod
-    def of(config: Mapping[str, Any]) -> "GgufModel":
+    def of(config: Mapping[str, object]) -> "GgufModel":
         """UsageError for a family that is not here, and for what llama.cpp would compute otherwise in one that is."""
         kind = str(config.get("model_type"))
         if kind not in FAMILIES:
@@ -69,13 +72,13 @@ class GgufModel:
 
     def name(self, name: str) -> str:
         """A tensor of the state dict → its name in the file. UsageError where llama.cpp has no place for it."""
-        found = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
+        result = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
         module, _, leaf = name.rpartition(".")
-        if found is None or (leaf == "bias" and module.rpartition(".")[2] not in self.family.biases):
+        if result is None or (leaf == "bias" and module.rpartition(".")[2] not in self.family.biases):
             raise UsageError(
                 f"{name}: llama.cpp has no place for it in a model of type {self.config.model_type!r}; --format dense carries it"
             )
-        return found
+        return result
 
     def rows(self, name: str) -> Tensor | None:
         """int64 [O]: row i in the file is row rows[i] of this module's weight or bias; None where the order is the same."""
@@ -106,7 +109,12 @@ class GgufModel:
     def notes(self) -> list[str]:
         """Where llama.cpp computes something else than transformers although it has the model."""
         window, config = getattr(self.config, "sliding_window", None), self.config
-        if self.family.window_period or not window or window >= config.max_position_embeddings or not getattr(config, "use_sliding_window", True):
+        if (
+            self.family.window_period
+            or not window
+            or window >= config.max_position_embeddings
+            or not getattr(config, "use_sliding_window", True)
+        ):
             return []
         return [f"llama.cpp attends to all tokens in this family: texts longer than the window of {window} tokens come out otherwise"]
 
@@ -128,7 +136,10 @@ class GgufModel:
             writer.add_sliding_window_pattern(self.family.window_period)
         elif config.model_type == "phi3":
             writer.add_sliding_window(config.sliding_window or 0)
-        for cap, add in (("attn_logit_softcapping", writer.add_attn_logit_softcapping), ("final_logit_softcapping", writer.add_final_logit_softcapping)):
+        for cap, add in (
+            ("attn_logit_softcapping", writer.add_attn_logit_softcapping),
+            ("final_logit_softcapping", writer.add_final_logit_softcapping),
+        ):
             if getattr(config, cap, None):
                 add(getattr(config, cap))
         self._write_rope(writer)
@@ -160,17 +171,17 @@ class GgufModel:
             writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(scale) / math.log(trained)) if scale > 1 else 1.0)
 
 
-def _head_dim(config: Any) -> int:
+def _head_dim(config: "PreTrainedConfig") -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _rope(config: Any) -> dict[str, Any]:
+def _rope(config: "PreTrainedConfig") -> dict[str, Any]:
     """Of the layers that attend to everything."""
     rope = config.rope_parameters
     return {"rope_type": "default", **rope.get("full_attention", rope)}
 
 
-def _refusal(family: Family, config: Any) -> str | None:
+def _refusal(family: Family, config: "PreTrainedConfig") -> str | None:
     """What llama.cpp would compute otherwise, in words."""
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     rope, local = _rope(config), config.rope_parameters.get("sliding_attention", {})

@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
+from gguf.gguf_reader import ReaderTensor
 from torch import Tensor
 
-from ...compress.ggml_types import GGML_TYPES
+from ...compress.ggml_types import GGML_TYPES, GgmlName
 from ...compress.weights import DenseWeight, GgmlWeight, LowRank, StoredWeight
 from ..errors import InputError, UsageError, as_input_error
 from .biases import with_room_for_biases
@@ -69,13 +70,16 @@ def write(checkpoint: Checkpoint, output: Path, adapter: bool = False, shard_byt
     checkpoint = with_room_for_biases(checkpoint)
     model = GgufModel.of(checkpoint.config)
     if checkpoint.beside:
-        raise UsageError(f"{checkpoint.beside[0].method} keeps modules beside the model, which llama.cpp has no place for; export an earlier --stage")
+        raise UsageError(
+            f"{checkpoint.beside[0].method} keeps modules beside the model, which llama.cpp has no place for; export an earlier --stage"
+        )
     tokens = vocabulary(checkpoint.files, model.config.vocab_size)
     factors = _factors(checkpoint, model)
     if bool(factors) != adapter:
         raise UsageError(
             f"{len(factors) // 2} linears have a low-rank term: --adapter writes it as a LoRA adapter beside the model, --merge --requantize quantizes the sum"
-            if factors else "no linear of this model has a low-rank term, so there is no adapter to write; leave --adapter out"
+            if factors
+            else "no linear of this model has a low-rank term, so there is no adapter to write; leave --adapter out"
         )
     entries, notes = _entries(checkpoint, model)
     if shard_bytes == COUNTED:
@@ -89,17 +93,25 @@ def write(checkpoint: Checkpoint, output: Path, adapter: bool = False, shard_byt
         writer.add_name(str(checkpoint.card.get("title", "model")))
         model.write(writer)
         tokens.write(writer)
-        most = Counter({kind: sum(e.size_bytes for e in entries if e.type == kind) for kind in {e.type for e in entries}}).most_common(1)[0][0]
+        most = Counter({kind: sum(e.size_bytes for e in entries if e.type == kind) for kind in {e.type for e in entries}}).most_common(1)[
+            0
+        ][0]
         writer.add_file_type(FILE_TYPES[most])
         writer.add_quantization_version(GGML_QUANT_VERSION)
         _write_tensors(writer, entries)
         notes += [*tokens.notes, *model.notes()]
         if factors:
             _write_adapter(beside, model, factors)
-            notes.append(f"the low-rank term of {len(factors) // 2} linears is in {beside.name}, a LoRA adapter of scale 1 (llama-cli --lora)")
+            notes.append(
+                f"the low-rank term of {len(factors) // 2} linears is in {beside.name}, a LoRA adapter of scale 1 (llama-cli --lora)"
+            )
         if card is not None:
             how = HOW_TO_LOAD.format(model=file.name, adapter=f" --lora {beside.name}" if factors else "")
-            card.write_text(model_card(checkpoint.card, notes, how).replace("```python", "```sh").replace("library_name: transformers", "library_name: gguf"))
+            card.write_text(
+                model_card(checkpoint.card, notes, how)
+                .replace("```python", "```sh")
+                .replace("library_name: transformers", "library_name: gguf")
+            )
     return notes
 
 
@@ -181,7 +193,9 @@ def _in_file(tensors: Mapping[str, Tensor], model: GgufModel, name: str) -> Tens
 def _write_tensors(writer: GGUFWriter, entries: list[_Entry]) -> None:
     for entry in entries:
         kind = GGMLQuantizationType[entry.type.upper()]
-        writer.add_tensor_info(entry.name, entry.bytes_shape, torch.empty(0, dtype=torch.uint8).numpy().dtype, entry.size_bytes, raw_dtype=kind)
+        writer.add_tensor_info(
+            entry.name, entry.bytes_shape, torch.empty(0, dtype=torch.uint8).numpy().dtype, entry.size_bytes, raw_dtype=kind
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -200,7 +214,9 @@ def _factors(checkpoint: Checkpoint, model: GgufModel) -> dict[str, Tensor]:
         if term is None or not term.rank:
             continue
         if f"{name}.weight" in checkpoint.tied:
-            raise UsageError(f"{name}: is one matrix with the embeddings, and an adapter would change both; --merge, or leave include_head out")
+            raise UsageError(
+                f"{name}: is one matrix with the embeddings, and an adapter would change both; --merge, or leave include_head out"
+            )
         up, down = term.factors()
         rows, target = model.rows(f"{name}.weight"), model.name(f"{name}.weight")
         out |= {f"{target}.lora_a": down, f"{target}.lora_b": up if rows is None else up[rows]}
@@ -233,12 +249,12 @@ def _places(output: Path) -> Iterator[tuple[Path, Path, Path | None]]:
             yield made / MODEL, made / ADAPTER, made / "README.md"
 
 
-def _opened(file: Path) -> dict[str, Any]:
+def _opened(file: Path) -> dict[str, ReaderTensor]:
     with as_input_error(f"{file}: no whole GGUF file", "write or copy it again"):
         return {tensor.name: tensor for tensor in GGUFReader(file).tensors}
 
 
-def _floats(stored: Any, model: GgufModel, name: str) -> Tensor:
+def _floats(stored: ReaderTensor, model: GgufModel, name: str) -> Tensor:
     kind = stored.tensor_type.name
     shape = tuple(int(n) for n in reversed(stored.shape))
     tensor = torch.from_numpy(stored.data.copy()).view(-1).view(torch.uint8).view(FLOATS[kind]).view(shape)
@@ -247,15 +263,19 @@ def _floats(stored: Any, model: GgufModel, name: str) -> Tensor:
     return tensor - offset if offset else tensor
 
 
-def _record(stored: Any, model: GgufModel, name: str) -> StoredWeight:
+def _record(stored: ReaderTensor, model: GgufModel, name: str) -> StoredWeight:
     columns, rows = (int(n) for n in stored.shape)
-    record = StoredWeight(unpack(torch.from_numpy(stored.data.copy()), stored.tensor_type.name.lower(), (rows, columns)))
+    record = StoredWeight(unpack(torch.from_numpy(stored.data.copy()), cast(GgmlName, stored.tensor_type.name.lower()), (rows, columns)))
     order = model.rows(name)
     return record if order is None else take_rows(record, order.argsort())
 
 
 def _join(
-    model: GgufModel, tensors: Mapping[str, Any], linears: dict[str, Callable[[], StoredWeight]], plain: dict[str, Callable[[], Tensor]], file: Path
+    model: GgufModel,
+    tensors: Mapping[str, ReaderTensor],
+    linears: dict[str, Callable[[], StoredWeight]],
+    plain: dict[str, Callable[[], Tensor]],
+    file: Path,
 ) -> None:
     """The factors of an adapter into the records, which a dense weight becomes for it."""
     places = {model.name(f"{name}.weight"): name for name in linears} | {model.name(n): n.removesuffix(".weight") for n in plain}
@@ -271,7 +291,6 @@ def _dense_record(load: Callable[[], Tensor]) -> StoredWeight:
     return StoredWeight(DenseWeight(load()))
 
 
-def _with_term(base: Callable[[], StoredWeight], up: Any, down: Any, order: Tensor | None) -> StoredWeight:
+def _with_term(base: Callable[[], StoredWeight], up: ReaderTensor, down: ReaderTensor, order: Tensor | None) -> StoredWeight:
     up_OR, down_RI = (torch.from_numpy(stored.data.copy()) for stored in (up, down))
     return replace(base(), low_rank=LowRank(up_OR if order is None else up_OR[order.argsort()], down_RI))
-

@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from json import loads
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gguf import GGUFWriter, TokenType
 
 from ..errors import UsageError, as_input_error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 OTHERWISE = "--format dense keeps the tokenizer's own files"
 GPT2 = "byte level"
@@ -96,8 +99,12 @@ def vocabulary(directory: Path | None, rows: int) -> Vocabulary:
     added = {token["id"]: token for token in described.get("added_tokens") or []}
     most = max([*pieces.values(), *added], default=-1)
     if most >= rows:
-        raise UsageError(f"{directory}: its tokenizer makes token {most}, the model has embeddings for {rows} tokens; they do not belong together")
-    special = {name: i for name in ("bos", "eos", "unk", "sep", "pad", "mask") if (i := getattr(tokenizer, f"{name}_token_id", None)) is not None}
+        raise UsageError(
+            f"{directory}: its tokenizer makes token {most}, the model has embeddings for {rows} tokens; they do not belong together"
+        )
+    special = {
+        name: i for name in ("bos", "eos", "unk", "sep", "pad", "mask") if (i := getattr(tokenizer, f"{name}_token_id", None)) is not None
+    }
     common = {"special": special, "add": _frames(tokenizer, special), "template": getattr(tokenizer, "chat_template", None)}
     tokens, types = _padded(pieces, added, rows)
     if model["type"] == "Unigram":
@@ -134,7 +141,7 @@ def _looks_special(text: str) -> bool:
     return text in _LOOK_SPECIAL or any(text.startswith(first) and text.endswith(last) for first, last in ends)
 
 
-def _frames(tokenizer: Any, special: Mapping[str, int]) -> dict[str, bool]:
+def _frames(tokenizer: "PreTrainedTokenizerBase", special: Mapping[str, int]) -> dict[str, bool]:
     """Whether a text gets the first token in front and the last behind. UsageError for other frames."""
     bare, framed = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     for bos in (False, True):
@@ -153,7 +160,7 @@ def _flat(part: Any) -> Iterator[Mapping[str, Any]]:
         yield part
 
 
-def _splits(pre_tokenizer: Any) -> tuple[str, ...] | None:
+def _splits(pre_tokenizer: object) -> tuple[str, ...] | None:
     """The regular expressions that split a text, one after the other; None for a step that llama.cpp has none of."""
     out: list[str] = []
     for step in _flat(pre_tokenizer):
@@ -169,22 +176,22 @@ def _splits(pre_tokenizer: Any) -> tuple[str, ...] | None:
     return tuple(out)
 
 
-def _space_prefix(described: Mapping[str, Any]) -> tuple[bool, tuple[str, ...]]:
-    """(whether ▁ goes before a text, what is to be said of it). UsageError where spaces do not become ▁ at all."""
-    found: set[Any] = set()
+def _space_prefix(described: Mapping[str, object]) -> tuple[bool, tuple[str, ...]]:
+    """(whether ▁ goes before a text, the notes on that). UsageError where spaces do not become ▁ at all."""
+    result: set[object] = set()
     for step in [*_flat(described["normalizer"]), *_flat(described["pre_tokenizer"])]:
         if step["type"] == "Prepend" and step["prepend"] == "▁":
-            found.add("prefix")
+            result.add("prefix")
         elif step["type"] == "Metaspace" and step["replacement"] == "▁":
-            found |= {"spaces"} if step["prepend_scheme"] == "never" else {"spaces", "prefix", "not twice"}
+            result |= {"spaces"} if step["prepend_scheme"] == "never" else {"spaces", "prefix", "not twice"}
         elif step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == "▁":
-            found.add("spaces")
+            result.add("spaces")
         elif step["type"] not in ("Precompiled", "Split") and not (step["type"] == "Replace" and step["pattern"].get("Regex") == " {2,}"):
             raise UsageError(f"llama.cpp has no step {step['type']} in a SentencePiece tokenizer. {OTHERWISE}")
-    if "spaces" not in found:
+    if "spaces" not in result:
         raise UsageError(f"its tokenizer does not write spaces as ▁, as SentencePiece does. {OTHERWISE}")
     twice = "llama.cpp puts ▁ before a text that begins with a space, too, and this tokenizer does not: such a text, or one behind a special token, gets a token more there"
-    return "prefix" in found, (twice,) if "not twice" in found else ()
+    return "prefix" in result, (twice,) if "not twice" in result else ()
 
 
 def _bytes_and_unknown(tokens: list[str], types: list[TokenType], unknown: str | None) -> None:
@@ -196,7 +203,12 @@ def _bytes_and_unknown(tokens: list[str], types: list[TokenType], unknown: str |
 
 
 def _sentencepiece(
-    described: Mapping[str, Any], pieces: Mapping[str, int], pairs: list[Any], tokens: list[str], types: list[TokenType], common: dict[str, Any]
+    described: Mapping[str, Any],
+    pieces: Mapping[str, int],
+    pairs: list[Any],
+    tokens: list[str],
+    types: list[TokenType],
+    common: dict[str, Any],
 ) -> Vocabulary:
     """llama.cpp merges whatever two pieces give the piece of the highest score. The scores are the order in which the merges make the pieces."""
     _bytes_and_unknown(tokens, types, described["model"].get("unk_token"))
@@ -210,10 +222,10 @@ def _sentencepiece(
     known, possible = set(map(tuple, pairs)), 0
     for piece in made:
         possible += sum((piece[:i], piece[i:]) not in known and piece[:i] in pieces and piece[i:] in pieces for i in range(1, len(piece)))
-    prefix, said = _space_prefix(described)
+    prefix, remarks = _space_prefix(described)
     if possible:
-        said += (f"llama.cpp also merges {possible} pairs of pieces that this tokenizer does not: a text may become other tokens there",)
-    return Vocabulary("llama", "default", tokens, types, scores, space_prefix=prefix, notes=said, **common)
+        remarks += (f"llama.cpp also merges {possible} pairs of pieces that this tokenizer does not: a text may become other tokens there",)
+    return Vocabulary("llama", "default", tokens, types, scores, space_prefix=prefix, notes=remarks, **common)
 
 
 def _unigram(described: Mapping[str, Any], tokens: list[str], types: list[TokenType], common: dict[str, Any]) -> Vocabulary:
@@ -225,5 +237,5 @@ def _unigram(described: Mapping[str, Any], tokens: list[str], types: list[TokenT
     scores = [float(score) for _, score in model["vocab"]] + [-10000.0] * (len(tokens) - len(model["vocab"]))
     charsmap = next((step["precompiled_charsmap"] for step in _flat(described["normalizer"]) if step["type"] == "Precompiled"), None)
     decoded = None if charsmap is None else base64.b64decode(charsmap)
-    prefix, said = _space_prefix(described)
-    return Vocabulary("t5", "default", tokens, types, scores, space_prefix=prefix, charsmap=decoded, notes=said, **common)
+    prefix, remarks = _space_prefix(described)
+    return Vocabulary("t5", "default", tokens, types, scores, space_prefix=prefix, charsmap=decoded, notes=remarks, **common)

@@ -41,7 +41,9 @@ def held(name: str, record: StoredWeight) -> tuple[GgmlWeight | DenseWeight, boo
 def _on_blocks(name: str, base: UniformWeight, mask_OI: Tensor | None) -> tuple[GgmlWeight, bool]:
     rows, columns = base.shape
     if base.group_index is not None:
-        raise UsageError(f"{name}: its groups are scattered over the columns, ggml's blocks are {BLOCK} neighbours; set act_order to static or false")
+        raise UsageError(
+            f"{name}: its groups are scattered over the columns, ggml's blocks are {BLOCK} neighbours; set act_order to static or false"
+        )
     if columns % BLOCK or (columns // base.groups) % BLOCK:
         raise UsageError(
             f"{name}: groups of {columns // base.groups} of {columns} columns, ggml's blocks have {BLOCK}; "
@@ -95,7 +97,9 @@ def _masked(name: str, base: GgmlWeight, mask_OI: Tensor | None) -> GgmlWeight:
     if mask_OI is None:
         return base
     if base.layout.minima:
-        raise UsageError(f"{name}: {base.type} has minima, and no code of it is 0 for the weights that the mask removes; --format dense carries it")
+        raise UsageError(
+            f"{name}: {base.type} has minima, and no code of it is 0 for the weights that the mask removes; --format dense carries it"
+        )
     codes = base.codes_OI().where(mask_OI, torch.tensor(base.layout.zero, dtype=torch.uint8))
     small = base.small_codes_OG()[0] + base.layout.scale_zero if base.small_codes is not None else None
     small_OBK = None if small is None else small.to(torch.uint8).view(base.shape[0], -1, base.layout.small_codes)

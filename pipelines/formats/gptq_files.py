@@ -124,7 +124,7 @@ def read(directory: Path) -> Checkpoint:
     return to_memory(Checkpoint(config, Lazy(loaders), Lazy(tensors), files=directory))
 
 
-def _settings(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _settings(directory: Path) -> tuple[dict[str, object], dict[str, object]]:
     """(config.json without it, the quantization settings). InputError for what is not read here."""
     config, quantization = read_config(directory)
     quantization = quantization or {}
@@ -140,7 +140,7 @@ def _settings(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, quantization
 
 
-def _load(name: str, parts: Mapping[str, Stored], quantization: Mapping[str, Any]) -> StoredWeight:
+def _load(name: str, parts: Mapping[str, Stored], quantization: Mapping[str, object]) -> StoredWeight:
     tensors = {part: entry.load() for part, entry in parts.items()}
     groups, rows = tensors["scales"].shape
     columns, bits = _columns_and_bits(name, parts, quantization)
@@ -163,7 +163,7 @@ def _load(name: str, parts: Mapping[str, Stored], quantization: Mapping[str, Any
     return StoredWeight(UniformWeight.from_codes(codes, tensors["scales"].t().contiguous(), zeros, bits, group_size, index))
 
 
-def _true_zeros(stored: Tensor, bits: int, quantization: Mapping[str, Any]) -> Tensor:
+def _true_zeros(stored: Tensor, bits: int, quantization: Mapping[str, object]) -> Tensor:
     """int64, like `stored`. In version 1 a stored 2^bits − 1 is 0 or 2^bits, by which of its two paths auto-gptq takes."""
     if quantization.get("checkpoint_format") == CHECKPOINT_FORMATS[2]:
         return stored
@@ -211,7 +211,7 @@ def _columns_and_bits(name: str, parts: Mapping[str, Stored], quantization: Mapp
     return columns, bits
 
 
-def _check_shapes(name: str, parts: Mapping[str, Stored], quantization: Mapping[str, Any]) -> None:
+def _check_shapes(name: str, parts: Mapping[str, Stored], quantization: Mapping[str, object]) -> None:
     for part, rank in (("qweight", 2), ("qzeros", 2), ("scales", 2), ("g_idx", 1)):
         if part in parts and len(parts[part].shape) != rank:
             raise InputError(f"{parts[part].file}: {name}.{part} has shape {list(parts[part].shape)}; {rank} dimensions were expected")

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,14 +20,17 @@ from ..errors import UsageError, as_input_error
 from .checkpoint import Checkpoint, Lazy
 from .rows import take_rows
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def empty_model(config: Mapping[str, Any]) -> Any:
+
+def empty_model(config: Mapping[str, object]) -> "PreTrainedModel":
     """The architecture without memory behind it. InputError when transformers does not know it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {name: value for name, value in config.items() if name not in ("model_type", "quantization_config", "torch_dtype")}
     with as_input_error(f"transformers makes no causal language model of model_type {config.get('model_type')!r}"), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config.get("model_type", ""), **settings))
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(str(config.get("model_type", "")), **settings))
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,10 @@ class Cut:
 class Names:
     """How one architecture's state dict becomes the tensors of its files."""
 
-    model: Any
+    model: "PreTrainedModel"
 
     @staticmethod
-    def of(config: Mapping[str, Any]) -> "Names":
+    def of(config: Mapping[str, object]) -> "Names":
         return _names(json.dumps(config, sort_keys=True, default=str))
 
     @cached_property
@@ -163,7 +166,7 @@ def _cut_of(target: str, ids: Tensor, starts: Tensor, sources: list[str]) -> dic
 def expert_parameter(name: str) -> str | None:
     """`model.layers.0.mlp.experts.gate_up_proj` for `….gate_up_proj.3`, None for a linear of its own.
 
-    A fused parameter is told from a module in a numbered list by its own name, which is not a number's parent module:
+    A fused parameter is distinguished from a module in a numbered list by its own name, which is not a number's parent module:
     `experts.3.gate_proj` ends in a word, `experts.gate_up_proj.3` in a number.
     """
     head, _, tail = name.rpartition(".")

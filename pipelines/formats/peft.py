@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -23,6 +23,9 @@ from .checkpoint import Checkpoint, Lazy
 from .folder import check_types
 from .naming import expert_parameter
 from .shards import FLOATING, Stored, fresh_directory, open_directory, save, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PREFIX = "base_model.model."
 VIRTUAL = {"PREFIX_TUNING": "prefix_tuning", "PROMPT_TUNING": "prompt_tuning", "P_TUNING": "p_tuning"}
@@ -64,7 +67,7 @@ ABOUT = {
 }
 
 
-def write(checkpoint: Checkpoint, directory: Path, write_base: WriteBase, **options: Any) -> list[str]:
+def write(checkpoint: Checkpoint, directory: Path, write_base: WriteBase, **options: object) -> list[str]:
     """DIR/base by `write_base` (a format's `write`, with its options) and DIR/adapter. UsageError without a low-rank term or virtual
     tokens, and for what PEFT does not know."""
     tokens = virtual_tokens(checkpoint)
@@ -98,7 +101,7 @@ def write(checkpoint: Checkpoint, directory: Path, write_base: WriteBase, **opti
     return [*notes, f"the low-rank term of {len(factors)} linears is in {ADAPTER}/, to be loaded by PEFT on top of {BASE}/"]
 
 
-def _write_adapter(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], title: str) -> None:
+def _write_adapter(directory: Path, config: Mapping[str, object], tensors: Mapping[str, Tensor], title: str) -> None:
     directory.mkdir()
     write_json(directory / SETTINGS, config)
     save(directory / "adapter_model.safetensors", dict(tensors))
@@ -113,13 +116,13 @@ def virtual_tokens(checkpoint: Checkpoint) -> Tokens | None:
                 f"{beside.method} keeps bottlenecks beside the model, which merge into nothing and which no format here has a place for: "
                 "run them with bitmend.pipelines.load(RUN_DIR) or `pipeline generate`, or export an earlier --stage"
             )
-    found = [tokens for beside in checkpoint.beside if (tokens := beside.virtual()) is not None]
-    if found and with_low_rank(checkpoint):
+    result = [tokens for beside in checkpoint.beside if (tokens := beside.virtual()) is not None]
+    if result and with_low_rank(checkpoint):
         raise UsageError("PEFT runs a low-rank term or virtual tokens, not both; export a --stage that has one of them")
-    return found[-1] if found else None
+    return result[-1] if result else None
 
 
-def adapter_config(ranks: Mapping[str, int]) -> dict[str, Any]:
+def adapter_config(ranks: Mapping[str, int]) -> dict[str, object]:
     """PEFT's LoRA settings for module → rank."""
     common = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {name: rank for name, rank in ranks.items() if rank != common}
@@ -150,7 +153,9 @@ def read(directory: Path, read_base: Callable[[Path], Checkpoint]) -> Checkpoint
     for module in modules:
         up, down = (_entry(stored, f"{PREFIX}{module}.lora_{letter}.weight", file) for letter in "BA")
         if len(up.shape) != 2 or len(down.shape) != 2 or up.shape[1] != down.shape[0] or not down.shape[0]:
-            raise InputError(f"{file}: {module} has lora_B {list(up.shape)} and lora_A {list(down.shape)}, which are no factors of a matrix")
+            raise InputError(
+                f"{file}: {module} has lora_B {list(up.shape)} and lora_A {list(down.shape)}, which are no factors of a matrix"
+            )
         scaling = _scaling(adapter, config, module, down.shape[0])
         if module not in linears and f"{module}.weight" not in tensors:
             raise InputError(f"{file}: the adapter reaches {module}, which {directory / BASE} does not have")
@@ -176,27 +181,27 @@ def _read_tokens(config: Mapping[str, Any], entry: Stored) -> Beside:
     return Beside(method, tokens="prefix", tensors={TOKENS: values.view(len(values), layers, 2, heads, -1)})
 
 
-def refuse_other_models_tokens(beside: Beside, model: Any, directory: Path) -> None:
+def refuse_other_models_tokens(beside: Beside, model: "PreTrainedModel", directory: Path) -> None:
     """InputError for virtual tokens of another size than the model's; of a prefix, as far as its config says it."""
     tokens, config = beside.virtual(), model.config.get_text_config()
     if tokens is None:
         return
     if tokens.kind == "prompt":
-        found, wanted = {"width": tokens.values.shape[1]}, {"width": model.get_input_embeddings().weight.shape[1]}
+        result, wanted = {"width": tokens.values.shape[1]}, {"width": model.get_input_embeddings().get_parameter("weight").shape[1]}
     else:
         _, layers, _, heads, width = tokens.values.shape
-        found = {"layers": layers, "key-value heads": heads, "head width": width}
+        result = {"layers": layers, "key-value heads": heads, "head width": width}
         known = {"key-value heads": getattr(config, "num_key_value_heads", None), "head width": getattr(config, "head_dim", None)}
         wanted = {"layers": config.num_hidden_layers} | (known if all(known.values()) else {})
     for name, number in wanted.items():
-        if found[name] != number:
+        if result[name] != number:
             raise InputError(
-                f"{directory / ADAPTER}: its virtual tokens have {name} {found[name]}, the model of {directory / BASE} has {number}; "
+                f"{directory / ADAPTER}: its virtual tokens have {name} {result[name]}, the model of {directory / BASE} has {number}; "
                 "the two do not belong together"
             )
 
 
-def _check_config(adapter: Path, config: Mapping[str, Any]) -> None:
+def _check_config(adapter: Path, config: Mapping[str, object]) -> None:
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("modules_to_save"):
         raise InputError(
             f"{adapter}: only virtual tokens and plain LoRA adapters are read, without DoRA and modules_to_save (this one: {config.get('peft_type')})"

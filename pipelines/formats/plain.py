@@ -44,7 +44,9 @@ def _notes(checkpoint: Checkpoint) -> list[str]:
     pruned, merged, filled = kinds.count((True, False)), sum(low_rank for _, low_rank in kinds), kinds.count((True, True))
     notes = [f"{pruned} pruned linears: their zeros are exact, the masks themselves have no place in a dense checkpoint"] if pruned else []
     if merged:
-        notes.append(f"one plain model: the low-rank terms of {merged} linears are added into their weights; --adapter keeps base and adapter apart")
+        notes.append(
+            f"one plain model: the low-rank terms of {merged} linears are added into their weights; --adapter keeps base and adapter apart"
+        )
     if filled:
         notes.append(f"{filled} pruned linears: the low-rank term fills their zeros; --adapter keeps them")
     return notes

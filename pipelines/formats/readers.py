@@ -92,5 +92,7 @@ def known_readers(exported: Exported) -> list[str]:
 
 def for_the_others(exported: Exported, has_adapter: bool) -> dict[str, str]:
     """Program → what would have to change. Rows that want an adapter are left out where the model has nothing to put into one."""
-    rows = {program: missing(program, exported) for program, (_, conditions, _) in READERS.items() if has_adapter or "adapter" not in conditions}
+    rows = {
+        program: missing(program, exported) for program, (_, conditions, _) in READERS.items() if has_adapter or "adapter" not in conditions
+    }
     return {program: ", ".join(changes) for program, changes in rows.items() if changes}

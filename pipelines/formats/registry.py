@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ..errors import InputError, UsageError
 from ..store.manifest import QUANT_METHOD
@@ -56,7 +55,7 @@ def detect(directory: Path) -> str:
     return _unknown(directory, f"quant_method {method!r}")
 
 
-def write(name: str, checkpoint: Checkpoint, directory: Path, adapter: bool = False, **options: Any) -> list[str]:
+def write(name: str, checkpoint: Checkpoint, directory: Path, adapter: bool = False, **options: object) -> list[str]:
     """Export in format `name`, as one model; with `adapter` a low-rank term or virtual tokens go to DIR/adapter and the rest to DIR/base.
     UsageError for an unknown name, and for what has no place."""
     if name not in FORMATS:
@@ -92,8 +91,8 @@ def read(directory: Path) -> Checkpoint:
     """Import whatever `directory` holds, a pair of base and adapter included. InputError for what is none of FORMATS."""
     if is_pair(directory):
         return peft.read(directory, read)
-    found = detect(directory)
-    return ggml_folder.read(directory) if found == ggml_folder.METHOD else FORMATS[found].read(directory)
+    result = detect(directory)
+    return ggml_folder.read(directory) if result == ggml_folder.METHOD else FORMATS[result].read(directory)
 
 
 def _unknown(directory: Path, what: str) -> str:

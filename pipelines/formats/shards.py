@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -115,7 +114,7 @@ def _inside(file: Path) -> Path:
     return file
 
 
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
+def write_json(file: Path, content: Mapping[str, object]) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -303,10 +302,10 @@ def _name_shards(directory: Path, shards: list[list[str]], total: int) -> None:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor → file name. InputError when the index is not made so."""
-    found = read_json(index).get("weight_map")
-    if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
+    result = read_json(index).get("weight_map")
+    if not isinstance(result, dict) or not result or not all(isinstance(file, str) for file in result.values()):
         raise InputError(f"{index} has no weight_map from tensor to file; fetch the index again")
-    return found
+    return result
 
 
 def _check_index(directory: Path, tensors: Mapping[str, Stored]) -> None:

@@ -1,6 +1,6 @@
 """Which modules a loading program must leave alone: every linear of the architecture that a checkpoint does not compress.
 
-Programs replace all linears they are not told to skip. Knows the architecture and names, no bytes.
+Programs replace all linears they are not set to skip. Knows the architecture and names, no bytes.
 """
 
 from torch import nn

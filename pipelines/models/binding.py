@@ -6,7 +6,7 @@ Knows modules and records; the kernels are `kernels/`, what a block is is `block
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from ...compress.weights import DenseWeight, StoredWeight
 from ...kernels.linear import bind, bind_group
 from ...kernels.table import bind_table
 from .structure import parameters_are_read, set_parameter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # leaves of a block's modules that read the same input, in the order in which they are called
 ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -87,11 +90,11 @@ class KernelBinder:
             self.reasons[name] = f"{type(embedding).__name__} does more than look up rows, so its table stays dense"
         return plain
 
-    def _bind(self, record: StoredWeight, linear: Any, dtype: torch.dtype) -> nn.Module:
+    def _bind(self, record: StoredWeight, linear: nn.Module, dtype: torch.dtype) -> nn.Module:
         backend = "reference" if self.backend == "reference" else "auto"
         return bind(record, _bias(linear), device=self.device, dtype=dtype, backend=backend)
 
-    def _put(self, model: Any, old: nn.Module, new: nn.Module) -> None:
+    def _put(self, model: "PreTrainedModel", old: nn.Module, new: nn.Module) -> None:
         name = next(n for n, module in model.named_modules() if module is old)
         model.set_submodule(name, new)
         self._note(name, new)
@@ -124,8 +127,9 @@ def _find(model: nn.Module, name: str) -> Any:
         return None
 
 
-def _bias(module: Any) -> Tensor | None:
-    return None if module.bias is None else module.bias.data
+def _bias(module: nn.Module) -> Tensor | None:
+    bias = getattr(module, "bias", None)
+    return bias.data if isinstance(bias, Tensor) else None
 
 
 def _untie(model: nn.Module) -> None:

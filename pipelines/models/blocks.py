@@ -9,10 +9,11 @@ Legend: N windows, T tokens, D model width, V vocabulary.
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import Cache, PretrainedConfig
 
 from ...compress.weights import DenseWeight, StoredWeight
@@ -26,6 +27,9 @@ from .rounded_inputs import raw_inputs, round_expert_inputs, round_inputs
 from .source import load_config
 from .structure import Site, Structure, inspect, set_parameter, skeleton, tied_names
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class Binder(Protocol):
     """Replaces modules by others that run their records. `experts`: fused experts as well, which are dense otherwise."""
@@ -37,7 +41,7 @@ class Binder(Protocol):
         """A block's linears, by name."""
         ...
 
-    def tables(self, model: Any, records: dict[str, StoredWeight]) -> None:
+    def tables(self, model: "PreTrainedModel", records: dict[str, StoredWeight]) -> None:
         """The token embeddings and the head, by the name of their parameter; those it leaves get their dense matrix."""
         ...
 
@@ -60,11 +64,11 @@ class StreamedModel:
     config: PretrainedConfig | None = None
     model: Any = field(init=False)
     structure: Structure = field(init=False)
-    _calls: dict[tuple[int, int], list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(init=False, default_factory=dict)
+    _calls: dict[tuple[int, int], list[tuple[tuple[object, ...], dict[str, object]]]] = field(init=False, default_factory=dict)
     _tuple_size: int = field(init=False, default=-1)
     _plain: dict[int, dict[str, nn.Module]] = field(init=False, default_factory=dict)
     _fused: dict[int, dict[str, nn.Parameter]] = field(init=False, default_factory=dict)
-    _hooks: dict[int, list[Any]] = field(init=False, default_factory=dict)
+    _hooks: dict[int, list[RemovableHandle]] = field(init=False, default_factory=dict)
     tokens: Tokens | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -84,8 +88,8 @@ class StreamedModel:
         for head in heads if self.bind is None else ():
             round_inputs(self.model.get_submodule(head.module), self.artifact.stored(head.name).to(self.device))
         if self.virtual:
-            found = [t for beside in self.artifact.beside if (t := beside.virtual()) is not None]
-            self.tokens = found[-1].to(self.device, self.dtype) if found else None
+            result = [t for beside in self.artifact.beside if (t := beside.virtual()) is not None]
+            self.tokens = result[-1].to(self.device, self.dtype) if result else None
 
     @property
     def prompt_length(self) -> int:
@@ -150,17 +154,17 @@ class StreamedModel:
         """Block `index` with real parameters: plain tensors as stored, records as `bind` says. Another `source` may hold the block (a part
         just written), another `bind` may place it."""
         bind, block, prefix = bind or self.bind, self.layers[index], f"{self.structure.prefix}.{index}"
-        found = self.reader.block(f"{prefix}.") if source is None else BlockTensors.read(source, f"{prefix}.")
-        stored = {s.name: found.stored(s.name) for s in self.structure.of_block(index) if s.name in found.linears}
+        result = self.reader.block(f"{prefix}.") if source is None else BlockTensors.read(source, f"{prefix}.")
+        stored = {s.name: result.stored(s.name) for s in self.structure.of_block(index) if s.name in result.linears}
         compressed = {s.name: s for s in self.structure.of_block(index) if s.name in stored}
         plain = {f"{s.module}.{s.parameter}" for s in compressed.values()}
         experts = {f"{s.module}.{s.parameter}" for s in self.structure.of_block(index) if s.expert is not None}
-        tensors = found.tensors
+        tensors = result.tensors
         for name in block.state_dict():
             full = f"{prefix}.{name}"
             if full not in plain:
                 if full not in tensors:
-                    raise InputError(f"{found.artifact.directory}: no tensor {full!r}; the checkpoint is incomplete")
+                    raise InputError(f"{result.artifact.directory}: no tensor {full!r}; the checkpoint is incomplete")
                 own = self.reader.keeps and full in experts  # `put` writes into them
                 set_parameter(self.model, full, tensors[full].to(self.device, self._running(tensors[full]), copy=own))
         linears = {s.module for s in self.structure.of_block(index) if s.expert is None}
@@ -234,10 +238,10 @@ class StreamedModel:
         """The same hidden states, and how they came about, for whoever hooks the token embeddings; nothing is recorded."""
         return self._entering(ids_NT)[0]
 
-    def _entering(self, ids_NT: Tensor) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    def _entering(self, ids_NT: Tensor) -> tuple[Tensor, list[tuple[tuple[object, ...], dict[str, object]]]]:
         """What enters the first block, and what every block is called with besides."""
         ids = ids_NT.to(self.device)
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
         entered: list[Tensor] = []
 
         def record(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -251,7 +255,7 @@ class StreamedModel:
             self._forward_until_stop(**self._arguments(ids))
         return entered[0], calls
 
-    def _arguments(self, ids_NT: Tensor) -> dict[str, Any]:
+    def _arguments(self, ids_NT: Tensor) -> dict[str, object]:
         """What the model is called with: the text, and its virtual tokens."""
         count, length = ids_NT.shape
         if self.tokens is None:
@@ -270,7 +274,7 @@ class StreamedModel:
         out = out[0] if isinstance(out, tuple) else out
         return out[:, self.prompt_length :] if index == self.structure.blocks - 1 else out
 
-    def call_of(self, index: int, hidden_NTD: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def call_of(self, index: int, hidden_NTD: Tensor) -> tuple[tuple[object, ...], dict[str, object]]:
         """What block `index` is called with besides hidden states of this shape."""
         shape = (hidden_NTD.shape[0], hidden_NTD.shape[1])
         if shape not in self._calls:
@@ -288,7 +292,7 @@ class StreamedModel:
         with whole_windows(), self._stand_ins(lambda index, hidden, args, kwargs: rows):
             return self.model(ids, use_cache=False).logits.view(*hidden_NTD.shape[:2], -1)
 
-    def _forward_until_stop(self, **arguments: Any) -> None:
+    def _forward_until_stop(self, **arguments: object) -> None:
         try:
             with whole_windows():
                 self.model(**arguments)
@@ -303,12 +307,12 @@ class StreamedModel:
         one after it: this is then no language model that a perplexity means something for."""
         block = self.load_block(0)
         plain = block.forward
-        found: list[int] = []
+        result: list[int] = []
         sees: list[bool] = []
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: object, **kwargs: object) -> Any:
             out = plain(*args, **kwargs)
-            found.append(len(out) if isinstance(out, tuple) else 0)
+            result.append(len(out) if isinstance(out, tuple) else 0)
             sees.append(_looks_ahead(out[0] if isinstance(out, tuple) else out))
             raise _Stop
 
@@ -322,7 +326,7 @@ class StreamedModel:
             self.unload_block(0)
         if sees[0]:
             raise InputError(f"{type(self.model).__name__}: its tokens see those after them, so this is not a causal language model")
-        self._tuple_size = found[0]
+        self._tuple_size = result[0]
 
     @contextmanager
     def _stand_ins(self, stand_in: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
@@ -346,7 +350,7 @@ class StreamedModel:
                 del block.forward
 
 
-def _instead(value: Any, cache: Any) -> Any:
+def _instead(value: object, cache: object) -> Any:
     return cache if isinstance(value, Cache) else value
 
 
@@ -362,7 +366,7 @@ class _Stop(Exception):
 
 
 def _to_meta(block: nn.Module) -> None:
-    module: Any
+    module: object
     for module in block.modules():
         raw_inputs(module)
         for name, parameter in module._parameters.items():

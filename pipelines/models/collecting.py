@@ -5,6 +5,7 @@ Knows modules and their inputs; not what the statistics are for.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,7 +62,9 @@ def collecting(
     def idle() -> None:
         for site in sites:
             if site.expert is not None:
-                statistics.setdefault(site.name, InputStatistics(site.shape[1], needs, model.device))  # takes no memory before a token comes
+                statistics.setdefault(
+                    site.name, InputStatistics(site.shape[1], needs, model.device)
+                )  # takes no memory before a token comes
 
     idle()
     experts = [site for site in sites if site.name not in modules]
@@ -101,14 +104,23 @@ def gather(
     that read one tensor in one slot and several in another."""
     rounds = (share := share or BatchShare(len(hidden))).rounds
     batches = hidden.at([place for places in rounds for place in places])
-    sums, found = SlotSums(sites, needs, model.device, share.ranks), dict[str, InputStatistics]()
-    with collecting(model, sites, needs, found, dense_inputs) as begin:
+    sums, result = SlotSums(sites, needs, model.device, share.ranks), dict[str, InputStatistics]()
+    with collecting(model, sites, needs, result, dense_inputs) as begin:
         for places in rounds:
             for place in places:
                 run(place, next(batches))
-            sums.add(found)
+            sums.add(result)
             begin()
     statistics.update(sums.total())
+
+
+@dataclass(frozen=True)
+class DenseInputs:
+    """The dense model's inputs of the same text (site → inputs in call order), and what runs it: called with the place of a batch, before
+    that batch enters the compressed block."""
+
+    inputs: Mapping[str, list[Tensor]]
+    run: Callable[[int], object]
 
 
 def collect(
@@ -118,19 +130,18 @@ def collect(
     sites: list[Site],
     needs: frozenset[str],
     statistics: dict[str, InputStatistics],
-    dense_inputs: Mapping[str, list[Tensor]] | None = None,
-    before: Callable[[int], object] | None = None,
+    dense: DenseInputs | None = None,
     share: BatchShare | None = None,
 ) -> None:
-    """`gather` from a loaded block; `before` is called with the place of the batch that will enter it. The first batch shows which input
+    """`gather` from a loaded block. The first batch shows which input
     comes last; the others run no further than that, so the product behind it is left out. Experts run to the end."""
     modules = {site.module: model.model.get_submodule(site.module) for site in sites}
     called: list[str] = []
     handles = [m.register_forward_pre_hook(lambda *_, name=name: called.append(name)) for name, m in modules.items()]
 
     def run(place: int, hidden_NTD: Tensor) -> None:
-        if before is not None:
-            before(place)
+        if dense is not None:
+            dense.run(place)
         with suppress(_Enough):
             model.run_block(index, hidden_NTD)
         if place == 0:
@@ -140,7 +151,7 @@ def collect(
                 handles.append(modules[called[-1]].register_forward_pre_hook(_stop))
 
     try:
-        gather(model, hidden, sites, needs, statistics, run, dense_inputs, share)
+        gather(model, hidden, sites, needs, statistics, run, None if dense is None else dense.inputs, share)
     finally:
         for handle in handles:
             handle.remove()
@@ -152,18 +163,17 @@ def collect_head(
     site: Site,
     needs: frozenset[str],
     statistics: dict[str, InputStatistics],
-    dense_inputs: Mapping[str, list[Tensor]] | None = None,
-    before: Callable[[int], object] | None = None,
+    dense: DenseInputs | None = None,
     share: BatchShare | None = None,
 ) -> None:
     """The same of the output head, from hidden states that leave the last block, window by window; its product is left out."""
 
     def run(place: int, hidden_NTD: Tensor) -> None:
-        if before is not None:
-            before(place)
+        if dense is not None:
+            dense.run(place)
         through_head(model, site, hidden_NTD)
 
-    gather(model, hidden, [site], needs, statistics, run, dense_inputs, share)
+    gather(model, hidden, [site], needs, statistics, run, None if dense is None else dense.inputs, share)
 
 
 def through_head(model: StreamedModel, site: Site, hidden_NTD: Tensor) -> None:
@@ -197,7 +207,7 @@ class _Enough(Exception):
     """Ends a block's forward pass once every wanted input has been seen."""
 
 
-def _stop(*_: Any) -> None:
+def _stop(*_: object) -> None:
     raise _Enough
 
 
@@ -250,9 +260,11 @@ class _ExpertInputs(torch.overrides.TorchFunctionMode):
             parameter = model.model.get_submodule(site.module)._parameters[site.parameter]
             self.slices[parameter[site.expert].data_ptr()] = site
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.linear and isinstance(args[1], Tensor):
+    def __torch_function__(
+        self, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
+        if func is nn.functional.linear and isinstance(x := args[0], Tensor) and isinstance(args[1], Tensor):
             site = self.slices.get(args[1].data_ptr())
-            if site is not None and len(args[0]):
-                self.seen(site, args[0])
+            if site is not None and len(x):
+                self.seen(site, x)
         return func(*args, **(kwargs or {}))

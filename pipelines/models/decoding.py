@@ -5,7 +5,7 @@ Knows transformers' caches; not artifacts. The graph is made by `record`, so tha
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,12 +14,15 @@ from transformers.cache_utils import StaticLayer
 
 from ...recover.extra_modules import cache_argument
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 Step = Callable[[], None]
 Record = Callable[[Step], Step]
 WARM_UP = 3
 
 
-def graphable(model: Any, length: int) -> str | None:
+def graphable(model: "PreTrainedModel", length: int) -> str | None:
     """Why a graph of one token's forward pass cannot be replayed, or None: layers whose cache counts in Python (sliding windows,
     recurrent states) would repeat the count of the token they were recorded with."""
     try:
@@ -43,11 +46,13 @@ def cuda_graph(step: Step) -> Step:
 
 
 @torch.no_grad()
-def decode(model: Any, prompt_1T: Tensor, new_tokens: int, choose: Callable[[Tensor], int], record: Record = cuda_graph) -> Iterator[int]:
+def decode(
+    model: "PreTrainedModel", prompt_1T: Tensor, new_tokens: int, choose: Callable[[Tensor], int], record: Record = cuda_graph
+) -> Iterator[int]:
     """Up to `new_tokens` tokens after the prompt, each picked by `choose` from the logits [V]; the model's end tokens end it."""
     length = prompt_1T.shape[1] + new_tokens
     cache = StaticCache(config=model.config, max_cache_len=length)
-    given: dict[str, Any] = {cache_argument(model): cache, "use_cache": True}
+    given: dict[str, object] = {cache_argument(model): cache, "use_cache": True}
     ids = torch.zeros(1, 1, dtype=torch.long, device=prompt_1T.device)
     positions = torch.zeros_like(ids)
     logits = model(prompt_1T, position_ids=torch.arange(prompt_1T.shape[1], device=ids.device).unsqueeze(0), **given).logits[0, -1].clone()
@@ -84,6 +89,6 @@ def _recorded(step: Step, layers: list[StaticLayer], record: Record) -> Step:
     return replay
 
 
-def _ends(model: Any) -> set[int]:
+def _ends(model: "PreTrainedModel") -> set[int]:
     end = model.generation_config.eos_token_id
     return set() if end is None else {end} if isinstance(end, int) else set(end)

@@ -2,7 +2,7 @@
 
 For y = base·Q(x / s) + up·(down·x) with x = norm(·)·w: the norm's weight becomes w / s, and down becomes down·s, since it sees x / s as
 well. This holds where the norm's output reaches only linears of that one smoothing vector. Who reads it is seen by running the
-block, and every fold is proven by running the block again: the same outputs, or it is taken back and the reason said.
+block, and every fold is proven by running the block again: the same outputs, or it is taken back and the reason noted.
 Knows a loaded block and its records; not files.
 Legend: O out, I in, R rank, N windows, T tokens, D width.
 """
@@ -46,12 +46,12 @@ def fold_block(
         if not wanted:
             continue
         problem = _differ(readers, records)
-        found = None if problem else _fold(block, prefix, norm, readers, records, hidden_NTD, run)
-        if found is None:
+        result = None if problem else _fold(block, prefix, norm, readers, records, hidden_NTD, run)
+        if result is None:
             notes.append(f"{prefix}{norm}: {problem or 'its output is used elsewhere too'}; the smoothing of {', '.join(wanted)} stays")
             continue
-        changed |= found[0]
-        tensors |= found[1]
+        changed |= result[0]
+        tensors |= result[1]
     unread = sorted(smoothed.keys() - {name for readers in reads.values() for name in readers})
     if unread:
         notes.append(f"{', '.join(unread)}: no norm stands right before, so the smoothing stays")
@@ -76,7 +76,7 @@ def _readers(
     block: nn.Module, prefix: str, records: Mapping[str, StoredWeight], hidden_NTD: Tensor, run: Callable[[Tensor], Tensor]
 ) -> dict[str, list[str]]:
     """Norm → the compressed linears that are handed the very tensor it returns, in a block's own names and in full ones."""
-    given: list[tuple[str, Any]] = []
+    given: list[tuple[str, object]] = []
     reads: dict[str, list[str]] = {}
     handles = []
     for name, module in block.named_modules():
@@ -84,7 +84,7 @@ def _readers(
             handles.append(module.register_forward_hook(lambda m, args, out, name=name: given.append((name, out))))
         elif f"{prefix}{name}" in records or isinstance(module, nn.Linear):
 
-            def before(m: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            def before(m: nn.Module, args: tuple[object, ...], name: str = name) -> None:
                 source = next((norm for norm, out in reversed(given) if out is args[0]), None)
                 if source is not None:
                     reads.setdefault(source, []).append(f"{prefix}{name}")

@@ -9,17 +9,21 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from ...compress.ggml_types import GGML_TYPES
+from ...compress.ggml_types import GGML_TYPES, GgmlName
 from ...compress.weights import GgmlWeight
 from ..demo import imported
 from ..formats import ggml_folder
 from ..formats.ggml_blocks import unpack
 from .structure import Site, inspect, tied_names
+
+if TYPE_CHECKING:
+    from gguf.gguf_reader import ReaderTensor
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 log = logging.getLogger("bitmend")
 
@@ -29,7 +33,7 @@ def import_gguf(path: Path) -> Path:
     return imported.import_gguf(path, _save, "-codes")
 
 
-def _save(model: Any, gguf: Path, directory: Path) -> None:
+def _save(model: "PreTrainedModel", gguf: Path, directory: Path) -> None:
     """Write the model as it is, but for the matrices whose codes are kept."""
     records = kept_codes(model, gguf)
     if not records:
@@ -47,7 +51,7 @@ def _save(model: Any, gguf: Path, directory: Path) -> None:
     log.info("%s: %d matrices keep their codes (%s)", gguf.name, len(records), counts)
 
 
-def kept_codes(model: Any, gguf: Path) -> dict[str, GgmlWeight]:
+def kept_codes(model: "PreTrainedModel", gguf: Path) -> dict[str, GgmlWeight]:
     """Record by the name of the matrix."""
     from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
 
@@ -57,7 +61,7 @@ def kept_codes(model: Any, gguf: Path) -> dict[str, GgmlWeight]:
     quantized = {t.name: t for t in reader.tensors if t.tensor_type.name.lower() in GGML_TYPES and len(t.shape) in (2, 3)}
     if known is None or not quantized:
         return {}
-    names, found = get_tensor_name_map(known, inspect(model).blocks), dict[str, GgmlWeight]()
+    names, result = get_tensor_name_map(known, inspect(model).blocks), dict[str, GgmlWeight]()
     tied = tied_names(model)
     for site in _sites(model):
         parameter = f"{site.module}.{site.parameter}"
@@ -65,11 +69,15 @@ def kept_codes(model: Any, gguf: Path) -> dict[str, GgmlWeight]:
         if parameter not in tied and all(name in quantized for name in theirs):
             record = _record_of([quantized[str(name)] for name in theirs], site, model)
             if record is not None:
-                found[site.name] = record
+                result[site.name] = record
             elif site.expert in (None, 0):
-                why = "is changed by its family" if site.expert is None else "holds experts whose gate and up are of two types, or that its family changes"
+                why = (
+                    "is changed by its family"
+                    if site.expert is None
+                    else "holds experts whose gate and up are of two types, or that its family changes"
+                )
                 log.warning("%s: %s %s and is imported densely", gguf.name, " with ".join(map(str, theirs)), why)
-    return _whole(found, model)
+    return _whole(result, model)
 
 
 def _stacked(site: Site) -> list[str]:
@@ -78,7 +86,7 @@ def _stacked(site: Site) -> list[str]:
     return [f"blk.{site.block}.ffn_{part}_exps.weight" for part in parts] or [f"no tensor for {site.parameter}"]
 
 
-def _record_of(tensors: list[Any], site: Site, model: Any) -> GgmlWeight | None:
+def _record_of(tensors: "list[ReaderTensor]", site: Site, model: Any) -> GgmlWeight | None:
     """None where the blocks are not the loaded matrix: of more than one type, for one."""
     kinds = {tensor.tensor_type.name.lower() for tensor in tensors}
     if len(kinds) > 1:
@@ -86,22 +94,22 @@ def _record_of(tensors: list[Any], site: Site, model: Any) -> GgmlWeight | None:
     arrays = [tensor.data if site.expert is None else tensor.data[site.expert] for tensor in tensors]
     blocks = torch.cat([torch.from_numpy(array.copy()) for array in arrays])
     weight_OI = site.read(model.get_parameter(f"{site.module}.{site.parameter}").detach())
-    return _matching(blocks, kinds.pop(), weight_OI, model.config)
+    return _matching(blocks, cast(GgmlName, kinds.pop()), weight_OI, model.config)
 
 
-def _whole(found: dict[str, GgmlWeight], model: Any) -> dict[str, GgmlWeight]:
+def _whole(result: dict[str, GgmlWeight], model: "PreTrainedModel") -> dict[str, GgmlWeight]:
     """Without those experts whose parameter holds others that keep no codes."""
-    lacking = {(s.module, s.parameter) for s in _sites(model) if s.expert is not None and s.name not in found}
+    lacking = {(s.module, s.parameter) for s in _sites(model) if s.expert is not None and s.name not in result}
     dense = {s.name for s in _sites(model) if (s.module, s.parameter) in lacking}
-    return {name: record for name, record in found.items() if name not in dense}
+    return {name: record for name, record in result.items() if name not in dense}
 
 
-def _sites(model: Any) -> list[Site]:
+def _sites(model: "PreTrainedModel") -> list[Site]:
     structure = inspect(model, include_head=True)
     return [*structure.sites, *([structure.embeddings] if structure.embeddings is not None else [])]
 
 
-def _matching(blocks: Tensor, kind: Any, weight_OI: Tensor, config: Any) -> GgmlWeight | None:
+def _matching(blocks: Tensor, kind: GgmlName, weight_OI: Tensor, config: "PreTrainedConfig") -> GgmlWeight | None:
     """The blocks as they lie, or with the rows of Llama's query and key heads put back."""
     rows, columns = weight_OI.shape
     if blocks.ndim != 2 or len(blocks) != rows or blocks.shape[1] * 8 * GGML_TYPES[kind].columns != columns * GGML_TYPES[kind].block_bits:
@@ -113,7 +121,7 @@ def _matching(blocks: Tensor, kind: Any, weight_OI: Tensor, config: Any) -> Ggml
     return None
 
 
-def _orders(rows: int, config: Any) -> Iterator[Tensor | None]:
+def _orders(rows: int, config: "PreTrainedConfig") -> Iterator[Tensor | None]:
     """Of the file's rows: as they are; with the two channels of every rotary pair, which lie side by side in the file, half a head apart."""
     yield None
     for heads in dict.fromkeys((config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads)):

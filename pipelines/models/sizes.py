@@ -6,7 +6,7 @@ Knows stages' settings and the records they leave (compress/options.Grid counts 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ...compress.factors import FactorBits, FactorForm
 from ...compress.ggml_types import GGML_TYPES, GridName, type_for
@@ -17,6 +17,9 @@ from ..recipes.stage_settings import StageSpec, methods
 from ..store.artifact import Artifact
 from .source import load_config
 from .structure import Site, Structure, inspect, is_tied, skeleton, tied_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ENTRY_BYTES = 70
 """Of a tensor's entry in a safetensors header, besides its name."""
@@ -81,7 +84,7 @@ class Sizes:
         return sum(self.of[n].bits for n in over) / sum(self.weights[n] for n in over)
 
 
-def dense_sizes(model: Any, structure: Structure, element: float) -> Sizes:
+def dense_sizes(model: "PreTrainedModel", structure: Structure, element: float) -> Sizes:
     """Before any stage: every matrix dense, `element` bytes a number."""
     sites, table = list(structure.sites), structure.embeddings
     head, tied = structure.head, is_tied(model, structure)
@@ -139,15 +142,15 @@ def apply(spec: StageSpec, sizes: Sizes) -> list[str]:
 
 def fallback_notes(spec: StageSpec, sites: Iterable[Site]) -> list[str]:
     """Which matrices get another type than the grid that was asked for, by width."""
-    found: dict[tuple[str, str, int], int] = {}
+    result: dict[tuple[str, str, int], int] = {}
     for site in sites:
         asked = getattr(spec.config_for(site.name), "grid", "uniform")
         if asked != "uniform" and (got := type_for(asked, site.shape[1])) != asked:
-            found[asked, got, site.shape[1]] = found.get((asked, got, site.shape[1]), 0) + 1
+            result[asked, got, site.shape[1]] = result.get((asked, got, site.shape[1]), 0) + 1
     return [
         f"{count} matrices have {columns} columns, no multiple of the {GGML_TYPES[asked].columns} of a block of {asked}: they are {got}, "
         f"{GGML_TYPES[got].block_bits / GGML_TYPES[got].columns:g} bits a weight"
-        for (asked, got, columns), count in found.items()
+        for (asked, got, columns), count in result.items()
     ]
 
 
@@ -156,12 +159,12 @@ def rounded_to_nearest(spec: StageSpec, structure: Structure, tied: bool) -> dic
     and a head of its own. Not a head that the method compresses, nor embeddings that are one matrix with it."""
     table, head = structure.embeddings, structure.head
     by_method = head is not None and spec.include_head and not spec.skips(head.name)
-    found: dict[Literal["embedding_bits", "head_bits"], Site] = {}
+    result: dict[Literal["embedding_bits", "head_bits"], Site] = {}
     if table is not None and spec.include_embeddings and not spec.skips(table.name) and not (tied and by_method):
-        found["embedding_bits"] = table
-    if head is not None and spec.head_bits is not None and not by_method and not spec.skips(head.name) and not (tied and found):
-        found["head_bits"] = head
-    return found
+        result["embedding_bits"] = table
+    if head is not None and spec.head_bits is not None and not by_method and not spec.skips(head.name) and not (tied and result):
+        result["head_bits"] = head
+    return result
 
 
 def _exact_head(spec: StageSpec, sizes: Sizes) -> list[str]:
@@ -174,7 +177,7 @@ def _exact_head(spec: StageSpec, sizes: Sizes) -> list[str]:
 
 def _share_factors(spec: StageSpec, sizes: Sizes) -> None:
     """Of matrices that read one input and have one config that says `shared`, the first alone stores the right factor."""
-    holders: set[Any] = set()
+    holders: set[object] = set()
     for site in sizes.structure.sites:
         config = spec.config_for(site.name)
         if spec.name != "decompose" or not getattr(config, "shared", False) or spec.skips(site.name) or (reads := _input_of(site)) is None:
@@ -193,7 +196,7 @@ def _input_of(site: Site) -> tuple[int | None, str, int] | None:
     return None if index is None or site.expert is not None else (site.block, site.module.rpartition(".")[0], index)
 
 
-def _resize(spec: StageSpec, site: Site, config: Any, size: Size) -> None:
+def _resize(spec: StageSpec, site: Site, config: object, size: Size) -> None:
     rows, columns = site.shape
     if spec.name in ("prune", "quantize", "decompose"):
         size.compressed = True
@@ -257,12 +260,12 @@ def grid_of(config: Any) -> Grid:
     return Grid("uniform", config.bits, config.group_size, config.symmetric, float_zeros=float_zeros)
 
 
-def has_index(config: Any) -> bool:
+def has_index(config: object) -> bool:
     """Whether a group index is stored beside the grid."""
     return getattr(config, "act_order", "") == "full"
 
 
-def _quantized(rows: int, columns: int, config: Any, size: Size) -> None:
+def _quantized(rows: int, columns: int, config: object, size: Size) -> None:
     """ValueError when the groups do not divide the row, or a mask does not go with the grid."""
     grid = grid_of(config)
     if grid.kind in GGML_TYPES:
@@ -273,6 +276,6 @@ def _quantized(rows: int, columns: int, config: Any, size: Size) -> None:
     on_grid(size, (rows, columns), grid, has_index(config))
 
 
-def _divided(config: Any, columns: int) -> None:
+def _divided(config: object, columns: int) -> None:
     if (activations := getattr(config, "activations", None)) is not None:
         activations.divide(columns)

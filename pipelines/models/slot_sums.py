@@ -29,10 +29,10 @@ class SlotSums:
         self.moments: dict[Names, dict[str, OrderedSum]] = {}
         self.vectors: dict[int, dict[Names, InputStatistics]] = {}
 
-    def add(self, found: Mapping[str, InputStatistics]) -> None:
+    def add(self, result: Mapping[str, InputStatistics]) -> None:
         """A round: one call on every rank, with what came of its slot. InputError for sites that read one tensor in one slot and several in
         another."""
-        here, size = self._by_input(found), self.ranks.size
+        here, size = self._by_input(result), self.ranks.size
         everyone = self.ranks.gathered({names: statistics.tokens for names, statistics in here.items()})
         for names in dict.fromkeys(names for of_rank in everyone for names in of_rank):
             self._meet(names)
@@ -60,13 +60,13 @@ class SlotSums:
             out |= dict.fromkeys(names, whole)
         return out | {name: self._empty(name) for name, site in self.sites.items() if site.expert is not None and name not in out}
 
-    def _by_input(self, found: Mapping[str, InputStatistics]) -> dict[Names, InputStatistics]:
+    def _by_input(self, result: Mapping[str, InputStatistics]) -> dict[Names, InputStatistics]:
         """Every accumulator that has seen a token, by the sites that share it."""
         names: dict[int, Names] = {}
         for name in self.sites:
-            if name in found and found[name].tokens:
-                names[id(found[name])] = (*names.get(id(found[name]), ()), name)
-        return {together: found[together[0]] for together in names.values()}
+            if name in result and result[name].tokens:
+                names[id(result[name])] = (*names.get(id(result[name]), ()), name)
+        return {together: result[together[0]] for together in names.values()}
 
     def _meet(self, names: Names) -> None:
         for name in names:

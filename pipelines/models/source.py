@@ -106,8 +106,8 @@ def load_config(directory: Path) -> PretrainedConfig:
 
 def positions(config: PretrainedConfig) -> int | None:
     """How many tokens the model was made for; None where its config does not say."""
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
+    result = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return result if isinstance(result, int) and result > 0 else None
 
 
 def refuse_beyond(config: PretrainedConfig, asked: Mapping[str, int]) -> None:
@@ -135,7 +135,7 @@ def load_tokenizer(directory: Path) -> Any:
         return tokenizer
 
 
-def source_files(directory: Path) -> dict[str, dict[str, Any]]:
+def source_files(directory: Path) -> dict[str, dict[str, object]]:
     """safetensors files of a model directory with size and sha256 (cached by path, size and time of change)."""
     paths = source_paths(directory)
     return {name: {"sha256": cached_sha256(path), "bytes": path.stat().st_size} for name, path in paths.items()}

@@ -5,9 +5,10 @@ Legend: B windows at once, T tokens of a window, O out, I in, D model, V vocabul
 """
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from ...recover.losses import LossName
 from ..devices.rates import Work
 from ..models.sizes import _input_of
 from ..models.structure import Site, Structure, inspect
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ LARGE_BATCH = 32
 class Anatomy:
     """Of the decoder: mean numbers of a block, since blocks of a model differ little."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model
         self.structure: Structure = inspect(model, include_head=True)
         self.blocks = self.structure.blocks
@@ -79,8 +83,8 @@ class Anatomy:
 
     def products(self, sites: list[Site] | None = None) -> float:
         """Multiply-adds of a token through a block's matrices (or some of them): of experts those that it reaches."""
-        found = self.sites() if sites is None else sites
-        return sum(s.shape[0] * s.shape[1] * (1.0 if s.expert is None else self.active) for s in found)
+        result = self.sites() if sites is None else sites
+        return sum(s.shape[0] * s.shape[1] * (1.0 if s.expert is None else self.active) for s in result)
 
     def sites(self) -> list[Site]:
         """Those of a block in the middle, whose kind is the most frequent."""
@@ -88,7 +92,7 @@ class Anatomy:
 
     def inputs(self, sites: list[Site]) -> list[list[Site]]:
         """Sites by the input they read: q, k and v together, gate and up."""
-        groups: dict[Any, list[Site]] = {}
+        groups: dict[object, list[Site]] = {}
         for site in sites:
             groups.setdefault(_input_of(site) or site.name, []).append(site)
         return list(groups.values())
@@ -104,10 +108,10 @@ class Anatomy:
         half, whole = (_step(self, size, seq_len, dtype, checkpointing, loss) for size in (LARGE_BATCH // 2, LARGE_BATCH))
         return whole.extended(half, (batch - LARGE_BATCH) / (LARGE_BATCH // 2))
 
-    def cut(self, blocks: int) -> Any:
+    def cut(self, blocks: int) -> "PreTrainedModel":
         """A copy of the skeleton with so many blocks; the others are not copied."""
         prefix, layers = self.structure.prefix, self.model.get_submodule(self.structure.prefix)
-        self.model.set_submodule(prefix, nn.ModuleList(list(layers)[:blocks]))
+        self.model.set_submodule(prefix, nn.ModuleList(list(layers.children())[:blocks]))
         try:
             model = copy.deepcopy(self.model)
         finally:
@@ -125,8 +129,8 @@ def _forward(anatomy: Anatomy, batch: int, seq_len: int, dtype: torch.dtype) -> 
 
 @lru_cache(maxsize=64)
 def _step(anatomy: Anatomy, batch: int, seq_len: int, dtype: torch.dtype, checkpointing: bool, loss: LossName) -> TrainingStep:
-    found = [step_without_bytes(anatomy.cut(n), batch, seq_len, dtype, checkpointing, loss, Counted) for n in _few(anatomy)]
-    (one, seen), (two, also) = found
+    result = [step_without_bytes(anatomy.cut(n), batch, seq_len, dtype, checkpointing, loss, Counted) for n in _few(anatomy)]
+    (one, seen), (two, also) = result
     block = also.work() + -1 * seen.work()
     more = anatomy.blocks - 1
     whole = Activations(one.saved + more * (two.saved - one.saved), one.peak + more * (two.peak - one.peak))
@@ -152,8 +156,11 @@ class Counted(Alive):
     def work(self) -> Work:
         return Work(dict(self.products), passes=self.passes, calls=self.calls)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
         out = super().__torch_dispatch__(func, types, args, kwargs)
+        assert isinstance(func, torch._ops.OpOverload)
         name = func._schema.name
         if func.is_view or name in UNCOUNTED:
             return out

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,6 +31,9 @@ from .run_costs import RunCosts
 from .steps import Step, found_choice, plan_steps
 from .unread import unread
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 
 def refusals(recipe: Recipe, source: Path) -> list[str]:
     """What a run of this recipe on the model in `source` would be refused for, one line each; empty when nothing is."""
@@ -39,27 +42,27 @@ def refusals(recipe: Recipe, source: Path) -> list[str]:
     return _refusals(recipe, model, _sizes(source, model, inspect(model, include_head=True)), imported)
 
 
-def _refusals(recipe: Recipe, model: Any, sizes: Sizes, imported: bool) -> list[str]:
+def _refusals(recipe: Recipe, model: "PreTrainedModel", sizes: Sizes, imported: bool) -> list[str]:
     """`sizes` become those behind the last stage."""
     refused, left_open = _too_long(recipe, positions(model.config)), []
     if recipe.budget is not None:
-        found = spending.refusals(recipe, sizes)
-        if found:
-            return refused + found
+        result = spending.refusals(recipe, sizes)
+        if result:
+            return refused + result
         left_open = spending.spent(recipe).addresses
     for spec in recipe.stages:
         if spec.name == "recover":
             refused += recovery_plan.refusals(spec, recipe, model, sizes, imported)
         refused += unread(spec, recipe, model, sizes)
-        said = apply(spec, sizes)
-        refused += [] if spec.address in left_open else said
+        unfit = apply(spec, sizes)
+        refused += [] if spec.address in left_open else unfit
     return refused + _unroundable(model, sizes)
 
 
 def warnings(recipe: Recipe, source: Path) -> dict[str, str]:
-    """What is done all the same, though it should be said, by the address of the stage: too little calibration text for the widest matrix."""
+    """What is done all the same, with a warning, by the address of the stage: too little calibration text for the widest matrix."""
     structure = inspect(skeleton(load_config(source)), include_head=True)
-    tokens, found = recipe.calibration.samples * recipe.calibration.seq_len, {}
+    tokens, result = recipe.calibration.samples * recipe.calibration.seq_len, {}
     for spec in recipe.stages:
         if spec.name not in ("prune", "quantize", "decompose"):
             continue
@@ -68,11 +71,11 @@ def warnings(recipe: Recipe, source: Path) -> dict[str, str]:
             widest = max(sites, key=lambda site: site.shape[1])
             if tokens < widest.shape[1]:
                 enough = -(-widest.shape[1] // recipe.calibration.seq_len)
-                found[spec.address] = (
+                result[spec.address] = (
                     f"{tokens:,} calibration tokens are fewer than the {widest.shape[1]:,} inputs of {widest.name}: what is fitted to its second "
                     f"moment fits this text alone; --set calibration.samples={enough} would do"
                 )
-    return found
+    return result
 
 
 def _replaced_types(specs: Iterable[StageSpec], structure: Structure) -> list[str]:
@@ -87,7 +90,7 @@ class Costed:
     """A prediction of one process, and what it was made from: by a stage's address what it takes, one thing after the other; nothing where the
     run would be refused."""
 
-    said: dict[str, Any]
+    report: dict[str, Any]
     costs: RunCosts
     needs: dict[str, tuple[Needs, ...]]
     specs: dict[str, StageSpec]
@@ -95,7 +98,7 @@ class Costed:
 
 def predict(recipe: Recipe, directory: Path | None = None, device: str = "auto") -> dict[str, Any]:
     """A JSON-able prediction by stage, and what will be refused. InputError when the model itself cannot be used."""
-    return costed(recipe, directory, device).said
+    return costed(recipe, directory, device).report
 
 
 def costed(recipe: Recipe, directory: Path | None = None, device: str = "auto") -> Costed:
@@ -118,15 +121,16 @@ def costed(recipe: Recipe, directory: Path | None = None, device: str = "auto") 
     specs = [step.spec for step in steps if step.spec is not None] or recipe.stages
     writes = not refused and inputs.to_write(specs)
     stored = sum(path.stat().st_size for path in source_paths(source).values())
-    found = _costed(recipe, specs, costs, sizes, stored, refused, budget, writes)
+    result = _costed(recipe, specs, costs, sizes, stored, refused, budget, writes)
     noted = [*warnings(recipe, source).values(), *(_replaced_types(specs, structure) if not refused else [])]
     finished = [step.address for step in steps if place is not None and place.state(step.name) == "done"]
-    return replace(found, said=found.said | {"warnings": list(dict.fromkeys(noted)), "finished": finished})
+    return replace(result, report=result.report | {"warnings": list(dict.fromkeys(noted)), "finished": finished})
 
 
-def costed_of_config(recipe: Recipe, config: Any, device: str = "auto") -> Costed:
+def costed_of_config(recipe: Recipe, config: "PreTrainedConfig", device: str = "auto") -> Costed:
     """The same of a model that nobody has: of a configuration alone, stored in its dtype. Texts are not looked at; what the model would write
     itself is taken to be missing."""
+    assert isinstance(config.dtype, torch.dtype)
     model, element = skeleton(config), float(config.dtype.itemsize)
     structure = inspect(model, include_head=True)
     costs = RunCosts.of(model, recipe, compute_of(None, device, recipe.dtype, recipe.deterministic), element)
@@ -138,12 +142,19 @@ def costed_of_config(recipe: Recipe, config: Any, device: str = "auto") -> Coste
 
 
 def _costed(
-    recipe: Recipe, specs: list[StageSpec], costs: RunCosts, sizes: Sizes, stored: float, refused: list[str], budget: "_Budget | None", writes: bool
+    recipe: Recipe,
+    specs: list[StageSpec],
+    costs: RunCosts,
+    sizes: Sizes,
+    stored: float,
+    refused: list[str],
+    budget: "_Budget | None",
+    writes: bool,
 ) -> Costed:
     """Stage by stage; `stored`: bytes of the model as it comes."""
     structure, model = sizes.structure, costs.plan.anatomy.model
     needs = {"baseline": costs.baseline(sizes)}
-    stages = [_row("baseline", None, sizes) | costs.said(needs["baseline"]) | {"total_bytes": round(stored)}]
+    stages = [_row("baseline", None, sizes) | costs.row(needs["baseline"]) | {"total_bytes": round(stored)}]
     beside, gathers_fisher = 0, True
     for number, spec in enumerate(specs):
         before = copy.deepcopy(sizes)
@@ -156,10 +167,10 @@ def _costed(
         gathered = [costs.self_text(), *gathered] if writes and number == 0 else gathered
         if not refused:
             needs[spec.address] = costs.stage(spec, before, sizes, number == 0, gathered)
-        stages.append(row | (costs.said(needs[spec.address]) if not refused else {}))
+        stages.append(row | (costs.row(needs[spec.address]) if not refused else {}))
     by_address = {spec.address: spec for spec in specs}
     most = {kind: max(row.get(kind, 0) for row in stages) for kind in ("device_bytes", "host_bytes")}
-    said = {
+    report = {
         "recipe": recipe.name,
         "model": recipe.model,
         "device": costs.compute.device.type,
@@ -168,7 +179,7 @@ def _costed(
         "blocks": structure.blocks,
         "matrices": sum(site.block is not None for site in structure.sites),
         "skipped": [{"name": s.name, "reason": s.reason} for s in structure.skipped],
-        **({"allocation": budget.said} if budget is not None else {}),
+        **({"allocation": budget.report} if budget is not None else {}),
         "stages": stages,
         "refusals": refused,
         "shortages": costs.shortages(by_address, stages) if not refused else [],
@@ -179,15 +190,15 @@ def _costed(
         "seconds": round(sum(row.get("seconds", 0) for row in stages)),
         "finished": [],
     }
-    return Costed(said, costs, needs, by_address)
+    return Costed(report, costs, needs, by_address)
 
 
 @dataclass(frozen=True)
 class _Budget:
-    """What is said of a budget, and what the stages from the `first` on take at most; nothing where the choice is made. `missing`: blocks of its
+    """What the plan reports of a budget, and what the stages from the `first` on take at most; nothing where the choice is made. `missing`: blocks of its
     table that are not there, and `outside` the matrices outside of them."""
 
-    said: dict[str, Any]
+    report: dict[str, Any]
     first: int
     limit: dict[str, Any]
     stages: spending.Spent
@@ -204,11 +215,13 @@ class _Budget:
         return self.limit if number >= self.first else {}
 
 
-def _allocation(recipe: Recipe, dense: Sizes, inputs: Inputs | None, compute: Compute, place: RunDirectory | None, steps: list[Step]) -> _Budget:
+def _allocation(
+    recipe: Recipe, dense: Sizes, inputs: Inputs | None, compute: Compute, place: RunDirectory | None, steps: list[Step]
+) -> _Budget:
     """What the budget chooses from, the range of sizes that the choices span, and whether the table it is chosen by is there."""
     stages = spending.spent(recipe)
     counted = spending.costs(recipe, stages, dense)
-    smallest, largest = (stages.budget.said(n, counted.weights, counted.rest_bytes) for n in (counted.smallest, counted.largest))
+    smallest, largest = (stages.budget.text_of(n, counted.weights, counted.rest_bytes) for n in (counted.smallest, counted.largest))
     limit = min(stages.budget.bytes_for(counted.weights, counted.rest_bytes), counted.largest)
     blocks, chosen, beside = 0, None, counted.outside
     if place is not None and inputs is not None:
@@ -218,10 +231,12 @@ def _allocation(recipe: Recipe, dense: Sizes, inputs: Inputs | None, compute: Co
     parts = [f"{missing} of {dense.structure.blocks} blocks"] if missing else []
     parts += [each.site.name for each in beside]
     table = f"will be built for {', '.join(parts)}" if parts else "is there"
-    said = {"budget": stages.budget.text, "settings": len(counted.settings), "matrices": len(counted.sites)}
-    said |= {"smallest": smallest, "largest": largest, "table": table, "chosen": None if chosen is None else chosen.stored}
+    report = {"budget": stages.budget.text, "settings": len(counted.settings), "matrices": len(counted.sites)}
+    report |= {"smallest": smallest, "largest": largest, "table": table, "chosen": None if chosen is None else chosen.stored}
     at_most = {"bits_per_weight": round(limit * 8 / counted.weights, 4), "total_bytes": round(limit + counted.rest_bytes)}
-    return _Budget(said, stages.first, {} if chosen is not None else at_most, stages, spending.settings_of(recipe, stages), missing, beside)
+    return _Budget(
+        report, stages.first, {} if chosen is not None else at_most, stages, spending.settings_of(recipe, stages), missing, beside
+    )
 
 
 def _reads_fisher(spec: StageSpec) -> bool:
@@ -230,7 +245,7 @@ def _reads_fisher(spec: StageSpec) -> bool:
     return "fisher" in methods(spec.name)[spec.method].needs(spec.config)
 
 
-def _sizes(source: Path, model: Any, structure: Structure) -> Sizes:
+def _sizes(source: Path, model: "PreTrainedModel", structure: Structure) -> Sizes:
     """Before any stage: dense, or as the program stored it that quantized this checkpoint."""
     return imported_sizes(source, model, structure) or dense_sizes(model, structure, _element_bytes(source))
 
@@ -248,12 +263,12 @@ def _element_bytes(source: Path) -> float:
         raise InputError(f"{first}: not a readable safetensors file ({error}); download the model again") from error
 
 
-def _unroundable(model: Any, sizes: Sizes) -> list[str]:
+def _unroundable(model: "PreTrainedModel", sizes: Sizes) -> list[str]:
     """Matrices whose inputs a stage rounds, which only a call of their linear can do, where the model's code multiplies by itself."""
     linears = [s.name for s in sizes.structure.sites if s.expert is None and sizes.of[s.name].rounds_inputs]
-    found = [name for name in linears if parameters_are_read(model, name)]
-    leaves = sorted({name.rpartition(".")[2] for name in found})
-    return [f"activations: the model's code multiplies with {found[0]} by itself; leave such out, as in ignore={leaves}"] if found else []
+    result = [name for name in linears if parameters_are_read(model, name)]
+    leaves = sorted({name.rpartition(".")[2] for name in result})
+    return [f"activations: the model's code multiplies with {result[0]} by itself; leave such out, as in ignore={leaves}"] if result else []
 
 
 def _too_long(recipe: Recipe, limit: int | None) -> list[str]:

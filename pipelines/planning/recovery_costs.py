@@ -180,7 +180,7 @@ def trained_numbers(anatomy: Anatomy, spec: StageSpec, own: Any, config: Any, li
         if spec.method == "scales" or getattr(own, "scales", False):
             count += rows * columns / GROUP if "base.scales" in size.base_names or "base.codes" in size.base_names else 0
     if getattr(own, "norms", False):
-        count += sum(m.weight.numel() for n, m in anatomy.model.named_modules() if is_norm(m) and place.holds(n))
+        count += sum(m.get_parameter("weight").numel() for n, m in anatomy.model.named_modules() if is_norm(m) and place.holds(n))
     if getattr(own, "biases", False) or spec.method == "bitfit":
         count += sum(s.shape[0] for s in chosen if s.expert is None)
     return count

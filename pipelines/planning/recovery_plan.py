@@ -1,7 +1,7 @@
 """What a plan can say of recovery before any work: what will be refused, and the bytes beside the model. Reads configs, no weights."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...recover.bottlenecks import SerialAdapter, sublayers
 from ...recover.fits import misfit, virtual_tokens
@@ -14,8 +14,11 @@ from ..recipes.mixture import SELF, shares
 from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-def refusals(spec: StageSpec, recipe: Recipe, model: Any, sizes: Sizes, imported: bool) -> list[str]:
+
+def refusals(spec: StageSpec, recipe: Recipe, model: "PreTrainedModel", sizes: Sizes, imported: bool) -> list[str]:
     """Why a recover stage cannot be, one line each. `model` is a skeleton, `sizes` what the stages before it will have made; of an
     `imported` checkpoint only shapes are known."""
     shared, own = split(spec.method, spec.config)
@@ -23,22 +26,22 @@ def refusals(spec: StageSpec, recipe: Recipe, model: Any, sizes: Sizes, imported
     made = {name: _kinds(sizes.of[name]) for name in linears}
     shapes = {name: site.shape for name, site in linears.items()}
     reason = misfit(own, shared, model, shapes, frozenset(n for n, kinds in made.items() if "low_rank" in kinds))
-    found = [] if reason is None else [f"{spec.method}: {reason}"]
-    if not found and not imported:
+    result = [] if reason is None else [f"{spec.method}: {reason}"]
+    if not result and not imported:
         place = where(model, shared.targets, shared.layers)
         reason = refusal(spec.method, [kinds for name, kinds in made.items() if place.linear(name)], spec.config)
-        found = [] if reason is None else [reason]
-    found += _tables(own, sizes) + _tokens(spec, recipe, model)
+        result = [] if reason is None else [reason]
+    result += _tables(own, sizes) + _tokens(spec, recipe, model)
     by_block = RECOVER[spec.method].by_block
     if by_block and imported and recipe.teacher is None:
-        found.append(f"{spec.method} imitates dense blocks, and the model came quantized: give the dense one with --teacher")
+        result.append(f"{spec.method} imitates dense blocks, and the model came quantized: give the dense one with --teacher")
     loss, from_self = getattr(shared, "loss", None), SELF in [share.source for share in shares(recipe.data.train)]
     if from_self and (loss == "cross_entropy" or (imported and recipe.teacher is None)):
         why = "loss: cross_entropy" if loss == "cross_entropy" else "the model came quantized and no --teacher was given"
-        found.append(f"--train {SELF}: what the dense model writes teaches by imitation alone, and {why}; leave {SELF} out of the sources")
+        result.append(f"--train {SELF}: what the dense model writes teaches by imitation alone, and {why}; leave {SELF} out of the sources")
     if recipe.teacher is not None and loss != "cross_entropy":
-        found += _teacher_differs(model.config, resolve_model(recipe.teacher), by_block)
-    return [f"{spec.address}: {line}" for line in found]
+        result += _teacher_differs(model.config, resolve_model(recipe.teacher), by_block)
+    return [f"{spec.address}: {line}" for line in result]
 
 
 def bytes_beside(spec: StageSpec, model: Any, sizes: Sizes) -> int:
@@ -76,7 +79,7 @@ def _kinds(size: Size) -> frozenset[str]:
     return frozenset({base} | details | ({"masked"} if size.mask else set()) | ({"low_rank"} if size.low_rank else set()))
 
 
-def _tables(own: Any, sizes: Sizes) -> list[str]:
+def _tables(own: object, sizes: Sizes) -> list[str]:
     """Embeddings and head can train where they are plain."""
     in_blocks = {s.name for s in sizes.structure.sites if s.block is not None}
     compressed = any(size.compressed for name, size in sizes.of.items() if name not in in_blocks)
@@ -87,25 +90,25 @@ def _tables(own: Any, sizes: Sizes) -> list[str]:
     return []
 
 
-def _tokens(spec: StageSpec, recipe: Recipe, model: Any) -> list[str]:
+def _tokens(spec: StageSpec, recipe: Recipe, model: "PreTrainedModel") -> list[str]:
     """Virtual tokens take positions from every text, and stand in front once."""
     count, limit = virtual_tokens(split(spec.method, spec.config)[1]), positions(model.config)
     if not count:
         return []
-    found = []
+    result = []
     length = recipe.evaluation.seq_len
     if limit is not None and length + count > limit:
-        found.append(
+        result.append(
             f"{count} virtual tokens and evaluation.seq_len {length} are above the {limit} positions of this model; choose fewer of either"
         )
     before = recipe.stages[: next(i for i, s in enumerate(recipe.stages) if s.address == spec.address)]
     other = next((s for s in before if s.name == "recover" and virtual_tokens(split(s.method, s.config)[1])), None)
     if other is not None:
-        found.append(f"{spec.method} trains virtual tokens, and {other.address} puts some in front already: use one of them")
-    return found
+        result.append(f"{spec.method} trains virtual tokens, and {other.address} puts some in front already: use one of them")
+    return result
 
 
-def _teacher_differs(config: Any, teacher: Path, by_block: bool) -> list[str]:
+def _teacher_differs(config: "PreTrainedConfig", teacher: Path, by_block: bool) -> list[str]:
     """A teacher must speak the same vocabulary; where it teaches block by block, have the same blocks."""
     ours, theirs = config.get_text_config(), load_config(teacher).get_text_config()
     advice = "give the dense model that this one was made from"

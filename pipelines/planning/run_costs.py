@@ -5,7 +5,7 @@ Puts `stage_costs`, `recovery_costs` and a device's measured speeds together. Kn
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,9 @@ from ..stages.writing import DENSE_CACHE_BYTES
 from . import recovery_costs, stage_costs, table_costs
 from .anatomy import Anatomy
 from .cost_plan import OPENED, CostPlan, Needs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ALL_WINDOWS = 160
 """Of an evaluation of the whole text: what WikiText-2's test split holds at 2048 tokens, about."""
@@ -48,7 +51,7 @@ class RunCosts:
     base: float
 
     @classmethod
-    def of(cls, model: Any, recipe: Recipe, compute: Compute, element: float) -> "RunCosts":
+    def of(cls, model: "PreTrainedModel", recipe: Recipe, compute: Compute, element: float) -> "RunCosts":
         """Measures the device for a moment."""
         plan = CostPlan(Anatomy(model), recipe, compute.device, compute.dtype, element)
         on_card = compute.device.type == "cuda"
@@ -71,8 +74,8 @@ class RunCosts:
 
     def table(self, stages: Spent, settings: Sequence[Setting], before: Sizes, blocks: int, outside: Sequence[Outside]) -> Needs:
         """Of so many blocks, and of matrices outside of them, of a budget's table of errors."""
-        found = table_costs.table(self.plan, stages, settings, _has_records(before), blocks)
-        return found.most(table_costs.outside_table(self.plan, outside)) if outside else found
+        result = table_costs.table(self.plan, stages, settings, _has_records(before), blocks)
+        return result.most(table_costs.outside_table(self.plan, outside)) if outside else result
 
     def needs(self, spec: StageSpec, before: Sizes, after: Sizes, first: bool) -> Needs:
         """Of the stage alone, without its evaluation."""
@@ -107,7 +110,7 @@ class RunCosts:
         rebuilt = sum(sizes.weights[n] for n, size in sizes.of.items() if size.compressed) * self.plan.itemsize / parts
         return asked == "always" or (asked == "auto" and rebuilt <= min(self.available(device=True) / 3, DENSE_CACHE_BYTES))
 
-    def said(self, parts: Sequence[Needs]) -> dict[str, Any]:
+    def row(self, parts: Sequence[Needs]) -> dict[str, Any]:
         """What one process takes of the device, of the host and of time."""
         placed = [self.placed(part) for part in parts]
         device, host = (max(bytes_) for bytes_ in zip(*placed, strict=True))
@@ -130,8 +133,8 @@ class RunCosts:
         """Bytes that there are for this process: of the card, or of the machine's memory (with what the process has already)."""
         if device and self.compute.device.type == "cuda":
             return float(torch.cuda.mem_get_info(self.compute.device)[1])
-        found = doctor.memory()
-        known = [n for n in (found["limit_bytes"], found["available_bytes"]) if n is not None]
+        result = doctor.memory()
+        known = [n for n in (result["limit_bytes"], result["available_bytes"]) if n is not None]
         return float(min(known)) if known else float("inf")
 
     def shortages(self, specs: Mapping[str, StageSpec | None], rows: list[dict[str, Any]]) -> list[str]:

@@ -106,10 +106,10 @@ def predicted(made: Costed, sizes: Sequence[int], link: Link) -> dict[str, Any]:
     parts = {stage: needs[:-1] for stage, needs in made.needs.items()} | {"an evaluation": made.needs["baseline"][-1:], "all": everything}
     stops = [dict(zip(("stage", "ranks", STOPS), (part, *fleet.enough(needs)), strict=True)) for part, needs in parts.items()]
     return {
-        "recipe": made.said["recipe"],
-        "model": made.said["model"],
-        "parameters": made.said["parameters"],
-        "device": f"{made.said['device']} in {made.said['dtype']}, one like this for each rank",
+        "recipe": made.report["recipe"],
+        "model": made.report["model"],
+        "parameters": made.report["parameters"],
+        "device": f"{made.report['device']} in {made.report['dtype']}, one like this for each rank",
         "link": f"{size_of(link.bytes_per_second)}/s, {link.latency_seconds * 1e6:.0f} µs, {link.source}",
         "stages": stages,
         "all_stages": total,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ...compress.decompose import Decomposition
 from ...compress.grids import STEPS
 from ..devices.rates import Work
 
@@ -45,7 +46,7 @@ class Cost:
     kept: float = 0.0
 
 
-def solver_cost(stage: str, method: str, config: Any, shape: tuple[int, int], quantized: bool) -> Cost:
+def solver_cost(stage: str, method: str, config: object, shape: tuple[int, int], quantized: bool) -> Cost:
     """Of one matrix [O, I]; `quantized`: whether its record lies on a grid already."""
     if stage == "prune":
         return _pruned(method, config, *shape)
@@ -54,15 +55,15 @@ def solver_cost(stage: str, method: str, config: Any, shape: tuple[int, int], qu
     return _decomposed(config, *shape, quantized)
 
 
-def _pruned(method: str, config: Any, rows: int, columns: int) -> Cost:
+def _pruned(method: str, config: object, rows: int, columns: int) -> Cost:
     matrix = 4.0 * rows * columns
     plain = Cost(Work(passes=MASK * matrix, calls=40), 5.3 * matrix)
     if method != "sparsegpt":
         return plain
-    found = Cost(_sweep(rows, columns, 3.3), max(7.3 * matrix, FACTOR_PEAK * 4 * columns**2), 8.0 * columns**2)
+    result = Cost(_sweep(rows, columns, 3.3), max(7.3 * matrix, FACTOR_PEAK * 4 * columns**2), 8.0 * columns**2)
     if getattr(config, "bits", None) is None:
-        return found
-    return replace(found, work=found.work + _search(getattr(config, "clip", "hessian"), rows, columns))
+        return result
+    return replace(result, work=result.work + _search(getattr(config, "clip", "hessian"), rows, columns))
 
 
 def _rounded(config: Any, rows: int, columns: int, feedback: bool) -> Cost:
@@ -135,7 +136,7 @@ def _decomposed(config: Any, rows: int, columns: int, quantized: bool) -> Cost:
     return Cost(work, peak, 4.0 * columns**2 if again and config.quantizer == "gptq" else 0.0)
 
 
-def _requantized(config: Any, rows: int, columns: int) -> Work:
+def _requantized(config: Decomposition, rows: int, columns: int) -> Work:
     work = Work(passes=4 * PACK * rows * columns, calls=200) + _search(config.clip, rows, columns)
     if config.quantizer == "gptq":
         work += _sweep(rows, columns, SETTLED_CALLS)

@@ -7,7 +7,6 @@ Legend: N sequences, T tokens, O out, I in, D model, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -83,8 +82,8 @@ def table(plan: CostPlan, stages: Spent, settings: Sequence[Setting], records: b
     for together in anatomy.inputs(sites):
         kept += 4.0 * together[0].shape[1] ** 2
         for site in together:
-            found, held = _of_matrix(stages, site, settings, plan.recipe.allocation.errors == "iterates")
-            work, peak = work + found, max(peak, kept + held)
+            result, held = _of_matrix(stages, site, settings, plan.recipe.allocation.errors == "iterates")
+            work, peak = work + result, max(peak, kept + held)
         if stages.quantize.method.startswith("gptq") or row.scope == "block":
             work, kept = work + factor_work(together[0].shape[1]), kept + 4.0 * together[0].shape[1] ** 2
     device = plan.outside_bytes + plan.block_bytes + max(peak, kept, plan.running_bytes(plan.recipe.calibration.samples, seq_len))
@@ -141,10 +140,10 @@ def _of_matrix(stages: Spent, site: Site, settings: Sequence[Setting], iterates:
     return work, 2.0 * matrix + max(solved, spectrum)
 
 
-def _quantizer(stages: Spent, site: Site, grid: Grid) -> tuple[str, Any]:
+def _quantizer(stages: Spent, site: Site, grid: Grid) -> tuple[str, object]:
     """The method and config that make a matrix's codes on a grid: of one that trains whole blocks, what it starts from."""
     name, config = stages.quantize.method, stages.quantize.config_for(site.name)
     if QUANTIZE[name].scope == "block":
         name, config = "gptq", GptqConfig(clip=config.clip)
-    wanted: dict[str, Any] = overrides(Setting(grid))["quantize"]
+    wanted: dict[str, object] = overrides(Setting(grid))["quantize"]
     return name, replace(config, **wanted | ({"correction": 0.0} if hasattr(config, "correction") else {}))

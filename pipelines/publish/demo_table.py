@@ -25,7 +25,7 @@ from . import other_programs
 from .reference_rows import DEMO, SETTINGS
 
 log = logging.getLogger("bitmend")
-PLAIN: dict[str, dict[str, Any]] = {
+PLAIN: dict[str, dict[str, object]] = {
     "RTN": {"method": "rtn", "bits": 4, "group_size": 64},
     "GPTQ": {"method": "gptq", "bits": 4, "group_size": 64},
     "NF4": {"method": "nf4"},
@@ -46,23 +46,26 @@ def publish(directory: Path) -> list[Path]:
     record = runner.run(chosen, run_directory(chosen))
     rows = [_row(stage) for stage in (*record.stages, *plain.stages)]
     protocols = {name: protocol.to_json() for name, protocol in {DEMO: record.protocol, **record.texts}.items()}
-    notes = ["Below the recipe's stages: plain methods, the recipe's embeddings, 32 × 512 calibration tokens of the demo text.", "Made by `make publish TABLE=demo`."]
+    notes = [
+        "Below the recipe's stages: plain methods, the recipe's embeddings, 32 × 512 calibration tokens of the demo text.",
+        "Made by `make publish TABLE=demo`.",
+    ]
     figure, title = size_against_perplexity(record.stages, plain_rows.rivals(record)), "The default recipe on the demo model"
     return published.write("demo", rows, COLUMNS, protocols, figure, title=title, notes=notes)
 
 
 def _plain(chosen: Recipe, directory: Path) -> RunRecord:
-    found = {name: _measured(chosen, directory / "demo-plain", settings, {"model": DEMO}) for name, settings in PLAIN.items()}
+    result = {name: _measured(chosen, directory / "demo-plain", settings, {"model": DEMO}) for name, settings in PLAIN.items()}
     try:
-        found["AutoRound"] = _auto_round(chosen, directory)
+        result["AutoRound"] = _auto_round(chosen, directory)
     except InputError as error:
         log.warning("AutoRound's row is left out: %s", error)
-    stages = tuple(replace(record.stages[-1], stage=name, layers=(), metrics={}, notes=()) for name, record in found.items())
-    first = next(iter(found.values()))
+    stages = tuple(replace(record.stages[-1], stage=name, layers=(), metrics={}, notes=()) for name, record in result.items())
+    first = next(iter(result.values()))
     return RunRecord("plain methods, the default recipe's embeddings", DEMO, first.protocol, stages, {}, first.texts)
 
 
-def _measured(chosen: Recipe, directory: Path, settings: Mapping[str, Any], options: Mapping[str, Any]) -> RunRecord:
+def _measured(chosen: Recipe, directory: Path, settings: Mapping[str, object], options: Mapping[str, object]) -> RunRecord:
     """A run of one quantizer, with the recipe's embeddings and evaluation."""
     (quantize,) = [stage for stage in chosen.stages if stage.name == "quantize"]
     embeddings = {key: getattr(quantize, key) for key in ("include_embeddings", "embedding_bits", "head_bits")}
@@ -83,10 +86,10 @@ def _auto_round(chosen: Recipe, directory: Path) -> RunRecord:
         export(first, "dense", beside / "dense", stage="baseline")
     document = {"name": "plain", "calibration": SETTINGS[DEMO]["calibration"], "stages": [{"quantize": PLAIN["RTN"]}]}
     ids_NT = Inputs(recipe.resolve(document, options={"model": DEMO}), beside / "dense").calibration()
-    checkpoint, said = other_programs.made(beside, beside / "dense", ids_NT, AUTO_ROUND)
+    checkpoint, reported = other_programs.made(beside, beside / "dense", ids_NT, AUTO_ROUND)
     untouched = {"method": "rtn", "ignore": [r"\.layers\."]}
     record = _measured(chosen, beside / "run", untouched, {"model": str(checkpoint), "data": DEMO, "teacher": DEMO})
-    last = replace(record.stages[-1], method="auto_round", seconds=said["seconds"], peak_bytes=said["peak_bytes"])
+    last = replace(record.stages[-1], method="auto_round", seconds=reported["seconds"], peak_bytes=reported["peak_bytes"])
     return replace(record, stages=(*record.stages[:-1], last))
 
 

@@ -11,15 +11,16 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from gguf import GGUFReader
 
 from ...reports import published
+from ...reports.json_values import text
 from ..doctor import cpu_name
 from ..errors import InputError
 from ..evaluation.speed import tokens_per_second
@@ -32,6 +33,9 @@ from ..run.opening import last_artifact, load
 from ..stages.inputs import Inputs
 from .reference_rows import DEMO, SETTINGS, SMALL
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 NAME = "gguf"
 WIDE = "wide"
 WIDE_STEPS = 1500
@@ -39,7 +43,7 @@ MODELS = (SMALL, WIDE, DEMO)
 TYPES = ("Q2_K", "Q3_K_M", "Q4_K_M")
 TRAINED = {"method": "scales", "steps": 40, "batch_size": 1, "accumulation": 2, "eval_every": 10, "loss": "both"}
 BY_BUDGET = "GPTQ, types by budget"
-METHODS: Mapping[str, list[dict[str, Any]]] = {"GPTQ": [], "GPTQ, scales trained": [{"recover": TRAINED}], BY_BUDGET: []}
+METHODS: Mapping[str, list[dict[str, object]]] = {"GPTQ": [], "GPTQ, scales trained": [{"recover": TRAINED}], BY_BUDGET: []}
 COLUMNS = (
     ("model", "model", "text"), ("type", "type", "text"), ("name", "rounded by", "text"), ("perplexity", "perplexity in llama.cpp", "perplexity"),
     ("own_perplexity", "in ours", "perplexity"), ("file_bytes", "bytes", "bytes"), ("llama_tokens_per_second", "llama.cpp tokens/s", "number"),
@@ -72,7 +76,7 @@ def _write(kept: published.PublishedRows) -> list[Path]:
         "The two perplexities of a row differ because llama.cpp rounds what enters a quantized matrix to 8 bits. Tokens/s: one thread each, greedy.",
         f"Made by `make publish TABLE={NAME}`: {len(rows)} of {len(MODELS) * (1 + len(TYPES) * (1 + len(METHODS)))} rows; {cpu_name()}, 2 cores shared with other work.",
     ]
-    protocols = {row["model"]: row["protocol"] for row in rows}
+    protocols = {text(row["model"]): row["protocol"] for row in rows}
     return published.write(NAME, shown, COLUMNS, protocols, title="GGUF: our grids beside llama.cpp's quantizer", notes=notes)
 
 
@@ -84,11 +88,11 @@ def _measure(model: str, directory: Path, kept: published.PublishedRows) -> None
     inputs = Inputs(_recipe([], model, options), last_artifact(place / "run", "baseline").directory)
     ids_NT = inputs.evaluation().ids
     np.save(place / "windows.npy", ids_NT.numpy())
-    said = {"protocol": record.protocol.to_json()}
+    protocol = {"protocol": record.protocol.to_json()}
 
-    def row(kind: str, name: str, file: Path, **more: Any) -> None:
+    def row(kind: str, name: str, file: Path, **more: object) -> None:
         if {"model": model, "type": kind, "name": name} not in kept:
-            kept.append({"model": model, "type": kind, "name": name, **_in_llama_cpp(file, place, ids_NT), **said, **more})
+            kept.append({"model": model, "type": kind, "name": name, **_in_llama_cpp(file, place, ids_NT), **protocol, **more})
 
     dense = place / "dense.gguf"
     if not dense.is_file():
@@ -117,7 +121,7 @@ def _measure(model: str, directory: Path, kept: published.PublishedRows) -> None
                 row(kind, name, file, own_perplexity=made.stages[-1].perplexity, tokens_per_second=speed, types=_said_types(file))
 
 
-def _options(model: str, place: Path) -> dict[str, Any]:
+def _options(model: str, place: Path) -> dict[str, object]:
     if model == DEMO:
         return {"model": DEMO, "profile": DEMO}
     trained = _TRAIN.parent / "model" if model == SMALL else place / "model"
@@ -126,8 +130,15 @@ def _options(model: str, place: Path) -> dict[str, Any]:
     return {"model": str(trained), "data": str(_TRAIN.parent / "text.jsonl"), "profile": "standard"}
 
 
-def _recipe(stages: list[dict[str, Any]], model: str, options: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> recipe.Recipe:
-    document = {"name": NAME, **SETTINGS[DEMO if model == DEMO else SMALL], **(more or {}), "stages": stages or [{"prune": {"method": "none"}}]}
+def _recipe(
+    stages: Sequence[Mapping[str, object]], model: str, options: Mapping[str, object], more: Mapping[str, object] | None = None
+) -> recipe.Recipe:
+    document = {
+        "name": NAME,
+        **SETTINGS[DEMO if model == DEMO else SMALL],
+        **(more or {}),
+        "stages": stages or [{"prune": {"method": "none"}}],
+    }
     seq_len = document["calibration"]["seq_len"]
     for stage in document["stages"]:
         if "recover" in stage:
@@ -135,7 +146,7 @@ def _recipe(stages: list[dict[str, Any]], model: str, options: Mapping[str, Any]
     return recipe.resolve(document, options=options)
 
 
-def _as_grids(file: Path, model: Path) -> dict[str, Any]:
+def _as_grids(file: Path, model: Path) -> dict[str, object]:
     """A quantize stage that puts every matrix on the grid of the type that it has in the file."""
     types = {tensor.name: tensor.tensor_type.name.lower() for tensor in GGUFReader(file).tensors}
     known = GgufModel.of(json.loads((model / "config.json").read_text()))
@@ -150,7 +161,7 @@ def _as_grids(file: Path, model: Path) -> dict[str, Any]:
     return {"method": "gptq", "grid": common, "overrides": overrides, "include_embeddings": True, "embedding_bits": bits}
 
 
-def _budget_of(file: Path) -> dict[str, Any]:
+def _budget_of(file: Path) -> dict[str, object]:
     """The bits that a file's matrices take, as a budget for ours, whose embeddings may have any."""
     matrices = [tensor for tensor in GGUFReader(file).tensors if len(tensor.shape) == 2]
     bits = 8 * sum(int(tensor.n_bytes) for tensor in matrices) / sum(int(tensor.n_elements) for tensor in matrices)
@@ -162,11 +173,11 @@ def _mean_squares(inputs: Inputs) -> dict[str, np.ndarray]:
     """GGUF tensor → E[x²] of every column of its input over the calibration text, which is what llama.cpp's own imatrix holds."""
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(_weights(inputs.model), dtype=torch.float32).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(_weights(inputs.model), dtype=torch.float32).eval()
     known, sums, ids_NT = GgufModel.of(model.config.to_dict()), {}, inputs.calibration()
 
     def watch(name: str) -> Any:
-        def see(_: Any, given: tuple[torch.Tensor, ...]) -> None:
+        def see(_: object, given: tuple[torch.Tensor, ...]) -> None:
             square_I = given[0].double().flatten(0, -2).square().sum(0)
             sums[name] = sums.get(name, 0) + square_I
 
@@ -187,8 +198,8 @@ def _weights(artifact: Path) -> Path:
 
 def _in_llama_cpp(file: Path, place: Path, ids_NT: torch.Tensor) -> dict[str, Any]:
     nll = _run("score", {"model": str(file), "windows": str(place / "windows.npy")}, place)["nll"]
-    said = _run("generate", {"model": str(file), "ids": ids_NT[0, :16].tolist(), "new_tokens": _NEW_TOKENS}, place)
-    rate = _NEW_TOKENS / said["seconds"]
+    answer = _run("generate", {"model": str(file), "ids": ids_NT[0, :16].tolist(), "new_tokens": _NEW_TOKENS}, place)
+    rate = _NEW_TOKENS / answer["seconds"]
     return {"perplexity": math.exp(math.fsum(nll) / len(nll)), "file_bytes": file.stat().st_size, "llama_tokens_per_second": rate}
 
 
@@ -197,7 +208,7 @@ def _said_types(file: Path) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
 
 
-def _run(verb: str, job: Mapping[str, Any], place: Path) -> dict[str, Any]:
+def _run(verb: str, job: Mapping[str, object], place: Path) -> dict[str, Any]:
     """One job of tests/interop/llama_cpp_runs.py. InputError with its last words when it fails."""
     (place / "jobs.json").write_text(json.dumps([{**job, "said": str(place / "said.json")}]))
     done = subprocess.run([_interpreter(), "-P", _RUNS, verb, place / "jobs.json"], capture_output=True, text=True, check=False)
@@ -209,5 +220,7 @@ def _run(verb: str, job: Mapping[str, Any], place: Path) -> dict[str, Any]:
 def _interpreter() -> Path:
     python = Path(os.environ.get("VENV_LLAMA", ".venv-llama")) / "bin" / "python"
     if not python.is_file() or not _RUNS.is_file():
-        raise InputError(f"{python if _RUNS.is_file() else _RUNS}: no such file; run this from the root of the repository, `make interop` builds llama.cpp")
+        raise InputError(
+            f"{python if _RUNS.is_file() else _RUNS}: no such file; run this from the root of the repository, `make interop` builds llama.cpp"
+        )
     return python

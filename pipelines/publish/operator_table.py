@@ -38,7 +38,7 @@ def publish(directory: Path) -> list[Path]:
     before = {}
     if (published.DIRECTORY / f"{NAME}.json").is_file():
         before = {(row["shape"], row["part"]): row for row in published.read(NAME)["rows"]}
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    rows: dict[tuple[str, str], dict[str, object]] = {}
     for shape in SHAPES:
         for device in DEVICES:
             for counted in _counted(directory / NAME, shape, device):

@@ -21,14 +21,14 @@ _RUNS = Path("tests/interop/auto_round_runs.py")
 
 
 def made(directory: Path, dense: Path, ids_NT: Tensor, asked: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """The rival's checkpoint and what its run said (seconds, peak_bytes), made once in `directory`.
+    """The rival's checkpoint and what its run reported (seconds, peak_bytes), made once in `directory`.
 
     dense: a Hugging Face directory in float32; ids: the calibration windows; asked: program, bits, group_size, iterations, samples,
     batch_size. InputError without the environment, or with the program's last words when it fails.
     """
     place = place_of(directory, asked)
-    said, checkpoint = place / "run.json", place / "checkpoint"
-    if not said.is_file():
+    answer, checkpoint = place / "run.json", place / "checkpoint"
+    if not answer.is_file():
         python = _interpreter()
         checkpoint.mkdir(parents=True, exist_ok=True)
         save_file({"ids": ids_NT.reshape(asked["samples"], -1).contiguous()}, place / "calibration.safetensors")
@@ -37,16 +37,16 @@ def made(directory: Path, dense: Path, ids_NT: Tensor, asked: Mapping[str, Any])
         ran = subprocess.run([python, "-P", _RUNS, place / "job.json", place / "said.json"], capture_output=True, text=True, check=False)
         if ran.returncode:
             raise InputError(f"{asked['program']} ended with {ran.returncode}: {ran.stderr.strip()[-2000:]}")
-        (place / "said.json").rename(said)
-    found = json.loads(said.read_text())
-    if found["version"] != VERSIONS[asked["program"]]:
+        (place / "said.json").rename(answer)
+    result = json.loads(answer.read_text())
+    if result["version"] != VERSIONS[asked["program"]]:
         raise InputError(
-            f"{said}: made by {asked['program']} {found['version']}, the table is of {VERSIONS[asked['program']]}; `make rivals`, delete {place}"
+            f"{answer}: made by {asked['program']} {result['version']}, the table is of {VERSIONS[asked['program']]}; `make rivals`, delete {place}"
         )
-    return next(checkpoint.rglob("config.json")).parent, found
+    return next(checkpoint.rglob("config.json")).parent, result
 
 
-def place_of(directory: Path, asked: Mapping[str, Any]) -> Path:
+def place_of(directory: Path, asked: Mapping[str, object]) -> Path:
     return directory / "-".join(str(value) for value in asked.values())
 
 

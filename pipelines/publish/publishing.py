@@ -19,6 +19,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ...reports import published
+from ...reports.json_values import text
 from ...reports.plots import Look, lines_figure, pareto_figure
 from ...reports.record import RunRecord
 from .. import logs
@@ -83,21 +84,21 @@ def _versions(row: ReferenceRow) -> dict[str, int | str]:
 
 
 def _stands(row: ReferenceRow, kept: published.PublishedRows) -> bool:
-    found = kept.get(**_identity(row))
-    return found is not None and found["versions"] == _versions(row)
+    result = kept.get(**_identity(row))
+    return result is not None and result["versions"] == _versions(row)
 
 
 def write(name: str, table: ReferenceTable, kept: published.PublishedRows) -> list[Path]:
     """The files of the table, from the rows that were measured."""
-    found = [row for row in (kept.get(**_identity(row)) for row in table.rows if _stands(row, kept)) if row is not None]
-    shown = [{k: v for k, v in row.items() if k != "protocol"} | {"settings": SETTINGS[row["model"]]} for row in found]
+    result = [row for row in (kept.get(**_identity(row)) for row in table.rows if _stands(row, kept)) if row is not None]
+    shown = [{k: v for k, v in row.items() if k != "protocol"} | {"settings": SETTINGS[text(row["model"])]} for row in result]
     for row in shown:
         row["verdict"] = _verdict(row, shown, table)
     figure = _figure([r for r in shown if r.get("perplexity")], table)
     columns = [("model", "model", "text"), ("name", "method", "text"), *((tag, tag, "text") for tag in table.tags), *MEASURED]
     columns = [c for c in columns if any(r.get(c[0]) not in (None, "") for r in shown)]
-    protocols = {row["model"]: row["protocol"] for row in found if row.get("protocol")}
-    return published.write(name, shown, columns, protocols, figure, title=table.title, notes=[*table.notes, *_notes(name, found, table)])
+    protocols = {text(row["model"]): row["protocol"] for row in result if row.get("protocol")}
+    return published.write(name, shown, columns, protocols, figure, title=table.title, notes=[*table.notes, *_notes(name, result, table)])
 
 
 def _figure(shown: list[dict[str, Any]], table: ReferenceTable) -> Figure:
@@ -115,13 +116,13 @@ def _figure(shown: list[dict[str, Any]], table: ReferenceTable) -> Figure:
     return pareto_figure(labelled, x=table.x, y="perplexity", label=label, series="name", panel=panel, look=Look(across, log_y=True))
 
 
-def _notes(name: str, found: list[dict[str, Any]], table: ReferenceTable) -> list[str]:
-    dense = {row["model"]: row["baseline_perplexity"] for row in found if row.get("baseline_perplexity")}
+def _notes(name: str, result: list[dict[str, Any]], table: ReferenceTable) -> list[str]:
+    dense = {row["model"]: row["baseline_perplexity"] for row in result if row.get("baseline_perplexity")}
     notes = [f"{model}: dense perplexity {value:.2f}." for model, value in dense.items()]
     texts = ", ".join(f"{model} {s['calibration']['samples']} × {s['calibration']['seq_len']}" for model, s in SETTINGS.items())
     notes.append(f"Calibration tokens: {texts}. Seconds and memory are those of the last stage alone.")
     notes.append(
-        f"Made by `make publish TABLE={name}`: {len(found)} of {len(table.rows)} rows; {', '.join(sorted({row['processor'] for row in found}))}, 2 cores shared with other work: seconds are an upper bound."
+        f"Made by `make publish TABLE={name}`: {len(result)} of {len(table.rows)} rows; {', '.join(sorted({row['processor'] for row in result}))}, 2 cores shared with other work: seconds are an upper bound."
     )
     return notes
 
@@ -143,7 +144,7 @@ def _label(row: ReferenceRow, table: ReferenceTable) -> str:
     return " ".join(str(part) for part in (row.model, row.name, *(row.tags[tag] for tag in table.tags)))
 
 
-def _identity(row: ReferenceRow) -> dict[str, Any]:
+def _identity(row: ReferenceRow) -> dict[str, object]:
     return {"model": row.model, "name": row.name, **row.tags}
 
 
@@ -162,13 +163,13 @@ def _measure(row: ReferenceRow, directory: Path, other_text: bool) -> dict[str, 
     return numbers | (_on_other_text(directory, directory, row) if other_text else {})
 
 
-def _recipe(row: ReferenceRow, options: Mapping[str, Any]) -> recipe.Recipe:
+def _recipe(row: ReferenceRow, options: Mapping[str, object]) -> recipe.Recipe:
     stages = [dict(stage) for stage in row.stages] or [{"fuse": {"backend": "reference"}}]
     document = {"name": "published", "seed": row.seed, "dtype": row.dtype, **SETTINGS[row.model], "stages": stages}
     return recipe.resolve(document, options=options)
 
 
-def _measure_rival(row: ReferenceRow, directory: Path, options: Mapping[str, Any], other_text: bool) -> dict[str, Any]:
+def _measure_rival(row: ReferenceRow, directory: Path, options: Mapping[str, object], other_text: bool) -> dict[str, Any]:
     """What the other program made of the baseline, as it stands or as the row's stages leave it; differences are to the dense model."""
     assert row.rival is not None
     beside = directory.with_name(f"{directory.name}-rivals")
@@ -177,7 +178,7 @@ def _measure_rival(row: ReferenceRow, directory: Path, options: Mapping[str, Any
     first = runner.run(chosen, directory, until_stage="baseline", page=False).stages[0]
     if not dense.is_dir():
         export(directory, "dense", dense, stage="baseline")
-    checkpoint, said = other_programs.made(beside, dense, Inputs(chosen, dense).calibration(), row.rival)
+    checkpoint, reported = other_programs.made(beside, dense, Inputs(chosen, dense).calibration(), row.rival)
     own = other_programs.place_of(beside, row.rival) / "run"
     record = runner.run(_recipe(row, {**options, "model": str(checkpoint), "teacher": options["model"]}), own, page=False)
     numbers = _numbers(record)
@@ -189,7 +190,7 @@ def _measure_rival(row: ReferenceRow, directory: Path, options: Mapping[str, Any
         assert before is not None
         numbers["gap_closed"] = math.log(before / numbers["perplexity"]) / math.log(before / first.perplexity)
     else:
-        numbers |= {"seconds": said["seconds"], "peak_bytes": said["peak_bytes"], "gap_closed": None}
+        numbers |= {"seconds": reported["seconds"], "peak_bytes": reported["peak_bytes"], "gap_closed": None}
     return numbers | (_on_other_text(directory, own, row) if other_text else {})
 
 

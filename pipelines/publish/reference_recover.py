@@ -1,7 +1,6 @@
 """The rows of the tables of recovery: every method, pruned models, and the grid that trains."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from .reference_rows import DEMO, SHORT, SHORT_NOTE, SMALL, ReferenceRow, ReferenceTable, Stage, prune, quantize
 
@@ -15,7 +14,7 @@ KINDS: dict[str, tuple[Stage, ...]] = {
     "LQ": (quantize(3), {"decompose": {"method": "qera_exact", "rank": 8}}),
 }
 _BUDGET = {DEMO: {"steps": 50, "batch_size": 4, "seq_len": 256}, SMALL: {"steps": 50, "batch_size": 8, "seq_len": 128}}
-_FOUR: dict[str, dict[str, Any]] = {
+_FOUR: dict[str, dict[str, object]] = {
     "perp, norms": {"method": "perp", "biases": False},
     "perp, norms and biases": {"method": "perp"},
     "lora": {"method": "lora", "rank": 8, "norms": True},
@@ -24,7 +23,7 @@ _FOUR: dict[str, dict[str, Any]] = {
 _GRID_FOUR = {**{k: v for k, v in _FOUR.items() if k != "perp, norms and biases"}, "scales, norms": {"method": "scales", "norms": True}}
 
 
-def _recovered(name: str, kind: str, settings: Mapping[str, Any], model: str, seed: int = 0) -> ReferenceRow:
+def _recovered(name: str, kind: str, settings: Mapping[str, object], model: str, seed: int = 0) -> ReferenceRow:
     return ReferenceRow(name, (*KINDS[kind], {"recover": {**_BUDGET[model], **settings}}), {"kind": kind, "seed": seed}, model, seed)
 
 
@@ -58,7 +57,7 @@ RECOVER_NOTE = "Every row trains on the same number of tokens, by distillation f
 
 # -- perp ------------------------------------------------------------------------------------------------------------------------
 
-SUBSETS: dict[str, dict[str, Any]] = {
+SUBSETS: dict[str, dict[str, object]] = {
     "norms": {"method": "perp", "biases": False},
     "biases": {"method": "perp", "norms": False},
     "norms and biases": {"method": "perp"},
@@ -80,7 +79,9 @@ def _perp_rows() -> list[ReferenceRow]:
     half, pairs = {"pattern": "unstructured", "pruned": "50 %"}, {"pattern": "2:4", "pruned": "50 %"}
     rows.append(ReferenceRow("not recovered", (prune("magnitude"),), half))
     for name in ("norms", "norms and biases"):
-        rows.append(ReferenceRow(f"{name}, 60 steps", (prune("magnitude"), {"recover": {**_BUDGET[DEMO], **SUBSETS[name], "steps": 60}}), half))
+        rows.append(
+            ReferenceRow(f"{name}, 60 steps", (prune("magnitude"), {"recover": {**_BUDGET[DEMO], **SUBSETS[name], "steps": 60}}), half)
+        )
     rows.append(ReferenceRow("not recovered", (prune(pattern="2:4"),), pairs))
     after = (prune(pattern="2:4"), _RECONSTRUCTED)
     rows.append(ReferenceRow("reconstruct mask_lora, 50 steps a block", after, pairs))
@@ -107,11 +108,11 @@ PERP = ReferenceTable(
 # -- grid ------------------------------------------------------------------------------------------------------------------------
 
 
-def _trained(steps: int, method: str = "scales", **settings: Any) -> Stage:
+def _trained(steps: int, method: str = "scales", **settings: object) -> Stage:
     return {"recover": {**_BUDGET[DEMO], "method": method, "norms": True, "steps": steps, **settings}}
 
 
-def _auto_round(bits: int) -> Mapping[str, Any]:
+def _auto_round(bits: int) -> Mapping[str, object]:
     """Its default steps on as many samples as are its default, cut from our calibration tokens; 1,024 tokens a step."""
     return {"program": "auto_round", "bits": bits, "group_size": 64, "iterations": 200, "samples": 128, "batch_size": 8}
 

@@ -25,7 +25,7 @@ class ReferenceRow:
 
     name: str
     stages: tuple[Stage, ...]
-    tags: Mapping[str, Any] = field(default_factory=dict)
+    tags: Mapping[str, object] = field(default_factory=dict)
     model: str = DEMO
     seed: int = 0
     budget: str | None = None
@@ -52,7 +52,7 @@ class ReferenceTable:
     """Measure on text of another kind too, so that an adaptation to the training text is told from a recovery."""
 
 
-def quantize(bits: int, method: str = "gptq", **settings: Any) -> Stage:
+def quantize(bits: int, method: str = "gptq", **settings: object) -> Stage:
     size = "block_size" if method in ("normal_float", "gptq_nf", "nf4") else "group_size"
     return {"quantize": {"method": method, "bits": bits, size: 64, **settings}}
 

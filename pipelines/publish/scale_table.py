@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from ...reports import published
+from ...reports.json_values import integer, text
 from ..bench import process_scaling
 from ..doctor import cpu_name
 
@@ -40,5 +41,5 @@ def publish(directory: Path) -> list[Path]:
         "Made by `make publish TABLE=scale`.",
     )
     order = {name: number for number, name in enumerate(process_scaling.SUBJECTS)}
-    rows = sorted(kept, key=lambda row: (order[row["subject"]], row["scaling"], row["ranks"]))
+    rows = sorted(kept, key=lambda row: (order[text(row["subject"])], text(row["scaling"]), integer(row["ranks"])))
     return published.write(NAME, rows, COLUMNS, title="Scaling over processes", notes=notes)

@@ -38,7 +38,7 @@ class Budget:
         """What the matrices it is spent on may store: all of it in bits per weight, or what `rest_bytes` leave of the artifact."""
         return self.bits_per_weight * weights / 8 if self.bits_per_weight is not None else (self.total_bytes or 0) - rest_bytes
 
-    def said(self, stored_bytes: float, weights: int, rest_bytes: float) -> str:
+    def text_of(self, stored_bytes: float, weights: int, rest_bytes: float) -> str:
         """A size of those matrices in the budget's own unit, rounded up: as a budget it is enough."""
         if self.bits_per_weight is not None:
             return f"{_up(stored_bytes * 8 / weights)}bpw"
@@ -51,17 +51,17 @@ def _up(value: float) -> str:
     return f"{-(-value * 1000 // 1) / 1000:.3f}"
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: object) -> Any:
     """A single value where a list is meant; nothing twice."""
     items = value if isinstance(value, (list, tuple)) else [value]
     return tuple(item for number, item in enumerate(items) if item not in items[:number])
 
 
-def _listed_or_null(value: Any) -> Any:
+def _listed_or_null(value: object) -> Any:
     return None if value is None else _listed(value)
 
 
-def _texts(value: Any) -> Any:
+def _texts(value: object) -> Any:
     """0.5 is a share whether it was written as a number or as text."""
     return tuple(str(item) if isinstance(item, float) else item for item in _listed(value))
 

@@ -27,13 +27,13 @@ def catalog() -> dict[str, Any]:
 def named(method: str) -> list[dict[str, Any]]:
     """The methods of that name, each with its stage: `loftq` decomposes, and recovers. UsageError with the nearest known one."""
     stages = catalog()["methods"]
-    found = [{"stage": stage, "method": method, **rows[method]} for stage, rows in stages.items() if method in rows]
-    if not found:
+    result = [{"stage": stage, "method": method, **rows[method]} for stage, rows in stages.items() if method in rows]
+    if not result:
         raise UsageError(unknown("method", method, {name for rows in stages.values() for name in rows}))
-    return found
+    return result
 
 
-def packaged(recipe: str, model: str | None, profile: str | None) -> dict[str, Any] | None:
+def packaged(recipe: str, model: str | None, profile: str | None) -> dict[str, object] | None:
     """The settings of a packaged recipe of which a model and a profile alone are chosen, as `resolve` gives them; None for any other."""
     known = catalog()["recipes"].get(recipe)
     if known is None or model == "":
@@ -67,7 +67,7 @@ def _method(stage: str, name: str) -> dict[str, Any]:
 
 
 def _advice(stage: str, row: Any) -> list[str]:
-    """What the method's config says of its settings, then what is said of those that the whole stage shares."""
+    """What the method's config says of its settings, then the docs of those that the whole stage shares."""
     from ...recover.trainable import RATES
     from ...recover.training_run import TrainConfig
 
@@ -78,7 +78,7 @@ def _advice(stage: str, row: Any) -> list[str]:
     return [" ".join(part.split()) for text in texts for part in inspect.cleandoc(text).split("\n\n")]
 
 
-def text(value: Any, indent: int = 0) -> str:
+def text(value: object, indent: int = 0) -> str:
     """JSON with as much on a line as fits."""
     line = json.dumps(value, ensure_ascii=False)
     if len(line) + indent <= LINE or not isinstance(value, dict | list):

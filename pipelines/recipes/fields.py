@@ -35,15 +35,15 @@ class FieldRange:
     where: str = ""
 
 
-def field_ranges(config_type: type, defaults: Mapping[str, Any]) -> list[FieldRange]:
+def field_ranges(config_type: type, defaults: Mapping[str, object]) -> list[FieldRange]:
     """Of every field in order; `defaults` lie over the dataclass's own. TypeError for a field whose type declares no range."""
-    known, found = hints(config_type), []
+    known, result = hints(config_type), []
     for item in dataclasses.fields(config_type):
         hint, default = known[item.name], _default(item, defaults)
         where = " and ".join(condition.words for condition in _conditions(hint))
         default = list(default) if isinstance(default, tuple) else default
-        found.append(FieldRange(item.name, type_words(hint), range_words(hint), default, where))
-    return found
+        result.append(FieldRange(item.name, type_words(hint), range_words(hint), default, where))
+    return result
 
 
 def refuse_unread(config: Any, defaults: Mapping[str, Any], where: str, named: Collection[str]) -> None:
@@ -56,12 +56,12 @@ def refuse_unread(config: Any, defaults: Mapping[str, Any], where: str, named: C
                 raise UsageError(f"{where}.{item.name}: {shown(value)} is read only where {condition.words}; change that, or leave it out")
 
 
-def _default(item: "dataclasses.Field[Any]", defaults: Mapping[str, Any]) -> Any:
+def _default(item: "dataclasses.Field[Any]", defaults: Mapping[str, object]) -> Any:
     own = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
     return defaults.get(item.name, None if own is dataclasses.MISSING else own)
 
 
-def _conditions(hint: Any) -> list[ReadWhere]:
+def _conditions(hint: object) -> list[ReadWhere]:
     return [m for m in split_annotated(hint)[1] if isinstance(m, ReadWhere)]
 
 
@@ -69,7 +69,7 @@ def hints(config_type: type) -> dict[str, Any]:
     return typing.get_type_hints(config_type, include_extras=True)
 
 
-def options(hint: Any) -> tuple[Any, ...]:
+def options(hint: object) -> tuple[Any, ...]:
     """The members of a union, else the hint alone."""
     kind, metadata = split_annotated(hint)
     if metadata and not all(isinstance(m, ReadWhere) for m in metadata):
@@ -77,14 +77,14 @@ def options(hint: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
-def range_words(hint: Any) -> str:
+def range_words(hint: object) -> str:
     """Which values a type takes. TypeError where it does not say."""
     words = [_range(option) for option in options(hint)]
     plain = all(get_origin(option) is Literal or option in (bool, types.NoneType) for option in options(hint))
     return ("|" if plain else " or ").join(words)
 
 
-def type_words(hint: Any) -> str:
+def type_words(hint: object) -> str:
     """ "integer", "number", "choice", "true or false", "text", "list", "settings"."""
     words = [_type(option) for option in options(hint) if option is not types.NoneType]
     return "choice" if set(words) == {"choice", "true or false"} else " or ".join(dict.fromkeys(words))
@@ -95,14 +95,14 @@ def split_annotated(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     return (get_args(hint)[0], hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
 
 
-def bounds(metadata: tuple[Any, ...]) -> tuple[tuple[float, bool], tuple[float, bool]] | None:
+def bounds(metadata: tuple[object, ...]) -> tuple[tuple[float, bool], tuple[float, bool]] | None:
     """((low, whether it is a value), (high, whether it is)); None where an end is missing."""
     low = next(((m.ge, True) if isinstance(m, Ge) else (m.gt, False) for m in metadata if isinstance(m, (Ge, Gt))), None)
     high = next(((m.le, True) if isinstance(m, Le) else (m.lt, False) for m in metadata if isinstance(m, (Le, Lt))), None)
     return None if low is None or high is None else (typing.cast(Any, low), typing.cast(Any, high))
 
 
-def _range(hint: Any) -> str:
+def _range(hint: object) -> str:
     kind, metadata = split_annotated(hint)
     written = next((m.documentation for m in metadata if isinstance(m, DocInfo)), None)
     if written is not None:
@@ -122,7 +122,7 @@ def _range(hint: Any) -> str:
     return f"{'[' if has_low else '('}{low:g}, {high:g}{']' if has_high else ')'}"
 
 
-def _type(hint: Any) -> str:
+def _type(hint: object) -> str:
     kind = split_annotated(hint)[0]
     named = {bool: "true or false", int: "integer", float: "number", str: "text"}
     if kind in named:
@@ -139,12 +139,12 @@ def _adapter(hint: Any) -> Any:
     return TypeAdapter(hint)
 
 
-def plain(config: Any) -> dict[str, Any]:
+def plain(config: object) -> dict[str, Any]:
     """The fields of a config as YAML and JSON hold them."""
     return _adapter(type(config)).dump_python(config, mode="json")
 
 
-def validated(config_type: type, values: Mapping[str, Any], where: str) -> Any:
+def validated(config_type: type, values: Mapping[str, object], where: str) -> Any:
     """An instance of the config dataclass; UsageError for an unknown key at any depth or a value outside its range."""
     from pydantic import ValidationError
 
@@ -159,7 +159,7 @@ def validated(config_type: type, values: Mapping[str, Any], where: str) -> Any:
         raise UsageError(f"{where}: {error}") from error
 
 
-def value_of(hint: Any, value: Any, where: str) -> Any:
+def value_of(hint: object, value: object, where: str) -> Any:
     """A value of that type; UsageError outside its range."""
     from pydantic import ValidationError
 
@@ -190,16 +190,16 @@ def complaint(config_type: Any, values: Mapping[str, Any], error: Any) -> str:
     return f"{path}: expected {range_words(hint)}, got {shown(given)}"
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     text = {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
-def _has_fields(hint: Any) -> bool:
+def _has_fields(hint: object) -> bool:
     return isinstance(hint, type) and typing.get_origin(hint) is None and (dataclasses.is_dataclass(hint) or hasattr(hint, "model_fields"))
 
 
-def _refuse_unknown_fields(config_type: type, values: Mapping[str, Any], where: str) -> None:
+def _refuse_unknown_fields(config_type: type, values: Mapping[str, object], where: str) -> None:
     known = hints(config_type)
     refuse_unknown("setting", values, [item.name for item in dataclasses.fields(config_type)], where)
     for key, value in values.items():

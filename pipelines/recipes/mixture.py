@@ -25,14 +25,14 @@ def shares(text: str) -> tuple[Share, ...]:
     add up to 1, or a source stands there twice."""
     if Path(text).expanduser().exists() or not ("=" in text or "," in text):
         return (Share(text, 1.0),)
-    found = tuple(_share(item, text) for item in text.split(","))
-    names = [share.source for share in found]
+    result = tuple(_share(item, text) for item in text.split(","))
+    names = [share.source for share in result]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{twice[0]!r} stands twice in {text!r}; give each source one weight")
-    total = math.fsum(share.weight for share in found)
+    total = math.fsum(share.weight for share in result)
     if abs(total - 1) > 1e-6:
         raise ValueError(f"the weights of {text!r} add up to {total:g}, not to 1")
-    return found
+    return result
 
 
 def _share(item: str, text: str) -> Share:
@@ -50,7 +50,7 @@ def _share(item: str, text: str) -> Share:
 
 def with_sources(text: str, change: Callable[[str], str]) -> str:
     """`text` with `change` applied to every source in it."""
-    found = shares(text)
-    if len(found) == 1 and found[0].source == text:
+    result = shares(text)
+    if len(result) == 1 and result[0].source == text:
         return change(text)
-    return ",".join(str(Share(change(share.source), share.weight)) for share in found)
+    return ",".join(str(Share(change(share.source), share.weight)) for share in result)

@@ -86,7 +86,7 @@ class Recipe(Section):
     def settings(self) -> dict[str, Any]:
         """Plain values, as in the YAML file."""
         plain = self.model_dump(mode="json", exclude={"stages", "skipped"})
-        written: list[dict[str, Any]] = []
+        written: list[dict[str, object]] = []
         running = iter(self.stages)
         for place in range(len(self.stages) + len(self.skipped)):
             if place in self.skipped:
@@ -117,7 +117,7 @@ class _Stage:
     soft: set[str] = dataclass_field(default_factory=set)
     named: frozenset[str] = frozenset()
 
-    def lay(self, keys: Mapping[str, Any], origin: str) -> None:
+    def lay(self, keys: Mapping[str, object], origin: str) -> None:
         if origin == COMMAND_LINE:
             self.named |= _taking_nothing_back(keys, self.keys)
         keys = with_implied(keys)
@@ -135,7 +135,7 @@ class _Draft:
     stages: list[_Stage] = dataclass_field(default_factory=list)
     named: frozenset[str] = frozenset()
 
-    def lay(self, document: Mapping[str, Any], origin: str) -> None:
+    def lay(self, document: Mapping[str, object], origin: str) -> None:
         fields = {key: value for key, value in document.items() if key in FIELDS and key != "stages"}
         if origin == COMMAND_LINE and isinstance(given := fields.get("allocation"), Mapping):
             self.named |= _taking_nothing_back(given, self.fields.get("allocation"))
@@ -164,7 +164,7 @@ def check_addresses(known: Sequence[str], first: str | None = None, last: str | 
         raise UsageError(f"--from {first} lies behind --until {last}: nothing would be done; the stages are {', '.join(known)}")
 
 
-def _taking_nothing_back(keys: Mapping[str, Any], below: object) -> set[str]:
+def _taking_nothing_back(keys: Mapping[str, object], below: object) -> set[str]:
     """Those that lower layers do not hold, or hold at the same value."""
     return {key for key, value in keys.items() if not isinstance(below, Mapping) or key not in below or below[key] == value}
 
@@ -206,14 +206,18 @@ def run_directory(recipe: Recipe) -> Path:
 
 
 def planned_directory(
-    recipe: str, *, file: Path | None = None, sets: list[str] | None = None, options: Mapping[str, Any] | None = None
+    recipe: str, *, file: Path | None = None, sets: list[str] | None = None, options: Mapping[str, object] | None = None
 ) -> Path:
     """`run_directory` of what `resolve` will give, before its methods are looked up, which brings torch. UsageError as there."""
     return run_directory(_without_stages(recipe, file, sets or [], options or {})[0])
 
 
 def resolve(
-    recipe: str | Mapping[str, Any], *, file: Path | None = None, sets: list[str] | None = None, options: Mapping[str, Any] | None = None
+    recipe: str | Mapping[str, object],
+    *,
+    file: Path | None = None,
+    sets: list[str] | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> Recipe:
     """The validated recipe: of a name or a YAML file, or a mapping with what such a file would hold. `options` are the command line's (model, revision, data, calibration, train, eval, seed, dtype,
     profile, budget, teacher; None where not given), `sets` its KEY=VALUE texts. UsageError says which key of which layer is wrong."""
@@ -226,7 +230,7 @@ def resolve(
 
 
 def _without_stages(
-    recipe: str | Mapping[str, Any], file: Path | None, sets: list[str], options: Mapping[str, Any]
+    recipe: str | Mapping[str, object], file: Path | None, sets: list[str], options: Mapping[str, object]
 ) -> tuple[Recipe, _Draft]:
     """All layers, validated but for the stages, which are yet to be built."""
     path = None if isinstance(recipe, Mapping) else _recipe_path(recipe)
@@ -270,15 +274,15 @@ def _checked(fields: Mapping[str, Any]) -> Recipe:
         raise UsageError(complaint(Recipe, fields, error).removeprefix(".")) from error
 
 
-def _absolute_source(source: Any) -> Any:
+def _absolute_source(source: object) -> Any:
     return source if isinstance(source, str) and source in NAMED else absolute(source)
 
 
-def _absolute_task(task: Any) -> Any:
+def _absolute_task(task: object) -> Any:
     return absolute(task) if isinstance(task, str) and task.endswith(".jsonl") else task
 
 
-def _absolute_sources(text: Any) -> Any:
+def _absolute_sources(text: object) -> Any:
     try:
         return with_sources(text, _absolute_source) if isinstance(text, str) else text
     except ValueError:  # refused where it is validated
@@ -294,7 +298,7 @@ def _recipe_path(name_or_path: str) -> Path:
     raise UsageError(f"{unknown('recipe', name_or_path, known_recipes())}, or the path of a .yaml file")
 
 
-def _document(document: Mapping[str, Any], origin: str, inner: bool = False) -> dict[str, Any]:
+def _document(document: Mapping[str, object], origin: str, inner: bool = False) -> dict[str, object]:
     """Top-level keys checked; `data: SRC` spread over its three uses."""
     known = [key for key in FIELDS if not inner or key not in ("model", "profile", "name")] + ([] if inner else ["profiles"])
     for key in document:
@@ -308,7 +312,7 @@ def _document(document: Mapping[str, Any], origin: str, inner: bool = False) -> 
     return checked
 
 
-def _command_line(sets: list[str], options: Mapping[str, Any]) -> dict[str, Any]:
+def _command_line(sets: list[str], options: Mapping[str, object]) -> dict[str, object]:
     given = {key: value for key, value in options.items() if value is not None}
     data = dict.fromkeys(Data.model_fields, given.pop("data")) if "data" in given else {}
     for option, use in (("calibration", "calibration"), ("train", "train"), ("eval", "evaluation")):
@@ -335,19 +339,19 @@ def _stage_list(stages: object, origin: str) -> list[_Stage]:
         raise UsageError(f"{origin}: stages: expected a list, as in [{{quantize: {{method: gptq, bits: 4}}}}], got {stages!r}")
     if len(stages) > MOST_STAGES:
         raise UsageError(f"{origin}: stages: {len(stages)} are more than a recipe may have ({MOST_STAGES})")
-    found: list[_Stage] = []
+    result: list[_Stage] = []
     for place, item in enumerate(stages, start=1):
         entry = {item: None} if isinstance(item, str) else item
         if not isinstance(entry, Mapping) or len(entry) != 1:
             raise UsageError(f"{origin}: stages: entry {place} should be one `stage: {{settings}}`, got {item!r}")
         ((name, keys),) = entry.items()
         refuse_unknown("stage", [name], STAGES, f"{origin}: stages, entry {place}")
-        nth = 1 + sum(stage.name == name for stage in found)
-        found.append(_Stage(name, name if nth == 1 else f"{name}.{nth}", with_implied(_mapping(keys, f"{origin}: {name}"))))
-    return found
+        nth = 1 + sum(stage.name == name for stage in result)
+        result.append(_Stage(name, name if nth == 1 else f"{name}.{nth}", with_implied(_mapping(keys, f"{origin}: {name}"))))
+    return result
 
 
-def _mapping(value: object, where: str) -> Mapping[str, Any]:
+def _mapping(value: object, where: str) -> Mapping[str, object]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):

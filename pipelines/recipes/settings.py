@@ -29,7 +29,7 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict] = {}  # none of those of YAML 1.1  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[Any] = set()
+        seen: set[object] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
@@ -74,7 +74,7 @@ def parse(text: str, origin: str) -> Any:
         raise UsageError(f"{origin}: not readable as YAML: {' '.join(str(error).split())}") from error
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, object]:
     """A settings file; UsageError if it is missing, unreadable or not a mapping with text keys."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -82,15 +82,15 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as text ({error})") from error
-    found = parse(text, str(path))
-    if found is None:
+    results = parse(text, str(path))
+    if results is None:
         return {}
-    if not isinstance(found, dict):
-        raise UsageError(f"{path}: holds a {type(found).__name__}; expected `key: value` lines (see `pipeline show`)")
-    return found
+    if not isinstance(results, dict):
+        raise UsageError(f"{path}: holds a {type(results).__name__}; expected `key: value` lines (see `pipeline show`)")
+    return results
 
 
-def absolute(source: Any) -> Any:
+def absolute(source: object) -> Any:
     """A path that exists, independent of the working directory, so that a run can be resumed from anywhere."""
     if not isinstance(source, str) or source in ("", "demo"):
         return source
@@ -98,12 +98,12 @@ def absolute(source: Any) -> Any:
     return str(path.absolute()) if path.exists() else source
 
 
-def dump(value: Any) -> str:
+def dump(value: object) -> str:
     """YAML that `parse` reads back as the same value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=140, default_flow_style=False)
 
 
-def split_assignment(text: str) -> tuple[str, Any]:
+def split_assignment(text: str) -> tuple[str, object]:
     """`quantize.bits=3` → ("quantize.bits", 3); the value is YAML."""
     key, equals, value = text.partition("=")
     key = key.strip()
@@ -112,14 +112,14 @@ def split_assignment(text: str) -> tuple[str, Any]:
     return key, parse(value, f"--set {key}")
 
 
-def nested(keys: Iterable[str], value: Any) -> Any:
+def nested(keys: Iterable[str], value: object) -> Any:
     """("a", "b"), 3 → {"a": {"b": 3}}"""
     for key in reversed(list(keys)):
         value = {key: value}
     return value
 
 
-def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merged(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str, Any]:
     """`above` laid over `below`: mappings merge key by key, everything else is replaced."""
     result = dict(below)
     for key, value in above.items():

@@ -95,8 +95,8 @@ class StageSpec:
         """Whether an override sets one of these keys for the module."""
         return not self._changes(module).keys().isdisjoint(keys)
 
-    def _changes(self, module: str) -> dict[str, Any]:
-        changes: dict[str, Any] = {}
+    def _changes(self, module: str) -> dict[str, object]:
+        changes: dict[str, object] = {}
         for pattern, fields in self.overrides.items():
             if re.search(pattern, module):
                 changes.update(with_implied(fields))
@@ -144,12 +144,12 @@ def fields_of(stage: str, method: str) -> list[FieldRange]:
     return own + [FieldRange(n, type_words(known[n]), range_words(known[n]), _yaml(getattr(shared, n))) for n in names]
 
 
-def _yaml(value: Any) -> Any:
+def _yaml(value: object) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
 def build(
-    name: str, address: str, settings: Mapping[str, Any], soft: frozenset[str] = frozenset(), named: frozenset[str] = frozenset()
+    name: str, address: str, settings: Mapping[str, object], soft: frozenset[str] = frozenset(), named: frozenset[str] = frozenset()
 ) -> StageSpec | None:
     """Validate a stage's settings; None where the method is `none`.
 
@@ -188,7 +188,7 @@ def build(
     return spec
 
 
-def with_implied(settings: Mapping[str, Any]) -> dict[str, Any]:
+def with_implied(settings: Mapping[str, object]) -> dict[str, Any]:
     """Settings written together, and what they say without saying it: `pattern: "N:M"` fixes the sparsity, a `grid` of ggml's the bits and
     groups, whatever a lower layer has."""
     pattern, grid = settings.get("pattern"), settings.get("grid")
@@ -211,7 +211,7 @@ def _refuse_for_blocks(spec: StageSpec) -> None:
         )
 
 
-def _common(written: Mapping[str, Any], address: str) -> dict[str, Any]:
+def _common(written: Mapping[str, object], address: str) -> dict[str, Any]:
     """The settings every method of a stage shares, checked; one pattern is a list of one."""
     known = hints(StageSpec)
     values = {key: [value] if key == "ignore" and isinstance(value, str) else value for key, value in written.items()}

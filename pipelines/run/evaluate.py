@@ -24,7 +24,7 @@ from .opening import opened
 
 def evaluate_tasks(
     model: str, names: Sequence[str], *, limit: int | None = None, device: str = "auto", dtype: str | None = None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Scores on tasks, for `pipeline eval --tasks`: a row a metric. Of a stage of a run the change to the run's baseline as well, which is
     scored where the run has not done so."""
     tasks = load_tasks(names)
@@ -35,13 +35,13 @@ def evaluate_tasks(
     def scored(artifact: Artifact, kept: Path) -> dict[str, TaskScore]:
         return scores_of_tasks(artifact, kept, tasks, limit, compute.device, compute.dtype, binder_of(artifact, compute.device))
 
-    with opened(model) as found, scratch_directory() as place:
+    with opened(model) as result, scratch_directory() as place:
         first: dict[str, TaskScore] = {}
-        if run is not None and found.manifest["parent"] is not None:
+        if run is not None and result.manifest["parent"] is not None:
             name = run.read()["stages"][0]["name"]
             measured = run.metrics(name) / f"tasks-{protocol_key(tasks, limit, compute.device, compute.dtype)}.json"
             first = scored(open_artifact(run.artifact(name)), measured.parent if measured.is_file() else place / "baseline")
-        records = {name: task_record(score, first.get(name)) for name, score in scored(found, place).items()}
+        records = {name: task_record(score, first.get(name)) for name, score in scored(result, place).items()}
     rows = [{"task": name, **{key: value for key, value in asdict(made).items() if value is not None}} for name, made in records.items()]
     return {"model": model, "tasks": rows}
 
@@ -61,18 +61,20 @@ def evaluate(
     run = run_of(Path(model))
     recipe = None if run is None else resolve(run.checked_recipe())
     compute = compute_of(run, device, dtype or (recipe.dtype if recipe is not None else "auto"))
-    with opened(model) as found, scratch_directory() as scratch:
-        tokenizer, config = load_tokenizer(found.directory), load_config(found.directory)
+    with opened(model) as result, scratch_directory() as scratch:
+        tokenizer, config = load_tokenizer(result.directory), load_config(result.directory)
         refuse_beyond(config, {"--seq-len": seq_len or (recipe.evaluation.seq_len if recipe is not None else 512)})
         if recipe is not None and eval_source in (None, recipe.data.evaluation):
             asked = {"seq_len": seq_len or recipe.evaluation.seq_len, "windows": windows or recipe.evaluation.windows}
-            cut = Inputs(recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update=asked)}), found.directory).evaluation()
+            cut = Inputs(
+                recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update=asked)}), result.directory
+            ).evaluation()
         else:
             documents = data.load_text(eval_source or "demo", "evaluation", tokenizer=tokenizer)
             cut = data.tokenize(documents, tokenizer, seq_len or 512, windows)
             refuse_unknown_tokens(config, cut.ids, eval_source or "demo")
         cut = evaluated_by(compute, cut)
-        streamed = StreamedModel(found, compute.device, compute.dtype, binder_of(found, compute.device))
+        streamed = StreamedModel(result, compute.device, compute.dtype, binder_of(result, compute.device))
         with bar("perplexity, blocks", streamed.structure.blocks) as shown:
             room = Room.measured(compute.device, scratch)
             scores, _ = score(streamed, cut, None, lambda done, total: shown.advance(), room)
@@ -80,6 +82,6 @@ def evaluate(
             "model": model,
             "perplexity": scores.perplexity,
             "bits_per_byte": bits_per_byte(scores, cut),
-            "total_bytes": found.total_bytes(),
+            "total_bytes": result.total_bytes(),
             "protocol": cut.protocol,
         }

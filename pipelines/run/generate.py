@@ -69,7 +69,7 @@ def _writer(model: Any, ids_1T: Tensor, new_tokens: int, temperature: float, str
     why_not = why_not or graphable(model, ids_1T.shape[1] + new_tokens)
     if why_not is not None:
         log.debug("no CUDA graph: %s", why_not)
-        settings: dict[str, Any] = {"do_sample": temperature > 0, "temperature": temperature or None, "top_p": None, "top_k": None}
+        settings: dict[str, object] = {"do_sample": temperature > 0, "temperature": temperature or None, "top_p": None, "top_k": None}
         settings |= {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T), "max_new_tokens": new_tokens, "streamer": streamer}
         return lambda: model.generate(**settings).shape[1] - ids_1T.shape[1]
 

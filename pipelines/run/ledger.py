@@ -62,8 +62,8 @@ def _training_step(scratch: Path) -> dict[str, int]:
 
 
 def _mean_perplexity(path: Path) -> float | None:
-    found = load_scores(path)
-    return found[0].perplexity if found else None
+    result = load_scores(path)
+    return result[0].perplexity if result else None
 
 
 def record(directory: Path) -> RunRecord:
@@ -99,7 +99,7 @@ _TABLE = re.compile(r"[0-9a-f]{8}")
 _TORN = re.compile(r"\..+\.\d+")  # what `write_bytes` was writing when it was killed
 
 
-def gc(directory: Path, dry_run: bool = False) -> dict[str, Any]:
+def gc(directory: Path, dry_run: bool = False) -> dict[str, object]:
     """Drop what nothing names: stages of settings that are neither the last plan's nor a sweep's, their metrics, unfinished scratch
     directories, a teacher's states, torn files. What this program would not have named so is left, and named in `left`. With `dry_run`
     nothing is dropped."""

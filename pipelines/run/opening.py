@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig
@@ -19,6 +19,9 @@ from ..store.artifact import Artifact, open_artifact
 from ..store.files import scratch_directory
 from ..store.manifest import MANIFEST
 from ..store.rundir import RunDirectory, run_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def last_artifact(directory: Path, stage: str | None = None) -> Artifact:
@@ -80,10 +83,10 @@ def bound_model(artifact: Artifact, device: torch.device, dtype: torch.dtype, co
     return model
 
 
-def _stay(model: Any, directory: Path) -> None:
+def _stay(model: "PreTrainedModel", directory: Path) -> None:
     """What transformers would do wrongly with weights that are no parameters: save them, and count them."""
 
-    def refuse(*arguments: Any, **settings: Any) -> None:
+    def refuse(*arguments: object, **settings: object) -> None:
         raise InputError(
             f"this model is bound to kernels and cannot be saved; its saved form is {directory}, and `pipeline export` writes others"
         )

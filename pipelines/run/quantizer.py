@@ -45,7 +45,7 @@ def register(registry: Any) -> None:
     class ArtifactQuantizer(HfQuantizer):
         """Knows the steps of `from_pretrained`; models are made by `opening`."""
 
-        def update_device_map(self, device_map: Any) -> dict[str, Any] | None:
+        def update_device_map(self, device_map: Any) -> dict[str, object] | None:
             return one_device(device_map)
 
         def update_attn_implementation(self, config: Any) -> Any:
@@ -72,7 +72,7 @@ def register(registry: Any) -> None:
     registry.register_quantizer(QUANT_METHOD)(ArtifactQuantizer)
 
 
-def refuse_hub_id(config: Any) -> None:
+def refuse_hub_id(config: object) -> None:
     """UsageError where the model was named by an id of the Hub: transformers would ask there for the file that no artifact has."""
     name = getattr(config, "_name_or_path", "")
     if name and not Path(name).is_dir():
@@ -81,7 +81,7 @@ def refuse_hub_id(config: Any) -> None:
         )
 
 
-def one_device(device_map: Any) -> dict[str, Any] | None:
+def one_device(device_map: Any) -> dict[str, object] | None:
     """A `device_map` that names one device, whatever it was given as; UsageError for several."""
     if isinstance(device_map, str):
         from ..devices.compute import chosen_device
@@ -104,7 +104,9 @@ def _begin(model: Any, asked: dict[str, Any]) -> "tuple[Artifact, torch.device, 
     artifact = open_artifact(Path(files[0]).resolve().parent)
     artifact.verify()
     if type(model) is not MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None):
-        raise UsageError(f"{artifact.directory}: holds a causal language model; AutoModelForCausalLM loads it, {type(model).__name__} does not")
+        raise UsageError(
+            f"{artifact.directory}: holds a causal language model; AutoModelForCausalLM loads it, {type(model).__name__} does not"
+        )
     if getattr(model.config, "distributed_config", None) is not None:
         raise UsageError("an artifact's kernels are bound to one device; leave tp_plan and distributed_config out")
     if asked.get("use_kernels"):
@@ -175,4 +177,3 @@ def _copy(artifact: "Artifact", directory: Path, generation_config: Any) -> None
             generation_config.save_pretrained(scratch)
         manifest = {name: value for name, value in artifact.manifest.items() if name != "source"}
         write_json(scratch / MANIFEST, {**manifest, "schema": SCHEMA, "files": kept})
-

@@ -29,14 +29,14 @@ MAIN = ""
 Measures = dict[str, Scores]
 
 
-def texts_of(under_way: Session) -> dict[str, Windows]:
+def texts_of(session: Session) -> dict[str, Windows]:
     """The evaluation texts by name, MAIN first."""
-    inputs = under_way.inputs
-    return {name: evaluated_by(under_way.compute, found) for name, found in {MAIN: inputs.evaluation(), **inputs.also()}.items()}
+    inputs = session.inputs
+    return {name: evaluated_by(session.compute, result) for name, result in {MAIN: inputs.evaluation(), **inputs.also()}.items()}
 
 
 def measured(
-    under_way: Session,
+    session: Session,
     step: Step,
     artifact: Artifact,
     texts: Mapping[str, Windows],
@@ -44,82 +44,80 @@ def measured(
     before: Sequence[StageRecord],
 ) -> tuple[StageRecord, Measures]:
     """Measure an artifact as it lies on disk: its record and its scores. `scores` and `before` are those of the stages before it."""
-    found = {name: _scores(under_way, step, artifact, name, windows, bool(scores)) for name, windows in texts.items()}
-    return under_way.ranks.broadcast(_measured(under_way, step, artifact, found, scores, before) if under_way.ranks.leads else None)
+    result = {name: _scores(session, step, artifact, name, windows, bool(scores)) for name, windows in texts.items()}
+    return session.ranks.broadcast(_measured(session, step, artifact, result, scores, before) if session.ranks.leads else None)
 
 
 def _measured(
-    under_way: Session,
+    session: Session,
     step: Step,
     artifact: Artifact,
-    found: dict[str, tuple[Scores, dict[str, Any]]],
+    result: dict[str, tuple[Scores, dict[str, Any]]],
     scores: Sequence[Measures],
     before: Sequence[StageRecord],
 ) -> tuple[StageRecord, Measures]:
     """The same on rank 0, once it has been scored on the texts."""
-    metrics = under_way.directory.metrics(step.name)
-    main, extra = found.pop(MAIN)
+    metrics = session.directory.metrics(step.name)
+    main, extra = result.pop(MAIN)
     size = measure.size_of(artifact)
     first, previous = (scores[0], scores[-1]) if scores else ({}, None)
-    made = measure.stage_record(
-        step.address, step.method, step.settings, metrics, size, main, extra, first.get(MAIN, main), previous[MAIN] if previous else None
-    )
-    made = replace(made, texts={name: measure.text_record(*pair, first.get(name)) for name, pair in found.items()})
-    made = replace(made, tasks=_tasks(under_way, step, artifact, bool(scores)))
-    if step.address in under_way.warnings:
-        made = replace(made, notes=(*made.notes, under_way.warnings[step.address]))
+    measured = measure.Measured(main, extra, first.get(MAIN, main), previous[MAIN] if previous else None)
+    made = measure.stage_record(step.address, step.method, step.settings, metrics, size, measured)
+    made = replace(made, texts={name: measure.text_record(*pair, first.get(name)) for name, pair in result.items()})
+    made = replace(made, tasks=_tasks(session, step, artifact, bool(scores)))
+    if step.address in session.warnings:
+        made = replace(made, notes=(*made.notes, session.warnings[step.address]))
     others = "".join(f", {name} {text.perplexity:.3f}" for name, text in made.texts.items())
     log.info("%s: perplexity %.3f%s, %.1f MB", step.address, main.perplexity, others, size["total_bytes"] / 1e6)
-    if under_way.choice is not None:
-        made = explained(made, under_way.choice, under_way.recipe, before)
-    return made, {MAIN: main, **{name: pair[0] for name, pair in found.items()}}
+    if session.choice is not None:
+        made = explained(made, session.choice, session.recipe, before)
+    return made, {MAIN: main, **{name: pair[0] for name, pair in result.items()}}
 
 
 def _scores(
-    under_way: Session, step: Step, artifact: Artifact, name: str, windows: Windows, compared: bool
-) -> tuple[Scores, dict[str, Any]]:
+    session: Session, step: Step, artifact: Artifact, name: str, windows: Windows, compared: bool
+) -> tuple[Scores, dict[str, object]]:
     """Scores on one text, `compared` to the baseline's."""
-    place, device, dtype = under_way.directory, under_way.compute.device, under_way.compute.dtype
-    baseline, teacher = under_way.steps[0], None
+    place, device, dtype = session.directory, session.compute.device, session.compute.dtype
+    baseline, teacher = session.steps[0], None
     if compared:
         opened = open_artifact(place.artifact(baseline.name))
         teacher = measure.teacher_of(opened, place.metrics(baseline.name), windows, device, dtype)
     label = f"{step.address}: perplexity{f' on {name}' if name else ''}, blocks"
-    return measure.scores_of(
-        artifact, place.metrics(step.name), windows, teacher, device, dtype, stages.binder(step.spec, device, artifact), label, under_way.ranks
-    )
+    forward = measure.ForwardPass(device, dtype, stages.binder(step.spec, device, artifact))
+    return measure.scores_of(artifact, place.metrics(step.name), windows, teacher, forward, label, session.ranks)
 
 
-def _tasks(under_way: Session, step: Step, artifact: Artifact, compared: bool) -> dict[str, TaskRecord]:
+def _tasks(session: Session, step: Step, artifact: Artifact, compared: bool) -> dict[str, TaskRecord]:
     """Scores on the recipe's tasks, `compared` to the baseline's, which were measured first."""
-    if not under_way.inputs.tasks:
+    if not session.inputs.tasks:
         return {}
-    place, device, limit = under_way.directory, under_way.compute.device, under_way.recipe.evaluation.task_limit
+    place, device, limit = session.directory, session.compute.device, session.recipe.evaluation.task_limit
 
-    def of(of_step: Step, found: Artifact) -> dict[str, TaskScore]:
-        bind = stages.binder(of_step.spec, device, found)
-        return scores_of_tasks(found, place.metrics(of_step.name), under_way.inputs.tasks, limit, device, under_way.compute.dtype, bind)
+    def of(of_step: Step, result: Artifact) -> dict[str, TaskScore]:
+        bind = stages.binder(of_step.spec, device, result)
+        return scores_of_tasks(result, place.metrics(of_step.name), session.inputs.tasks, limit, device, session.compute.dtype, bind)
 
-    baseline = under_way.steps[0]
+    baseline = session.steps[0]
     first = of(baseline, open_artifact(place.artifact(baseline.name))) if compared else {}
     made = {name: task_record(score, first.get(name)) for name, score in of(step, artifact).items()}
     log.info("%s: %s", step.address, ", ".join(f"{name} {task.score:.3f}" for name, task in made.items()))
     return made
 
 
-def save_record(under_way: Session, records: list[StageRecord], texts: Mapping[str, Windows], page: bool) -> RunRecord:
+def save_record(session: Session, records: list[StageRecord], texts: Mapping[str, Windows], page: bool) -> RunRecord:
     """record.json, written anew after every stage that was worked on, and report.html, which takes a second to draw; on every rank the record."""
-    return under_way.ranks.broadcast(_saved(under_way, records, texts, page) if under_way.ranks.leads else None)
+    return session.ranks.broadcast(_saved(session, records, texts, page) if session.ranks.leads else None)
 
 
-def _saved(under_way: Session, records: list[StageRecord], texts: Mapping[str, Windows], page: bool) -> RunRecord:
+def _saved(session: Session, records: list[StageRecord], texts: Mapping[str, Windows], page: bool) -> RunRecord:
     from ...reports.render import render
 
-    place = under_way.directory
+    place = session.directory
     environment = read_json(place.path / "environment.json", "delete it and resume")
     protocols = {name: _protocol(windows) for name, windows in texts.items()}
     main = protocols.pop(MAIN)
-    made = RunRecord(place.path.name, under_way.recipe.model, main, derive(records), environment, protocols)
+    made = RunRecord(place.path.name, session.recipe.model, main, derive(records), environment, protocols)
     write_json(place.path / "record.json", made.to_json())
     if page:
         write_bytes(place.path / "report.html", render(made, "html").encode())

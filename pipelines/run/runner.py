@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -40,7 +40,7 @@ from ..store.rundir import RunDirectory, appears, check_shared
 from .ledger import gc, record, status
 from .opening import last_artifact
 from .recording import Measures, measured, save_record, texts_of
-from .session import Session, check_ranks, plan_run, take_up
+from .session import Session, StageAddresses, check_ranks, given_addresses, plan_run, take_up
 from .signals import Stop, signals
 
 __all__ = ["Session", "Step", "gc", "last_artifact", "plan_steps", "record", "resume", "run", "status"]
@@ -56,13 +56,11 @@ def run(
     recipe: Recipe,
     directory: Path | None = None,
     *,
-    from_stage: str | None = None,
-    until_stage: str | None = None,
-    force: str | None = None,
     device: str = "auto",
     max_perplexity_ratio: float | None = None,
     page: bool = True,
     ranks: Ranks = ONE,
+    **addresses: Unpack[StageAddresses],
 ) -> RunRecord:
     """Run a recipe, or go on with it. Returns the record of all its stages; `page` draws report.html as well. `ranks`: what other processes call
     this function with the same arguments.
@@ -70,18 +68,19 @@ def run(
     Raises UsageError, InputError, OutOfMemoryError; QualityError when the last stage's perplexity is above
     `max_perplexity_ratio` times the baseline's (everything is kept); KeyboardInterrupt on SIGINT and SIGTERM, resumable.
     """
+    from_stage, until_stage, force = given_addresses(**addresses)
     place = RunDirectory((directory or run_directory(recipe)).resolve())
     with _taken(place, ranks), disk_errors(place.path), signals(ranks) as stop:
         compute = compute_of(place, device, recipe.dtype, recipe.deterministic, ranks)
-        under_way = _prepare(recipe, place, compute, stop, ranks)
-        check_addresses([step.address for step in under_way.steps], from_stage, until_stage, force)
+        session = _prepare(recipe, place, compute, stop, ranks)
+        check_addresses([step.address for step in session.steps], from_stage, until_stage, force)
         if from_stage is not None:
-            _need_finished(under_way, from_stage)
+            _need_finished(session, from_stage)
         write_environment(place, compute, ranks)
-        take_up(under_way)
+        take_up(session)
         with determinism(compute):
-            record = _advance(under_way, until_stage, force, page)
-        under_way.log("finished", perplexity=record.stages[-1].perplexity)
+            record = _advance(session, until_stage, force, page)
+        session.log("finished", perplexity=record.stages[-1].perplexity)
     _gate(record, max_perplexity_ratio)
     return record
 
@@ -123,23 +122,23 @@ def _prepare(chosen: Recipe, place: RunDirectory, compute: Compute, stop: Stop, 
     inputs = Inputs(chosen, source, str(compute.device))
     check_ranks(chosen, inputs, ranks)
     before = ranks.broadcast(place.read() if ranks.leads else None)
-    under_way = Session(chosen, place, compute, inputs, stop, before, ranks=ranks)
-    under_way.warnings = warnings(chosen, source)
-    for warning in dict.fromkeys(under_way.warnings.values()):
+    session = Session(chosen, place, compute, inputs, stop, before, ranks=ranks)
+    session.warnings = warnings(chosen, source)
+    for warning in dict.fromkeys(session.warnings.values()):
         log.warning("%s", warning)
     with ranks.first():
-        plan_run(under_way)
-    states = _states(under_way)
+        plan_run(session)
+    states = _states(session)
     with ranks.first():
-        inputs.check(step.spec for step in under_way.steps if step.spec is not None and states[step.address] != "done")
-    ranks.alike({"model or data": [step.key[:8] for step in under_way.steps], "evaluation text": _hash(str(inputs.evaluation().protocol))})
-    return under_way
+        inputs.check(step.spec for step in session.steps if step.spec is not None and states[step.address] != "done")
+    ranks.alike({"model or data": [step.key[:8] for step in session.steps], "evaluation text": _hash(str(inputs.evaluation().protocol))})
+    return session
 
 
-def _states(under_way: Session) -> dict[str, str]:
+def _states(session: Session) -> dict[str, str]:
     """Of every stage: done, partial or missing."""
-    place, ranks = under_way.directory, under_way.ranks
-    return ranks.broadcast({step.address: place.state(step.name) for step in under_way.steps} if ranks.leads else None)
+    place, ranks = session.directory, session.ranks
+    return ranks.broadcast({step.address: place.state(step.name) for step in session.steps} if ranks.leads else None)
 
 
 def _hash(text: str) -> str:
@@ -149,50 +148,50 @@ def _hash(text: str) -> str:
 # -- going on --------------------------------------------------------------------------------------------------------------------
 
 
-def _advance(under_way: Session, until_stage: str | None, force: str | None, page: bool) -> RunRecord:
-    place, ranks = under_way.directory, under_way.ranks
+def _advance(session: Session, until_stage: str | None, force: str | None, page: bool) -> RunRecord:
+    place, ranks = session.directory, session.ranks
     if force is not None and ranks.leads:
-        _set_aside(place, under_way.steps, force)
+        _set_aside(place, session.steps, force)
     parent: Artifact | None = None
     records: list[StageRecord] = []
     scores: list[Measures] = []
-    texts = texts_of(under_way)
-    while len(records) < len(under_way.steps):
-        if parent is not None and not under_way.steps[len(records)].key:
-            _spend(under_way, parent)
-        step = under_way.steps[len(records)]
+    texts = texts_of(session)
+    while len(records) < len(session.steps):
+        if parent is not None and not session.steps[len(records)].key:
+            _spend(session, parent)
+        step = session.steps[len(records)]
         began, news = time.monotonic(), ranks.broadcast(ranks.leads and place.state(step.name) != "done")
-        with shortage(step.address, step.spec, under_way.compute), place.stage_held(step.name) if ranks.leads else nullcontext():
-            artifact = _finish(under_way, step, parent)
-            made, found = measured(under_way, step, artifact, texts, scores, records)
+        with shortage(step.address, step.spec, session.compute), place.stage_held(step.name) if ranks.leads else nullcontext():
+            artifact = _finish(session, step, parent)
+            made, result = measured(session, step, artifact, texts, scores, records)
         records.append(made)
-        scores.append(found)
+        scores.append(result)
         if news:
-            save_record(under_way, records, texts, page=page and time.monotonic() - began > PAGE_SECONDS)
+            save_record(session, records, texts, page=page and time.monotonic() - began > PAGE_SECONDS)
         parent = artifact
         if step.address == until_stage:
             break
-    return save_record(under_way, records, texts, page=page)
+    return save_record(session, records, texts, page=page)
 
 
-def _spend(under_way: Session, parent: Artifact) -> None:
+def _spend(session: Session, parent: Artifact) -> None:
     """Choose for the stages of the budget, and take up the steps that follow from the choice."""
-    directory = under_way.table
+    directory = session.table
     assert directory is not None
-    under_way.log("allocation begins", budget=under_way.recipe.settings()["budget"], table=directory.name)
-    with under_way.stop.patient(), shortage("allocation", None, under_way.compute):
-        made = spend(under_way.recipe, parent, directory, _context(under_way, directory, ONE)) if under_way.ranks.leads else None
-        under_way.ranks.barrier()
+    session.log("allocation begins", budget=session.recipe.settings()["budget"], table=directory.name)
+    with session.stop.patient(), shortage("allocation", None, session.compute):
+        made = spend(session.recipe, parent, directory, _context(session, directory, ONE)) if session.ranks.leads else None
+        session.ranks.barrier()
     if made is not None:
-        under_way.log("allocation ends", stored=made.stored, gap=made.gap)
+        session.log("allocation ends", stored=made.stored, gap=made.gap)
         log.info("allocation: %s stored of %s%s", made.stored, made.budget, f"; {made.note}" if made.note else "")
-    under_way.plan_and_share()
-    take_up(under_way)
+    session.plan_and_share()
+    take_up(session)
 
 
-def _finish(under_way: Session, step: Step, parent: Artifact | None) -> Artifact:
+def _finish(session: Session, step: Step, parent: Artifact | None) -> Artifact:
     """The step's artifact: opened if it is there, else made."""
-    place, ranks = under_way.directory, under_way.ranks
+    place, ranks = session.directory, session.ranks
     final, scratch = place.artifact(step.name), place.scratch(step.name)
     if ranks.leads and (scratch / MANIFEST).is_file() and not final.is_dir():
         settle(scratch, final)  # killed while it was being sealed
@@ -204,12 +203,12 @@ def _finish(under_way: Session, step: Step, parent: Artifact | None) -> Artifact
             artifact.verify()
         log.info("%s: finished before (%s)", step.address, step.name)
         return artifact
-    log.info("%s: %s", step.address, step.method or under_way.recipe.model)
-    under_way.log("stage begins", stage=step.address, key=step.key)
-    made = _make(under_way, step, parent)
+    log.info("%s: %s", step.address, step.method or session.recipe.model)
+    session.log("stage begins", stage=step.address, key=step.key)
+    made = _make(session, step, parent)
     ranks.barrier()
     artifact = _opened(final) if made is None else made
-    under_way.log("stage ends", stage=step.address)
+    session.log("stage ends", stage=step.address)
     return artifact
 
 
@@ -219,10 +218,10 @@ def _opened(final: Path) -> Artifact:
     return open_artifact(final)
 
 
-def _make(under_way: Session, step: Step, parent: Artifact | None) -> Artifact | None:
+def _make(session: Session, step: Step, parent: Artifact | None) -> Artifact | None:
     """Do a stage's work, or this rank's part of it; rank 0 has the artifact then. What it says about itself is on disk before its artifact has
     its name."""
-    place, ranks = under_way.directory, under_way.ranks
+    place, ranks = session.directory, session.ranks
     final, scratch, metrics = place.artifact(step.name), place.scratch(step.name), place.metrics(step.name)
     manifest = {
         "key": step.key,
@@ -232,17 +231,17 @@ def _make(under_way: Session, step: Step, parent: Artifact | None) -> Artifact |
     if parent is None or step.spec is None:
         if not ranks.leads:
             return None
-        with _timed(under_way.compute.device, metrics) as peak:
-            artifact = build_baseline(under_way.inputs.model, scratch, final, manifest)
+        with _timed(session.compute.device, metrics) as peak:
+            artifact = build_baseline(session.inputs.model, scratch, final, manifest)
         _keep(metrics, stages.Outcome(), peak)
         return artifact
     alone = ranks.size > 1 and step.spec.name in ALONE
     writer, outcome = None, stages.Outcome()
-    with _timed(under_way.compute.device, metrics if ranks.leads else None) as peak, under_way.stop.patient():
+    with _timed(session.compute.device, metrics if ranks.leads else None) as peak, session.stop.patient():
         if ranks.leads or not alone:
             sharing = ONE if alone else ranks
             writer = ArtifactWriter(scratch, parent, ranks=sharing)
-            outcome = stages.perform(step.spec, parent, writer, _context(under_way, scratch, sharing))
+            outcome = stages.perform(step.spec, parent, writer, _context(session, scratch, sharing))
         ranks.barrier()
     if writer is None or not ranks.leads:
         return None
@@ -270,59 +269,59 @@ def _timed(device: torch.device, metrics: Path | None) -> Iterator[Peak]:
 
 def _keep(metrics: Path, outcome: stages.Outcome, peak: Peak) -> None:
     metrics.mkdir(parents=True, exist_ok=True)
-    said = asdict(replace(outcome, documents={}))
+    content = asdict(replace(outcome, documents={}))
     if peak.device.type == "cuda":
-        said["metrics"]["host_peak_bytes"] = peak.host_bytes
-    write_json(metrics / "stage.json", {**said, "seconds": peak.seconds, "peak_bytes": peak.bytes})
+        content["metrics"]["host_peak_bytes"] = peak.host_bytes
+    write_json(metrics / "stage.json", {**content, "seconds": peak.seconds, "peak_bytes": peak.bytes})
     (metrics / "interrupted.json").unlink(missing_ok=True)
 
 
-def _context(under_way: Session, scratch: Path, ranks: Ranks) -> "stages.Context":
+def _context(session: Session, scratch: Path, ranks: Ranks) -> "stages.Context":
     """For `ranks`, who share the work: all, or rank 0 alone."""
-    place, inputs = under_way.directory, under_way.inputs
-    baseline_step = under_way.steps[0]
+    place, inputs = session.directory, session.inputs
+    baseline_step = session.steps[0]
     baseline = open_artifact(place.artifact(baseline_step.name))
     return stages.Context(
         baseline=baseline,
-        teacher=_teacher(under_way, baseline, ranks),
+        teacher=_teacher(session, baseline, ranks),
         baseline_metrics=place.metrics(baseline_step.name),
         teacher_states=place.teacher_states,
         scratch=scratch,
-        device=under_way.compute.device,
-        dtype=under_way.compute.dtype,
-        seed=under_way.recipe.seed,
+        device=session.compute.device,
+        dtype=session.compute.dtype,
+        seed=session.recipe.seed,
         inputs=inputs,
-        stop=under_way.stop.agreed if ranks.size > 1 else under_way.stop.asked.is_set,
+        stop=session.stop.agreed if ranks.size > 1 else session.stop.asked.is_set,
         ranks=ranks,
     )
 
 
-def _teacher(under_way: Session, baseline: Artifact, ranks: Ranks) -> Artifact | None:
+def _teacher(session: Session, baseline: Artifact, ranks: Ranks) -> Artifact | None:
     """The model given with --teacher as an artifact of this run; else the baseline, unless it came quantized."""
-    key = under_way.inputs.teacher_fingerprint()
+    key = session.inputs.teacher_fingerprint()
     if key is None:
         return None if baseline.linears else baseline
-    final = under_way.directory.artifact(f"teacher-{key[:8]}")
+    final = session.directory.artifact(f"teacher-{key[:8]}")
     if ranks.leads:
-        _make_teacher(under_way, key, final)
+        _make_teacher(session, key, final)
     ranks.barrier()
     return _opened(final)
 
 
-def _make_teacher(under_way: Session, key: str, final: Path) -> None:
+def _make_teacher(session: Session, key: str, final: Path) -> None:
     if final.is_dir():
         return
-    source = resolve_model(str(under_way.recipe.teacher))
-    manifest = {"key": key, "parent": None, "stage": {"name": "teacher", "method": None, "settings": {"model": under_way.recipe.teacher}}}
-    with under_way.directory.stage_held(final.name):
+    source = resolve_model(str(session.recipe.teacher))
+    manifest = {"key": key, "parent": None, "stage": {"name": "teacher", "method": None, "settings": {"model": session.recipe.teacher}}}
+    with session.directory.stage_held(final.name):
         if not final.is_dir():
-            build_baseline(source, under_way.directory.scratch(final.name), final, manifest)
+            build_baseline(source, session.directory.scratch(final.name), final, manifest)
 
 
-def _need_finished(under_way: Session, address: str) -> None:
+def _need_finished(session: Session, address: str) -> None:
     """--from says: what lies before is taken as it is. It must be there."""
-    states = _states(under_way)
-    for step in under_way.steps:
+    states = _states(session)
+    for step in session.steps:
         if step.address == address:
             return
         if states[step.address] != "done":

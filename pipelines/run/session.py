@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from ..allocation.choice import Choice
 from ..allocation.spending import spent
@@ -20,6 +20,21 @@ from ..store.rundir import RunDirectory
 from .signals import Stop
 
 log = logging.getLogger("bitmend")
+
+
+class StageAddresses(TypedDict, total=False):
+    """Which of the stages that are there are done again from, which one is the last, which one is done again."""
+
+    from_stage: str | None
+    until_stage: str | None
+    force: str | None
+
+
+def given_addresses(
+    from_stage: str | None = None, until_stage: str | None = None, force: str | None = None
+) -> tuple[str | None, str | None, str | None]:
+    """The three in order; TypeError for any other name."""
+    return from_stage, until_stage, force
 
 
 @dataclass
@@ -39,7 +54,7 @@ class Session:
     choice: Choice | None = None
     ranks: Ranks = ONE
 
-    def log(self, event: str, **fields: Any) -> None:
+    def log(self, event: str, **fields: object) -> None:
         """One line of log.jsonl, which one rank writes."""
         if self.ranks.leads:
             self.directory.log(event, **fields)
@@ -51,13 +66,13 @@ class Session:
         self.steps, self.table, self.choice = self.ranks.broadcast((self.steps, self.table, self.choice))
 
 
-def plan_run(under_way: Session) -> None:
+def plan_run(session: Session) -> None:
     """The steps as far as they are known, and the budget's choice if it was made."""
-    chosen, inputs, compute, place = under_way.recipe, under_way.inputs, under_way.compute, under_way.directory
-    under_way.steps = plan_steps(chosen, inputs.model, inputs, compute, place, under_way.ranks.size)
+    chosen, inputs, compute, place = session.recipe, session.inputs, session.compute, session.directory
+    session.steps = plan_steps(chosen, inputs.model, inputs, compute, place, session.ranks.size)
     if chosen.budget is not None:
-        parent = under_way.steps[spent(chosen).first]
-        under_way.table, under_way.choice = found_choice(chosen, parent.key, inputs, compute, place)
+        parent = session.steps[spent(chosen).first]
+        session.table, session.choice = found_choice(chosen, parent.key, inputs, compute, place)
 
 
 def check_ranks(chosen: Recipe, inputs: Inputs, ranks: Ranks) -> None:
@@ -89,18 +104,18 @@ def check_ranks(chosen: Recipe, inputs: Inputs, ranks: Ranks) -> None:
             )  # fmt: skip
 
 
-def take_up(under_way: Session) -> None:
+def take_up(session: Session) -> None:
     """Make these steps the plan of record, and say what it sends back to work."""
-    if not under_way.ranks.leads:
+    if not session.ranks.leads:
         return
-    place = under_way.directory
-    announce(under_way.steps, under_way.before, under_way.compute, place)
-    place.write_recipe(under_way.recipe.to_yaml())
-    rows = [{"address": s.address, "method": s.method, "key": s.key, "name": s.name, "settings": s.settings} for s in under_way.steps]
-    table = {} if under_way.table is None else {"allocation": str(under_way.table.relative_to(place.path))}
-    computed = {"compute": under_way.compute.words()}
-    kept = {"kept": under_way.before["kept"]} if "kept" in under_way.before else {}
-    place.write({**kept, "stages": rows, "model": under_way.recipe.model, "recipe": under_way.recipe.name, **computed, **table})
+    place = session.directory
+    announce(session.steps, session.before, session.compute, place)
+    place.write_recipe(session.recipe.to_yaml())
+    rows = [{"address": s.address, "method": s.method, "key": s.key, "name": s.name, "settings": s.settings} for s in session.steps]
+    table = {} if session.table is None else {"allocation": str(session.table.relative_to(place.path))}
+    computed = {"compute": session.compute.words()}
+    kept = {"kept": session.before["kept"]} if "kept" in session.before else {}
+    place.write({**kept, "stages": rows, "model": session.recipe.model, "recipe": session.recipe.name, **computed, **table})
 
 
 def announce(steps: list[Step], before: Mapping[str, Any], compute: Compute, place: RunDirectory) -> None:
@@ -109,7 +124,13 @@ def announce(steps: list[Step], before: Mapping[str, Any], compute: Compute, pla
     moved = before.get("compute", compute.words()) != compute.words()
     for step in steps:
         old = rows.get(step.address)
-        if old is not None and step.key and old["key"] != step.key and place.state(step.name) != "done" and place.artifact(old["name"]).is_dir():
+        if (
+            old is not None
+            and step.key
+            and old["key"] != step.key
+            and place.state(step.name) != "done"
+            and place.artifact(old["name"]).is_dir()
+        ):
             changes = [_change(k, old["settings"].get(k), v) for k, v in step.settings.items() if old["settings"].get(k) != v]
             if old["method"] != step.method:
                 changes.insert(0, f"method {old['method']} → {step.method}")

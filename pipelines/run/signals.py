@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..ranks.exchange import ONE, Ranks
 
@@ -41,7 +40,7 @@ class Stop:
         if self.agreed():
             raise KeyboardInterrupt
 
-    def ask(self, number: int, frame: Any) -> None:
+    def ask(self, number: int, frame: object) -> None:
         if self.asked.is_set() and self.ranks.size > 1 and time.monotonic() - self.since < TWICE_SECONDS:
             return
         if self.asked.is_set() or not self.working:
@@ -58,7 +57,7 @@ def signals(ranks: Ranks = ONE) -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before: dict[int, Callable[..., Any] | int | None] = {n: signal.signal(n, stop.ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Callable[..., object] | int | None] = {n: signal.signal(n, stop.ask) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:

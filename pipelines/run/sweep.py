@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...reports.record import RunRecord
 from ..errors import PipelineError, UsageError
 from ..recipes.recipe import Recipe, planned_directory, resolve
 from .ledger import keep_plan
@@ -49,7 +50,7 @@ class Result:
     """What a combination came to: a reports RunRecord, or the error that stopped it."""
 
     point: Point
-    record: Any = None
+    record: RunRecord | None = None
     error: PipelineError | None = None
 
     def trainable(self) -> int | None:
@@ -93,7 +94,7 @@ class SweepOutcome:
             row["error"] = str(result.error) if result.error else None
         return row
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {"schema": 1, "max_trainable_parameters": self.max_trainable, "runs": self.rows()}
 
     def raise_failure(self) -> None:
@@ -105,14 +106,14 @@ class SweepOutcome:
 
 
 def combinations(
-    name: str, over: Sequence[str], *, file: Path | None = None, sets: Sequence[str] = (), options: Mapping[str, Any] | None = None
+    name: str, over: Sequence[str], *, file: Path | None = None, sets: Sequence[str] = (), options: Mapping[str, object] | None = None
 ) -> list[Point]:
     """Every combination of the `KEY=A,B,C` texts, each resolved and checked before anything runs."""
     return [Point(settings, resolve(name, file=file, sets=_assignments(sets, settings), options=options)) for settings in _product(over)]
 
 
 def directory(
-    name: str, over: Sequence[str], *, file: Path | None = None, sets: Sequence[str] = (), options: Mapping[str, Any] | None = None
+    name: str, over: Sequence[str], *, file: Path | None = None, sets: Sequence[str] = (), options: Mapping[str, object] | None = None
 ) -> Path:
     """runs/<recipe>-sweep: beside the single run, so that its pages stay its own. Known before a method is looked up, which brings torch;
     UsageError as in `combinations`, but for the stages."""

@@ -2,7 +2,7 @@
 
 A process runs its combination in a directory of its own, whose `stages` are the sweep's; of stages that combinations share one process makes
 each, the others wait for it. On GPUs a process has one to itself. Results are those of one combination after the other, bit for bit: afterwards
-each is gone through in the sweep's own directory, where nothing is left to do.
+each is processed in the sweep's own directory, where nothing is left to do.
 """
 
 import json
@@ -48,13 +48,15 @@ def check_jobs(jobs: int, directory: Path, recipe: Recipe, device: str) -> None:
     """UsageError where there are more processes than GPUs to give them."""
     place = RunDirectory(directory) if directory.is_dir() else None
     if compute_of(place, device, recipe.dtype, recipe.deterministic).device.type == "cuda" and jobs > (count := torch.cuda.device_count()):
-        raise UsageError(f"--jobs {jobs}: torch sees {count} GPU{'s' * (count > 1)}, and each process needs one to itself; give --jobs {count}")
+        raise UsageError(
+            f"--jobs {jobs}: torch sees {count} GPU{'s' * (count > 1)}, and each process needs one to itself; give --jobs {count}"
+        )
 
 
 def made_ahead(recipes: Sequence[tuple[str, Recipe]], directory: Path, device: str, jobs: int) -> dict[int, PipelineError]:
     """Make the stages of (label, recipe) in `directory`, up to `jobs` at once; the errors of those that failed, by number. The baseline is
     there. A process that is killed leaves its combination to whoever goes through them next. KeyboardInterrupt once all have stopped."""
-    found: dict[int, PipelineError] = {}
+    result: dict[int, PipelineError] = {}
     run = RunDirectory(directory.resolve())
     for name in SHARED:
         (run.path / name).mkdir(exist_ok=True)
@@ -72,17 +74,17 @@ def made_ahead(recipes: Sequence[tuple[str, Recipe]], directory: Path, device: s
                 free.append(job.slot)
                 label = recipes[job.number][0]
                 if (job.place / ERROR).is_file():
-                    said = json.loads((job.place / ERROR).read_text(encoding="utf-8"))
-                    found[job.number] = getattr(errors, said["kind"])(said["message"])
+                    failure = json.loads((job.place / ERROR).read_text(encoding="utf-8"))
+                    result[job.number] = getattr(errors, failure["kind"])(failure["message"])
                 elif job.process.returncode != 0:
                     last = (job.place / OUTPUT).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-                    log.warning("%s: its process ended with %d (%s); it is gone through again", label, job.process.returncode, *last or [""])
+                    log.warning("%s: its process ended with %d (%s); it is processed again", label, job.process.returncode, *last or [""])
                 log.info("combination %d of %d ends: %s", job.number + 1, len(recipes), label)
             time.sleep(0.05)
     for name in SHARED[1:]:
         if not any((run.path / name).iterdir()):
             (run.path / name).rmdir()
-    return found
+    return result
 
 
 def order(recipes: Sequence[Recipe]) -> list[int]:
@@ -149,8 +151,8 @@ def main(arguments: list[str]) -> int:
     try:
         runner.run(resolve(str(place / RECIPE)), place, device=device, page=False)
     except PipelineError as error:
-        said = {"kind": type(error).__name__, "message": str(error)}
-        (place / ERROR).write_text(json.dumps(said), encoding="utf-8")
+        failure = {"kind": type(error).__name__, "message": str(error)}
+        (place / ERROR).write_text(json.dumps(failure), encoding="utf-8")
         return error.exit_code
     except KeyboardInterrupt:
         return 130

@@ -5,6 +5,7 @@ A directory whose tensor names are the model's own is referred to, not copied; a
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def build_baseline(directory: Path, scratch: Path, final: Path, manifest: dict[s
     return writer.seal(final, manifest, documents)
 
 
-def artifact_of(checkpoint: Checkpoint, files: Path, scratch: Path, final: Path, manifest: dict[str, Any]) -> Artifact:
+def artifact_of(checkpoint: Checkpoint, files: Path, scratch: Path, final: Path, manifest: Mapping[str, object]) -> Artifact:
     """The artifact of a checkpoint that was read, with the config and tokenizer files of `files`."""
     documents = {n: (files / n).read_bytes() for n in ("config.json", *DOCUMENTS) if (files / n).is_file()}
     writer = ArtifactWriter(scratch, None)
@@ -63,7 +64,7 @@ def artifact_of(checkpoint: Checkpoint, files: Path, scratch: Path, final: Path,
     return writer.seal(final, manifest, documents)
 
 
-def _with_dtype(config: dict[str, Any]) -> dict[str, Any]:
+def _with_dtype(config: dict[str, Any]) -> dict[str, object]:
     """transformers would look for the type in the weights."""
     return config if config.get("dtype") or config.get("torch_dtype") else {**config, "dtype": str(dtype_of(config)).removeprefix("torch.")}
 
@@ -88,14 +89,14 @@ def _names_match(directory: Path) -> bool:
     """Whether the checkpoint's tensors are the model's own, name by name. InputError for a shape that is not the model's, and for weights that
     are no floating-point numbers."""
     model = skeleton(load_config(directory))
-    found: dict[str, list[int]] = {}
+    result: dict[str, list[int]] = {}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for file in source_paths(directory).values():
         try:
             with safetensors.safe_open(file, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118
                     piece = shard.get_slice(name)
-                    found[name] = piece.get_shape()
+                    result[name] = piece.get_shape()
                     if name in parameters and piece.get_dtype() not in FLOATING:
                         raise InputError(
                             f"{file}: {name} is stored as {piece.get_dtype()}, and config.json says nothing of a quantization; "
@@ -105,11 +106,11 @@ def _names_match(directory: Path) -> bool:
             raise InputError(f"{file}: not a readable safetensors file ({error}); download the model again") from error
     tied = tied_names(model)
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-    if not wanted.keys() <= found.keys():
+    if not wanted.keys() <= result.keys():
         return False
     for name, shape in wanted.items():
-        if found[name] != shape:
-            raise InputError(f"{directory}: {name} has shape {found[name]}, config.json says {shape}; the two do not belong together")
+        if result[name] != shape:
+            raise InputError(f"{directory}: {name} has shape {result[name]}, config.json says {shape}; the two do not belong together")
     return True
 
 

@@ -6,7 +6,7 @@ Knows the walk and the bookkeeping; one matrix is `matrices`' business, what lie
 Legend: N windows, T tokens.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from ...compress.weights import StoredWeight
 from ..errors import InputError, UsageError
 from ..logs import bar
 from ..models.blocks import StreamedModel
-from ..models.collecting import collect, collect_head, dense_inputs_of, input_groups, through_head
+from ..models.collecting import DenseInputs, collect, collect_head, dense_inputs_of, input_groups, through_head
 from ..models.hidden import Room
 from ..models.reading import BlockReader, BlockTensors
 from ..models.sizes import fallback_notes
@@ -57,7 +57,7 @@ def compress(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context:
     if wants_dense or "cross_moment" in needs or row.dense_outputs:
         dense = StreamedModel(context.baseline, context.device, context.dtype, reader=targets)
     if "fisher" in needs:
-        fisher = {name: found.to(context.device) for name, found in fisher_diagonal(context).items()}
+        fisher = {name: result.to(context.device) for name, result in fisher_diagonal(context).items()}
     share = share_of(calibration(context, looks_at_inputs(needs, row)), context.ranks)
     stage = Stage(parent, writer, spec, row, context, model, targets, dense, needs, room, share, sparsity, fisher)
     checkpoints = Checkpoints(context.scratch, dense is not None, share)
@@ -91,7 +91,7 @@ def _part(index: int) -> str:
     return f"block-{index:05d}"
 
 
-def _block(stage: Stage, states: States, index: int, sites: list[Site], followed: bool) -> list[dict[str, Any]]:
+def _block(stage: Stage, states: States, index: int, sites: list[Site], followed: bool) -> list[dict[str, object]]:
     """Compress and write one block, unless that was done before, and hand its outputs on where somebody follows who reads them; what is
     said of its matrices."""
     part = _part(index)
@@ -126,19 +126,19 @@ def _expect(stage: Stage, index: int) -> None:
 
 
 def _solved(stage: Stage, states: States, index: int, sites: list[Site]) -> tuple[dict[str, StoredWeight], list[dict[str, Any]]]:
-    """The block's new records and what is said of each. Truly sequential: group by group, each seeing what those before it became."""
+    """The block's new records and their rows of the report. Truly sequential: group by group, each seeing what those before it became."""
     if stage.row.scope == "block":
         with torch.no_grad():
             statistics = _statistics(stage, states, index, sites)
         return solve_block(stage, states, index, sites, statistics)
     records: dict[str, StoredWeight] = {}
-    layers: dict[str, dict[str, Any]] = {}
+    layers: dict[str, dict[str, object]] = {}
     with torch.no_grad():
         groups = _groups(stage, states, index, sites)
         for number, group in enumerate(groups, 1):
             statistics = _statistics(stage, states, index, group)
-            found, told = solve_all(stage, group, statistics)
-            records, layers = records | found, layers | told
+            result, rows = solve_all(stage, group, statistics)
+            records, layers = records | result, layers | rows
             if number < len(groups):
                 for site in group:
                     stage.model.put(site, records[site.name].to("cpu"))  # as it will be read back
@@ -150,8 +150,8 @@ def _groups(stage: Stage, states: States, index: int, sites: list[Site]) -> list
     if not stage.true_sequential or not sites:
         return [sites]
     ranks, by_name = stage.context.ranks, {site.name: site for site in sites}
-    found = input_groups(stage.model, index, sites, states.hidden[0]) if ranks.leads else []
-    return [[by_name[name] for name in names] for names in ranks.broadcast([[site.name for site in group] for group in found])]
+    result = input_groups(stage.model, index, sites, states.hidden[0]) if ranks.leads else []
+    return [[by_name[name] for name in names] for names in ranks.broadcast([[site.name for site in group] for group in result])]
 
 
 def _advance(stage: Stage, states: States, index: int) -> None:
@@ -171,13 +171,13 @@ def _statistics(stage: Stage, states: States, index: int, sites: list[Site]) -> 
         source, hidden = stage.dense, states.dense
     if "cross_moment" in needs and stage.dense is not None:
         with dense_inputs_of(stage.dense, sites) as paired:
-            dense = _dense_first(states, paired, partial(stage.dense.run_block, index))
-            collect(source, index, hidden, sites, needs, statistics, paired, dense, stage.share)
+            dense = DenseInputs(paired, _dense_first(states, paired, partial(stage.dense.run_block, index)))
+            collect(source, index, hidden, sites, needs, statistics, dense, stage.share)
     elif sites:
         collect(source, index, hidden, sites, needs, statistics, share=stage.share)
     for site in sites:
-        found = statistics.setdefault(site.name, InputStatistics(site.shape[1], needs, stage.context.device))
-        bad = found.non_finite() if stage.looks_at_inputs else None
+        result = statistics.setdefault(site.name, InputStatistics(site.shape[1], needs, stage.context.device))
+        bad = result.non_finite() if stage.looks_at_inputs else None
         if bad is not None:
             raise InputError(
                 f"{site.name}: {bad} of its inputs holds NaN or Inf; the layer below it overflows, or the checkpoint is damaged"
@@ -204,14 +204,14 @@ def _head_statistics(stage: Stage, states: States, site: Site) -> InputStatistic
     with torch.no_grad():
         if "cross_moment" in needs and stage.dense is not None:
             with dense_inputs_of(stage.dense, [site]) as paired:
-                dense = _dense_first(states, paired, partial(through_head, stage.dense, site))
-                collect_head(stage.model, states.hidden, site, needs, statistics, paired, dense, stage.share)
+                dense = DenseInputs(paired, _dense_first(states, paired, partial(through_head, stage.dense, site)))
+                collect_head(stage.model, states.hidden, site, needs, statistics, dense, stage.share)
         else:
             collect_head(stage.model, states.hidden, site, needs, statistics, share=stage.share)
     return statistics.get(site.name) or InputStatistics(site.shape[1], needs, stage.context.device)
 
 
-def _write(stage: Stage, index: int, part: str, records: Mapping[str, StoredWeight], layers: list[dict[str, Any]]) -> None:
+def _write(stage: Stage, index: int, part: str, records: Mapping[str, StoredWeight], layers: Sequence[Mapping[str, object]]) -> None:
     """One part: this block's new records, and everything else of it as the parent has it. Experts that share a parameter with a new record
     get dense ones."""
     if not stage.context.ranks.leads:
@@ -228,8 +228,8 @@ def _write(stage: Stage, index: int, part: str, records: Mapping[str, StoredWeig
 
 def _measured(stage: Stage, states: States, layers: list[dict[str, Any]]) -> dict[str, Any]:
     tokens = sum(stage.context.ranks.gathered(states.hidden.tokens))
-    found: dict[str, Any] = {"calibration_tokens": tokens if stage.looks_at_inputs else 0}
-    return found | ({"block_sparsity": _by_block(layers)} if stage.sparsity else {})
+    result: dict[str, object] = {"calibration_tokens": tokens if stage.looks_at_inputs else 0}
+    return result | ({"block_sparsity": _by_block(layers)} if stage.sparsity else {})
 
 
 def _by_block(layers: list[dict[str, Any]]) -> list[float]:

@@ -45,15 +45,15 @@ class OutputSquares:
 
 def fisher_diagonal(context: Context) -> dict[str, Fisher]:
     """Site name → Fisher (arXiv:2311.12023, section 3.2), on the CPU; kept beside the baseline for the next method."""
-    found = {name: tensor for name, tensor in _found(context).items() if not name.startswith(_OUTSIDE)}
-    names = {key.rpartition(".")[0] for key in found}
-    return {n: Fisher(found[f"{n}.row"], found[f"{n}.column"]) for n in names}
+    result = {name: tensor for name, tensor in _found(context).items() if not name.startswith(_OUTSIDE)}
+    names = {key.rpartition(".")[0] for key in result}
+    return {n: Fisher(result[f"{n}.row"], result[f"{n}.column"]) for n in names}
 
 
 def output_squares(context: Context) -> OutputSquares:
     """Of the token embeddings and the head, from the same walk and file, on the CPU."""
-    found = _found(context)
-    return OutputSquares(found.get(f"{_OUTSIDE}looked_up"), found.get(f"{_OUTSIDE}logits"))
+    result = _found(context)
+    return OutputSquares(result.get(f"{_OUTSIDE}looked_up"), result.get(f"{_OUTSIDE}logits"))
 
 
 def nats_per_square(calibration: Calibration) -> float:
@@ -71,10 +71,10 @@ def _found(context: Context) -> dict[str, Tensor]:
     """By their names in the file."""
     path, ranks = _kept(context), context.ranks
     if ranks.broadcast(ranks.leads and is_whole(path)):
-        found = kept(path)
-        if found is None:
+        result = kept(path)
+        if result is None:
             raise InputError(f"{path}: rank 0 finds it whole and rank {ranks.rank} does not; the ranks need one file system")
-        return found[0]
+        return result[0]
     sums, outside = _collect(context)
     if not any(bool(row_O.any()) for row_O, _ in sums.values()):
         raise InputError(
@@ -130,7 +130,7 @@ def _collect(context: Context) -> tuple[Sums, OutputSquares]:
                 squares.sums.place = place
                 squares.look_up(ids_1T, gradient_1TD)
             squares.sums.settle()
-    return sums, squares.found()
+    return sums, squares.result()
 
 
 @dataclass
@@ -232,7 +232,7 @@ class _OutputSums:
         totals = {name: torch.zeros(length, dtype=torch.float64, device=model.device) for name, length in lengths.items()}
         self.sums = _Ordered(ranks, totals)
 
-    def found(self) -> OutputSquares:
+    def result(self) -> OutputSquares:
         return OutputSquares(*(None if t is None else t.cpu() for t in map(self.sums.totals.get, ("looked up", "logits"))))
 
     @contextmanager

@@ -33,7 +33,7 @@ ROOM = 1.5  # a model is loaded whole to be timed where its weights on disk take
 
 def fuse(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: Context) -> Outcome:
     """Fold what can be folded, take the rest of the parent over, and let the whole model write a few tokens through the kernels, so that
-    what cannot run is said now."""
+    what cannot run is refused now."""
     notes: list[str] = []
     smoothed = any("smooth" in description for description in parent.linears.values())
     if smoothed or spec.config.integer_scales:

@@ -68,18 +68,20 @@ class Inputs:
         if "calibration ids" not in self._kept:
             at = data.schedule([share.weight for share in mixed])
             counts = Counter(at(index)[0] for index in range(wanted.samples))
-            found = [self._windows("calibration", mixed[i].source, wanted.seq_len, counts[i], self.recipe.seed).ids for i in sorted(counts)]
-            self._kept["calibration ids"] = torch.cat(found)
+            result = [
+                self._windows("calibration", mixed[i].source, wanted.seq_len, counts[i], self.recipe.seed).ids for i in sorted(counts)
+            ]
+            self._kept["calibration ids"] = torch.cat(result)
         return self._kept["calibration ids"]
 
     def training(self, seq_len: int, batch_size: int) -> Callable[[int], Batch]:
         """index → micro-batch: a pure function of (seed, index). Each is of one source, which takes its turn by its weight."""
         mixed = shares(self.recipe.data.train)
         windows = [self._teaching(self._windows("train", share.source, seq_len, None), share.source) for share in mixed]
-        for share, found in zip(mixed, windows, strict=True):
-            if len(found.ids) < batch_size:
+        for share, result in zip(mixed, windows, strict=True):
+            if len(result.ids) < batch_size:
                 raise InputError(
-                    f"{share.source}: {len(found.ids)} windows of {seq_len} tokens are less than one batch of {batch_size}; "
+                    f"{share.source}: {len(result.ids)} windows of {seq_len} tokens are less than one batch of {batch_size}; "
                     "give more text (--train), or a smaller recover.batch_size or recover.seq_len"
                 )
         at = data.schedule([share.weight for share in mixed])
@@ -96,12 +98,10 @@ class Inputs:
         count = max(1, HELD_OUT_TOKENS // seq_len // len(mixed))
         batches = []
         for source in (share.source for share in mixed):
-            found, size = (
-                self._teaching(self._windows("held_out", source, seq_len, count, self.recipe.seed), source),
-                held_out_size(seq_len, batch_size),
-            )
-            pieces = [slice(start, start + size) for start in range(0, len(found.ids), size)]
-            batches += [self._batch(source, found.ids[p], None if found.loss is None else found.loss[p]) for p in pieces]
+            windows = self._teaching(self._windows("held_out", source, seq_len, count, self.recipe.seed), source)
+            size = held_out_size(seq_len, batch_size)
+            pieces = [slice(start, start + size) for start in range(0, len(windows.ids), size)]
+            batches += [self._batch(source, windows.ids[p], None if windows.loss is None else windows.loss[p]) for p in pieces]
         return batches
 
     def check(self, specs: Iterable[StageSpec], writes: bool = True) -> None:
@@ -164,7 +164,7 @@ class Inputs:
         chosen = self.recipe
         return resolve_model(chosen.teacher) if chosen.teacher else resolve_model(chosen.model, chosen.revision)
 
-    def fingerprint(self, spec: StageSpec, row: Any) -> list[Any]:
+    def fingerprint(self, spec: StageSpec, row: object) -> list[Any]:
         """Whatever of the data decides a stage's result: nothing for a method that reads no text."""
         if spec.name == "recover":
             mixed = shares(self.recipe.data.train)
@@ -173,7 +173,7 @@ class Inputs:
             return [*parts, self.calibration_fingerprint() if _needs(spec, row) else None, self.teacher_fingerprint()]
         return [self.calibration_fingerprint() if _needs(spec, row) else None]
 
-    def reads_calibration(self, spec: StageSpec, row: Any) -> bool:
+    def reads_calibration(self, spec: StageSpec, row: object) -> bool:
         """Whether a stage's result depends on the calibration text."""
         return _needs(spec, row)
 
@@ -194,9 +194,9 @@ def held_out_size(seq_len: int, batch_size: int) -> int:
     return max(batch_size, HELD_OUT_BATCH // seq_len)
 
 
-def _needs(spec: StageSpec, row: Any) -> bool:
+def _needs(spec: StageSpec, row: object) -> bool:
     needs = getattr(row, "needs", None)
     if needs is None:
         return False
-    found = needs(spec.config) if callable(needs) else needs
-    return bool(found) or getattr(row, "scope", "matrix") == "block"
+    result = needs(spec.config) if callable(needs) else needs
+    return bool(result) or getattr(row, "scope", "matrix") == "block"

@@ -1,4 +1,4 @@
-"""One compression stage under way, and what it does with one matrix: where it comes from, what it should imitate, what is said of it.
+"""One compression stage under way, and what it does with one matrix: where it comes from, what it should imitate, its row of the report.
 
 Knows artifacts and the structure of the model; the maths is `compress/methods`, the order of things `compress`.
 Legend: O out, I in.
@@ -94,7 +94,7 @@ def target(stage: Stage, site: Site) -> Tensor:
     return record.dense().contiguous()
 
 
-def checked_target(stage: Stage, site: Site, config: Any) -> Tensor:
+def checked_target(stage: Stage, site: Site, config: object) -> Tensor:
     """`target`. InputError for one with NaN or Inf, and where the config rounds inputs in groups that do not divide the site's."""
     target_OI = target(stage, site)
     if not bool(torch.isfinite(target_OI).all()):
@@ -122,8 +122,8 @@ def matrix_outside(model: nn.Module, artifact: Artifact, site: Site) -> StoredWe
     return StoredWeight(DenseWeight(site.read(artifact.tensor(names[0])).contiguous()))
 
 
-def solve(stage: Stage, site: Site, statistics: Mapping[str, InputStatistics]) -> tuple[StoredWeight, dict[str, Any]]:
-    """(the site's new record, what is said of it). InputError names the site and what the method could not use."""
+def solve(stage: Stage, site: Site, statistics: Mapping[str, InputStatistics]) -> tuple[StoredWeight, dict[str, object]]:
+    """(the site's new record, its row of the report). InputError names the site and what the method could not use."""
     config = stage.config_for(site)
     target_OI = checked_target(stage, site, config)
     known = LayerStatistics(statistics[site.name], stage.fisher.get(site.name))
@@ -134,7 +134,9 @@ def solve(stage: Stage, site: Site, statistics: Mapping[str, InputStatistics]) -
     return record, described(site, record, target_OI, statistics[site.name].samples_TI, metrics)
 
 
-def described(site: Site, record: StoredWeight, target_OI: Tensor, inputs_TI: Tensor | None, metrics: Mapping[str, Any]) -> dict[str, Any]:
+def described(
+    site: Site, record: StoredWeight, target_OI: Tensor, inputs_TI: Tensor | None, metrics: Mapping[str, object]
+) -> dict[str, Any]:
     """What a report says of one matrix: its output's error on some of the stage's inputs (null where no token came), its bytes, and the
     method's own metrics."""
     rank = record.low_rank.rank if record.low_rank is not None else None

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -87,19 +86,19 @@ def recover(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: 
     model = streamed.model
     if attached.unrounded and result.improved:
         requantize_trained(parent, streamed, attached.unrounded, spec.address, context)
-    kept, said = _as_kept(model, student, attached, held_out, result, spec)
-    found = trained(model, attached.plain) if kept is not None else Trained()
-    write_model(parent, writer, streamed, found)
+    kept, remarks = _as_kept(model, student, attached, held_out, result, spec)
+    results = trained(model, attached.plain) if kept is not None else Trained()
+    write_model(parent, writer, streamed, results)
     if kept is not None and attached.beside is not None:
         writer.write_beside(attached.beside())
     audited(parent, writer, spec.address, codes_move=not RECOVER[spec.method].grid_safe)
-    layers = [{"name": n, "metrics": {}, "output_error": None} for n in found.records if n in parent.linears]
+    layers = [{"name": n, "metrics": {}, "output_error": None} for n in results.records if n in parent.linears]
     metrics = _metrics(result) | {
         "held_out_loss_kept": result.start_loss if kept is None else kept,
         "memory": memory,
         "tokens_per_second": speed,
     }
-    return Outcome(layers, metrics, notes + said, attached.count())
+    return Outcome(layers, metrics, notes + remarks, attached.count())
 
 
 def _student(
@@ -114,15 +113,15 @@ def _student(
     return streamed, attached.run or student, attached
 
 
-def _parts(own: Any, context: Context) -> bool:
+def _parts(own: object, context: Context) -> bool:
     """Whether ranks hold parts of what trains."""
     return getattr(own, "shard", False) and context.ranks.size > 1
 
 
 def _attached(parent: Artifact, spec: StageSpec, streamed: StreamedModel, seed: int, gradients: Gradients) -> Attached:
     """The method on the model. UsageError when it cannot be."""
-    found = [kinds(linear.stored) for linear in compressed_linears(streamed.model).values()]
-    reason = refusal(spec.method, found, spec.config)
+    results = [kinds(linear.stored) for linear in compressed_linears(streamed.model).values()]
+    reason = refusal(spec.method, results, spec.config)
     if reason is not None:
         raise UsageError(f"{spec.address}: {reason}")
     try:
@@ -268,8 +267,8 @@ def own_batches(config: TrainConfig, ranks: Ranks) -> Sequence[int]:
 
 def _saved(path: Path, ranks: Ranks) -> TrainState | None:
     """None for one that is torn, too: training starts again from its first step, which gives the same result."""
-    found = kept(path) if ranks.broadcast(ranks.leads and is_whole(path)) else None
-    return None if found is None else TrainState(found[0], json.loads(found[1]["meta"]))
+    results = kept(path) if ranks.broadcast(ranks.leads and is_whole(path)) else None
+    return None if results is None else TrainState(results[0], json.loads(results[1]["meta"]))
 
 
 # -- what is kept ----------------------------------------------------------------------------------------------------------------
@@ -279,7 +278,7 @@ def _as_kept(
     model: nn.Module, student: Student, attached: Attached, held_out: list[Batch], result: TrainResult, spec: StageSpec
 ) -> tuple[float | None, list[str]]:
     """Held-out loss of the very records that go to disk, pruned where that was asked for; None when the model stays as it was, since
-    that would be worse. And what is to be said about it."""
+    that would be worse. And the notes of the report."""
     notes = [f"rolled back: {text}" for text in result.rollbacks]
     if not result.improved:
         as_before = "the model is as it was before this stage"
@@ -302,7 +301,7 @@ def _as_kept(
     ]
 
 
-def _metrics(result: TrainResult) -> dict[str, Any]:
+def _metrics(result: TrainResult) -> dict[str, object]:
     return {
         "held_out_loss_start": result.start_loss,
         "held_out_loss_best": result.best_loss,

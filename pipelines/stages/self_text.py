@@ -7,8 +7,9 @@ checkpoints of transformers; not what the text is used for.
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,31 +25,34 @@ from ..text.sources import PARAGRAPH, Body
 from ..text.splits import Document
 from .baseline import fingerprint
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 log = logging.getLogger("bitmend")
 VERSION = 1
 DOCUMENTS, TOKENS, AT_ONCE = 128, 128, 64
 """How many documents of how many tokens, and how many are written at once."""
 
 
-def self_text(model: Path, tokenizer: Any, seed: int, device: torch.device) -> Body:
+def self_text(model: Path, tokenizer: "PreTrainedTokenizerBase", seed: int, device: torch.device) -> Body:
     """What the model in this directory writes. InputError for a quantized one, and for a kept text that another model wrote."""
     path, facts = _place(model, tokenizer, seed)
-    begin, said = _beginning(tokenizer)
+    begin, where = _beginning(tokenizer)
     with locked(path):
         if not path.is_file():
-            log.info("self: %s writes %d documents of %d tokens; each begins %s", model.name, DOCUMENTS, TOKENS, said)
+            log.info("self: %s writes %d documents of %d tokens; each begins %s", model.name, DOCUMENTS, TOKENS, where)
             rows = [facts, *({"text": text} for text in _written(model, tokenizer, begin, seed, device))]
             write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     documents = [Document(text) for text in _kept(path, facts)]
-    return Body(documents, PARAGRAPH, f"self (written by {facts['model'][:8]}, {said})", "by document")
+    return Body(documents, PARAGRAPH, f"self (written by {facts['model'][:8]}, {where})", "by document")
 
 
-def is_written(model: Path, tokenizer: Any, seed: int) -> bool:
+def is_written(model: Path, tokenizer: "PreTrainedTokenizerBase", seed: int) -> bool:
     """Whether that text is in the cache."""
     return _place(model, tokenizer, seed)[0].is_file()
 
 
-def _place(model: Path, tokenizer: Any, seed: int) -> tuple[Path, dict[str, Any]]:
+def _place(model: Path, tokenizer: "PreTrainedTokenizerBase", seed: int) -> tuple[Path, dict[str, Any]]:
     """Where the text lies, and the facts that name it."""
     settings = {"version": VERSION, "documents": DOCUMENTS, "tokens": TOKENS, "seed": seed, "begins": _beginning(tokenizer)[1]}
     facts = {"model": fingerprint(model), "settings": settings}
@@ -56,7 +60,7 @@ def _place(model: Path, tokenizer: Any, seed: int) -> tuple[Path, dict[str, Any]
     return cache_directory() / "text" / f"self-{name}.jsonl", facts
 
 
-def _kept(path: Path, facts: dict[str, Any]) -> list[str]:
+def _kept(path: Path, facts: Mapping[str, object]) -> list[str]:
     try:
         written_by, *rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
         texts = [row["text"] for row in rows]
@@ -68,7 +72,7 @@ def _kept(path: Path, facts: dict[str, Any]) -> list[str]:
 
 
 def _beginning(tokenizer: Any) -> tuple[int | None, str]:
-    """The token before the first one, and what is to be said about it."""
+    """The token before the first one, and that in words."""
     if tokenizer.bos_token_id is not None:
         return tokenizer.bos_token_id, "at BOS"
     if tokenizer.eos_token_id is not None:
@@ -109,8 +113,8 @@ def _prefix(begin: int | None, random_N: Tensor | None) -> Tensor:
 def _sampled(writer: Any, prefix_NT: Tensor, device: torch.device) -> Tensor:
     """ids [N, TOKENS]; an end token ends nothing, what follows it is the next text."""
     ids_NT = prefix_NT.to(device)
-    found = writer.generate(
+    result = writer.generate(
         input_ids=ids_NT, attention_mask=torch.ones_like(ids_NT), do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
         eos_token_id=None, pad_token_id=0, min_new_tokens=TOKENS - ids_NT.shape[1], max_new_tokens=TOKENS - ids_NT.shape[1], cache_implementation="static", disable_compile=True,
     )  # fmt: skip
-    return found.cpu()
+    return result.cpu()

@@ -40,19 +40,19 @@ def shared_sparsity(spec: StageSpec, chosen: list[Site], context: Context) -> di
     sizes = [sum(s.shape[0] * s.shape[1] for s in sites) for sites in blocks.values()]
     spread = SPREAD[rule] if config.spread is None else config.spread
     if rule == "depth":
-        found = by_depth(len(blocks), config.sparsity, spread, sizes)
+        result = by_depth(len(blocks), config.sparsity, spread, sizes)
     else:
-        found = by_outliers(_kept_outlier_shares(spec, blocks, context), config.sparsity, spread, sizes)
-    wanted = {site: sparsity for sites, sparsity in zip(blocks.values(), found, strict=True) for site in sites}
+        result = by_outliers(_kept_outlier_shares(spec, blocks, context), config.sparsity, spread, sizes)
+    wanted = {site: sparsity for sites, sparsity in zip(blocks.values(), result, strict=True) for site in sites}
     return dict(zip((s.name for s in wanted), whole_columns(list(wanted.values()), [s.shape for s in wanted]), strict=True))
 
 
 def _kept_outlier_shares(spec: StageSpec, blocks: dict[int, list[Site]], context: Context) -> list[float]:
     path, ranks = context.scratch / "outliers.json", context.ranks
     if not ranks.broadcast(ranks.leads and path.is_file()):
-        found = outlier_shares(spec, blocks, context)
+        result = outlier_shares(spec, blocks, context)
         if ranks.leads:
-            write_json(path, {"shares": found})
+            write_json(path, {"shares": result})
     return ranks.broadcast(read_json(path, f"delete {context.scratch} and run again")["shares"] if ranks.leads else None)
 
 
@@ -77,8 +77,8 @@ def outlier_shares(spec: StageSpec, blocks: dict[int, list[Site]], context: Cont
 
 def _weight_and_norms(model: StreamedModel, site: Site, statistics: dict[str, InputStatistics]) -> Any:
     """A site no token reached (an idle expert) has inputs of 0, hence no outliers."""
-    weight_OI, found = model.matrix(site), statistics.get(site.name)
-    norm_I = torch.zeros(site.shape[1], device=weight_OI.device) if found is None else found.norm_I
+    weight_OI, result = model.matrix(site), statistics.get(site.name)
+    norm_I = torch.zeros(site.shape[1], device=weight_OI.device) if result is None else result.norm_I
     if not bool(torch.isfinite(norm_I).all()):
         raise InputError(f"{site.name}: its inputs hold NaN or Inf; the layer below it overflows, or the checkpoint is damaged")
     return weight_OI, norm_I

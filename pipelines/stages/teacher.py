@@ -42,8 +42,8 @@ class StateFiles:
         self.left = min(STATE_BYTES - taken, shutil.disk_usage(self.directory).free // 4) // self.processes
 
     def read(self, ids_BT: Tensor) -> Tensor | None:
-        found = kept(self._path(ids_BT))
-        return None if found is None else found[0]["hidden"]
+        result = kept(self._path(ids_BT))
+        return None if result is None else result[0]["hidden"]
 
     def write(self, ids_BT: Tensor, hidden_BTD: Tensor) -> None:
         size = hidden_BTD.numel() * hidden_BTD.element_size()
@@ -85,9 +85,9 @@ class StreamedTeacher:
         return self.states[self.kept[key]]
 
     def _look_ahead(self, batch: Batch) -> None:
-        found = self.files.read(batch.text)
-        if found is not None:
-            self._keep([batch.text], [found.to(batch.ids.device)])
+        result = self.files.read(batch.text)
+        if result is not None:
+            self._keep([batch.text], [result.to(batch.ids.device)])
             return
         wanted = [batch.text]
         last, text = len(self.numbers), lambda i: self.batches(self.numbers[i]).text

@@ -68,8 +68,8 @@ class Checkpoints:
         return self.share.ranks.broadcast(self._latest(blocks) if self.share.ranks.leads else None)
 
     def _latest(self, blocks: int) -> int:
-        found = sorted({int(path.name.split("-")[1]) for path in self.scratch.glob("walked-*.safetensors")}, reverse=True)
-        return next((index for index in found if index <= blocks and all(is_whole(self._path(index, name)) for name in self.names)), 0)
+        result = sorted({int(path.name.split("-")[1]) for path in self.scratch.glob("walked-*.safetensors")}, reverse=True)
+        return next((index for index in result if index <= blocks and all(is_whole(self._path(index, name)) for name in self.names)), 0)
 
     def load(self, index: int, room: Room) -> States:
         """What enters block `index`."""

@@ -5,14 +5,14 @@ Knows artifacts and records; no method.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ...compress.weights import DenseWeight, StoredWeight
 from ...recover.compressed_linear import compressed_linears, install
-from ...recover.fits import left_alone
+from ...recover.fits import Chosen, left_alone
 from ...recover.merge import audit
 from ...recover.trainable import Attached, through
 from ..devices.compute import free_bytes
@@ -20,6 +20,9 @@ from ..errors import QualityError
 from ..models.blocks import StreamedModel
 from ..models.structure import Site, Structure, set_parameter, tied_names
 from ..store.artifact import Artifact, ArtifactWriter, shards_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SLACK = 1e-6
 """Of a held-out loss in nats: what the order of a sum may change."""
@@ -41,8 +44,8 @@ class InPlace:
 
     def __call__(self, model: nn.Module, prefix: str, records: dict[str, StoredWeight]) -> None:
         sites = [s for s in self.structure.sites if s.name.startswith(f"{prefix}.")]
-        found = {s.name: records.get(s.name) or self._dense(s) for s in sites}
-        linears = install(model, {name: record.to(self.device) for name, record in found.items()}, self.dtype)
+        result = {s.name: records.get(s.name) or self._dense(s) for s in sites}
+        linears = install(model, {name: record.to(self.device) for name, record in result.items()}, self.dtype)
         for site in sites:  # as they are stored: training moves them in float32, whatever the model computes in
             if linears[site.name].bias is not None:
                 bias = self.artifact.tensor(f"{site.module}.bias").to(self.device)
@@ -51,7 +54,7 @@ class InPlace:
     def _dense(self, site: Site) -> StoredWeight:
         return StoredWeight(DenseWeight(site.read(self.artifact.tensor(f"{site.module}.{site.parameter}")).contiguous()))
 
-    def tables(self, model: Any, records: dict[str, StoredWeight]) -> None:
+    def tables(self, model: "PreTrainedModel", records: dict[str, StoredWeight]) -> None:
         for name, record in records.items():
             set_parameter(model, name, record.dense(self.dtype).to(self.device))
         model.tie_weights()
@@ -70,7 +73,7 @@ class Trained:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def untouched(own: Any, shared: Any, model: nn.Module, structure: Structure) -> list[str]:
+def untouched(own: object, shared: Chosen, model: nn.Module, structure: Structure) -> list[str]:
     """What a recovery leaves alone in the decoder's blocks and a reader might not expect, one line a reason. `model` is a skeleton."""
     sites = [site.name for site in structure.sites if site.block is not None]
     inside = {s.name: s.reason for s in structure.skipped if s.name.startswith(f"{structure.prefix}.")}
@@ -82,8 +85,10 @@ def by_reason(left: Mapping[str, str]) -> list[str]:
     names: dict[str, list[str]] = {}
     for name, reason in left.items():
         names.setdefault(reason, []).append(name)
-    single = [f"left alone: {name} ({reason})" for reason, found in names.items() if len(found) <= FEW for name in found]
-    return single + [f"left alone: {found[0]} and {len(found) - 1} more ({reason})" for reason, found in names.items() if len(found) > FEW]
+    single = [f"left alone: {name} ({reason})" for reason, result in names.items() if len(result) <= FEW for name in result]
+    return single + [
+        f"left alone: {result[0]} and {len(result) - 1} more ({reason})" for reason, result in names.items() if len(result) > FEW
+    ]
 
 
 def as_stored_before(attached: Attached, parent: Artifact) -> None:
@@ -107,37 +112,37 @@ def trained(model: nn.Module, plain: Mapping[str, torch.dtype]) -> Trained:
     return Trained(records, tensors | {n: model.get_parameter(n).detach().to(dtype) for n, dtype in plain.items()})
 
 
-def write_model(parent: Artifact, writer: ArtifactWriter, streamed: StreamedModel, found: Trained) -> None:
+def write_model(parent: Artifact, writer: ArtifactWriter, streamed: StreamedModel, result: Trained) -> None:
     """Every part of the artifact: what was trained, and the rest as the parent has it. Rank 0 writes."""
     for index in range(streamed.structure.blocks):
-        write_block(parent, writer, streamed.structure, index, found)
-    write_rest(parent, writer, streamed, found)
+        write_block(parent, writer, streamed.structure, index, result)
+    write_rest(parent, writer, streamed, result)
 
 
-def write_rest(parent: Artifact, writer: ArtifactWriter, streamed: StreamedModel, found: Trained) -> None:
+def write_rest(parent: Artifact, writer: ArtifactWriter, streamed: StreamedModel, result: Trained) -> None:
     """Embeddings, last norm, head."""
     model, blocks = streamed.model, f"{streamed.structure.prefix}."
-    rest = {n: found.tensors.get(n, parent.tensor(n)) for n in parent.index if not n.startswith(blocks) and parent.is_plain(n)}
+    rest = {n: result.tensors.get(n, parent.tensor(n)) for n in parent.index if not n.startswith(blocks) and parent.is_plain(n)}
     kept = {n: parent.stored(n) for n in parent.linears if not n.startswith(blocks)}
     known = set(model.state_dict()) - tied_names(model).keys()
     writer.write_part("rest", {"tensors": {n: t for n, t in rest.items() if n in known}, **shards_of({}, kept)}, kept)
 
 
 def write_block(
-    parent: Artifact, writer: ArtifactWriter, structure: Structure, index: int, found: Trained, extra: Mapping[str, Any] | None = None
+    parent: Artifact, writer: ArtifactWriter, structure: Structure, index: int, result: Trained, extra: Mapping[str, object] | None = None
 ) -> None:
     """One block's part. A linear that was plain and still is one stays a plain tensor."""
     start, part = f"{structure.prefix}.{index}.", f"block-{index:05d}"
     sites = {s.name: s for s in structure.of_block(index)}
     linears: dict[str, StoredWeight] = {}
-    tensors = {name: found.tensors.get(name, tensor) for name, tensor in parent.plain(start).items()}
-    for name, tensor in found.tensors.items():
+    tensors = {name: result.tensors.get(name, tensor) for name, tensor in parent.plain(start).items()}
+    for name, tensor in result.tensors.items():
         if name.startswith(start) and (name in tensors or bool(tensor.any())):
             tensors[name] = tensor
     for name in [n for n in parent.linears if n.startswith(start)]:
-        linears[name] = found.records.get(name) or parent.stored(name)
+        linears[name] = result.records.get(name) or parent.stored(name)
     plain: dict[str, dict[str, StoredWeight]] = {}
-    for name, record in found.records.items():
+    for name, record in result.records.items():
         if name.startswith(start) and name not in linears:
             plain.setdefault(f"{sites[name].module}.{sites[name].parameter}", {})[name] = record
     for parameter, records in plain.items():  # of a linear one, of fused experts one each

@@ -77,8 +77,8 @@ class Artifact:
     def stored_bytes(self, name: str) -> int:
         """Of one tensor's data, which is not read."""
         with self._open(self.index[name]) as shard:
-            found = shard.get_slice(name)
-            return math.prod(found.get_shape()) * found[:0].element_size()
+            result = shard.get_slice(name)
+            return math.prod(result.get_shape()) * result[:0].element_size()
 
     def tensor(self, name: str) -> Tensor:
         """A fresh, aligned copy, so that arithmetic does not depend on where in a file a tensor lay."""
@@ -166,7 +166,7 @@ class ArtifactWriter:
         part: str,
         shards: Mapping[str, Mapping[str, Tensor]],
         linears: Mapping[str, StoredWeight],
-        extra: Mapping[str, Any] | None = None,
+        extra: Mapping[str, object] | None = None,
     ) -> None:
         """Write the shards (suffix → tensors) of one part, records included, then its marker; `extra` is kept in the marker."""
         marker = self._written(part, shards, linears, extra) if self.ranks.leads else None
@@ -177,7 +177,7 @@ class ArtifactWriter:
         part: str,
         shards: Mapping[str, Mapping[str, Tensor]],
         linears: Mapping[str, StoredWeight],
-        extra: Mapping[str, Any] | None,
+        extra: Mapping[str, object] | None,
     ) -> dict[str, Any]:
         linears, files = settled(linears), {}
         for suffix, tensors in shards.items():
@@ -188,7 +188,7 @@ class ArtifactWriter:
         write_json(self.scratch / f"{part}.part.json", marker)
         return marker
 
-    def _write_shard(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def _write_shard(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, object]:
         data = safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, metadata={"format": "pt"})
         entry = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
         target = self.scratch / name
@@ -238,15 +238,15 @@ class ArtifactWriter:
 
         return _record(self.finished[part]["linears"][linear], linear, tensors)
 
-    def seal(self, final: Path, manifest: Mapping[str, Any], documents: Mapping[str, bytes]) -> Artifact:
+    def seal(self, final: Path, manifest: Mapping[str, object], documents: Mapping[str, bytes]) -> Artifact:
         """Write the manifest, remove the markers, rename scratch → final. `documents` are config and tokenizer files. What the parent
         keeps beside the model is taken over."""
         for part in self._parents_beside():
             if part not in self.finished:
                 self.finished[part] = self._copied(part)
         beside = {part: marker["extra"]["beside"] for part, marker in self.finished.items() if "beside" in marker["extra"]}
-        files: dict[str, Any] = {}
-        linears: dict[str, Any] = {}
+        files: dict[str, object] = {}
+        linears: dict[str, object] = {}
         parts: dict[str, str] = {}
         for part, marker in sorted(self.finished.items()):
             files |= marker["files"]
@@ -280,13 +280,13 @@ def record_of(artifact: Artifact, linear: str, tensors: Callable[[str], Mapping[
         raise InputError(f"{artifact.directory}: {linear}: {error}; the artifact does not match its manifest") from error
 
 
-def _record(description: Mapping[str, Any], linear: str, tensors: Callable[[str], Mapping[str, Tensor]]) -> StoredWeight:
+def _record(description: Mapping[str, object], linear: str, tensors: Callable[[str], Mapping[str, Tensor]]) -> StoredWeight:
     """A record from its description and the tensors whose names begin with what is asked for; a shared factor lies with its holder."""
-    found = {name.removeprefix(f"{linear}."): tensor for name, tensor in tensors(f"{linear}.").items()}
+    result = {name.removeprefix(f"{linear}."): tensor for name, tensor in tensors(f"{linear}.").items()}
     holder = holder_of(description)
     if holder is not None:
-        found |= {name.removeprefix(f"{holder}."): tensor for name, tensor in tensors(f"{holder}.{SHARED}").items()}
-    return from_tensors(description, found)
+        result |= {name.removeprefix(f"{holder}."): tensor for name, tensor in tensors(f"{holder}.{SHARED}").items()}
+    return from_tensors(description, result)
 
 
 def shards_of(tensors: Mapping[str, Tensor], linears: Mapping[str, StoredWeight]) -> dict[str, dict[str, Tensor]]:

@@ -50,11 +50,11 @@ def remembered(path: Path, what: str, find: Callable[[Path], str]) -> str:
     note = cache_directory() / what / hashlib.sha256(identity(path).encode()).hexdigest()
     with contextlib.suppress(OSError):
         return note.read_text()
-    found = find(path)
+    result = find(path)
     with contextlib.suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(note, found.encode())
-    return found
+        write_bytes(note, result.encode())
+    return result
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
@@ -92,7 +92,7 @@ def write_pieces(path: Path, pieces: Iterable[bytes | memoryview], patch: Callab
             raise
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, object]) -> None:
     """One of the program's own files, with a checksum of what it says."""
     plain = json.loads(json.dumps(value))  # as it will be read: keys are strings
     write_bytes(path, (json.dumps({**plain, CHECKSUM: _checksum(plain)}, indent=1, sort_keys=True) + "\n").encode())
@@ -115,7 +115,7 @@ def read_json(path: Path, way_out: str = "") -> dict[str, Any]:
     return content
 
 
-def _checksum(content: Mapping[str, Any]) -> str:
+def _checksum(content: Mapping[str, object]) -> str:
     return checksum(json.dumps(content, sort_keys=True))
 
 
@@ -127,21 +127,21 @@ def checksum(text: str) -> str:
 def scratch_directory() -> Iterator[Path]:
     """An empty directory among the temporary files, gone at the end; those whose processes were killed go first."""
     place = Path(tempfile.gettempdir())
-    for found in place.glob(f"{SCRATCH}*"):
-        number = found.name.removeprefix(SCRATCH).partition("-")[0]
-        if found.is_dir() and not found.is_symlink() and _abandoned(found, number):
-            shutil.rmtree(found, ignore_errors=True)
-            log.info("%s: removed; a process that was killed left it", found)
+    for result in place.glob(f"{SCRATCH}*"):
+        number = result.name.removeprefix(SCRATCH).partition("-")[0]
+        if result.is_dir() and not result.is_symlink() and _abandoned(result, number):
+            shutil.rmtree(result, ignore_errors=True)
+            log.info("%s: removed; a process that was killed left it", result)
     with tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{os.getpid()}-") as made, _locked(Path(made)):
         yield Path(made)
 
 
 def write_fresh(path: Path, text: str) -> None:
     """As `write_bytes`, beside which another process may write the same; what killed ones left of it goes first."""
-    for found in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
-        number = found.name[len(path.name) + 2 : -len(PARTIAL)]
-        if found.is_file() and not found.is_symlink() and _abandoned(found, number):
-            found.unlink(missing_ok=True)
+    for result in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
+        number = result.name[len(path.name) + 2 : -len(PARTIAL)]
+        if result.is_file() and not result.is_symlink() and _abandoned(result, number):
+            result.unlink(missing_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         with disk_errors(path), scratch.open("w", encoding="utf-8") as file, _locked(scratch):
@@ -220,7 +220,7 @@ class disk_errors:
 
     def __enter__(self) -> None: ...
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutOfMemoryError(
                 f"{self.path}: no disk space left; free some and run the same command again, finished parts are kept"

@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import safetensors
 from torch import Tensor, uint8
@@ -23,7 +22,7 @@ CHUNK_BYTES = 1 << 22
 
 def keep(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Whole or not at all."""
-    entries: dict[str, Any] = {}
+    entries: dict[str, object] = {}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.numel() * tensor.element_size()
@@ -31,7 +30,7 @@ def keep(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
     keep_pieces(path, entries, map(data_of, tensors.values()), metadata)
 
 
-def keep_pieces(path: Path, entries: Mapping[str, Any], pieces: Iterable[memoryview], metadata: Mapping[str, str] | None = None) -> None:
+def keep_pieces(path: Path, entries: Mapping[str, object], pieces: Iterable[memoryview], metadata: Mapping[str, str] | None = None) -> None:
     """The same for data that need not lie in memory together: `entries` as in a safetensors header, `pieces` in their order."""
     header = json.dumps({"__metadata__": {FIELD: UNKNOWN, **(metadata or {})}, **entries}).encode()
     header += b" " * (-len(header) % 8)
@@ -54,10 +53,10 @@ def is_whole(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        told = safetensors_metadata(path)[FIELD]
+        recorded = safetensors_metadata(path)[FIELD]
     except (OSError, ValueError, KeyError):
         return False
-    return remembered(path, "kept", lambda file: _digest(file, told.encode())) == told
+    return remembered(path, "kept", lambda file: _digest(file, recorded.encode())) == recorded
 
 
 def kept(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
@@ -68,13 +67,13 @@ def kept(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-def _digest(path: Path, told: bytes) -> str:
+def _digest(path: Path, recorded: bytes) -> str:
     """Of the file as it was before its own checksum was put in."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         size = file.read(8)
         digest.update(size)
-        digest.update(file.read(int.from_bytes(size, "little")).replace(told, UNKNOWN.encode(), 1))
+        digest.update(file.read(int.from_bytes(size, "little")).replace(recorded, UNKNOWN.encode(), 1))
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

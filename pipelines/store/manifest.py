@@ -13,7 +13,7 @@ from .files import cached_sha256, read_json, sha256
 SCHEMA = 1
 MANIFEST = "artifact.json"
 QUANT_METHOD = "bitmend"
-FOR_TRANSFORMERS: Mapping[str, Any] = {
+FOR_TRANSFORMERS: Mapping[str, object] = {
     "quantization_config": {"quant_method": QUANT_METHOD},
     "transformers_weights": "import_bitmend_first.safetensors",
 }
@@ -36,8 +36,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         file = place_of(directory, manifest, name)
         size = file.stat().st_size if file.is_file() else None
         if size != entry["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise InputError(f"{file}: {found}, the manifest says {entry['bytes']}; delete {directory} and run again")
+            result = "is missing" if size is None else f"has {size} bytes"
+            raise InputError(f"{file}: {result}, the manifest says {entry['bytes']}; delete {directory} and run again")
     return manifest
 
 
@@ -46,10 +46,10 @@ def verify_files(directory: Path, manifest: Mapping[str, Any], full: bool = Fals
     times) is not read again, unless `full`."""
     for name, entry in manifest["files"].items():
         path = place_of(directory, manifest, name)
-        found = sha256(path) if full else cached_sha256(path)
-        if found != entry["sha256"]:
+        result = sha256(path) if full else cached_sha256(path)
+        if result != entry["sha256"]:
             raise InputError(
-                f"{path}: sha256 is {found[:12]}…, the manifest says {entry['sha256'][:12]}…; delete {directory} and run again"
+                f"{path}: sha256 is {result[:12]}…, the manifest says {entry['sha256'][:12]}…; delete {directory} and run again"
             )
 
 
@@ -59,5 +59,5 @@ def weights_of(directory: Path, manifest: Mapping[str, Any]) -> Path:
     return Path(source) if source else directory
 
 
-def place_of(directory: Path, manifest: Mapping[str, Any], name: str) -> Path:
+def place_of(directory: Path, manifest: Mapping[str, object], name: str) -> Path:
     return (weights_of(directory, manifest) if name.endswith(".safetensors") else directory) / name

@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -59,8 +59,8 @@ class RunDirectory:
             text = self.recipe.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise InputError(f"{self.recipe}: cannot be read ({error}); run the recipe again with -o {self.path}") from error
-        body, mark, told = text.rpartition(RECIPE_CHECKSUM)
-        if "stages:" not in text or (mark and told.strip() != checksum(body)):
+        body, mark, recorded = text.rpartition(RECIPE_CHECKSUM)
+        if "stages:" not in text or (mark and recorded.strip() != checksum(body)):
             raise InputError(
                 f"{self.recipe}: has changed since it was written; run its recipe again with -o {self.path}, with --set for what is to be another"
             )
@@ -83,7 +83,7 @@ class RunDirectory:
             )
         return state
 
-    def write(self, state: dict[str, Any]) -> None:
+    def write(self, state: Mapping[str, object]) -> None:
         write_json(self.path / "run.json", {"schema": SCHEMA, "program": "bitmend", **state})
 
     def create(self) -> None:
@@ -131,7 +131,7 @@ class RunDirectory:
             for name in ("run.json", ".lock"):
                 (self.path / name).unlink()
 
-    def log(self, event: str, **fields: Any) -> None:
+    def log(self, event: str, **fields: object) -> None:
         """One line of log.jsonl."""
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}, default=str)
         with disk_errors(self.path), (self.path / "log.jsonl").open("a") as file:
@@ -237,8 +237,8 @@ def check_shared(directory: Path, ranks: Ranks) -> None:
 def holding_run(path: Path) -> RunDirectory | None:
     """The run whose directory `path` is or, links followed, lies in; `path` need not be there."""
     path = path.expanduser().resolve()
-    found = (directory for directory in (path, *path.parents) if (directory / "run.json").is_file() and (directory / "stages").is_dir())
-    return next(map(RunDirectory, found), None)
+    result = (directory for directory in (path, *path.parents) if (directory / "run.json").is_file() and (directory / "stages").is_dir())
+    return next(map(RunDirectory, result), None)
 
 
 def refuse_inside_run(output: Path, itself: bool = True) -> None:

@@ -3,10 +3,13 @@
 Knows the two usual shapes (`prompt`/`completion`, `messages`) and chat templates. Does not know where rows come from.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, as_input_error
 from .splits import Document
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 REWRITES = "the chat template rewrites earlier turns, so the answers cannot be located; give 'prompt' and 'completion' as strings"
 
@@ -30,7 +33,7 @@ def render(row: dict[str, Any], number: int, name: str, tokenizer: Any) -> Docum
     return Document(text, ((len(prompt), len(text)),))
 
 
-def _conversation(messages: Any, first_answer: int, where: str, tokenizer: Any) -> Document:
+def _conversation(messages: object, first_answer: int, where: str, tokenizer: "PreTrainedTokenizerBase") -> Document:
     if not isinstance(messages, list) or not all(isinstance(message, dict) and "role" in message for message in messages) or not messages:
         raise InputError(f"{where}: 'messages' must be a list of objects with 'role' and 'content'")
     if not getattr(tokenizer, "chat_template", None):

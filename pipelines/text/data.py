@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -23,12 +23,15 @@ from ..recipes.mixture import SELF
 from .sources import Body, read
 from .splits import PARTS, Document, Exclusion, split_documents
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Documents:
-    """A part's documents, the string that joins them, and what is to be said beside a number measured on them."""
+    """A part's documents, the string that joins them, and what a report notes with a number measured on them."""
 
     documents: tuple[Document, ...]
     join: str
@@ -194,7 +197,7 @@ def schedule(weights: Sequence[float]) -> Callable[[int], tuple[int, int]]:
 def batch(windows: Windows, step: int, seed: int, batch_size: int) -> tuple[Tensor, Tensor | None]:
     """Ids [B, T] and loss mask [B, T] (None: all) of one optimizer step; depends on (seed, step) alone.
 
-    The windows are gone through in shuffled epochs: none comes twice before all have come once.
+    The windows are drawn in shuffled epochs: none comes twice before all have come once.
     """
     count = len(windows.ids)
     rows = []
@@ -213,7 +216,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _bos_rule(tokenizer: Any, bos: str) -> str:
+def _bos_rule(tokenizer: "PreTrainedTokenizerBase", bos: str) -> str:
     if bos not in ("auto", "none", "start", "window"):
         raise UsageError(f"unknown bos '{bos}'; known are auto, none, start, window")
     if bos == "auto":

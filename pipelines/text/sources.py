@@ -10,11 +10,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..demo.texts import TEXTS
 from ..errors import InputError, as_input_error
 from .splits import PARTS, Document
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +61,7 @@ def read(source: str, part: str, tokenizer: Any = None) -> Body:
     return _from_datasets(source, part, tokenizer)
 
 
-def _from_file(path: Path, tokenizer: Any) -> Body:
+def _from_file(path: Path, tokenizer: "PreTrainedTokenizerBase") -> Body:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     if path.suffix in PLAIN_TEXT:
@@ -92,7 +95,7 @@ def _utf8(path: Path) -> str:
         raise InputError(f"{path}: byte {error.start} is not UTF-8; convert it, e.g. iconv -f latin1 -t utf-8") from error
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+def _json_lines(path: Path) -> Iterator[dict[str, object]]:
     for number, line in enumerate(_utf8(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -106,7 +109,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet_rows(path: Path) -> Iterator[dict[str, object]]:
     from pyarrow import parquet
 
     with as_input_error(f"{path}: not a readable parquet file"), parquet.ParquetFile(path) as file:
@@ -114,7 +117,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
 
 
-def _from_datasets(source: str, part: str, tokenizer: Any) -> Body:
+def _from_datasets(source: str, part: str, tokenizer: "PreTrainedTokenizerBase") -> Body:
     """A data set's official split for the part; parts without one of their own share the train split."""
     name, config, asked = _parse(ALIASES.get(source, source))
     splits, whole = _load(name, config, asked)
@@ -168,7 +171,7 @@ def _load(name: str, config: str | None, split: str | None) -> tuple[Any, list[s
             f"data '{name}'{f' ({config})' if config else ''}: not a local file, and the datasets library cannot load it ({reason[:300]}); "
             "use 'demo', a text (.txt, .raw, .md), .jsonl or .parquet file, or see that the id is right and the hub can be reached"
         ) from error
-    return loaded, [str(found) for found in loaded]
+    return loaded, [str(result) for result in loaded]
 
 
 def _limited(rows: Iterable[dict[str, Any]], label: str) -> Iterator[dict[str, Any]]:

@@ -91,9 +91,9 @@ def _limits(roles: list[str], total: int) -> list[float]:
 def _line_end(text: str, near: int, reach: int) -> int:
     """End of the last line (else word) that ends within `reach` characters before `near`."""
     for mark in ("\n", " "):
-        found = text.rfind(mark, max(0, near - reach), near)
-        if found >= 0:
-            return found + 1
+        result = text.rfind(mark, max(0, near - reach), near)
+        if result >= 0:
+            return result + 1
     return near
 
 
@@ -135,10 +135,10 @@ class Exclusion:
         if normalised_hash(document.text) in self.documents:
             return None, 0
         lines = document.text.split("\n")
-        found = [len(line) >= SHARED_LINE_CHARACTERS and normalised_hash(line) in self.lines for line in lines]
-        if not any(found):
+        result = [len(line) >= SHARED_LINE_CHARACTERS and normalised_hash(line) in self.lines for line in lines]
+        if not any(result):
             return document, 0
-        shared = sum(len(line) for line, hit in zip(lines, found, strict=True) if hit)
+        shared = sum(len(line) for line, hit in zip(lines, result, strict=True) if hit)
         if document.spans is not None or 2 * shared > len(document.text):
             return None, 0
-        return Document("\n".join(line for line, hit in zip(lines, found, strict=True) if not hit)), sum(found)
+        return Document("\n".join(line for line, hit in zip(lines, result, strict=True) if not hit)), sum(result)

@@ -5,7 +5,7 @@ import torch
 from bitmend.compress.feedback import inverse_factor
 from bitmend.compress.grids import UniformGrid, fit, round_to_grid
 from bitmend.compress.masks import WandaConfig, keep_highest, parse_pattern, wanda
-from bitmend.compress.sparsegpt import SparseGptConfig, sparsegpt, sparsegpt_sweep
+from bitmend.compress.sparsegpt import GridSearch, SparseGptConfig, sparsegpt, sparsegpt_sweep
 from bitmend.compress.statistics import InputStatistics, LayerStatistics
 from bitmend.compress.weights import ActivationGrid, DenseWeight, StoredWeight, UniformWeight
 from torch import Tensor
@@ -87,7 +87,7 @@ def test_blocked_equals_column_by_column(columns, pattern):
 def test_the_joint_sweep_equals_column_by_column(columns, pattern, group_size, symmetric):
     weight, statistics = layer(rows=8, columns=columns)
     grid, moment = UniformGrid(3, group_size, symmetric), statistics.inputs.second_moment_II.double()
-    levels, sweep, _ = sparsegpt_sweep(weight.double(), inverse_factor(moment), 0.5, pattern, grid)
+    levels, sweep, _ = sparsegpt_sweep(weight.double(), inverse_factor(moment), 0.5, pattern, GridSearch(grid))
     values, mask = twin(weight.double(), moment, 0.5, pattern, grid)
     assert sweep.scale_GO is not None
     assert torch.equal(sweep.keep_IO.T, mask)

@@ -10,7 +10,8 @@ from html.parser import HTMLParser
 
 import pytest
 from bitmend.reports import columns
-from bitmend.reports.record import LayerRecord, RunRecord, StageRecord, numbers
+from bitmend.reports.json_values import numbers
+from bitmend.reports.record import LayerRecord, RunRecord, StageRecord
 from bitmend.reports.render import render, show
 from bitmend.reports.tables import fitted_table, layer_table, stage_table
 from hypothesis import given

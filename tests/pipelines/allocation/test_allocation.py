@@ -340,7 +340,7 @@ def test_names_are_found_exactly(budgeted: Callable[..., Recipe], tmp_path: Path
 )
 def test_a_size_in_the_unit_of_the_budget_is_rounded_up(text: str, stored: float, said: str) -> None:
     budget = Budget.parse(text)
-    assert budget is not None and budget.said(stored, 3000, 500_000) == said
+    assert budget is not None and budget.text_of(stored, 3000, 500_000) == said
     enough = Budget.parse(said)
     assert enough is not None and enough.bytes_for(3000, 500_000) >= stored
 
