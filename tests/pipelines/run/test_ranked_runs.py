@@ -218,9 +218,10 @@ def test_ranks_without_work_are_refused(small_model: Path, small_text: Path, tmp
         check_ranks(chosen, inputs, Ranks(0, 9, 0))
     with pytest.raises(UsageError, match=r"WORLD_SIZE 7: .* are 4 batches, so that 3 .* start 4, or set calibration.samples to 49 or more"):
         check_ranks(chosen, inputs, Ranks(0, 7, 0))
-    few = write_recipe(tmp_path / "recipe.yaml", [{"quantize": {"method": "rtn"}}, STAGES[2] | {}], **TEXTS)
+    few = write_recipe(tmp_path / "recipe.yaml", [{"quantize": {"method": "rtn"}}, STAGES[2] | {}, {"recover": {"method": "reconstruct", "batch_size": 3}}], **TEXTS)
     check_ranks(resolve(str(few), options={"model": str(small_model), "data": str(small_text)}), inputs, Ranks(0, 7, 0))
     assert "recover: 2 micro-batches a step for 7 ranks" in caplog.text and "recover.accumulation=7" in caplog.text
+    assert "recover.2: 3 windows a step for 7 ranks: the others wait while it trains; recover.2.batch_size=7 keeps all at work" in caplog.text
 
 
 # -- torchrun itself ---------------------------------------------------------------------------------------------------------------

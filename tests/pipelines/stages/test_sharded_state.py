@@ -1,11 +1,17 @@
 """Matrices that train in parts on several processes (FSDP2 through gloo): as good as on one, and a state that another number of them can read."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from bitmend.pipelines.ranks.exchange import ONE
+from bitmend.pipelines.stages.sharded_state import keep_parts, kept_parts
 from bitmend.pipelines.store.rundir import PARTS_META, TRAINING_PARTS
+from bitmend.recover.adamw import TrainState
+from bitmend.recover.trainable import Attached, Trainable
 
 from ..runs import Processes
 from .test_ranked import GRID, TRAIN, Chains, by_one, made
@@ -29,6 +35,22 @@ def close(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["tokens"] == expected["tokens"] and len(found["history"]) == len(expected["history"])
     for one, other in zip(found["history"], expected["history"], strict=True):
         assert one == pytest.approx(other, abs=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of a checkpoint without processes
+def test_a_state_is_found_wherever_a_kill_left_it(tmp_path: Path) -> None:
+    trainables = {"a": Trainable(torch.nn.Parameter(torch.zeros(3)), "dense")}
+    place, fresh = tmp_path / TRAINING_PARTS, tmp_path / f"{TRAINING_PARTS}.new"
+    for step in (1, 2):
+        tensors = {f"{label}.a": torch.full((3,), float(step)) for label in ("value", "first", "second", "best", "good")}
+        keep_parts(tmp_path, TrainState(tensors, {"step": step}), ONE)
+        found = kept_parts(tmp_path, Attached(trainables), ONE)
+        assert found is not None and found.meta == {"step": step} and all(torch.equal(found.tensors[name], t) for name, t in tensors.items())
+    os.rename(place, fresh)  # killed right before the renaming
+    found = kept_parts(tmp_path, Attached(trainables), ONE)
+    assert found is not None and found.meta == {"step": 2}
+    (fresh / PARTS_META).unlink()  # and before all was written
+    assert kept_parts(tmp_path, Attached(trainables), ONE) is None
 
 
 def test_perplexity_is_that_of_one_process(commands: Processes, small_model: Path, small_text: Path, tmp_path: Path) -> None:
