@@ -50,6 +50,9 @@ CONDITIONS: Mapping[str, tuple[Callable[[Exported], bool], str]] = {
     "auto-gptq's families": (lambda e: e.family in ("llama", "opt", "gpt2", "gpt_neox"), "a model of type llama, opt, gpt2 or gpt_neox"),
 }
 FORMATS_TESTS = "tests/pipelines/formats/"
+VLLM = "vLLM 0.32 on a CPU with AVX-512"
+VLLM_TEST = "tests/interop/test_vllm.py::test_vllm_writes_what_we_write"
+OF_VLLM = ("uniform", "one grid", "4 bits", "symmetric", "a Llama")
 # program → (format, conditions, proof)
 READERS: Mapping[str, tuple[str, tuple[str, ...], str]] = {
     "transformers 5.24": ("dense", ("one model",), f"{FORMATS_TESTS}test_dense.py::test_transformers_loads_it_and_gives_the_same_logits"),
@@ -64,10 +67,10 @@ READERS: Mapping[str, tuple[str, tuple[str, ...], str]] = {
         "compressed-tensors", ("one model", "merged", "uniform", "one grid or symmetric"),
         f"{FORMATS_TESTS}test_compressed_tensors.py::test_transformers_gives_the_same_logits",
     ),
-    "vLLM 0.32 on a CPU with AVX-512": (
-        "compressed-tensors", ("one model", "merged", "uniform", "one grid", "4 bits", "symmetric", "a Llama"),
-        "measured: perplexity 32.36 of the demo model's export in bfloat16, where ours is 32.42; its GPTQ reader refuses zero points",
-    ),
+    VLLM: ("compressed-tensors", ("one model", "merged", *OF_VLLM), VLLM_TEST),
+    f"{VLLM}, GPTQ": ("gptq", ("one model", "merged", *OF_VLLM), VLLM_TEST),
+    f"{VLLM}, LoRA on compressed-tensors": ("compressed-tensors", ("adapter", *OF_VLLM), VLLM_TEST),
+    f"{VLLM}, LoRA on GPTQ": ("gptq", ("adapter", *OF_VLLM), VLLM_TEST),
     "transformers with bitsandbytes 0.50": (
         "bnb", ("one model", "merged", "NormalFloat4"), f"{FORMATS_TESTS}test_bitsandbytes.py::test_transformers_gives_the_same_logits",
     ),

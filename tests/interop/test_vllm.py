@@ -1,7 +1,4 @@
-"""vLLM on a CPU, in the environment that `make interop` builds where the machine has AVX-512: the same greedy text as ours.
-
-No machine that this was written on has AVX-512: the rows of `formats/readers` that speak of vLLM rest on a measurement, until these tests have run.
-"""
+"""vLLM on a CPU, in the environment that `make interop` builds where the machine has AVX-512: the same greedy text as ours."""
 
 import json
 import subprocess

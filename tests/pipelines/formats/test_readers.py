@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from bitmend.pipelines.formats import FORMATS
-from bitmend.pipelines.formats.readers import CONDITIONS, READERS, Exported, for_the_others, known_readers
+from bitmend.pipelines.formats.readers import CONDITIONS, READERS, VLLM, Exported, for_the_others, known_readers
 
 ROOT = Path(__file__).parents[3]
 
@@ -16,7 +16,6 @@ def described(bits: int = 4, group_size: int = 32, **parts: Any) -> dict[str, An
 
 ZEROS = {"zeros": "tensor"}
 NF4 = {"kind": "stored", "base": {"kind": "normal_float", "bits": 4}}
-VLLM = "vLLM 0.32 on a CPU with AVX-512"
 
 
 def test_every_claim_has_its_proof() -> None:
@@ -39,7 +38,9 @@ def test_every_claim_has_its_proof() -> None:
         (Exported.of("compressed-tensors", False, "llama", [described()] * 2), ["transformers with compressed-tensors 0.20", VLLM]),
         (Exported.of("compressed-tensors", False, "llama", [described(**ZEROS)]), ["transformers with compressed-tensors 0.20"]),
         (Exported.of("compressed-tensors", False, "llama", [described(**ZEROS), described(8, **ZEROS)]), []),
-        (Exported.of("compressed-tensors", True, "llama", [described()]), []),
+        (Exported.of("compressed-tensors", True, "llama", [described()]), [f"{VLLM}, LoRA on compressed-tensors"]),
+        (Exported.of("gptq", True, "llama", [{**described(), "low_rank": {}}]), [f"{VLLM}, LoRA on GPTQ"]),
+        (Exported.of("gptq", False, "llama", [described()]), ["auto-gptq 0.7.1", f"{VLLM}, GPTQ"]),
         (Exported.of("bnb", False, "llama", [NF4]), ["transformers with bitsandbytes 0.50"]),
         (Exported.of("bnb", True, "llama", [{**NF4, "low_rank": {}}]), ["PEFT 0.21 on transformers with bitsandbytes 0.50"]),
     ],
