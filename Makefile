@@ -10,9 +10,9 @@ export TOKENIZERS_PARALLELISM := false
 demo: venv
 	$(BIN)/pipeline run compress_and_recover
 
-# Two processes, each with the files that the other has not; a test needs one core.
+# Two processes, each with the files that the other has not; a test needs one core. Bytecode is kept, for the many processes that tests start.
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 --dist loadfile -m "not slow and not interop"
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 --dist loadfile -m "not slow and not interop"
 
 # Longer proofs: what does not fit into the minutes of `make test`.
 proofs: venv
