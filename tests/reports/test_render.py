@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 from bitmend.reports import columns
-from bitmend.reports.json_values import numbers
+from bitmend.reports.json_values import mappings, numbers
 from bitmend.reports.record import LayerRecord, RunRecord, StageRecord
 from bitmend.reports.render import render, show
 from bitmend.reports.tables import fitted_table, layer_table, stage_table
@@ -64,7 +64,10 @@ def measured(stage: StageRecord) -> list[float]:
     """Every number of a stage and its layers but settings (which are text) and block indices (which are in the names)."""
     data = stage.to_json()
     data.pop("settings")
-    for layer in data["layers"]:
+    layers = data["layers"]
+    assert isinstance(layers, list)
+    for layer in layers:
+        assert isinstance(layer, dict)
         layer.pop("block")
     return [value for _, value in numbers(data)]
 
@@ -130,8 +133,9 @@ def test_markdown_holds_every_number_as_it_is_shown(full_run: RunRecord) -> None
         for layer in stage.layers:
             for column in columns.layer_columns(stage.layers):
                 assert column.show(column.get(layer)) in text, column.key
-    for column in columns.series_columns(full_run.stages[4].metrics["history"]):
-        assert all(f"| {column.show(column.get(row))} |" in text for row in full_run.stages[4].metrics["history"])
+    history = mappings(full_run.stages[4].metrics["history"])
+    for column in columns.series_columns(history):
+        assert all(f"| {column.show(column.get(row))} |" in text for row in history)
     for _, _, value in columns.extra_rows(full_run.stages):
         assert columns.exact(value) in text
     assert "hurt most" in text and "20,440" in text and all(note in text for stage in full_run.stages for note in stage.notes)
