@@ -77,7 +77,7 @@ def test_killed_at_random(commands: Processes, command: list[str], tmp_path: Pat
 def test_killed_from_outside(command: list[str], tmp_path: Path, finished: Path) -> None:
     """The command as a user starts it, without any help from the test inside it."""
     started = subprocess.Popen(
-        [sys.executable, "-P", "-m", "bitmend.pipelines.cli", *command],
+        [sys.executable, "-P", "-m", "bitmend.pipelines.cli", *command, "--dtype", "float32"],  # which `finished` was made in
         env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     until = time.monotonic() + 120

@@ -127,7 +127,7 @@ def test_no_format_carries_it(format_: str, run: Path, tmp_path: Path) -> None:
 
 BAD = {
     "bits": ({"bits": 6}, "activations.bits: expected 4.8, got 6"),
-    "groups of nothing": ({"bits": 8, "group_size": 0}, "activations.group_size: expected 1 … 65,536, got 0"),
+    "groups of nothing": ({"bits": 8, "group_size": 0}, "activations.group_size: expected -1 or 1 … 65,536, got 0"),
     "an unknown key": ({"bits": 8, "size": 3}, "did you mean|unknown setting"),
 }  # fmt: skip
 
