@@ -79,7 +79,7 @@ clean:
 
 FORCE:
 
-# Reference results into reports/published, all tables or TABLE=compress|decompose|recover|perp|grid|dtype|demo|operators|gguf|kernels-static|scale. Hours; can be stopped and continued.
-TABLE ?= compress decompose recover perp grid dtype demo operators gguf kernels-static scale
+# Reference results into reports/published, all tables or TABLE=compress|decompose|recover|perp|grid|dtype|demo|demo-dtypes|operators|gguf|kernels-static|scale. Hours; can be stopped and continued.
+TABLE ?= compress decompose recover perp grid dtype demo demo-dtypes operators gguf kernels-static scale
 publish: venv
 	for table in $(TABLE); do $(BIN)/python -P -m bitmend.pipelines.publish.publishing $$table || exit; done

@@ -1,11 +1,13 @@
 """The demo's own table: the default recipe's run, stage after stage, beside plain methods on the same model, texts and embeddings.
 
-Writes `plain.json`, which the report of every run of the demo model draws beside it, and `demo.{json,md,png,svg}`, the README's picture.
+Writes `plain.json`, which the report of every run of the demo model draws beside it, and `demo.{json,md,png,svg}`, the README's picture;
+`demo-dtypes.{json,md}` is the recipe in float32 and in bfloat16.
 Rows are stages of run directories, so that a killed one goes on. Knows the default recipe; not how a figure is drawn.
 """
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 from ...reports import plain_rows, published
 from ...reports.record import RunRecord, StageRecord
 from ...reports.run_plots import size_against_perplexity
+from ..doctor import cpu_name
 from ..errors import InputError
 from ..export.exporting import export
 from ..recipes import recipe
@@ -36,6 +39,35 @@ COLUMNS = (
     ("stage", "stage", "text"), ("method", "method", "text"), ("perplexity", "perplexity", "perplexity"), ("news", "news", "perplexity"),
     ("code", "code", "perplexity"), ("total_bytes", "bytes", "bytes"), ("seconds", "seconds", "seconds"),
 )  # fmt: skip
+
+DTYPES = "demo-dtypes"
+OF_DTYPES = (
+    ("stage", "stage", "text"), ("method", "method", "text"), ("dtype", "dtype", "text"), ("perplexity", "perplexity", "perplexity"),
+    ("to_float32", "to float32", "percent"), ("news", "news", "perplexity"), ("code", "code", "perplexity"),
+    ("kl_to_baseline", "KL to baseline", "number"), ("total_bytes", "bytes", "bytes"), ("seconds", "seconds", "seconds"),
+)  # fmt: skip
+
+
+def publish_dtypes(directory: Path) -> list[Path]:
+    """The default recipe's run in float32 and in bfloat16: what is not finished, then their stages side by side."""
+    records = {}
+    for dtype in ("float32", "bfloat16"):
+        chosen = recipe.resolve("compress_and_recover", options={"model": DEMO, "profile": DEMO, "dtype": dtype})
+        records[dtype] = runner.run(chosen, directory / f"demo-{dtype}", device="cpu")
+    rows = []
+    for of_stage in zip(*(record.stages for record in records.values()), strict=True):
+        for dtype, stage in zip(records, of_stage, strict=True):
+            ratio = {"to_float32": stage.perplexity / of_stage[0].perplexity - 1, "kl_to_baseline": stage.kl_to_baseline}
+            rows.append({"dtype": dtype} | _row(stage) | ratio)
+    record = records["float32"]
+    protocols = {name: protocol.to_json() for name, protocol in {DEMO: record.protocol, **record.texts}.items()}
+    notes = [
+        "Each dtype is a run of its own, calibration, training and measuring included. What differs by more than a stage's measuring does is "
+        "which codes GPTQ chose behind inputs that differ in their last bits.",
+        f"{cpu_name()}, {os.cpu_count()} cores. Made by `make publish TABLE={DTYPES}`.",
+    ]
+    title = "The default recipe on the demo model in float32 and in bfloat16"
+    return published.write(DTYPES, rows, OF_DTYPES, protocols, title=title, notes=notes)
 
 
 def publish(directory: Path) -> list[Path]:

@@ -39,7 +39,7 @@ from .reference_tables import tables
 
 SMALL_MODEL = Path("tests/small_model")
 OWN = {
-    DEMO: demo_table.publish, operator_table.NAME: operator_table.publish, gguf_table.NAME: gguf_table.publish,
+    DEMO: demo_table.publish, demo_table.DTYPES: demo_table.publish_dtypes, operator_table.NAME: operator_table.publish, gguf_table.NAME: gguf_table.publish,
     kernel_tables.STATIC: kernel_tables.publish_static, scale_table.NAME: scale_table.publish,
 }  # fmt: skip
 """Tables that are no list of runs."""

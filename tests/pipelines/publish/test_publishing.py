@@ -114,6 +114,24 @@ def test_the_demos_table_has_plain_rows_with_the_recipes_embeddings(
     assert [stage.stage for stage in plain_rows.rivals(run(default, tmp_path))] == ["RTN", "GPTQ", "NF4"] == [s.stage for s in stood.stages]
 
 
+def test_the_recipe_in_two_dtypes_is_two_runs_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places: dict[Path, str] = {}
+
+    def run(chosen: Recipe, directory: Path, **_: object) -> RunRecord:
+        places[directory] = chosen.dtype
+        factor = 1.0 if chosen.dtype == "float32" else 1.01
+        stages = tuple(StageRecord(spec.name, spec.method, 20.0 * factor, total_bytes=80) for spec in chosen.stages)
+        return RunRecord("r", "demo", Protocol("demo"), stages)
+
+    monkeypatch.setattr(demo_table.runner, "run", run)
+    monkeypatch.setattr(published, "DIRECTORY", tmp_path)
+    assert publishing.OWN["demo-dtypes"](tmp_path / "runs")
+    assert sorted(places.values()) == ["bfloat16", "float32"] and len(places) == 2
+    rows = json.loads((tmp_path / "demo-dtypes.json").read_text())["rows"]
+    assert [(row["stage"], row["dtype"]) for row in rows[:2]] == [("quantize", "float32"), ("quantize", "bfloat16")]
+    assert [row["to_float32"] for row in rows[:2]] == [0.0, pytest.approx(0.01)]
+
+
 def test_what_operators_were_before_stays_with_their_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = {"operators": 5, "views": 1, "read_bytes": 64, "copied_bytes": 0, "waits": 2}
     for shape in operator_table.SHAPES:
