@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import struct
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -18,10 +19,10 @@ from .watchdog import Watchdog, neighbours_of, process_identity
 log = logging.getLogger("bitmend")
 PATIENCE = timedelta(days=30)
 """Of a collective: who is gone is found by the watchdog, not by those who wait."""
-JOINING = timedelta(seconds=120)
+JOINING = timedelta(seconds=50)
 """How long the ranks wait for one another at the start."""
-MISSED = timedelta(seconds=30)
-"""After how long rank 0 says whom it waits for."""
+MISSED = timedelta(seconds=20)
+"""After how long rank 0 says whom it waits for, and the others that they wait for the store."""
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -103,6 +104,8 @@ def _store(rank: int, host: str, port: int) -> Any:
     import torch.distributed as dist
 
     launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if rank or launched:
+        _await_store(rank, host, port)
     try:
         plain = dist.TCPStore(host, port, None, rank == 0 and not launched, JOINING, wait_for_workers=False)
         return dist.PrefixStore(f"bitmend-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", plain)
@@ -111,6 +114,23 @@ def _store(rank: int, host: str, port: int) -> Any:
         taken = "EADDRINUSE" in reason or "in use" in reason
         way = "it is in use; choose another MASTER_PORT (torchrun: --master-port)" if taken else f"not reached ({reason})"
         raise UsageError(f"rank {rank}: MASTER_ADDR {host}, MASTER_PORT {port}: {way}") from error
+
+
+def _await_store(rank: int, host: str, port: int) -> None:
+    """Until somebody listens there. Asked here, since a TCPStore waits up to twice its time for one that never comes. UsageError after JOINING."""
+    began, warned = time.monotonic(), False
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=JOINING.total_seconds()).close()
+            return
+        except OSError as error:
+            waited, reason = time.monotonic() - began, error.strerror or str(error)
+        if waited > JOINING.total_seconds():
+            raise UsageError(f"rank {rank}: MASTER_ADDR {host}, MASTER_PORT {port}: not reached within {JOINING.seconds} s ({reason}); start rank 0, too")
+        if waited > MISSED.total_seconds() and not warned:
+            warned = True
+            log.warning("rank %d waits for rank 0 at %s:%d (%s), until %d s", rank, host, port, reason, JOINING.seconds)
+        time.sleep(0.2)
 
 
 def _processes(store: Any, rank: int, size: int) -> list[list[str] | None]:

@@ -174,7 +174,8 @@ class Watchdog:
             self.poke.clear()
 
     def _beat(self) -> None:
-        gone = tuple(rank for rank, known in self.neighbours.items() if process_identity(known[2]) != known)
+        alive = self._alive()
+        gone = tuple(rank for rank in self.neighbours if rank not in alive)
         with self.lock:
             self.sign = replace(self.sign, gone=gone)
         self._give()
@@ -240,13 +241,22 @@ class Watchdog:
             time.sleep(1.0)
 
     def _store_is_gone(self, why: str) -> None:
-        """Whoever is the lowest rank on its machine says it."""
-        if self.leaving:
-            return
-        alive = [rank for rank, known in self.neighbours.items() if process_identity(known[2]) == known]
-        lowest = all(rank > self.rank for rank in alive)
-        what = f"the store at {self.store_name} is gone" if self.rank == 0 else f"rank 0 is gone, and with it the store at {self.store_name}"
-        _leave(1, f"error: {what} ({why}); {GONE}" if lowest else "")
+        """Whoever is the lowest rank on its machine says it, and leaves last, lest the next one takes itself for the lowest."""
+        with self.lock:
+            if self.leaving:
+                return
+            self.leaving = True
+        until = time.monotonic() + HEARING
+        if all(rank > self.rank for rank in self._alive()):
+            what = f"the store at {self.store_name} is gone" if self.rank == 0 else f"rank 0 is gone, and with it the store at {self.store_name}"
+            _say(f"error: {what} ({why}); {GONE}")
+            while self._alive() and time.monotonic() < until:
+                time.sleep(0.05)
+        _leave(1, "")
+
+    def _alive(self) -> list[int]:
+        """Of the other ranks on this machine, those whose process is there."""
+        return [rank for rank, known in self.neighbours.items() if process_identity(known[2]) == known]
 
 
 def _key(rank: int) -> str:

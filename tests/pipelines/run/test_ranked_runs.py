@@ -113,14 +113,19 @@ def test_every_file_is_that_of_one_process(
 
 
 def killed(commands: Processes, arguments: list[str], log: Path, size: int, rank: int, when: float | str) -> None:
-    """All end within a minute, the killed one's death said in one line."""
+    """All end within a minute, the killed one's death said in one line; one that was killed before it came is missed instead."""
     began = time.monotonic()
     codes = ran(commands, arguments, log, size, wounds=[(when, rank, signal.SIGKILL)])
     if codes == [0] * size and not isinstance(when, str):
         return  # came too late
     assert isinstance(when, str) or time.monotonic() - began < when + 60
+    lines = told(log, size)
+    if lines and all("did not come within" in line or "not reached within" in line for line in lines):
+        assert codes == [-signal.SIGKILL if r == rank else 2 for r in range(size)], written(log, size)
+        assert rank == 0 or (len(lines) == 1 and f"rank {rank} of {size}" in lines[0]), lines
+        return
     assert codes == [-signal.SIGKILL if r == rank else 1 for r in range(size)], written(log, size)
-    (line,) = told(log, size)
+    (line,) = lines
     assert f"rank {rank} is gone" in line and "the same command goes on" in line
     assert rank == 0 or "its process is no more" in line
 
@@ -206,6 +211,19 @@ def test_a_rank_that_never_comes_is_named(commands: Processes, tmp_path: Path) -
     assert codes == [2, 2], written(log, 2)
     assert "waiting for rank 2 of 3, until 3 s" in Path(f"{log}.0").read_text()
     assert told(log, 2) == ["error: rank 2 of 3 did not come within 3 s; start all of WORLD_SIZE, with one MASTER_ADDR"]
+
+
+def test_a_rank_0_that_never_comes_is_named(commands: Processes, tmp_path: Path) -> None:
+    log, code = tmp_path / "log", (
+        "from datetime import timedelta\nfrom bitmend.pipelines.ranks import joining\n"
+        "joining.MISSED, joining.JOINING = timedelta(seconds=1), timedelta(seconds=3)\nARGUMENTS = ['run', 'x']\n"
+    )
+    began = time.monotonic()
+    codes = commands.ranks(1, log, code=code + PLAIN, environments=[{"WORLD_SIZE": "2", "RANK": "1"}])
+    assert codes == [2] and time.monotonic() - began < 20, written(log, 1)
+    assert "rank 1 waits for rank 0 at 127.0.0.1:" in written(log, 1)
+    (line,) = told(log, 1)
+    assert "not reached within 3 s (Connection refused); start rank 0, too" in line
 
 
 def test_ranks_without_work_are_refused(small_model: Path, small_text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
