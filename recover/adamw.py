@@ -39,6 +39,11 @@ class AdamW:
         self.first = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in adam.items()}
         self.second = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in adam.items()}
 
+    def stand_still(self) -> None:
+        """Forget where the values were going, not how large their gradients are."""
+        for moment in self.first.values():
+            moment.zero_()
+
     def forget(self, fresh: Mapping[str, Tensor]) -> None:
         """Start the moments of some entries anew."""
         for name, mask in fresh.items():

@@ -26,6 +26,7 @@ from .trainable import Attached, Trainable
 from .training_run import TrainConfig, TrainingRun, learning_rate, rates
 
 ROLLBACK_FACTOR = 0.3
+RESTORED_FACTOR = 0.5
 READ_SECONDS = 1.0
 """How long a GPU may go on before what came of its steps is read, since to read is to wait. When is of no consequence for the result."""
 
@@ -52,6 +53,7 @@ class TrainResult:
     best_step: int
     history: list[dict[str, float]]
     rollbacks: list[str]
+    restored: list[str]
     tokens: int
 
     @property
@@ -182,7 +184,7 @@ def train(
             attached.stored_form(True)
         if attached.starts_without is not None:
             attached.starts_without(run.best_step == 0)
-    return TrainResult(finished, run.step, run.start_loss, run.best_loss, run.best_step, run.history, run.rollbacks, run.tokens)
+    return TrainResult(finished, run.step, run.start_loss, run.best_loss, run.best_step, run.history, run.rollbacks, run.restored, run.tokens)
 
 
 def _begin(run: TrainingRun, held_out: Sequence[Batch], peers: Peers) -> None:
@@ -342,6 +344,12 @@ def _evaluate(run: TrainingRun, held_out: Sequence[Batch], peers: Peers) -> str 
     run.good, run.good_step = run.snapshot(), run.step
     if loss < run.best_loss:
         run.best, run.best_loss, run.best_step = run.good, loss, run.step
+    elif run.config.when_worse == "restore" and run.step < run.config.steps:
+        run.restored.append(f"step {run.step}: held-out loss {loss:.4f}, above {run.best_loss:.4f} at step {run.best_step}")
+        run.restore(run.best)
+        run.good = run.best
+        run.optimizer.stand_still()
+        run.factor *= RESTORED_FACTOR
     return None
 
 

@@ -22,7 +22,8 @@ from .trainable import RATES, Attached, Trainable
 @dataclass(frozen=True)
 class TrainConfig:
     """Shared by all methods. learning_rate None = the method's default; eval_every None = five times in the run; warmup is in
-    steps (at most a quarter of the run). targets and layers: see `selection.where`. cache_dense keeps rebuilt
+    steps (at most a quarter of the run). when_worse: what follows when held-out text got worse than it once was: restore goes on from the best
+    values at half the rate, so that a rate too high for a model costs the steps of one evaluation. targets and layers: see `selection.where`. cache_dense keeps rebuilt
     weights in memory (auto: when they fit). loss: distill imitates the teacher, cross_entropy learns the text, both is half of each.
     matmul: how exactly the training multiplies (`precision.Matmul`); what is kept is judged
     in float32 all the same. gradient_checkpointing recomputes each block in backward; auto is decided by whoever knows the device's memory
@@ -38,6 +39,7 @@ class TrainConfig:
     temperature: Annotated[Temperature, ReadWhere("loss is distill or both", lambda config: config.loss != "cross_entropy")] = 1.0
     clip: FactorOrZero = 1.0
     eval_every: Steps | None = None
+    when_worse: Literal["continue", "restore"] = "continue"
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     targets: Targets = "all"
     layers: Layers = "all"
@@ -92,6 +94,7 @@ class TrainingRun:
     tokens: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     rollbacks: list[str] = field(default_factory=list)
+    restored: list[str] = field(default_factory=list)
     unread: list[tuple[int, int, Tensor]] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
     good: dict[str, Tensor] = field(default_factory=dict)
@@ -120,10 +123,10 @@ class TrainingRun:
         tensors = {f"value.{k}": v for k, v in self.snapshot().items()}
         for label, group in (("first", self.optimizer.first), ("second", self.optimizer.second), ("best", self.best), ("good", self.good)):
             tensors |= {f"{label}.{k}": v.clone() for k, v in group.items()}
-        plain = ("step", "start_loss", "held_out", "best_loss", "best_step", "factor", "good_step", "tokens", "history", "rollbacks")
+        plain = ("step", "start_loss", "held_out", "best_loss", "best_step", "factor", "good_step", "tokens", "history", "rollbacks", "restored")
         meta = {name: getattr(self, name) for name in plain}
         return TrainState(
-            tensors, meta | {"optimizer_steps": self.optimizer.steps, "history": list(self.history), "rollbacks": list(self.rollbacks)}
+            tensors, {k: list(v) if isinstance(v, list) else v for k, v in meta.items()} | {"optimizer_steps": self.optimizer.steps}
         )
 
     def load(self, state: TrainState) -> None:

@@ -280,6 +280,7 @@ def _as_kept(
     """Held-out loss of the very records that go to disk, pruned where that was asked for; None when the model stays as it was, since
     that would be worse. And the notes of the report."""
     notes = [f"rolled back: {text}" for text in result.rollbacks]
+    notes += [f"went back to the best values, at half the rate: {text}" for text in result.restored]
     if not result.improved:
         as_before = "the model is as it was before this stage"
         return None, [*notes, f"{spec.method} could not improve the held-out loss {result.start_loss:.4f}; {as_before}"]

@@ -122,6 +122,34 @@ def test_never_worse_than_it_began():
     assert held_out_loss(student_of(model), held_out()) == loss == result.best_loss
 
 
+TOO_FAST = {"steps": 24, "loss": "distill", "eval_every": 3, "learning_rate": 0.2, "warmup": 0}
+
+
+def test_a_rate_too_high_is_halved_from_the_best_values():
+    best = {}
+    for way in ("continue", "restore"):
+        model, attached, config = start("scales", "3-bit", when_worse=way, **TOO_FAST)
+        result = train(model, attached, TrainingText(batch, held_out(), teacher(llama())), config, main="scales")
+        best[way] = result.best_loss
+        assert bool(result.restored) == (way == "restore")
+    assert best["restore"] < best["continue"]
+    assert result.restored[0].startswith("step 9: held-out loss ") and result.restored[0].endswith(" at step 6")
+
+
+def test_a_run_that_went_back_is_resumed_to_the_bit():
+    text = TrainingText(batch, held_out(), teacher(llama()))
+    model, attached, config = start("scales", "3-bit", when_worse="restore", **TOO_FAST)
+    states = {}
+    whole = train(model, attached, text, config, main="scales", hooks=Hooks(save=lambda s: states.setdefault(s.meta["step"], s), save_every=1))
+    assert len(whole.restored) > 1
+    for step in (2, 3, 10):
+        json.dumps(states[step].meta)
+        again, attached_again, _ = start("scales", "3-bit", when_worse="restore", **TOO_FAST)
+        result = train(again, attached_again, text, config, main="scales", resume=states[step])
+        assert (result.history, result.restored, result.best_loss) == (whole.history, whole.restored, whole.best_loss)
+        assert all(torch.equal(v, values(attached)[k]) for k, v in values(attached_again).items())
+
+
 def poisoned(bad_calls):
     """A student whose hidden states become NaN at the given training calls."""
     calls = iter(range(10_000))
