@@ -189,9 +189,9 @@ def test_tables_are_what_their_sources_say() -> None:
 
 KEYS = {
     "demo": ("stage",), "compress": ("name", "bits"), "grid": ("name", "bits"), "decompose": ("name", "bits", "rank"), "recover": ("name", "kind"),
-    "perp": ("name", "pattern", "pruned"), "gguf": ("type", "name"),
+    "perp": ("name", "pattern", "pruned"), "gguf": ("model", "type", "name"),
 }  # fmt: skip
-"""Table → the fields that name a row of the demo model (gguf: of the tests' small model), as the title of a link has them."""
+"""Table → the fields that name a row of the demo model (gguf: of any), as the title of a link has them."""
 UNITS = {"": 1.0, " %": 0.01, " MB": 1e6}
 CLAIM = re.compile(r"\[([\d,.]+)( %| MB)?\]\((\w+)\.md(?: \"([^\"]+)\")?\)")
 
@@ -199,7 +199,7 @@ CLAIM = re.compile(r"\[([\d,.]+)( %| MB)?\]\((\w+)\.md(?: \"([^\"]+)\")?\)")
 def value_of(table: str, title: str) -> float:
     """What a link's title names: `KEY; KEY`, then ` → FIELD` where it is not the perplexity."""
     label, _, field = title.partition(" → ")
-    rows = [row for row in script("page_tables").read(table) if row.get("model", "demo") == {"gguf": "small"}.get(table, "demo") and row.get("seed", 0) == 0]
+    rows = [row for row in script("page_tables").read(table) if (table == "gguf" or row.get("model", "demo") == "demo") and row.get("seed", 0) == 0]
     named = {"; ".join(str(row[key]) for key in KEYS[table]): row for row in rows}
     if table == "perp" and label not in named:
         named |= {label.rpartition("; ")[0]: row for label, row in named.items()}
