@@ -34,6 +34,8 @@ PLAIN: dict[str, dict[str, object]] = {
     "NF4": {"method": "nf4"},
 }
 """As they come, but for the embeddings, which are the default recipe's. Calibrated on the text that they are measured on first."""
+COMPUTED = {"dtype": "float32"}
+"""On every machine, as the other tables are; `demo-dtypes` has bfloat16, which `auto` takes where a processor multiplies it faster."""
 AUTO_ROUND = {"program": "auto_round", "bits": 4, "group_size": 64, "iterations": 200, "samples": 128, "batch_size": 8}
 COLUMNS = (
     ("stage", "stage", "text"), ("method", "method", "text"), ("perplexity", "perplexity", "perplexity"), ("news", "news", "perplexity"),
@@ -72,7 +74,7 @@ def publish_dtypes(directory: Path) -> list[Path]:
 
 def publish(directory: Path) -> list[Path]:
     """Run what is not finished, then write the files. `directory` is where the plain rows' runs lie; the default recipe's is its own."""
-    chosen = recipe.resolve("compress_and_recover", options={"model": DEMO, "profile": DEMO})
+    chosen = recipe.resolve("compress_and_recover", options={"model": DEMO, "profile": DEMO, **COMPUTED})
     plain = _plain(chosen, directory)
     write_bytes(plain_rows.ROWS, (json.dumps(plain.to_json(), indent=1, ensure_ascii=False) + "\n").encode())
     record = runner.run(chosen, run_directory(chosen))
@@ -80,14 +82,14 @@ def publish(directory: Path) -> list[Path]:
     protocols = {name: protocol.to_json() for name, protocol in {DEMO: record.protocol, **record.texts}.items()}
     notes = [
         "Below the recipe's stages: plain methods, the recipe's embeddings, 32 × 512 calibration tokens of the demo text.",
-        "Made by `make publish TABLE=demo`.",
+        f"Computed in float32. {cpu_name()}, {os.cpu_count()} cores. Made by `make publish TABLE=demo`.",
     ]
     figure, title = size_against_perplexity(record.stages, plain_rows.rivals(record)), "The default recipe on the demo model"
     return published.write("demo", rows, COLUMNS, protocols, figure, title=title, notes=notes)
 
 
 def _plain(chosen: Recipe, directory: Path) -> RunRecord:
-    result = {name: _measured(chosen, directory / "demo-plain", settings, {"model": DEMO}) for name, settings in PLAIN.items()}
+    result = {name: _measured(chosen, directory / "demo-plain", settings, {"model": DEMO, **COMPUTED}) for name, settings in PLAIN.items()}
     try:
         result["AutoRound"] = _auto_round(chosen, directory)
     except InputError as error:
@@ -120,7 +122,7 @@ def _auto_round(chosen: Recipe, directory: Path) -> RunRecord:
     ids_NT = Inputs(recipe.resolve(document, options={"model": DEMO}), beside / "dense").calibration()
     checkpoint, reported = other_programs.made(beside, beside / "dense", ids_NT, AUTO_ROUND)
     untouched = {"method": "rtn", "ignore": [r"\.layers\."]}
-    record = _measured(chosen, beside / "run", untouched, {"model": str(checkpoint), "data": DEMO, "teacher": DEMO})
+    record = _measured(chosen, beside / "run", untouched, {"model": str(checkpoint), "data": DEMO, "teacher": DEMO, **COMPUTED})
     last = replace(record.stages[-1], method="auto_round", seconds=reported["seconds"], peak_bytes=reported["peak_bytes"])
     return replace(record, stages=(*record.stages[:-1], last))
 
