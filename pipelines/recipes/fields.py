@@ -11,13 +11,20 @@ import typing
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin
 
 from annotated_types import DocInfo, Ge, Gt, Le, Lt
 
 from ...compress.ranges import ReadWhere
+from ...reports.json_values import JsonObject
 from ..errors import UsageError
 from .settings import refuse_unknown
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from pydantic import TypeAdapter, ValidationError
+
+Config = TypeVar("Config")
 
 SHOWN = 80
 """Characters of a refused value at most."""
@@ -31,7 +38,7 @@ class FieldRange:
     name: str
     type: str
     range: str
-    default: Any
+    default: object
     where: str = ""
 
 
@@ -46,7 +53,7 @@ def field_ranges(config_type: type, defaults: Mapping[str, object]) -> list[Fiel
     return result
 
 
-def refuse_unread(config: Any, defaults: Mapping[str, Any], where: str, named: Collection[str]) -> None:
+def refuse_unread(config: "DataclassInstance", defaults: Mapping[str, object], where: str, named: Collection[str]) -> None:
     """UsageError for a field that differs from its default, or is among those `named`, where the other settings say that nothing reads it."""
     known = hints(type(config))
     for item in dataclasses.fields(config):
@@ -56,7 +63,7 @@ def refuse_unread(config: Any, defaults: Mapping[str, Any], where: str, named: C
                 raise UsageError(f"{where}.{item.name}: {shown(value)} is read only where {condition.words}; change that, or leave it out")
 
 
-def _default(item: "dataclasses.Field[Any]", defaults: Mapping[str, object]) -> Any:
+def _default(item: "dataclasses.Field[object]", defaults: Mapping[str, object]) -> object:
     own = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
     return defaults.get(item.name, None if own is dataclasses.MISSING else own)
 
@@ -65,11 +72,11 @@ def _conditions(hint: object) -> list[ReadWhere]:
     return [m for m in split_annotated(hint)[1] if isinstance(m, ReadWhere)]
 
 
-def hints(config_type: type) -> dict[str, Any]:
+def hints(config_type: type) -> dict[str, object]:
     return typing.get_type_hints(config_type, include_extras=True)
 
 
-def options(hint: object) -> tuple[Any, ...]:
+def options(hint: object) -> tuple[object, ...]:
     """The members of a union, else the hint alone."""
     kind, metadata = split_annotated(hint)
     if metadata and not all(isinstance(m, ReadWhere) for m in metadata):
@@ -90,16 +97,22 @@ def type_words(hint: object) -> str:
     return "choice" if set(words) == {"choice", "true or false"} else " or ".join(dict.fromkeys(words))
 
 
-def split_annotated(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+def split_annotated(hint: object) -> tuple[object, tuple[object, ...]]:
     """(the type, its metadata, nested ones flattened)."""
-    return (get_args(hint)[0], hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
+    return (get_args(hint)[0], get_args(hint)[1:]) if get_origin(hint) is Annotated else (hint, ())
 
 
 def bounds(metadata: tuple[object, ...]) -> tuple[tuple[float, bool], tuple[float, bool]] | None:
     """((low, whether it is a value), (high, whether it is)); None where an end is missing."""
-    low = next(((m.ge, True) if isinstance(m, Ge) else (m.gt, False) for m in metadata if isinstance(m, (Ge, Gt))), None)
-    high = next(((m.le, True) if isinstance(m, Le) else (m.lt, False) for m in metadata if isinstance(m, (Le, Lt))), None)
-    return None if low is None or high is None else (typing.cast(Any, low), typing.cast(Any, high))
+    low = next(((_number(m.ge), True) if isinstance(m, Ge) else (_number(m.gt), False) for m in metadata if isinstance(m, (Ge, Gt))), None)
+    high = next(((_number(m.le), True) if isinstance(m, Le) else (_number(m.lt), False) for m in metadata if isinstance(m, (Le, Lt))), None)
+    return None if low is None or high is None else (low, high)
+
+
+def _number(end: object) -> float:
+    if not isinstance(end, int | float):
+        raise TypeError(f"a range ends in a number, not in {end!r}")
+    return end
 
 
 def _range(hint: object) -> str:
@@ -133,30 +146,32 @@ def _type(hint: object) -> str:
 
 
 @lru_cache
-def _adapter(hint: Any) -> Any:
+def _adapter(hint: Any) -> "TypeAdapter[object]":
     from pydantic import TypeAdapter
 
     return TypeAdapter(hint)
 
 
-def plain(config: object) -> dict[str, Any]:
+def plain(config: object) -> JsonObject:
     """The fields of a config as YAML and JSON hold them."""
     return _adapter(type(config)).dump_python(config, mode="json")
 
 
-def validated(config_type: type, values: Mapping[str, object], where: str) -> Any:
+def validated(config_type: type[Config], values: Mapping[str, object], where: str) -> Config:
     """An instance of the config dataclass; UsageError for an unknown key at any depth or a value outside its range."""
     from pydantic import ValidationError
 
     _refuse_unknown_fields(config_type, values, where)
     try:
-        return _adapter(config_type).validate_json(
+        made = _adapter(config_type).validate_json(
             json.dumps(values), strict=True
         )  # of JSON, lists and mappings are what fields are made of
     except ValidationError as error:
         raise UsageError(f"{where}{complaint(config_type, values, error)}") from error
     except (TypeError, ValueError) as error:
         raise UsageError(f"{where}: {error}") from error
+    assert isinstance(made, config_type)
+    return made
 
 
 def value_of(hint: object, value: object, where: str) -> Any:
@@ -173,7 +188,7 @@ SAID = "said"
 """The type of a validator's error whose words say everything."""
 
 
-def complaint(config_type: Any, values: Mapping[str, Any], error: Any) -> str:
+def complaint(config_type: type, values: Mapping[str, object], error: "ValidationError") -> str:
     """The first of pydantic's complaints as `.field: expected its range, got value`; what a config says of two fields as it says it."""
     first = error.errors(include_url=False)[0]
     path, given, hint = "", values, config_type
@@ -195,7 +210,7 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
-def _has_fields(hint: object) -> bool:
+def _has_fields(hint: object) -> TypeGuard["type[DataclassInstance]"]:
     return isinstance(hint, type) and typing.get_origin(hint) is None and (dataclasses.is_dataclass(hint) or hasattr(hint, "model_fields"))
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import doc
 
@@ -18,6 +18,9 @@ from ...compress.ranges import Bits, Regex, is_pattern
 from ..errors import UsageError
 from .fields import FieldRange, field_ranges, hints, plain, range_words, refuse_unread, type_words, validated, value_of
 from .settings import refuse_unknown, unknown
+
+if TYPE_CHECKING:
+    from ...compress.rounding import RtnConfig
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class StageSpec:
     include_embeddings: bool = False
     embedding_bits: Bits = 8
     head_bits: Bits | None = None
-    overrides: Annotated[dict[Regex, dict[str, Any]], doc("{REGEX: {setting: value}}")] = field(default_factory=dict)
+    overrides: Annotated[dict[Regex, dict[str, object]], doc("{REGEX: {setting: value}}")] = field(default_factory=dict)
     named: frozenset[str] = field(default=frozenset(), compare=False)
 
     def skips(self, module: str) -> bool:
@@ -102,7 +105,7 @@ class StageSpec:
                 changes.update(with_implied(fields))
         return changes
 
-    def embedding_config(self, width: int, bits: Bits) -> Any:
+    def embedding_config(self, width: int, bits: Bits) -> "RtnConfig":
         """How token embeddings or a head [V, width] are rounded to nearest: the method's groups, or the largest below that divide; ggml's
         type of so many bits where the method's grid is one of ggml's. UsageError for rows that it does not fit."""
         from ...compress.rounding import RtnConfig
@@ -118,7 +121,7 @@ class StageSpec:
         size = -1 if wanted == -1 else max(d for d in range(1, min(wanted, width) + 1) if width % d == 0)
         return RtnConfig(bits, size, getattr(self.config, "symmetric", False), clip="power")
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Everything that decides the result, as plain YAML/JSON values; building from it gives an equal spec."""
         config = plain(self.config)
         common = {key: _yaml(getattr(self, key)) for key in STAGES[self.name][3] if key not in config}
@@ -144,7 +147,7 @@ def fields_of(stage: str, method: str) -> list[FieldRange]:
     return own + [FieldRange(n, type_words(known[n]), range_words(known[n]), _yaml(getattr(shared, n))) for n in names]
 
 
-def _yaml(value: object) -> Any:
+def _yaml(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -188,7 +191,7 @@ def build(
     return spec
 
 
-def with_implied(settings: Mapping[str, object]) -> dict[str, Any]:
+def with_implied(settings: Mapping[str, object]) -> dict[str, object]:
     """Settings written together, and what they say without saying it: `pattern: "N:M"` fixes the sparsity, a `grid` of ggml's the bits and
     groups, whatever a lower layer has."""
     pattern, grid = settings.get("pattern"), settings.get("grid")
