@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -24,6 +24,21 @@ from .quantize_down import quantize_down
 from .rivals import rivals
 from .timing import TimingProtocol, clocks, copies_for, environment, time_calls
 from .variants import DEMO, Layer, Variant, check, site, synthetic, variants
+
+Row: TypeAlias = dict[str, object]
+"""A line of the table, as JSON holds it: its columns by name."""
+
+
+class BenchPiece(TypedDict):
+    """What one piece of the benchmark gave."""
+
+    rows: list[Row]
+    refused: list[Row]
+
+
+class KernelReport(BenchPiece):
+    bench: str
+    environment: dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,7 @@ def run(
     full: bool = False,
     plan: BenchPlan | None = None,
     protocol: TimingProtocol | None = None,
-) -> dict[str, Any]:
+) -> KernelReport:
     """{"bench", "environment", "rows", "refused"}; with `output`, also <output>/bench-kernels.{json,md}, and a journal until then.
 
     device "auto" takes CUDA where there is one; `full` measures every shape (hours on a CPU); `rows` replaces the plan's numbers of
@@ -79,7 +94,7 @@ def run(
     journal = Journal(None if output is None else output / "bench-kernels.journal", _context(place, plan, protocol))
     if "environment" not in journal:
         journal.add("environment", environment(place, protocol))
-    measured: dict[str, Any] = {"bench": "kernels", "environment": journal["environment"], "rows": [], "refused": []}
+    measured: KernelReport = {"bench": "kernels", "environment": journal["environment"], "rows": [], "refused": []}
     for key, measure in _pieces(plan, place, protocol, journal["environment"]["peak"]).items():
         found = journal[key] if key in journal else journal.add(key, measure())
         measured["rows"] += found["rows"]
@@ -92,7 +107,7 @@ def run(
     return measured
 
 
-def _context(place: torch.device, plan: BenchPlan, protocol: TimingProtocol) -> dict[str, Any]:
+def _context(place: torch.device, plan: BenchPlan, protocol: TimingProtocol) -> dict[str, object]:
     """What must be the same for rows to stand in one table."""
     import triton
 
@@ -102,9 +117,9 @@ def _context(place: torch.device, plan: BenchPlan, protocol: TimingProtocol) -> 
     return {"device": device_name(place), **versions, "plan": asdict(plan), "protocol": asdict(protocol)}
 
 
-def _pieces(plan: BenchPlan, place: torch.device, protocol: TimingProtocol, peak: dict[str, float]) -> dict[str, Any]:
+def _pieces(plan: BenchPlan, place: torch.device, protocol: TimingProtocol, peak: dict[str, float]) -> dict[str, Callable[[], BenchPiece]]:
     """Key → a function that measures one piece: a layer at one rank, or the stack at one rank."""
-    pieces: dict[str, Any] = {}
+    pieces: dict[str, Callable[[], BenchPiece]] = {}
     for layer in plan.layers:
         for bits in plan.bits:
             for activation_bits in plan.activation_bits:
@@ -120,13 +135,13 @@ def _pieces(plan: BenchPlan, place: torch.device, protocol: TimingProtocol, peak
 
 
 def _measure_layer(
-    make: Callable[[], StoredWeight], what: dict[str, Any], rank: int, plan: BenchPlan, place: torch.device, protocol: TimingProtocol, peak: dict[str, float]
-) -> dict[str, Any]:  # fmt: skip
-    rows: list[dict[str, Any]] = []
+    make: Callable[[], StoredWeight], what: Row, rank: int, plan: BenchPlan, place: torch.device, protocol: TimingProtocol, peak: dict[str, float]
+) -> BenchPiece:  # fmt: skip
+    rows: list[Row] = []
     stored = make()
     others, reasons = _rivals(stored, place)
     built = _copies(stored, others, place)
-    refused: list[dict[str, Any]] = [
+    refused: list[Row] = [
         what | {"rows": 1, "rank": rank, "variant": name, "reason": reason} for name, reason in reasons.items()
     ]
     for m in plan.rows:
@@ -140,7 +155,7 @@ def _measure_layer(
                 continue
             timing = time_calls([partial(copy[name][0], x) for copy in built], place, protocol)
             row = where | {"variant": name, **asdict(timing), "resident_bytes": built[0][name][1], "relative_error": error}
-            rows.append(row | _shares(row, peak))
+            rows.append(row | _shares(stored.shape, rank, m, built[0][name][1], timing.microseconds / 1e6, peak))
         if place.type == "cuda" and stored.activations is not None:
             rows.append(_quantize_row(where, x, stored, stored.activations, place, protocol))
     return {"rows": rows, "refused": refused}
@@ -167,8 +182,8 @@ def _copies(stored: StoredWeight, others: Mapping[str, Callable[[], Variant]], p
 
 
 def _quantize_row(
-    where: dict[str, Any], x: Tensor, stored: StoredWeight, grid: ActivationGrid, place: torch.device, protocol: TimingProtocol
-) -> dict[str, Any]:
+    where: Row, x: Tensor, stored: StoredWeight, grid: ActivationGrid, place: torch.device, protocol: TimingProtocol
+) -> Row:
     """The quantizer alone, or with the down-projection on board: reading x once should make them cost the same."""
     down = None if stored.low_rank is None else stored.low_rank.factors(torch.bfloat16)[1]
     timing = time_calls([partial(quantize_down, x, None, down, bits=grid.bits, group_size=grid.group_size)] * 8, place, protocol)
@@ -176,7 +191,7 @@ def _quantize_row(
     return where | {"operator": operator, "variant": "quantize" if down is None else "quantize_down", **asdict(timing)}
 
 
-def _stack(rank: int, plan: BenchPlan, place: torch.device, protocol: TimingProtocol) -> dict[str, Any]:
+def _stack(rank: int, plan: BenchPlan, place: torch.device, protocol: TimingProtocol) -> BenchPiece:
     """One token through the linears of the demo model's blocks: what generation pays for them, and what they keep in memory."""
     q, kv, up, down = DEMO
     rows = []
@@ -192,11 +207,12 @@ def _stack(rank: int, plan: BenchPlan, place: torch.device, protocol: TimingProt
     return {"rows": rows, "refused": []}
 
 
-def _shares(row: dict[str, Any], peak: dict[str, float]) -> dict[str, float]:
-    """Achieved gigabytes and teraflops a second, as shares of what the device was seen to reach; the weight and x and y count once."""
-    seconds = row["microseconds"] / 1e6
-    moved = row["resident_bytes"] + 2 * row["rows"] * (row["inputs"] + row["out"])
-    operations = 2 * row["rows"] * (row["out"] * row["inputs"] + row["rank"] * (row["out"] + row["inputs"]))
+def _shares(shape: tuple[int, int], rank: int, rows: int, resident_bytes: int, seconds: float, peak: dict[str, float]) -> dict[str, float]:
+    """Achieved gigabytes and teraflops a second of a product with a matrix of this shape [O, I], as shares of what the device was seen to reach;
+    the weight and x and y count once."""
+    out, inputs = shape
+    moved = resident_bytes + 2 * rows * (inputs + out)
+    operations = 2 * rows * (out * inputs + rank * (out + inputs))
     gigabytes, teraflops = moved / seconds / 1e9, operations / seconds / 1e12
     return {
         "gigabytes_per_second": round(gigabytes, 2),
@@ -212,16 +228,22 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def beside_bfloat16(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def beside_bfloat16(rows: Sequence[Row]) -> list[Row]:
     """The rows with `times_bfloat16`: their time over that of torch's bfloat16 matmul with as many rows and no rank, where it was measured."""
     plain = {
-        (r["out"], r["inputs"], r["rows"]): r["microseconds"] for r in rows if r["variant"] == "torch bfloat16" and "out" in r and not r["rank"]
+        (r["out"], r["inputs"], r["rows"]): _time(r) for r in rows if r["variant"] == "torch bfloat16" and "out" in r and not r["rank"]
     }
     found = [plain.get((r.get("out"), r.get("inputs"), r["rows"])) for r in rows]
-    return [r if base is None else r | {"times_bfloat16": round(r["microseconds"] / base, 3)} for r, base in zip(rows, found, strict=True)]
+    return [r if base is None else r | {"times_bfloat16": round(_time(r) / base, 3)} for r, base in zip(rows, found, strict=True)]
 
 
-def markdown(measured: dict[str, Any]) -> str:
+def _time(row: Row) -> float:
+    microseconds = row["microseconds"]
+    assert isinstance(microseconds, int | float)
+    return microseconds
+
+
+def markdown(measured: KernelReport) -> str:
     """Environment, one table of what was measured, one of what was refused."""
     lines = ["# bench kernels", ""]
     lines += [f"- {name}: {json.dumps(value) if isinstance(value, dict) else value}" for name, value in measured["environment"].items()]
@@ -237,7 +259,7 @@ def markdown(measured: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[str]:
+def _table(columns: Sequence[str], rows: Sequence[Row]) -> list[str]:
     cells = [[f"{v:g}" if isinstance(v := row.get(name, ""), float) else str(v) for name in columns] for row in rows]
     return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *cells)]
 

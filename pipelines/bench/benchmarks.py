@@ -15,16 +15,17 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 
 from ...compress.statistics import Fisher, InputStatistics, LayerStatistics
 from ...compress.weights import DenseWeight, StoredWeight
+from ...reports.json_values import integer, mappings, text
 from ..devices.compute import chosen_device
 from ..doctor import cpu_name
 from ..errors import PipelineError, UsageError
@@ -33,6 +34,7 @@ from ..recipes.settings import unknown
 from ..recipes.stage_settings import StageSpec, build, methods
 from . import solvers
 from .command_times import command_rows
+from .scaling import Row
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,16 @@ BEFORE = {
 RECOVERY_STEPS = 5
 COUNTED = "135m"
 """The shape of which operators are counted where none is named."""
+
+
+class BenchReport(TypedDict):
+    """What a benchmark gives and writes."""
+
+    schema: int
+    bench: str
+    environment: dict[str, object]
+    rows: list[Row]
+    growth: NotRequired[list[Row]]
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ class Options:
     count: bool = False
 
 
-def run(subject: str, options: Options) -> dict[str, Any]:
+def run(subject: str, options: Options) -> Mapping[str, object]:
     """Measure, write <output>/bench-<subject>.{json,md,png,svg} where an output directory is named, and return the JSON object."""
     if options.blocks is not None and options.shape is None:
         raise UsageError("--blocks says how many blocks of a --shape are made: give it with one")
@@ -95,13 +107,13 @@ def run(subject: str, options: Options) -> dict[str, Any]:
         rows = _on_model(subject, chosen, options)
     else:
         rows = list(_on_layers(subject, chosen, options, device))
-    measured = {"schema": 1, "bench": subject, "environment": _environment(device, options), "rows": rows}
+    measured: BenchReport = {"schema": 1, "bench": subject, "environment": _environment(device, options), "rows": rows}
     if options.output is not None:
         _write(measured, options.output)
     return measured
 
 
-def _over_processes(options: Options) -> dict[str, Any]:
+def _over_processes(options: Options) -> BenchReport:
     """Scaling over gloo processes of one thread each."""
     from . import process_scaling
 
@@ -112,22 +124,22 @@ def _over_processes(options: Options) -> dict[str, Any]:
             raise UsageError(f"bench scale: {unknown('subject', name, process_scaling.SUBJECTS)}")
     rows = process_scaling.rows(options.only, output=options.output)
     if options.count:
-        rows = [process_scaling.of_a_block(row) for row in rows if row["ranks"] > 1]
-    environment: dict[str, Any] = _environment(torch.device("cpu"), options) | {"repeats": 1, "warm_up": 0, "threads": 1}
-    measured = {"schema": 1, "bench": "scale", "environment": environment, "rows": rows}
+        rows = [process_scaling.of_a_block(row) for row in rows if integer(row["ranks"]) > 1]
+    environment = _environment(torch.device("cpu"), options) | {"repeats": 1, "warm_up": 0, "threads": 1}
+    measured: BenchReport = {"schema": 1, "bench": "scale", "environment": environment, "rows": rows}
     if options.output is not None:
         _write(measured, options.output)
     return measured
 
 
-def _of_random_model(options: Options) -> dict[str, Any]:
+def _of_random_model(options: Options) -> BenchReport:
     """Tokens a second of a model of one shape, by the ways to store it."""
     from . import model_speed
 
     if options.model is not None or options.depths or options.count:
         raise UsageError("bench generate --shape makes a model of its own: give it without -m, --depths and --count")
     rows = model_speed.of_shape(options.shape or "", options.blocks, options.only, options.device, options.repeats, options.output)
-    measured: dict[str, Any] = {"schema": 1, "bench": f"generate-shape-{options.shape}", "environment": _environment(_device(options), options), "rows": rows}
+    measured: BenchReport = {"schema": 1, "bench": f"generate-shape-{options.shape}", "environment": _environment(_device(options), options), "rows": rows}
     if options.output is not None:
         _write(measured, options.output)
     return measured
@@ -137,7 +149,7 @@ def _device(options: Options) -> torch.device:
     return chosen_device(options.device)
 
 
-def _of_scale(subject: str, options: Options) -> dict[str, Any]:
+def _of_scale(subject: str, options: Options) -> BenchReport:
     """Time and memory against the number of blocks, or of a model of one shape; or the operators of one block."""
     from . import operator_counts, scaling, shape
 
@@ -146,19 +158,22 @@ def _of_scale(subject: str, options: Options) -> dict[str, Any]:
         raise UsageError(f"--{asked} makes models of its own to compress: give it to `bench compress`, alone and without --model")
     if options.count and (options.depths or options.blocks is not None):
         raise UsageError("--count counts the operators of one block of a --shape: give it without --depths and --blocks")
-    environment: dict[str, Any] = _environment(_device(options), options) | {"repeats": 1, "warm_up": 0}  # whole runs, each in a process of its own
-    measured: dict[str, Any] = {"schema": 1, "environment": environment}
+    environment = _environment(_device(options), options) | {"repeats": 1, "warm_up": 0}  # whole runs, each in a process of its own
+    growth: list[Row] | None = None
     if options.count:
         name = options.shape or COUNTED
-        measured |= {"bench": f"compress-count-{name}-{environment['device'].partition(':')[0]}"}
-        measured["rows"] = operator_counts.of_block(name, options.only, options.device, options.output)
+        bench = f"compress-count-{name}-{_device(options).type}"
+        rows = operator_counts.of_block(name, options.only, options.device, options.output)
     elif options.shape is not None:
-        measured |= {"bench": f"compress-shape-{options.shape}"}
-        measured["rows"] = shape.of_shape(options.shape, options.blocks, options.only, options.device, options.output)
+        bench = f"compress-shape-{options.shape}"
+        rows = shape.of_shape(options.shape, options.blocks, options.only, options.device, options.output)
     else:
         chosen = _chosen(subject, options.only or scaling.METHODS)
-        measured |= {"bench": "compress-depths", "rows": scaling.by_depth(options.depths, chosen, options.device, options.output)}
-        measured["growth"] = scaling.growth(measured["rows"])
+        bench, rows = "compress-depths", scaling.by_depth(options.depths, chosen, options.device, options.output)
+        growth = scaling.growth(rows)
+    measured: BenchReport = {"schema": 1, "environment": environment, "bench": bench, "rows": rows}
+    if growth is not None:
+        measured["growth"] = growth
     if options.output is not None:
         _write(measured, options.output)
     return measured
@@ -195,7 +210,7 @@ def synthetic_layer(size: int, needs: frozenset[str], device: torch.device) -> t
     return weight_OI, LayerStatistics(gathered, fisher)
 
 
-def _on_layers(subject: str, chosen: Sequence[tuple[str, str]], options: Options, device: torch.device) -> Iterator[dict[str, Any]]:
+def _on_layers(subject: str, chosen: Sequence[tuple[str, str]], options: Options, device: torch.device) -> Iterator[Row]:
     for size in options.sizes:
         for stage, method in chosen:
             row = methods(stage)[method]
@@ -217,7 +232,7 @@ def _on_layers(subject: str, chosen: Sequence[tuple[str, str]], options: Options
             yield from solvers.exact_steps(weight_OI, moment_II, lambda s: _measured(s, options.repeats, device), options.full)
 
 
-def _layer_row(subject: str, stage: str, method: str, size: int, repeats: int, device: torch.device) -> dict[str, Any]:
+def _layer_row(subject: str, stage: str, method: str, size: int, repeats: int, device: torch.device) -> Row:
     row, spec = methods(stage)[method], build(stage, stage, {"method": method})
     assert spec is not None
     weight_OI, known = synthetic_layer(size, frozenset(row.needs(spec.config)) | {"second_moment"}, device)
@@ -301,7 +316,7 @@ def _give_back_freed_memory() -> None:
 # -- stages of a model -----------------------------------------------------------------------------------------------------------
 
 
-def _on_model(subject: str, chosen: Sequence[tuple[str, str]], options: Options) -> list[dict[str, Any]]:
+def _on_model(subject: str, chosen: Sequence[tuple[str, str]], options: Options) -> list[Row]:
     """One run a method in a shared run directory; what the methods have in common runs once, finished rows are read back. Of recoveries
     the seconds of a step as well, measured anew by all in turn. Where every method is refused, which happens before any works, the first
     one's error."""
@@ -310,7 +325,7 @@ def _on_model(subject: str, chosen: Sequence[tuple[str, str]], options: Options)
     model = options.model or "demo"
     place = (options.output or Path("runs")) / f"bench-{subject}"
     served: dict[str, StageSpec] = {}
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     errors: list[PipelineError] = []
     for stage, method in chosen:
         settings = {"method": method} | ({"steps": RECOVERY_STEPS} if stage == "recover" else {})
@@ -324,7 +339,7 @@ def _on_model(subject: str, chosen: Sequence[tuple[str, str]], options: Options)
             continue
         last, served[method] = record.stages[-1], asked.stages[-1]
         fields = ("seconds", "peak_bytes", "perplexity", "perplexity_ratio", "bits_per_weight", "total_bytes", "trainable_parameters")
-        rows.append({"stage": stage, "method": method, "model": model} | {name: getattr(last, name) for name in fields})
+        rows.append({"stage": stage, "method": method, "model": model, **{name: getattr(last, name) for name in fields}})
     if not served:
         raise type(errors[0])(
             f"bench {subject} could measure nothing: {errors[0]} (--set is an option of `pipeline run`; bench keeps to the defaults)"
@@ -333,16 +348,16 @@ def _on_model(subject: str, chosen: Sequence[tuple[str, str]], options: Options)
         from .training_step import step_seconds
 
         steps = step_seconds(runner.last_artifact(place, "quantize"), list(served.values()), _device(options), options.repeats)
-        rows = [row | steps.get(row["method"], {}) for row in rows]
+        rows = [row | steps.get(text(row["method"]), {}) for row in rows]
     return rows
 
 
-def refuse_failed(measured: dict[str, Any]) -> None:
+def refuse_failed(measured: Mapping[str, object]) -> None:
     """PipelineError with the first reason, where a method was to be measured on a model and could not be."""
-    stages = [row for row in measured["rows"] if "model" in row and "stage" in row]
+    stages = [row for row in mappings(measured["rows"]) if "model" in row and "stage" in row]
     failed = [row for row in stages if "error" in row]
     if failed:
-        names = ", ".join(row["method"] for row in failed)
+        names = ", ".join(text(row["method"]) for row in failed)
         raise PipelineError(
             f"bench {measured['bench']}: {len(failed)} of {len(stages)} methods could not be measured ({names}): {failed[0]['error']}; "
             "the others are measured, and --method NAME asks for some alone"
@@ -352,7 +367,7 @@ def refuse_failed(measured: dict[str, Any]) -> None:
 # -- what all have in common -----------------------------------------------------------------------------------------------------
 
 
-def _environment(device: torch.device, options: Options) -> dict[str, Any]:
+def _environment(device: torch.device, options: Options) -> dict[str, object]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {
         "device": str(device),
@@ -366,7 +381,7 @@ def _environment(device: torch.device, options: Options) -> dict[str, Any]:
     }
 
 
-def _write(measured: dict[str, Any], output: Path) -> None:
+def _write(measured: BenchReport, output: Path) -> None:
     from ...reports.drawing import save
     from ...reports.plots import Look, lines_figure
     from ...reports.tables import markdown_table

@@ -7,8 +7,21 @@ path, on a core of its own, whoever else uses the machine. Knows torch.distribut
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ParamSpec, TypedDict, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class EventRow(TypedDict):
+    """An Event as JSON holds it."""
+
+    kind: str
+    sent: int
+    began: float
+    ended: float
+    waited: float
 
 
 @dataclass(frozen=True)
@@ -22,8 +35,8 @@ class Event:
     ended: float
     waited: float
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    def to_json(self) -> EventRow:
+        return EventRow(kind=self.kind, sent=self.sent, began=self.began, ended=self.ended, waited=self.waited)
 
 
 MARK = "mark"
@@ -50,8 +63,8 @@ def counted(events: list[Event]) -> Iterator[None]:
         "barrier": lambda *_: 0,
     }
 
-    def wrapped(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
+    def wrapped(name: str, plain: Callable[P, T]) -> Callable[P, T]:
+        def call(*arguments: P.args, **options: P.kwargs) -> T:
             source = {"source": options["src"]} if "src" in options else {}
             count, began, clock = sent[name](*arguments, **source), time.process_time(), time.perf_counter()
             out = plain(*arguments, **options)

@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 import transformers
@@ -20,10 +20,14 @@ from ..errors import UsageError
 from ..evaluation.speed import measure, resident_bytes
 from ..recipes.recipe import resolve
 from .kernel_tables import short_name
+from .scaling import Row, Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
-RECIPES: Mapping[str, list[dict[str, Any]]] = {
+RECIPES: Mapping[str, list[dict[str, Settings]]] = {
     "4 bits, rank 16": [
         {"quantize": {"method": "rtn", "bits": 4, "group_size": 64}}, {"decompose": {"method": "zeroquant_v2", "rank": 16}}, {"fuse": {}},
     ],
@@ -39,7 +43,16 @@ PATIENCE = 2.0  # seconds: a model that reads the short prompt more slowly is no
 TEXT = "The river rises in the hills to the north of the town and flows through a wide valley of fields and woods to the sea. "
 
 
-def generate(device: str, model: str | None, repeats: int, output: Path | None) -> dict[str, Any]:
+class SpeedReport(TypedDict):
+    """What the benchmark gives and writes."""
+
+    schema: int
+    bench: str
+    environment: dict[str, object]
+    rows: list[Row]
+
+
+def generate(device: str, model: str | None, repeats: int, output: Path | None) -> SpeedReport:
     """Tokens a second of compressed and dense models, the same prompt, each model in turn. `model`: a run directory, whose last stage
     writes against its baseline; or anything that names a model (default: demo), which is compressed first, by RECIPES."""
     place = chosen_device(device)
@@ -48,31 +61,36 @@ def generate(device: str, model: str | None, repeats: int, output: Path | None) 
     patient = {name: model for name, model in models.items() if speeds[PROMPTS[0]][name].prompt_seconds <= PATIENCE}
     speeds[PROMPTS[1]] = measure(patient, words, NEW_TOKENS, repeats)
     dense = next(resident_bytes(found) for name, found in models.items() if name == "dense bfloat16")
-    rows = []
+    rows: list[Row] = []
     for name, speed in speeds[PROMPTS[0]].items():
         seconds: dict[str, float | None] = {}
         for length, of_length in speeds.items():
             seconds[f"read_{length}_seconds"] = of_length[name].prompt_seconds if name in of_length else None
             seconds[f"whole_{length}_seconds"] = of_length[name].whole_seconds if name in of_length else None
         rows.append(
-            {"variant": name, "tokens_per_second": speed.tokens_per_second, "spread": max(speed.samples) - min(speed.samples)}
-            | seconds
-            | {"resident_bytes": resident_bytes(models[name]), "bfloat16_share": resident_bytes(models[name]) / dense}
+            {
+                "variant": name,
+                "tokens_per_second": speed.tokens_per_second,
+                "spread": max(speed.samples) - min(speed.samples),
+                **seconds,
+                "resident_bytes": resident_bytes(models[name]),
+                "bfloat16_share": resident_bytes(models[name]) / dense,
+            }
         )
         log.info("%s: %.1f tokens a second", name, speed.tokens_per_second)
-    measured = {"schema": 1, "bench": "generate", "environment": _environment(place, repeats), "rows": rows}
+    measured: SpeedReport = {"schema": 1, "bench": "generate", "environment": _environment(place, repeats), "rows": rows}
     if output is not None:
         _write_generate(measured, output, model or "demo")
     return measured
 
 
-def _models(place: torch.device, model: str | None, directory: Path) -> tuple[dict[str, Any], torch.Tensor]:
+def _models(place: torch.device, model: str | None, directory: Path) -> tuple[dict[str, "PreTrainedModel"], torch.Tensor]:
     """(name → loaded model, compressed ones first; ids of the long prompt [1, T])."""
     from ..models.source import load_tokenizer
     from ..run import runner
     from ..run.opening import load
 
-    models: dict[str, Any] = {}
+    models: dict[str, PreTrainedModel] = {}
     if model is not None and (Path(model) / "run.json").is_file():
         run = Path(model)
         if not runner.last_artifact(run).linears:
@@ -91,7 +109,7 @@ def _models(place: torch.device, model: str | None, directory: Path) -> tuple[di
     return models, ids
 
 
-def _write_generate(measured: Mapping[str, Any], output: Path, model: str) -> None:
+def _write_generate(measured: SpeedReport, output: Path, model: str) -> None:
     from ...reports import published
 
     columns = (
@@ -111,7 +129,7 @@ def _write_generate(measured: Mapping[str, Any], output: Path, model: str) -> No
         log.info("written: %s", path)
 
 
-def _environment(place: torch.device, repeats: int) -> dict[str, Any]:
+def _environment(place: torch.device, repeats: int) -> dict[str, object]:
     return {
         "device": str(place), "device_name": device_name(place), "clocks": clocks(place), "threads": torch.get_num_threads(),
         "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__,

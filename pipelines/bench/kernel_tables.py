@@ -12,7 +12,12 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from ...reports.json_values import text
+
+if TYPE_CHECKING:
+    from ...kernels.bench import KernelReport
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +29,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def kernels(device: str, full: bool, output: Path | None) -> dict[str, Any]:
+def kernels(device: str, full: bool, output: Path | None) -> "KernelReport":
     """The kernels' own benchmark; it refuses to report an operator whose check fails. <output>/kernels-<device>.{json,md,png,svg}."""
     from ...kernels import bench
 
@@ -37,7 +42,7 @@ def kernels(device: str, full: bool, output: Path | None) -> dict[str, Any]:
     return measured
 
 
-def write_kernels(measured: Mapping[str, Any], directory: Path) -> list[Path]:
+def write_kernels(measured: "KernelReport", directory: Path) -> list[Path]:
     """Table and plot of what the kernels' benchmark returned, here or elsewhere."""
     from ...kernels.bench import beside_bfloat16
     from ...reports import published
@@ -93,11 +98,11 @@ def publish_static(directory: Path) -> list[Path]:
     return published.write(STATIC, rows, STATIC_COLUMNS, {"triton": triton.__version__}, title="Kernels as compiled", notes=notes)
 
 
-def short_name(environment: Mapping[str, Any]) -> str:
+def short_name(environment: Mapping[str, object]) -> str:
     """cpu, or what tells a card from others: h200."""
-    if environment["device"].startswith("cpu"):
+    if text(environment["device"]).startswith("cpu"):
         return "cpu"
-    found = re.search(r"\b([A-Z]+\d+\w*)\b", environment["device_name"])
+    found = re.search(r"\b([A-Z]+\d+\w*)\b", text(environment["device_name"]))
     return found.group(1).lower() if found else "cuda"
 
 

@@ -12,22 +12,24 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ...compress.integer_scales import with_integer_scales
 from ...compress.weights import ActivationGrid, LowRank, StoredWeight, UniformWeight
 from ...kernels.choices import device_name
 from ...kernels.journal import Journal
 from ...kernels.linear import resident_bytes
+from ...reports.json_values import real
 from ..devices.compute import chosen_device
 from ..errors import UsageError
 from ..models.binding import KernelBinder
 from ..models.decoding import cuda_graph, decode, graphable
 from ..models.structure import inspect, set_parameter, skeleton
 from ..recipes.settings import unknown
+from .scaling import Row
 from .synthetic import SHAPES, Shape, config_of
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ VARIANTS: Mapping[str, Form | None] = {
 }  # fmt: skip
 
 
-def of_shape(name: str, blocks: int | None, only: Sequence[str], device: str, repeats: int, output: Path | None) -> list[dict[str, Any]]:
+def of_shape(name: str, blocks: int | None, only: Sequence[str], device: str, repeats: int, output: Path | None) -> list[Row]:
     """A row for each variant (or those of `only`) and each of decode and prefill. UsageError for a shape or a variant that is not known."""
     if name not in SHAPES:
         raise UsageError(f"--shape: {unknown('shape', name, SHAPES)}")
@@ -62,7 +64,7 @@ def of_shape(name: str, blocks: int | None, only: Sequence[str], device: str, re
     place = chosen_device(device)
     context = {"device": device_name(place), "torch": torch.__version__, "shape": asdict(shape), "repeats": repeats, "tokens": [PROMPT, NEW_TOKENS, READ]}
     journal = Journal(None if output is None else output / JOURNAL, context)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for variant, form in VARIANTS.items():
         if only and variant not in only:
             continue
@@ -73,13 +75,13 @@ def of_shape(name: str, blocks: int | None, only: Sequence[str], device: str, re
     return beside_bfloat16(rows)
 
 
-def beside_bfloat16(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def beside_bfloat16(rows: Sequence[Row]) -> list[Row]:
     """The rows with `times_bfloat16`: their milliseconds over bfloat16's, where that was measured."""
-    plain = {row["regime"]: row["milliseconds"] for row in rows if row["variant"] == "bfloat16"}
-    return [row | ({"times_bfloat16": round(row["milliseconds"] / plain[row["regime"]], 3)} if row["regime"] in plain else {}) for row in rows]
+    plain = {row["regime"]: real(row["milliseconds"]) for row in rows if row["variant"] == "bfloat16"}
+    return [row | ({"times_bfloat16": round(real(row["milliseconds"]) / plain[row["regime"]], 3)} if row["regime"] in plain else {}) for row in rows]
 
 
-def measured(variant: str, form: Form | None, shape: Shape, place: torch.device, repeats: int) -> list[dict[str, Any]]:
+def measured(variant: str, form: Form | None, shape: Shape, place: torch.device, repeats: int) -> list[Row]:
     """Two rows of one variant; its model is gone afterwards."""
     model, backends = made(shape, form, place)
     wait: Callable[[], None] = (lambda: torch.cuda.synchronize(place)) if place.type == "cuda" else lambda: None
@@ -98,10 +100,10 @@ def measured(variant: str, form: Form | None, shape: Shape, place: torch.device,
     return rows
 
 
-def made(shape: Shape, form: Form | None, place: torch.device) -> tuple[Any, str]:
+def made(shape: Shape, form: Form | None, place: torch.device) -> tuple[PreTrainedModel, str]:
     """(the model in bfloat16 on `place`, which backends its matrices run on); every block has memory of its own."""
     draw = torch.Generator(place).manual_seed(0)
-    model: Any = skeleton(config_of(shape))
+    model = skeleton(config_of(shape))
     structure = inspect(model)
 
     def fill(prefix: str = "", without: str | None = None) -> None:
@@ -149,7 +151,7 @@ def record(shape: tuple[int, int], form: Form, draw: torch.Generator, place: tor
     return StoredWeight(base, low_rank=low_rank)
 
 
-def _decode(model: Any, place: torch.device) -> list[float]:
+def _decode(model: PreTrainedModel, place: torch.device) -> list[float]:
     """Seconds of each token after the second, its choice from the logits included. UsageError where no graph of a token can be replayed."""
     length = PROMPT + NEW_TOKENS + 2
     on_card = place.type == "cuda"
@@ -173,7 +175,7 @@ def _readable(shape: Shape) -> int:
 
 
 @torch.no_grad()
-def _prefill(model: Any, shape: Shape, place: torch.device, wait: Callable[[], None], repeats: int) -> list[float]:
+def _prefill(model: PreTrainedModel, shape: Shape, place: torch.device, wait: Callable[[], None], repeats: int) -> list[float]:
     ids = torch.arange(_readable(shape), device=place).remainder(shape.vocabulary).unsqueeze(0)
     seconds = []
     for _ in range(repeats + 1):  # the first one compiles and tunes

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import CodeType
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from ..recipes.settings import unknown
 from ..stages.compress import compress
 from ..stages.shared_inputs import solve_all
 from ..stages.teacher import StreamedTeacher
-from .scaling import BRIEF, Text, kept_beside, made, recipe_document
+from .scaling import BRIEF, Row, Settings, Text, kept_beside, made, recipe_document
 from .synthetic import SHAPES
 
 TEXT: Text = {"calibration": {"samples": 4, "seq_len": 128}, "evaluation": {"seq_len": 128, "windows": 1}}
@@ -50,7 +50,7 @@ STEP_PART = "step"
 TRAINING: dict[CodeType, str] = {StreamedTeacher._look_ahead.__code__: "teacher ahead", train._update.__code__: STEP_PART}
 STEPS = 2
 TRAINED = ("scales", "lora")
-STEP: dict[str, Any] = {"norms": True, "steps": STEPS, "batch_size": 1, "seq_len": 128, "loss": "both", "eval_every": STEPS}
+STEP: Settings = {"norms": True, "steps": STEPS, "batch_size": 1, "seq_len": 128, "loss": "both", "eval_every": STEPS}
 WAITS = frozenset({"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"})
 """Operators whose result, or the size of whose result, the host waits for."""
 
@@ -71,6 +71,16 @@ class OperatorCount:
         return OperatorCount(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
 
 
+class TorchOperator(Protocol):
+    """What is asked of a torch operator (`OpOverload`)."""
+
+    is_view: bool
+
+    def name(self) -> str: ...
+
+    def __call__(self, *args: object, **kwargs: object) -> object: ...
+
+
 class Counter(TorchDispatchMode):
     """Counts, by part, while it is entered."""
 
@@ -82,7 +92,9 @@ class Counter(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:  # torch would wrap what follows, at twice its price
         return False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: TorchOperator, types: Sequence[type], args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         out = func(*args, **(kwargs or {}))
         part = self._part()
         if part is not None:
@@ -98,7 +110,7 @@ class Counter(TorchDispatchMode):
         return None
 
 
-def _count(count: OperatorCount, func: Any, given: list[Tensor], out: Any) -> None:
+def _count(count: OperatorCount, func: TorchOperator, given: list[Tensor], out: object) -> None:
     count.operators += 1
     if func.is_view:
         count.views += 1
@@ -114,7 +126,7 @@ def _count(count: OperatorCount, func: Any, given: list[Tensor], out: Any) -> No
     count.waits += name in WAITS or by_mask
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def _tensors(values: object) -> Iterator[Tensor]:
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, list | tuple):
@@ -124,7 +136,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
         yield from _tensors(list(values.values()))
 
 
-def of_block(name: str, only: Sequence[str], device: str, output: Path | None) -> list[dict[str, Any]]:
+def of_block(name: str, only: Sequence[str], device: str, output: Path | None) -> list[Row]:
     """A row for each quantizer and part of its stage, and one for all that is not "statistics" or "model"; where no method is named also
     for a step of some recoveries, head and losses included. UsageError for a shape or a method that is not known."""
     from ..recipes.recipe import resolve
@@ -139,7 +151,7 @@ def of_block(name: str, only: Sequence[str], device: str, output: Path | None) -
     rows = []
     with kept_beside(output, f"count-{name}") as place:
         model, _ = made(place / "model", replace(SHAPES[name], blocks=1, vocabulary=VOCABULARY), TEXT)
-        def counts(method: str, stages: list[dict[str, Any]], parts: dict[CodeType, str]) -> dict[str, OperatorCount]:
+        def counts(method: str, stages: list[dict[str, Settings]], parts: dict[CodeType, str]) -> dict[str, OperatorCount]:
             with Counter(parts) as counter:
                 runner.run(resolve(recipe_document(model, TEXT, stages)), place / f"run-{method}-{device}", device=device, page=False)
             shown = {part: count for part, count in counter.counts.items() if count.operators}
@@ -152,7 +164,7 @@ def of_block(name: str, only: Sequence[str], device: str, output: Path | None) -
             shown["solver"] = sum((count for part, count in shown.items() if part not in BEFORE_SOLVER), OperatorCount())
             rows += [{"method": method, "shape": name, "part": part} | asdict(count) for part, count in shown.items()]
         for method in () if only else TRAINED:
-            stages: list[dict[str, Any]] = [{"quantize": {"method": "rtn", "bits": 4}}, {"recover": {"method": method} | STEP}]
+            stages: list[dict[str, Settings]] = [{"quantize": {"method": "rtn", "bits": 4}}, {"recover": {"method": method} | STEP}]
             step = counts(method, stages, TRAINING)[STEP_PART]
             rows.append({"method": method, "shape": name, "part": STEP_PART} | {key: value // STEPS for key, value in asdict(step).items()})
     return rows

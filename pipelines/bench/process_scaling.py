@@ -14,13 +14,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Concatenate, ParamSpec, TypedDict, TypeVar
 
 import torch
 
+from ...reports.json_values import integer, mapping, real
 from ..devices.compute import Compute
 from ..devices.link import Link, measured_link
 from ..devices.rates import Speeds, measured
@@ -28,20 +29,31 @@ from ..errors import InputError, PipelineError
 from ..planning import plan
 from ..planning.scale_out import ScaleOut
 from ..recipes.recipe import resolve
-from .collectives import MARK, Event, counted, critical_seconds, mark, within
-from .scaling import Text, kept_beside, made, recipe_document
+from ..recipes.stage_settings import StageSpec
+from .collectives import MARK, Event, EventRow, counted, critical_seconds, mark, within
+from .scaling import Row, Settings, Text, kept_beside, made, recipe_document
 from .synthetic import Shape
 
 log = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+T = TypeVar("T")
 RANKS = (1, 2, 4)
 SHAPE = Shape(1, 768, 2048, 12, 4, 2048)
 EVALUATION = {"seq_len": 512, "windows": 2}
-GPTQ: dict[str, Any] = {"method": "gptq", "bits": 4}
-RTN: dict[str, Any] = {"method": "rtn", "bits": 4, "clip": "none"}
-LORA: dict[str, Any] = {
+GPTQ: Settings = {"method": "gptq", "bits": 4}
+RTN: Settings = {"method": "rtn", "bits": 4, "clip": "none"}
+LORA: Settings = {
     "method": "lora", "rank": 8, "steps": 2, "batch_size": 1, "seq_len": 512, "accumulation": 8, "eval_every": 2, "loss": "cross_entropy"
 }  # fmt: skip
+
+
+class Answer(TypedDict):
+    """What a process writes: its speeds, its collectives, and seconds of each stage by address."""
+
+    speeds: dict[str, object]
+    events: list[EventRow]
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,7 @@ class Subject:
 
     grows: str
     samples: int
-    stages: tuple[dict[str, Any], ...]
+    stages: tuple[dict[str, Settings], ...]
 
 
 SUBJECTS = {
@@ -60,12 +72,12 @@ SUBJECTS = {
 }
 
 
-def rows(only: Sequence[str] = (), ranks: Sequence[int] = RANKS, shape: Shape = SHAPE, output: Path | None = None) -> list[dict[str, Any]]:
+def rows(only: Sequence[str] = (), ranks: Sequence[int] = RANKS, shape: Shape = SHAPE, output: Path | None = None) -> list[Row]:
     """A row for each subject, kind of scaling and number of ranks."""
     link, found = measured_link(), []
     with kept_beside(output, "scale") as place:
         for name in only or SUBJECTS:
-            alone: dict[str, Any] = {}
+            alone: Row = {}
             for kind in ("strong", "weak"):
                 for size in ranks:
                     if kind == "weak" and size == 1:
@@ -73,19 +85,19 @@ def rows(only: Sequence[str] = (), ranks: Sequence[int] = RANKS, shape: Shape = 
                     row = _row(name, kind, size, shape, place, link)
                     alone = alone or row
                     more = size if kind == "strong" else 1
-                    row["efficiency"] = round(alone["core_seconds"] / (more * row["core_seconds"]), 3)
+                    row["efficiency"] = round(real(alone["core_seconds"]) / (more * real(row["core_seconds"])), 3)
                     found.append(row)
                     log.info("%s", row)
     return found
 
 
-def of_a_block(row: Mapping[str, Any]) -> dict[str, Any]:
+def of_a_block(row: Row) -> Row:
     """What ranks tell one another for a block (of recovery: for a block's steps): collectives, bytes that a rank sends, seconds that it waits."""
     counted = ("collectives", "predicted_collectives", "sent_bytes", "predicted_sent_bytes", "waited_seconds")
-    return {key: row[key] for key in ("subject", "scaling", "ranks")} | {key: round(row[key] / row["blocks"], 3) for key in counted}
+    return {key: row[key] for key in ("subject", "scaling", "ranks")} | {key: round(real(row[key]) / real(row["blocks"]), 3) for key in counted}
 
 
-def _row(name: str, kind: str, size: int, shape: Shape, place: Path, link: Link) -> dict[str, Any]:
+def _row(name: str, kind: str, size: int, shape: Shape, place: Path, link: Link) -> Row:
     recipe, directory = _recipe(name, size if kind == "weak" else 1, shape, place), place / f"run-{name}-{kind}-{size}"
     answers = on_ranks(recipe, directory, size)
     address = resolve(str(recipe)).stages[-1].address
@@ -115,23 +127,24 @@ def _recipe(name: str, times: int, shape: Shape, place: Path) -> Path:
     text: Text = {"calibration": {"samples": subject.samples * (times if subject.grows == "samples" else 1), "seq_len": 512}, "evaluation": EVALUATION}
     enough: Text = {"calibration": {"samples": 256, "seq_len": 512}}
     model, _ = made(place / f"blocks-{grown.blocks}", grown, enough)
-    stages = [{n: s | ({"accumulation": s["accumulation"] * times} if subject.grows in s else {}) for n, s in each.items()} for each in subject.stages]
+    stages = [{n: s | ({"accumulation": integer(s["accumulation"]) * times} if subject.grows in s else {}) for n, s in each.items()} for each in subject.stages]
     path = place / f"{name}-{times}.json"
     path.write_text(json.dumps(recipe_document(model, text, stages) | {"dtype": "float32"}), encoding="utf-8")
     return path
 
 
-def _speeds(answers: Sequence[dict[str, Any]]) -> Speeds:
+def _speeds(answers: Sequence[Answer]) -> Speeds:
     """Of the ranks together, as they were when all measured at once: the mean of each."""
     found = [answer["speeds"] for answer in answers]
-    products = {getattr(torch, n): statistics.mean(each["products"][n] for each in found) for n in found[0]["products"]}
-    return Speeds(products, **{n: statistics.mean(each[n] for each in found) for n in found[0] if n != "products"})
+    products = [mapping(each["products"]) for each in found]
+    of_dtypes = {getattr(torch, n): statistics.mean(real(each[n]) for each in products) for n in products[0]}
+    return Speeds(of_dtypes, **{n: statistics.mean(real(each[n]) for each in found) for n in found[0] if n != "products"})
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------------------
 
 
-def on_ranks(recipe: Path, directory: Path, size: int) -> list[dict[str, Any]]:
+def on_ranks(recipe: Path, directory: Path, size: int) -> list[Answer]:
     """The run on so many gloo processes, and what each of them says. InputError where one does not end well."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -165,13 +178,16 @@ def main(arguments: Sequence[str]) -> int:
     events: list[Event] = []
     plain = stages.perform
 
-    def performed(spec: Any, *rest: Any) -> Any:
-        mark(events, f"{spec.address} begins")
-        out = plain(spec, *rest)
-        mark(events, f"{spec.address} ends")
-        return out
+    def marked(perform: Callable[Concatenate[StageSpec, P], T]) -> Callable[Concatenate[StageSpec, P], T]:
+        def performed(spec: StageSpec, *rest: P.args, **options: P.kwargs) -> T:
+            mark(events, f"{spec.address} begins")
+            out = perform(spec, *rest, **options)
+            mark(events, f"{spec.address} ends")
+            return out
 
-    stages.perform = performed
+        return performed
+
+    stages.perform = marked(plain)
     try:
         with counted(events):
             record = runner.run(resolve(recipe), Path(directory), device="cpu", page=False, ranks=mine)
@@ -189,11 +205,11 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _fastest(measured: Sequence[Speeds]) -> dict[str, Any]:
+def _fastest(measured: Sequence[Speeds]) -> dict[str, object]:
     """Of each kind the highest: what another program did to a measurement did it no good."""
     products = {str(dtype).removeprefix("torch."): max(each.products[dtype] for each in measured) for dtype in measured[0].products}
     found = [asdict(each) for each in measured]
-    return {name: max(each[name] for each in found) for name in found[0] if name != "products"} | {"products": products}
+    return {**{name: max(each[name] for each in found) for name in found[0] if name != "products"}, "products": products}
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
+from ...reports.json_values import integer, mapping, mappings, real
 from ..errors import PipelineError
 from ..store.files import scratch_directory
 from .synthetic import Shape, write_model, write_text
@@ -25,17 +26,21 @@ log = logging.getLogger(__name__)
 SMALL = Shape(0, 512, 1408, 8, 4, 2048)
 """Of the models that differ in their number of blocks only."""
 Text = dict[str, dict[str, int]]
+Row: TypeAlias = dict[str, object]
+"""A line of a benchmark's table, or what a process answered, as JSON holds it."""
+Settings: TypeAlias = dict[str, object]
+"""Of a stage."""
 TEXT: Text = {"calibration": {"samples": 16, "seq_len": 256}, "evaluation": {"seq_len": 256, "windows": 4}}
 METHODS = ("gptq",)
-BRIEF: dict[str, dict[str, Any]] = {name: {"steps": 20} for name in ("learned_rounding", "block_training")}
+BRIEF: dict[str, Settings] = {name: {"steps": 20} for name in ("learned_rounding", "block_training")}
 """Settings of methods that train a block: their time is that of their steps."""
-Launch = Callable[[Path, Path, str], dict[str, Any]]
+Launch = Callable[[Path, Path, str], Row]
 """(recipe file, run directory, device) → {"record", "peak_bytes"} or {"error"}."""
 
 
 def by_depth(
     depths: Sequence[int], rows: Sequence[tuple[str, str]], device: str, output: Path | None, launch: "Launch | None" = None
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """A row for each (stage, method) and number of blocks."""
     out = []
     with kept_beside(output, "depths") as place:
@@ -44,17 +49,21 @@ def by_depth(
             for stage, method in rows:
                 found = _run(place, model, stage, method, device, launch or in_a_process)
                 if "seconds" in found:
-                    found["seconds_per_block"] = found["seconds"] / depth
+                    found["seconds_per_block"] = real(found["seconds"]) / depth
                 out.append({"stage": stage, "method": method, "blocks": depth, "parameters": parameters} | found)
                 log.info("%s, %d blocks: %s", method, depth, found)
     return out
 
 
-def growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def growth(rows: Sequence[Row]) -> list[Row]:
     """Per method: the straight line through seconds against blocks, how far a point lies off it, and how far apart peak memories are."""
     out = []
     for method in dict.fromkeys(row["method"] for row in rows):
-        points = [(row["blocks"], row["seconds"], row["peak_bytes"]) for row in rows if row["method"] == method and "seconds" in row]
+        points = [
+            (integer(row["blocks"]), real(row["seconds"]), integer(row["peak_bytes"]))
+            for row in rows
+            if row["method"] == method and "seconds" in row
+        ]
         if len({blocks for blocks, _, _ in points}) < 2:
             continue
         mean_x, mean_y = (sum(p[i] for p in points) / len(points) for i in (0, 1))
@@ -95,14 +104,14 @@ def made(directory: Path, shape: Shape, text: Text) -> tuple[Path, int]:
     return directory, json.loads(done.read_text())
 
 
-def recipe_document(model: Path, text: Text, stages: list[dict[str, Any]]) -> dict[str, Any]:
+def recipe_document(model: Path, text: Text, stages: list[dict[str, Settings]]) -> dict[str, object]:
     """A recipe on what `made` wrote."""
     source = str(model / "text.jsonl")
     data = {"calibration": source, "train": source, "evaluation": source}
     return {"name": "bench", "model": str(model), "data": data, **text, "stages": stages}
 
 
-def _run(place: Path, model: Path, stage: str, method: str, device: str, launch: Launch) -> dict[str, Any]:
+def _run(place: Path, model: Path, stage: str, method: str, device: str, launch: Launch) -> Row:
     recipe = place / f"{model.name}-{stage}-{method}.yaml"
     stages = [{stage: {"method": method} | BRIEF.get(method, {})}]
     recipe.write_text(json.dumps(recipe_document(model, TEXT, stages)), encoding="utf-8")
@@ -110,12 +119,13 @@ def _run(place: Path, model: Path, stage: str, method: str, device: str, launch:
     if "error" in found:
         log.warning("%s %s: %s", stage, method, found["error"])
         return found
-    baseline, last = found["record"]["stages"][0], found["record"]["stages"][-1]
+    stages_done = mappings(mapping(found["record"])["stages"])
+    baseline, last = stages_done[0], stages_done[-1]
     fields = ("seconds", "total_bytes", "bits_per_weight", "perplexity")
     return {"peak_bytes": found["peak_bytes"], **{name: last[name] for name in fields}, "baseline_perplexity": baseline["perplexity"]}
 
 
-def in_a_process(recipe: Path, directory: Path, device: str) -> dict[str, Any]:
+def in_a_process(recipe: Path, directory: Path, device: str) -> Row:
     """The run in a process of its own, which says what it was at most."""
     answer = directory.with_suffix(".json")
     answer.unlink(missing_ok=True)
@@ -142,7 +152,7 @@ def run_and_answer(recipe: str, directory: str, device: str, answer: str) -> Non
 
     try:
         record = runner.run(resolve(recipe), Path(directory), device=device)
-        found: dict[str, Any] = {"record": record.to_json(), "peak_bytes": peak_resident_bytes()}
+        found: Row = {"record": record.to_json(), "peak_bytes": peak_resident_bytes()}
     except PipelineError as error:
         found = {"error": str(error)}
     Path(answer).write_text(json.dumps(found), encoding="utf-8")

@@ -13,15 +13,15 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from ...reports.json_values import integer, real
 from ..devices.compute import Compute, chosen_device, determinism
 from ..errors import PipelineError, UsageError
 from ..recipes.settings import unknown
 from ..recipes.stage_settings import StageSpec, methods
-from .scaling import BRIEF, Text, kept_beside, made, peak_resident_bytes, recipe_document
+from .scaling import BRIEF, Row, Settings, Text, kept_beside, made, peak_resident_bytes, recipe_document
 from .synthetic import SHAPES, Shape
 
 log = logging.getLogger(__name__)
@@ -29,15 +29,15 @@ log = logging.getLogger(__name__)
 STANDARD: Text = {"calibration": {"samples": 128, "seq_len": 2048}, "evaluation": {"seq_len": 512, "windows": 2}}
 SMALL: Text = {"calibration": {"samples": 8, "seq_len": 512}, "evaluation": {"seq_len": 512, "windows": 2}}
 ROWS = (*(("quantize", name) for name in methods("quantize")), ("decompose", "best"), ("recover", "scales"), ("recover", "lora"))
-SETTINGS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, Settings] = {
     **BRIEF, "best": {"rank": 8}, **{name: {"steps": 2, "batch_size": 1, "seq_len": 2048, "loss": "both"} for name in ("scales", "lora")},
 }  # fmt: skip
-BEFORE: dict[str, list[dict[str, Any]]] = {
+BEFORE: dict[str, list[dict[str, Settings]]] = {
     "quantize": [],
     **{name: [{"quantize": {"method": "gptq"}}] for name in ("decompose", "recover")},
 }
 MODULE = f"{__package__}.shape"
-Launch = Callable[[Sequence[str], Path], dict[str, Any]]
+Launch = Callable[[Sequence[str], Path], Row]
 """(arguments of this module's `main`, the file it answers in) → that file's object, or {"error"}."""
 
 
@@ -54,12 +54,12 @@ class Bench:
     def model(self) -> tuple[Path, int]:
         return made(self.place / f"{self.name}-{self.shape.blocks}-blocks", self.shape, self.text)
 
-    def row(self, stage: str, method: str, launch: Launch) -> dict[str, Any]:
+    def row(self, stage: str, method: str, launch: Launch) -> Row:
         """A row of the table; one with "error" where the program refused or its process died."""
         model, parameters = self.model()
         settings = SETTINGS.get(method, {})
         if stage == "recover":
-            settings = settings | {"seq_len": min(settings["seq_len"], self.text["calibration"]["seq_len"])}
+            settings = settings | {"seq_len": min(integer(settings["seq_len"]), self.text["calibration"]["seq_len"])}
         stages = [*BEFORE[stage], {stage: {"method": method} | settings}]
         recipe = self.place / f"{model.name}-{stage}-{method}.json"
         recipe.write_text(json.dumps(recipe_document(model, self.text, stages)), encoding="utf-8")
@@ -67,13 +67,13 @@ class Bench:
         found = launch([str(recipe), str(self.place / f"run-{model.name}"), self.device, str(answer)], answer)
         shown = {"stage": stage, "method": method, "shape": self.name, "blocks": self.shape.blocks, "parameters": parameters}
         if "seconds" in found:
-            shown["seconds_per_block"] = found["seconds"] / self.shape.blocks
+            shown["seconds_per_block"] = real(found["seconds"]) / self.shape.blocks
         row = shown | ({"steps": settings["steps"]} if method in BRIEF else {}) | found
         (log.warning if "error" in row else log.info)("%s, %s: %s", method, self.name, found)
         return row
 
 
-def of_shape(name: str, blocks: int | None, only: Sequence[str], device: str, output: Path | None) -> list[dict[str, Any]]:
+def of_shape(name: str, blocks: int | None, only: Sequence[str], device: str, output: Path | None) -> list[Row]:
     """A row for each (stage, method). UsageError for a shape or a method that is not known."""
     if name not in SHAPES:
         raise UsageError(f"--shape: {unknown('shape', name, SHAPES)}")
@@ -87,7 +87,7 @@ def of_shape(name: str, blocks: int | None, only: Sequence[str], device: str, ou
         return [bench.row(stage, method, in_a_process) for stage, method in ROWS if not only or method in only]
 
 
-def in_a_process(arguments: Sequence[str], answer: Path) -> dict[str, Any]:
+def in_a_process(arguments: Sequence[str], answer: Path) -> Row:
     answer.unlink(missing_ok=True)
     command = [sys.executable, "-P", "-m", MODULE, *arguments]
     ended = subprocess.run(command, stdout=subprocess.DEVNULL, cwd=answer.parent, env=os.environ, check=False)
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _measured(recipe: str, directory: Path, device: str) -> dict[str, Any]:
+def _measured(recipe: str, directory: Path, device: str) -> Row:
     from ..recipes.recipe import resolve
     from ..run import runner
 
@@ -126,7 +126,7 @@ def _measured(recipe: str, directory: Path, device: str) -> dict[str, Any]:
     return found | {"device_peak_bytes": made[-1].peak_bytes if on_card else None, "host_peak_bytes": peak_resident_bytes()}
 
 
-def _steps(directory: Path, spec: StageSpec, device: torch.device) -> dict[str, Any]:
+def _steps(directory: Path, spec: StageSpec, device: torch.device) -> Row:
     """Seconds of a step, in the run's dtype and as deterministic; a block's are the difference to a step on half of the blocks, what remains is the head's."""
     from ..models.source import load_config
     from ..models.structure import inspect, skeleton
@@ -140,11 +140,11 @@ def _steps(directory: Path, spec: StageSpec, device: torch.device) -> dict[str, 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with determinism(compute):
-        found: dict[str, Any] = step_seconds(parent, [spec], device, 2, compute.dtype)[spec.method]
+        found: Row = {**step_seconds(parent, [spec], device, 2, compute.dtype)[spec.method]}
         peaks = {"device_peak_bytes": _device_peak(device), "host_peak_bytes": peak_resident_bytes()}
         if blocks > 1:
             half = step_seconds(parent, [spec], device, 2, compute.dtype, blocks // 2)[spec.method]
-            found["seconds_per_block"] = (found["seconds_per_step"] - half["seconds_per_step"]) / (blocks - blocks // 2)
+            found["seconds_per_block"] = (real(found["seconds_per_step"]) - real(half["seconds_per_step"])) / (blocks - blocks // 2)
     return found | peaks
 
 

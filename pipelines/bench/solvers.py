@@ -6,7 +6,6 @@ Knows synthetic layers and tables; nothing of models. Legend: O out, I in, R ran
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -18,6 +17,7 @@ from ...compress.grids import UniformGrid
 from ...compress.lowrank import Metric, best_low_rank, squared_error
 from ...compress.options import costs_bytes, settings
 from ...compress.rounding import round_uniform
+from .scaling import Row
 
 RANK = 32
 SQUARE_ROOT_SIDE = 1536
@@ -37,7 +37,7 @@ def by_square_root(error_OI: Tensor, moment_II: Tensor, rank: int) -> tuple[Tens
 
 def exact_steps(
     weight_OI: Tensor, moment_II: Tensor, measured: Callable[[Callable[[], None]], tuple[list[float], int]], full: bool
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
     """The exact step on a 3-bit error of this matrix, and the square root's, with how much longer it takes and how far the errors are apart."""
     size, grid = len(weight_OI), UniformGrid(3, 64 if weight_OI.shape[1] % 64 == 0 else -1)
     error_OI = weight_OI - round_uniform(weight_OI, grid, "power").dense()
@@ -45,7 +45,7 @@ def exact_steps(
     whole = squared_error(weight_OI, metric)
     seconds, peak_bytes = measured(lambda: found.__setitem__(slice(None), best_low_rank(error_OI, metric, RANK)))
     ours = squared_error(error_OI - found[0] @ found[1], metric)
-    row = {"stage": "decompose", "size": size}
+    row: Row = {"stage": "decompose", "size": size}
     spread, median = max(seconds) - min(seconds), statistics.median(seconds)
     yield row | {
         "method": "exact step", "seconds": median, "spread_seconds": spread, "peak_bytes": peak_bytes, "relative_output_error": (ours / whole) ** 0.5,
@@ -63,7 +63,7 @@ def exact_steps(
     }  # fmt: skip
 
 
-def allocation(repeats: int) -> list[dict[str, Any]]:
+def allocation(repeats: int) -> list[Row]:
     """The program at the size of a 7B model: 224 matrices × 432 settings (bits × groups × masks × ranks × factor bits), 2.75 bits per weight.
 
     Losses are made up as they tend to be: four-fold less for every bit, growing with the group, a share of it caught by the rank, and matrices

@@ -7,12 +7,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..formats.shards import write_shards
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ SHAPES = {
 SHARD_BYTES = 500_000_000
 
 
-def config_of(shape: Shape) -> Any:
+def config_of(shape: Shape) -> "LlamaConfig":
     """The model's configuration as transformers has it, in bfloat16."""
     from transformers import LlamaConfig
 

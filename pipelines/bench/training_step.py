@@ -6,7 +6,6 @@ What a step costs does not depend on the text or on what the teacher says: rando
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -41,13 +40,15 @@ def step_seconds(
 def _second_step(parent: Artifact, spec: StageSpec, device: torch.device, dtype: torch.dtype, blocks: int | None) -> float:
     """The first one builds what later ones find; one model is in memory at a time."""
     structure = inspect(skeleton(load_config(parent.directory)))
-    model: Any = whole_model(parent, device, dtype, InPlace(parent, structure, device, dtype)).model.requires_grad_(False)
+    model = whole_model(parent, device, dtype, InPlace(parent, structure, device, dtype)).model.requires_grad_(False)
     if blocks is not None:
         del decoder_blocks(model)[1][blocks:]
     student, (config, _) = student_of(model), split(spec.method, spec.config)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.get_text_config().vocab_size, (config.batch_size, config.seq_len), generator=draw).to(device)
-    states = torch.randn(*ids.shape, model.get_output_embeddings().weight.shape[1], generator=draw).to(device, dtype)
+    head = model.get_output_embeddings()
+    assert head is not None
+    states = torch.randn(*ids.shape, head.weight.shape[1], generator=draw).to(device, dtype)
 
     def batches(_: int) -> Batch:
         return Batch(ids)

@@ -10,41 +10,40 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 
-def pytest_addoption(parser: Any) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--progress", type=Path, help="the file that gets the outcomes")
     parser.addoption("--finished", type=Path, help="a JSON list of tests that are left out")
     parser.addoption("--seconds", type=float, default=0.0, help="no test begins after so many")
 
 
-def pytest_configure(config: Any) -> None:
-    if config.getoption("progress") is not None:
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.progress is not None:
         config.pluginmanager.register(TestOutcomes(config), "bitmend-gpu-progress")
 
 
 class TestOutcomes:
-    def __init__(self, config: Any) -> None:
-        self.file = config.getoption("progress").open("a", encoding="utf-8")
-        self.finished = set(json.loads(config.getoption("finished").read_text(encoding="utf-8")))
-        self.until = time.monotonic() + config.getoption("seconds")
+    def __init__(self, config: pytest.Config) -> None:
+        self.file = config.option.progress.open("a", encoding="utf-8")
+        self.finished = set(json.loads(config.option.finished.read_text(encoding="utf-8")))
+        self.until = time.monotonic() + config.option.seconds
         self.outcome, self.line, self.seconds = "passed", "", 0.0
 
-    def write(self, **line: Any) -> None:
+    def write(self, **line: object) -> None:
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         os.fsync(self.file.fileno())
 
-    def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         self.write(collected=[item.nodeid for item in items])
         out = [item for item in items if item.nodeid in self.finished]
         items[:] = [item for item in items if item.nodeid not in self.finished]
         config.hook.pytest_deselected(items=out)
 
-    def pytest_collectreport(self, report: Any) -> None:
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self.write(test=report.nodeid, outcome="failed", seconds=0.0, line=first_line(report))
 
@@ -52,7 +51,7 @@ class TestOutcomes:
         self.outcome, self.line, self.seconds = "passed", "", 0.0
         self.write(begins=nodeid)
 
-    def pytest_runtest_logreport(self, report: Any) -> None:
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.seconds += report.duration
         if report.failed and self.outcome != "failed":
             self.outcome, self.line = "failed", first_line(report)
@@ -64,14 +63,14 @@ class TestOutcomes:
         self.write(test=nodeid, outcome=self.outcome, seconds=round(self.seconds, 3), line=self.line)
 
     @pytest.hookimpl(trylast=True)
-    def pytest_runtest_teardown(self, item: Any) -> None:
+    def pytest_runtest_teardown(self, item: pytest.Item) -> None:
         if time.monotonic() > self.until:
             item.session.shouldstop = "the time is over"
         elif self.outcome == "failed" and not card_answers():
             item.session.shouldstop = "the card no longer answers in this process"
 
 
-def first_line(report: Any) -> str:
+def first_line(report: pytest.CollectReport | pytest.TestReport) -> str:
     """The first line of what went wrong."""
     crash = getattr(report.longrepr, "reprcrash", None)
     text = crash.message if crash is not None else str(report.longrepr)
