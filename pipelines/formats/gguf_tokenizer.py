@@ -5,15 +5,16 @@ has no name is refused: the same text would become other tokens. Knows files of 
 """
 
 import base64
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from json import loads
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Required, TypeAlias, TypedDict
 
 from gguf import GGUFWriter, TokenType
 
+from ...reports.json_values import mapping, mappings, text
 from ..errors import UsageError, as_input_error
 
 if TYPE_CHECKING:
@@ -40,6 +41,48 @@ PRE_TOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
 _LOOK_SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 
 
+class AddedToken(TypedDict):
+    """Of a tokenizer.json's `added_tokens`."""
+
+    id: int
+    content: str
+    special: bool
+
+
+Step: TypeAlias = Mapping[str, object]
+"""Of a normalizer or a pre-tokenizer in tokenizer.json: `type` says which other settings it has."""
+
+
+class Pieces(TypedDict, total=False):
+    """tokenizer.json's `model`, of BPE."""
+
+    unk_token: str | None
+    byte_fallback: bool
+
+
+class UnigramPieces(TypedDict, total=False):
+    """tokenizer.json's `model`, of Unigram: pieces and their scores."""
+
+    vocab: Required[list[tuple[str, float]]]
+    unk_id: int | None
+    byte_fallback: bool
+
+
+class Described(TypedDict):
+    """What is read of tokenizer.json."""
+
+    normalizer: Step | None
+    pre_tokenizer: Step | None
+
+
+class Common(TypedDict):
+    """The fields of a Vocabulary that all kinds are given alike."""
+
+    special: dict[str, int]
+    add: dict[str, bool]
+    template: str | None
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """What is written: `kind` is llama.cpp's (gpt2, llama, t5); special: bos, eos, … → id; add: which of them frame a text."""
@@ -54,7 +97,7 @@ class Vocabulary:
     add: dict[str, bool] = field(default_factory=dict)
     space_prefix: bool | None = None
     charsmap: bytes | None = None
-    template: Any = None
+    template: str | None = None
     notes: tuple[str, ...] = ()
 
     def write(self, writer: GGUFWriter) -> None:
@@ -90,7 +133,7 @@ def vocabulary(directory: Path | None, rows: int) -> Vocabulary:
             f"{directory}: no tokenizer.json, and a GGUF file holds its tokenizer; put tokenizer.json and tokenizer_config.json beside config.json"
         )
     with as_input_error(f"{directory}: no tokenizer that transformers can read", "put tokenizer.json beside config.json"):
-        tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         described = loads(tokenizer.backend_tokenizer.to_str())
     model = described["model"]
     if model["type"] not in ("BPE", "Unigram"):
@@ -105,13 +148,13 @@ def vocabulary(directory: Path | None, rows: int) -> Vocabulary:
     special = {
         name: i for name in ("bos", "eos", "unk", "sep", "pad", "mask") if (i := getattr(tokenizer, f"{name}_token_id", None)) is not None
     }
-    common = {"special": special, "add": _frames(tokenizer, special), "template": getattr(tokenizer, "chat_template", None)}
+    common: Common = {"special": special, "add": _frames(tokenizer, special), "template": getattr(tokenizer, "chat_template", None)}
     tokens, types = _padded(pieces, added, rows)
     if model["type"] == "Unigram":
-        return _unigram(described, tokens, types, common)
+        return _unigram(described, model, tokens, types, common)
     pairs = [tuple(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in model["merges"]]
     if model.get("byte_fallback"):
-        return _sentencepiece(described, pieces, pairs, tokens, types, common)
+        return _sentencepiece(described, model, pieces, pairs, tokens, types, common)
     splits = _splits(described["pre_tokenizer"])
     pre = PRE_TOKENIZERS.get((splits or (), bool(model.get("ignore_merges"))))
     if pre is None:
@@ -123,7 +166,7 @@ def vocabulary(directory: Path | None, rows: int) -> Vocabulary:
     return Vocabulary("gpt2", pre, tokens, types, merges=merges, **common)
 
 
-def _padded(pieces: Mapping[str, int], added: Mapping[int, Mapping[str, Any]], rows: int) -> tuple[list[str], list[TokenType]]:
+def _padded(pieces: Mapping[str, int], added: Mapping[int, AddedToken], rows: int) -> tuple[list[str], list[TokenType]]:
     """(text, type) of every row of the embeddings."""
     tokens, types = [f"[PAD{i}]" for i in range(rows)], [TokenType.UNUSED] * rows
     for piece, i in pieces.items():
@@ -151,32 +194,32 @@ def _frames(tokenizer: "PreTrainedTokenizerBase", special: Mapping[str, int]) ->
     raise UsageError(f"its tokenizer frames a text as {framed} around {bare}; llama.cpp adds bos and eos only. {OTHERWISE}")
 
 
-def _flat(part: Any) -> Iterator[Mapping[str, Any]]:
+def _flat(part: Step | None) -> Iterator[Step]:
     """The steps of a normalizer or pre-tokenizer, sequences taken apart."""
     if part is not None and part["type"] == "Sequence":
-        for step in part.get("normalizers") or part.get("pretokenizers") or []:
+        for step in mappings(part.get("normalizers") or part.get("pretokenizers") or []):
             yield from _flat(step)
     elif part is not None:
         yield part
 
 
-def _splits(pre_tokenizer: object) -> tuple[str, ...] | None:
+def _splits(pre_tokenizer: Step | None) -> tuple[str, ...] | None:
     """The regular expressions that split a text, one after the other; None for a step that llama.cpp has none of."""
     out: list[str] = []
     for step in _flat(pre_tokenizer):
-        pattern = step.get("pattern")
+        pattern = mapping(step.get("pattern") or {})
         if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
             out += [GPT2] if step["use_regex"] else []
         elif step["type"] == "Digits" and step["individual_digits"]:
             out.append(r"\p{N}")
-        elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"] and "Regex" in (pattern or {}):
-            out.append(step["pattern"]["Regex"])
+        elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"] and "Regex" in pattern:
+            out.append(text(pattern["Regex"]))
         else:
             return None
     return tuple(out)
 
 
-def _space_prefix(described: Mapping[str, object]) -> tuple[bool, tuple[str, ...]]:
+def _space_prefix(described: Described) -> tuple[bool, tuple[str, ...]]:
     """(whether ▁ goes before a text, the notes on that). UsageError where spaces do not become ▁ at all."""
     result: set[object] = set()
     for step in [*_flat(described["normalizer"]), *_flat(described["pre_tokenizer"])]:
@@ -186,7 +229,9 @@ def _space_prefix(described: Mapping[str, object]) -> tuple[bool, tuple[str, ...
             result |= {"spaces"} if step["prepend_scheme"] == "never" else {"spaces", "prefix", "not twice"}
         elif step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == "▁":
             result.add("spaces")
-        elif step["type"] not in ("Precompiled", "Split") and not (step["type"] == "Replace" and step["pattern"].get("Regex") == " {2,}"):
+        elif step["type"] not in ("Precompiled", "Split") and not (
+            step["type"] == "Replace" and mapping(step["pattern"]).get("Regex") == " {2,}"
+        ):
             raise UsageError(f"llama.cpp has no step {step['type']} in a SentencePiece tokenizer. {OTHERWISE}")
     if "spaces" not in result:
         raise UsageError(f"its tokenizer does not write spaces as ▁, as SentencePiece does. {OTHERWISE}")
@@ -203,15 +248,16 @@ def _bytes_and_unknown(tokens: list[str], types: list[TokenType], unknown: str |
 
 
 def _sentencepiece(
-    described: Mapping[str, Any],
+    described: Described,
+    model: Pieces,
     pieces: Mapping[str, int],
-    pairs: list[Any],
+    pairs: Sequence[tuple[str, ...]],
     tokens: list[str],
     types: list[TokenType],
-    common: dict[str, Any],
+    common: Common,
 ) -> Vocabulary:
     """llama.cpp merges whatever two pieces give the piece of the highest score. The scores are the order in which the merges make the pieces."""
-    _bytes_and_unknown(tokens, types, described["model"].get("unk_token"))
+    _bytes_and_unknown(tokens, types, model.get("unk_token"))
     scores = [0.0 if kind == TokenType.NORMAL else -1000.0 for kind in types]
     made = [piece for piece, _ in groupby(left + right for left, right in pairs)]
     if len(set(made)) != len(made):
@@ -228,14 +274,14 @@ def _sentencepiece(
     return Vocabulary("llama", "default", tokens, types, scores, space_prefix=prefix, notes=remarks, **common)
 
 
-def _unigram(described: Mapping[str, Any], tokens: list[str], types: list[TokenType], common: dict[str, Any]) -> Vocabulary:
-    model = described["model"]
+def _unigram(described: Described, model: UnigramPieces, tokens: list[str], types: list[TokenType], common: Common) -> Vocabulary:
     if model.get("byte_fallback"):
         raise UsageError(f"its tokenizer is Unigram with bytes for unknown letters, and llama.cpp's Unigram has none. {OTHERWISE}")
-    unknown = None if model.get("unk_id") is None else model["vocab"][model["unk_id"]][0]
+    unknown_id = model.get("unk_id")
+    unknown = None if unknown_id is None else model["vocab"][unknown_id][0]
     _bytes_and_unknown(tokens, types, unknown)
     scores = [float(score) for _, score in model["vocab"]] + [-10000.0] * (len(tokens) - len(model["vocab"]))
-    charsmap = next((step["precompiled_charsmap"] for step in _flat(described["normalizer"]) if step["type"] == "Precompiled"), None)
+    charsmap = next((text(step["precompiled_charsmap"]) for step in _flat(described["normalizer"]) if step["type"] == "Precompiled"), None)
     decoded = None if charsmap is None else base64.b64decode(charsmap)
     prefix, remarks = _space_prefix(described)
     return Vocabulary("t5", "default", tokens, types, scores, space_prefix=prefix, charsmap=decoded, notes=remarks, **common)

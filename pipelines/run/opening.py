@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig
@@ -59,7 +59,7 @@ def opened(model: str, revision: str | None = None) -> Iterator[Artifact]:
             yield build_baseline(source, place / "model.partial", place / "model", manifest)
 
 
-def load(directory: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
+def load(directory: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> "PreTrainedModel":
     """A run's or a stage's model as a plain `transformers` model on the kernels of this device: `generate`, `lm-eval --model hf`.
     What stands beside the model is part of it; virtual tokens take no place in its logits. dtype None is the one that the run was measured
     in on this kind of device, and what `auto` is elsewhere.
@@ -74,7 +74,7 @@ def load(directory: str | Path, device: str = "cpu", dtype: torch.dtype | None =
     return model
 
 
-def bound_model(artifact: Artifact, device: torch.device, dtype: torch.dtype, config: PretrainedConfig | None = None) -> Any:
+def bound_model(artifact: Artifact, device: torch.device, dtype: torch.dtype, config: PretrainedConfig | None = None) -> "PreTrainedModel":
     """An artifact's model on the kernels of a device. `config` stands for the artifact's own."""
     model = whole_model(artifact, device, dtype, KernelBinder("auto", device), config).model
     if artifact.linears:

@@ -7,9 +7,11 @@ reads, and gets the modules of ours when it has. Imported while transformers is 
 
 import shutil
 import warnings
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import InputError, UsageError
 from ..store.files import write_json
@@ -17,15 +19,18 @@ from ..store.manifest import MANIFEST, QUANT_METHOD, SCHEMA
 
 if TYPE_CHECKING:
     import torch
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
     from ..store.artifact import Artifact
 
 NEEDED = "5.17"
 """The oldest transformers that this was tried with."""
 EVERY_NAME = {""}
+Device: TypeAlias = "int | str | torch.device"
+DeviceMap: TypeAlias = "str | Mapping[str, Device] | None"
 
 
-def register(registry: Any) -> None:
+def register(registry: ModuleType) -> None:
     """Make the quantizer known to `registry`, the module `transformers.quantizers.auto`; one warning where it takes none."""
     if not hasattr(registry, "register_quantizer") or not hasattr(registry, "register_quantization_config"):
         warnings.warn(
@@ -45,18 +50,26 @@ def register(registry: Any) -> None:
     class ArtifactQuantizer(HfQuantizer):
         """Knows the steps of `from_pretrained`; models are made by `opening`."""
 
-        def update_device_map(self, device_map: Any) -> dict[str, object] | None:
+        def update_device_map(self, device_map: DeviceMap) -> dict[str, Device] | None:
             return one_device(device_map)
 
-        def update_attn_implementation(self, config: Any) -> Any:
+        def update_attn_implementation(self, config: "PreTrainedConfig") -> "PreTrainedConfig":
             refuse_hub_id(config)
             return super().update_attn_implementation(config)
 
-        def _process_model_before_weight_loading(self, model: Any, **asked: Any) -> Any:
-            self.made = _begin(model, asked)
+        def _process_model_before_weight_loading(
+            self,
+            model: "PreTrainedModel",
+            *,
+            checkpoint_files: list[str],
+            device_map: DeviceMap = None,
+            use_kernels: bool = False,
+            **others: object,
+        ) -> "PreTrainedModel":
+            self.made = _begin(model, checkpoint_files, one_device(device_map), use_kernels)
             return model
 
-        def _process_model_after_weight_loading(self, model: Any, **asked: Any) -> Any:
+        def _process_model_after_weight_loading(self, model: "PreTrainedModel", **others: object) -> "PreTrainedModel":
             artifact, device, dtype = self.made
             _fill(model, artifact, device, dtype)
             return model
@@ -81,7 +94,7 @@ def refuse_hub_id(config: object) -> None:
         )
 
 
-def one_device(device_map: Any) -> dict[str, object] | None:
+def one_device(device_map: DeviceMap) -> dict[str, Device] | None:
     """A `device_map` that names one device, whatever it was given as; UsageError for several."""
     if isinstance(device_map, str):
         from ..devices.compute import chosen_device
@@ -89,10 +102,12 @@ def one_device(device_map: Any) -> dict[str, object] | None:
         return {"": chosen_device("auto")}
     if device_map is not None and len(set(device_map.values())) > 1:
         raise UsageError(f"device_map {device_map}: an artifact's kernels are bound to one device; name one, as in device_map='cuda'")
-    return device_map
+    return None if device_map is None else dict(device_map)
 
 
-def _begin(model: Any, asked: dict[str, Any]) -> "tuple[Artifact, torch.device, torch.dtype]":
+def _begin(
+    model: "PreTrainedModel", files: list[str], device_map: Mapping[str, Device] | None, use_kernels: bool
+) -> "tuple[Artifact, torch.device, torch.dtype]":
     """The artifact, its files checked, and where its model is to run. Empties `model` and makes transformers read one small file of it, no
     tensor of which has a place there. UsageError for what cannot be had of a bound model."""
     import torch
@@ -100,7 +115,6 @@ def _begin(model: Any, asked: dict[str, Any]) -> "tuple[Artifact, torch.device, 
 
     from ..store.artifact import open_artifact
 
-    files = asked["checkpoint_files"]
     artifact = open_artifact(Path(files[0]).resolve().parent)
     artifact.verify()
     if type(model) is not MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None):
@@ -109,18 +123,19 @@ def _begin(model: Any, asked: dict[str, Any]) -> "tuple[Artifact, torch.device, 
         )
     if getattr(model.config, "distributed_config", None) is not None:
         raise UsageError("an artifact's kernels are bound to one device; leave tp_plan and distributed_config out")
-    if asked.get("use_kernels"):
+    if use_kernels:
         raise UsageError("an artifact runs on kernels of its own; leave use_kernels out")
     sizes = {entry["bytes"]: name for name, entry in artifact.manifest["files"].items() if name.endswith(".safetensors")}
     files[:] = [str(artifact.weights / sizes[min(sizes)])]
     model._modules.clear()
     model.all_tied_weights_keys = {}
     model._keys_to_ignore_on_load_unexpected = EVERY_NAME
-    place = next(iter((asked.get("device_map") or {"": "cpu"}).values()))
-    return artifact, torch.device(place), model.config.dtype
+    place, dtype = next(iter((device_map or {"": "cpu"}).values())), model.config.dtype
+    assert isinstance(dtype, torch.dtype)  # transformers has settled it by now
+    return artifact, torch.device(place), dtype
 
 
-def _fill(model: Any, artifact: "Artifact", device: "torch.device", dtype: "torch.dtype") -> None:
+def _fill(model: "PreTrainedModel", artifact: "Artifact", device: "torch.device", dtype: "torch.dtype") -> None:
     """Give `model` the modules of the artifact's, and a `save_pretrained` that writes what they were made of."""
     from .opening import bound_model
 
@@ -130,14 +145,21 @@ def _fill(model: Any, artifact: "Artifact", device: "torch.device", dtype: "torc
         setattr(model, name, getattr(ours, name))
     model.config.quantization_config = quantization
     plain = model.save_pretrained
-    model.save_pretrained = partial(_save, model, artifact, plain)
+    vars(model)["save_pretrained"] = partial(_save, model, artifact, plain)
     if "get_memory_footprint" in vars(ours):
         from ...kernels.linear import resident_bytes
 
         model.get_memory_footprint = lambda return_buffers=True: resident_bytes(model)
 
 
-def _save(model: Any, artifact: "Artifact", plain: Any, save_directory: Any, is_main_process: bool = True, **asked: Any) -> None:
+def _save(
+    model: "PreTrainedModel",
+    artifact: "Artifact",
+    plain: Callable[..., None],
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    **asked: object,
+) -> None:
     """The artifact, copied: what every parameter of the model still is. An adapter that PEFT has put on the model is saved as transformers
     saves it. UsageError for settings that belong to other ways of saving, InputError where parameters have changed."""
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -156,7 +178,7 @@ def _save(model: Any, artifact: "Artifact", plain: Any, save_directory: Any, is_
     return None
 
 
-def _differs(artifact: "Artifact", name: str, value: Any) -> bool:
+def _differs(artifact: "Artifact", name: str, value: "torch.Tensor") -> bool:
     """Whether a parameter that the artifact stores plainly has another value, rounded as the model's is."""
     if name not in artifact.index or not artifact.is_plain(name):
         return False
@@ -164,7 +186,7 @@ def _differs(artifact: "Artifact", name: str, value: Any) -> bool:
     return stored.shape != value.shape or not bool((stored == value).all())
 
 
-def _copy(artifact: "Artifact", directory: Path, generation_config: Any) -> None:
+def _copy(artifact: "Artifact", directory: Path, generation_config: "GenerationConfig | None") -> None:
     """Shards, config and manifest, under checksums as before; the tokenizer's files beside them without, since `tokenizer.save_pretrained`
     writes its own over them."""
     from ..formats.shards import fresh_directory
