@@ -11,7 +11,7 @@ Legend: O out, I in, G groups, N windows, T tokens, D model width.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -103,7 +103,10 @@ class BlockTrainingConfig:
         check_type(self)
 
 
-def block_needs(config: Any) -> frozenset[str]:
+TrainedConfig: TypeAlias = LearnedRoundingConfig | BlockTrainingConfig
+
+
+def block_needs(config: TrainedConfig) -> frozenset[str]:
     """GPTQ's start wants second moments, rounding to nearest what its grid search weighs by."""
     if config.start == "gptq":
         return frozenset({"second_moment"})
@@ -137,7 +140,7 @@ def block_training(problem: BlockProblem, configs: Mapping[str, BlockTrainingCon
     config = next(iter(configs.values()))
 
     def adam(latents: Sequence[Latent]) -> Step:
-        groups: list[dict[str, Any]] = []
+        groups: list[dict[str, object]] = []
         for latent in latents:
             movable = [(latent.offset_OI, config.learning_rate), (latent.range_OG, config.scale_rate)]
             if config.zero_rate and not config.symmetric:
@@ -163,7 +166,7 @@ def _trains(base: Base) -> bool:
     return isinstance(base, UniformWeight) and base.group_index is None
 
 
-def _begin(problem: BlockProblem, configs: Mapping[str, Any]) -> tuple[dict[str, Latent], Metrics]:
+def _begin(problem: BlockProblem, configs: Mapping[str, TrainedConfig]) -> tuple[dict[str, Latent], Metrics]:
     """Every matrix on its grid, before training: each is found by its owner."""
     names, share = list(configs), problem.share
 
@@ -179,7 +182,7 @@ def _begin(problem: BlockProblem, configs: Mapping[str, Any]) -> tuple[dict[str,
 
 
 def _on_grid(
-    name: str, record: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, config: Any
+    name: str, record: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, config: TrainedConfig
 ) -> tuple[StoredWeight, dict[str, float]]:
     """What the config starts from."""
     grid = (config.bits, config.group_size, config.symmetric, config.clip, config.float_zeros)
@@ -195,7 +198,9 @@ def _on_grid(
     return rtn(record, target_OI, statistics, RtnConfig(*grid, activations=config.activations, grid=config.grid))
 
 
-def _trained(problem: BlockProblem, configs: Mapping[str, Any], stepper: Callable[[Sequence[Latent]], Step]) -> tuple[Records, Metrics]:
+def _trained(
+    problem: BlockProblem, configs: Mapping[str, TrainedConfig], stepper: Callable[[Sequence[Latent]], Step]
+) -> tuple[Records, Metrics]:
     """The block's records after training its windows in turn, never with a higher loss over all samples than it began with."""
     config = next(iter(configs.values()))
     latents, metrics = _begin(problem, configs)
@@ -220,7 +225,11 @@ def _trained(problem: BlockProblem, configs: Mapping[str, Any], stepper: Callabl
 
 
 def _fit(
-    problem: BlockProblem, latents: dict[str, Latent], others: dict[str, Tensor], config: Any, stepper: Callable[[Sequence[Latent]], Step]
+    problem: BlockProblem,
+    latents: dict[str, Latent],
+    others: dict[str, Tensor],
+    config: TrainedConfig,
+    stepper: Callable[[Sequence[Latent]], Step],
 ) -> tuple[Records, dict[str, float]]:
     """Updates of these matrices on random samples, all others as given; the best of the evaluated iterates, as stored, is returned."""
     step = stepper(list(latents.values()))
@@ -256,7 +265,11 @@ def _drawn(slots: Sequence[Sequence[int]], step: int, batch_size: int, generator
 
 
 def _gradients(
-    problem: BlockProblem, others: Mapping[str, Tensor], matrices: Mapping[str, Tensor], drawn: Sequence[Sequence[int]], config: Any
+    problem: BlockProblem,
+    others: Mapping[str, Tensor],
+    matrices: Mapping[str, Tensor],
+    drawn: Sequence[Sequence[int]],
+    config: TrainedConfig,
 ) -> list[Tensor]:
     """Of the mean loss over the samples drawn, for every matrix, on every process: slot by slot, in their order."""
     leaves, share = {name: matrix.detach().contiguous().requires_grad_(True) for name, matrix in matrices.items()}, problem.share
@@ -309,7 +322,7 @@ def _loss(out_BTD: Tensor, wanted_BTD: Tensor, outliers: float) -> Tensor:
 
 
 @torch.no_grad()
-def _loss_over_all(problem: BlockProblem, matrices: dict[str, Tensor], config: Any) -> float:
+def _loss_over_all(problem: BlockProblem, matrices: dict[str, Tensor], config: TrainedConfig) -> float:
     """Mean over all samples, of their first `seq_len` tokens (they see no later ones)."""
     found: dict[int, float] = {}
     for slot, numbers in problem.own_slots().items():

@@ -98,7 +98,7 @@ def compiled(launch: Launch, capability: tuple[int, int]) -> dict[str, Any]:
     return _resources(made.asm["cubin"]) | {"shared_bytes": made.metadata.shared} | _instructions(made.asm["ptx"])
 
 
-def _specialized(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+def _specialized(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], object], dict[tuple[int, ...], object]]:
     """(types, constants, attributes) as Triton's launcher would find them."""
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(launch.kernel.arg_names):
@@ -114,7 +114,7 @@ def _specialized(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], 
     return signature, constants, attributes
 
 
-def _resources(cubin: bytes) -> dict[str, Any]:
+def _resources(cubin: bytes) -> dict[str, int]:
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as place:
@@ -128,7 +128,7 @@ def _resources(cubin: bytes) -> dict[str, Any]:
     return {"registers": int(found.group(1)), "spilled_bytes": int(found.group(2))}
 
 
-def _instructions(ptx: str) -> dict[str, Any]:
+def _instructions(ptx: str) -> dict[str, str | int]:
     wide = re.findall(r"wgmma\.mma_async[^;]*?\},\s*(\{|%)", ptx)
     matrix = "" if "mma.sync" not in ptx else "mma"
     if wide:

@@ -7,7 +7,7 @@ Legend: M tokens, O out, I in.
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -52,12 +52,12 @@ def bucket(rows: int) -> int:
     return next((b for b in ROW_BUCKETS if rows <= b), ROW_BUCKETS[-1])
 
 
-def product_for(weight: PackedWeight, rows: int, dtype: torch.dtype) -> dict[str, Any]:
+def product_for(weight: PackedWeight, rows: int, dtype: torch.dtype) -> dict[str, object]:
     """{"choice", "reason", "microseconds"}: the fastest way to multiply this many rows with a weight of this form and shape."""
     size = bucket(rows)
     key = f"{weight.kind} {weight.shape[0]}x{weight.shape[1]} rows {size} {_name(dtype)}"
 
-    def measure() -> dict[str, Any]:
+    def measure() -> dict[str, object]:
         x, ways = torch.randn(size, weight.shape[1]).to(dtype), weight.products(half_pays, size)
         if len(ways) == 1:
             return {"choice": next(iter(ways)), "reason": "the only way", "microseconds": {}}
@@ -69,7 +69,7 @@ def product_for(weight: PackedWeight, rows: int, dtype: torch.dtype) -> dict[str
 def half_pays(dtype: torch.dtype) -> bool:
     """Whether a product of many rows in this 16-bit type is faster than in float32."""
 
-    def measure() -> dict[str, Any]:
+    def measure() -> dict[str, object]:
         factors = torch.randn(64, 256), torch.randn(256, 256)
         pairs = {form: tuple(factor.to(form) for factor in factors) for form in (torch.float32, dtype)}
         return _fastest({_name(form): microseconds(lambda pair=pair: torch.mm(*pair)) for form, pair in pairs.items()})
@@ -77,11 +77,11 @@ def half_pays(dtype: torch.dtype) -> bool:
     return remembered(CPU, f"product 64x256x256 {_name(dtype)}", measure)["choice"] == _name(dtype)
 
 
-def resident_form(weight: PackedWeight, dtype: torch.dtype) -> dict[str, Any]:
+def resident_form(weight: PackedWeight, dtype: torch.dtype) -> dict[str, object]:
     """ "packed" or "dense" for one row: dense only where packed is hopeless (`PACKED_PATIENCE`)."""
     rows, columns = weight.shape
 
-    def measure() -> dict[str, Any]:
+    def measure() -> dict[str, object]:
         x = torch.randn(1, columns).to(dtype)
         times = {weight.kind: min(microseconds(lambda f=f: f(x)) for f in weight.products(half_pays, 1).values())}
         times |= _dense_times(rows, columns, torch.bfloat16, dtype)
@@ -94,10 +94,10 @@ def resident_form(weight: PackedWeight, dtype: torch.dtype) -> dict[str, Any]:
     return remembered(CPU, f"form {rows}x{columns} {weight.kind} {_name(dtype)}", measure)
 
 
-def dense_form(rows: int, columns: int, half: torch.dtype, dtype: torch.dtype) -> dict[str, Any]:
+def dense_form(rows: int, columns: int, half: torch.dtype, dtype: torch.dtype) -> dict[str, object]:
     """The name of `half` or "float32" for a dense weight: the smaller unless it is over `HALF_PATIENCE` times slower at one row."""
 
-    def measure() -> dict[str, Any]:
+    def measure() -> dict[str, object]:
         times = _dense_times(rows, columns, half, dtype)
         choice = _name(half) if times[_name(half)] <= HALF_PATIENCE * times["float32"] else "float32"
         reason = f"one row: {_name(half)} {times[_name(half)]:.0f} µs, float32 {times['float32']:.0f} µs"
@@ -118,7 +118,7 @@ def _dense_times(rows: int, columns: int, half: torch.dtype, dtype: torch.dtype)
 
 
 @torch.inference_mode()
-def microseconds(run: Callable[[], Any], budget_seconds: float = 0.03) -> float:
+def microseconds(run: Callable[[], object], budget_seconds: float = 0.03) -> float:
     """Best of 5 batches after a warm-up, since other work on the machine only ever adds; a batch fills a fifth of the budget but
     holds at least one call. A call that takes ten budgets is not repeated."""
     once = _seconds(run, 1)
@@ -130,14 +130,14 @@ def microseconds(run: Callable[[], Any], budget_seconds: float = 0.03) -> float:
     return round(min(_seconds(run, calls) for _ in range(5)) / calls * 1e6, 2)
 
 
-def _seconds(run: Callable[[], Any], calls: int) -> float:
+def _seconds(run: Callable[[], object], calls: int) -> float:
     start = time.perf_counter()
     for _ in range(calls):
         run()
     return time.perf_counter() - start
 
 
-def _fastest(times: dict[str, float]) -> dict[str, Any]:
+def _fastest(times: dict[str, float]) -> dict[str, object]:
     choice = min(times, key=lambda name: times[name])
     reason = "fastest of " + ", ".join(f"{name} {value:.0f} µs" for name, value in sorted(times.items(), key=lambda item: item[1]))
     return {"choice": choice, "reason": reason, "microseconds": times}

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -47,7 +46,7 @@ def copies_for(resident_bytes: int, device: torch.device) -> int:
 
 
 @torch.inference_mode()
-def time_calls(calls: Sequence[Callable[[], Any]], device: torch.device, protocol: TimingProtocol) -> Timing:
+def time_calls(calls: Sequence[Callable[[], object]], device: torch.device, protocol: TimingProtocol) -> Timing:
     """Time of one call when all are made in turn; on CUDA as one graph."""
     once = _graph(calls) if device.type == "cuda" else lambda: [call() for call in calls] and None
     measure = _cuda_seconds if device.type == "cuda" else _cpu_seconds
@@ -70,13 +69,13 @@ def time_calls(calls: Sequence[Callable[[], Any]], device: torch.device, protoco
     return Timing(round(statistics.median(microseconds), 2), spread, len(microseconds))
 
 
-def _cpu_seconds(once: Callable[[], Any]) -> float:
+def _cpu_seconds(once: Callable[[], object]) -> float:
     start = time.perf_counter()
     once()
     return time.perf_counter() - start
 
 
-def _cuda_seconds(once: Callable[[], Any]) -> float:
+def _cuda_seconds(once: Callable[[], object]) -> float:
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     once()
@@ -85,7 +84,7 @@ def _cuda_seconds(once: Callable[[], Any]) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def _graph(calls: Sequence[Callable[[], Any]]) -> Callable[[], None]:
+def _graph(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
     """All calls recorded once; each is run beforehand on a side stream, which tunes and compiles it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -115,7 +114,7 @@ def peaks(device: torch.device, protocol: TimingProtocol) -> dict[str, float]:
     return {"gigabytes_per_second": round(8 * elements / copy.microseconds / 1e3, 1), "teraflops": round(best, 3)}
 
 
-def environment(device: torch.device, protocol: TimingProtocol) -> dict[str, Any]:
+def environment(device: torch.device, protocol: TimingProtocol) -> dict[str, object]:
     """Everything a reader needs to judge the numbers."""
     import triton
 

@@ -5,7 +5,6 @@ Legend: M tokens, O out, I in, R rank.
 """
 
 import importlib.util
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,7 +117,7 @@ def _integer_refusal(prepared: Prepared, weight: TiledWeight) -> str:
     return ""
 
 
-def defaulted(place: torch.device) -> dict[str, Any]:
+def defaulted(place: torch.device) -> dict[str, object]:
     """Key → the choice that this process took without a measurement."""
     if importlib.util.find_spec("triton") is None:
         return {}
