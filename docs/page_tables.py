@@ -13,7 +13,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from bitmend.pipelines.commands.about import FORMATS
 from bitmend.reports.units import duration, number, percent, size
@@ -57,7 +56,7 @@ def _page(name: str) -> str:
     return f"{name.removesuffix('-v2')}.md"
 
 
-def measured(table: str, where: Mapping[str, Any], columns: Sequence[str]) -> str:
+def measured(table: str, where: Mapping[str, object], columns: Sequence[str]) -> str:
     """The rows of a published table that are as `where` says. ValueError where there are none."""
     found = [row for row in read(table) if all(row[key] in _several(wanted) for key, wanted in where.items())]
     if not found:
@@ -68,11 +67,11 @@ def measured(table: str, where: Mapping[str, Any], columns: Sequence[str]) -> st
     return markdown([COLUMNS[key][0] for key in columns], cells, [COLUMNS[key][1] is not str for key in columns])
 
 
-def _several(wanted: Any) -> list[Any]:
+def _several(wanted: object) -> list[object]:
     return wanted if isinstance(wanted, list) else [wanted]
 
 
-def read(table: str) -> list[dict[str, Any]]:
+def read(table: str) -> list[dict[str, object]]:
     return json.loads((PUBLISHED / f"{table}.json").read_text(encoding="utf-8"))["rows"]
 
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import InputError
 from ..store.files import read_json, write_json
@@ -32,7 +31,7 @@ def save_scores(path: Path, scores: Scores, protocol: Mapping[str, object], extr
     write_json(path, record)
 
 
-def load_scores(path: Path) -> tuple[Scores, dict[str, Any]] | None:
+def load_scores(path: Path) -> tuple[Scores, dict[str, object]] | None:
     """None when not measured yet."""
     if not path.is_file():
         return None

@@ -117,7 +117,7 @@ def _normal_float(name: str, record: StoredWeight) -> NormalFloatWeight:
     return base
 
 
-def _config(dtype: torch.dtype, double: bool, skipped: list[str]) -> dict[str, Any]:
+def _config(dtype: torch.dtype, double: bool, skipped: list[str]) -> dict[str, object]:
     return {
         "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "_load_in_4bit": True, "_load_in_8bit": False,
         "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double, "bnb_4bit_quant_storage": "uint8",

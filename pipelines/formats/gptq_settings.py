@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ...compress.weights import GgmlWeight, NormalFloatWeight, UniformWeight
 from ..errors import UsageError
@@ -57,7 +56,7 @@ class Settings:
                 dynamic[f"+:^{re.escape(name)}$"] = {"bits": options[0][0], "group_size": options[0][1]}
         return cls(*common, act_order, symmetric, bool(of_linear.get("lm_head")), dynamic)
 
-    def config(self, version: int) -> dict[str, Any]:
+    def config(self, version: int) -> dict[str, object]:
         out = {
             "quant_method": "gptq", "bits": self.bits, "group_size": self.group_size, "desc_act": self.desc_act, "sym": self.sym,
             "lm_head": self.lm_head, "static_groups": False, "true_sequential": True, "damp_percent": 0.01,

@@ -9,7 +9,7 @@ Legend: N windows, T tokens, D model width, V vocabulary.
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -244,7 +244,7 @@ class StreamedModel:
         calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
         entered: list[Tensor] = []
 
-        def record(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        def record(index: int, hidden: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
             entered.append(hidden)
             calls.append((args, kwargs))
             if index == self.structure.blocks - 1:
@@ -310,7 +310,7 @@ class StreamedModel:
         result: list[int] = []
         sees: list[bool] = []
 
-        def forward(*args: object, **kwargs: object) -> Any:
+        def forward(*args: object, **kwargs: object) -> NoReturn:
             out = plain(*args, **kwargs)
             result.append(len(out) if isinstance(out, tuple) else 0)
             sees.append(_looks_ahead(out[0] if isinstance(out, tuple) else out))
@@ -329,14 +329,15 @@ class StreamedModel:
         self._tuple_size = result[0]
 
     @contextmanager
-    def _stand_ins(self, stand_in: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
+    def _stand_ins(self, stand_in: Callable[[int, Tensor, tuple[object, ...], dict[str, object]], Tensor]) -> Iterator[None]:
         if self._tuple_size < 0:
             self._probe()
 
-        def replace(index: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                args, kwargs = ((kwargs.pop("hidden_states"),), kwargs) if not args else (args, kwargs)
-                out = stand_in(index, args[0], args[1:], kwargs)
+        def replace(index: int) -> Callable[..., Tensor | tuple[Tensor | None, ...]]:
+            def forward(*args: object, **kwargs: object) -> Tensor | tuple[Tensor | None, ...]:
+                hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
+                assert isinstance(hidden, Tensor)
+                out = stand_in(index, hidden, tuple(rest), kwargs)
                 return (out, *[None] * (self._tuple_size - 1)) if self._tuple_size else out
 
             return forward
@@ -350,7 +351,7 @@ class StreamedModel:
                 del block.forward
 
 
-def _instead(value: object, cache: object) -> Any:
+def _instead(value: object, cache: object) -> object:
     return cache if isinstance(value, Cache) else value
 
 

@@ -4,8 +4,6 @@ Knows the order in which `recover.train` and `stages/recover` do things; activat
 Legend: B batch, T tokens, O out, I in, D model, V vocabulary.
 """
 
-from typing import Any
-
 import torch
 
 from ...compress.gptq import GptqConfig
@@ -15,6 +13,7 @@ from ...recover.memory import COPIES
 from ...recover.reconstruct import Reconstruct, resolved
 from ...recover.recovery_methods import split
 from ...recover.selection import is_norm, where
+from ...recover.training_run import TrainConfig
 from ..devices.rates import Work
 from ..models.sizes import Sizes
 from ..models.structure import Site
@@ -72,7 +71,7 @@ def recovered(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool, room:
     return Needs(work + rounding.work, device, host, rounding.hidden, shared, alone | {"rounding by GPTQ": rounding.work}, sent)
 
 
-def _acting(plan: CostPlan, activations: Activations, config: Any, teacher: bool) -> float:
+def _acting(plan: CostPlan, activations: Activations, config: TrainConfig, teacher: bool) -> float:
     """The most of: a step's own activations; what waits for backward while the teacher runs ahead through its blocks."""
     if not teacher:
         return activations.peak
@@ -83,14 +82,14 @@ def _acting(plan: CostPlan, activations: Activations, config: Any, teacher: bool
     return max(activations.peak + plan.hidden_bytes(ahead), activations.saved + walking)
 
 
-def _ahead(plan: CostPlan, config: Any) -> float:
+def _ahead(plan: CostPlan, config: TrainConfig) -> float:
     """Tokens of one pass of the teacher."""
     wanted = config.steps * config.accumulation * config.batch_size * config.seq_len
     return min(tokens_ahead(plan.device, int(plan.hidden_bytes(1))), wanted)
 
 
 def _training(
-    plan: CostPlan, step: TrainingStep, config: Any, checkpointing: bool, cached: bool, moved: bool, rebuilt: int
+    plan: CostPlan, step: TrainingStep, config: TrainConfig, checkpointing: bool, cached: bool, moved: bool, rebuilt: int
 ) -> tuple[Work, Work, Work]:
     """Steps with the teacher's passes; one evaluation on the held-out text (of the start, five, and the records as they are stored); what comes
     once."""
@@ -111,27 +110,27 @@ def _training(
     return micro * (config.steps * config.accumulation), evaluation, dense + OPENED * 3
 
 
-def _evaluations(config: Any) -> int:
+def _evaluations(config: TrainConfig) -> int:
     """On the way, the start and the end apart."""
     every = config.eval_every or max(1, config.steps // 5)
     return -(-config.steps // every)
 
 
-def _micro_batches(config: Any, steps: Work, judging: Work) -> tuple[Divided, ...]:
+def _micro_batches(config: TrainConfig, steps: Work, judging: Work) -> tuple[Divided, ...]:
     """An update's micro-batches, and the held-out batches, in turn."""
     counts, times = _held_out(config), 1 + _evaluations(config)
     micro = in_turn(MICRO_BATCHES, steps, [1.0] * config.accumulation, config.steps)
     return micro, in_turn("held-out batches", judging * times, counts, times)
 
 
-def _held_out(config: Any) -> list[int]:
+def _held_out(config: TrainConfig | Reconstruct) -> list[int]:
     """Windows of each held-out batch."""
     size = inputs.held_out_size(config.seq_len, config.batch_size)
     full, left = divmod(max(1, inputs.HELD_OUT_TOKENS // config.seq_len), size)
     return [size] * full + ([left] if left else [])
 
 
-def _gradients_sent(anatomy: Anatomy, config: Any, trained: float, parts: bool) -> tuple[Exchange, ...]:
+def _gradients_sent(anatomy: Anatomy, config: TrainConfig, trained: float, parts: bool) -> tuple[Exchange, ...]:
     """What ranks tell one another while they train (recover/peers, recover/sharded, stages/recover)."""
     every, kept = config.eval_every or max(1, config.steps // 5), saved_every(trained)
     judged = {step for step in range(1, config.steps + 1) if step % every == 0 or step == config.steps}
@@ -165,7 +164,7 @@ def _gradients_sent(anatomy: Anatomy, config: Any, trained: float, parts: bool) 
     )
 
 
-def trained_numbers(anatomy: Anatomy, spec: StageSpec, own: Any, config: Any, linears: list[Site], sizes: Sizes) -> float:
+def trained_numbers(anatomy: Anatomy, spec: StageSpec, own: object, config: TrainConfig, linears: list[Site], sizes: Sizes) -> float:
     """How many numbers train, about: by the rank of factors, the groups of grids, whole matrices, norms."""
     place = where(anatomy.model, config.targets, config.layers)
     chosen = [s for s in linears if place.linear(s.name)]

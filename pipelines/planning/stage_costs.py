@@ -6,7 +6,6 @@ Legend: N windows, T tokens, O out, I in, D model, V vocabulary.
 """
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -170,7 +169,7 @@ def _solved(
 
 def _units(spec: StageSpec, together: list[Site]) -> list[list[Site]]:
     """Of the sites of one input, those that one rank solves: all that a method solves at once (stages/shared_inputs), else each."""
-    row, out = methods(spec.name)[spec.method], dict[Any, list[Site]]()
+    row, out = methods(spec.name)[spec.method], dict[object, list[Site]]()
     if row.scope == "block" and not row.dense_outputs:
         return [together]
     for site in together:
@@ -199,9 +198,9 @@ def _records_sent(spec: StageSpec, units: list[list[Site]], times: float, share:
     return Exchange("records", "gathered", 1.0, times=times, held=tuple(whole)), *parts
 
 
-def _stacks(spec: StageSpec, together: list[Site]) -> dict[Any, int]:
+def _stacks(spec: StageSpec, together: list[Site]) -> dict[object, int]:
     """Config → rows of the matrices of one input that a method solves at once (stages/shared_inputs)."""
-    row, out = methods(spec.name)[spec.method], dict[Any, int]()
+    row, out = methods(spec.name)[spec.method], dict[object, int]()
     for site in together:
         config = spec.config_for(site.name)
         if row.together is not None and getattr(config, "shared", True):

@@ -9,7 +9,6 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..allocation.choice import Choice, choice_path, read_choice, resolved
 from ..allocation.error_tables import table_key
@@ -40,7 +39,7 @@ class Step:
     method: str | None
     key: str
     name: str  # directory name
-    settings: dict[str, Any]
+    settings: dict[str, object]
     spec: StageSpec | None = None
 
 

@@ -3,7 +3,6 @@ their rows. Knows who shares statistics; the maths is the method's."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 from ...compress.block import BlockShare
 from ...compress.feedback import part_rows
@@ -14,7 +13,7 @@ from ..models.structure import Site
 from ..ranks.exchange import SLOTS
 from .matrices import Stage, checked_target, current, described, solve
 
-Solved = tuple[dict[str, StoredWeight], dict[str, dict[str, Any]]]
+Solved = tuple[dict[str, StoredWeight], dict[str, dict[str, object]]]
 """By site: the record, and what is said of it."""
 
 
@@ -72,7 +71,7 @@ def _solve_one(stage: Stage, site: Site, statistics: Mapping[str, InputStatistic
 def _together(stage: Stage, sites: list[Site], statistics: Mapping[str, InputStatistics]) -> list[list[Site]]:
     """Those that read one input with one and the same config, where their method solves several at once and the config does not say
     `shared: false`; else one site each."""
-    groups: dict[Any, list[Site]] = {}
+    groups: dict[object, list[Site]] = {}
     for site in sites:
         config = stage.config_for(site)
         shares = stage.row.together is not None and getattr(config, "shared", True)
