@@ -7,7 +7,7 @@ Legend: M tokens, O out, I in.
 
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ def bucket(rows: int) -> int:
     return next((b for b in ROW_BUCKETS if rows <= b), ROW_BUCKETS[-1])
 
 
-def product_for(weight: PackedWeight, rows: int, dtype: torch.dtype) -> dict[str, object]:
+def product_for(weight: PackedWeight, rows: int, dtype: torch.dtype) -> dict[str, Any]:
     """{"choice", "reason", "microseconds"}: the fastest way to multiply this many rows with a weight of this form and shape."""
     size = bucket(rows)
     key = f"{weight.kind} {weight.shape[0]}x{weight.shape[1]} rows {size} {_name(dtype)}"
@@ -77,7 +77,7 @@ def half_pays(dtype: torch.dtype) -> bool:
     return remembered(CPU, f"product 64x256x256 {_name(dtype)}", measure)["choice"] == _name(dtype)
 
 
-def resident_form(weight: PackedWeight, dtype: torch.dtype) -> dict[str, object]:
+def resident_form(weight: PackedWeight, dtype: torch.dtype) -> dict[str, Any]:
     """ "packed" or "dense" for one row: dense only where packed is hopeless (`PACKED_PATIENCE`)."""
     rows, columns = weight.shape
 
@@ -94,7 +94,7 @@ def resident_form(weight: PackedWeight, dtype: torch.dtype) -> dict[str, object]
     return remembered(CPU, f"form {rows}x{columns} {weight.kind} {_name(dtype)}", measure)
 
 
-def dense_form(rows: int, columns: int, half: torch.dtype, dtype: torch.dtype) -> dict[str, object]:
+def dense_form(rows: int, columns: int, half: torch.dtype, dtype: torch.dtype) -> dict[str, Any]:
     """The name of `half` or "float32" for a dense weight: the smaller unless it is over `HALF_PATIENCE` times slower at one row."""
 
     def measure() -> dict[str, object]:

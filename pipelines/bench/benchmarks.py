@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ class Options:
     count: bool = False
 
 
-def run(subject: str, options: Options) -> Mapping[str, object]:
+def run(subject: str, options: Options) -> Mapping[str, Any]:
     """Measure, write <output>/bench-<subject>.{json,md,png,svg} where an output directory is named, and return the JSON object."""
     if options.blocks is not None and options.shape is None:
         raise UsageError("--blocks says how many blocks of a --shape are made: give it with one")
