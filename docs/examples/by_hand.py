@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from bitmend.compress.methods import DECOMPOSE, PRUNE, QUANTIZE
@@ -24,9 +24,6 @@ from bitmend.recover.train import TrainingText, held_out_loss, train
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 STAGES = (
     ("prune", PRUNE["wanda"], {"sparsity": 0.3}),
     ("quantize", QUANTIZE["gptq"], {"bits": 3, "group_size": 32}),
@@ -36,7 +33,7 @@ TRAINING = {"steps": 12, "batch_size": 2, "loss": "distill", "norms": True, "sca
 SEQ_LEN = 64
 
 
-def windows(tokenizer: "PreTrainedTokenizerBase", text: Path) -> Tensor:
+def windows(tokenizer: Any, text: Path) -> Tensor:
     """Token ids int64 [windows, SEQ_LEN] of the `text` fields of a jsonl file."""
     joined = "\n\n".join(json.loads(line)["text"] for line in text.read_text(encoding="utf-8").splitlines()[:8])
     ids = tokenizer(joined, return_tensors="pt", verbose=False).input_ids[0]
