@@ -344,7 +344,7 @@ def _evaluate(run: TrainingRun, held_out: Sequence[Batch], peers: Peers) -> str 
     run.good, run.good_step = run.snapshot(), run.step
     if loss < run.best_loss:
         run.best, run.best_loss, run.best_step = run.good, loss, run.step
-    elif run.config.when_worse == "restore" and run.step < run.config.steps:
+    elif loss > run.best_loss and run.config.when_worse == "restore" and run.step < run.config.steps:
         run.restored.append(f"step {run.step}: held-out loss {loss:.4f}, above {run.best_loss:.4f} at step {run.best_step}")
         run.restore(run.best)
         run.good = run.best

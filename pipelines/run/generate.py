@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,6 @@ from ..devices.compute import chosen_device
 from ..models.decoding import decode, graphable
 from ..models.source import load_config, load_tokenizer, refuse_beyond, refuse_unknown_tokens
 from .opening import load, opened
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
