@@ -1,7 +1,7 @@
-"""Who gets the bits: one setting per matrix, least predicted loss, under a budget in bytes that counts everything stored.
+"""Mixed-precision allocation: one setting per matrix, least predicted loss, under a budget in bytes that counts everything stored.
 
 Knows a table of bytes and a table of losses; what a setting is, and what it costs, is `options`' business.
-Legend: M matrices, K settings, N settings left after the dominated ones are gone, of all matrices together.
+Legend: M matrices, K settings, N settings left after the dominated ones are gone, over all matrices.
 """
 
 import ctypes
@@ -146,7 +146,7 @@ def _solve(
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """HiGHS writes some notes to file descriptor 1 whatever it is told; they would lie between a command's results."""
+    """HiGHS writes some notes to file descriptor 1 whatever its options say; they would end up among a command's results."""
     flush = ctypes.CDLL(None).fflush if os.name == "posix" else lambda stream: None
     sys.stdout.flush()
     flush(None)

@@ -1,4 +1,4 @@
-"""The four forms of a matrix on disk, without what may lie around it (mask, smoothing, low-rank term, delta: `weights`).
+"""The four base formats of a weight matrix (dense, uniform, NormalFloat, ggml) without mask, smoothing, low-rank term and delta: `weights`.
 
 Every record is [O, I] (out, in) whatever the module's own layout. Knows bits and bytes; not how codes were chosen, nor where files lie.
 Legend: O out, I in, G groups, B blocks of a row, K small codes of a block.

@@ -1,5 +1,5 @@
-"""One decoder block as a function: what methods that train a whole block are given. Knows tensors only; how processes that share a block speak
-to one another is handed in."""
+"""Inputs of methods that train a whole decoder block: the block as a function, its samples and its matrices. Knows tensors only; communication
+between processes that share a block is passed in."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,14 +17,14 @@ Window = Literal["sub_block", "block", "two_blocks"]
 
 
 class Samples(Protocol):
-    """[N, T, D] of which the samples asked for are at hand, by their numbers or a slice: a tensor is one."""
+    """[N, T, D] whose samples are fetched by their numbers or a slice: a tensor is one."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, wanted: Tensor | slice, /) -> Tensor: ...
 
 
-def beside_each_other(batches: Iterable[Tensor]) -> Tensor:
+def concatenated(batches: Iterable[Tensor]) -> Tensor:
     return torch.cat(list(batches))
 
 
@@ -37,7 +37,7 @@ class SlotSum(Protocol):
 
 
 def _alone(like: Tensor) -> SlotSum:
-    raise ValueError("one process has nobody to add up with; give ordered_sum beside a size above 1")
+    raise ValueError("a block shared by several processes needs an ordered_sum; give one together with a size above 1")
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class BlockProblem:
     statistics: dict[str, LayerStatistics]
     seed: int = 0
     parts: tuple[tuple[str, ...], ...] = ()
-    keep: Callable[[Iterable[Tensor]], Samples] = beside_each_other
+    keep: Callable[[Iterable[Tensor]], Samples] = concatenated
     pause: Callable[[], None] = lambda: None
     share: BlockShare = field(default_factory=BlockShare)
 

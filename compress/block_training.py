@@ -4,7 +4,7 @@ block does.
 `learned_rounding` moves rounding offsets and range multipliers by signed gradient descent (AutoRound, arXiv:2309.05516);
 `block_training` moves the weights themselves, scales and zeros by Adam through a straight-through estimator (EfficientQAT's first
 phase, arXiv:2407.11062). Both begin at GPTQ's codes or at the nearest ones, keep the best iterate by the loss over all samples,
-the start among them, and end in an ordinary grid weight. A step's windows come from the slots in turn; what each slot's say is summed in the order of
+the start among them, and end in an ordinary grid weight. A step's windows come from the slots in turn; their gradients are summed in the order of
 the slots, whoever has them: the same bits on any number of processes. Knows a block as a function (`BlockProblem`); no models, no files.
 Legend: O out, I in, G groups, N windows, T tokens, D model width.
 """
@@ -33,7 +33,7 @@ Records = dict[str, StoredWeight]
 Metrics = dict[str, dict[str, float]]
 Step = Callable[[float], None]
 EVALUATIONS = 5
-"""How often a training looks at all samples, besides at its start."""
+"""Evaluations on all samples per training, the one at its start not counted."""
 
 
 _NEW = ReadWhere("start is gptq or rtn", lambda config: config.start != "stored")
@@ -49,7 +49,7 @@ class LearnedRoundingConfig:
     `start` "stored" goes on from the codes of a quantize stage before it. `steps` updates of `batch_size` samples each, the first
     `seq_len` tokens of them; rates fall linearly to 0. `window`: what trains together and where the error is measured: the matrices of
     attention and of the MLP one after the other, those of the block, or those of the block seen from behind the next block. `outliers` is
-    the share of largest squared errors, of those that are computed together, that the loss does not see (SignRoundV2). `target`: what the dense block makes of the dense
+    the share of largest squared errors, within one micro-batch, that the loss leaves out (SignRoundV2). `target`: what the dense block makes of the dense
     model's states, or of the compressed model's."""
 
     bits: Annotated[Bits, _NEW] = 3
@@ -167,18 +167,18 @@ def _trains(base: Base) -> bool:
 
 
 def _begin(problem: BlockProblem, configs: Mapping[str, TrainedConfig]) -> tuple[dict[str, Latent], Metrics]:
-    """Every matrix on its grid, before training: each is found by its owner."""
+    """Every matrix on its grid, before training: each is solved by its owner."""
     names, share = list(configs), problem.share
 
     def solve(unit: int) -> tuple[StoredWeight, dict[str, float]]:
         name = names[unit]
-        record, told = _on_grid(name, problem.weights[name], problem.targets[name], problem.statistics[name], configs[name])
-        return record if share.size == 1 else record.to("cpu"), told
+        record, metrics = _on_grid(name, problem.weights[name], problem.targets[name], problem.statistics[name], configs[name])
+        return record if share.size == 1 else record.to("cpu"), metrics
 
     shapes = [problem.targets[name].shape for name in names]
-    found = dict(zip(names, share.solved([float(rows + columns) * columns**2 for rows, columns in shapes], solve), strict=True))
-    latents = {name: Latent.of(record.to(problem.targets[name].device), problem.targets[name]) for name, (record, _) in found.items()}
-    return latents, {name: told for name, (_, told) in found.items()}
+    solved = dict(zip(names, share.solved([float(rows + columns) * columns**2 for rows, columns in shapes], solve), strict=True))
+    latents = {name: Latent.of(record.to(problem.targets[name].device), problem.targets[name]) for name, (record, _) in solved.items()}
+    return latents, {name: metrics for name, (_, metrics) in solved.items()}
 
 
 def _on_grid(
@@ -209,19 +209,19 @@ def _trained(
     records = {name: latent.record() for name, latent in latents.items()}
     parts = [names for part in problem.parts if (names := [n for n in part if n in latents])] if config.window == "sub_block" else []
     if len(parts) < 2:
-        records, found = _fit(problem, latents, {}, config, stepper)
+        records, of_block = _fit(problem, latents, {}, config, stepper)
     else:
-        start, found = records, {"block_loss_start": _loss_over_all(problem, _dense(records), config), "best_step": 0.0}
+        start, of_block = records, {"block_loss_start": _loss_over_all(problem, _dense(records), config), "best_step": 0.0}
         for number, names in enumerate(parts):
             others = {n: problem.targets[n] for later in parts[number + 1 :] for n in later} | _dense(
                 {n: records[n] for earlier in parts[:number] for n in earlier}
             )
             fitted, part = _fit(problem, {n: latents[n] for n in names}, others, config, stepper)
-            records, found["best_step"] = records | fitted, found["best_step"] + part["best_step"]
-        found["block_loss_best"] = _loss_over_all(problem, _dense(records), config)
-        if found["block_loss_best"] > found["block_loss_start"]:
-            records, found["block_loss_best"], found["best_step"] = start, found["block_loss_start"], 0.0
-    return records, {name: told | found for name, told in metrics.items()}
+            records, of_block["best_step"] = records | fitted, of_block["best_step"] + part["best_step"]
+        of_block["block_loss_best"] = _loss_over_all(problem, _dense(records), config)
+        if of_block["block_loss_best"] > of_block["block_loss_start"]:
+            records, of_block["block_loss_best"], of_block["best_step"] = start, of_block["block_loss_start"], 0.0
+    return records, {name: of_matrix | of_block for name, of_matrix in metrics.items()}
 
 
 def _fit(
@@ -324,10 +324,10 @@ def _loss(out_BTD: Tensor, wanted_BTD: Tensor, outliers: float) -> Tensor:
 @torch.no_grad()
 def _loss_over_all(problem: BlockProblem, matrices: dict[str, Tensor], config: TrainedConfig) -> float:
     """Mean over all samples, of their first `seq_len` tokens (they see no later ones)."""
-    found: dict[int, float] = {}
+    losses: dict[int, float] = {}
     for slot, numbers in problem.own_slots().items():
-        found[slot] = 0.0
+        losses[slot] = 0.0
         for rows in _batches(numbers, config.batch_size):
             x_BTD, wanted_BTD = (samples[rows][:, : config.seq_len] for samples in (problem.inputs_NTD, problem.outputs_NTD))
-            found[slot] += float(_loss(problem.forward(matrices, x_BTD), wanted_BTD, config.outliers)) * len(rows)
-    return sum(problem.share.in_order(found)) / sum(map(len, problem.slots()))
+            losses[slot] += float(_loss(problem.forward(matrices, x_BTD), wanted_BTD, config.outliers)) * len(rows)
+    return sum(problem.share.in_order(losses)) / sum(map(len, problem.slots()))

@@ -1,7 +1,7 @@
 """W ≈ Q + L1·L2: one solver; the published methods are settings of it.
 
-min over Q on its grid and inside its mask, rank(L) ≤ r, of ‖(W − Q − L)·S‖_F, W the baseline: L makes up for pruning and
-quantization together. Knows one matrix at a time; not models, not files, nor how Q was first found.
+min over Q on its grid and inside its mask, rank(L) ≤ r, of ‖(W − Q − L)·S‖_F, W the baseline: L compensates pruning and
+quantization error. Knows one matrix at a time; not models, not files, nor where the first Q comes from.
 Legend: O out, I in, R rank.
 """
 
@@ -30,16 +30,16 @@ _NONE_KEPT = ReadWhere("kept_rank is 0 or null", lambda config: not config.kept_
 
 @dataclass(frozen=True)
 class Decomposition:
-    """metric: what the error is measured in (compress/metrics.py). requantize: Q is found again for W − L, on the record's own
+    """metric: what the error is measured in (compress/metrics.py). requantize: Q is solved again for W − L, on the record's own
     grid, by `quantizer` with `clip`, `iterations` times, each time followed by L; `first` says what comes before the first Q
     (q: nothing; l: L of W; kept: L for the record's own Q). keep_start: the record's own Q with its best L is a candidate, too,
     and is visited first. kept_rank: ranks of W taken before Q and held (SRR); null lets
     SRR's criterion choose. factor_bits below 16 puts the factors on a grid; null takes, within the bytes of `rank` at 16 bits,
     whichever of 16, 8 and 4 bits errs least, at the larger rank it allows. stop_when_worse ends the schedule at the first
     rise; the best iterate is returned either way. follow: after the first L each new one starts from the factors that are there, in a third of
-    the time, instead of from the closed form. overlap below 1: a new Q is found under the second moment without what the rows of `down`
+    the time, instead of from the closed form. overlap below 1: a new Q is solved under the second moment without what the rows of `down`
     reach, but for that share of it: rounding may err where the next up makes up for it. shared: matrices that read one input get one
-    right factor, stored once; `rank` is then that of each of them and of all together."""
+    right factor, stored once; `rank` is then that of each of them and of their stack."""
 
     rank: Width = 16
     metric: MetricName = "second_moment"
@@ -252,7 +252,7 @@ def _iterates(problem: Problem) -> Iterator[Solved]:
         tried = [problem.solved(problem.start, problem.start_error, *choice) for choice in forms]
         errors = [solved.squared_error for solved in tried]
         chosen = errors.index(min(errors))
-        vars(problem).pop("start_error", None)  # its products are not asked for again
+        vars(problem).pop("start_error", None)  # its products are not needed again
         yield tried[chosen]
         (form, rank), low_rank = forms[chosen], tried[chosen].low_rank
     if again:

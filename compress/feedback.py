@@ -1,4 +1,4 @@
-"""Error feedback: columns are rounded one after another, and what a column loses the later ones make up for.
+"""Error compensation: columns are rounded one after another, and later columns are updated to compensate each column's error.
 
 The engine under GPTQ (arXiv:2210.17323), GPTQ on a code book, and SparseGPT (arXiv:2301.00774). It knows a factor of the inverse
 second moment and a rule that rounds a column; not what a grid or a mask is.

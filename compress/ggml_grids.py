@@ -76,7 +76,7 @@ def nearest_codes(weight_OI: Tensor, base: GgmlWeight) -> Tensor:
 
 
 def _pieces(groups_OKS: Tensor, weights_KS: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Whole rows as [S, M], the importance of the columns beside them."""
+    """Whole rows as [S, M], each with the importance of its columns."""
     rows, count, size = groups_OKS.shape
     step = max(1, _PIECE // max(1, count * size))
     for start in range(0, rows, step):
@@ -90,7 +90,7 @@ def _fit(x_SM: Tensor, w_SM: Tensor | None, layout: GgmlType, searched: bool) ->
     w_SM = torch.ones((), dtype=x_SM.dtype, device=x_SM.device).expand_as(x_SM) if w_SM is None else w_SM
     search = _Blocks(x_SM, w_SM, layout, _ROUNDS if searched else 0)
     scale_M, minimum_M = search.alone() if searched else search.spanning(1.0, 1.0)
-    best = search.together(scale_M, minimum_M) if layout.scale_bits else search.legacy(scale_M, minimum_M)
+    best = search.joint(scale_M, minimum_M) if layout.scale_bits else search.legacy(scale_M, minimum_M)
     codes = search.codes(*search.effective(best)).add_(layout.zero).to(torch.uint8).T.contiguous()
     if not layout.scale_bits:
         return best.d_N, best.m_N if layout.minima else None, None, codes
@@ -182,7 +182,7 @@ class _Blocks:
     def over_groups(self, value_M: Tensor) -> Tensor:
         return _sum(value_M.view(-1, self.layout.groups).T)
 
-    def together(self, scale_M: Tensor, minimum_M: Tensor) -> _Grid:
+    def joint(self, scale_M: Tensor, minimum_M: Tensor) -> _Grid:
         """The grid of every super-block: d and m as the largest small code reaches the largest, then small codes and d, m in turn."""
         largest_N, deepest_N = (value_M.view(-1, self.layout.groups).amax(1) for value_M in (scale_M.abs(), minimum_M))
         d_N, m_N = _storable(largest_N / self.top_small), (deepest_N / self.top_small).half().float()

@@ -69,7 +69,7 @@ OF_BITS: Mapping[int, GgmlName] = {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6
 
 
 def type_for(name: str, in_features: int, masked: bool = False) -> GgmlName:
-    """The type that rows of so many columns get where `name` is asked for: its fallback where they are no multiple of its super-blocks.
+    """The type that rows of so many columns get where `name` is requested: its fallback where they are no multiple of its super-blocks.
     ValueError, with the numbers, where they are none of the fallback's either, and for `masked` rows where the type has minima."""
     wanted, result = GGML_TYPES[name], cast(GgmlName, name)
     if in_features % wanted.columns:

@@ -1,6 +1,6 @@
-"""GPTQ (arXiv:2210.17323): round column by column and let later columns make up for the error, on a uniform grid or a code book.
+"""GPTQ (arXiv:2210.17323): round column by column and compensate each error in the later columns, on a uniform grid or a codebook.
 
-Knows tensors and records only. Masked weights stay at exactly 0; dropping them is an error that later columns make up for, too.
+Knows tensors and records only. Masked weights stay at exactly 0; the error of dropping them is compensated in later columns, too.
 Legend: O out, I in, G groups, S columns of a sub-block or group.
 """
 
@@ -197,16 +197,16 @@ def gptq_book(
 
 def gptq(weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, config: GptqConfig) -> tuple[StoredWeight, dict[str, float]]:
     """GPTQ on a uniform grid."""
-    records, metrics = gptq_together({"": weight}, {"": target_OI}, {"": statistics}, config)
+    records, metrics = gptq_group({"": weight}, {"": target_OI}, {"": statistics}, config)
     return records[""], metrics[""]
 
 
 def by_rows(config: GptqConfig) -> bool:
-    """Whether `gptq_together` can be shared: a sweep on grids that are known beforehand goes through some rows after others anyway."""
+    """Whether `gptq_group` can be divided among processes: a sweep on grids that are known beforehand goes through some rows after others anyway."""
     return config.act_order == "static_groups"
 
 
-def gptq_together(
+def gptq_group(
     weights: Mapping[str, StoredWeight],
     targets: Mapping[str, Tensor],
     statistics: Mapping[str, LayerStatistics],
@@ -218,8 +218,8 @@ def gptq_together(
     number alone, are swept apart, each by its owner; every process is given all. Where there are several, a ValueError begins with the name of the
     matrix, or of the first where it is the input that will not do."""
     if len(weights) > 1 and any(weight.smooth is not None for weight in weights.values()):
-        found = {n: gptq_together({n: weights[n]}, {n: targets[n]}, {n: statistics[n]}, config, share) for n in weights}
-        return {n: records[n] for n, (records, _) in found.items()}, {n: metrics[n] for n, (_, metrics) in found.items()}
+        solved = {n: gptq_group({n: weights[n]}, {n: targets[n]}, {n: statistics[n]}, config, share) for n in weights}
+        return {n: records[n] for n, (records, _) in solved.items()}, {n: metrics[n] for n, (_, metrics) in solved.items()}
     grid = UniformGrid(config.bits, config.group_size, config.symmetric, config.float_zeros)
     first, several = next(iter(weights)), len(weights) > 1
     known, bases = statistics[first], []
@@ -271,8 +271,8 @@ def _swept_apart(
         record, loss_O = swept(parts[part])
         return (record, loss_O) if share.size == 1 else (_moved(record, "cpu"), loss_O.cpu())
 
-    found = share.solved([float(part.stop - part.start) for part in parts], solve)
-    return _moved(joined_rows([record for record, _ in found]), device), torch.cat([loss_O for _, loss_O in found]).to(device)
+    results = share.solved([float(part.stop - part.start) for part in parts], solve)
+    return _moved(joined_rows([record for record, _ in results]), device), torch.cat([loss_O for _, loss_O in results]).to(device)
 
 
 def _moved(record: UniformWeight | GgmlWeight, device: torch.device | str) -> UniformWeight | GgmlWeight:

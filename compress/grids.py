@@ -19,7 +19,7 @@ _WEIGHTED = frozenset({"hessian", "joint"})
 STEPS, FLOOR = 20, 0.5
 _CHUNK = 5 << 18  # elements whose levels stay in cache while many clip ratios are tried
 _PIECES = 4  # so many chunks share the few operators that a set of clip ratios takes
-_CARD_CHUNK = 1 << 26  # on a card: where more are no faster, and half a gigabyte is little beside the sweep that follows
+_CARD_CHUNK = 1 << 26  # on a card: where more are no faster, and half a gigabyte is little next to the sweep that follows
 _WHOLE = torch.ones((), dtype=torch.float64)
 _ROWS = 64  # at least so many lie side by side, however long a group is
 
@@ -40,7 +40,7 @@ def clip_needs(clip: str) -> frozenset[str]:
 
 
 def check_zeros(symmetric: bool, float_zeros: bool) -> None:
-    """ValueError where they cannot be true together."""
+    """ValueError for a combination that is not supported."""
     if symmetric and float_zeros:
         raise ValueError("a symmetric grid stores no zero points: set symmetric: false or float_zeros: false")
 
@@ -92,7 +92,7 @@ def search_clip(
 
 
 def search_joint(weight_OS: Tensor, grid: UniformGrid, importance_S: Tensor | None = None, rounds: int = 3) -> tuple[Tensor, Tensor]:
-    """Scale and zero that together err least, Σ importance·Δ²: clipped ranges, each with its zero point moved either way; then, from
+    """Scale and zero point of the least error Σ importance·Δ², searched jointly: clipped ranges, each with its zero point moved either way; then, from
     the best of these, zero and scale in turn.
 
     An integer zero tries its neighbours, each with the scale that is best for the levels it gives; a float zero is solved with the
@@ -239,16 +239,16 @@ def _in_chunks(
     rows = _rows_at_once(len(weight_OS), count, room)
     groups = min(max(1, room // max(rows, 1)), count)
     on_card = weight_OS.device.type == "cuda"
-    together = groups * (1 if on_card else pieces)
+    at_once = groups * (1 if on_card else pieces)
     scales, zeros, levels = [], [], weight_OS.new_empty(groups * size * rows)
     for i in range(0, len(weight_OGS), rows):
         result = []
-        for j in range(0, count, together):
-            part = weight_OGS[i : i + rows, j : j + together]
+        for j in range(0, count, at_once):
+            part = weight_OGS[i : i + rows, j : j + at_once]
             # A CPU transposes matrices that are whole in memory block by block, all else number by number; on a card a copy is memory.
             weight_GSO = (part if on_card else part.contiguous()).permute(1, 2, 0)
             weight_GSO = weight_GSO.flatten(0, 1).contiguous().view(weight_GSO.shape)
-            importance = None if importance_OGS is None else importance_OGS[i : i + rows, j : j + together].permute(1, 2, 0)
+            importance = None if importance_OGS is None else importance_OGS[i : i + rows, j : j + at_once].permute(1, 2, 0)
             few = min(groups, len(weight_GSO))
             result.append(search(weight_GSO, importance, levels[: few * size * len(part)].view(few, size, len(part))))
         scales.append(torch.cat([part.scale for part in result]))
@@ -274,8 +274,8 @@ def _room(weight: Tensor) -> int:
 
 def _shrunk(search: _Search, steps: int, floor: float, offsets: tuple[float, ...] = (0.0,)) -> _Search:
     """From the whole range to `floor` of it, with each zero point moved by every one of `offsets`."""
-    shares = torch.linspace(1.0, floor, steps).double()
-    scale_KG1O, zero_KG1O = _span(search.low, search.high, search.grid, shares.view(-1, 1, 1, 1))
+    fractions = torch.linspace(1.0, floor, steps).double()
+    scale_KG1O, zero_KG1O = _span(search.low, search.high, search.grid, fractions.view(-1, 1, 1, 1))
     if len(offsets) > 1:
         scale_KG1O = scale_KG1O.repeat_interleave(len(offsets), 0)
         zero_KG1O = torch.stack([_moved(zero_KG1O, offset, search.grid) for offset in offsets], 1).flatten(0, 1)

@@ -1,7 +1,7 @@
-"""Two levels of scales: a group's is a small whole number, one float an output stands before them all (QServe, arXiv:2405.04532, §4.1).
+"""Two-level scales: a small integer scale per group and one float scale per output channel (QServe, arXiv:2405.04532, §4.1).
 
 (code − zero)·k stays within a signed byte, so that a product with 8-bit inputs is summed as integers and scaled once, at its end. A record
-keeps its form: its scales are then exact products c·k, which is found again from the scales alone. Knows tensors and the uniform record.
+keeps its form: its scales are then exact products c·k, which is recovered from the scales alone. Knows tensors and the uniform record.
 Legend: O out, I in, G groups.
 """
 
@@ -40,15 +40,15 @@ def _exact(scales_OG: Tensor, reach_OG: Tensor) -> tuple[Tensor, Tensor] | None:
     if bool((scales < 0).any()) or not bool(scales.isfinite().all()):
         return None
     widest = scales.amax(1, keepdim=True)
-    found = scales.new_zeros(len(scales), dtype=torch.bool)
+    done = scales.new_zeros(len(scales), dtype=torch.bool)
     levels, channel = torch.zeros_like(scales), torch.zeros_like(widest)
     for k in range(1, TOP + 1):
         candidate = widest / k
         ratio = torch.where(candidate > 0, scales / candidate, 0).round_()
         fits = (ratio * candidate == scales) & (ratio <= most)
-        new = fits.all(1) & (candidate.float().double() == candidate).squeeze(1) & ~found
-        levels[new], channel[new], found = ratio[new], candidate[new], found | new
-        if bool(found.all()):
+        new = fits.all(1) & (candidate.float().double() == candidate).squeeze(1) & ~done
+        levels[new], channel[new], done = ratio[new], candidate[new], done | new
+        if bool(done.all()):
             return levels.to(torch.int8), channel.squeeze(1).float()
     return None
 
@@ -102,9 +102,9 @@ def _two_levels(scales_OG: Tensor, reach_OG: Tensor, weight_OG: Tensor, dtype: t
         candidate = _rounded(least * factor, room, torch.finfo(dtype))
         k = (scales_OG / candidate).round_().clamp_(min=1).minimum(most)
         k = torch.where(scales_OG > 0, k, 0)
-        found = (weight_OG * (scales_OG - candidate * k).square()).sum(1, keepdim=True)
-        better = found < lost
-        channel, whole, lost = channel.where(~better, candidate), whole.where(~better, k), lost.where(~better, found)
+        error = (weight_OG * (scales_OG - candidate * k).square()).sum(1, keepdim=True)
+        better = error < lost
+        channel, whole, lost = channel.where(~better, candidate), whole.where(~better, k), lost.where(~better, error)
     return channel.squeeze(1), whole
 
 

@@ -1,4 +1,4 @@
-"""A grid weight on its way through training: where every weight stands between the codes, and how its scales and zeros have moved.
+"""The trainable form of a quantized weight: rounding offsets between the codes, and changes of its scales and zero points.
 
 Knows one matrix and its gradient; not losses, blocks or optimizers.
 Legend: O out, I in, G groups (of ranges: super-blocks, where a type of ggml has them), S columns of a group.
@@ -21,9 +21,9 @@ _INSIDE = 0.499
 @dataclass
 class Latent:
     """u [O, I] in grid steps around the zero point; codes = round(u + offset + zero) for a float zero, round(u + offset) + zero for an
-    integer one; scales are scale·(1 + range), zeros zero + shift. Of a type of ggml the range moves d and m together, and no zero shifts.
+    integer one; scales are scale·(1 + range), zeros zero + shift. Of a type of ggml one range scales both d and m, and no zero shifts.
 
-    u holds the start's decisions: where its code is not the nearest one, u lies at the edge of that code's cell. `beside` is what
+    u holds the start's decisions: where its code is not the nearest one, u lies at the edge of that code's cell. `extra` is what
     the record adds to its base (low-rank term, delta), None where it adds nothing.
     """
 
@@ -33,7 +33,7 @@ class Latent:
     scale_OG: Tensor
     zero_OG: Tensor
     keep_OI: Tensor | None
-    beside_OI: Tensor | None
+    extra_OI: Tensor | None
     offset_OI: Tensor
     range_OG: Tensor
     shift_OG: Tensor
@@ -48,12 +48,12 @@ class Latent:
         levels = _grouped(base.codes_OI().float(), zero) - zero.unsqueeze(-1)
         wanted = _grouped(base_target(record, target_OI), zero) / scale.unsqueeze(-1)
         u = (levels + (wanted - levels).clamp(-_INSIDE, _INSIDE)).view(record.shape)
-        beside = None
+        extra = None
         if record.low_rank is not None or record.delta is not None:
-            beside = replace(record, base=DenseWeight(torch.zeros_like(u)), mask=None).dense()
+            extra = replace(record, base=DenseWeight(torch.zeros_like(u)), mask=None).dense()
         zeros = torch.zeros_like
         ranges = zeros(base.super_scales, dtype=torch.float32) if isinstance(base, GgmlWeight) else zeros(scale)
-        return cls(record, base, u, scale, zero, record.mask_OI(), beside, zeros(u), ranges, zeros(scale))
+        return cls(record, base, u, scale, zero, record.mask_OI(), extra, zeros(u), ranges, zeros(scale))
 
     def parameters(self) -> list[Tensor]:
         return [self.offset_OI, self.range_OG, self.shift_OG]
@@ -64,7 +64,7 @@ class Latent:
         assert isinstance(weight, Tensor)
         if self.start.smooth is not None:
             weight = weight / self.start.smooth.float()
-        return weight if self.beside_OI is None else weight + self.beside_OI
+        return weight if self.extra_OI is None else weight + self.extra_OI
 
     @torch.no_grad()
     def record(self) -> StoredWeight:

@@ -125,7 +125,7 @@ class WeightedError:
         return self.seen_by(down_RI).left_by(up_OR)
 
     def best(self, rank: int) -> tuple[Tensor, Tensor]:
-        """`best_low_rank` of this error. Where a larger rank was asked for before, its first vectors are these."""
+        """`best_low_rank` of this error. Where a larger rank was computed before, its first vectors are these."""
         check_rank(rank, (self.error_OI.shape[0], self.error_OI.shape[1]))
         known_OR = vars(self).get("left_OR")
         if known_OR is None or known_OR.shape[1] < rank:

@@ -1,4 +1,4 @@
-"""Which weights to keep: patterns, the magnitude and Wanda rules, and what a mask does to a stored weight.
+"""Pruning masks: sparsity patterns, the magnitude and Wanda criteria, and applying a mask to a stored weight.
 
 Knows tensors and records only. A mask is bool, True where a weight is kept.
 Legend: O out, I in, M the length of an N:M group.
@@ -53,7 +53,7 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
 
 
 def check_pattern(sparsity: float, pattern: str, allocation: str = "uniform", spread: float | None = None) -> None:
-    """ValueError when they cannot be true together."""
+    """ValueError for settings that contradict one another."""
     if spread is not None and allocation == "uniform":
         raise ValueError(f"spread {spread} has nothing to spread under allocation 'uniform'; choose 'depth' or 'outliers'")
     parsed = parse_pattern(pattern)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from .block import BlockProblem
 from .block_training import BlockTrainingConfig, LearnedRoundingConfig, block_needs, block_training, learned_rounding
 from .decompose import Decomposition, decompose, decompose_shared, needs
-from .gptq import GptqConfig, GptqNormalFloatConfig, by_rows, gptq, gptq_nf, gptq_together
+from .gptq import GptqConfig, GptqNormalFloatConfig, by_rows, gptq, gptq_group, gptq_nf
 from .grids import clip_needs
 from .masks import MagnitudeConfig, WandaConfig, magnitude, wanda
 from .rounding import Nf4Config, NormalFloatConfig, RtnConfig, nf4, normal_float, rtn
@@ -26,10 +26,10 @@ class Method:
     """`does` in one line and `paper` (its name and arXiv id, empty where there is none) are for a reader. `needs` names the statistics
     (compress/statistics.NEEDS) for a config; `inputs` whose inputs they are taken from:
     the already compressed model below, or the dense one; `version` rises when a fix changes results; `defaults` are the row's
-    own values of the config's fields: a row is `config(**(defaults | what the user set))`; `together(weights, targets, statistics,
+    own values of the config's fields: a row is `config(**(defaults | what the user set))`; `solve_group(weights, targets, statistics,
     config)`, all by name, solves matrices that read one input and have one config at once, unless that says `shared: false`; `departs`: where it is not what
     its paper has; `dense_outputs`: with scope "block", whether it is trained towards what the dense block makes; `by_matrix`: the settings
-    that may differ from matrix to matrix, where that is not all of them; `by_rows`: whether `together` takes a `share`, with which several
+    that may differ from matrix to matrix, where that is not all of them; `by_rows`: whether `solve_group` takes a `share`, with which several
     processes solve rows of one large matrix."""
 
     config: type
@@ -39,7 +39,7 @@ class Method:
     scope: Literal["matrix", "block"] = "matrix"
     version: int = 1
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    together: Callable[..., Any] | None = None
+    solve_group: Callable[..., Any] | None = None
     departs: str = ""
     dense_outputs: bool = False
     does: str = ""
@@ -55,7 +55,7 @@ _BEST: Mapping[str, object] = {"keep_start": True, "first": "kept", "iterations"
 
 
 def _low_rank(does: str, paper: str, version: int = 1, **defaults: object) -> Method:
-    return Method(Decomposition, decompose, needs, version=version, defaults=defaults, together=decompose_shared, does=does, paper=paper)
+    return Method(Decomposition, decompose, needs, version=version, defaults=defaults, solve_group=decompose_shared, does=does, paper=paper)
 
 
 DECOMPOSE: Mapping[str, Method] = {
@@ -84,12 +84,12 @@ DECOMPOSE: Mapping[str, Method] = {
         svdquant_needs,
         scope="block",
         by_matrix=_OF_TERM,
-        does="smoothed inputs, L of the weight, the rest on a grid",
+        does="smoothed inputs, L of the weight, the residual on a grid",
         paper="SVDQuant, arXiv:2411.05007",
     ),
     "caldera": _low_rank("GPTQ and L in turn, the factors in 4 bits", "CALDERA, arXiv:2405.18886", **_REFIT, iterations=20, factor_bits=4),
     "srr": _low_rank("some ranks of W before GPTQ, the others after it", "SRR, arXiv:2602.02001", **_REFIT, kept_rank=None),
-    "best": _low_rank("from the stored codes, GPTQ errs where L makes up for it", "", 2, **_REFIT, **_BEST),
+    "best": _low_rank("from the stored codes, GPTQ errs where L compensates", "", 2, **_REFIT, **_BEST),
 }
 
 
@@ -98,7 +98,7 @@ def _magnitude_needs(config: Any) -> frozenset[str]:
 
 
 def _feedback_needs(config: object) -> frozenset[str]:
-    """Methods that carry errors on: what leans toward the dense model's inputs needs them beside the compressed ones."""
+    """Methods with error compensation: a correction or refit towards the dense model's inputs needs those as well as the compressed model's."""
     leans = getattr(config, "correction", 0.0) or getattr(config, "refit", None)
     return frozenset({"second_moment", "cross_moment"} if leans else {"second_moment"})
 
@@ -116,7 +116,7 @@ PRUNE: Mapping[str, Method] = {
         SparseGptConfig,
         sparsegpt,
         needs=_feedback_needs,
-        does="drops block by block, later columns make up for it",
+        does="drops block by block, later columns compensate",
         paper="SparseGPT, arXiv:2301.00774",
     ),
 }
@@ -128,9 +128,9 @@ QUANTIZE: Mapping[str, Method] = {
         gptq,
         needs=_feedback_needs,
         version=2,
-        together=gptq_together,
+        solve_group=gptq_group,
         by_rows=by_rows,
-        does="column by column, later ones make up for the error",
+        does="column by column, later ones compensate the error",
         paper="GPTQ, arXiv:2210.17323",
     ),
     "gptq_nf": Method(

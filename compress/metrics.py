@@ -1,4 +1,4 @@
-"""What an error is measured in: a `Metric` from a matrix's statistics, and the metrics that describe those statistics.
+"""Error metrics: a `Metric` built from a matrix's statistics, and numbers that describe those statistics.
 
 Knows statistics; not what is done with the metric.
 Legend: O out, I in.

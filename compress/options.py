@@ -1,4 +1,4 @@
-"""What a matrix may be stored as: the settings that `allocate` chooses from, their bytes and their predicted errors.
+"""Candidate settings of a matrix for `allocate`: what it may be stored as, in how many bytes and with which predicted error.
 
 Bits × block sizes × double quantization, or types of ggml, × sparsity × rank × factor bits; all ranks of a (grid, sparsity) are read off one
 spectrum. Knows one matrix at a time; which setting it gets is `allocate`'s business.
@@ -140,7 +140,7 @@ def error_table(
 
     `quantize` makes Q; L is the best term under the metric. Row o's share of the error counts weights_VO[v, o] times in view v
     (None: one view, all rows alike). One quantization and one spectrum for each grid: the error of rank r with 16-bit factors is
-    the spectrum's tail. On a grid of their own the factors lose, besides, a share of what they catch, measured at the middle one of
+    the spectrum's tail. On a grid of their own the factors also lose a share of what they catch, measured at the middle one of
     the ranks: of 8 bits (about 1e-4) at the middle grid only, of 4 bits (some percent) at every grid.
 
     With `solve`, which makes Q + L of Q, a setting with a rank has the error of what comes out (LQ-LoRA, arXiv:2311.12023, section 3.2, takes

@@ -1,4 +1,4 @@
-"""How exactly float32 matrices are multiplied while something trains: a choice for gradients, never for statistics or measurements."""
+"""Precision of float32 matmuls during training (TF32, bfloat16 products): for gradients only, never for statistics or measurements."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

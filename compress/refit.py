@@ -1,6 +1,6 @@
 """The scales of a grid weight solved anew once its codes are known: least squares in the G scales of each row.
 
-GPTQ fixes a scale before it knows what its codes will make up for, and by the inputs that the compressed model has. Here every row solves
+GPTQ fixes a scale before it knows which errors its codes will compensate, and by the compressed model's inputs. Here every row solves
 min_s E‖w·x′ − (s ∘ l)·x‖², x what the compressed model feeds the matrix, x′ what the dense one would, or anything between.
 Knows one matrix and its statistics. Legend: O out, I in, G groups.
 """

@@ -21,10 +21,10 @@ from .weights import ActivationGrid, Base, DenseWeight, NormalFloatWeight, Store
 
 @dataclass(frozen=True)
 class RtnConfig:
-    """How a group's grid is found: `clip` "none" takes the whole range, "power" clips it by the plain error, "hessian" by the error
-    weighted with the inputs' mean squares, "joint" searches scale and zero together under that weight. `float_zeros` stores a
+    """How a group's grid is fitted: `clip` "none" takes the whole range, "power" clips it by the plain error, "hessian" by the error
+    weighted with the inputs' mean squares, "joint" searches scale and zero point jointly under that weight. `float_zeros` stores a
     zero point in 16 bits instead of an integer: no packed format of others carries it, and 0 is not on the grid. `grid` other than uniform
-    is a block type of GGUF, which has bits, groups and symmetry of its own, and is searched together with its small codes, weighted under
+    is a block type of GGUF, which has bits, groups and symmetry of its own, and is searched jointly with its small codes, weighted under
     "hessian" and "joint"; rows that are no multiple of 256 get the type that llama.cpp gives them (q4_k: q5_0, q5_k: q5_1, q6_k: q8_0,
     q2_k and q3_k: q4_0)."""
 
@@ -80,7 +80,7 @@ def round_normal_float(weight_OI: Tensor, bits: int = 4, block_size: int = 64, d
 
 
 def normal_float_record(codes_OI: Tensor, absmax_OG: Tensor, bits: int, block_size: int, double_quantize: bool) -> NormalFloatWeight:
-    """Pack codes, and quantize the absmax when asked."""
+    """Pack codes, and quantize the absmax if `double_quantize`."""
     codes, columns = pack_codes(codes_OI, bits), codes_OI.shape[1]
     if not double_quantize:
         return NormalFloatWeight(codes, bits, block_size, columns, absmax=absmax_OG)
@@ -114,7 +114,7 @@ def kept(weight: StoredWeight, base_OI: Tensor) -> Tensor:
 
 
 def quantized(weight: StoredWeight, base: Base, activations: ActivationGrid | None) -> StoredWeight:
-    """The record with a new base; its mask and everything beside the base stay."""
+    """The record with a new base; mask, smoothing, low-rank term and delta stay."""
     return replace(weight, base=base, activations=activations)
 
 

@@ -1,4 +1,4 @@
-"""A block of columns on given grids rounded all at once, with what a loop over its columns leaves (`feedback` has the loop).
+"""Rounds a block of columns on given grids all at once, with the same result as the loop over its columns in `feedback`.
 
 Knows one block and the errors inside it; not how they are carried on behind it.
 Legend: O out, S columns of the block.
@@ -58,8 +58,8 @@ def _round_to_codes_(value: Tensor, top: int, *limits: Tensor) -> None:
         value.round_().clamp_(0, top)
 
 
-def _write_rows_(out_SO: Tensor, rows_N: Tensor | None, found_SN: Tensor) -> None:
+def _write_rows_(out_SO: Tensor, rows_N: Tensor | None, values_SN: Tensor) -> None:
     if rows_N is None:
-        out_SO.copy_(found_SN)
+        out_SO.copy_(values_SN)
     else:
-        out_SO.index_copy_(1, rows_N, found_SN)
+        out_SO.index_copy_(1, rows_N, values_SN)

@@ -1,6 +1,6 @@
-"""One right factor for several matrices: a left factor cut into theirs, and claims to share held against what is there.
+"""Shared low-rank factors: one right factor for several matrices, their stacked left factor split, and stored references to it checked.
 
-Knows records by name; not how a factor was found, nor where records are stored.
+Knows records by name; not how a factor was computed, nor where records are stored.
 """
 
 from collections.abc import Mapping, Sequence

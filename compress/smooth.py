@@ -1,5 +1,5 @@
 """SVDQuant for language models (arXiv:2411.05007): smooth the inputs, keep a low-rank term of the smoothed weight in 16 bits,
-quantize the rest of it and the inputs to a few bits.
+quantize the residual and the inputs to a few bits.
 
 Matrices that read one input (q/k/v, gate/up) share one smoothing vector, so that their input is quantized once. The stored term
 sees the raw input: its right factor is divided by the smoothing here. Knows matrices and sampled inputs; not models.
@@ -28,8 +28,8 @@ from .weights import ActivationGrid, StoredWeight
 @dataclass(frozen=True)
 class SvdQuantConfig:
     """bits, group_size and symmetric are the residual's grid where the matrix is not quantized yet (else it keeps its own);
-    activation_bits 16 leaves the input alone. smoothing_steps: exponents α tried from 0 to 1, beside no smoothing at all.
-    iterations: how often L and Q are found, ended by the first rise of the output error."""
+    activation_bits 16 leaves the input alone. smoothing_steps: exponents α tried from 0 to 1, in addition to no smoothing.
+    iterations: how often L and Q are solved, ended by the first rise of the output error."""
 
     rank: Width = 32
     bits: Bits = 4
@@ -59,7 +59,7 @@ def needs(config: SvdQuantConfig) -> frozenset[str]:
 
 
 def svdquant(problem: BlockProblem, configs: Mapping[str, SvdQuantConfig]) -> tuple[dict[str, StoredWeight], dict[str, dict[str, float]]]:
-    """Every matrix of a block, smoothed together with those that share its input statistics.
+    """Every matrix of a block; those that share their input statistics share one smoothing vector.
 
     Metrics of each: relative_error_before (on its grid, activations too, without smoothing and term) and relative_error, both
     ‖X·Wᵀ − Ŷ‖ / ‖X·Wᵀ‖ over the sampled inputs; iterations; best_iteration (0: rounding alone was best, and nothing else is stored); smoothing_alpha,
@@ -71,13 +71,15 @@ def svdquant(problem: BlockProblem, configs: Mapping[str, SvdQuantConfig]) -> tu
     units, share = list(groups.values()), problem.share
 
     def solve(unit: int) -> dict[str, tuple[StoredWeight, dict[str, float]]]:
-        found = _solved(problem, units[unit], configs)
-        return found if share.size == 1 else {name: (record.to("cpu"), told) for name, (record, told) in found.items()}
+        solution = _solved(problem, units[unit], configs)
+        return solution if share.size == 1 else {name: (record.to("cpu"), metrics) for name, (record, metrics) in solution.items()}
 
     shapes = [[problem.targets[name].shape for name in names] for names in units]
     costs = [float(sum(rows for rows, _ in few) + few[0][1]) * few[0][1] ** 2 for few in shapes]
-    solved = {name: found for part in share.solved(costs, solve) for name, found in part.items()}
-    return {n: record.to(problem.targets[n].device) for n, (record, _) in solved.items()}, {n: told for n, (_, told) in solved.items()}
+    solved = {name: solution for part in share.solved(costs, solve) for name, solution in part.items()}
+    return {n: record.to(problem.targets[n].device) for n, (record, _) in solved.items()}, {
+        n: metrics for n, (_, metrics) in solved.items()
+    }
 
 
 def _solved(
@@ -86,9 +88,9 @@ def _solved(
     """(record, metrics) of the matrices that read one input."""
     parts = [part_of(problem.weights[n], problem.targets[n], problem.statistics[n], configs[n]) for n in names]
     smooth_I, alpha = smoothing(parts)
-    found = [split(part, None if smooth_I is None else smooth_I.clone()) for part in parts]  # files hold no shared tensors
+    solutions = [split(part, None if smooth_I is None else smooth_I.clone()) for part in parts]  # files hold no shared tensors
     of_all = {} if alpha is None else {"smoothing_alpha": alpha}
-    return {name: (record, told | of_all) for name, (record, told) in zip(names, found, strict=True)}
+    return {name: (record, metrics | of_all) for name, (record, metrics) in zip(names, solutions, strict=True)}
 
 
 def part_of(weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, config: SvdQuantConfig) -> SmoothedMatrix:
@@ -105,7 +107,7 @@ def part_of(weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics
 
 def smoothing(parts: Sequence[SmoothedMatrix]) -> tuple[Tensor | None, float | None]:
     """(smooth [I], α) of the matrices that read one input: s = max|x|^α / max|w|^(1−α) (section 4.2), the α with the least output
-    error of all of them together, each with its low-rank term; (None, None) where none does better. Stored in float16."""
+    summed error of all of them, each with its low-rank term; (None, None) where none does better. Stored in float16."""
     inputs = parts[0].statistics.inputs
     if inputs.samples_TI is None or not bool(inputs.samples_TI.any()):
         return None, None
@@ -120,7 +122,7 @@ def smoothing(parts: Sequence[SmoothedMatrix]) -> tuple[Tensor | None, float | N
 
 
 def split(part: SmoothedMatrix, smooth_I: Tensor | None) -> tuple[StoredWeight, dict[str, float]]:
-    """L from the smoothed weight, Q from the rest, again until the output error rises; the best is returned."""
+    """L from the smoothed weight, Q from the residual, again until the output error rises; the best is returned."""
     whole = _output_error(part, None) or 1.0
     before = _output_error(part, part.weight)
     if part.statistics.inputs.samples_TI is None:
@@ -134,7 +136,7 @@ def split(part: SmoothedMatrix, smooth_I: Tensor | None) -> tuple[StoredWeight, 
     best, least, best_at, previous, at = part.weight, before, 0, float("inf"), 0
     error_OI = part.target_OI
     for at in range(1, part.config.iterations + 1):
-        stored = _term_and_rest(part, smooth_I, error_OI, part.config.clip)
+        stored = _term_and_residual(part, smooth_I, error_OI, part.config.clip)
         error = _output_error(part, stored)
         if error < least:
             best, least, best_at = stored, error, at
@@ -159,11 +161,11 @@ def _smooth(inputs: InputStatistics, absmax_w_I: Tensor, alpha: float) -> Tensor
 
 def _attempt(part: SmoothedMatrix, smooth_I: Tensor | None) -> StoredWeight:
     """One round without clipping search: quick, and good enough to compare exponents."""
-    return _term_and_rest(part, smooth_I, part.target_OI, "none")
+    return _term_and_residual(part, smooth_I, part.target_OI, "none")
 
 
-def _term_and_rest(part: SmoothedMatrix, smooth_I: Tensor | None, error_OI: Tensor, clip: Clip) -> StoredWeight:
-    """The best low-rank term of the smoothed error, and the rest of W on the grid."""
+def _term_and_residual(part: SmoothedMatrix, smooth_I: Tensor | None, error_OI: Tensor, clip: Clip) -> StoredWeight:
+    """The best low-rank term of the smoothed error, and the residual of W on the grid."""
     metric = Metric() if smooth_I is None else Metric(column_I=smooth_I.float())
     error = WeightedError(error_OI, metric)
     term = store_factors(*error.best(part.config.rank), FactorForm(16, part.config.factor_dtype), error)

@@ -1,4 +1,4 @@
-"""SparseGPT (arXiv:2301.00774): choose what to drop block by block, and let later columns make up for it; optionally quantize the
+"""SparseGPT (arXiv:2301.00774): choose what to drop block by block and compensate in later columns; optionally quantize the
 kept weights in the same sweep.
 
 Knows tensors and records only. Legend: O out, I in, S columns of a sub-block, M columns over which a choice is made.
@@ -40,7 +40,7 @@ class SparseGptConfig:
     def __post_init__(self) -> None:
         check_pattern(self.sparsity, self.pattern, self.allocation, self.spread)
         if self.bits is None and self.activations is not None:
-            raise ValueError("activations are rounded only beside a quantized weight; set bits, or leave activations out")
+            raise ValueError("activations are quantized only with quantized weights; set bits, or leave activations out")
 
 
 @dataclass
@@ -68,7 +68,7 @@ def sparsegpt_sweep(
     """(levels [O, I], what was decided, weighted squared error); a weight's value is its level, or level·scale on a grid.
 
     The score is w²/U_jj² (eq. 5) of the weights as updated until then; unstructured, the lowest share of each 128 columns goes,
-    over all rows together; N:M, the lowest of each M columns of a row. Columns keep their order; weights not `allowed` go first.
+    over all rows; N:M, the lowest of each M columns of a row. Columns keep their order; weights not `allowed` go first.
     """
     work_IO, order_I = weight_OI.T.contiguous(), factor.order_I
     if not torch.equal(order_I, order_I.sort()[0]):

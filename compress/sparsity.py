@@ -1,4 +1,4 @@
-"""How layers share a mean sparsity: by depth, or by how many outliers they hold (OWL, arXiv:2310.05175).
+"""Non-uniform sparsity: one mean distributed over layers by depth, or by how many outliers they hold (OWL, arXiv:2310.05175).
 
 Pure functions from numbers to numbers, one per layer, which in OWL is a decoder block; who calls them gives each matrix its own `sparsity`.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 _HIGHEST = 0.99
 SPREAD = {"depth": 0.1, "outliers": 0.08}
-"""What is taken where no spread is asked for; 0.08 is OWL's λ."""
+"""Defaults where no spread is set; 0.08 is OWL's λ."""
 
 
 def outlier_share(matrices: Iterable[tuple[Tensor, Tensor]], multiple: float = 5.0) -> float:
@@ -23,14 +23,14 @@ def outlier_share(matrices: Iterable[tuple[Tensor, Tensor]], multiple: float = 5
 
 
 def by_outliers(
-    shares: Sequence[float], mean: float, spread: float = SPREAD["outliers"], sizes: Sequence[int] | None = None
+    outlier_shares: Sequence[float], mean: float, spread: float = SPREAD["outliers"], sizes: Sequence[int] | None = None
 ) -> list[float]:
     """Sparsity per layer: the more outliers, the fewer weights go; values lie within `spread` of the mean before it is restored.
 
-    shares are scaled to [0, 2·spread] as in OWL; `sizes` (weights per layer) say what the mean is taken over.
+    outlier_shares are scaled to [0, 2·spread] as in OWL; `sizes` (weights per layer) say what the mean is taken over.
     """
-    low, high = min(shares), max(shares)
-    scaled = [0.0 if high == low else (share - low) / (high - low) * 2 * spread for share in shares]
+    low, high = min(outlier_shares), max(outlier_shares)
+    scaled = [0.0 if high == low else (share - low) / (high - low) * 2 * spread for share in outlier_shares]
     return hold_mean([-value for value in scaled], mean, sizes)
 
 
@@ -58,7 +58,7 @@ def hold_mean(offsets: Sequence[float], mean: float, sizes: Sequence[int] | None
 
 def whole_columns(sparsities: Sequence[float], shapes: Sequence[tuple[int, int]]) -> list[float]:
     """The sparsity of each [O, I] matrix moved to a whole number of weights per row, what that adds or takes made up for by the matrices
-    after it: together they drop what was asked for, to half a column of the last."""
+    after it: in total they drop what was requested, to half a column of the last."""
     out, owed = [], 0.0
     for sparsity, (rows, columns) in zip(sparsities, shapes, strict=True):
         owed += sparsity * rows * columns

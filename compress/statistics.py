@@ -1,4 +1,4 @@
-"""What a method may know about a matrix's inputs, gathered in a stream and shared by all matrices that read the same input.
+"""Calibration statistics of a matrix's inputs, accumulated in a stream and shared by all matrices that read the same input.
 
 Knows tensors only: who calls `update`, and on which text, is `pipelines/models/collecting`' business.
 Legend: T tokens, I input features, O output features.
@@ -79,7 +79,7 @@ class InputStatistics:
                 self.moment_sum_II[i : i + _STRIPE, i:].addmm_(x_TI[:, i : i + _STRIPE].T, x_TI[:, i:])
         if self.cross_sum_II is not None:
             if x_dense is None:
-                raise ValueError("cross_moment needs the dense model's inputs beside the compressed ones")
+                raise ValueError("cross_moment needs the dense model's inputs as well as the compressed model's")
             self.cross_sum_II.addmm_(x_dense.detach().reshape(-1, self.features).to(x_TI).T, x_TI)
         kept = 0 if self.samples_TI is None else len(self.samples_TI)
         if "samples" in self.needs and kept < self.max_samples:
@@ -111,7 +111,7 @@ class InputStatistics:
         self.factors.clear()
 
     def without_moments(self, before: int, device: torch.device) -> "InputStatistics":
-        """The rest on a device, and of the samples those for which there is room behind `before` rows."""
+        """Everything but the moments on a device, and of the samples those for which there is room behind `before` rows."""
         other = InputStatistics(self.features, self.needs, device, self.max_samples, self.tokens)
         for name in ("square_sum_I", "abs_sum_I", "max_I"):
             sums = getattr(self, name)
@@ -185,7 +185,7 @@ class Fisher:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """All that a method may know about one matrix besides its weights."""
+    """All that a method is given about one matrix apart from its weights."""
 
     inputs: InputStatistics
     fisher: Fisher | None = None

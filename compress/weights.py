@@ -1,6 +1,6 @@
 """Stored weights: frozen records of what is on disk, the common language of every folder.
 
-Every record is [O, I] (out, in) whatever the module's own layout. Knows bits and bytes; not how codes were found,
+Every record is [O, I] (out, in) whatever the module's own layout. Knows bits and bytes; not how codes were chosen,
 nor where files lie. Effective weight of a record: W = (base ⊙ mask) / smooth + up · down + delta.
 Legend: O out, I in, R rank, G groups, N stored values.
 """

@@ -96,9 +96,9 @@ def run(
         journal.add("environment", environment(place, protocol))
     measured: KernelReport = {"bench": "kernels", "environment": journal["environment"], "rows": [], "refused": []}
     for key, measure in _pieces(plan, place, protocol, journal["environment"]["peak"]).items():
-        found = journal[key] if key in journal else journal.add(key, measure())
-        measured["rows"] += found["rows"]
-        measured["refused"] += found["refused"]
+        entry = journal[key] if key in journal else journal.add(key, measure())
+        measured["rows"] += entry["rows"]
+        measured["refused"] += entry["refused"]
     measured["environment"] |= {"clocks_at_the_end": clocks(place)}
     if output is not None:
         (output / "bench-kernels.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
@@ -155,21 +155,21 @@ def _measure_layer(
                 continue
             timing = time_calls([partial(copy[name][0], x) for copy in built], place, protocol)
             row = where | {"variant": name, **asdict(timing), "resident_bytes": built[0][name][1], "relative_error": error}
-            rows.append(row | _shares(stored.shape, rank, m, built[0][name][1], timing.microseconds / 1e6, peak))
+            rows.append(row | _utilization(stored.shape, rank, m, built[0][name][1], timing.microseconds / 1e6, peak))
         if place.type == "cuda" and stored.activations is not None:
             rows.append(_quantize_row(where, x, stored, stored.activations, place, protocol))
     return {"rows": rows, "refused": refused}
 
 
 def _rivals(stored: StoredWeight, place: torch.device) -> tuple[dict[str, Callable[[], Variant]], dict[str, str]]:
-    """(others' operators that multiply with this weight here, why the rest does not): each is tried once."""
-    found, reasons = rivals(stored), {}
-    for name, build in found.items():
+    """(third-party operators that multiply with this weight here, why the others do not): each is tried once."""
+    builders, reasons = rivals(stored), {}
+    for name, build in builders.items():
         try:
             build()[0](torch.zeros(1, stored.shape[1], dtype=torch.bfloat16, device=place))
         except (RuntimeError, ValueError, AssertionError, ImportError) as error:
             reasons[name] = str(error).strip().split("\n")[0] or type(error).__name__
-    return {name: build for name, build in found.items() if name not in reasons}, reasons
+    return {name: build for name, build in builders.items() if name not in reasons}, reasons
 
 
 def _copies(stored: StoredWeight, others: Mapping[str, Callable[[], Variant]], place: torch.device) -> list[dict[str, Variant]]:
@@ -207,7 +207,7 @@ def _stack(rank: int, plan: BenchPlan, place: torch.device, protocol: TimingProt
     return {"rows": rows, "refused": []}
 
 
-def _shares(shape: tuple[int, int], rank: int, rows: int, resident_bytes: int, seconds: float, peak: dict[str, float]) -> dict[str, float]:
+def _utilization(shape: tuple[int, int], rank: int, rows: int, resident_bytes: int, seconds: float, peak: dict[str, float]) -> dict[str, float]:
     """Achieved gigabytes and teraflops a second of a product with a matrix of this shape [O, I], as shares of what the device was seen to reach;
     the weight and x and y count once."""
     out, inputs = shape
@@ -228,13 +228,13 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def beside_bfloat16(rows: Sequence[Row]) -> list[Row]:
+def relative_to_bfloat16(rows: Sequence[Row]) -> list[Row]:
     """The rows with `times_bfloat16`: their time over that of torch's bfloat16 matmul with as many rows and no rank, where it was measured."""
     plain = {
         (r["out"], r["inputs"], r["rows"]): _time(r) for r in rows if r["variant"] == "torch bfloat16" and "out" in r and not r["rank"]
     }
-    found = [plain.get((r.get("out"), r.get("inputs"), r["rows"])) for r in rows]
-    return [r if base is None else r | {"times_bfloat16": round(_time(r) / base, 3)} for r, base in zip(rows, found, strict=True)]
+    baselines = [plain.get((r.get("out"), r.get("inputs"), r["rows"])) for r in rows]
+    return [r if base is None else r | {"times_bfloat16": round(_time(r) / base, 3)} for r, base in zip(rows, baselines, strict=True)]
 
 
 def _time(row: Row) -> float:
@@ -248,7 +248,7 @@ def markdown(measured: KernelReport) -> str:
     lines = ["# bench kernels", ""]
     lines += [f"- {name}: {json.dumps(value) if isinstance(value, dict) else value}" for name, value in measured["environment"].items()]
     lines += ["", "Microseconds are the median of one call; spread is the distance between the quartiles.", ""]
-    lines += _table(COLUMNS, beside_bfloat16(measured["rows"]))
+    lines += _table(COLUMNS, relative_to_bfloat16(measured["rows"]))
     if measured["refused"]:
         lines += [
             "",
@@ -278,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if chosen.device == "auto" else chosen.device
     kind = torch.device(device).type
     if chosen.quick and (chosen.full or kind != "cuda"):
-        parser.error("--quick is a plan of a card's, beside --full")
+        parser.error("--quick needs a CUDA device and excludes --full")
     plan = PLANS[f"{kind}, full" if chosen.full else f"{kind}, quick" if chosen.quick else kind]
     if chosen.ranks:
         plan = replace(plan, ranks=tuple(chosen.ranks))

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 NO_HOME = Path("/dev/null")
-"""Stands for the home of a user who has none: no file is ever found or written below it."""
+"""Stands for the home of a user who has none: no file is ever read or written below it."""
 
 
 def cache_directory() -> Path:

@@ -1,4 +1,4 @@
-"""Which ways `weight_only_matmul_up` may multiply, by rows of x, and which of them ships as the default of a card: data.
+"""Candidate kernels and block sizes of `weight_only_matmul_up` by rows of x, and the default that ships for each card: data.
 
 A default was chosen without a card, from the compiled form (reports/published/kernels-static.md: no spill, fits the shared memory) and from
 where each way was ahead when an H100 was last measured; a card that is measured replaces it. Knows numbers only.
@@ -57,10 +57,10 @@ def default_for(bucket: int, capability: tuple[int, int]) -> Blocks:
 def candidates_for(bucket: int, capability: tuple[int, int], low_rank: bool, int4: bool) -> tuple[Blocks, ...]:
     """The default first. `low_rank`: with a term fused, or `apart`; `int4`: whether torch's operator can carry the weight."""
     default = default_for(bucket, capability)
-    found = [blocks for fewest, most, some in CANDIDATES if fewest <= bucket <= most for blocks in some]
+    choices = [blocks for fewest, most, some in CANDIDATES if fewest <= bucket <= most for blocks in some]
     if low_rank:
-        found = [*(blocks for blocks in found if blocks.way not in WITHOUT_LOW_RANK), AFTER]
+        choices = [*(blocks for blocks in choices if blocks.way not in WITHOUT_LOW_RANK), AFTER]
         default = AFTER if default.way in WITHOUT_LOW_RANK else default
     elif not int4:
-        found = [blocks for blocks in found if blocks != OWN]
-    return (default, *(blocks for blocks in found if blocks != default))
+        choices = [blocks for blocks in choices if blocks != OWN]
+    return (default, *(blocks for blocks in choices if blocks != default))

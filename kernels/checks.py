@@ -1,4 +1,4 @@
-"""What the launchers refuse, each time naming the argument, what it was and what was expected.
+"""Argument checks of the kernel launchers: an error names the argument, its value and what was expected.
 
 Legend: M tokens, O out, I in, R rank.
 """

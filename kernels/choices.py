@@ -65,7 +65,7 @@ def entries(device: torch.device) -> dict[str, Any]:
 
 _known: dict[Path, dict[str, Any]] = {}
 _unwritable: set[Path] = set()
-"""Files of which that has been said."""
+"""Files that have been warned about."""
 
 
 def remembered(device: torch.device, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

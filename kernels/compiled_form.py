@@ -1,6 +1,6 @@
-"""What Triton makes of the kernels for cards that are not here: registers, spills, shared memory and matrix instructions of each configuration.
+"""Compiles the Triton kernels for cards that are not present and lists each configuration's registers, spills, shared memory and instructions.
 
-Needs no card, and no interpreter: Triton compiles for a target, and its ptxas and cuobjdump say what came out. Knows launchers and the
+Needs no card, and no interpreter: Triton compiles for a target, and its ptxas and cuobjdump describe the result. Knows launchers and the
 compiler; not how fast anything is.
 Legend: M rows of activations, O out, I in, R rank.
 """
@@ -78,7 +78,7 @@ def _weight(two_levels: bool = False) -> TiledWeight:
     scales = torch.empty(groups, OUT, dtype=torch.float16, device="meta")
     weight = TiledWeight(codes, scales, torch.empty_like(scales), None, BITS, GROUP, INPUTS)
     levels = torch.empty_like(scales, dtype=torch.int8), torch.empty(OUT, dtype=torch.float32, device="meta")
-    # nothing can be asked of a tensor without memory
+    # a tensor without memory has no values to inspect
     weight.__dict__.update(exact_zeros=True, integer_zeros=True, two_levels=levels if two_levels else None)
     return weight
 
@@ -121,11 +121,11 @@ def _resources(cubin: bytes) -> dict[str, int]:
         path = Path(place) / "kernel.cubin"
         path.write_bytes(cubin)
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
-    if found is None:
-        raise RuntimeError(f"cuobjdump names no registers: {said.strip()[-300:]!r}")
-    return {"registers": int(found.group(1)), "spilled_bytes": int(found.group(2))}
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+)", output)
+    if match is None:
+        raise RuntimeError(f"cuobjdump names no registers: {output.strip()[-300:]!r}")
+    return {"registers": int(match.group(1)), "spilled_bytes": int(match.group(2))}
 
 
 def _instructions(ptx: str) -> dict[str, str | int]:
@@ -145,20 +145,20 @@ def table(capabilities: Sequence[tuple[int, int]] = CAPABILITIES) -> list[dict[s
         started += [
             (rows, way, None if first else blocks, launch) for rows in INTEGER_ROWS for blocks, first, launch in integer_launches(rows, x_group)
         ]
-    found: dict[str, dict[str, Any]] = {}
+    made_rows: dict[str, dict[str, Any]] = {}
     for rows, way, blocks, launch in started:
         for capability in capabilities:
             if blocks in HOPPERS and capability < (9, 0):
                 continue
             key = f"{launch.kernel.__name__} {capability} {_specialized(launch)} {launch.options}"
-            if key not in found:
+            if key not in made_rows:
                 made, options = compiled(launch, capability), launch.options
                 sizes = {size: options.get(f"BLOCK_{size.upper()}") for size in ("n", "m")}
                 sizes |= {"warps": options["num_warps"], "stages": options["num_stages"], "step": options.get("UNROLL", options.get("STEP"))}
                 card = f"sm_{capability[0]}{capability[1]}"
-                found[key] = {"card": card, "way": way, "kernel": launch.kernel.__name__, "default": False, "rows": []} | sizes | made
-                found[key]["fits"] = made["shared_bytes"] <= SHARED_LIMITS[capability]
-            row = found[key]
+                made_rows[key] = {"card": card, "way": way, "kernel": launch.kernel.__name__, "default": False, "rows": []} | sizes | made
+                made_rows[key]["fits"] = made["shared_bytes"] <= SHARED_LIMITS[capability]
+            row = made_rows[key]
             row["default"] |= blocks is None or default_for(rows, capability) == blocks  # None: the first of its own candidates
             row["rows"] = sorted({*row["rows"], rows})
-    return [row | {"rows": ", ".join(map(str, row["rows"]))} for row in found.values()]
+    return [row | {"rows": ", ".join(map(str, row["rows"]))} for row in made_rows.values()]

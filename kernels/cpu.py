@@ -1,4 +1,4 @@
-"""Which of a CPU's operators to use: decided by measurement on this machine, remembered per device.
+"""Chooses among the CPU operators by measurement on this machine, remembered per device.
 
 The rows of a call decide, and so does the machine: 16-bit arithmetic is a gain on one and a hundred times slower than float32 on
 another. Knows packed weights and their ways to multiply; not modules, files or models.

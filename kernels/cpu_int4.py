@@ -34,8 +34,8 @@ def block_rows() -> int:
     low, high = (_pack(part.contiguous(), 2) for part in (rows % 16, rows // 16))
     for block in (64, 32):
         a, b = (part.view(-1, 4, block // 2) for part in (low, high))
-        found = torch.cat(((a & 15) + 16 * (b & 15), (a >> 4) + 16 * (b >> 4)), dim=-1).long()
-        if torch.equal(found, torch.arange(PADDED_ROWS).view(-1, 1, block).expand_as(found)):
+        order = torch.cat(((a & 15) + 16 * (b & 15), (a >> 4) + 16 * (b >> 4)), dim=-1).long()
+        if torch.equal(order, torch.arange(PADDED_ROWS).view(-1, 1, block).expand_as(order)):
             return block
     raise ValueError(f"torch {torch.__version__} packs int4 weights in an unknown order on {torch.backends.cpu.get_cpu_capability()}")
 
@@ -62,10 +62,10 @@ class Int4Weight:
 
     def products(self, half_pays: Callable[[torch.dtype], bool], rows: int) -> dict[str, Product]:
         """Ways to multiply x [M, I] → [M, O]; those in bfloat16 only where it pays."""
-        found: dict[str, Product] = {"int4": self.matmul, "unpack": self.unpacked_matmul}
+        result: dict[str, Product] = {"int4": self.matmul, "unpack": self.unpacked_matmul}
         if half_pays(torch.bfloat16):
-            found["unpack+bfloat16"] = lambda x: self.unpacked_matmul(x, torch.bfloat16)
-        return found
+            result["unpack+bfloat16"] = lambda x: self.unpacked_matmul(x, torch.bfloat16)
+        return result
 
     def matmul(self, x_MI: Tensor) -> Tensor:
         """bfloat16 [M, O]: torch's packed operator."""

@@ -1,4 +1,4 @@
-"""Binds a prepared weight to the CPU: a packed form with the low-rank term in float32 beside it.
+"""Binds a prepared weight to the CPU: a packed form plus the low-rank term in float32.
 
 Knows prepared weights and measured choices; not modules.
 Legend: M tokens, O out, I in.
@@ -33,7 +33,7 @@ class PackedOperator:
     _by_rows: dict[int, cpu.Product] = field(default_factory=dict)
 
     def __call__(self, x_MI: Tensor) -> Tensor:
-        """Few operations besides the product, since a token goes through four of these in every block."""
+        """Few operations around the product, since a token passes four of these in every block."""
         inner = x_MI if self.smooth is None else x_MI / self.smooth.to(x_MI.dtype)
         if self.activations is not None:
             inner = rounded(inner, self.activations)
@@ -68,7 +68,7 @@ def operator_for(prepared: Prepared, place: torch.device, dtype: torch.dtype, wa
         raise ValueError(f"torch ships no packed operator for a {type(prepared.base).__name__} on the CPU")
     as_bytes = wanted == "cpu-int8" or (wanted == "auto" and prepared.base.bits > 4)
     weight = pack_bytes(prepared.base) if as_bytes else pack_int4(prepared.base)
-    measured = cpu.resident_form(weight, dtype) if wanted == "auto" else {"choice": "packed", "reason": "asked for"}
+    measured = cpu.resident_form(weight, dtype) if wanted == "auto" else {"choice": "packed", "reason": "requested"}
     if measured["choice"] != "packed":
         raise ValueError(measured["reason"])
     low_rank = LowRankSegments(prepared) if prepared.down is not None else None

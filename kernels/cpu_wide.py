@@ -37,10 +37,10 @@ class HalfWeight:
 
     def products(self, half_pays: Callable[[torch.dtype], bool], rows: int) -> dict[str, Product]:
         """Ways to multiply x [M, I] → [M, O]. torch's own product of many rows takes minutes where 16 bits have no arithmetic."""
-        found: dict[str, Product] = {"widen": lambda x: widened_matmul(x, self)}
+        result: dict[str, Product] = {"widen": lambda x: widened_matmul(x, self)}
         if rows == 1 or half_pays(self.weight.dtype):
-            found["direct"] = lambda x: F.linear(x.to(self.weight.dtype), self.weight)
-        return found
+            result["direct"] = lambda x: F.linear(x.to(self.weight.dtype), self.weight)
+        return result
 
     def widened(self, first: int, last: int) -> Tensor:
         """float32 [N, I] of rows [first, last), in this thread's scratch: valid until the next chunk."""

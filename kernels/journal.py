@@ -1,4 +1,4 @@
-"""What a benchmark has finished, kept on disk line by line, so that one that was stopped goes on.
+"""A benchmark's finished results, appended to a file line by line, so that a stopped benchmark resumes.
 
 Knows JSON; not what is measured.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 class Journal:
     """Results under keys. The first line says what they were measured with (`context`); lines of another context are dropped, since
-    nothing measured otherwise may stand beside them, and a line torn by a kill is measured again. Without a path nothing is kept."""
+    results of different contexts must not be mixed, and a line torn by a kill is measured again. Without a path nothing is kept."""
 
     def __init__(self, path: Path | None, context: Mapping[str, Any]) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""What every launcher needs to know before it starts a kernel: where Triton runs, which dtype, which segments.
+"""Shared set-up of the kernel launchers: where Triton runs, which dtype, which segments.
 
 Legend: M tokens, O out, R rank.
 """

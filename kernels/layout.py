@@ -73,8 +73,8 @@ class TiledWeight:
         if self.book is not None or self.bits > 4 or not self.integer_zeros:
             return None
         zeros_OG = torch.full_like(self.scales, 1 << (self.bits - 1)).t() if self.zeros is None else self.zeros.t()
-        found = exact_levels(self.scales.t(), reach(self.codes_OI(), zeros_OG, self.group_size))
-        return None if found is None else (found[0].t().contiguous(), found[1])
+        levels = exact_levels(self.scales.t(), reach(self.codes_OI(), zeros_OG, self.group_size))
+        return None if levels is None else (levels[0].t().contiguous(), levels[1])
 
     @cached_property
     def int4_refusal(self) -> str:
@@ -101,7 +101,7 @@ class TiledWeight:
         return torch.stack(slots, dim=2).flatten(1)[:, : self.in_features].to(torch.uint8)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[O, I], computed in float32 (float64 when asked for that) and rounded once."""
+        """[O, I], computed in float32 (or in float64, if `dtype` is) and rounded once."""
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         group = torch.arange(self.in_features, device=self.device) // self.group_size
         scales = self.scales.to(compute).t()[:, group]

@@ -61,7 +61,7 @@ class FusedLinear(nn.Module):
 
 
 class _Pending:
-    """What a group has computed for x and not yet been asked for. No attribute of the module's own, which each cost it a lookup."""
+    """What a group has computed for x and not yet returned. No attribute of the module's own, which each cost it a lookup."""
 
     __slots__ = ("left", "outputs", "version", "x")
 
@@ -101,7 +101,7 @@ class FusedGroup(nn.Module):
         return [GroupPart(self, index) for index in range(len(self.sizes))]
 
     def part(self, index: int, x: Tensor) -> Tensor:
-        """Member `index` of the group's output for x; the others are kept until each has been asked for or x changes."""
+        """Member `index` of the group's output for x; the others are kept until each has been returned or x changes."""
         pending, version = self._pending, None if x.is_inference() else x._version
         if pending.x is not x or pending.version != version or pending.outputs[index] is None:
             pending.x, pending.version, pending.outputs = x, version, list(self.forward(x))
@@ -203,7 +203,7 @@ def bind(
     place = _check(device, dtype, backend, [bias], [stored])
     stored, bias = stored.to(place), None if bias is None else bias.detach().to(place)
     if backend == "reference":
-        return FusedLinear(ReferenceOperator(stored, bias), "reference", "asked for", stored.shape, place, dtype)
+        return FusedLinear(ReferenceOperator(stored, bias), "reference", "requested", stored.shape, place, dtype)
     try:
         prepared = prepare(stored, bias)
     except ValueError as error:
@@ -259,7 +259,7 @@ def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 def _bind_prepared(prepared: Prepared, place: torch.device, dtype: torch.dtype, backend: Backend) -> FusedLinear:
     if backend == "dense" or (backend == "auto" and isinstance(prepared.base, DenseWeight)):
-        reason = "asked for" if backend == "dense" else "the weight is stored dense"
+        reason = "requested" if backend == "dense" else "the weight is stored dense"
         return _dense(prepared, place, dtype, reason)
     packed = triton_linear if backend == "triton" or (backend == "auto" and place.type == "cuda") else cpu_linear
     try:

@@ -1,4 +1,4 @@
-"""What a bound linear calls: x [M, I] → y [M, O] in x's dtype. Here those made of ordinary torch: dense, and the reference.
+"""Operators that a bound linear calls, x [M, I] → y [M, O] in x's dtype; here those in ordinary torch: dense, and the reference.
 
 Knows records and tensors; not devices' special operators.
 Legend: M tokens, O out, I in, R rank.

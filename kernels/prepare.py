@@ -1,5 +1,5 @@
-"""From a stored weight to what the operators read: masks folded into codes, columns put in the order of their groups,
-several linears of one input set side by side.
+"""Prepares stored weights for the operators: masks folded into codes, columns put in the order of their groups,
+several linears of one input concatenated.
 
 Knows records; not devices or kernels.
 Legend: O out, I in, R rank, G groups.
@@ -119,7 +119,7 @@ def _contiguous_groups(base: Base) -> tuple[Base, Tensor | None]:
 
 def join(parts: Sequence[Prepared], widen: bool, rank_limit: int | None = None) -> Prepared:
     """Several linears of one input as one. `widen` lets uniform grids of different bits meet at the widest, if that has four at most;
-    `rank_limit` bounds the ranks of all members together. ValueError says what differs or does not fit."""
+    `rank_limit` bounds the sum of the members' ranks. ValueError says what differs or does not fit."""
     first = parts[0]
     for name in ("columns", "smooth"):
         if not all(_same(getattr(part, name), getattr(first, name)) for part in parts):
@@ -129,7 +129,7 @@ def join(parts: Sequence[Prepared], widen: bool, rank_limit: int | None = None) 
     base = _join_bases([part.base for part in parts], widen)
     down, starts = _join_downs([part.down for part in parts])
     if rank_limit is not None and down is not None and down.shape[0] > rank_limit:
-        raise ValueError(f"the members' ranks are {down.shape[0]} together; one product takes at most {rank_limit}")
+        raise ValueError(f"the members' ranks add up to {down.shape[0]}; one product takes at most {rank_limit}")
     segments, row = [], 0
     for part, start in zip(parts, starts, strict=True):
         segments.append(Segment(row, part.shape[0], start, 0 if part.down is None else part.down.shape[0]))

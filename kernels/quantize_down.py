@@ -1,6 +1,6 @@
 """codes, scales, h = quantize(x / smooth), x·downᵀ with one read of x.
 
-Each program reads some groups of some tokens once; the down-projection's partial sums lie side by side and are added, in order,
+Each program reads some groups of some tokens once; the down-projection's partial sums are stored separately and added, in order,
 by whoever reads h, so two runs agree to the bit. With one scale a token a program reads whole rows, and again, from a cache, what
 it then rounds. Knows tensors only.
 Legend: M tokens, K = I inputs, G groups, R rank, S partial sums, Q inputs of a group.

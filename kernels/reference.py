@@ -1,6 +1,6 @@
 """The operators in plain torch: what every fast path is tested against, and the backend of last resort.
 
-Knows tensors only. All arithmetic in float32 (or float64 when asked), rounded once at the end.
+Knows tensors only. All arithmetic in float32 (or float64, by `dtype`), rounded once at the end.
 Legend: M tokens, O out, I in, R rank, G groups of activations, S partial sums.
 """
 

@@ -1,4 +1,4 @@
-"""Others' 4-bit operators on the same weights, for the benchmark's table: torch's own int4 product, and gemlite where it is installed.
+"""Third-party 4-bit operators on the same weights, for the benchmark's table: torch's own int4 product, and gemlite where it is installed.
 
 Knows records and how each wants them packed; not how time is measured.
 Legend: M rows of activations, O out, I in, G groups.
@@ -23,15 +23,15 @@ def rivals(stored: StoredWeight) -> dict[str, Callable[[], Rival]]:
     base = stored.base
     if not isinstance(base, UniformWeight) or base.bits != 4 or stored.activations is not None:
         return {}
-    found: dict[str, Callable[[], Rival]] = {}
+    builders: dict[str, Callable[[], Rival]] = {}
     if base.group_size in torch_int4.GROUPS:
-        found["torch int4"] = lambda: tinygemm(base)
+        builders["torch int4"] = lambda: tinygemm(base)
     if base.scales.device.type == "cuda" and find_spec("gemlite") is not None:
-        found["gemlite"] = lambda: gemlite(base)
+        builders["gemlite"] = lambda: gemlite(base)
     if stored.low_rank is None:
-        return found
+        return builders
     up, down = stored.low_rank.factors(torch.bfloat16)
-    return {f"{name}, unfused rank": partial(with_rank, build, up, down) for name, build in found.items()}
+    return {f"{name}, unfused rank": partial(with_rank, build, up, down) for name, build in builders.items()}
 
 
 def with_rank(build: Callable[[], Rival], up: Tensor, down: Tensor) -> Rival:

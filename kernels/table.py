@@ -61,7 +61,7 @@ def bind_table(
     scale: Tensor | float | None = None,
 ) -> tuple[FusedEmbedding, FusedLinear]:
     """(embedding, the linear [V, D] that would be its tied head) of one table. A record that is more than a base (a low-rank term,
-    smoothing, a mask, a sparse delta) becomes one dense matrix, since a row would have to be put together from all of it."""
+    smoothing, a mask, a sparse delta) becomes one dense matrix, since a row would have to be assembled from all of it."""
     plain = all(part is None for part in (stored.low_rank, stored.smooth, stored.delta, stored.mask, stored.activations))
     plain = plain and getattr(stored.base, "group_index", None) is None
     table = stored if plain else StoredWeight(DenseWeight(stored.dense()))

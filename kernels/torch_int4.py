@@ -1,6 +1,6 @@
 """torch's own 4-bit product (tinygemm): how it wants a uniform grid packed, what it can carry, and whether this torch has it for a device.
 
-It keeps scale and zero of a group side by side in bfloat16 and counts a code from 8: w = (q − 8)·scale + zero. Knows tensors only.
+It stores scale and zero of a group adjacently in bfloat16 and counts a code from 8: w = (q − 8)·scale + zero. Knows tensors only.
 Legend: M tokens, O out, I in, G groups.
 """
 

@@ -90,7 +90,7 @@ def operator_for(prepared: Prepared, place: torch.device, dtype: torch.dtype, wa
     if prepared.activations is None:
         return TritonOperator(prepared, weight, False), NAME, "weight-only: the way is chosen by the rows of x, `describe` says which and why"
     why_not = _integer_refusal(prepared, weight)
-    levels = "" if why_not or weight.two_levels is None else ", scales of two levels"  # found now: a graph that is recorded cannot wait for it
+    levels = "" if why_not or weight.two_levels is None else ", scales of two levels"  # computed now: a graph that is recorded cannot wait for it
     reason = (
         f"W{weight.bits}A{prepared.activations.bits} on the integer unit{levels}, or widened where that is measured faster"
         if not why_not

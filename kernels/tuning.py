@@ -1,4 +1,4 @@
-"""Which way and which block sizes a kernel runs with: tuned on the card once, remembered on disk per device and shape.
+"""Autotuning: which kernel and which block sizes to launch, measured on the card once and remembered on disk per device and shape.
 
 The first candidate is the default that ships for the card; it is taken, and listed in `defaulted`, where nothing can be timed: in Triton's
 interpreter, while a graph is recorded, and with BITMEND_TUNE=0. Knows configurations and how to time them; not kernels.
@@ -49,9 +49,9 @@ def tuned(
         return settled
     if not can_time(device):
         return _default(key, device, candidates, "nothing is timed in Triton's interpreter")
-    asked = os.environ.get(SWITCH, "1")
-    if asked not in ("0", "1"):
-        raise ValueError(f"{SWITCH} is {asked!r}; expected 0 (take the defaults) or 1 (measure)")
+    switch = os.environ.get(SWITCH, "1")
+    if switch not in ("0", "1"):
+        raise ValueError(f"{SWITCH} is {switch!r}; expected 0 (take the defaults) or 1 (measure)")
 
     def measure() -> dict[str, Any]:
         times: dict[int, float] = {}
@@ -69,7 +69,7 @@ def tuned(
     entry = known(device, key)
     if entry is None and torch.cuda.is_current_stream_capturing():
         return _default(key, device, candidates, "a graph is being recorded")
-    if entry is None and asked == "0":
+    if entry is None and switch == "0":
         return _default(key, device, candidates, f"{SWITCH}=0")
     chosen = Blocks(**remembered(device, key, measure)["choice"])
     _defaulted.pop((device, key), None)

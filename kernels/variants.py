@@ -1,4 +1,4 @@
-"""What the benchmark multiplies with: synthetic weights of real sizes, every way to multiply with one, and the check each has to pass.
+"""The benchmark's variants: synthetic weights of real sizes, every operator that multiplies with one, and the check each has to pass.
 
 Knows records and operators; not how time is measured.
 Legend: M rows of activations, O out, I in, R rank.
@@ -66,28 +66,28 @@ def variants(stored: StoredWeight, place: torch.device) -> dict[str, Variant]:
     plain = replace(stored, low_rank=None)
     dense, packed = stored.dense(torch.bfloat16), bind(plain, device=place, dtype=torch.bfloat16)
     base = plain.base
-    found: dict[str, Variant] = {}
+    result: dict[str, Variant] = {}
     if stored.activations is None:
-        found["torch bfloat16"] = (lambda x: F.linear(x, dense)), size_of(dense)
+        result["torch bfloat16"] = (lambda x: F.linear(x, dense)), size_of(dense)
         if place.type == "cpu":
             wide = dense.float()
-            found["torch float32"] = (lambda x: F.linear(x.float(), wide).to(x.dtype)), size_of(wide)
+            result["torch float32"] = (lambda x: F.linear(x.float(), wide).to(x.dtype)), size_of(wide)
     assert isinstance(base, UniformWeight)
     if stored.activations is None and stored.low_rank is None:
         tiled = tile(base)
         form = torch.float32 if place.type == "cpu" else torch.bfloat16
-        found["dequantize then matmul"] = (lambda x: _multiply_dense(x, tiled.dense(form))), tiled.resident_bytes()
+        result["dequantize then matmul"] = (lambda x: _multiply_dense(x, tiled.dense(form))), tiled.resident_bytes()
     if stored.low_rank is None:
-        return found | {f"{packed.backend} without rank": (packed, packed.resident_bytes())}
+        return result | {f"{packed.backend} without rank": (packed, packed.resident_bytes())}
     up, down = stored.low_rank.factors(torch.bfloat16)
     fused = bind(stored, device=place, dtype=torch.bfloat16)
     if stored.activations is None:
         base_only = plain.dense(torch.bfloat16)
         kept = size_of(base_only) + size_of(up) + size_of(down)
-        found["torch bfloat16, unfused rank"] = (lambda x: F.linear(x, base_only) + _multiply_dense(_multiply_dense(x, down), up)), kept
+        result["torch bfloat16, unfused rank"] = (lambda x: F.linear(x, base_only) + _multiply_dense(_multiply_dense(x, down), up)), kept
     kept = packed.resident_bytes() + size_of(up) + size_of(down)
-    found["unfused rank"] = (lambda x: packed(x) + _multiply_dense(_multiply_dense(x, down), up)), kept
-    return found | {f"{fused.backend} fused": (fused, fused.resident_bytes())}
+    result["unfused rank"] = (lambda x: packed(x) + _multiply_dense(_multiply_dense(x, down), up)), kept
+    return result | {f"{fused.backend} fused": (fused, fused.resident_bytes())}
 
 
 def _multiply_dense(x: Tensor, weight: Tensor) -> Tensor:

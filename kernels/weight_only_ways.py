@@ -159,7 +159,7 @@ def project(operands: Operands, x: Tensor) -> Tensor:
 
 
 def split(operands: Operands, blocks: Blocks) -> Tensor:
-    """Up to 64 rows, padded to 16: inputs split over programs, down's rows beside the weight's, one finishing pass."""
+    """Up to 64 rows, padded to 16: inputs split over programs, down's rows appended to the weight's, one finishing pass."""
     x, weight, down, y = operands.x, operands.weight, operands.down, operands.empty()
     (rows, inputs), out = x.shape, weight.shape[0]
     ranks, block_m = 0 if down is None else down.shape[0], max(16, triton.next_power_of_2(rows))

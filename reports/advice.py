@@ -110,7 +110,7 @@ def _more_recovery(record: RunRecord, present: set[str]) -> list[str]:
     steps = stage.settings.get("steps")
     tips = [f"Longer recovery: {_set(stage, 'steps', 2 * steps)}."] if isinstance(steps, int) and steps > 0 else []
     if stage.settings.get("loss") == "distill":
-        tips.append(f"The text itself beside the teacher: {_set(stage, 'loss', 'both')}.")
+        tips.append(f"Cross-entropy on the text in addition to the teacher's logits: {_set(stage, 'loss', 'both')}.")
     if stage.method in ("lora", "perp") and not stage.settings.get("scales") and "quantize" in present:
         tips.append(f"Recovery that costs no byte, training the grid's own scales: {_set(stage, 'method', 'scales')}.")
     return tips

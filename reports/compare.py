@@ -1,4 +1,4 @@
-"""Several runs beside each other: one row each, the Pareto line of bytes against perplexity, and who loses at equal bytes.
+"""Comparison of several runs: one row each, the Pareto line of bytes against perplexity, and which runs lose at equal bytes.
 
 Perplexities are compared only between runs of one protocol, text and model. Where two runs differ by less than two standard errors, neither
 is called better: the paired error between two runs is at most the sum of their paired errors to a common baseline.

@@ -1,4 +1,4 @@
-"""How figures look and how they leave: style, inline SVG for pages, files for publishing, axes and labels.
+"""Style and output of figures: inline SVG for pages, files for publishing, axes and labels.
 
 Knows matplotlib and nothing of what is drawn. Figures never touch pyplot's global state. An inline SVG takes its ink and
 paper from the page's CSS (`--ink`, `--muted`, `--rule`, `--paper`), so that one drawing serves light, dark and print.
@@ -127,7 +127,7 @@ def panel_title(axes: Axes, text: str) -> None:
 def place_labels(
     axes: Axes, points: Sequence[tuple[float, float, str]], size: float = 7.5, avoid: Sequence[tuple[float, float]] = ()
 ) -> None:
-    """Writes a label beside each point where it covers no point, no other label and nothing of `avoid`, or as little as can be.
+    """Writes a label next to each point where it covers no point, no other label and nothing of `avoid`, or as little as can be.
 
     Points on top of each other share one label.
     """
@@ -141,7 +141,7 @@ def place_labels(
     inside = (frame.x0 * scale, frame.y0 * scale, right * scale, top * scale)
     taken = [(x - 3.5, y - 3.5, x + 3.5, y + 3.5) for x, y, _ in at]
     taken += [(x - 1.0, y - 1.0, x + 1.0, y + 1.0) for x, y in (axes.transData.transform(point) * scale for point in avoid)]
-    for index, texts in _together(at):
+    for index, texts in _bunched(at):
         text, (x, y, _) = ", ".join(texts), at[index]
         box = _free_place(x, y, 0.58 * size * len(text), 1.15 * size, taken, inside)
         taken.append(box)
@@ -153,7 +153,7 @@ def place_labels(
 Box = tuple[float, float, float, float]
 
 
-def _together(at: Sequence[tuple[float, float, str]]) -> list[tuple[int, list[str]]]:
+def _bunched(at: Sequence[tuple[float, float, str]]) -> list[tuple[int, list[str]]]:
     """(first point, texts) of every bunch of points nearer than three typographic points to its first."""
     bunches: list[tuple[int, list[str]]] = []
     for index, (x, y, text) in enumerate(at):

@@ -1,4 +1,4 @@
-"""A run in words: what each stage did to perplexity, which layers suffered. What to try next is `advice`.
+"""A run's results in sentences: what each stage did to perplexity, which layers suffered. What to try next is `advice`.
 
 Every sentence follows from numbers of the record. A change within two paired standard errors is called noise, one that no printed digit
 shows is no verdict either; a perplexity below the baseline is called adaptation to the text's domain.
@@ -214,9 +214,9 @@ def _adaptation(record: RunRecord) -> list[Finding]:
     if not below:
         return []
     last = below[-1]
-    beside = [f"top-1 agreement {percent(last.top1_agreement)}"] if last.top1_agreement is not None else []
-    beside += [f"KL {number(last.kl_to_baseline)} nats"] if last.kl_to_baseline is not None else []
-    distance = f" How far it is from the baseline, its {' and '.join(beside)} tell." if beside else ""
+    measures = [f"top-1 agreement {percent(last.top1_agreement)}"] if last.top1_agreement is not None else []
+    measures += [f"KL {number(last.kl_to_baseline)} nats"] if last.kl_to_baseline is not None else []
+    distance = f" How far it is from the baseline, its {' and '.join(measures)} tell." if measures else ""
     numbers = f"{number(last.perplexity)} < {number(baseline.perplexity)}"
     reason = "That is no sign of a better model: training on text of the evaluation's domain adapts to that domain."
     return [Finding("adaptation", f"{named(last)} is below the baseline ({numbers}). {reason}{distance}")]

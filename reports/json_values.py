@@ -101,7 +101,7 @@ def as_json(value: object, path: str, lost: list[str]) -> Json:
 
 
 def _scalar(value: object) -> int | float | str:
-    """Numbers of other libraries (zero-dimensional tensors, numpy scalars) by their `item()`, the rest by its text."""
+    """Numbers of other libraries (zero-dimensional tensors, numpy scalars) by their `item()`, anything else by its text."""
     item: Callable[[], object] | None = getattr(value, "item", None)
     plain = item() if callable(item) else value
     return plain if isinstance(plain, int | float) else str(plain)

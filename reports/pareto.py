@@ -1,4 +1,4 @@
-"""Which points no other beats. Knows pairs of numbers; imports nothing heavy."""
+"""Pareto-optimal points: those that no other point beats. Knows pairs of numbers; imports nothing heavy."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Plain methods on the demo model, as published: what stands beside a run of it in the plot of sizes.
+"""Published results of plain methods on the demo model, drawn next to a run of it in the plot of sizes.
 
 Knows where the rows lie; draws nothing.
 """

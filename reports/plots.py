@@ -116,8 +116,8 @@ def pareto_figure(
 
 def _steps(x0: float, y0: float, x1: float, y1: float) -> list[tuple[float, float]]:
     """Points along the Pareto line from one member to the next: across, then down."""
-    shares = [step / 30 for step in range(31)]
-    return [(x0 + (x1 - x0) * share, y0) for share in shares] + [(x1, y0 + (y1 - y0) * share) for share in shares]
+    fractions = [step / 30 for step in range(31)]
+    return [(x0 + (x1 - x0) * share, y0) for share in fractions] + [(x1, y0 + (y1 - y0) * share) for share in fractions]
 
 
 def kernels_figure(rows: Iterable[Mapping[str, object]], *, rank: int = 32, against: str = "torch bfloat16", title: str = "") -> Figure:

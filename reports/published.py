@@ -1,7 +1,7 @@
 """Reference results in `published/`: a table as JSON and Markdown, its figure as PNG and SVG, and rows that survive a kill.
 
 Knows rows (mappings) and columns; not what was measured. A publishing command appends each finished row to `Rows` and, when
-asked again, measures only what is not there yet.
+run again, measures only what is missing.
 """
 
 import json
@@ -19,7 +19,7 @@ from .tables import markdown_table
 from .units import duration, exact, number, percent, size
 
 DIRECTORY = Path(__file__).resolve().parent / "published"
-"""In the repository, too, where the package is a farm of links: a table written beside the links would be lost with them."""
+"""In the repository, too, where the package is a farm of links: a table written next to the links would be lost with them."""
 SCHEMA = 1
 """Of a published table."""
 

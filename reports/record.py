@@ -41,7 +41,7 @@ class Protocol:
     def identity(self) -> str:
         """Equal where perplexities compare."""
         known = {**self.to_json(), "details": None, "device": None}  # the same sums on another device differ by rounding
-        known["dtype"] = known["dtype"] or "float32"  # what was measured before a protocol said so
+        known["dtype"] = known["dtype"] or "float32"  # measured before protocols recorded a dtype
         return json.dumps(known, sort_keys=True)
 
     @classmethod

@@ -44,11 +44,11 @@ def kernels(device: str, full: bool, output: Path | None) -> "KernelReport":
 
 def write_kernels(measured: "KernelReport", directory: Path) -> list[Path]:
     """Table and plot of what the kernels' benchmark returned, here or elsewhere."""
-    from ...kernels.bench import beside_bfloat16
+    from ...kernels.bench import relative_to_bfloat16
     from ...reports import published
     from ...reports.plots import kernels_figure
 
-    rows, environment = beside_bfloat16(measured["rows"]), measured["environment"]
+    rows, environment = relative_to_bfloat16(measured["rows"]), measured["environment"]
     against = "torch float32" if any(row["variant"] == "torch float32" for row in rows) else "torch bfloat16"
     notes = [
         "µs: median of one call over the repeats; spread: the distance between the quartiles; weights: the bytes that stay in memory.",

@@ -72,10 +72,10 @@ def of_shape(name: str, blocks: int | None, only: Sequence[str], device: str, re
             journal.add(variant, {"rows": [{"shape": name, "blocks": shape.blocks} | row for row in measured(variant, form, shape, place, repeats)]})
         rows += journal[variant]["rows"]
     journal.close()
-    return beside_bfloat16(rows)
+    return relative_to_bfloat16(rows)
 
 
-def beside_bfloat16(rows: Sequence[Row]) -> list[Row]:
+def relative_to_bfloat16(rows: Sequence[Row]) -> list[Row]:
     """The rows with `times_bfloat16`: their milliseconds over bfloat16's, where that was measured."""
     plain = {row["regime"]: real(row["milliseconds"]) for row in rows if row["variant"] == "bfloat16"}
     return [row | ({"times_bfloat16": round(real(row["milliseconds"]) / plain[row["regime"]], 3)} if row["regime"] in plain else {}) for row in rows]

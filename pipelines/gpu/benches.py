@@ -71,10 +71,10 @@ def kernels(part: CardPart, call: Call) -> None:
     watch = _journal(part, place / "bench-kernels.journal", keep)
     code = call.run("bitmend.kernels.bench", ["--device", "cuda", "--output", str(place), *call.plan.kernels], "kernels", watch)
     if code in (0, 1):
-        from ...kernels.bench import beside_bfloat16
+        from ...kernels.bench import relative_to_bfloat16
 
         measured = json.loads((place / "bench-kernels.json").read_text(encoding="utf-8"))  # the journal goes with the last piece
-        keep(measured | {"rows": beside_bfloat16(measured["rows"])})
+        keep(measured | {"rows": relative_to_bfloat16(measured["rows"])})
     _ended(part, call, "kernels", code in (0, 1), code)
 
 

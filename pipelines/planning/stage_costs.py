@@ -174,7 +174,7 @@ def _units(spec: StageSpec, together: list[Site]) -> list[list[Site]]:
         return [together]
     for site in together:
         config = spec.config_for(site.name)
-        out.setdefault(config if row.together is not None and getattr(config, "shared", True) else site.name, []).append(site)
+        out.setdefault(config if row.solve_group is not None and getattr(config, "shared", True) else site.name, []).append(site)
     return list(out.values())
 
 
@@ -203,7 +203,7 @@ def _stacks(spec: StageSpec, together: list[Site]) -> dict[object, int]:
     row, out = methods(spec.name)[spec.method], dict[object, int]()
     for site in together:
         config = spec.config_for(site.name)
-        if row.together is not None and getattr(config, "shared", True):
+        if row.solve_group is not None and getattr(config, "shared", True):
             out[config] = out.get(config, 0) + site.shape[0]
     return out
 

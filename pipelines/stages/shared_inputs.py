@@ -19,7 +19,7 @@ Solved = tuple[dict[str, StoredWeight], dict[str, dict[str, object]]]
 
 def solve_all(stage: Stage, sites: list[Site], statistics: Mapping[str, InputStatistics]) -> Solved:
     """(records, what is said of each) of sites whose inputs are known, on every rank."""
-    ranks, units = stage.context.ranks, _together(stage, sites, statistics)
+    ranks, units = stage.context.ranks, _groups(stage, sites, statistics)
     parts = row_parts(units, [stage.row.by_rows(stage.config_for(few[0])) for few in units])
     owners = iter(spread([cost for costs in parts for cost in costs], ranks.size))
     owned = [[next(owners) for _ in costs] for costs in parts]
@@ -32,20 +32,20 @@ def solve_all(stage: Stage, sites: list[Site], statistics: Mapping[str, InputSta
         if len(owned[unit]) > 1:
             share = BlockShare((), ranks.rank, ranks.size, ranks.gathered, spread=lambda costs, of_unit=owned[unit]: of_unit)
             shared[unit] = _solve_few(stage, few, statistics, {"share": share})
-    found = [solved for _, solved in sorted((shared | ranks.in_order(mine)).items())]
-    return {n: r for records, _ in found for n, r in records.items()}, {n: said for _, layers in found for n, said in layers.items()}
+    solved = [solved for _, solved in sorted((shared | ranks.in_order(mine)).items())]
+    return {n: r for records, _ in solved for n, r in records.items()}, {n: layer for _, layers in solved for n, layer in layers.items()}
 
 
 def row_parts(units: Sequence[Sequence[Site]], by_rows: Sequence[bool]) -> list[list[float]]:
     """Of every unit what its parts cost: one, or where its method solves rows apart several parts of a unit that costs more than its share of
     all. How many ranks there are is of no consequence: a part's bits may be others than a whole's."""
-    costs, found = [solving_cost(few) for few in units], list[list[float]]()
+    costs, parts = [solving_cost(few) for few in units], list[list[float]]()
     for few, apart, cost in zip(units, by_rows, costs, strict=True):
         rows, columns = sum(site.shape[0] for site in few), few[0].shape[1]
         height = part_rows(rows)
         heights = [min(height, rows - start) for start in range(0, rows, height)] if apart and cost * SLOTS > sum(costs) else [rows]
-        found.append([float(some + columns) * columns**2 for some in heights])
-    return found
+        parts.append([float(some + columns) * columns**2 for some in heights])
+    return parts
 
 
 def solving_cost(sites: Sequence[Site]) -> float:
@@ -64,31 +64,31 @@ def spread(costs: Sequence[float], size: int) -> list[int]:
 
 
 def _solve_one(stage: Stage, site: Site, statistics: Mapping[str, InputStatistics]) -> Solved:
-    record, said = solve(stage, site, statistics)
-    return {site.name: record}, {site.name: said}
+    record, layer = solve(stage, site, statistics)
+    return {site.name: record}, {site.name: layer}
 
 
-def _together(stage: Stage, sites: list[Site], statistics: Mapping[str, InputStatistics]) -> list[list[Site]]:
+def _groups(stage: Stage, sites: list[Site], statistics: Mapping[str, InputStatistics]) -> list[list[Site]]:
     """Those that read one input with one and the same config, where their method solves several at once and the config does not say
     `shared: false`; else one site each."""
     groups: dict[object, list[Site]] = {}
     for site in sites:
         config = stage.config_for(site)
-        shares = stage.row.together is not None and getattr(config, "shared", True)
-        groups.setdefault((id(statistics[site.name]), config) if shares else site.name, []).append(site)
+        joint = stage.row.solve_group is not None and getattr(config, "shared", True)
+        groups.setdefault((id(statistics[site.name]), config) if joint else site.name, []).append(site)
     return list(groups.values())
 
 
 def _solve_few(
     stage: Stage, sites: list[Site], statistics: Mapping[str, InputStatistics], shared: Mapping[str, BlockShare] = MappingProxyType({})
 ) -> Solved:
-    assert stage.row.together is not None
+    assert stage.row.solve_group is not None
     config = stage.config_for(sites[0])
     targets = {s.name: checked_target(stage, s, config) for s in sites}
     weights = {s.name: current(stage, s).to(stage.context.device) for s in sites}
     known = {s.name: LayerStatistics(statistics[s.name], stage.fisher.get(s.name)) for s in sites}
     try:
-        records, metrics = stage.row.together(weights, targets, known, config, **shared)
+        records, metrics = stage.row.solve_group(weights, targets, known, config, **shared)
     except ValueError as error:
         one = any(str(error).startswith(f"{name}: ") for name in targets)
         raise InputError(str(error) if one else f"{', '.join(targets)}: {error}") from error

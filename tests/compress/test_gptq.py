@@ -9,7 +9,7 @@ from bitmend.compress import gptq as gptq_module
 from bitmend.compress import normal_float as nf
 from bitmend.compress.block import BlockShare
 from bitmend.compress.feedback import inverse_factor
-from bitmend.compress.gptq import GptqConfig, GptqNormalFloatConfig, corrected_target, gptq, gptq_book, gptq_nf, gptq_together, gptq_uniform
+from bitmend.compress.gptq import GptqConfig, GptqNormalFloatConfig, corrected_target, gptq, gptq_book, gptq_group, gptq_nf, gptq_uniform
 from bitmend.compress.grids import Clip, UniformGrid, fit, round_to_grid
 from bitmend.compress.rounding import RtnConfig, round_uniform, rtn
 from bitmend.compress.statistics import InputStatistics, LayerStatistics
@@ -266,7 +266,7 @@ def test_together_or_one_by_one_is_the_same(settings, monkeypatch):
     for sweep in ("feed_back_", "feed_back_uniform_"):
         plain = getattr(gptq_module, sweep)
         monkeypatch.setattr(gptq_module, sweep, lambda work_IO, *rest, plain=plain: sweeps.append(work_IO.shape) or plain(work_IO, *rest))
-    records, metrics = gptq_together(weights, targets, known, config)
+    records, metrics = gptq_group(weights, targets, known, config)
     assert sweeps == [(192, 84)]
     for name, (record, found) in apart.items():
         assert_same_record(records[name], record)
@@ -287,7 +287,7 @@ def test_rows_swept_apart_are_those_of_one_sweep(settings, monkeypatch, side_by_
     targets = dict(zip("ab", given.weight_OI.split(50), strict=True))
 
     def solved(share=None):
-        records, metrics = gptq_together(weights, targets, dict.fromkeys("ab", given.statistics), config, share)
+        records, metrics = gptq_group(weights, targets, dict.fromkeys("ab", given.statistics), config, share)
         return {f"{n}.{part}": tensor for n, record in records.items() for part, tensor in to_tensors(record).items()}, metrics
 
     def of_three(together):
@@ -304,9 +304,9 @@ def test_together_what_cannot_be_is_refused_by_name_and_what_is_smoothed_goes_al
     weights = {name: StoredWeight(DenseWeight(target)) for name, target in targets.items()}
     known = dict.fromkeys(targets, case.statistics)
     with pytest.raises(ValueError, match="k: float_zeros leave no code for 0"):
-        gptq_together(weights | {"k": weights["k"].with_mask(targets["k"] > 0)}, targets, known, config)
+        gptq_group(weights | {"k": weights["k"].with_mask(targets["k"] > 0)}, targets, known, config)
     smooth = replace(weights["k"], smooth=torch.rand(96) + 0.5)
-    records, _ = gptq_together(weights | {"k": smooth}, targets, known, config)
+    records, _ = gptq_group(weights | {"k": smooth}, targets, known, config)
     assert_same_record(records["q"], gptq(weights["q"], targets["q"], case.statistics, config)[0])
     assert_same_record(records["k"], gptq(smooth, targets["k"], case.statistics, config)[0])
 

@@ -5,7 +5,7 @@ import torch
 from bitmend.compress.feedback import inverse_factor
 from bitmend.compress.ggml_grids import nearest_codes, round_ggml
 from bitmend.compress.ggml_types import GGML_TYPES, as_settings
-from bitmend.compress.gptq import GptqConfig, gptq, gptq_ggml, gptq_together
+from bitmend.compress.gptq import GptqConfig, gptq, gptq_ggml, gptq_group
 from bitmend.compress.rounding import RtnConfig, rtn
 from bitmend.compress.weights import DenseWeight, StoredWeight, to_tensors
 
@@ -57,7 +57,7 @@ def test_matrices_of_one_input_are_solved_together_as_alone():
     statistics = dict.fromkeys(cases, cases["q"].statistics)
     weights = {name: StoredWeight(DenseWeight(case.weight_OI)) for name, case in cases.items()}
     targets = {name: case.weight_OI for name, case in cases.items()}
-    found, _ = gptq_together(weights, targets, statistics, GptqConfig(**settings("q4_k")))
+    found, _ = gptq_group(weights, targets, statistics, GptqConfig(**settings("q4_k")))
     for name in cases:
         alone, _ = gptq(weights[name], targets[name], statistics[name], GptqConfig(**settings("q4_k")))
         assert torch.equal(found[name].dense(), alone.dense()) and found[name].shape == alone.shape
@@ -73,6 +73,6 @@ def test_a_pruned_matrix_is_refused_by_name_on_a_grid_with_minima():
     case = layer(columns=256, dtype=torch.float32)
     weights = {"q": StoredWeight(DenseWeight(case.weight_OI)), "k": StoredWeight(DenseWeight(case.weight_OI)).with_mask(case.weight_OI > 0)}
     with pytest.raises(ValueError, match="k: q5_k has no code for 0"):
-        gptq_together(
+        gptq_group(
             weights, dict.fromkeys(weights, case.weight_OI), dict.fromkeys(weights, case.statistics), GptqConfig(**settings("q5_k"))
         )

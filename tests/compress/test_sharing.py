@@ -18,7 +18,7 @@ from torch import Tensor
 
 ROWS = {"q": 48, "k": 16, "v": 16}
 COLUMNS = 64
-SHARING = [name for name, row in DECOMPOSE.items() if row.together is not None and name != "lq_lora"]
+SHARING = [name for name, row in DECOMPOSE.items() if row.solve_group is not None and name != "lq_lora"]
 
 
 def targets() -> dict[str, Tensor]:
@@ -39,8 +39,8 @@ def shared(method: str = "qera_exact", **chosen: Any) -> tuple[dict[str, StoredW
     weights = {name: StoredWeight(round_uniform(target, UniformGrid(3, 32), "power")) for name, target in wanted.items()}
     iterations = {"iterations": 2} if row.defaults.get("requantize") else {}
     config = row.config(**{**row.defaults, **iterations, "rank": 6, "shared": True, **chosen})
-    assert row.together is decompose_shared
-    return row.together(weights, wanted, dict.fromkeys(weights, known), config)
+    assert row.solve_group is decompose_shared
+    return row.solve_group(weights, wanted, dict.fromkeys(weights, known), config)
 
 
 @pytest.mark.parametrize("method", SHARING)
@@ -72,9 +72,9 @@ def test_alone_it_is_the_plain_decomposition() -> None:
     wanted, known = targets()["q"], LayerStatistics(inputs())
     weight = StoredWeight(round_uniform(wanted, UniformGrid(3, 32), "power"))
     config = DECOMPOSE["best"].config(**{**DECOMPOSE["best"].defaults, "rank": 6, "shared": True})
-    together, _ = decompose_shared({"q": weight}, {"q": wanted}, {"q": known}, config)
+    grouped, _ = decompose_shared({"q": weight}, {"q": wanted}, {"q": known}, config)
     alone, _ = decompose(weight, wanted, known, replace(config, shared=False))
-    one, other = to_tensors(together["q"]), to_tensors(alone)
+    one, other = to_tensors(grouped["q"]), to_tensors(alone)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 

@@ -171,7 +171,7 @@ def test_what_cannot_be_is_refused():
         sparsegpt(start, weight, statistics, SparseGptConfig(0.5, "4:8"))
     with pytest.raises(ValueError, match=r"keeps 2 of 4, a sparsity of 0\.5, not 0\.6"):
         SparseGptConfig(0.6, "2:4")
-    with pytest.raises(ValueError, match="activations are rounded only beside a quantized weight"):
+    with pytest.raises(ValueError, match="activations are quantized only with quantized weights"):
         SparseGptConfig(activations=ActivationGrid(8))
     with pytest.raises(ValueError, match="in_features 100 is not a multiple of group_size 64"):
         sparsegpt(start, weight, statistics, SparseGptConfig(0.5, bits=4))

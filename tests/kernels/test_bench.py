@@ -99,7 +99,7 @@ def test_times_stand_beside_bfloat16_of_as_many_rows() -> None:
     where = {"out": 64, "inputs": 128, "rank": 0}
     plain, ours = where | {"rows": 2, "variant": "torch bfloat16", "microseconds": 4.0}, where | {"rows": 2, "variant": "a", "microseconds": 3.0}
     others = [ours | {"rows": 3}, {"rows": 1, "rank": 0, "variant": "fused", "microseconds": 1.0}]
-    shown = bench.beside_bfloat16([ours, plain | {"rank": 8, "microseconds": 9.0}, plain, *others])
+    shown = bench.relative_to_bfloat16([ours, plain | {"rank": 8, "microseconds": 9.0}, plain, *others])
     assert [row.get("times_bfloat16") for row in shown] == [0.75, 2.25, 1.0, None, None]
 
 
@@ -109,7 +109,7 @@ def test_the_quick_plan_is_a_cards(capsys: pytest.CaptureFixture[str]) -> None:
     assert not any(bench.PLANS[name].two_levels for name in ("cpu", "cpu, full")), "its kernels are a card's"
     with pytest.raises(SystemExit, match="2"):
         bench.main(["--quick", "--device", "cpu"])
-    assert "--quick is a plan of a card's" in capsys.readouterr().err
+    assert "--quick needs a CUDA device and excludes --full" in capsys.readouterr().err
 
 
 def test_an_output_that_is_not_finite_is_refused() -> None:

@@ -234,7 +234,7 @@ def test_members_that_differ_are_bound_one_by_one(uniform: Maker, normal_float: 
         "smooth differ": [StoredWeight(uniform(40, 192)), smooth],
         "stored differently": [StoredWeight(uniform(40, 192)), StoredWeight(normal_float(40, 192))],
         "grids differ": [StoredWeight(uniform(40, 192)), StoredWeight(uniform(40, 192, 4, 32))],
-        "272 together": wide,
+        "ranks add up to 272": wide,
     }
     for reason, weights in cases.items():
         backend: Backend = "triton" if weights is wide else "auto"
