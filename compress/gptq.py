@@ -202,7 +202,7 @@ def gptq(weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, c
 
 
 def by_rows(config: GptqConfig) -> bool:
-    """Whether `gptq_group` can be divided among processes: a sweep on grids that are known beforehand goes through some rows after others anyway."""
+    """Whether `gptq_group` can be divided among processes: a sweep on grids that are known beforehand processes rows in parts anyway."""
     return config.act_order == "static_groups"
 
 
@@ -213,7 +213,7 @@ def gptq_group(
     config: GptqConfig,
     share: BlockShare | None = None,
 ) -> tuple[dict[str, StoredWeight], dict[str, dict[str, float]]]:
-    """GPTQ of matrices that read one input (q/k/v, gate/up): rows do not know each other, so all of them go through one sweep. Matrices
+    """GPTQ of matrices that read one input (q/k/v, gate/up): rows are independent, so one sweep covers all of them. Matrices
     whose inputs are smoothed differ in their factors and go one by one. With `share` (`by_rows`) parts of the rows, whose height is a matter of their
     number alone, are swept apart, each by its owner; every process is given all. Where there are several, a ValueError begins with the name of the
     matrix, or of the first where it is the input that will not do."""

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 Matmul = Literal["auto", "highest", "high", "medium"]
-"""auto: float32, but what is summed over a group before anybody reads it (gradients of scales) goes through a device's units for short
+"""auto: float32, but what is summed over a group before it is used (gradients of scales) is computed on a device's units for short
 floats, where it has them. The others are torch's names: float32; TF32 on CUDA; bfloat16 products summed in float32 on a CPU that has them
 (AMX, AVX512-BF16), TF32 on CUDA."""
 

@@ -170,8 +170,8 @@ class GroupPart(nn.Module):
 
 
 def stand_in(linear: Any, dtype: torch.dtype) -> Tensor:
-    """[O, I] of the dtype and on the device that code around a linear asks its weight for. It takes no memory, and its numbers are NaN: what
-    multiplies with it is found out."""
+    """[O, I] of the dtype and on the device that code around a linear queries its weight for. It takes no memory, and its numbers are NaN, so
+    that multiplying with it does not go unnoticed."""
     return torch.full((), torch.nan, dtype=dtype, device=linear.device).expand(linear.out_features, linear.in_features)
 
 

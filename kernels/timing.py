@@ -134,7 +134,7 @@ def environment(device: torch.device, protocol: TimingProtocol) -> dict[str, obj
 
 
 def clocks(device: torch.device) -> str:
-    """The clocks at the time of asking, as the system tells them; "unknown" where it does not."""
+    """The current clocks as the system reports them; "unknown" where it does not."""
     if device.type == "cuda":
         query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw", "--format=csv,noheader", f"--id={device.index or 0}"]
         try:

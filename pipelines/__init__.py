@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
-    """`load` is imported when asked for: the command line must not wait for torch."""
+    """`load` is imported on first access: the command line must not wait for torch."""
     if name == "load":
         from .run.opening import load
 

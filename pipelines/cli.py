@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(arguments: list[str] | None) -> int:
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup asked for SIGHUP to be ignored
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(number, _terminate)
     try:
         _join(sys.argv[1:] if arguments is None else arguments)
@@ -144,7 +144,7 @@ def _join(arguments: list[str]) -> None:
 
 
 def _end(kind: Kind, code: int, line: str) -> int:
-    """Say how it ended. Of several ranks one says it for all, and they leave together; before they have met, the first of each machine does."""
+    """Print how it ended. Of several ranks one prints it for all, and they exit at the same time; before they have joined, the first of each machine does."""
     if (watchdog := joining.watching()) is not None:
         with contextlib.suppress(KeyboardInterrupt):  # a second signal on the way out
             return watchdog.end(kind, code, line)

@@ -1,4 +1,4 @@
-"""What this machine offers: versions, threads, memory, disk, devices, a short measurement of its arithmetic, and what is missing.
+"""`pipeline doctor`: this machine's versions, threads, memory, disk, devices, a short measurement of its arithmetic, and what is missing.
 
 Every problem comes with the line that fixes it. Changes nothing, reaches for no network.
 """
@@ -119,7 +119,7 @@ def disk() -> dict[str, object]:
 
 
 def hub() -> dict[str, object]:
-    """Variables that steer the Hub libraries; a token is only said to be there."""
+    """Variables that steer the Hub libraries; of a token only whether it is set."""
     settings: dict[str, object] = {name: os.environ.get(name) for name in (*OFFLINE, "HF_HOME", "HF_ENDPOINT")}
     settings["token"] = "set" if os.environ.get("HF_TOKEN") else None
     settings["offline"] = any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in OFFLINE)

@@ -1,4 +1,4 @@
-"""What may go wrong, by the exit code it ends in (DESIGN: 2 usage, 3 bad input, 4 quality gate, 5 out of memory).
+"""Error classes by the exit code they end in (DESIGN: 2 usage, 3 bad input, 4 quality gate, 5 out of memory).
 
 The message is one line: what is wrong, with the numbers, and what to do about it.
 """

@@ -1,4 +1,4 @@
-"""What a person sees while work goes on: log lines and progress bars on stderr. Machine output never passes through here.
+"""Log lines and progress bars on stderr. Machine-readable output never passes through here.
 
 On a terminal rich draws; elsewhere every line is plain text and a bar becomes a line now and then. Knows no stage.
 """
@@ -24,7 +24,7 @@ _settings = {"level": logging.INFO}
 
 
 class Bar(Protocol):
-    """`advance` by some steps and show the fields (loss, tokens/s, …) beside them."""
+    """`advance` by some steps and show the fields (loss, tokens/s, …) next to them."""
 
     def advance(self, steps: int = 1, **fields: object) -> None: ...
 
@@ -89,7 +89,7 @@ def bar(description: str, total: int | None = None) -> Iterator[Bar]:
 
 
 def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-    """The items, with a bar beside them."""
+    """The items, with a progress bar."""
     length = total if total is not None else len(items) if hasattr(items, "__len__") else None  # type: ignore[arg-type]
     with bar(description, length) as shown:
         for item in items:

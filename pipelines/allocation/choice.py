@@ -1,4 +1,4 @@
-"""The choice that a budget leads to: one setting a matrix, from a table of errors, kept beside it, and what it says to the stages.
+"""The allocation chosen for a budget: one setting per matrix, from a table of errors, stored in the table's directory, and applied to the stages.
 
 Knows a table and costs; not where they come from (`error_tables`, `allocation`), nor how the program is solved (`compress/allocate`).
 Legend: M matrices, K settings, V views of an error (as it is; weighed by the loss's gradient).
@@ -77,7 +77,7 @@ class Choice:
 
 
 def choice_path(recipe: Recipe, directory: Path) -> Path:
-    """Where the choice for this recipe lies beside the table it is made from."""
+    """The file of this recipe's choice, in the directory of the table it is made from."""
     budget, allocation = recipe.budget.text if recipe.budget else None, recipe.allocation.model_dump(mode="json", exclude_none=True)
     identity = json.dumps([VERSION, budget, allocation, [s.settings() for s in recipe.stages]], sort_keys=True, default=str)
     return directory / f"choice-{hashlib.sha256(identity.encode()).hexdigest()[:8]}.json"
@@ -106,7 +106,7 @@ def choose_settings(recipe: Recipe, stages: Spent, counted: Costs, table: ErrorT
     except InfeasibleBudget as error:
         raise UsageError(infeasible(recipe, stages, counted)) from error
     alone = {setting.grid: k for k, setting in enumerate(counted.settings) if not setting.rank}
-    beside = {each.site.name: each for each in counted.outside}
+    outside = {each.site.name: each for each in counted.outside}
     rows = []
     for m, k in enumerate(result.choice):
         setting = counted.settings[k]
@@ -114,7 +114,7 @@ def choose_settings(recipe: Recipe, stages: Spent, counted: Costs, table: ErrorT
         q = alone[setting.grid]
         name, stored_bytes = counted.sites[m].name, round(counted.bytes_MK[m, k])
         row = ChosenSetting(name, setting, stored_bytes, lost[k], errors[k], lost[q], errors[q])
-        rows.append(replace(row, key=beside[name].key, tied=beside[name].tied) if name in beside else row)
+        rows.append(replace(row, key=outside[name].key, tied=outside[name].tied) if name in outside else row)
     most, stored = (stages.budget.text_of(n, counted.weights, counted.rest_bytes) for n in (counted.largest, result.total_bytes))
     note = f"the budget {stages.budget.text} is above all that the choices of `allocation` can store ({most}): every matrix got what errs least"
     measured = (result.settings, stored, result.total_bytes, result.total_loss, result.gap, result.seconds, table.seconds)
@@ -165,7 +165,7 @@ def exactly(names: Iterable[str]) -> str:
 def explained(made: StageRecord, chosen: Choice, recipe: Recipe, before: Sequence[StageRecord]) -> StageRecord:
     """The record of a stage that the budget chose for, with what every matrix was given and the losses predicted and measured.
 
-    The measured loss is the predicted one times (measured / predicted squared output error): the same weighing of what was found.
+    The measured loss is the predicted one times (measured / predicted squared output error): the same weighting of the measured error.
     A matrix that the stage left alone has the error that the stage before left it. One that is embeddings and head has neither a predicted error
     nor a measured loss: the stage measures the rows that are looked up, and what was predicted is of logits as well.
     """

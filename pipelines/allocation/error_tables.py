@@ -1,7 +1,7 @@
-"""The table of errors that a budget is spent by: every matrix under every setting, on the calibration text, block by block.
+"""The table of errors that a budget's allocation is chosen from: every matrix under every setting, on the calibration text, block by block.
 
 Inputs are those of the artifact before the first stage that the budget chooses for. One file a block, and one for the matrices outside the
-blocks, where the budget has some; a table that was stopped goes on behind the files that are there. Knows artifacts and the walk; errors of one matrix are `compress/options`, the choice is `choosing`.
+blocks, where the budget has some; a table that was stopped goes on behind the files that are there. Knows artifacts and the walk; errors of one matrix are `compress/options`, the choice is `choice`.
 Legend: O out, I in, K settings, V views of an error (as it is; its rows weighed by the mean squares of the loss's gradient), M matrices.
 """
 
@@ -42,7 +42,7 @@ from ..store.artifact import Artifact
 from ..store.kept import keep, kept
 from ..store.rundir import OUTSIDE
 from .outside_errors import Lookup, Product, gain, outside_errors
-from .spending import Outside, Spent, together
+from .spending import Outside, Spent, all_settings
 
 VERSION = 3
 """Rises when a fix changes a table."""
@@ -71,7 +71,7 @@ def table_key(
 
 
 def _solver(stages: Spent, allocation: AllocationSettings) -> StageSpec | None:
-    """The decompose stage whose own method makes the errors of settings with a rank; None where a spectrum tells them."""
+    """The decompose stage whose own method makes the errors of settings with a rank; None where a spectrum gives them."""
     return stages.decompose if allocation.errors == "iterates" else None
 
 
@@ -94,7 +94,7 @@ def build(
     allocation: AllocationSettings,
     context: Context,
 ) -> ErrorTable:
-    """Go on with the table in `directory` until it is whole; its settings are those of `spending.together`. KeyboardInterrupt between two blocks
+    """Go on with the table in `directory` until it is whole; its settings are those of `spending.all_settings`. KeyboardInterrupt between two blocks
     when the user asks to end."""
     reader = BlockReader(parent, keeps=True)
     targets = reader if parent.key == context.baseline.key else BlockReader(context.baseline, keeps=True)
@@ -110,7 +110,7 @@ def build(
         directory.mkdir(parents=True, exist_ok=True)
         by_fisher = allocation.weighting == "fisher" or (solver is not None and "fisher" in _needs(solver))
         _complete(walk, blocks, [part for part in last if part.read() is None], outside, by_fisher)
-    every = together(settings, outside)
+    every = all_settings(settings, outside)
     result = [row for part in blocks + last for row in part.rows(every)]
     seconds = sum(done[1] for part in blocks + last if (done := part.read()) is not None)
     return ErrorTable(np.stack([errors_VK for errors_VK, _ in result]), np.stack([energy_V for _, energy_V in result]), seconds)

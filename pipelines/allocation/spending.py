@@ -1,6 +1,6 @@
-"""What a budget is spent on: which stages it chooses for, what a matrix may be given, and what every choice stores.
+"""The choices that a budget allows: which stages it sets, which settings a matrix may get, and how many bytes every choice stores.
 
-Knows recipes and shapes; no weights and no errors (`error_tables`), nor what is chosen in the end (`choosing`).
+Knows recipes and shapes; no weights and no errors (`error_tables`), nor what is chosen in the end (`choice`).
 Legend: M matrices, K settings.
 """
 
@@ -78,7 +78,7 @@ def spent(recipe: Recipe) -> Spent:
         _check_method(option, decompose, ("rank", "factor_bits"), "a grid of its own and no factor_bits")
         if recipe.stages.index(decompose) < recipe.stages.index(quantize):
             raise UsageError(
-                f"{option}: {decompose.address} stands before {quantize.address}; put it after, it makes up for what rounding loses"
+                f"{option}: {decompose.address} stands before {quantize.address}; put it after, since it compensates the rounding error"
             )
         for rank in filter(None, recipe.allocation.ranks):
             try:
@@ -119,7 +119,7 @@ def _prune(option: str, recipe: Recipe, quantize: StageSpec) -> StageSpec | None
         raise UsageError(f"{option}: allocation.sparsities need one prune stage before {quantize.address}; this recipe has {len(before)}")
     if getattr(before[0].config, "allocation", "uniform") != "uniform":
         raise UsageError(
-            f"{option}: {before[0].address}.allocation shares out sparsity, and so do allocation.sparsities; leave one of them out"
+            f"{option}: {before[0].address}.allocation distributes sparsity, and so do allocation.sparsities; leave one of them out"
         )
     return before[0]
 
@@ -190,9 +190,9 @@ def outside(recipe: Recipe, stages: Spent, structure: Structure, tied: bool) -> 
     ]
 
 
-def together(blocks: Iterable[Setting], beside: Iterable[Outside]) -> list[Setting]:
+def all_settings(blocks: Iterable[Setting], outside: Iterable[Outside]) -> list[Setting]:
     """Every setting once: those of the blocks' matrices first."""
-    return list(dict.fromkeys([*blocks, *(setting for each in beside for setting in each.settings)]))
+    return list(dict.fromkeys([*blocks, *(setting for each in outside for setting in each.settings)]))
 
 
 _LEFT_ALONE: dict[str, dict[str, object]] = {"decompose": {"rank": 0}, "prune": {"pattern": "dense", "sparsity": 0.0}}
@@ -259,24 +259,24 @@ def costs(recipe: Recipe, stages: Spent, dense: Sizes) -> Costs:
         apply(spec, plain)
         if spec not in (stages.decompose, stages.prune):
             apply(spec, end)
-    sites, beside, blocks = (
+    sites, outside_blocks, blocks = (
         stages.sites(dense.structure.sites),
         outside(recipe, stages, dense.structure, dense.tied),
         settings_of(recipe, stages),
     )
-    result, fitting = together(blocks, beside), set(blocks)
+    result, fitting = all_settings(blocks, outside_blocks), set(blocks)
     headers = recipe.budget is not None and recipe.budget.total_bytes is not None
     rows = []
     for site in sites:
         index = has_index(stages.quantize.config_for(site.name))
         fits = [s in fitting and allowed(recipe, stages, site, s) for s in result]
         rows.append([_stored(end, site, s, index, headers) if fit else np.inf for s, fit in zip(result, fits, strict=True)])
-    for each in beside:
+    for each in outside_blocks:
         rows.append([_stored(plain, each.site, s, False, headers) if s in each.settings else np.inf for s in result])
-    sites += [each.site for each in beside]
+    sites += [each.site for each in outside_blocks]
     own = {plain.name_of(site) for site in sites}
     others = replace(plain, of={name: size for name, size in plain.of.items() if name not in own})
-    return Costs(sites, result, np.array(rows), others.total_bytes(), beside)
+    return Costs(sites, result, np.array(rows), others.total_bytes(), outside_blocks)
 
 
 def _stored(end: Sizes, site: Site, setting: Setting, index: bool, headers: bool) -> float:
@@ -290,7 +290,7 @@ def _stored(end: Sizes, site: Site, setting: Setting, index: bool, headers: bool
 
 
 def refusals(recipe: Recipe, dense: Sizes) -> list[str]:
-    """Why the budget cannot be met, as far as shapes tell."""
+    """Why the budget cannot be met, as far as shapes show."""
     try:
         stages = spent(recipe)
         counted = costs(recipe, stages, dense)

@@ -62,7 +62,7 @@ class BenchReport(TypedDict):
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asked for; `model` None means synthetic layers (recover: the demo model). `depths` (numbers of blocks) and
+    """The command line's options; `model` None means synthetic layers (recover: the demo model). `depths` (numbers of blocks) and
     `shape` (a name in synthetic.SHAPES, with so many of its `blocks`) mean whole runs on models made on the spot (generate: such a model itself),
     `count` that of one block of that shape, whose operators are counted."""
 
@@ -153,9 +153,9 @@ def _of_scale(subject: str, options: Options) -> BenchReport:
     """Time and memory against the number of blocks, or of a model of one shape; or the operators of one block."""
     from . import operator_counts, scaling, shape
 
-    asked = "depths" if options.depths else "count" if options.count else "shape"
+    option = "depths" if options.depths else "count" if options.count else "shape"
     if subject != "compress" or options.model is not None or (options.depths and options.shape is not None):
-        raise UsageError(f"--{asked} makes models of its own to compress: give it to `bench compress`, alone and without --model")
+        raise UsageError(f"--{option} makes models of its own to compress: give it to `bench compress`, alone and without --model")
     if options.count and (options.depths or options.blocks is not None):
         raise UsageError("--count counts the operators of one block of a --shape: give it without --depths and --blocks")
     environment = _environment(_device(options), options) | {"repeats": 1, "warm_up": 0}  # whole runs, each in a process of its own
@@ -329,15 +329,15 @@ def _on_model(subject: str, chosen: Sequence[tuple[str, str]], options: Options)
     errors: list[PipelineError] = []
     for stage, method in chosen:
         settings = {"method": method} | ({"steps": RECOVERY_STEPS} if stage == "recover" else {})
-        asked = resolve({"name": f"bench-{subject}", "model": model, "stages": [*BEFORE[subject], {stage: settings}]})
+        recipe = resolve({"name": f"bench-{subject}", "model": model, "stages": [*BEFORE[subject], {stage: settings}]})
         try:
-            record = runner.run(asked, place, device=options.device)
+            record = runner.run(recipe, place, device=options.device)
         except PipelineError as error:
             log.warning("%s %s: %s", stage, method, error)
             rows.append({"stage": stage, "method": method, "model": model, "error": str(error)})
             errors.append(error)
             continue
-        last, served[method] = record.stages[-1], asked.stages[-1]
+        last, served[method] = record.stages[-1], recipe.stages[-1]
         fields = ("seconds", "peak_bytes", "perplexity", "perplexity_ratio", "bits_per_weight", "total_bytes", "trainable_parameters")
         rows.append({"stage": stage, "method": method, "model": model, **{name: getattr(last, name) for name in fields}})
     if not served:

@@ -1,6 +1,6 @@
-"""Collectives, counted: their bytes, the processor's time between them and in them, and how long a rank waited; one list a rank.
+"""Counts collectives: their bytes, the processor's time between them and in them, and how long a rank waited; one list per rank.
 
-All ranks call the same collectives in the same order, so that their lists lie side by side: what takes longest between two is on the critical
+All ranks call the same collectives in the same order, so that their lists correspond entry by entry: what takes longest between two is on the critical
 path, on a core of its own, whoever else uses the machine. Knows torch.distributed; no ranks' work.
 """
 
@@ -92,11 +92,11 @@ def within(events: Sequence[Event], name: str) -> list[Event]:
 def critical_seconds(ranks: Sequence[Sequence[Event]]) -> float:
     """Seconds of what takes longest, from collective to collective. ValueError where the ranks' lists differ."""
     kinds = [[event.kind for event in events] for events in ranks]
-    if any(found != kinds[0] for found in kinds):
-        raise ValueError(f"the ranks took part in different collectives: {sorted({len(found) for found in kinds})} of them")
+    if any(each != kinds[0] for each in kinds):
+        raise ValueError(f"the ranks took part in different collectives: {sorted({len(each) for each in kinds})} of them")
     total, last = 0.0, [events[0].began for events in ranks]
-    for together in zip(*ranks, strict=True):
-        total += max(event.began - before for event, before in zip(together, last, strict=True))
-        total += max(event.ended - event.began for event in together)
-        last = [event.ended for event in together]
+    for simultaneous in zip(*ranks, strict=True):
+        total += max(event.began - before for event, before in zip(simultaneous, last, strict=True))
+        total += max(event.ended - event.began for event in simultaneous)
+        last = [event.ended for event in simultaneous]
     return total

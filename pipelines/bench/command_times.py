@@ -1,4 +1,4 @@
-"""`pipeline bench commands`: seconds from the start of a process to its end, of the commands that read a run or tell of the program."""
+"""`pipeline bench commands`: seconds from the start of a process to its end, of the commands that read a run or describe the program."""
 
 import resource
 import statistics

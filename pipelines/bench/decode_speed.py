@@ -36,10 +36,10 @@ RECIPES: Mapping[str, list[dict[str, Settings]]] = {
         {"decompose": {"method": "zeroquant_v2", "rank": 16}}, {"fuse": {}},
     ],
 }  # fmt: skip
-"""What writes against the dense model: speed does not depend on how codes and factors were found, so the quickest methods find them."""
+"""Compressed models that generate against the dense one: speed does not depend on how codes and factors were chosen, so the quickest methods make them."""
 PROMPTS = (32, 512)
 NEW_TOKENS = 32
-PATIENCE = 2.0  # seconds: a model that reads the short prompt more slowly is not asked to read the long one
+PATIENCE = 2.0  # seconds: a model that reads the short prompt more slowly is not measured on the long one
 TEXT = "The river rises in the hills to the north of the town and flows through a wide valley of fields and woods to the sea. "
 
 
@@ -60,7 +60,7 @@ def generate(device: str, model: str | None, repeats: int, output: Path | None) 
     speeds = {PROMPTS[0]: measure(models, words[:, : PROMPTS[0]], NEW_TOKENS, repeats)}
     patient = {name: model for name, model in models.items() if speeds[PROMPTS[0]][name].prompt_seconds <= PATIENCE}
     speeds[PROMPTS[1]] = measure(patient, words, NEW_TOKENS, repeats)
-    dense = next(resident_bytes(found) for name, found in models.items() if name == "dense bfloat16")
+    dense = next(resident_bytes(loaded) for name, loaded in models.items() if name == "dense bfloat16")
     rows: list[Row] = []
     for name, speed in speeds[PROMPTS[0]].items():
         seconds: dict[str, float | None] = {}
@@ -121,7 +121,7 @@ def _write_generate(measured: SpeedReport, output: Path, model: str) -> None:
     notes = [
         f"Tokens/s: {NEW_TOKENS} greedy tokens after a prompt of {PROMPTS[0]}, the time to read the prompt left out; spread: from the slowest to "
         "the fastest. Medians of the repeats, every model in turn.",
-        f"– : it took more than {PATIENCE:g} s for {PROMPTS[0]} tokens and was not asked.",
+        f"– : it took more than {PATIENCE:g} s for {PROMPTS[0]} tokens and was not measured.",
     ]
     name = f"generate-{short_name(measured['environment'])}"
     title = f"{model} writes on {measured['environment']['device_name']}"

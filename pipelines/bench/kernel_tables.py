@@ -54,7 +54,7 @@ def write_kernels(measured: "KernelReport", directory: Path) -> list[Path]:
         "µs: median of one call over the repeats; spread: the distance between the quartiles; weights: the bytes that stay in memory.",
         f"A row is measured {environment['warm_up']} + {environment['repeats']} times over copies of its weight that no cache holds; fewer "
         f"times where that would take more than {environment['most_seconds']} s.",
-        "× bf16: beside torch's bfloat16 matmul with as many rows and no rank.",
+        "× bf16: relative to torch's bfloat16 matmul with as many rows and no rank.",
         f"Shares are of what this device was seen to reach: {environment['peak']}.",
     ]
     refused = [
@@ -99,11 +99,11 @@ def publish_static(directory: Path) -> list[Path]:
 
 
 def short_name(environment: Mapping[str, object]) -> str:
-    """cpu, or what tells a card from others: h200."""
+    """cpu, or a card's short name: h200."""
     if text(environment["device"]).startswith("cpu"):
         return "cpu"
-    found = re.search(r"\b([A-Z]+\d+\w*)\b", text(environment["device_name"]))
-    return found.group(1).lower() if found else "cuda"
+    match = re.search(r"\b([A-Z]+\d+\w*)\b", text(environment["device_name"]))
+    return match.group(1).lower() if match else "cuda"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """`pipeline bench generate --shape NAME [--blocks N]`: a whole model of real size and random weights, on the kernels and in bfloat16.
 
 decode writes token after token, one CUDA graph each on a card; prefill reads 2,048 tokens at once. Models are made where they run, from
-records, without files or stages: only speed is asked of them. A variant at a time, kept in a journal, from which a stopped benchmark goes on.
+records, without files or stages, since only speed is measured. One variant at a time, kept in a journal, from which a stopped benchmark resumes.
 Knows shapes, records and the kernels' binder; not how a compressed model comes about.
 """
 
@@ -85,13 +85,13 @@ def measured(variant: str, form: Form | None, shape: Shape, place: torch.device,
     """Two rows of one variant; its model is gone afterwards."""
     model, backends = made(shape, form, place)
     wait: Callable[[], None] = (lambda: torch.cuda.synchronize(place)) if place.type == "cuda" else lambda: None
-    found = {"resident_bytes": resident_bytes(model), "backends": backends}
+    common = {"resident_bytes": resident_bytes(model), "backends": backends}
     rows = []
     for regime, tokens, seconds in (("decode", 1, _decode(model, place)), ("prefill", _readable(shape), _prefill(model, shape, place, wait, repeats))):
         row = {"variant": variant, "regime": regime, "tokens": tokens, "tokens_per_second": tokens / statistics.median(seconds)}
         quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 2 else None
         spread = None if quartiles is None else 1e3 * (quartiles[2] - quartiles[0])
-        rows.append(row | {"milliseconds": 1e3 * statistics.median(seconds), "spread": spread, "repeats": len(seconds)} | found)
+        rows.append(row | {"milliseconds": 1e3 * statistics.median(seconds), "spread": spread, "repeats": len(seconds)} | common)
         log.info("%s, %s: %.4g ms", variant, regime, rows[-1]["milliseconds"])
     del model
     gc.collect()

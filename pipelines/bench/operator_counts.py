@@ -27,7 +27,7 @@ from ..recipes.settings import unknown
 from ..stages.compress import compress
 from ..stages.shared_inputs import solve_all
 from ..stages.teacher import StreamedTeacher
-from .scaling import BRIEF, Row, Settings, Text, kept_beside, made, recipe_document
+from .scaling import BRIEF, Row, Settings, Text, made, recipe_document, work_directory
 from .synthetic import SHAPES
 
 TEXT: Text = {"calibration": {"samples": 4, "seq_len": 128}, "evaluation": {"seq_len": 128, "windows": 1}}
@@ -72,7 +72,7 @@ class OperatorCount:
 
 
 class TorchOperator(Protocol):
-    """What is asked of a torch operator (`OpOverload`)."""
+    """The part of a torch operator's interface (`OpOverload`) that is used here."""
 
     is_view: bool
 
@@ -149,7 +149,7 @@ def of_block(name: str, only: Sequence[str], device: str, output: Path | None) -
         if method not in methods("quantize"):
             raise UsageError(f"bench compress --count: {unknown('method', method, methods('quantize'))}")
     rows = []
-    with kept_beside(output, f"count-{name}") as place:
+    with work_directory(output, f"count-{name}") as place:
         model, _ = made(place / "model", replace(SHAPES[name], blocks=1, vocabulary=VOCABULARY), TEXT)
         def counts(method: str, stages: list[dict[str, Settings]], parts: dict[CodeType, str]) -> dict[str, OperatorCount]:
             with Counter(parts) as counter:

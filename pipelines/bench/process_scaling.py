@@ -1,7 +1,7 @@
-"""`pipeline bench scale`: calibration, solving and recovery on 1, 2 and 4 gloo processes of one thread, beside what `pipeline plan` predicts.
+"""`pipeline bench scale`: calibration, solving and recovery on 1, 2 and 4 gloo processes of one thread, compared with what `pipeline plan` predicts.
 
 Strong scaling: the same work on more ranks; weak: so many times the work. Ranks that share cores with one another, or with other programs,
-are told apart from slow ones by processor time (`collectives`): `core_seconds` is the critical path on a core for each, `seconds` the clock's. A model of
+are distinguished from slow ones by processor time (`collectives`): `core_seconds` is the critical path on a core for each, `seconds` the clock's. A model of
 random weights is made on the spot. Knows runs and plans.
 """
 
@@ -31,7 +31,7 @@ from ..planning.scale_out import ScaleOut
 from ..recipes.recipe import resolve
 from ..recipes.stage_settings import StageSpec
 from .collectives import MARK, Event, EventRow, counted, critical_seconds, mark, within
-from .scaling import Row, Settings, Text, kept_beside, made, recipe_document
+from .scaling import Row, Settings, Text, made, recipe_document, work_directory
 from .synthetic import Shape
 
 log = logging.getLogger(__name__)
@@ -74,8 +74,8 @@ SUBJECTS = {
 
 def rows(only: Sequence[str] = (), ranks: Sequence[int] = RANKS, shape: Shape = SHAPE, output: Path | None = None) -> list[Row]:
     """A row for each subject, kind of scaling and number of ranks."""
-    link, found = measured_link(), []
-    with kept_beside(output, "scale") as place:
+    link, result = measured_link(), []
+    with work_directory(output, "scale") as place:
         for name in only or SUBJECTS:
             alone: Row = {}
             for kind in ("strong", "weak"):
@@ -86,13 +86,13 @@ def rows(only: Sequence[str] = (), ranks: Sequence[int] = RANKS, shape: Shape = 
                     alone = alone or row
                     more = size if kind == "strong" else 1
                     row["efficiency"] = round(real(alone["core_seconds"]) / (more * real(row["core_seconds"])), 3)
-                    found.append(row)
+                    result.append(row)
                     log.info("%s", row)
-    return found
+    return result
 
 
 def of_a_block(row: Row) -> Row:
-    """What ranks tell one another for a block (of recovery: for a block's steps): collectives, bytes that a rank sends, seconds that it waits."""
+    """Communication of a block (of recovery: of a block's steps): collectives, bytes that a rank sends, seconds that it waits."""
     counted = ("collectives", "predicted_collectives", "sent_bytes", "predicted_sent_bytes", "waited_seconds")
     return {key: row[key] for key in ("subject", "scaling", "ranks")} | {key: round(real(row[key]) / real(row["blocks"]), 3) for key in counted}
 
@@ -134,18 +134,18 @@ def _recipe(name: str, times: int, shape: Shape, place: Path) -> Path:
 
 
 def _speeds(answers: Sequence[Answer]) -> Speeds:
-    """Of the ranks together, as they were when all measured at once: the mean of each."""
-    found = [answer["speeds"] for answer in answers]
-    products = [mapping(each["products"]) for each in found]
+    """The mean of each over the ranks, which measured at the same time."""
+    speeds = [answer["speeds"] for answer in answers]
+    products = [mapping(each["products"]) for each in speeds]
     of_dtypes = {getattr(torch, n): statistics.mean(real(each[n]) for each in products) for n in products[0]}
-    return Speeds(of_dtypes, **{n: statistics.mean(real(each[n]) for each in found) for n in found[0] if n != "products"})
+    return Speeds(of_dtypes, **{n: statistics.mean(real(each[n]) for each in speeds) for n in speeds[0] if n != "products"})
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------------------
 
 
 def on_ranks(recipe: Path, directory: Path, size: int) -> list[Answer]:
-    """The run on so many gloo processes, and what each of them says. InputError where one does not end well."""
+    """The run on so many gloo processes, and each one's answer. InputError where one does not end well."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -179,9 +179,9 @@ def main(arguments: Sequence[str]) -> int:
     plain = stages.perform
 
     def marked(perform: Callable[Concatenate[StageSpec, P], T]) -> Callable[Concatenate[StageSpec, P], T]:
-        def performed(spec: StageSpec, *rest: P.args, **options: P.kwargs) -> T:
+        def performed(spec: StageSpec, *args: P.args, **options: P.kwargs) -> T:
             mark(events, f"{spec.address} begins")
-            out = perform(spec, *rest, **options)
+            out = perform(spec, *args, **options)
             mark(events, f"{spec.address} ends")
             return out
 
@@ -199,8 +199,8 @@ def main(arguments: Sequence[str]) -> int:
     mine.barrier()
     speeds.append(measured(Compute(torch.device("cpu")), time.process_time))
     seconds = {stage.stage: stage.seconds for stage in record.stages}
-    found = {"speeds": _fastest(speeds), "events": [event.to_json() for event in events], "seconds": seconds}
-    Path(answer).write_text(json.dumps(found), encoding="utf-8")
+    result = {"speeds": _fastest(speeds), "events": [event.to_json() for event in events], "seconds": seconds}
+    Path(answer).write_text(json.dumps(result), encoding="utf-8")
     joining.leave()
     return 0
 
@@ -208,8 +208,8 @@ def main(arguments: Sequence[str]) -> int:
 def _fastest(measured: Sequence[Speeds]) -> dict[str, object]:
     """Of each kind the highest: what another program did to a measurement did it no good."""
     products = {str(dtype).removeprefix("torch."): max(each.products[dtype] for each in measured) for dtype in measured[0].products}
-    found = [asdict(each) for each in measured]
-    return {**{name: max(each[name] for each in found) for name in found[0] if name != "products"}, "products": products}
+    speeds = [asdict(each) for each in measured]
+    return {**{name: max(each[name] for each in speeds) for name in speeds[0] if name != "products"}, "products": products}
 
 
 if __name__ == "__main__":

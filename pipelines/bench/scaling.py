@@ -43,15 +43,15 @@ def by_depth(
 ) -> list[Row]:
     """A row for each (stage, method) and number of blocks."""
     out = []
-    with kept_beside(output, "depths") as place:
+    with work_directory(output, "depths") as place:
         for depth in depths:
             model, parameters = made(place / f"blocks-{depth}", replace(SMALL, blocks=depth), TEXT)
             for stage, method in rows:
-                found = _run(place, model, stage, method, device, launch or in_a_process)
-                if "seconds" in found:
-                    found["seconds_per_block"] = real(found["seconds"]) / depth
-                out.append({"stage": stage, "method": method, "blocks": depth, "parameters": parameters} | found)
-                log.info("%s, %d blocks: %s", method, depth, found)
+                result = _run(place, model, stage, method, device, launch or in_a_process)
+                if "seconds" in result:
+                    result["seconds_per_block"] = real(result["seconds"]) / depth
+                out.append({"stage": stage, "method": method, "blocks": depth, "parameters": parameters} | result)
+                log.info("%s, %d blocks: %s", method, depth, result)
     return out
 
 
@@ -83,8 +83,8 @@ def growth(rows: Sequence[Row]) -> list[Row]:
 
 
 @contextmanager
-def kept_beside(output: Path | None, name: str) -> Iterator[Path]:
-    """Where models and runs lie: kept beside the results when these are, else gone in the end."""
+def work_directory(output: Path | None, name: str) -> Iterator[Path]:
+    """A directory for models and runs: under `output` and kept, or temporary without one."""
     if output is None:
         with scratch_directory() as scratch:
             yield scratch
@@ -98,8 +98,8 @@ def made(directory: Path, shape: Shape, text: Text) -> tuple[Path, int]:
     done = directory / "parameters.json"
     if not done.is_file():
         parameters = write_model(directory, shape)
-        asked = text["calibration"]
-        write_text(directory / "text.jsonl", shape.vocabulary, 8 * asked["samples"] * asked["seq_len"])
+        calibration = text["calibration"]
+        write_text(directory / "text.jsonl", shape.vocabulary, 8 * calibration["samples"] * calibration["seq_len"])
         done.write_text(json.dumps(parameters))
     return directory, json.loads(done.read_text())
 
@@ -115,14 +115,14 @@ def _run(place: Path, model: Path, stage: str, method: str, device: str, launch:
     recipe = place / f"{model.name}-{stage}-{method}.yaml"
     stages = [{stage: {"method": method} | BRIEF.get(method, {})}]
     recipe.write_text(json.dumps(recipe_document(model, TEXT, stages)), encoding="utf-8")
-    found = launch(recipe, place / f"run-{model.name}-{stage}-{method}", device)
-    if "error" in found:
-        log.warning("%s %s: %s", stage, method, found["error"])
-        return found
-    stages_done = mappings(mapping(found["record"])["stages"])
+    result = launch(recipe, place / f"run-{model.name}-{stage}-{method}", device)
+    if "error" in result:
+        log.warning("%s %s: %s", stage, method, result["error"])
+        return result
+    stages_done = mappings(mapping(result["record"])["stages"])
     baseline, last = stages_done[0], stages_done[-1]
     fields = ("seconds", "total_bytes", "bits_per_weight", "perplexity")
-    return {"peak_bytes": found["peak_bytes"], **{name: last[name] for name in fields}, "baseline_perplexity": baseline["perplexity"]}
+    return {"peak_bytes": result["peak_bytes"], **{name: last[name] for name in fields}, "baseline_perplexity": baseline["perplexity"]}
 
 
 def in_a_process(recipe: Path, directory: Path, device: str) -> Row:
@@ -152,10 +152,10 @@ def run_and_answer(recipe: str, directory: str, device: str, answer: str) -> Non
 
     try:
         record = runner.run(resolve(recipe), Path(directory), device=device)
-        found: Row = {"record": record.to_json(), "peak_bytes": peak_resident_bytes()}
+        result: Row = {"record": record.to_json(), "peak_bytes": peak_resident_bytes()}
     except PipelineError as error:
-        found = {"error": str(error)}
-    Path(answer).write_text(json.dumps(found), encoding="utf-8")
+        result = {"error": str(error)}
+    Path(answer).write_text(json.dumps(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

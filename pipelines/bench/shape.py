@@ -21,7 +21,7 @@ from ..devices.compute import Compute, chosen_device, determinism
 from ..errors import PipelineError, UsageError
 from ..recipes.settings import unknown
 from ..recipes.stage_settings import StageSpec, methods
-from .scaling import BRIEF, Row, Settings, Text, kept_beside, made, peak_resident_bytes, recipe_document
+from .scaling import BRIEF, Row, Settings, Text, made, peak_resident_bytes, recipe_document, work_directory
 from .synthetic import SHAPES, Shape
 
 log = logging.getLogger(__name__)
@@ -64,12 +64,12 @@ class Bench:
         recipe = self.place / f"{model.name}-{stage}-{method}.json"
         recipe.write_text(json.dumps(recipe_document(model, self.text, stages)), encoding="utf-8")
         answer = recipe.with_suffix(".answer.json")
-        found = launch([str(recipe), str(self.place / f"run-{model.name}"), self.device, str(answer)], answer)
+        result = launch([str(recipe), str(self.place / f"run-{model.name}"), self.device, str(answer)], answer)
         shown = {"stage": stage, "method": method, "shape": self.name, "blocks": self.shape.blocks, "parameters": parameters}
-        if "seconds" in found:
-            shown["seconds_per_block"] = real(found["seconds"]) / self.shape.blocks
-        row = shown | ({"steps": settings["steps"]} if method in BRIEF else {}) | found
-        (log.warning if "error" in row else log.info)("%s, %s: %s", method, self.name, found)
+        if "seconds" in result:
+            shown["seconds_per_block"] = real(result["seconds"]) / self.shape.blocks
+        row = shown | ({"steps": settings["steps"]} if method in BRIEF else {}) | result
+        (log.warning if "error" in row else log.info)("%s, %s: %s", method, self.name, result)
         return row
 
 
@@ -82,7 +82,7 @@ def of_shape(name: str, blocks: int | None, only: Sequence[str], device: str, ou
         if method not in known:
             raise UsageError(f"bench compress --shape: {unknown('method', method, known)}")
     shape = SHAPES[name] if blocks is None else replace(SHAPES[name], blocks=blocks)
-    with kept_beside(output, f"shape-{name}") as place:
+    with work_directory(output, f"shape-{name}") as place:
         bench = Bench(name, shape, SMALL if name == "1b" else STANDARD, device, place)
         return [bench.row(stage, method, in_a_process) for stage, method in ROWS if not only or method in only]
 
@@ -100,13 +100,13 @@ def in_a_process(arguments: Sequence[str], answer: Path) -> Row:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the recipe, or all of it but its recovery and then steps of that; write what was found, with both peaks, to the answer."""
+    """Run the recipe, or all of it but its recovery and then steps of that; write the results, with both peaks, to the answer."""
     recipe, directory, device, answer = arguments
     try:
-        found = _measured(recipe, Path(directory), device)
+        result = _measured(recipe, Path(directory), device)
     except PipelineError as error:
-        found = {"error": str(error)}
-    Path(answer).write_text(json.dumps(found), encoding="utf-8")
+        result = {"error": str(error)}
+    Path(answer).write_text(json.dumps(result), encoding="utf-8")
     return 0
 
 
@@ -114,16 +114,16 @@ def _measured(recipe: str, directory: Path, device: str) -> Row:
     from ..recipes.recipe import resolve
     from ..run import runner
 
-    asked = resolve(recipe)
-    last = asked.stages[-1]
+    resolved = resolve(recipe)
+    last = resolved.stages[-1]
     if last.name == "recover":
-        runner.run(asked, directory, device=device, until_stage=asked.stages[-2].address)
+        runner.run(resolved, directory, device=device, until_stage=resolved.stages[-2].address)
         return _steps(directory, last, chosen_device(device))
-    made = runner.run(asked, directory, device=device).stages
+    made = runner.run(resolved, directory, device=device).stages
     fields = ("seconds", "total_bytes", "bits_per_weight", "perplexity")
-    found = {name: getattr(made[-1], name) for name in fields} | {"baseline_perplexity": made[0].perplexity}
+    result = {name: getattr(made[-1], name) for name in fields} | {"baseline_perplexity": made[0].perplexity}
     on_card = chosen_device(device).type == "cuda"
-    return found | {"device_peak_bytes": made[-1].peak_bytes if on_card else None, "host_peak_bytes": peak_resident_bytes()}
+    return result | {"device_peak_bytes": made[-1].peak_bytes if on_card else None, "host_peak_bytes": peak_resident_bytes()}
 
 
 def _steps(directory: Path, spec: StageSpec, device: torch.device) -> Row:
@@ -140,12 +140,12 @@ def _steps(directory: Path, spec: StageSpec, device: torch.device) -> Row:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with determinism(compute):
-        found: Row = {**step_seconds(parent, [spec], device, 2, compute.dtype)[spec.method]}
+        result: Row = {**step_seconds(parent, [spec], device, 2, compute.dtype)[spec.method]}
         peaks = {"device_peak_bytes": _device_peak(device), "host_peak_bytes": peak_resident_bytes()}
         if blocks > 1:
             half = step_seconds(parent, [spec], device, 2, compute.dtype, blocks // 2)[spec.method]
-            found["seconds_per_block"] = (real(found["seconds_per_step"]) - real(half["seconds_per_step"])) / (blocks - blocks // 2)
-    return found | peaks
+            result["seconds_per_block"] = (real(result["seconds_per_step"]) - real(half["seconds_per_step"])) / (blocks - blocks // 2)
+    return result | peaks
 
 
 def _device_peak(device: torch.device) -> int | None:

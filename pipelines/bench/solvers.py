@@ -1,4 +1,4 @@
-"""Two more yardsticks of `pipeline bench`: the exact low-rank step against the route of the papers' code, and the integer program of a budget.
+"""Two more benchmarks of `pipeline bench`: the exact low-rank step against the route of the papers' code, and the integer program of a budget.
 
 Knows synthetic layers and tables; nothing of models. Legend: O out, I in, R rank, M matrices, K settings.
 """
@@ -21,7 +21,7 @@ from .scaling import Row
 
 RANK = 32
 SQUARE_ROOT_SIDE = 1536
-"""A square root of a larger moment takes minutes: it is measured when asked for (--full)."""
+"""A square root of a larger moment takes minutes: it is measured with --full only."""
 SHAPES_7B = [*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008)] * 32
 BITS_PER_WEIGHT = 2.75
 
@@ -41,10 +41,10 @@ def exact_steps(
     """The exact step on a 3-bit error of this matrix, and the square root's, with how much longer it takes and how far the errors are apart."""
     size, grid = len(weight_OI), UniformGrid(3, 64 if weight_OI.shape[1] % 64 == 0 else -1)
     error_OI = weight_OI - round_uniform(weight_OI, grid, "power").dense()
-    metric, found = Metric(moment_II=moment_II), list[Tensor]()
+    metric, factors = Metric(moment_II=moment_II), list[Tensor]()
     whole = squared_error(weight_OI, metric)
-    seconds, peak_bytes = measured(lambda: found.__setitem__(slice(None), best_low_rank(error_OI, metric, RANK)))
-    ours = squared_error(error_OI - found[0] @ found[1], metric)
+    seconds, peak_bytes = measured(lambda: factors.__setitem__(slice(None), best_low_rank(error_OI, metric, RANK)))
+    ours = squared_error(error_OI - factors[0] @ factors[1], metric)
     row: Row = {"stage": "decompose", "size": size}
     spread, median = max(seconds) - min(seconds), statistics.median(seconds)
     yield row | {

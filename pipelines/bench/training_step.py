@@ -34,7 +34,10 @@ def step_seconds(
         for spec in specs:
             if spec.method in samples:
                 samples[spec.method].append(_second_step(parent, spec, device, dtype, blocks))
-    return {name: {"seconds_per_step": statistics.median(found), "step_spread": max(found) - min(found)} for name, found in samples.items()}
+    return {
+        name: {"seconds_per_step": statistics.median(seconds), "step_spread": max(seconds) - min(seconds)}
+        for name, seconds in samples.items()
+    }
 
 
 def _second_step(parent: Artifact, spec: StageSpec, device: torch.device, dtype: torch.dtype, blocks: int | None) -> float:

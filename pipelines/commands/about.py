@@ -32,7 +32,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 def version(checkout: Path = CHECKOUT) -> str:
     """The installed version; of a checkout its commit as well, read from `.git` (a directory, or the file of a worktree) without git.
-    A commit that cannot be read there is said to be unknown."""
+    A commit that cannot be read there is given as unknown."""
     try:
         number = installed_version("bitmend")
     except PackageNotFoundError:
@@ -69,11 +69,11 @@ def list_(method: MethodName = None, json: o.Json = False, verbose: o.Verbose = 
     from ..recipes import catalog
 
     if method is not None:
-        found = catalog.named(method)
+        rows = catalog.named(method)
         if json:
-            o.write_json({"methods": found})
+            o.write_json({"methods": rows})
             return
-        for place, row in enumerate(found):
+        for place, row in enumerate(rows):
             _write_method(row, place)
     elif json:
         o.write_json(_machine_list(catalog.catalog()))
@@ -82,7 +82,7 @@ def list_(method: MethodName = None, json: o.Json = False, verbose: o.Verbose = 
 
 
 def _machine_list(known: Mapping[str, Any]) -> dict[str, Any]:
-    """Setting → default of every method, and beside it what all methods of a stage share, what each does and where it departs from its paper."""
+    """Setting → default of every method, the settings that all methods of a stage share, what each does and where it departs from its paper."""
     from ..recipes.stage_settings import STAGES
 
     stages, of_stages, does, departs = {}, {}, {}, {}

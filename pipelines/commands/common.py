@@ -1,4 +1,4 @@
-"""The options that several commands share, spelled once, and how results are written to stdout."""
+"""Options that several commands share, and how results are written to stdout."""
 
 import io
 import json

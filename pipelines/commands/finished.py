@@ -148,7 +148,7 @@ def export(
     verbose: o.Verbose = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Write a checkpoint that other programs load: one model, or with --adapter a base and a PEFT adapter beside it."""
+    """Write a checkpoint that other programs load: one model, or with --adapter a base and a PEFT adapter for it."""
     start(verbose, quiet)
     existing(run_directory)
     if requantize and not merge:

@@ -1,4 +1,4 @@
-"""The three standard streams of a command: there even where they were closed, and able to take every character. Knows no command."""
+"""Standard streams of a command: replaced where they were closed, and set to encode every character. Knows no command."""
 
 import codecs
 import contextlib
@@ -55,7 +55,7 @@ def prepare_streams() -> None:
 
 
 def echo(text: str, end: str = "\n") -> None:
-    """A line of results. (typer's own writes UTF-8 into a stream that was asked to be ASCII.) OSError names STDOUT where it takes no more."""
+    """A line of results. (typer's own writes UTF-8 into a stream whose encoding is ASCII.) OSError names STDOUT where it takes no more."""
     with _named_stdout():
         print(text, end=end)
 
@@ -90,7 +90,7 @@ def abandon(name: str) -> None:
 
 
 def settle_streams() -> None:
-    """Flushed, or abandoned where that fails: what there is to say of it has been said."""
+    """Flushed, or abandoned where that fails: the failure has been reported already."""
     for name in ("stdout", "stderr"):
         try:
             getattr(sys, name).flush()

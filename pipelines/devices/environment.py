@@ -1,4 +1,4 @@
-"""What a run finds around it: device, threads and versions (environment.json), and the signals that ask it to stop.
+"""A run's environment: device, threads and versions, as written to environment.json.
 
 Knows torch's settings and the process; no recipe, no stage.
 """
@@ -19,7 +19,7 @@ log = logging.getLogger("bitmend")
 
 
 def compute_of(place: RunDirectory | None, device: str, dtype: str = "auto", deterministic: bool = True, ranks: Ranks = ONE) -> Compute:
-    """Where and how a run computes: what is asked for, `auto` being what environment.json says it began with. A run that began on a GPU
+    """Where and how a run computes: as set, `auto` being what environment.json says it began with. A run that began on a GPU
     and is continued where there is none goes on on the CPU. UsageError for a device or a dtype that is not there."""
     path = None if place is None else place.path / "environment.json"
     result = read_json(path, "delete it and resume") if ranks.leads and path is not None and path.is_file() else {}

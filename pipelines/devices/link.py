@@ -1,4 +1,4 @@
-"""How fast ranks hand bytes to one another: a short measurement by two gloo processes of this machine, or what a user knows of a cluster.
+"""Speed of the link between ranks: measured briefly with two gloo processes of this machine, or given by the user for a cluster.
 
 Knows torch.distributed and processes; no ranks' work.
 """

@@ -1,4 +1,4 @@
-"""What a device does in a second, from a short measurement on it, and work counted in the same units.
+"""Throughput of a device from a short measurement on it, and work counted in the same units.
 
 Knows torch and a device; not models, stages or methods.
 """
@@ -36,16 +36,16 @@ class Work:
     def __add__(self, other: "Work") -> "Work":
         dtypes = {**self.products, **other.products}
         products = {dtype: self.products.get(dtype, 0.0) + other.products.get(dtype, 0.0) for dtype in dtypes}
-        return Work(products, *(a + b for a, b in zip(self.rest, other.rest, strict=True)))
+        return Work(products, *(a + b for a, b in zip(self.other_counts, other.other_counts, strict=True)))
 
     def __mul__(self, times: float) -> "Work":
         products = {dtype: count * times for dtype, count in self.products.items()}
-        return Work(products, *(count * times for count in self.rest))
+        return Work(products, *(count * times for count in self.other_counts))
 
     __rmul__ = __mul__
 
     @property
-    def rest(self) -> tuple[float, ...]:
+    def other_counts(self) -> tuple[float, ...]:
         return self.factors, self.passes, self.calls, self.files, self.powers
 
     def in_products(self, dtype: torch.dtype, count: float) -> "Work":
@@ -66,7 +66,7 @@ class Speeds:
     def seconds(self, work: Work) -> float:
         products = sum(count / self.products[dtype] for dtype, count in work.products.items())
         speeds = (self.factors, self.passes, self.calls, self.files, self.powers)
-        return products + sum(count / speed for count, speed in zip(work.rest, speeds, strict=True))
+        return products + sum(count / speed for count, speed in zip(work.other_counts, speeds, strict=True))
 
 
 def measured(compute: Compute, clock: Callable[[], float] = time.perf_counter) -> Speeds:

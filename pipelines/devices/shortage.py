@@ -1,4 +1,4 @@
-"""An allocation that failed, as one line: which stage, what it wanted, what there was, which settings want less.
+"""Out-of-memory errors as one line: which stage, what it wanted, what there was, which settings need less.
 
 Knows torch's errors and a stage's settings; not what a stage does with memory.
 """

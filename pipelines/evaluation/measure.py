@@ -1,6 +1,6 @@
-"""What the runner measures of every artifact, reloaded from disk: perplexity and its kin, bytes, bits, sparsity, seconds, memory.
+"""Measures an artifact for the runner, reloaded from disk: perplexity and KL, bytes, bits per weight, sparsity, seconds, memory.
 
-Numbers lie beside the artifact, one file for each protocol; another protocol measures again and recompresses nothing.
+Numbers are stored next to the artifact, one file per protocol; another protocol measures again and recompresses nothing.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Perplexity, and what goes with it: one function, one place.
+"""Perplexity, bits per byte, KL divergence and top-1 agreement of a model streamed block by block.
 
 exp of the mean negative log-likelihood over the seq_len − 1 predicted tokens of non-overlapping windows; bits per byte; KL to the
 baseline and top-1 agreement with it. Streams the model block by block. Knows no stages.
@@ -154,7 +154,7 @@ def _span_sums(
 
 def _first_non_finite(model: StreamedModel, ids_NT: Tensor) -> str:
     """Name where NaN or Inf first appears in windows that end in it: a weight, or a block's output."""
-    for name, tensor in model.rest().items():
+    for name, tensor in model.outside_blocks().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             return f"{name} holds NaN or Inf; repair the checkpoint or give another one"
     with torch.no_grad():

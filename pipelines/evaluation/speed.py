@@ -1,4 +1,4 @@
-"""How fast a loaded model writes, and what its weights keep in memory: measured the same way for every model.
+"""Generation speed and resident weight bytes of a loaded model, measured the same way for every model.
 
 Knows transformers' generate; not where a model came from.
 Legend: N prompts, T tokens.
@@ -23,7 +23,7 @@ __all__ = ["Speed", "measure", "resident_bytes", "tokens_per_second"]
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians over the repeats: tokens a second once the prompt has been read, seconds to read it, seconds of both together; `samples`
+    """Medians over the repeats: tokens a second once the prompt has been read, seconds to read it, seconds of both in total; `samples`
     are all the tokens a second."""
 
     tokens_per_second: float

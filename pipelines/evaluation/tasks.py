@@ -166,9 +166,9 @@ def _score_of(row: Mapping[str, Any]) -> TaskScore:
 
 
 def protocol_key(tasks: Mapping[str, Any], limit: int | None, device: torch.device, dtype: torch.dtype) -> str:
-    """Eight characters that name what was asked, and how."""
-    asked = {name: str(task.VERSION) for name, task in tasks.items()}
-    protocol = [asked, limit, str(dtype), device.type, version("lm_eval")]
+    """Eight characters that identify the tasks and how they are run."""
+    versions = {name: str(task.VERSION) for name, task in tasks.items()}
+    protocol = [versions, limit, str(dtype), device.type, version("lm_eval")]
     return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -1,4 +1,4 @@
-"""An export read back and held against what was to be written: zeros where the mask says so, the same grid, the same codes; of a whole format every
+"""Audit of an export: read back and compared with what was to be written: zeros of the mask, grid, codes; of a lossless format every
 value.
 
 Scales and factors may be rounded by a format; these may not. Knows checkpoints; no format.

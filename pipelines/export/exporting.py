@@ -21,7 +21,7 @@ from ..devices.environment import compute_of
 from ..errors import InputError, QualityError, UsageError
 from ..evaluation import measure, perplexity
 from ..formats.checkpoint import Checkpoint, Lazy, dtype_of
-from ..formats.gguf_files import adapter_beside
+from ..formats.gguf_files import adapter_path
 from ..formats.readers import Exported, for_the_others, known_readers
 from ..formats.shards import COUNTED, counted_bytes
 from ..models.source import load_config
@@ -74,7 +74,7 @@ def export(
         raise QualityError(
             f"{output}: reads back with perplexity {after:.4f}, the artifact has {before:.4f}; do not use it, and report this"
         )
-    files = [f for f in (output, adapter_beside(output)) if f.is_file()] or [*output.rglob("*.safetensors"), *output.glob("*.gguf")]
+    files = [f for f in (output, adapter_path(output)) if f.is_file()] or [*output.rglob("*.safetensors"), *output.glob("*.gguf")]
     size = sum(f.stat().st_size for f in files)
     return {
         "directory": str(output),
@@ -103,7 +103,7 @@ def predict(
         counted = scratch / "export"
         notes = [*notes, *formats.write(format_, checkpoint, counted, adapter, shard_bytes=COUNTED)]
         size = counted_bytes(counted)
-    apart = bool(artifact.beside) or any("low_rank" in description for description in artifact.linears.values())
+    apart = bool(artifact.extra_modules) or any("low_rank" in description for description in artifact.linears.values())
     return {
         "format": format_,
         "stage": artifact.manifest["stage"]["name"],
@@ -162,7 +162,7 @@ def checkpoint_of(artifact: Artifact, card: Mapping[str, object], embeddings: bo
         transposed=frozenset(s.module if s.expert is None else f"{s.module}.{s.parameter}" for s in structure.sites if s.transposed),
         tied=tied,
         card=card,
-        beside=tuple(artifact.beside),
+        extra_modules=tuple(artifact.extra_modules),
     )
 
 

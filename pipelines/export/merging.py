@@ -1,4 +1,4 @@
-"""`pipeline export --merge`: the terms beside a base go into it, exactly, or (with --requantize) by quantizing the sum again.
+"""`pipeline export --merge`: low-rank terms and deltas are merged into their base, exactly, or (with --requantize) by quantizing the sum again.
 
 Knows artifacts and stages; when a merge is exact is `recover/merge`'s business.
 """

@@ -1,4 +1,4 @@
-"""Biases that recovery added to linears whose architecture has none: the config learns to make room, or the export is refused.
+"""Biases that recovery added to linears whose architecture has none: enabled in the config where it has a field for them, else the export is refused.
 
 Programs drop tensors they have no place for in silence, and then compute something else. Knows configs and names, no format.
 """

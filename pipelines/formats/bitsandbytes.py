@@ -127,7 +127,7 @@ def _config(dtype: torch.dtype, double: bool, skipped: list[str]) -> dict[str, o
 
 
 def read(directory: Path) -> Checkpoint:
-    """A 4-bit directory that bitsandbytes (through transformers) saved, or ours. InputError for int8, FP4 and what does not fit together."""
+    """A 4-bit directory that bitsandbytes (through transformers) saved, or ours. InputError for int8, FP4 and inconsistent tensors."""
     config, quantization = read_config(directory)
     quantization = quantization or {}
     if quantization.get("quant_method") != "bitsandbytes" or not quantization.get("load_in_4bit", quantization.get("_load_in_4bit")):

@@ -23,7 +23,7 @@ BITS = (2, 3, 4, 8)
 
 
 class Lazy(Mapping[str, T], Generic[T]):
-    """A mapping whose values are made when asked for and not kept: a model larger than memory passes through."""
+    """A mapping whose values are made on access and not kept: a model larger than memory passes through."""
 
     def __init__(self, loaders: Mapping[str, Callable[[], T]]):
         self._loaders = dict(loaders)
@@ -54,7 +54,7 @@ class Checkpoint:
     tied: alias → source, both state-dict names ({"lm_head.weight": "model.embed_tokens.weight"}); an alias is not in
         `tensors`. A source may be the `.weight` of a compressed linear.
     card: what the model card says: `title`, `recipe`, `perplexity`, `baseline_perplexity`, `protocol`, `notes`, `read_by`.
-    beside: what stands beside the model: bottlenecks, virtual tokens.
+    extra_modules: adapter modules that are not part of a linear: bottlenecks, virtual tokens.
     """
 
     config: dict[str, Any]
@@ -64,7 +64,7 @@ class Checkpoint:
     transposed: frozenset[str] = frozenset()
     tied: Mapping[str, str] = field(default_factory=dict)
     card: Mapping[str, Any] = field(default_factory=dict)
-    beside: tuple[Beside, ...] = ()
+    extra_modules: tuple[Beside, ...] = ()
 
     def with_linears(self, linears: Mapping[str, StoredWeight]) -> "Checkpoint":
         return replace(self, linears=linears)
@@ -86,7 +86,7 @@ def refuse_beyond_codes(name: str, record: StoredWeight, format_name: str) -> No
     if record.low_rank is not None:
         raise UsageError(
             f"{name}: {format_name} has no place for a low-rank term of rank {record.low_rank.rank}; "
-            "--adapter keeps it as a PEFT adapter beside the base, --format dense adds it in"
+            "--adapter keeps it as a PEFT adapter next to the base, --format dense adds it in"
         )
 
 

@@ -151,7 +151,7 @@ def quantization_config(schemes: Mapping[Scheme, Mapping[str, int]], ignored: li
 
 
 def read(directory: Path) -> Checkpoint:
-    """A pack-quantized directory. InputError for the other layouts of that package and for what does not fit together."""
+    """A pack-quantized directory. InputError for the other layouts of that package and for inconsistent tensors."""
     config, quantization = read_config(directory)
     _check_config(directory, quantization := quantization or {})
     stored = open_directory(directory)

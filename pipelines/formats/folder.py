@@ -1,4 +1,4 @@
-"""What every checkpoint directory holds beside its weights: a config that old and new programs read, tokenizer files, a model card.
+"""Files of a checkpoint directory other than its weights: a config that old and new programs read, tokenizer files, a model card.
 
 Knows no weights.
 """
@@ -62,7 +62,7 @@ def write_folder(
 
 
 def portable_config(config: Mapping[str, object]) -> dict[str, object]:
-    """The config with the names of transformers 4 beside those of 5: readers of GPTQ live on both sides of that change.
+    """The config with the names of transformers 4 as well as those of 5: readers of GPTQ live on both sides of that change.
 
     transformers 4 looks for `torch_dtype`, `rope_theta` (GPT-NeoX: `rotary_emb_base`, `rotary_pct`) and `rope_scaling`, and falls back
     to its defaults in silence.

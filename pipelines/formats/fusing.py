@@ -1,4 +1,4 @@
-"""From the names of an architecture's files to those it has in memory: what a reader found becomes a checkpoint of ours.
+"""Renames and fuses tensors from the names in an architecture's files to those it has in memory, for a checkpoint that a format has read.
 
 The way there is `naming`'s, read backwards: where a row's number goes on writing, its codes come from on reading.
 Legend: O out, I in, E experts.
@@ -19,7 +19,7 @@ from .rows import stack_rows, take_rows
 
 
 def to_memory(checkpoint: Checkpoint) -> Checkpoint:
-    """The inverse of `to_file` for what a reader found: renamed, experts fused, tied weights once, every shape held against the config's.
+    """The inverse of `to_file` for what a format has read: renamed, experts fused, tied weights once, every shape held against the config's.
 
     InputError for a weight that is missing, of another shape or cannot be fused.
     """
@@ -119,7 +119,7 @@ def _join(name: str, linears: Mapping[str, StoredWeight], pieces: Sequence[tuple
 
 
 def _assembled(names: Names, name: str, shape: torch.Size, tensors: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> Tensor:
-    """A dense tensor put together from the file's, proven by taking it apart again."""
+    """A dense tensor assembled from the file's, verified by splitting it again."""
     result = {target: tensors[target] for target in parts}
     if list(result) == [name]:
         return result[name]

@@ -1,4 +1,4 @@
-"""The bytes of ggml's blocks, as they lie in a GGUF file: from a record and back, bit for bit.
+"""Packs records into the bytes of ggml's blocks, as in a GGUF file, and unpacks them, bit for bit.
 
 A block's parts follow one another as its row of `_PARTS` says. Knows records and bytes; not files, names or models.
 Layout: ggml-common.h of ggml; `gguf.quants` reads the same. Legend: O out, I in, N blocks (all rows), C columns of a block, K small codes.

@@ -1,4 +1,4 @@
-"""A model directory whose matrices are ggml's blocks: what a GGUF file becomes when it is imported, its codes bit for bit.
+"""Directories whose matrices are stored as ggml's blocks: the imported form of a GGUF file, its codes bit for bit.
 
 `quantization_config` has quant_method "ggml" and `types`, the block type of every matrix; `<matrix>.blocks` uint8 [O, bytes of a row] are the
 file's own blocks, rows in the model's order. Read by the baseline alone, written by the import alone. Knows no GGUF files.

@@ -1,4 +1,4 @@
-"""The model families that a GGUF file can hold here: what llama.cpp calls their tensors, in which order it wants rows, what it asks of a config.
+"""The model families that a GGUF file can hold here: llama.cpp's names of their tensors, its order of rows, and the config fields it needs.
 
 Facts of llama.cpp, build 10605: what its converter writes (conversion/*.py) and its models read (src/models/*.cpp); names are the `gguf` package's.
 Knows configs and names; no weights, no tokenizer.
@@ -199,7 +199,7 @@ def _refusal(family: Family, config: "PreTrainedConfig") -> str | None:
     if scaled_by != by_model:
         return f"llama.cpp scales attention by {by_model} in it, query_pre_attn_scalar here is {scaled_by}"
     if family.square and heads * width != config.hidden_size:
-        return f"llama.cpp takes its {heads} heads to be {config.hidden_size} wide together, here they are {heads * width}"
+        return f"llama.cpp takes its {heads} heads to be {config.hidden_size} wide in total, here they are {heads * width}"
     if family.arch == MODEL_ARCH.GEMMA2 and not (config.attn_logit_softcapping and config.final_logit_softcapping):
         return "llama.cpp caps its logits, this config does not"
     if family.arch == MODEL_ARCH.GEMMA2 and not config.tie_word_embeddings:

@@ -1,4 +1,4 @@
-"""GGUF: one file for llama.cpp and what is built on it, with the model's settings and its tokenizer; a low-rank term is a LoRA adapter beside it.
+"""GGUF: one file for llama.cpp and what is built on it, with the model's settings and its tokenizer; a low-rank term becomes a LoRA adapter file.
 
 Quantized weights go into the block type that holds them exactly, embeddings included; everything else in floating point, exactly as well. Rows of
 q and k are in llama.cpp's order where a family needs it. Knows tensors and files; families, tokenizers and types have their own.
@@ -69,15 +69,15 @@ def write(checkpoint: Checkpoint, output: Path, adapter: bool = False, shard_byt
     UsageError, before anything is written, for what has no place in it."""
     checkpoint = with_room_for_biases(checkpoint)
     model = GgufModel.of(checkpoint.config)
-    if checkpoint.beside:
+    if checkpoint.extra_modules:
         raise UsageError(
-            f"{checkpoint.beside[0].method} keeps modules beside the model, which llama.cpp has no place for; export an earlier --stage"
+            f"{checkpoint.extra_modules[0].method} adds modules to the model, which llama.cpp has no place for; export an earlier --stage"
         )
     tokens = vocabulary(checkpoint.files, model.config.vocab_size)
     factors = _factors(checkpoint, model)
     if bool(factors) != adapter:
         raise UsageError(
-            f"{len(factors) // 2} linears have a low-rank term: --adapter writes it as a LoRA adapter beside the model, --merge --requantize quantizes the sum"
+            f"{len(factors) // 2} linears have a low-rank term: --adapter writes it as a LoRA adapter file, --merge --requantize quantizes the sum"
             if factors
             else "no linear of this model has a low-rank term, so there is no adapter to write; leave --adapter out"
         )
@@ -87,7 +87,7 @@ def write(checkpoint: Checkpoint, output: Path, adapter: bool = False, shard_byt
         total = sum(e.size_bytes for e in entries) + sum(4 * tensor.numel() for tensor in factors.values())
         write_json(output / INDEX, {"metadata": {"total_size": total}, "weight_map": {}})
         return [*notes, *tokens.notes, *model.notes()]
-    with _places(output) as (file, beside, card):
+    with _places(output) as (file, adapter_file, card):
         writer = GGUFWriter(file, model.family.arch.name.lower())
         writer.add_type("model")
         writer.add_name(str(checkpoint.card.get("title", "model")))
@@ -101,12 +101,12 @@ def write(checkpoint: Checkpoint, output: Path, adapter: bool = False, shard_byt
         _write_tensors(writer, entries)
         notes += [*tokens.notes, *model.notes()]
         if factors:
-            _write_adapter(beside, model, factors)
+            _write_adapter(adapter_file, model, factors)
             notes.append(
-                f"the low-rank term of {len(factors) // 2} linears is in {beside.name}, a LoRA adapter of scale 1 (llama-cli --lora)"
+                f"the low-rank term of {len(factors) // 2} linears is in {adapter_file.name}, a LoRA adapter of scale 1 (llama-cli --lora)"
             )
         if card is not None:
-            how = HOW_TO_LOAD.format(model=file.name, adapter=f" --lora {beside.name}" if factors else "")
+            how = HOW_TO_LOAD.format(model=file.name, adapter=f" --lora {adapter_file.name}" if factors else "")
             card.write_text(
                 model_card(checkpoint.card, notes, how)
                 .replace("```python", "```sh")
@@ -118,7 +118,7 @@ def write(checkpoint: Checkpoint, output: Path, adapter: bool = False, shard_byt
 def read(output: Path, like: Checkpoint) -> Checkpoint:
     """What `write` made, under the names of the config of `like`: quantized tensors as records, all others by name, an adapter's factors in the
     records. InputError for a file that is damaged, or of another model."""
-    file, beside = (output / MODEL, output / ADAPTER) if output.is_dir() else (output, adapter_beside(output))
+    file, adapter_file = (output / MODEL, output / ADAPTER) if output.is_dir() else (output, adapter_path(output))
     model, tensors = GgufModel.of(like.config), _opened(file)
     shared = {source: alias for alias, source in like.tied.items() if alias.removesuffix(".weight") in like.linears}
     linears: dict[str, Callable[[], StoredWeight]] = {}
@@ -135,8 +135,8 @@ def read(output: Path, like: Checkpoint) -> Checkpoint:
             linears[shared.get(name, name).removesuffix(".weight")] = partial(_record, stored, model, name)
         else:
             raise InputError(f"{file}: {stored.name} is of type {kind}; read are {', '.join([*FLOATS, *GGML_TYPES]).upper()}")
-    if beside.is_file():
-        _join(model, _opened(beside), linears, plain, beside)
+    if adapter_file.is_file():
+        _join(model, _opened(adapter_file), linears, plain, adapter_file)
     return replace(like, linears=Lazy(linears), tensors=Lazy(plain))
 
 
@@ -233,7 +233,7 @@ def _write_adapter(file: Path, model: GgufModel, tensors: Mapping[str, Tensor]) 
     _write_tensors(writer, [_Entry(name, "F32", tuple(tensor.shape), lambda t=tensor: t) for name, tensor in tensors.items()])
 
 
-def adapter_beside(file: Path) -> Path:
+def adapter_path(file: Path) -> Path:
     """Where the adapter of a single file lies."""
     return file.with_name(f"{file.stem}.{ADAPTER}")
 
@@ -243,7 +243,7 @@ def _places(output: Path) -> Iterator[tuple[Path, Path, Path | None]]:
     """(model, adapter, model card) in a scratch place that becomes `output` when the block ends well."""
     if output.suffix == ".gguf":
         with fresh_file(output) as file:
-            yield file, adapter_beside(file), None
+            yield file, adapter_path(file), None
     else:
         with fresh_directory(output) as made:
             yield made / MODEL, made / ADAPTER, made / "README.md"

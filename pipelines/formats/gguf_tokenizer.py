@@ -130,9 +130,9 @@ def vocabulary(directory: Path | None, rows: int) -> Vocabulary:
 
     if directory is None or not (directory / "tokenizer.json").is_file():
         raise UsageError(
-            f"{directory}: no tokenizer.json, and a GGUF file holds its tokenizer; put tokenizer.json and tokenizer_config.json beside config.json"
+            f"{directory}: no tokenizer.json, and a GGUF file holds its tokenizer; put tokenizer.json and tokenizer_config.json next to config.json"
         )
-    with as_input_error(f"{directory}: no tokenizer that transformers can read", "put tokenizer.json beside config.json"):
+    with as_input_error(f"{directory}: no tokenizer that transformers can read", "put tokenizer.json next to config.json"):
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         described = loads(tokenizer.backend_tokenizer.to_str())
     model = described["model"]
@@ -143,7 +143,7 @@ def vocabulary(directory: Path | None, rows: int) -> Vocabulary:
     most = max([*pieces.values(), *added], default=-1)
     if most >= rows:
         raise UsageError(
-            f"{directory}: its tokenizer makes token {most}, the model has embeddings for {rows} tokens; they do not belong together"
+            f"{directory}: its tokenizer makes token {most}, the model has embeddings for {rows} tokens; they belong to different models"
         )
     special = {
         name: i for name in ("bos", "eos", "unk", "sep", "pad", "mask") if (i := getattr(tokenizer, f"{name}_token_id", None)) is not None

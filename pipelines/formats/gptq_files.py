@@ -65,7 +65,7 @@ def write(checkpoint: Checkpoint, directory: Path, version: int = 1, shard_bytes
         if rounded:
             notes.append(f"{len(rounded)} linears had scales finer than float16, which is what {label} stores; they are rounded")
         for alias, source in checkpoint.tied.items() if version == 1 else ():
-            notes.append(f"{alias} is stored beside {source} although they are tied: auto-gptq leaves the embedding at zero otherwise")
+            notes.append(f"{alias} is stored as well as {source} although they are tied: auto-gptq leaves the embedding at zero otherwise")
         config = settings.config(version)
         write_folder(checkpoint, scratch, config, notes, HOW_TO_LOAD[version])
         if version == 1:  # auto-gptq would read version 2 as version 1; without this file it refuses
@@ -107,7 +107,7 @@ def pack(name: str, record: StoredWeight, version: int) -> tuple[dict[str, Tenso
 
 
 def read(directory: Path) -> Checkpoint:
-    """A GPTQ directory of either version. InputError, with tensor and file, for what does not fit together."""
+    """A GPTQ directory of either version. InputError, with tensor and file, for inconsistent tensors."""
     config, quantization = _settings(directory)
     stored = open_directory(directory)
     linears = {name.removesuffix(".qweight"): entry for name, entry in stored.items() if name.endswith(".qweight")}

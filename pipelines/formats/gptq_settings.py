@@ -14,7 +14,7 @@ Scheme = tuple[int, int]  # bits, group size
 
 
 def schemes(base: UniformWeight) -> list[Scheme]:
-    """What may be said of a linear: one group over the whole row goes by its size and by -1."""
+    """Equivalent settings of a linear: one group over the whole row may be given by its size or as -1."""
     if base.groups == 1:
         return [(base.bits, -1), (base.bits, base.in_features)]
     return [(base.bits, base.group_size)]
@@ -68,7 +68,7 @@ class Settings:
         out = []
         if self.dynamic:
             readers = "GPTQModel and vLLM read that, auto-gptq does not"
-            out.append(f"{len(self.dynamic)} linears have settings of their own, said in `dynamic`: {readers}")
+            out.append(f"{len(self.dynamic)} linears have settings of their own, listed in `dynamic`: {readers}")
         if self.lm_head:
             out.append("lm_head is quantized: GPTQModel and vLLM read that, auto-gptq does not")
         return out

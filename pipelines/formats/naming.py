@@ -1,4 +1,4 @@
-"""From the names a model has in memory to those of its files, by transformers' own conversions.
+"""Maps the names a model has in memory to those of its files, by transformers' own conversions.
 
 In memory a mixture of experts holds one fused tensor per layer; its files hold a matrix per expert. Compressed matrices cannot go
 through the conversion as values, so the numbers of their rows do: where a row's number arrives, its codes belong.

@@ -1,4 +1,4 @@
-"""A low-rank term or virtual tokens as a PEFT directory: DIR/base in any format, DIR/adapter beside it.
+"""PEFT directories: a low-rank term or virtual tokens in DIR/adapter, the base model in any format in DIR/base.
 
 Each module's scaling is 1: lora_alpha equals r, per module where ranks differ. Knows adapters; the base is another format's business.
 Legend: O out, I in, R rank, P virtual tokens, L layers, K key-value heads, W head width, D model width.
@@ -73,7 +73,7 @@ def write(checkpoint: Checkpoint, directory: Path, write_base: WriteBase, **opti
     tokens = virtual_tokens(checkpoint)
     if tokens is not None:
         with fresh_directory(directory) as scratch:
-            notes = write_base(replace(checkpoint, beside=()), scratch / BASE, **options)
+            notes = write_base(replace(checkpoint, extra_modules=()), scratch / BASE, **options)
             config = {**peft_settings(tokens).to_dict(), "base_model_name_or_path": f"../{BASE}"}
             values = {"prompt_embeddings": tokens.values.reshape(tokens.count, -1).contiguous()}
             _write_adapter(scratch / ADAPTER, config, values, "Virtual tokens")
@@ -109,14 +109,14 @@ def _write_adapter(directory: Path, config: Mapping[str, object], tensors: Mappi
 
 
 def virtual_tokens(checkpoint: Checkpoint) -> Tokens | None:
-    """The virtual tokens beside the model. UsageError for bottlenecks, and for tokens together with a low-rank term."""
-    for beside in checkpoint.beside:
-        if beside.bottlenecks:
+    """The model's virtual tokens. UsageError for bottlenecks, and for tokens combined with a low-rank term."""
+    for extra in checkpoint.extra_modules:
+        if extra.bottlenecks:
             raise UsageError(
-                f"{beside.method} keeps bottlenecks beside the model, which merge into nothing and which no format here has a place for: "
+                f"{extra.method} adds bottleneck modules, which cannot be merged and which no format here has a place for: "
                 "run them with bitmend.pipelines.load(RUN_DIR) or `pipeline generate`, or export an earlier --stage"
             )
-    result = [tokens for beside in checkpoint.beside if (tokens := beside.virtual()) is not None]
+    result = [tokens for extra in checkpoint.extra_modules if (tokens := extra.virtual()) is not None]
     if result and with_low_rank(checkpoint):
         raise UsageError("PEFT runs a low-rank term or virtual tokens, not both; export a --stage that has one of them")
     return result[-1] if result else None
@@ -135,7 +135,7 @@ def adapter_config(ranks: Mapping[str, int]) -> dict[str, object]:
 
 
 def read(directory: Path, read_base: Callable[[Path], Checkpoint]) -> Checkpoint:
-    """DIR/base by `read_base` with the factors of DIR/adapter in its records, or its virtual tokens beside it. InputError for adapters
+    """DIR/base by `read_base` with the factors of DIR/adapter in its records, or its virtual tokens as extra modules. InputError for adapters
     of another kind, and for settings and factors that no program writes."""
     base, adapter = read_base(directory / BASE), directory / ADAPTER
     config = read_json(adapter_settings(directory))
@@ -145,7 +145,7 @@ def read(directory: Path, read_base: Callable[[Path], Checkpoint]) -> Checkpoint
         raise InputError(f"{adapter / 'adapter_model.bin'} is a pickle file, which can run code when opened; only safetensors are read")
     stored = open_directory(adapter)
     if config.get("peft_type") in VIRTUAL:
-        return replace(base, beside=(_read_tokens(config, _entry(stored, "prompt_embeddings", file)),))
+        return replace(base, extra_modules=(_read_tokens(config, _entry(stored, "prompt_embeddings", file)),))
     _check_config(adapter, config)
     modules = sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in stored})
     linears: dict[str, Callable[[], StoredWeight]] = {name: partial(base.linears.__getitem__, name) for name in base.linears}
@@ -181,9 +181,9 @@ def _read_tokens(config: Mapping[str, Any], entry: Stored) -> Beside:
     return Beside(method, tokens="prefix", tensors={TOKENS: values.view(len(values), layers, 2, heads, -1)})
 
 
-def refuse_other_models_tokens(beside: Beside, model: "PreTrainedModel", directory: Path) -> None:
+def refuse_other_models_tokens(extra: Beside, model: "PreTrainedModel", directory: Path) -> None:
     """InputError for virtual tokens of another size than the model's; of a prefix, as far as its config says it."""
-    tokens, config = beside.virtual(), model.config.get_text_config()
+    tokens, config = extra.virtual(), model.config.get_text_config()
     if tokens is None:
         return
     if tokens.kind == "prompt":
@@ -197,7 +197,7 @@ def refuse_other_models_tokens(beside: Beside, model: "PreTrainedModel", directo
         if result[name] != number:
             raise InputError(
                 f"{directory / ADAPTER}: its virtual tokens have {name} {result[name]}, the model of {directory / BASE} has {number}; "
-                "the two do not belong together"
+                "the two belong to different models"
             )
 
 

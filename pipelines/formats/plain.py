@@ -1,4 +1,4 @@
-"""Dense safetensors: every linear as the one matrix that does what its record does. Any program reads it.
+"""Dense safetensors: every linear as its record's effective weight. Any program reads it.
 
 Masks, smoothing, low-rank terms and sparse deltas are folded into the weight; only activation settings have no place.
 Legend: O out, I in, E experts.
@@ -53,7 +53,7 @@ def _notes(checkpoint: Checkpoint) -> list[str]:
 
 
 def read(directory: Path) -> Checkpoint:
-    """Every tensor under its name in memory, fused experts put together; which of them are linears only the architecture knows."""
+    """Every tensor under its name in memory, experts fused; which of them are linears only the architecture knows."""
     config = read_json(directory / "config.json")
     stored = open_directory(directory)
     return to_memory(Checkpoint(config, {}, Lazy({name: entry.load for name, entry in stored.items()}), files=directory))

@@ -1,4 +1,4 @@
-"""Which other programs are known to read an export of this format and these grids, and what would have to change for the rest.
+"""Programs known to read an export of this format and these grids, and what would have to change for the others.
 
 A row is a claim with its proof: a test here, or a measurement. A program without a row may well read the file; nobody here has seen it.
 Knows descriptions of records; no file.

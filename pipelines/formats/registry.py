@@ -1,4 +1,4 @@
-"""The formats by their names on the command line, and which one a directory is.
+"""The export formats by their names on the command line, and detection of a directory's format.
 
 Knows names and configs; each format knows its bytes.
 """
@@ -56,7 +56,7 @@ def detect(directory: Path) -> str:
 
 
 def write(name: str, checkpoint: Checkpoint, directory: Path, adapter: bool = False, **options: object) -> list[str]:
-    """Export in format `name`, as one model; with `adapter` a low-rank term or virtual tokens go to DIR/adapter and the rest to DIR/base.
+    """Export in format `name`, as one model; with `adapter` a low-rank term or virtual tokens go to DIR/adapter and everything else to DIR/base.
     UsageError for an unknown name, and for what has no place."""
     if name not in FORMATS:
         raise UsageError(f"unknown format {name!r}; known are {', '.join(FORMATS)}")
@@ -72,7 +72,7 @@ def write(name: str, checkpoint: Checkpoint, directory: Path, adapter: bool = Fa
     with_term = peft.with_low_rank(checkpoint)
     if with_term and name != "dense":
         raise UsageError(
-            f"{with_term} linears have a low-rank term, which {name} has no place for: --adapter keeps it in DIR/adapter, for PEFT, beside DIR/base "
+            f"{with_term} linears have a low-rank term, which {name} has no place for: --adapter keeps it in DIR/adapter, for PEFT, next to DIR/base "
             "in this format; --format dense adds it into the weights; --merge --requantize quantizes the sum again"
         )
     return FORMATS[name].write(checkpoint, directory, **options)

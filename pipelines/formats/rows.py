@@ -1,4 +1,4 @@
-"""Taking rows out of a record and stacking records: what a fused expert matrix needs to live as several matrices in a file.
+"""Slices rows out of a record and stacks records, so that a fused expert matrix can be stored as several matrices in a file.
 
 Knows records only. Legend: O out, I in, G groups.
 """

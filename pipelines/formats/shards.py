@@ -90,7 +90,9 @@ def weight_files(directory: Path) -> list[Path]:
         names = sorted(set(_weight_map(index).values()))
         for name in names:
             if Path(name).name != name:
-                raise InputError(f"{index} names {name!r}, which is no plain file name; only files beside the index are read: repair it")
+                raise InputError(
+                    f"{index} names {name!r}, which is no plain file name; only files in the index's directory are read: repair it"
+                )
             if not (directory / name).is_file():
                 raise InputError(f"{index} names {name}, which is not in {directory}; fetch the missing shard")
         return [_inside(directory / name) for name in names]
@@ -209,7 +211,7 @@ def fresh_directory(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def fresh_file(file: Path) -> Iterator[Path]:
-    """A place in a scratch directory for `file`, which goes to its own place when the block ends well, with whatever was written beside it.
+    """A place in a scratch directory for `file`, which goes to its own place when the block ends well, with whatever was written next to it.
 
     UsageError when one of them exists: exports never overwrite.
     """

@@ -1,4 +1,4 @@
-"""Which modules a loading program must leave alone: every linear of the architecture that a checkpoint does not compress.
+"""Modules that a loading program must not quantize: every linear of the architecture that a checkpoint does not compress.
 
 Programs replace all linears they are not set to skip. Knows the architecture and names, no bytes.
 """

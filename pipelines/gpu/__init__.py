@@ -1,1 +1,1 @@
-"""`make gpu`: what a card has to show, in pieces of two minutes; nothing of it is imported by the rest of the program."""
+"""`make gpu`: tests and measurements on a CUDA card, in pieces of two minutes; nothing of it is imported by other rooms."""

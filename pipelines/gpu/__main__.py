@@ -1,6 +1,6 @@
-"""`make gpu [PART=tests|demo|shape|kernels|decode|train]`, that is `python -m bitmend.pipelines.gpu [PART …]`: what a card has to show.
+"""`make gpu [PART=tests|demo|shape|kernels|decode|train]`, that is `python -m bitmend.pipelines.gpu [PART …]`: tests and measurements on a card.
 
-Each part stops by itself after two minutes, says what it found and what is left, and goes on in the next call. What is finished is in
+Each part stops by itself after two minutes, prints its results and what is left, and goes on in the next call. What is finished is in
 reports/published/gpu-<card>.{json,md} at once; `runs/gpu` keeps what is under way. Knows the parts' order; not what they measure.
 """
 
@@ -31,34 +31,34 @@ PUBLISHED = ROOT / "reports" / "published"
 
 def main(arguments: Sequence[str] | None = None, plan: CardPlan | None = None) -> int:
     """0 when nothing failed, 1 when something did (it is listed), 2 when nothing could be run."""
-    asked = _parse(arguments)
-    parts = [name for name in asked.part or PARTS if _complete(name)]
+    options = _parse(arguments)
+    parts = [name for name in options.part or PARTS if _complete(name)]
     if not parts:
         return 2
-    launcher = (sys.executable, asked.launcher) if asked.launcher else Call.launcher
-    first = Call(plan or CardPlan(), asked.place, time.monotonic() + 60, 5, launcher)
+    launcher = (sys.executable, options.launcher) if options.launcher else Call.launcher
+    first = Call(plan or CardPlan(), options.place, time.monotonic() + 60, 5, launcher)
     machine = _machine(first)
     if machine.get("card") is None:
         sys.stdout.write(f"make gpu: {machine.get('error') or 'this torch sees no CUDA device'}; nothing was measured\n")
         return 2
     from ..bench.kernel_tables import short_name
 
-    short = short_name({"device": "cuda", "device_name": machine["card"]}) if not asked.launcher else machine["card"]
-    results = Results(asked.output or PUBLISHED, short, machine, {name: columns for name, (_, columns) in PARTS.items()})
+    short = short_name({"device": "cuda", "device_name": machine["card"]}) if not options.launcher else machine["card"]
+    results = Results(options.output or PUBLISHED, short, machine, {name: columns for name, (_, columns) in PARTS.items()})
     sys.stdout.write(f"{machine['card']}, torch {machine['torch']}, triton {machine['triton']}; results in {results.path}\n")
     for name in parts:
-        _one(name, results, asked, plan or CardPlan(), launcher, short)
+        _one(name, results, options, plan or CardPlan(), launcher, short)
     failed = [name for name in parts if _failed(results.parts[name])]
-    return 1 if failed or len(parts) < len(asked.part or PARTS) else 0
+    return 1 if failed or len(parts) < len(options.part or PARTS) else 0
 
 
-def _one(name: str, results: Results, asked: argparse.Namespace, plan: CardPlan, launcher: tuple[str, ...], short: str) -> None:
-    part = results.begin(name, asked.again, by_sources=name == "tests")
+def _one(name: str, results: Results, options: argparse.Namespace, plan: CardPlan, launcher: tuple[str, ...], short: str) -> None:
+    part = results.begin(name, options.again, by_sources=name == "tests")
     if part.left == []:
         part.say("finished before; AGAIN=1 measures it anew")
         return
-    until = time.monotonic() + asked.seconds
-    PARTS[name][0](part, Call(plan, asked.place / short / name, until, min(20.0, asked.seconds / 6), launcher))
+    until = time.monotonic() + options.seconds
+    PARTS[name][0](part, Call(plan, options.place / short / name, until, min(20.0, options.seconds / 6), launcher))
     part.say("finished" if part.left == [] else f"left: {_some(part.left)}; the same command goes on")
 
 
@@ -94,14 +94,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="where results are merged, instead of reports/published")
     parser.add_argument("--place", type=Path, default=ROOT / "runs" / "gpu", help="where runs and benchmarks lie")
     parser.add_argument("--launcher", help="a script that runs a module: tests/device/pretended.py, where there is no card")
-    asked = parser.parse_args(arguments)
-    for part in asked.part:
+    options = parser.parse_args(arguments)
+    for part in options.part:
         if part not in PARTS:
             parser.error(f"unknown part {part!r}; choose one of {', '.join(PARTS)}")
-    if asked.launcher and asked.output is None:
+    if options.launcher and options.output is None:
         parser.error("--launcher needs --output: what is not measured on a card is not published")
-    asked.place = asked.place.resolve()
-    return asked
+    options.place = options.place.resolve()
+    return options
 
 
 if __name__ == "__main__":

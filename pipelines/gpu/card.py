@@ -1,4 +1,4 @@
-"""The card and the versions beside it, as one line of JSON: `python -m bitmend.pipelines.gpu.card`."""
+"""The card and the versions of the software it runs with, as one line of JSON: `python -m bitmend.pipelines.gpu.card`."""
 
 import json
 import platform
@@ -38,17 +38,17 @@ def way_out(absent: Sequence[str]) -> str:
 def main(arguments: Sequence[str] = ()) -> int:
     import torch
 
-    found = {"card": None, "python": platform.python_version(), "cuda": torch.version.cuda}
+    info = {"card": None, "python": platform.python_version(), "cuda": torch.version.cuda}
     for name in ("torch", "triton", "transformers"):
         try:
-            found[name] = version(name)
+            info[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
+            info[name] = None
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
-        found |= {"card": card.name, "memory_bytes": card.total_memory, "multiprocessors": card.multi_processor_count}
-        found["capability"] = ".".join(map(str, torch.cuda.get_device_capability(0)))
-    sys.stdout.write(json.dumps(found) + "\n")
+        info |= {"card": card.name, "memory_bytes": card.total_memory, "multiprocessors": card.multi_processor_count}
+        info["capability"] = ".".join(map(str, torch.cuda.get_device_capability(0)))
+    sys.stdout.write(json.dumps(info) + "\n")
     return 0
 
 

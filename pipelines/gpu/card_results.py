@@ -1,4 +1,4 @@
-"""`gpu-<card>.json` and `.md`: what the parts found, on disk after every piece, and what is left. It is the state that the next call reads.
+"""`gpu-<card>.json` and `.md`: results of the parts, on disk after every piece, and what is left. It is the state that the next call reads.
 
 Knows rows under keys; not how they were measured.
 """
@@ -37,7 +37,7 @@ class Results:
         self.machine = dict(machine)
 
     def begin(self, part: str, again: bool, by_sources: bool) -> "CardPart":
-        """The part with the rows that it has; without any when asked `again`, or when they were measured with something else."""
+        """The part with the rows that it has; without any if `again`, or when they were measured with something else."""
         context = {name: self.machine.get(name) for name in VERSIONS} | ({"sources": sources()} if by_sources else {})
         known = self.parts.get(part)
         if again or known is None or known["context"] != context:

@@ -1,4 +1,4 @@
-"""What one call of `make gpu` has to work with, and a process that is asked to stop in time.
+"""One call of `make gpu`: its time limit and directory, and child processes that are stopped in time.
 
 Knows processes and the clock; not what runs in them. Needs the standard library alone.
 """
@@ -37,7 +37,7 @@ class CardPlan:
 
 @dataclass(frozen=True)
 class Call:
-    """One part's two minutes: it is over at `until` (time.monotonic), what still runs `grace` seconds before is asked to stop. `place` keeps
+    """One part's two minutes: it is over at `until` (time.monotonic), what still runs `grace` seconds before is signalled to stop. `place` keeps
     what makes the next call go on. `launcher` runs a module: python -m, or a script that pretends a card first."""
 
     plan: CardPlan
@@ -62,13 +62,13 @@ class Call:
                 command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT, env=os.environ | {"PYTHONSAFEPATH": "1"},
                 start_new_session=True, preexec_fn=_end_with_parent,
             )  # fmt: skip
-        asked = False
+        stopping = False
         try:
             while process.poll() is None:
                 watch()
                 left = self.until - time.monotonic()
-                if left < self.grace and not asked:
-                    asked = True
+                if left < self.grace and not stopping:
+                    stopping = True
                     os.killpg(process.pid, signal.SIGTERM)
                 elif left < 0:
                     break
@@ -78,18 +78,18 @@ class Call:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         watch()
-        return None if asked else process.returncode
+        return None if stopping else process.returncode
 
     def log(self, name: str) -> Path:
         return self.place / f"{name}.log"
 
     def last_line(self, name: str) -> str:
-        """The last thing a process said."""
+        """The last line a process printed."""
         lines = [line for line in self.log(name).read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        return lines[-1].strip() if lines else "it said nothing"
+        return lines[-1].strip() if lines else "it printed nothing"
 
 
 def _end_with_parent() -> None:
-    """On Linux a process is asked to stop when this one is killed, else it would hold the card and the run's lock."""
+    """On Linux a process is signalled to stop when this one is killed, else it would hold the card and the run's lock."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""demo: the demo recipe on the card in float32 and in bfloat16, beside what the README printed on a CPU; train: a longer training on it.
+"""demo: the demo recipe on the card in float32 and in bfloat16, compared with the README's numbers from a CPU; train: a longer training on it.
 
 Both are runs of the command line, which go on where they were stopped. Knows runs by their record; not what a stage does.
 """

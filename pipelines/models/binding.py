@@ -1,4 +1,4 @@
-"""From an artifact's records to a model on the kernels of a device: which modules share an input, and which table is tied to which head.
+"""Binds an artifact's records to the kernels of a device: which modules share an input, and which table is tied to which head.
 
 Knows modules and records; the kernels are `kernels/`, what a block is is `blocks`.
 """
@@ -106,7 +106,7 @@ class KernelBinder:
 
 
 def one_input(names: list[str]) -> list[list[str]]:
-    """Names that share an input together, every other name by itself."""
+    """Names grouped by shared input, every other name by itself."""
     groups: dict[tuple[str, int], list[str]] = {}
     alone: list[list[str]] = []
     for name in names:

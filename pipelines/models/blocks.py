@@ -50,7 +50,7 @@ class Binder(Protocol):
 class StreamedModel:
     """An artifact opened for running. `bind` (default: dense effective weights) decides how records become modules.
 
-    What stands beside the model runs with it: bottlenecks hang on a block while it is loaded; virtual tokens enter in `embed` and leave
+    Extra modules run with it: bottlenecks hang on a block while it is loaded; virtual tokens enter in `embed` and leave
     behind the last block (a prompt), or stand before every attention (a prefix). `virtual=False` runs it without its tokens. A `reader` that
     keeps its blocks may be shared with whoever else needs them. `config` stands for the artifact's own.
     """
@@ -77,7 +77,7 @@ class StreamedModel:
         self.structure = inspect(self.model, include_head=True)
         self._tied = tied_names(self.model)
         tables = self._tables()
-        for name, tensor in self.rest(tables).items():
+        for name, tensor in self.outside_blocks(tables).items():
             set_parameter(self.model, name, tensor.to(self.device, self._running(tensor)))
         self.model.tie_weights()
         for name, buffer in self.model.named_buffers():
@@ -88,7 +88,7 @@ class StreamedModel:
         for head in heads if self.bind is None else ():
             round_inputs(self.model.get_submodule(head.module), self.artifact.stored(head.name).to(self.device))
         if self.virtual:
-            result = [t for beside in self.artifact.beside if (t := beside.virtual()) is not None]
+            result = [t for extra in self.artifact.extra_modules if (t := extra.virtual()) is not None]
             self.tokens = result[-1].to(self.device, self.dtype) if result else None
 
     @property
@@ -103,7 +103,7 @@ class StreamedModel:
     def _running(self, tensor: Tensor) -> torch.dtype:
         return self.dtype if tensor.is_floating_point() else tensor.dtype
 
-    def rest(self, without: Collection[str] = ()) -> dict[str, Tensor]:
+    def outside_blocks(self, without: Collection[str] = ()) -> dict[str, Tensor]:
         """Parameters outside the blocks, tied copies left out, records made dense."""
         blocks = f"{self.structure.prefix}."
         names = [n for n in self.model.state_dict() if not n.startswith(blocks) and n not in self._tied]
@@ -180,7 +180,9 @@ class StreamedModel:
             self._fused[index] = {name: _without_bytes(self.model.get_parameter(name)) for name in experts}
             bind(self.model, prefix, stored)
             self._forget_replaced(index)
-        self._hooks[index] = [h for beside in self.artifact.beside for h in beside.hang(self.model, f"{prefix}.", self.device, self.dtype)]
+        self._hooks[index] = [
+            h for extra in self.artifact.extra_modules for h in extra.hang(self.model, f"{prefix}.", self.device, self.dtype)
+        ]
         return block
 
     def _forget_replaced(self, index: int) -> None:
@@ -239,7 +241,7 @@ class StreamedModel:
         return self._entering(ids_NT)[0]
 
     def _entering(self, ids_NT: Tensor) -> tuple[Tensor, list[tuple[tuple[object, ...], dict[str, object]]]]:
-        """What enters the first block, and what every block is called with besides."""
+        """What enters the first block, and the other arguments of every block."""
         ids = ids_NT.to(self.device)
         calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
         entered: list[Tensor] = []
@@ -275,7 +277,7 @@ class StreamedModel:
         return out[:, self.prompt_length :] if index == self.structure.blocks - 1 else out
 
     def call_of(self, index: int, hidden_NTD: Tensor) -> tuple[tuple[object, ...], dict[str, object]]:
-        """What block `index` is called with besides hidden states of this shape."""
+        """The arguments of block `index` other than hidden states of this shape."""
         shape = (hidden_NTD.shape[0], hidden_NTD.shape[1])
         if shape not in self._calls:
             self.embed(torch.zeros(shape[0], shape[1] - self.prompt_length, dtype=torch.long))

@@ -1,4 +1,4 @@
-"""What enters every matrix while a model runs block by block, experts of a mixture included: statistics, and who reads the same.
+"""Collects input statistics of every matrix while a model runs block by block, experts of a mixture included, and groups matrices by input.
 
 Knows modules and their inputs; not what the statistics are for.
 """
@@ -212,7 +212,7 @@ def _stop(*_: object) -> None:
 
 
 def input_groups(model: StreamedModel, index: int, sites: list[Site], hidden_NTD: Tensor) -> list[list[Site]]:
-    """The sites of a loaded block in the order in which it calls them, those that read the very same tensor together (q, k, v → o →
+    """The sites of a loaded block in the order in which it calls them, those that read the very same tensor grouped (q, k, v → o →
     gate, up → down). All experts of one parameter count as one; what no token reaches comes last."""
     groups: list[list[Site]] = []
     inputs: list[Tensor | None] = []
@@ -230,8 +230,8 @@ def input_groups(model: StreamedModel, index: int, sites: list[Site], hidden_NTD
             groups[place].append(site)
 
     def expert_called(site: Site, x: Tensor) -> None:
-        if together := parameters.pop((site.module, site.parameter), None):
-            groups.append(together)
+        if group := parameters.pop((site.module, site.parameter), None):
+            groups.append(group)
             inputs.append(None)
 
     modules = [(model.model.get_submodule(site.module), site) for site in sites if site.expert is None]

@@ -1,7 +1,7 @@
-"""Smoothing folded into the norm before it, at fuse: the norm gives x / s, nobody divides any more, and the quantizer reads what it gets.
+"""Folds smoothing into the norm before it, at fuse: the norm then gives x / s, and nothing divides at run time.
 
 For y = base·Q(x / s) + up·(down·x) with x = norm(·)·w: the norm's weight becomes w / s, and down becomes down·s, since it sees x / s as
-well. This holds where the norm's output reaches only linears of that one smoothing vector. Who reads it is seen by running the
+well. This holds where the norm's output reaches only linears of that one smoothing vector. Which modules read it is seen by running the
 block, and every fold is proven by running the block again: the same outputs, or it is taken back and the reason noted.
 Knows a loaded block and its records; not files.
 Legend: O out, I in, R rank, N windows, T tokens, D width.

@@ -1,4 +1,4 @@
-"""Hidden states that need not fit: batches [N, T, D] on the device while there is room, then in pinned host memory, then in files.
+"""Hidden states that need not fit into memory: batches [N, T, D] on the device while there is room, then in pinned host memory, then in files.
 
 Bits do not depend on the place. While one batch is computed on the next one is fetched: from pinned memory on a stream of its own, from a
 file in a thread. A file loses its name as soon as it is mapped, so nothing of it outlives the process. Knows tensors; no model, no stage.
@@ -28,7 +28,7 @@ from ..store.kept import NAMES, data_of, keep_pieces
 from .reading import in_background
 
 SHARE = 0.5
-"""Of what is free when a walk begins, how much its hidden states may take; the rest is for a block, its statistics and a solver."""
+"""Of what is free when a walk begins, how much its hidden states may take; a block, its statistics and a solver take the remainder."""
 WINDOWS = "windows"
 
 Place = Literal["device", "host", "file"]
@@ -135,17 +135,17 @@ def pinned(shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 def _copied(host_NTD: Tensor, device: torch.device) -> Callable[[], Tensor]:
-    """From host memory to the device; from pinned memory beside what the device computes, behind what it has been given so far."""
+    """From host memory to the device; from pinned memory on a side stream, concurrently with what the device computes, after what is queued so far."""
     if not host_NTD.is_pinned():
         return lambda: host_NTD.to(device)
-    main, beside = torch.cuda.current_stream(device), _stream(device)
-    beside.wait_stream(main)
-    with torch.cuda.stream(beside):
+    main, side = torch.cuda.current_stream(device), _stream(device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
         copy_NTD = host_NTD.to(device, non_blocking=True)
 
     def wait() -> Tensor:
         now = torch.cuda.current_stream(device)
-        now.wait_stream(beside)
+        now.wait_stream(side)
         copy_NTD.record_stream(now)
         return copy_NTD
 
@@ -281,7 +281,7 @@ class Paired:
 
 @dataclass(frozen=True)
 class StateRows:
-    """All batches as one [M, T, D], of which only the rows asked for are fetched: by numbers in a tensor, or by a slice. `places` says where among
+    """All batches as one [M, T, D], of which only the indexed rows are fetched: by numbers in a tensor, or by a slice. `places` says where among
     the windows at hand a number's is."""
 
     states: HiddenStates

@@ -68,14 +68,14 @@ class BlockTensors:
 @dataclass
 class BlockReader:
     """Reads an artifact's blocks by the prefix of their names. With `keeps` a block stays until it is dropped, for everybody who needs it
-    within a stage; else it goes with whoever asked for it."""
+    within a stage; else it is freed by whoever requested it."""
 
     artifact: Artifact
     keeps: bool = False
     _read: dict[str, "Future[BlockTensors]"] = field(init=False, default_factory=dict)
 
     def expect(self, prefix: str) -> None:
-        """Begin to read a block that will be asked for."""
+        """Begin to read a block that will be needed next."""
         if prefix not in self._read:
             self._read[prefix] = in_background(lambda: BlockTensors.read(self.artifact, prefix))
 

@@ -1,4 +1,4 @@
-"""Bytes by shapes: what every matrix will store after each stage of a recipe. Reads no weights.
+"""Predicted sizes: the bytes that every matrix will store after each stage of a recipe, from shapes alone. Reads no weights.
 
 Knows stages' settings and the records they leave (compress/options.Grid counts a grid's bits); not what a run costs in time or memory.
 """
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ENTRY_BYTES = 70
-"""Of a tensor's entry in a safetensors header, besides its name."""
+"""Of a tensor's entry in a safetensors header, without its name."""
 SHARD_BYTES = 48
 
 
 @dataclass
 class Size:
     """Bits that one linear stores, by what stores them, and the tensors they lie in; `compressed` once a stage made a record of it,
-    `rounds_inputs` once one quantizes its activations. `open_factors`: on which grid its factors lie is found while it is solved. `whole`: on a
+    `rounds_inputs` once one quantizes its activations. `open_factors`: the grid of its factors is chosen while it is solved. `whole`: on a
     uniform grid of 4 bits at most, with whole zero points and contiguous groups, which a product of integers can read."""
 
     base: float
@@ -94,9 +94,9 @@ def dense_sizes(model: "PreTrainedModel", structure: Structure, element: float) 
     plain = {f"{s.module}.{s.parameter}" for s in [*sites, *([table] if table else [])]}
     others = [n for n in model.state_dict() if n not in plain and n not in copies]
     total = sum(p.numel() for p in model.parameters())
-    rest = (total - sum(weights.values())) * element + headers(others, structure.blocks)
+    rest_bytes = (total - sum(weights.values())) * element + headers(others, structure.blocks)
     embeddings = head.name if tied and head is not None else table.name if table is not None else None
-    return Sizes(structure, {n: Size(count * element * 8) for n, count in weights.items()}, rest, weights, embeddings)
+    return Sizes(structure, {n: Size(count * element * 8) for n, count in weights.items()}, rest_bytes, weights, embeddings)
 
 
 def sizes_before(artifact: Artifact) -> Sizes:
@@ -111,8 +111,8 @@ def sizes_before(artifact: Artifact) -> Sizes:
             shared = artifact.stored_bytes(stored) // math.prod(artifact.shape(stored))
             size.base = sizes.weights[name] * shared * 8
     others = [n for n in model.state_dict() if n not in known.values() and n not in tied and n in artifact.index]
-    rest = sum(artifact.stored_bytes(n) for n in others) + headers(others, structure.blocks)
-    return replace(sizes, rest_bytes=rest)
+    rest_bytes = sum(artifact.stored_bytes(n) for n in others) + headers(others, structure.blocks)
+    return replace(sizes, rest_bytes=rest_bytes)
 
 
 def headers(names: list[str], blocks: int) -> int:
@@ -141,16 +141,16 @@ def apply(spec: StageSpec, sizes: Sizes) -> list[str]:
 
 
 def fallback_notes(spec: StageSpec, sites: Iterable[Site]) -> list[str]:
-    """Which matrices get another type than the grid that was asked for, by width."""
+    """Which matrices get another type than the requested grid, by width."""
     result: dict[tuple[str, str, int], int] = {}
     for site in sites:
-        asked = getattr(spec.config_for(site.name), "grid", "uniform")
-        if asked != "uniform" and (got := type_for(asked, site.shape[1])) != asked:
-            result[asked, got, site.shape[1]] = result.get((asked, got, site.shape[1]), 0) + 1
+        requested = getattr(spec.config_for(site.name), "grid", "uniform")
+        if requested != "uniform" and (got := type_for(requested, site.shape[1])) != requested:
+            result[requested, got, site.shape[1]] = result.get((requested, got, site.shape[1]), 0) + 1
     return [
-        f"{count} matrices have {columns} columns, no multiple of the {GGML_TYPES[asked].columns} of a block of {asked}: they are {got}, "
+        f"{count} matrices have {columns} columns, no multiple of the {GGML_TYPES[requested].columns} of a block of {requested}: they are {got}, "
         f"{GGML_TYPES[got].block_bits / GGML_TYPES[got].columns:g} bits a weight"
-        for (asked, got, columns), count in result.items()
+        for (requested, got, columns), count in result.items()
     ]
 
 
@@ -192,7 +192,7 @@ def _share_factors(spec: StageSpec, sizes: Sizes) -> None:
 def _input_of(site: Site) -> tuple[int | None, str, int] | None:
     """The same for matrices that, by their names, read the same: q, k and v, gate and up."""
     parts = set(roles(site.name))
-    index = next((i for i, together in enumerate(({"q", "k", "v"}, {"gate", "up"})) if parts and parts <= together), None)
+    index = next((i for i, names in enumerate(({"q", "k", "v"}, {"gate", "up"})) if parts and parts <= names), None)
     return None if index is None or site.expert is not None else (site.block, site.module.rpartition(".")[0], index)
 
 
@@ -234,13 +234,13 @@ def with_factors(size: Size, shape: tuple[int, int], rank: int, bits: FactorBits
 
 
 def on_grid(size: Size, shape: tuple[int, int], grid: Grid, index: bool) -> None:
-    """Give a matrix a base on this grid (whose pattern does not count here); `index`: a group index is stored beside it."""
+    """Give a matrix a base on this grid (whose pattern does not count here); `index`: a group index is stored with it."""
     rows, columns = shape
     size.base = grid.stored_bits(rows, columns) + (columns * 32 if index else 0)
     if grid.kind in GGML_TYPES:
         layout = GGML_TYPES[type_for(grid.kind, columns)]
-        beside = ("super_minima",) if layout.minima else (), ("small_codes",) if layout.small_codes else ()
-        scales = ("base.super_scales", *(f"base.{name}" for names in beside for name in names))
+        extra_names = ("super_minima",) if layout.minima else (), ("small_codes",) if layout.small_codes else ()
+        scales = ("base.super_scales", *(f"base.{name}" for names in extra_names for name in names))
     elif grid.kind == "normal_float":
         scales = ("base.absmax_codes", "base.absmax_scales", "base.absmax_offset") if grid.double_quantized else ("base.absmax",)
     else:
@@ -261,7 +261,7 @@ def grid_of(config: Any) -> Grid:
 
 
 def has_index(config: object) -> bool:
-    """Whether a group index is stored beside the grid."""
+    """Whether a group index is stored with the grid."""
     return getattr(config, "act_order", "") == "full"
 
 

@@ -1,4 +1,4 @@
-"""What enters the sites, summed slot by slot, whichever rank has a slot: the same bits on any number of ranks.
+"""Input statistics summed slot by slot, whichever rank has a slot: the same bits on any number of ranks.
 
 Knows statistics and ranks; not how they are gathered.
 """
@@ -18,13 +18,13 @@ Names = tuple[str, ...]
 
 class SlotSums:
     """Moments are added up between the ranks while slots come in, so that each has its slot's and its part of the total; vectors and samples
-    at the end. Which sums there are is what all ranks have seen together."""
+    at the end. There is a sum for every group of sites that any rank has seen."""
 
     def __init__(self, sites: list[Site], needs: frozenset[str], device: torch.device, ranks: Ranks) -> None:
         self.sites = {site.name: site for site in sites}
         self.needs, self.device, self.ranks = needs, device, ranks
         self.rounds = 0
-        self.together: dict[str, Names] = {}
+        self.group_of: dict[str, Names] = {}
         self.samples: dict[Names, int] = {}
         self.moments: dict[Names, dict[str, OrderedSum]] = {}
         self.vectors: dict[int, dict[Names, InputStatistics]] = {}
@@ -66,11 +66,11 @@ class SlotSums:
         for name in self.sites:
             if name in result and result[name].tokens:
                 names[id(result[name])] = (*names.get(id(result[name]), ()), name)
-        return {together: result[together[0]] for together in names.values()}
+        return {group: result[group[0]] for group in names.values()}
 
     def _meet(self, names: Names) -> None:
         for name in names:
-            if self.together.setdefault(name, names) != names:
+            if self.group_of.setdefault(name, names) != names:
                 raise InputError(f"{', '.join(names)}: read one tensor at times and several at others; this architecture is not supported")
         if names not in self.moments:
             features = self.sites[names[0]].shape[1]

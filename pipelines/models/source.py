@@ -1,4 +1,4 @@
-"""From what the user named to a local model directory, and what lies in it: config, tokenizer, safetensors files. Knows transformers' loaders; no structure of a model."""
+"""Resolves what the user named to a local model directory, and reads its config, tokenizer and safetensors files. Knows transformers' loaders; no structure of a model."""
 
 import os
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ LARGEST = {
 }
 """What sizes in a config may be at most, by the ends of their names: a skeleton of more takes all time and memory before it fails."""
 DEEP = 512
-"""Blocks that a skeleton of is made in about a second; a config that says more is compared with the weights beside it."""
+"""Blocks that a skeleton of is made in about a second; a config that says more is compared with its weights first."""
 
 
 def source_of(recipe: Recipe) -> Path:
@@ -63,7 +63,7 @@ def refuse_revision(model: str, revision: str | None) -> None:
 
 
 def weights_home(directory: Path) -> Path:
-    """Where a model directory keeps config and weights: itself, or `base` where an export put an `adapter` beside it."""
+    """Where a model directory keeps config and weights: itself, or `base` where an export made `base` and `adapter`."""
     return directory / "base" if (directory / "base").is_dir() and (directory / "adapter").is_dir() else directory
 
 
@@ -110,11 +110,11 @@ def positions(config: PretrainedConfig) -> int | None:
     return result if isinstance(result, int) and result > 0 else None
 
 
-def refuse_beyond(config: PretrainedConfig, asked: Mapping[str, int]) -> None:
-    """UsageError for the first of `asked` (option → tokens) that is above the positions that the model was made for: an index error, or
+def refuse_beyond(config: PretrainedConfig, lengths: Mapping[str, int]) -> None:
+    """UsageError for the first of `lengths` (option → tokens) that is above the positions that the model was made for: an index error, or
     numbers without meaning."""
     limit = positions(config)
-    for option, tokens in asked.items():
+    for option, tokens in lengths.items():
         if limit is not None and tokens > limit:
             raise UsageError(f"{option}: {tokens} tokens are above the {limit} positions of this model; ask for at most {limit}")
 
@@ -124,12 +124,12 @@ def refuse_unknown_tokens(config: PretrainedConfig, ids: Tensor, text: str) -> N
     rows, most = config.get_text_config().vocab_size, int(ids.max()) if ids.numel() else 0
     if most >= rows:
         raise InputError(
-            f"{text}: the tokenizer makes token {most}, and the model has embeddings for {rows} tokens; tokenizer and model do not belong together"
+            f"{text}: the tokenizer makes token {most}, and the model has embeddings for {rows} tokens; the tokenizer belongs to another model"
         )
 
 
 def load_tokenizer(directory: Path) -> Any:
-    with as_input_error(f"{directory}: no tokenizer that transformers can read", "put tokenizer.json beside config.json"):
+    with as_input_error(f"{directory}: no tokenizer that transformers can read", "put tokenizer.json next to config.json"):
         tokenizer = AutoTokenizer.from_pretrained(weights_home(directory), trust_remote_code=False)
         tokenizer("a")  # what its settings say wrongly shows at the first text
         return tokenizer

@@ -1,4 +1,4 @@
-"""From a config to a skeleton, and from a model to its decoder blocks and the matrices in them.
+"""Makes a model's skeleton from its config, and finds a model's decoder blocks and the matrices in them.
 
 Models are walked by structure, not by name. Knows transformers; not how a weight is compressed.
 """
@@ -57,7 +57,7 @@ class Structure:
     blocks: int
     sites: tuple[Site, ...]
     skipped: tuple[Skipped, ...]
-    embeddings: Site | None = None  # the token embeddings [V, D], which no stage but quantize touches, and only when asked
+    embeddings: Site | None = None  # the token embeddings [V, D], which no stage but quantize touches, and only if set
 
     def of_block(self, index: int) -> list[Site]:
         return [site for site in self.sites if site.block == index]

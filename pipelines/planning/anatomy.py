@@ -1,4 +1,4 @@
-"""A model as a plan sees it: its blocks' matrices by the input they read, and what its own code does between the products.
+"""Cost model of a model's forward pass: its blocks' matrices by the input they read, and the operations between the products.
 
 The latter is counted by running one and two blocks on the meta device (`recover.activations`). Knows skeletons; no weights, no stages.
 Legend: B windows at once, T tokens of a window, O out, I in, D model, V vocabulary.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Between:
-    """What happens between the products: `work` and `peak` bytes of one block, forward; `rest` is what the pass does besides its blocks."""
+    """What happens between the products: `work` and `peak` bytes of one block, forward; `rest` is the part of the pass outside its blocks."""
 
     work: Work
     peak: int
@@ -91,7 +91,7 @@ class Anatomy:
         return self.structure.of_block(self.blocks // 2)
 
     def inputs(self, sites: list[Site]) -> list[list[Site]]:
-        """Sites by the input they read: q, k and v together, gate and up."""
+        """Sites grouped by the input they read: q, k and v; gate and up."""
         groups: dict[object, list[Site]] = {}
         for site in sites:
             groups.setdefault(_input_of(site) or site.name, []).append(site)

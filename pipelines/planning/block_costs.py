@@ -1,4 +1,4 @@
-"""What methods take that are given a decoder block as a whole: SVDQuant's search, and blocks under training (`compress/block_training`).
+"""Costs of methods that work on a whole decoder block: SVDQuant's search, and blocks under training (`compress/block_training`).
 
 A step's windows and the samples that judge it are divided by slots, the matrices' starts by owners; rounding and moving the weights is what every
 rank repeats. Knows shapes and configs; no tensors.

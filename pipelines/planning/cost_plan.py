@@ -1,4 +1,4 @@
-"""What all stages of a run share when their costs are counted, and what such a count says.
+"""Inputs and result of a stage's predicted costs: `CostPlan`, which all stages of a run share, and `Needs`.
 
 Knows the model's anatomy, the recipe, a device and a dtype; no stage.
 Legend: N windows, T tokens, D model.
@@ -18,7 +18,7 @@ from .anatomy import Anatomy
 from .division import Divided, Exchange
 
 OPENED = Work(calls=50_000)
-"""A model opened for running: its modules made, its structure found, a block tried."""
+"""A model opened for running: its modules made, its structure inspected, a block tried."""
 DENSE = 14.0
 """Reads and writes of a weight in float32 while a record is made dense, counted on 3- and 4-bit codes."""
 ATTENTION_SHARE = 2.0
@@ -27,7 +27,7 @@ ATTENTION_SHARE = 2.0
 
 @dataclass(frozen=True)
 class Needs:
-    """`device`: bytes of tensors on the run's device; `host`: bytes of this process besides (on a CPU both are one memory); `hidden`: bytes of
+    """`device`: bytes of tensors on the run's device; `host`: other bytes of this process (on a CPU both are one memory); `hidden`: bytes of
     hidden states, which lie on the device, in host memory or in files, as there is room. Of `work`, all that one process does: `divided` is what
     several ranks share, `alone` names what is left, which every rank repeats or waits for; `sent` is what goes from rank to rank. Of `device` the bytes `parted` lie in parts on the ranks."""
 
@@ -97,7 +97,7 @@ class CostPlan:
         return products + between.work * (tokens / (batch * seq_len))
 
     def running_bytes(self, windows: int, seq_len: int) -> float:
-        """What one block holds besides its weights and its input while a batch runs."""
+        """What one block holds in addition to its weights and its input while a batch runs."""
         return self.anatomy.forward(min(windows, self.batch(seq_len)), seq_len, self.dtype).peak
 
     def loaded(self, records: bool) -> Work:
@@ -107,7 +107,7 @@ class CostPlan:
 
     def slots(self, windows: int, seq_len: int) -> list[float]:
         """Windows of each slot."""
-        found: dict[int, float] = {}
+        totals: dict[int, float] = {}
         for number, count in enumerate(self.batches(windows, seq_len)):
-            found[number % SLOTS] = found.get(number % SLOTS, 0.0) + count
-        return list(found.values())
+            totals[number % SLOTS] = totals.get(number % SLOTS, 0.0) + count
+        return list(totals.values())

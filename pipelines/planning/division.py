@@ -1,4 +1,4 @@
-"""How a stage's work falls on several ranks: pieces that do not know how many there are, what every rank repeats, and what travels between.
+"""Division of a stage's work among ranks: pieces that do not depend on their number, what every rank repeats, and what is exchanged.
 
 Work units belong to ranks as `ranks` says: in turn, or by cost to owners where matrices are solved. Knows numbers; no models, no stages.
 """
@@ -70,7 +70,7 @@ def in_turn(name: str, work: Work, counts: Sequence[float], times: float = 1.0) 
 @dataclass(frozen=True)
 class Exchange:
     """Collectives of one kind, `times` over. `sum`: `ranks.OrderedSum` of `units` tensors of `numbers` of `itemsize` bytes. `gathered`: what all ranks
-    hold together, in equal parts, each with every rank afterwards (`units`: as often as there are rounds of them); `broadcast`: what rank 0 says;
+    hold in total, in equal parts, each with every rank afterwards (`units`: as often as there are rounds of them); `broadcast`: what rank 0 says;
     `agreed`: a flag; `streamed`: what others have, to rank 0 alone; `parts`: of tensors
     that lie in parts the others' (or theirs of a gradient) to every rank, in each round of `units`. `held`: cost and bytes of the parts of what is gathered, where they are spread by cost;
     all ranks send as much as the one that holds most."""
@@ -109,7 +109,7 @@ class Exchange:
         return self.times * each
 
     def copied(self, size: int) -> Work:
-        """What packing, adding and putting together read and write."""
+        """What packing, adding and concatenating read and write."""
         if size == 1 or self.kind != "sum":
             return Work()
         return Work(passes=self.times * self.numbers * self.itemsize * COPIES * (self._rounds(size) + 1))

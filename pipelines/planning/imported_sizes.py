@@ -1,4 +1,4 @@
-"""What a checkpoint that another program quantized will store as a baseline, before it is imported.
+"""Predicted baseline size of a checkpoint that another program quantized, before it is imported.
 
 Knows formats and headers; loads one matrix of each kind (shape, parts and their dtypes), for those of a kind store alike.
 """
@@ -38,7 +38,7 @@ def imported_sizes(source: Path, model: "PreTrainedModel", structure: Structure)
         if own not in sizes.of:
             continue
         kind = (sizes.weights[own], parts[name])
-        if home != source or kind not in known or not parts[name]:  # with an adapter beside, the headers do not tell all
+        if home != source or kind not in known or not parts[name]:  # with an adapter, the headers of the base are not everything
             known[kind] = _size(checkpoint.linears[name])
         sizes.of[own] = replace(known[kind])
     return sizes

@@ -1,4 +1,4 @@
-"""What a run would do, before any work: bytes, memory, disk, time and refusals. Knows shapes and configs, reads no weights; what a stage
+"""The dry run: a run's predicted bytes, memory, disk, time and refusals, before any work. Knows shapes and configs, reads no weights; what a stage
 costs on a device is `run_costs`."""
 
 import copy
@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..models.sizes import Sizes, apply, dense_sizes, fallback_notes
 from ..models.source import load_config, positions, source_of, source_paths, weights_home
 from ..models.structure import Structure, inspect, parameters_are_read, skeleton
-from ..recipes.mixture import SELF, shares
+from ..recipes.mixture import SELF, parse_mixture
 from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec, methods
 from ..stages.baseline import check_source
@@ -28,7 +28,7 @@ from . import recovery_plan
 from .cost_plan import Needs
 from .imported_sizes import imported_sizes
 from .run_costs import RunCosts
-from .steps import Step, found_choice, plan_steps
+from .steps import Step, plan_steps, stored_choice
 from .unread import unread
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def warnings(recipe: Recipe, source: Path) -> dict[str, str]:
 
 
 def _replaced_types(specs: Iterable[StageSpec], structure: Structure) -> list[str]:
-    """Matrices that get another type of ggml than the one asked for."""
+    """Matrices that get another type of ggml than the requested one."""
     quantize = [spec for spec in specs if spec.name == "quantize"]
     reached = [[s for s in structure.sites if (s.block is not None or spec.include_head) and not spec.skips(s.name)] for spec in quantize]
     return [f"{spec.address}: {note}" for spec, sites in zip(quantize, reached, strict=True) for note in fallback_notes(spec, sites)]
@@ -137,7 +137,7 @@ def costed_of_config(recipe: Recipe, config: "PreTrainedConfig", device: str = "
     refused = _refusals(recipe, model, dense_sizes(model, structure, element), imported=False)
     sizes = dense_sizes(model, structure, element)
     budget = _allocation(recipe, sizes, None, costs.compute, None, []) if recipe.budget is not None and not refused else None
-    writes = any(SELF in [share.source for share in shares(text)] for text in (recipe.data.calibration, recipe.data.train))
+    writes = any(SELF in [share.source for share in parse_mixture(text)] for text in (recipe.data.calibration, recipe.data.train))
     return _costed(recipe, recipe.stages, costs, sizes, sizes.total_bytes(), refused, budget, writes)
 
 
@@ -155,12 +155,12 @@ def _costed(
     structure, model = sizes.structure, costs.plan.anatomy.model
     needs = {"baseline": costs.baseline(sizes)}
     stages = [_row("baseline", None, sizes) | costs.row(needs["baseline"]) | {"total_bytes": round(stored)}]
-    beside, gathers_fisher = 0, True
+    extra_bytes, gathers_fisher = 0, True
     for number, spec in enumerate(specs):
         before = copy.deepcopy(sizes)
         apply(spec, sizes)
-        beside += recovery_plan.bytes_beside(spec, model, sizes) if spec.name == "recover" else 0
-        row = _row(spec.address, spec.method, sizes, beside) | (budget.at_most(number) if budget is not None else {})
+        extra_bytes += recovery_plan.extra_bytes(spec, model, sizes) if spec.name == "recover" else 0
+        row = _row(spec.address, spec.method, sizes, extra_bytes) | (budget.at_most(number) if budget is not None else {})
         gathered = [] if budget is None or number != budget.first else budget.gathered(costs, before)
         if gathers_fisher and (_reads_fisher(spec) or (gathered and recipe.allocation.weighting == "fisher")):
             gathered, gathers_fisher = [costs.fisher(), *gathered], False
@@ -223,19 +223,19 @@ def _allocation(
     counted = spending.costs(recipe, stages, dense)
     smallest, largest = (stages.budget.text_of(n, counted.weights, counted.rest_bytes) for n in (counted.smallest, counted.largest))
     limit = min(stages.budget.bytes_for(counted.weights, counted.rest_bytes), counted.largest)
-    blocks, chosen, beside = 0, None, counted.outside
+    blocks, chosen, outside = 0, None, counted.outside
     if place is not None and inputs is not None:
-        directory, chosen = found_choice(recipe, steps[stages.first].key, inputs, compute, place)
-        blocks, beside = finished_blocks(directory), [] if (directory / OUTSIDE).is_file() else beside
+        directory, chosen = stored_choice(recipe, steps[stages.first].key, inputs, compute, place)
+        blocks, outside = finished_blocks(directory), [] if (directory / OUTSIDE).is_file() else outside
     missing = dense.structure.blocks - blocks
     parts = [f"{missing} of {dense.structure.blocks} blocks"] if missing else []
-    parts += [each.site.name for each in beside]
+    parts += [each.site.name for each in outside]
     table = f"will be built for {', '.join(parts)}" if parts else "is there"
     report = {"budget": stages.budget.text, "settings": len(counted.settings), "matrices": len(counted.sites)}
     report |= {"smallest": smallest, "largest": largest, "table": table, "chosen": None if chosen is None else chosen.stored}
     at_most = {"bits_per_weight": round(limit * 8 / counted.weights, 4), "total_bytes": round(limit + counted.rest_bytes)}
     return _Budget(
-        report, stages.first, {} if chosen is not None else at_most, stages, spending.settings_of(recipe, stages), missing, beside
+        report, stages.first, {} if chosen is not None else at_most, stages, spending.settings_of(recipe, stages), missing, outside
     )
 
 
@@ -273,19 +273,19 @@ def _unroundable(model: "PreTrainedModel", sizes: Sizes) -> list[str]:
 
 def _too_long(recipe: Recipe, limit: int | None) -> list[str]:
     """Windows beyond the positions that the model knows: an index error, or numbers without meaning."""
-    asked = {"evaluation.seq_len": recipe.evaluation.seq_len, "calibration.seq_len": recipe.calibration.seq_len}
-    asked |= {f"{spec.address}.seq_len": spec.config.seq_len for spec in recipe.stages if spec.name == "recover"}
+    lengths = {"evaluation.seq_len": recipe.evaluation.seq_len, "calibration.seq_len": recipe.calibration.seq_len}
+    lengths |= {f"{spec.address}.seq_len": spec.config.seq_len for spec in recipe.stages if spec.name == "recover"}
     return [
         f"{key} {length} is above the {limit} positions of this model; --set {key}={limit}"
-        for key, length in asked.items()
+        for key, length in lengths.items()
         if limit is not None and length > limit
     ]
 
 
-def _row(stage: str, method: str | None, sizes: Sizes, beside: int = 0) -> dict[str, Any]:
+def _row(stage: str, method: str | None, sizes: Sizes, extra_bytes: int = 0) -> dict[str, Any]:
     return {
         "stage": stage,
         "method": method,
         "bits_per_weight": round(sizes.bits_per_weight(), 4),
-        "total_bytes": round(sizes.total_bytes()) + beside,
+        "total_bytes": round(sizes.total_bytes()) + extra_bytes,
     }

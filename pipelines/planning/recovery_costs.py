@@ -1,4 +1,4 @@
-"""What recovery takes on a device: work, and the most bytes on the device and on the host. Whole models in training, and blocks in turn.
+"""Predicted costs of recovery: work, and the peak bytes on the device and on the host; for whole models in training, and blocks in turn.
 
 Knows the order in which `recover.train` and `stages/recover` do things; activations come from the model's own code run without bytes.
 Legend: B batch, T tokens, O out, I in, D model, V vocabulary.
@@ -58,10 +58,10 @@ def recovered(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool, room:
     host = anatomy.outside * plan.element + max(packed / anatomy.blocks, anatomy.block_parameters * plan.element) * 2
     if config.loss != "cross_entropy":
         host += plan.hidden_bytes(max(0.0, _ahead(plan, config) - TEACHER_TOKENS))
-    steps, judging, rest = _training(plan, step, config, checkpointing, cached, moved, sum(rebuilt))
-    work = steps + judging * (2 + _evaluations(config)) + rest
+    steps, judging, once = _training(plan, step, config, checkpointing, cached, moved, sum(rebuilt))
+    work = steps + judging * (2 + _evaluations(config)) + once
     shared, sent = _micro_batches(config, steps, judging), _gradients_sent(anatomy, config, trained, getattr(own, "shard", False))
-    alone = {"opening": OPENED * 3, "rebuilding matrices": rest + -1 * (OPENED * 3), "judging what is stored": judging}
+    alone = {"opening": OPENED * 3, "rebuilding matrices": once + -1 * (OPENED * 3), "judging what is stored": judging}
     if getattr(own, "quantizer", None) != "gptq":
         parted = trained * 4.0 * (COPIES - 2 / anatomy.blocks) if getattr(own, "shard", False) else 0.0  # a block is whole while it runs
         return Needs(work, device, host, divided=shared, alone=alone, sent=sent, parted=parted)
@@ -131,7 +131,7 @@ def _held_out(config: TrainConfig | Reconstruct) -> list[int]:
 
 
 def _gradients_sent(anatomy: Anatomy, config: TrainConfig, trained: float, parts: bool) -> tuple[Exchange, ...]:
-    """What ranks tell one another while they train (recover/peers, recover/sharded, stages/recover)."""
+    """What ranks exchange while they train (recover/peers, recover/sharded, stages/recover)."""
     every, kept = config.eval_every or max(1, config.steps // 5), saved_every(trained)
     judged = {step for step in range(1, config.steps + 1) if step % every == 0 or step == config.steps}
     saved = set(range(kept, config.steps, kept))
@@ -186,7 +186,7 @@ def trained_numbers(anatomy: Anatomy, spec: StageSpec, own: object, config: Trai
 
 
 def reconstructed(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool) -> Needs:
-    """Blocks fitted one after the other, beside their dense twins. `cached`: a block's rebuilt matrices are kept while it is fitted."""
+    """Blocks fitted one after the other to their dense counterparts. `cached`: a block's rebuilt matrices are kept while it is fitted."""
     anatomy, config = plan.anatomy, spec.config
     assert isinstance(config, Reconstruct)
     batches = -(-config.samples // config.batch_size)

@@ -1,4 +1,4 @@
-"""What a plan can say of recovery before any work: what will be refused, and the bytes beside the model. Reads configs, no weights."""
+"""Checks of a recovery stage before any work: what will be refused, and the bytes of its extra modules. Reads configs, no weights."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from ...recover.recovery_methods import RECOVER, refusal, split
 from ...recover.selection import where
 from ..models.sizes import Size, Sizes
 from ..models.source import load_config, positions, resolve_model
-from ..recipes.mixture import SELF, shares
+from ..recipes.mixture import SELF, parse_mixture
 from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec
 
@@ -35,7 +35,7 @@ def refusals(spec: StageSpec, recipe: Recipe, model: "PreTrainedModel", sizes: S
     by_block = RECOVER[spec.method].by_block
     if by_block and imported and recipe.teacher is None:
         result.append(f"{spec.method} imitates dense blocks, and the model came quantized: give the dense one with --teacher")
-    loss, from_self = getattr(shared, "loss", None), SELF in [share.source for share in shares(recipe.data.train)]
+    loss, from_self = getattr(shared, "loss", None), SELF in [share.source for share in parse_mixture(recipe.data.train)]
     if from_self and (loss == "cross_entropy" or (imported and recipe.teacher is None)):
         why = "loss: cross_entropy" if loss == "cross_entropy" else "the model came quantized and no --teacher was given"
         result.append(f"--train {SELF}: what the dense model writes teaches by imitation alone, and {why}; leave {SELF} out of the sources")
@@ -44,8 +44,8 @@ def refusals(spec: StageSpec, recipe: Recipe, model: "PreTrainedModel", sizes: S
     return [f"{spec.address}: {line}" for line in result]
 
 
-def bytes_beside(spec: StageSpec, model: Any, sizes: Sizes) -> int:
-    """Of the parameters that a method keeps beside the model, in float32."""
+def extra_bytes(spec: StageSpec, model: Any, sizes: Sizes) -> int:
+    """Bytes of the extra modules that a method adds to the model, in float32."""
     shared, own = split(spec.method, spec.config)
     if "beside the model" not in RECOVER[spec.method].ways.stored_as:
         return 0

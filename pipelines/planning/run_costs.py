@@ -1,6 +1,6 @@
-"""Seconds and bytes of every stage of a run on its device, and which of them the machine has not.
+"""Predicted seconds and bytes of every stage of a run on its device, and which of them exceed what the machine has.
 
-Puts `stage_costs`, `recovery_costs` and a device's measured speeds together. Knows the process's own memory; reads no weights.
+Combines `stage_costs`, `recovery_costs` and a device's measured speeds. Knows the process's own memory; reads no weights.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ ALL_WINDOWS = 160
 CUDA_HOST_BYTES = 0.6e9
 """Of a process once a CUDA context lies in it; not measured here, the order of what drivers take."""
 STAGE_BYTES = 10e6
-"""What a stage adds to the process besides tensors: modules, their code's objects, an allocator's slack; measured on models of 2 and 4 blocks."""
+"""What a stage adds to the process in addition to tensors: modules, their code's objects, an allocator's slack; measured on models of 2 and 4 blocks."""
 KERNEL_COPIES = 1.3
 """Packed for the kernels a record takes somewhat more."""
 SURE = 1.2
@@ -105,10 +105,10 @@ class RunCosts:
         return Needs(speaking + OPENED * 3 + Work(files=sizes.total_bytes()), whole, anatomy.outside * self.plan.element)
 
     def _cached(self, spec: StageSpec, sizes: Sizes, parts: int = 1) -> bool:
-        """Whether recovery will keep rebuilt matrices, as it decides by what is free; `parts`: in how many it goes through them."""
-        asked = getattr(spec.config, "cache_dense", "auto")
+        """Whether recovery will keep rebuilt matrices, as it decides by what is free; `parts`: in how many parts it rebuilds them."""
+        setting = getattr(spec.config, "cache_dense", "auto")
         rebuilt = sum(sizes.weights[n] for n, size in sizes.of.items() if size.compressed) * self.plan.itemsize / parts
-        return asked == "always" or (asked == "auto" and rebuilt <= min(self.available(device=True) / 3, DENSE_CACHE_BYTES))
+        return setting == "always" or (setting == "auto" and rebuilt <= min(self.available(device=True) / 3, DENSE_CACHE_BYTES))
 
     def row(self, parts: Sequence[Needs]) -> dict[str, Any]:
         """What one process takes of the device, of the host and of time."""

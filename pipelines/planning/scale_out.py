@@ -43,11 +43,11 @@ class ScaleOut:
 
     def terms(self, needs: Sequence[Needs], size: int) -> dict[str, Term]:
         """What the seconds of the busiest rank go into."""
-        found: dict[str, Term] = {}
+        result: dict[str, Term] = {}
 
         def add(name: str, seconds: float, why: str) -> None:
-            before = found.get(name)
-            found[name] = Term(seconds + (before.seconds if before else 0.0), why)
+            before = result.get(name)
+            result[name] = Term(seconds + (before.seconds if before else 0.0), why)
 
         for each in needs:
             left = each.work
@@ -57,7 +57,7 @@ class ScaleOut:
                 dearest = max(self.speeds.seconds(piece.work) * shared.times for piece in shared.pieces) if shared.pieces else 0.0
                 why = f"{len(shared.pieces)} in all"
                 if shared.by_cost:
-                    why += f", the dearest takes {duration(dearest)} and its Cholesky {duration(self._cholesky(shared.first.values(), shared.times))}"
+                    why += f", the most expensive takes {duration(dearest)} and its Cholesky {duration(self._cholesky(shared.first.values(), shared.times))}"
                 add(shared.name, max(loads, default=0.0), why)
             for name, work in each.alone.items():
                 left += -1 * work
@@ -66,7 +66,7 @@ class ScaleOut:
             for exchange in each.sent:
                 seconds = self.link.seconds(exchange.calls(size), exchange.sent(size), size) + self.speeds.seconds(exchange.copied(size))
                 add(f"exchange of {exchange.name}", seconds, f"{size_of(exchange.sent(size))} sent by each rank in {exchange.calls(size):,.0f} collectives")
-        return found
+        return result
 
     def seconds(self, needs: Sequence[Needs], size: int) -> float:
         if size == 1:  # the dry run's own number, to the last bit
@@ -75,10 +75,10 @@ class ScaleOut:
 
     def serial(self, needs: Sequence[Needs]) -> dict[str, float]:
         """Seconds that no number of ranks makes fewer, by what they go into."""
-        found = {CHOLESKY: sum(self._cholesky(d.first.values(), d.times) for each in needs for d in each.divided)}
+        result = {CHOLESKY: sum(self._cholesky(d.first.values(), d.times) for each in needs for d in each.divided)}
         shared = {d.name for each in needs for d in each.divided} | {f"exchange of {x.name}" for each in needs for x in each.sent}
-        found |= {name: term.seconds for name, term in self.terms(needs, 1).items() if name not in shared}
-        return {name: seconds for name, seconds in found.items() if seconds > 0}
+        result |= {name: term.seconds for name, term in self.terms(needs, 1).items() if name not in shared}
+        return {name: seconds for name, seconds in result.items() if seconds > 0}
 
     def enough(self, needs: Sequence[Needs]) -> tuple[int, str]:
         """The number of ranks behind which a doubling saves less than GAIN, and what is in its way."""
@@ -160,9 +160,9 @@ def _total(size: int, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _serial(stage: str, found: dict[str, float]) -> dict[str, Any]:
-    return {"stage": stage, "seconds": round(sum(found.values()), 1)} | {
-        "of which": ", ".join(f"{name} {duration(seconds)}" for name, seconds in sorted(found.items(), key=lambda item: -item[1]))
+def _serial(stage: str, terms: dict[str, float]) -> dict[str, Any]:
+    return {"stage": stage, "seconds": round(sum(terms.values()), 1)} | {
+        "of which": ", ".join(f"{name} {duration(seconds)}" for name, seconds in sorted(terms.items(), key=lambda item: -item[1]))
     }
 
 
@@ -172,8 +172,8 @@ def _notes(made: Costed, sizes: Sequence[int]) -> list[dict[str, str]]:
     for stage, needs in made.needs.items():
         for shared in (shared for each in needs[:-1] for shared in each.divided):
             idle, units = [size for size in sizes if size > len(shared.pieces)], len(shared.pieces)
-            if idle and (said := IDLE.get(shared.name)):
-                notes.append(f"{stage} on {' and '.join(map(str, idle))} ranks: {said.format(stage=stage, units=units, ranks=max(idle))}")
+            if idle and (text := IDLE.get(shared.name)):
+                notes.append(f"{stage} on {' and '.join(map(str, idle))} ranks: {text.format(stage=stage, units=units, ranks=max(idle))}")
     if any(size > SLOTS for size in sizes):
         batches = len(made.needs["baseline"][-1].divided[0].pieces)
         notes.append(

@@ -1,4 +1,4 @@
-"""What solving one matrix takes: work and the most memory, by stage, method and settings.
+"""Predicted costs of solving one matrix: work and peak memory, by stage, method and settings.
 
 The constants were counted, not guessed: operations of the real solvers on random matrices of 768 and 1536 a side (groups of 64, ranks 8 and
 32), seen one by one by a dispatch mode. Knows shapes and configs; no tensors.
@@ -85,7 +85,7 @@ def _rounded(config: Any, rows: int, columns: int, feedback: bool) -> Cost:
 
 
 FACTOR_PEAK = 4.0
-"""Square matrices of the input's width that are alive while the factor of its inverse moment is found."""
+"""Square matrices of the input's width that are alive while the factor of its inverse moment is computed."""
 
 
 def factor_work(columns: int) -> Work:

@@ -1,4 +1,4 @@
-"""What a stage takes on a device: work, and the most bytes on the device and on the host, for the stages that walk block by block.
+"""Predicted costs of stages that run block by block: work, and the peak bytes on the device and on the host.
 
 Knows the order in which `stages/compress`, `perplexity` and `stages/fuse` do things; what a matrix costs is `solver_costs`, what a block's own
 code does between its products `anatomy`. Recovery is in `recovery_costs`. Reads no weights.
@@ -28,11 +28,11 @@ RUNNING_BYTES = 20e6
 READ_AHEAD = 2
 """Blocks of an artifact that lie in host memory: the one that is computed on, and the next."""
 LOGIT_COPIES = 6
-"""Of a span's logits in float32 while they are scored beside the teacher's."""
+"""Of a span's logits in float32 while they are scored against the teacher's."""
 
 
 def evaluated(plan: CostPlan, windows: int, records: bool, teacher: bool) -> Needs:
-    """An artifact scored: every window through every block, then through the head, beside the teacher's states."""
+    """An artifact scored: every window through every block, then through the head, along with the teacher's states."""
     anatomy, seq_len = plan.anatomy, plan.recipe.evaluation.seq_len
     tokens, models = float(windows * seq_len), 2 if teacher else 1
     work = (plan.pass_of(tokens, seq_len) + plan.loaded(records)) * anatomy.blocks
@@ -103,31 +103,31 @@ def compressed(plan: CostPlan, spec: StageSpec, records: bool, first: bool, writ
         {name: each * anatomy.blocks for name, each in alone.items()} | {"opening": opening},
         sent,
     )
-    return _with_rest(plan, spec, whole)
+    return _with_outside_blocks(plan, spec, whole)
 
 
-def _with_rest(plan: CostPlan, spec: StageSpec, found: Needs) -> Needs:
+def _with_outside_blocks(plan: CostPlan, spec: StageSpec, needs: Needs) -> Needs:
     """The head and the embeddings, where they are compressed: one matrix at a time, whole."""
     anatomy = plan.anatomy
-    rest = [anatomy.head] if spec.include_head and anatomy.head is not None else []
-    for site in rest:
+    heads = [anatomy.head] if spec.include_head and anatomy.head is not None else []
+    for site in heads:
         cost = solver_cost(spec.name, spec.method, spec.config_for(site.name), site.shape, True)
         factor, costs = factor_work(site.shape[1]) if cost.kept else Work(), _parts(spec, [[site]])[0]
         rows = Divided("rows of the head", tuple(Piece(cost.work * (1 / len(costs)), each, 0) for each in costs), 1.0, {0: factor}, True)
         device = plan.outside_bytes + 4.0 * site.shape[0] * site.shape[1] + cost.peak
-        found = found.most(Needs(cost.work + factor, device, found.host, 0.0, (rows,), {}, _records_sent(spec, [[site]], 1.0, 1.0)))
+        needs = needs.most(Needs(cost.work + factor, device, needs.host, 0.0, (rows,), {}, _records_sent(spec, [[site]], 1.0, 1.0)))
     nearest = rounded_to_nearest(spec, anatomy.structure, is_tied(anatomy.model, anatomy.structure))
     for key, site in nearest.items():
         cost = solver_cost("quantize", "rtn", spec.embedding_config(site.shape[1], getattr(spec, key)), site.shape, False)
-        found = found.most(Needs(cost.work, plan.outside_bytes + 4.0 * site.shape[0] * site.shape[1] + cost.peak, found.host))
-    return found
+        needs = needs.most(Needs(cost.work, plan.outside_bytes + 4.0 * site.shape[0] * site.shape[1] + cost.peak, needs.host))
+    return needs
 
 
 def gathering(plan: CostPlan, inputs: list[list[Site]], needs: frozenset[str], tokens: float) -> Work:
     """Gathering what methods want to know of every input."""
     work = Work()
-    for together in inputs:
-        width, reach = together[0].shape[1], tokens * (plan.anatomy.active if together[0].expert is not None else 1.0)
+    for group in inputs:
+        width, reach = group[0].shape[1], tokens * (plan.anatomy.active if group[0].expert is not None else 1.0)
         squares = (0.6 if "second_moment" in needs else 0.0) + (1.0 if "cross_moment" in needs else 0.0)
         work += Work({F32: squares * reach * width**2}, passes=reach * width * 12.0, calls=reach / TOKENS_AT_ONCE * (4 + width / 256))
     return work
@@ -136,43 +136,43 @@ def gathering(plan: CostPlan, inputs: list[list[Site]], needs: frozenset[str], t
 def _solved(
     plan: CostPlan, spec: StageSpec, sites: list[Site], needs: frozenset[str], records: bool, tokens: float
 ) -> tuple[Cost, float, Divided]:
-    """(work of a block's matrices and the most bytes beside the block, bytes of the statistics that all of them keep, the same work in
+    """(work of a block's matrices and the peak bytes in addition to the block, bytes of the statistics that all of them keep, the same work in
     pieces that owners solve)."""
     squares = 4.0 * (("second_moment" in needs) + ("cross_moment" in needs))
     kept, work, peak = 0.0, Work(), 0.0
     pieces, first = list[Piece](), dict[int, Work]()
     solved = list[tuple[Work, list[Site], int]]()
-    for number, together in enumerate(plan.anatomy.inputs(sites)):
-        width = together[0].shape[1]
+    for number, group in enumerate(plan.anatomy.inputs(sites)):
+        width = group[0].shape[1]
         kept += squares * width**2 + 4.0 * SAMPLES * width
-        found, solving = 0.0, dict[str, Work]()
-        for site in together:
+        factor, solving = 0.0, dict[str, Work]()
+        for site in group:
             cost = _of_matrix(spec, site, records)
             rows, columns = site.shape
             solving[site.name] = cost.work + Work({F32: 2.0 * rows * columns * SAMPLES}, passes=4.0 * rows * columns * (2 * DENSE + 10), calls=100)
             work += solving[site.name]
             measured = 4.0 * rows * (2 * columns + SAMPLES)
             peak = max(peak, kept + 4.0 * rows * columns * 1.5 + max(cost.peak, measured))
-            found = max(found, cost.kept)
-        for config, rows in _stacks(spec, together).items():
+            factor = max(factor, cost.kept)
+        for config, rows in _stacks(spec, group).items():
             cost = solver_cost(spec.name, spec.method, config, (rows, width), records)
             peak = max(peak, kept + 4.0 * rows * width * 1.5 + cost.peak)
-        first[number] = factor_work(width) if found else Work()
+        first[number] = factor_work(width) if factor else Work()
         work += first[number]
-        kept += found
-        for few in _units(spec, together):
+        kept += factor
+        for few in _units(spec, group):
             solved.append((sum((solving[site.name] for site in few), Work()), few, number))
     for (own, _, number), costs in zip(solved, _parts(spec, [few for _, few, _ in solved]), strict=True):
         pieces += [Piece(own * (1 / len(costs)), cost, number) for cost in costs]
     return Cost(work, max(peak, kept)), kept, Divided("matrices of a block", tuple(pieces), plan.anatomy.blocks, first, by_cost=True)
 
 
-def _units(spec: StageSpec, together: list[Site]) -> list[list[Site]]:
+def _units(spec: StageSpec, group: list[Site]) -> list[list[Site]]:
     """Of the sites of one input, those that one rank solves: all that a method solves at once (stages/shared_inputs), else each."""
     row, out = methods(spec.name)[spec.method], dict[object, list[Site]]()
     if row.scope == "block" and not row.dense_outputs:
-        return [together]
-    for site in together:
+        return [group]
+    for site in group:
         config = spec.config_for(site.name)
         out.setdefault(config if row.solve_group is not None and getattr(config, "shared", True) else site.name, []).append(site)
     return list(out.values())
@@ -187,7 +187,7 @@ def _parts(spec: StageSpec, units: list[list[Site]]) -> list[list[float]]:
 
 
 def _records_sent(spec: StageSpec, units: list[list[Site]], times: float, share: float) -> tuple[Exchange, ...]:
-    """New records, of which owners have a `share` of all at a time: whole units together, and those of which ranks have parts."""
+    """New records, of which owners have a `share` of all at a time: whole units in one exchange, and those of which ranks have parts."""
     whole, parts = list[tuple[float, float]](), list[Exchange]()
     for few, costs in zip(units, _parts(spec, units), strict=True):
         each = _record_bytes(spec, few) * share
@@ -198,10 +198,10 @@ def _records_sent(spec: StageSpec, units: list[list[Site]], times: float, share:
     return Exchange("records", "gathered", 1.0, times=times, held=tuple(whole)), *parts
 
 
-def _stacks(spec: StageSpec, together: list[Site]) -> dict[object, int]:
+def _stacks(spec: StageSpec, group: list[Site]) -> dict[object, int]:
     """Config → rows of the matrices of one input that a method solves at once (stages/shared_inputs)."""
     row, out = methods(spec.name)[spec.method], dict[object, int]()
-    for site in together:
+    for site in group:
         config = spec.config_for(site.name)
         if row.solve_group is not None and getattr(config, "shared", True):
             out[config] = out.get(config, 0) + site.shape[0]
@@ -221,14 +221,14 @@ def _of_matrix(spec: StageSpec, site: Site, records: bool) -> Cost:
 def _sums_sent(
     plan: CostPlan, spec: StageSpec, sites: list[Site], needs: frozenset[str], windows: int, seq_len: int
 ) -> tuple[Exchange, ...]:
-    """What ranks tell one another about a stage's blocks (models/slot_sums, stages/shared_inputs, store/artifact)."""
+    """What ranks exchange about a stage's blocks (models/slot_sums, stages/shared_inputs, store/artifact)."""
     blocks, inputs = plan.anatomy.blocks, plan.anatomy.inputs(sites)
     slots = min(SLOTS, len(plan.batches(windows, seq_len)))
     rows = min(SAMPLES, windows * seq_len)
     times = float(blocks) * (len(inputs) if spec.true_sequential and needs - {"fisher"} else 1)
-    widths = [together[0].shape[1] for together in inputs]
+    widths = [group[0].shape[1] for group in inputs]
     squares = ("second_moment" in needs) + ("cross_moment" in needs)
-    units = [few for together in inputs for few in _units(spec, together)]
+    units = [few for group in inputs for few in _units(spec, group)]
     return (
         *(Exchange("moments", "sum", float(width) ** 2, 4, slots, blocks) for width in widths for _ in range(squares)),
         Exchange("tokens of each slot", "gathered", units=slots, times=times),

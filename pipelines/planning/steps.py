@@ -1,4 +1,4 @@
-"""A run and its steps: every stage with its key, as far as they are known; a budget's stages are, once it has been spent.
+"""The steps of a run: every stage with its key; keys of a budget's stages are known once its allocation is chosen.
 
 key(stage) = hash(parent's key, stage, method, method version, settings, data fingerprint, device and dtype, schema). Reads text (for fingerprints), no weights
 beyond their hashes.
@@ -51,13 +51,13 @@ def plan_steps(chosen: Recipe, source: Path, inputs: Inputs, compute: Compute, p
     specs = list(chosen.stages)
     if stages is not None:
         steps += _keyed(chosen, specs[: stages.first], inputs, compute, steps, ranks)
-        _, found = found_choice(chosen, steps[-1].key, inputs, compute, place)
-        if found is None:
+        _, choice = stored_choice(chosen, steps[-1].key, inputs, compute, place)
+        if choice is None:
             return steps + [
                 Step(spec.address, spec.method, "", f"{number:02d}-{spec.address}", spec.settings(), spec)
                 for number, spec in enumerate(specs[stages.first :], stages.first + 1)
             ]
-        specs = resolved(chosen, stages, found)
+        specs = resolved(chosen, stages, choice)
     return [*steps[:1], *_keyed(chosen, specs, inputs, compute, steps[:1], ranks)]
 
 
@@ -76,14 +76,14 @@ def _keyed(chosen: Recipe, specs: list[StageSpec], inputs: Inputs, compute: Comp
     return steps[len(before) :]
 
 
-def found_choice(
+def stored_choice(
     chosen: Recipe, parent_key: str, inputs: Inputs, compute: Compute, place: RunDirectory | None
 ) -> tuple[Path, Choice | None]:
-    """Where the budget's table lies (or will), and the choice beside it, if it was made."""
+    """The directory of the budget's table, and the choice stored in it, if it was made."""
     stages = spent(chosen)
     settings, model = settings_of(chosen, stages), skeleton(load_config(inputs.model))
     structure = inspect(model, include_head=True)
-    beside = outside(chosen, stages, structure, is_tied(model, structure))
-    key = table_key(parent_key, inputs.calibration_fingerprint(), stages, settings, beside, chosen.allocation, compute.identity())
+    outside_blocks = outside(chosen, stages, structure, is_tied(model, structure))
+    key = table_key(parent_key, inputs.calibration_fingerprint(), stages, settings, outside_blocks, chosen.allocation, compute.identity())
     directory = (place.path if place is not None else Path()) / "allocation" / key[:8]
     return directory, read_choice(choice_path(chosen, directory)) if place is not None else None

@@ -1,5 +1,5 @@
-"""What is gathered once in a run for stages that ask for it: text that the model writes, Fisher information, and the table of errors that a
-budget is spent by.
+"""Predicted costs of what is computed once per run: self-generated text, Fisher information, and the table of errors that a
+budget's allocation is chosen from.
 
 Knows the order in which `stages/self_text`, `stages/fisher` and `allocation/error_tables` do things; what a matrix costs is `solver_costs`. Reads no weights.
 Legend: N sequences, T tokens, O out, I in, D model, V vocabulary.
@@ -79,13 +79,13 @@ def table(plan: CostPlan, stages: Spent, settings: Sequence[Setting], records: b
     work = plan.pass_of(tokens, seq_len) * 2.0 + plan.loaded(records) + Work(calls=500)
     work += gathering(plan, anatomy.inputs(sites), needs, tokens)
     kept = peak = 0.0
-    for together in anatomy.inputs(sites):
-        kept += 4.0 * together[0].shape[1] ** 2
-        for site in together:
+    for group in anatomy.inputs(sites):
+        kept += 4.0 * group[0].shape[1] ** 2
+        for site in group:
             result, held = _of_matrix(stages, site, settings, plan.recipe.allocation.errors == "iterates")
             work, peak = work + result, max(peak, kept + held)
         if stages.quantize.method.startswith("gptq") or row.scope == "block":
-            work, kept = work + factor_work(together[0].shape[1]), kept + 4.0 * together[0].shape[1] ** 2
+            work, kept = work + factor_work(group[0].shape[1]), kept + 4.0 * group[0].shape[1] ** 2
     device = plan.outside_bytes + plan.block_bytes + max(peak, kept, plan.running_bytes(plan.recipe.calibration.samples, seq_len))
     read = anatomy.block_parameters * plan.element * (2 if records else 1)
     host = max(anatomy.outside * plan.element, READ_AHEAD * read) + RUNNING_BYTES
@@ -111,7 +111,7 @@ def outside_table(plan: CostPlan, outside: Sequence[Outside]) -> Needs:
 
 
 def _of_matrix(stages: Spent, site: Site, settings: Sequence[Setting], iterates: bool) -> tuple[Work, float]:
-    """(work, most bytes beside the statistics) of one matrix under every setting that fits it."""
+    """(work, peak bytes in addition to the statistics) of one matrix under every setting that fits it."""
     rows, columns = site.shape
     fitting = [s for s in settings if s.fits(rows, columns)]
     grids = list(dict.fromkeys(s.grid for s in fitting))

@@ -21,14 +21,14 @@ NEAREST = 3
 
 def unread(spec: StageSpec, recipe: Recipe, model: Any, sizes: Sizes) -> list[str]:
     """One line for each; `sizes` are what the stages before this one will have made."""
-    found = _patterns(spec, sizes.structure)
+    lines = _patterns(spec, sizes.structure)
     if spec.name == "recover":
-        found += _rank(spec, recipe, model, sizes)
+        lines += _rank(spec, recipe, model, sizes)
     elif spec.name == "fuse":
-        found += _integer_scales(spec, sizes)
+        lines += _integer_scales(spec, sizes)
     elif spec.name == "decompose" and hasattr(spec.config, "bits"):
-        found += _grid(spec, sizes)
-    return [f"{spec.address}.{line}" for line in found]
+        lines += _grid(spec, sizes)
+    return [f"{spec.address}.{line}" for line in lines]
 
 
 def _patterns(spec: StageSpec, structure: Structure) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which part of the work is this process's, and how it speaks to the others: ranks of torch.distributed as torchrun or srun started them.
+"""Ranks of torch.distributed as torchrun or srun started them: which part of the work is this process's, and its collectives.
 
 Work units (slots of calibration batches, evaluation batches, micro-batches) do not know how many ranks there are; a unit belongs to the rank
 `unit % size`, and whatever is summed is summed in the order of the units: the same bits on any number of ranks. One process calls no
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SLOTS = 8
 """Calibration batch b goes to slot b % SLOTS, slot s belongs to rank s % size: as many ranks as slots can be at work."""
 PIECE = 1 << 26
-"""Elements of a sum that travel at once: bounds what a sum takes beside its total."""
+"""Elements of a sum that travel at once: bounds what a sum takes in addition to its total."""
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ class Ranks:
         if self.size > 1:
             import torch.distributed as dist
 
-            with together():
+            with collective():
                 dist.barrier(self.control)
 
     def broadcast(self, value: Any, source: int = 0) -> Any:
@@ -63,7 +63,7 @@ class Ranks:
         import torch.distributed as dist
 
         box = [value if self.rank == source else None]
-        with together():
+        with collective():
             dist.broadcast_object_list(box, source, self.control)
         return box[0]
 
@@ -73,10 +73,10 @@ class Ranks:
             return [value]
         import torch.distributed as dist
 
-        found: list[Any] = [None] * self.size
-        with together():
-            dist.all_gather_object(found, value, self.control)
-        return found
+        values: list[Any] = [None] * self.size
+        with collective():
+            dist.all_gather_object(values, value, self.control)
+        return values
 
     def in_order(self, mine: Mapping[int, T]) -> dict[int, T]:
         """The ranks' values by unit, sorted by unit."""
@@ -84,7 +84,7 @@ class Ranks:
 
     @contextmanager
     def first(self) -> Iterator[None]:
-        """Rank 0 goes through the body, then the others do, who find what it left: caches, downloads."""
+        """Rank 0 runs the body first, then the others, which read what it left: caches, downloads."""
         if not self.leads:
             self.barrier()
         try:
@@ -108,24 +108,24 @@ class Ranks:
                 yield next(own)
             elif self.leads:
                 box: list[Any] = [None]
-                with together():
+                with collective():
                     dist.recv_object_list(box, owner, self.control)
                 yield box[0]
             elif self.rank == owner:
                 value: Any = next(own)
-                with together():
+                with collective():
                     dist.send_object_list([value.cpu() if hasattr(value, "cpu") else value], 0, self.control)
 
     def mesh(self, kind: str) -> Any:
         """All ranks, as torch's parallel modules on this kind of device know them."""
         from torch.distributed.device_mesh import init_device_mesh
 
-        with together():
+        with collective():
             return init_device_mesh(kind, (self.size,))
 
-    def alike(self, found: Mapping[str, Any]) -> None:
+    def alike(self, values: Mapping[str, Any]) -> None:
         """UsageError that names the first rank for which one of these differs from rank 0's."""
-        everyone = self.gathered(dict(found))
+        everyone = self.gathered(dict(values))
         for rank, others in enumerate(everyone):
             for name, value in everyone[0].items():
                 if others[name] != value:
@@ -163,7 +163,7 @@ class OrderedSum:
                 for part, some in zip(sent, flat[start:stop].split(width), strict=False):
                     part[1 : 1 + len(some)] = some
             received = sent.new_empty(sent.shape)
-            with together():
+            with collective():
                 dist.all_to_all_single(_bytes(received), _bytes(sent))
             del sent
             for part in received:
@@ -180,7 +180,7 @@ class OrderedSum:
         for number, (start, stop, width) in enumerate(self._pieces()):
             mine = self.parts.get(number)
             gathered = self.like.new_empty(self.ranks.size, width)
-            with together():
+            with collective():
                 dist.all_gather(list(_bytes(gathered)), _bytes(self.like.new_zeros(width) if mine is None else mine))
             whole[start:stop] = gathered.reshape(-1)[: stop - start]
         return whole.reshape(self.like.shape)
@@ -206,7 +206,7 @@ def _bytes(tensor: "Tensor") -> "Tensor":
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def collective() -> Iterator[None]:
     """Around a collective: what fails in it is a process that is gone."""
     try:
         yield

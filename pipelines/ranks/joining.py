@@ -1,4 +1,4 @@
-"""How this process comes among the ranks that torchrun or srun started, and how it leaves them.
+"""Joining and leaving the ranks that torchrun or srun started.
 
 Knows a launcher's variables, stores and groups of torch.distributed, and the watchdog that finds who is missing; no models, no stages.
 """
@@ -13,12 +13,12 @@ from datetime import timedelta
 from typing import Any
 
 from ..errors import UsageError
-from .exchange import ONE, Ranks, together
+from .exchange import ONE, Ranks, collective
 from .watchdog import Watchdog, neighbours_of, process_identity
 
 log = logging.getLogger("bitmend")
 PATIENCE = timedelta(days=30)
-"""Of a collective: who is gone is found by the watchdog, not by those who wait."""
+"""Of a collective: a lost rank is detected by the watchdog, not by those who wait."""
 JOINING = timedelta(seconds=50)
 """How long the ranks wait for one another at the start."""
 MISSED = timedelta(seconds=20)
@@ -27,12 +27,12 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def world() -> tuple[int, int, int] | None:
-    """(rank, size, local rank) where a launcher started several processes. UsageError for variables that do not fit together."""
-    found = {name: os.environ.get(name, "") for name in VARIABLES}
-    if found["WORLD_SIZE"] in ("", "1"):
+    """(rank, size, local rank) where a launcher started several processes. UsageError for contradictory variables."""
+    variables = {name: os.environ.get(name, "") for name in VARIABLES}
+    if variables["WORLD_SIZE"] in ("", "1"):
         return None
-    size, rank, local, port = (_number(name, found[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"))
-    if not found["MASTER_ADDR"]:
+    size, rank, local, port = (_number(name, variables[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"))
+    if not variables["MASTER_ADDR"]:
         raise UsageError(f"WORLD_SIZE is {size} and MASTER_ADDR is not set; start with torchrun, or set what it sets: {', '.join(VARIABLES)}")
     if not 0 <= rank < size or not 0 < port < 1 << 16:
         raise UsageError(f"RANK {rank}, WORLD_SIZE {size}, MASTER_PORT {port}: ranks are 0 to {max(size - 1, 0)}, ports 1 to 65535")
@@ -50,23 +50,23 @@ def join() -> Ranks:
     """This process among the ranks that a launcher started, from now on `joined()`; one process alone where none did. Collectives of tensors on
     a card go through NCCL where this torch has it, all else through gloo. UsageError names the port that is taken, or the ranks that did not
     come."""
-    found = world()
-    if found is None:
+    launched = world()
+    if launched is None:
         return joined()
     import torch
     import torch.distributed as dist
 
-    rank, size, local = found
+    rank, size, local = launched
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = _store(rank, host, port)
     watchdog = Watchdog(rank, size, store.clone(), f"{host}:{port}")
     watchdog.here()
     watchdog.begin(neighbours_of(rank, _processes(store, rank, size)))
-    _present.append((Ranks(rank, size, local), watchdog))  # a rank that is lost on the way into the groups is found, too
+    _present.append((Ranks(rank, size, local), watchdog))  # a rank that is lost while the groups are made is detected, too
     _prefer_interface(host, port)
     cards = torch.cuda.is_available() and dist.is_nccl_available()
     options: dict[str, Any] = {"store": dist.PrefixStore("groups", store), "rank": rank, "world_size": size, "timeout": PATIENCE}
-    with together():
+    with collective():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cards else "gloo", **options)
         control = dist.new_group(backend="gloo", timeout=PATIENCE) if cards else dist.group.WORLD
     _present[-1] = Ranks(rank, size, local, control), watchdog
@@ -82,7 +82,7 @@ def joined() -> Ranks:
 
 
 def watching() -> Watchdog | None:
-    """Whom a rank tells how it ends; None for one process."""
+    """The watchdog to which a rank reports how it ends; None for one process."""
     return _present[-1][1] if _present else None
 
 
@@ -174,9 +174,9 @@ def _prefer_interface(host: str, port: int) -> None:
         address = probe.getsockname()[0]
         for _, name in socket.if_nameindex():
             try:
-                found = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
+                reply = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
             except OSError:
                 continue
-            if socket.inet_ntoa(found[20:24]) == address or (name == "lo" and address.startswith("127.")):
+            if socket.inet_ntoa(reply[20:24]) == address or (name == "lo" and address.startswith("127.")):
                 os.environ["GLOO_SOCKET_IFNAME"] = name
                 return

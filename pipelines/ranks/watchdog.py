@@ -1,4 +1,4 @@
-"""Who of the ranks is still there, and how all of them end together: a thread a rank that gives signs of life through the store.
+"""Watchdog: detects lost ranks by heartbeats through the store, from a thread per rank, and ends all ranks with one message and exit code.
 
 A rank that fails says so here; rank 0 then says it in one line, and every rank leaves with its exit code. A rank that says nothing for
 `SILENCE`, or whose process is no more, ends all in the same way. Everything on disk is whole at every moment, so that nothing is lost by
@@ -43,10 +43,10 @@ class End:
 
 @dataclass(frozen=True)
 class Sign:
-    """What a rank says of itself: `gone` are ranks of its machine whose process is no more, `heard` that it has read the verdict."""
+    """A rank's heartbeat: `gone` are ranks of its machine whose process is no more, `heard` that it has read the verdict."""
 
     beat: int = 0
-    asked: bool = False
+    stop_requested: bool = False
     end: End | None = None
     done: bool = False
     gone: tuple[int, ...] = ()
@@ -54,20 +54,20 @@ class Sign:
 
     @classmethod
     def read(cls, text: bytes) -> "Sign":
-        found = json.loads(text)
-        return cls(**{**found, "end": End(**found["end"]) if found["end"] else None, "gone": tuple(found["gone"])})
+        fields = json.loads(text)
+        return cls(**{**fields, "end": End(**fields["end"]) if fields["end"] else None, "gone": tuple(fields["gone"])})
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How all ranks end; no line where it has been said."""
+    """How all ranks end; no line where it has been printed."""
 
     code: int
     line: str
 
 
 def judged(signs: Mapping[int, Sign], silent: Mapping[int, float], ended: Mapping[int, float]) -> Verdict | None:
-    """How it all ends, if it does. `silent`: seconds since a rank's last sign; `ended`: since it said that it ended."""
+    """How it all ends, if it does. `silent`: seconds since a rank's last sign; `ended`: since it reported that it ended."""
     over = {rank for rank, sign in signs.items() if sign.done or sign.end}
     for rank in signs:
         seen = [other for other, sign in signs.items() if rank in sign.gone]
@@ -194,13 +194,13 @@ class Watchdog:
             self._give()
             _leave(verdict.code, "")
         if self.rank == 0:
-            self._relay(any(sign.asked for sign in signs.values()))
+            self._relay(any(sign.stop_requested for sign in signs.values()))
             if (made := judged(signs, silent, {rank: now - at for rank, at in self.ended.items()})) and not self.leaving:
                 self._pronounce(made)
         else:
-            self._relay(signs[0].asked)
+            self._relay(signs[0].stop_requested)
             if (0 in gone or silent[0] > SILENCE) and not (self.leaving or signs[0].done):
-                first = self.store.add("told", 1) == 1
+                first = self.store.add("reported", 1) == 1
                 why = "its process is no more" if 0 in gone else f"no sign of life for {SILENCE:.0f} s"
                 _leave(1, f"error: rank 0 is gone ({why}); {GONE}" if first else "")
 
@@ -213,17 +213,17 @@ class Watchdog:
         while numbers := self.waking[0].recv(64):
             if any(number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) for number in numbers):
                 self.relayed = True
-                self.change(asked=True)
+                self.change(stop_requested=True)
 
-    def _relay(self, asked: bool) -> None:
-        """A stop that another rank was asked for is asked of this one as well, as if it had had the signal."""
-        if asked and not self.relayed:
+    def _relay(self, stop_requested: bool) -> None:
+        """A stop that was requested of another rank is requested of this one as well, as if it had had the signal."""
+        if stop_requested and not self.relayed:
             self.relayed = True
-            self.change(asked=True)
+            self.change(stop_requested=True)
             _thread.interrupt_main(signal.SIGTERM)
 
     def _pronounce(self, verdict: Verdict) -> None:
-        self.leaving = True  # nothing more is said, whatever becomes of the store
+        self.leaving = True  # nothing more is printed, whatever becomes of the store
         _say(verdict.line)
         until = time.monotonic() + HEARING
         others = [rank for rank in range(1, self.size) if rank not in self.sign.gone]

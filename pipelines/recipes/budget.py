@@ -1,4 +1,4 @@
-"""What a recipe may say about size: a budget in bits per weight or bytes, and the choices that meet it. Knows text and numbers only."""
+"""A recipe's size budget: bits per weight or bytes, and the settings of its allocation. Knows text and numbers only."""
 
 import re
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What `pipeline list` and `pipeline show` print, in a file that is written from the registries, so that they do not wait for torch.
+"""The catalog of methods that `pipeline list` and `pipeline show` print, a file written from the registries, so that they need not import torch.
 
 `python -m bitmend.pipelines.recipes.catalog` writes catalog.json anew; a test compares it with the registries.
 """

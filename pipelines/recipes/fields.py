@@ -1,4 +1,4 @@
-"""What the fields of a config may hold, read off their types: checked before any work, and in words for a reader.
+"""Ranges of config fields, read off their types: checked before any work, and described for a reader.
 
 Strict: a number written as text, true or false for a number, a number for text are refused; a whole number is a number. Knows types
 and values; no stage, no method, no file.
@@ -184,8 +184,8 @@ def value_of(hint: object, value: object, where: str) -> Any:
         raise UsageError(f"{where}: expected {range_words(hint)}, got {shown(value)}") from error
 
 
-SAID = "said"
-"""The type of a validator's error whose words say everything."""
+CHECKED = "checked"
+"""The type of a validator's error whose message is complete as it is."""
 
 
 def complaint(config_type: type, values: Mapping[str, object], error: "ValidationError") -> str:
@@ -200,7 +200,7 @@ def complaint(config_type: type, values: Mapping[str, object], error: "Validatio
         if not isinstance(given, Mapping) or part not in given:
             return f"{path}: is missing; expected {range_words(hint)}"
         given = given[part]
-    if not path or first["type"] == SAID or (first["type"] == "value_error" and any(_has_fields(o) for o in options(hint))):
+    if not path or first["type"] == CHECKED or (first["type"] == "value_error" and any(_has_fields(o) for o in options(hint))):
         return f"{path}: {first['msg'].removeprefix('Value error, ')}"
     return f"{path}: expected {range_words(hint)}, got {shown(given)}"
 

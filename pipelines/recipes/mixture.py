@@ -20,7 +20,7 @@ class Share:
         return f"{self.source}={self.weight:g}"
 
 
-def shares(text: str) -> tuple[Share, ...]:
+def parse_mixture(text: str) -> tuple[Share, ...]:
     """The sources of `text` with their weights; one source alone has all of it. ValueError where weights are missing, not positive or do not
     add up to 1, or a source stands there twice."""
     if Path(text).expanduser().exists() or not ("=" in text or "," in text):
@@ -50,7 +50,7 @@ def _share(item: str, text: str) -> Share:
 
 def with_sources(text: str, change: Callable[[str], str]) -> str:
     """`text` with `change` applied to every source in it."""
-    result = shares(text)
+    result = parse_mixture(text)
     if len(result) == 1 and result[0].source == text:
         return change(text)
     return ",".join(str(Share(change(share.source), share.weight)) for share in result)

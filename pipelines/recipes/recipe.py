@@ -3,7 +3,7 @@
 Layers, the upper one wins: command line > settings file > recipe > what the profile gives. Each document may hold
 `profiles: {demo: …, standard: …}`, laid over that document alone. A file may write out every default, as `pipeline show` does and a run's
 own recipe; a setting of the command line that nothing reads is refused at its default, too, unless it takes back what a file says. Stages are a list; a stage is addressed by its name
-(`quantize`), the second of that name as `quantize.2`. Knows no model and no files beside the recipe's own.
+(`quantize`), the second of that name as `quantize.2`. Knows no model and no files but the recipe's own.
 """
 
 import re
@@ -323,10 +323,10 @@ def _command_line(sets: list[str], options: Mapping[str, object]) -> dict[str, o
         key, value = split_assignment(text)
         match = re.match(rf"(?:{_STAGE_KEY.pattern})(?=\.|$)", key)
         head = match[0] if match else key.split(".")[0]
-        rest = key[len(head) + 1 :].split(".") if len(key) > len(head) else []
-        if "data" in (head,) and not rest and isinstance(value, str):
+        subkeys = key[len(head) + 1 :].split(".") if len(key) > len(head) else []
+        if "data" in (head,) and not subkeys and isinstance(value, str):
             value = dict.fromkeys(Data.model_fields, value)
-        document = merged(document, nested([head.removesuffix(".1"), *rest], value))
+        document = merged(document, nested([head.removesuffix(".1"), *subkeys], value))
     return document
 
 

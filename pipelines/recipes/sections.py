@@ -1,4 +1,4 @@
-"""The sections of a recipe beside its stages: where text comes from, and how much of it calibrates and is measured. Knows text and numbers only."""
+"""The sections of a recipe other than its stages: data, calibration and evaluation. Knows text and numbers only."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from pydantic_core import PydanticCustomError
 
 from ...compress.ranges import Count, Tokens
-from .fields import SAID
-from .mixture import SELF, shares
+from .fields import CHECKED
+from .mixture import SELF, parse_mixture
 
 T = TypeVar("T")
 Source = Annotated[str, MinLen(1), doc("wiki, news, code, docs, a file, a datasets id, or a mixture of them")]
@@ -23,7 +23,7 @@ class Section(BaseModel):
 
 class Data(Section):
     """Where text comes from: `wiki` (also `demo`), `news`, `code`, `docs` (of a library), a .txt/.raw/.md/.jsonl/.parquet file or a `datasets` id; calibration
-    and training may mix several (`mixture.shares`), among them `self`, what the dense model writes."""
+    and training may mix several (`mixture.parse_mixture`), among them `self`, what the dense model writes."""
 
     calibration: Source = "demo"
     train: Source = "demo"
@@ -32,12 +32,12 @@ class Data(Section):
     @field_validator("calibration", "train")
     @classmethod
     def _mixture(cls, text: str) -> str:
-        return _said(text, shares)
+        return _checked(text, parse_mixture)
 
     @field_validator("evaluation")
     @classmethod
     def _one_source(cls, text: str) -> str:
-        return _said(text, _evaluated)
+        return _checked(text, _evaluated)
 
 
 class Calibration(Section):
@@ -46,7 +46,7 @@ class Calibration(Section):
 
 
 class Evaluation(Section):
-    """`windows` None means all that a text holds. `also`: other texts, measured after every stage beside that of `data.evaluation`. `tasks`: what
+    """`windows` None means all that a text holds. `also`: other texts, measured after every stage in addition to that of `data.evaluation`. `tasks`: what
     lm-eval scores after every stage, with the whole model in memory; `task_limit`: the first so many documents of each, None for all."""
 
     seq_len: Tokens = 2048
@@ -58,12 +58,12 @@ class Evaluation(Section):
     @field_validator("tasks")
     @classmethod
     def _tasks(cls, tasks: list[str]) -> list[str]:
-        return _said(tasks, _once)
+        return _checked(tasks, _once)
 
     @field_validator("also")
     @classmethod
     def _texts(cls, also: list[str]) -> list[str]:
-        return _said(also, _named_apart)
+        return _checked(also, _named_apart)
 
 
 def text_name(source: str) -> str:
@@ -72,7 +72,7 @@ def text_name(source: str) -> str:
 
 
 def _evaluated(text: str) -> None:
-    if len(shares(text)) > 1 or text == SELF:
+    if len(parse_mixture(text)) > 1 or text == SELF:
         raise ValueError("one text that the model did not write; put further ones into evaluation.also")
 
 
@@ -89,10 +89,10 @@ def _once(tasks: list[str]) -> None:
         raise ValueError(f"{twice[0]!r} is there twice")
 
 
-def _said(value: T, check: Callable[[T], object]) -> T:
-    """The value, checked; what the check says is what the user reads."""
+def _checked(value: T, check: Callable[[T], object]) -> T:
+    """The value, checked; the message of a ValueError is shown to the user."""
     try:
         check(value)
     except ValueError as error:
-        raise PydanticCustomError(SAID, "{words}", {"words": str(error)}) from error
+        raise PydanticCustomError(CHECKED, "{words}", {"words": str(error)}) from error
     return value

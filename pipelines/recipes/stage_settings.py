@@ -183,7 +183,7 @@ def build(
         refuse_unread(validated(row.config, plain(config) | with_implied(changes), where), vars(config), where, changes)
         by_matrix = getattr(row, "by_matrix", None)
         if by_matrix is not None and (whole := sorted(changes.keys() - by_matrix)):
-            raise UsageError(f"{where}.{whole[0]}: {method} trains matrices together, so this is one for all; set {address}.{whole[0]}")
+            raise UsageError(f"{where}.{whole[0]}: {method} trains matrices jointly, so this is one for all; set {address}.{whole[0]}")
         if changes.get("allocation", "uniform") != "uniform":
             raise UsageError(
                 f"{where}.allocation: one mean is shared among all blocks; set {address}.allocation, and here the `sparsity` of these matrices"
@@ -192,7 +192,7 @@ def build(
 
 
 def with_implied(settings: Mapping[str, object]) -> dict[str, object]:
-    """Settings written together, and what they say without saying it: `pattern: "N:M"` fixes the sparsity, a `grid` of ggml's the bits and
+    """Settings, with those that they imply: `pattern: "N:M"` fixes the sparsity, a `grid` of ggml's the bits and
     groups, whatever a lower layer has."""
     pattern, grid = settings.get("pattern"), settings.get("grid")
     implied = as_settings(grid) if isinstance(grid, str) and grid in GGML_TYPES else {}

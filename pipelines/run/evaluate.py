@@ -56,7 +56,7 @@ def evaluate(
     dtype: str | None = None,
 ) -> dict[str, Any]:
     """Perplexity of a model or artifact with its protocol, for `pipeline eval`. Inside a run its own text, cut as the run cuts it, unless
-    another text, length or number is asked for."""
+    another text, length or number is given."""
 
     run = run_of(Path(model))
     recipe = None if run is None else resolve(run.checked_recipe())
@@ -65,9 +65,9 @@ def evaluate(
         tokenizer, config = load_tokenizer(result.directory), load_config(result.directory)
         refuse_beyond(config, {"--seq-len": seq_len or (recipe.evaluation.seq_len if recipe is not None else 512)})
         if recipe is not None and eval_source in (None, recipe.data.evaluation):
-            asked = {"seq_len": seq_len or recipe.evaluation.seq_len, "windows": windows or recipe.evaluation.windows}
+            changes = {"seq_len": seq_len or recipe.evaluation.seq_len, "windows": windows or recipe.evaluation.windows}
             cut = Inputs(
-                recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update=asked)}), result.directory
+                recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update=changes)}), result.directory
             ).evaluation()
         else:
             documents = data.load_text(eval_source or "demo", "evaluation", tokenizer=tokenizer)

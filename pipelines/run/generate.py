@@ -34,7 +34,7 @@ def generate(
     place = chosen_device(device)
     with opened(str(run_directory)) as artifact:
         tokenizer, config = load_tokenizer(artifact.directory), load_config(artifact.directory)
-        virtual = any(beside.virtual() is not None for beside in artifact.beside)
+        virtual = any(extra.virtual() is not None for extra in artifact.extra_modules)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     refuse_unknown_tokens(config, ids, "the prompt")
     refuse_beyond(config, {f"--max-new-tokens {max_new_tokens} and a prompt of {ids.shape[1]} tokens": ids.shape[1] + max_new_tokens})

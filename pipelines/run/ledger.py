@@ -1,4 +1,4 @@
-"""What a run has left: its plan, its state, its record, and what may be dropped. Knows the directory; runs nothing.
+"""Reads a run's directory: its plan, its state, its record, and what may be deleted. Runs nothing.
 
 Imports nothing heavy: `status`, `report show` and `gc` do not wait for torch.
 """

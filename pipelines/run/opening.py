@@ -1,4 +1,4 @@
-"""From what the user names (a run, a stage, a model) to its artifact, and to a plain transformers model on the kernels of a device."""
+"""Opens what the user names (a run, a stage, a model) as an artifact, or loads it as a transformers model on the kernels of a device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,7 +61,7 @@ def opened(model: str, revision: str | None = None) -> Iterator[Artifact]:
 
 def load(directory: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> "PreTrainedModel":
     """A run's or a stage's model as a plain `transformers` model on the kernels of this device: `generate`, `lm-eval --model hf`.
-    What stands beside the model is part of it; virtual tokens take no place in its logits. dtype None is the one that the run was measured
+    Extra modules are part of it; virtual tokens take no place in its logits. dtype None is the one that the run was measured
     in on this kind of device, and what `auto` is elsewhere.
 
     Raises InputError for what is no artifact. The tokenizer lies in the artifact's directory (`AutoTokenizer.from_pretrained`).

@@ -1,4 +1,4 @@
-"""A stage's directory in transformers: `AutoModelForCausalLM.from_pretrained(DIR)` gives the model that `load(DIR, dtype=…)` gives, and its
+"""The transformers quantizer for a stage's directory: `AutoModelForCausalLM.from_pretrained(DIR)` gives the model that `load(DIR, dtype=…)` gives, and its
 `save_pretrained` writes a directory that both load again.
 
 transformers reads tensors by the names of its own modules, and an artifact's belong to records; so the model it has made is emptied before it
@@ -158,13 +158,13 @@ def _save(
     plain: Callable[..., None],
     save_directory: str | Path,
     is_main_process: bool = True,
-    **asked: object,
+    **options: object,
 ) -> None:
     """The artifact, copied: what every parameter of the model still is. An adapter that PEFT has put on the model is saved as transformers
     saves it. UsageError for settings that belong to other ways of saving, InputError where parameters have changed."""
     if getattr(model, "_hf_peft_config_loaded", False):
-        return plain(save_directory, is_main_process=is_main_process, **asked)
-    refused = sorted(name for name, value in asked.items() if value and name != "safe_serialization")
+        return plain(save_directory, is_main_process=is_main_process, **options)
+    refused = sorted(name for name, value in options.items() if value and name != "safe_serialization")
     if refused:
         raise UsageError(f"save_pretrained: {', '.join(refused)}: an artifact is copied as it is; leave that out")
     changed = [name for name, value in model.named_parameters() if _differs(artifact, name, value)]
@@ -187,7 +187,7 @@ def _differs(artifact: "Artifact", name: str, value: "torch.Tensor") -> bool:
 
 
 def _copy(artifact: "Artifact", directory: Path, generation_config: "GenerationConfig | None") -> None:
-    """Shards, config and manifest, under checksums as before; the tokenizer's files beside them without, since `tokenizer.save_pretrained`
+    """Shards, config and manifest, under checksums as before; the tokenizer's files without, since `tokenizer.save_pretrained`
     writes its own over them."""
     from ..formats.shards import fresh_directory
 

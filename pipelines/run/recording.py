@@ -1,4 +1,4 @@
-"""What a run writes down of its stages: each measured as it lies on disk, the record and the page.
+"""Records a run's results: each stage measured as it lies on disk, the record and the page.
 
 Knows measures and reports; not what a stage does, nor in which order they come.
 """

@@ -1,7 +1,7 @@
 """The runner: from a recipe to artifacts, one directory a stage, each measured after it has been read back from disk.
 
 A stage whose directory is there is reused; one that was interrupted goes on where it stopped; a changed setting makes a new directory and
-leaves the old one. A budget is spent when the first of its stages is reached. Several ranks go through it together: what depends on the disk
+leaves the old one. A budget is spent when the first of its stages is reached. All ranks run it: what depends on the disk
 rank 0 decides, and it alone writes; stages in `ALONE` are its work, too. Knows the order of things; not what a stage does, nor what
 its key is made of (`steps`). What a run has left is read in `ledger`, whose functions are offered here as well.
 """
@@ -291,7 +291,7 @@ def _context(session: Session, scratch: Path, ranks: Ranks) -> "stages.Context":
         dtype=session.compute.dtype,
         seed=session.recipe.seed,
         inputs=inputs,
-        stop=session.stop.agreed if ranks.size > 1 else session.stop.asked.is_set,
+        stop=session.stop.agreed if ranks.size > 1 else session.stop.requested.is_set,
         ranks=ranks,
     )
 

@@ -1,4 +1,4 @@
-"""A run under way: what its stages share, its plan of record, and what a changed setting sends back to work."""
+"""The state of a run in progress: what its stages share, its recorded plan, and which stages a changed setting repeats."""
 
 import logging
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from ..allocation.spending import spent
 from ..devices.compute import Compute
 from ..errors import UsageError
 from ..evaluation.perplexity import batches
-from ..planning.steps import Step, found_choice, plan_steps
+from ..planning.steps import Step, plan_steps, stored_choice
 from ..ranks.exchange import ONE, SLOTS, Ranks
 from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import methods
@@ -72,7 +72,7 @@ def plan_run(session: Session) -> None:
     session.steps = plan_steps(chosen, inputs.model, inputs, compute, place, session.ranks.size)
     if chosen.budget is not None:
         parent = session.steps[spent(chosen).first]
-        session.table, session.choice = found_choice(chosen, parent.key, inputs, compute, place)
+        session.table, session.choice = stored_choice(chosen, parent.key, inputs, compute, place)
 
 
 def check_ranks(chosen: Recipe, inputs: Inputs, ranks: Ranks) -> None:

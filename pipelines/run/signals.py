@@ -1,4 +1,4 @@
-"""The signals that ask a run to stop: a Stop that SIGINT and SIGTERM reach. Knows the process and its ranks; no run, no stage."""
+"""Stop requests: a `Stop` that SIGINT and SIGTERM set. Knows the process and its ranks; no run, no stage."""
 
 import logging
 import signal
@@ -21,14 +21,14 @@ class Stop:
     other time, ends the run at once: everything on disk is whole at every moment. Several ranks agree, so that they end at the same one; a launcher
     and the watchdog may hand each the same signal twice."""
 
-    asked: threading.Event = field(default_factory=threading.Event)
+    requested: threading.Event = field(default_factory=threading.Event)
     working: bool = False
     ranks: Ranks = ONE
     since: float = 0.0
 
     def agreed(self) -> bool:
-        """Whether any rank was asked; all call it."""
-        return self.ranks.agree(self.asked.is_set())
+        """Whether any rank was requested to stop; all call it."""
+        return self.ranks.agree(self.requested.is_set())
 
     @contextmanager
     def patient(self) -> Iterator[None]:
@@ -41,11 +41,11 @@ class Stop:
             raise KeyboardInterrupt
 
     def ask(self, number: int, frame: object) -> None:
-        if self.asked.is_set() and self.ranks.size > 1 and time.monotonic() - self.since < TWICE_SECONDS:
+        if self.requested.is_set() and self.ranks.size > 1 and time.monotonic() - self.since < TWICE_SECONDS:
             return
-        if self.asked.is_set() or not self.working:
+        if self.requested.is_set() or not self.working:
             raise KeyboardInterrupt
-        self.asked.set()
+        self.requested.set()
         self.since = time.monotonic()
         log.warning("stopping; everything finished so far is kept, the same command goes on")
 

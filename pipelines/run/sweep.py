@@ -60,8 +60,8 @@ class Result:
         return max(counts, default=None)
 
     def perplexity(self) -> float:
-        found = self.record.stages[-1].perplexity if self.record and self.record.stages else None
-        return float("inf") if found is None else found
+        value = self.record.stages[-1].perplexity if self.record and self.record.stages else None
+        return float("inf") if value is None else value
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def combinations(
 def directory(
     name: str, over: Sequence[str], *, file: Path | None = None, sets: Sequence[str] = (), options: Mapping[str, object] | None = None
 ) -> Path:
-    """runs/<recipe>-sweep: beside the single run, so that its pages stay its own. Known before a method is looked up, which brings torch;
+    """runs/<recipe>-sweep: separate from the single run, so that its pages stay its own. Known before a method is looked up, which brings torch;
     UsageError as in `combinations`, but for the stages."""
     single = planned_directory(name, file=file, sets=_assignments(sets, _product(over)[0]), options=options)
     return single.with_name(f"{single.name}-sweep")
@@ -177,7 +177,7 @@ def _side_by_side(points: Sequence[Point], directory: Path, device: str, jobs: i
     try:
         runner.run(first, directory, until_stage="baseline", device=device, page=False)
     except PipelineError:
-        return {}  # which is found again, combination by combination
+        return {}  # the error shows up again, combination by combination
     return sweep_jobs.made_ahead([(point.label, point.recipe) for point in points], directory, device, min(jobs, len(points)))
 
 

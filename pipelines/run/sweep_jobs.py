@@ -1,4 +1,4 @@
-"""`pipeline sweep --jobs N`: combinations side by side, a process each, which share the sweep's stages. Nothing else passes between them.
+"""`pipeline sweep --jobs N`: combinations in parallel, a process each, which share the sweep's stages. Nothing else passes between them.
 
 A process runs its combination in a directory of its own, whose `stages` are the sweep's; of stages that combinations share one process makes
 each, the others wait for it. On GPUs a process has one to itself. Results are those of one combination after the other, bit for bit: afterwards
@@ -55,7 +55,7 @@ def check_jobs(jobs: int, directory: Path, recipe: Recipe, device: str) -> None:
 
 def made_ahead(recipes: Sequence[tuple[str, Recipe]], directory: Path, device: str, jobs: int) -> dict[int, PipelineError]:
     """Make the stages of (label, recipe) in `directory`, up to `jobs` at once; the errors of those that failed, by number. The baseline is
-    there. A process that is killed leaves its combination to whoever goes through them next. KeyboardInterrupt once all have stopped."""
+    there. A process that is killed leaves its combination to the next process. KeyboardInterrupt once all have stopped."""
     result: dict[int, PipelineError] = {}
     run = RunDirectory(directory.resolve())
     for name in SHARED:
@@ -125,7 +125,7 @@ def _started(number: int, slot: int, recipe: Recipe, run: RunDirectory, scratch:
 
 @contextmanager
 def _ended(running: list[Job]) -> Iterator[None]:
-    """Whatever happens, no process goes on: each is asked to stop at its next block or step, as a run is."""
+    """Whatever happens, no process goes on: each is signalled to stop at its next block or step, as a run is."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The stages by name: each reads a parent artifact and fills a writer. The runner measures; a stage cannot forget to."""
+"""The stages by name: each reads a parent artifact and fills a writer. Measuring is the runner's."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The baseline: the model as it came, as an artifact. It becomes the teacher and the target of all that follows.
+"""The baseline stage: the unmodified model as an artifact, the teacher and the target of all later stages.
 
 A directory whose tensor names are the model's own is referred to, not copied; anything else is brought over once.
 """
@@ -70,7 +70,7 @@ def _with_dtype(config: dict[str, Any]) -> dict[str, object]:
 
 
 def check_source(directory: Path) -> None:
-    """InputError for what the headers of a dense model's files show to be wrong, and for an adapter beside it that does not fit."""
+    """InputError for what the headers of a dense model's files show to be wrong, and for an adapter in the same directory that does not fit."""
     if weights_home(directory) != directory:
         _read(directory)
     elif detect(directory) == "dense":
@@ -80,8 +80,8 @@ def check_source(directory: Path) -> None:
 def _read(directory: Path) -> Checkpoint:
     """A quantized checkpoint, or a base with an adapter: InputError where its virtual tokens are those of another model."""
     checkpoint = read(directory)
-    for beside in checkpoint.beside:
-        refuse_other_models_tokens(beside, skeleton(load_config(directory)), directory)
+    for extra in checkpoint.extra_modules:
+        refuse_other_models_tokens(extra, skeleton(load_config(directory)), directory)
     return checkpoint
 
 
@@ -110,7 +110,7 @@ def _names_match(directory: Path) -> bool:
         return False
     for name, shape in wanted.items():
         if result[name] != shape:
-            raise InputError(f"{directory}: {name} has shape {result[name]}, config.json says {shape}; the two do not belong together")
+            raise InputError(f"{directory}: {name} has shape {result[name]}, config.json says {shape}; the two belong to different models")
     return True
 
 
@@ -147,8 +147,8 @@ def _write_checkpoint(writer: ArtifactWriter, checkpoint: Checkpoint, files: Pat
     linears = {n: checkpoint.linears[n] for n in checkpoint.linears if not n.startswith(blocks)}
     tensors = {n: checkpoint.tensors[n] for n in checkpoint.tensors if not n.startswith(blocks) and n not in tied}
     writer.write_part("rest", {"tensors": tensors, **shards_of({}, linears)}, linears)
-    for beside in checkpoint.beside:
-        writer.write_beside(beside)
+    for extra in checkpoint.extra_modules:
+        writer.write_extra_modules(extra)
 
 
 def _write_model(writer: ArtifactWriter, model: torch.nn.Module, linears: dict[str, Any]) -> None:
@@ -157,5 +157,5 @@ def _write_model(writer: ArtifactWriter, model: torch.nn.Module, linears: dict[s
     for index in range(structure.blocks):
         prefix = f"{structure.prefix}.{index}."
         writer.write_part(f"block-{index:05d}", shards_of({n: t for n, t in state.items() if n.startswith(prefix)}, {}), {})
-    rest = {n: t for n, t in state.items() if not n.startswith(f"{structure.prefix}.") and n not in tied}
-    writer.write_part("rest", {"tensors": rest}, linears)
+    outside = {n: t for n, t in state.items() if not n.startswith(f"{structure.prefix}.") and n not in tied}
+    writer.write_part("rest", {"tensors": outside}, linears)

@@ -82,7 +82,7 @@ class _Walk:
     hidden: HiddenStates
     start: HiddenStates
     now: HiddenStates
-    said: list[dict[str, Any]] = field(default_factory=list)
+    reports: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def config(self) -> Reconstruct:
@@ -126,7 +126,7 @@ def reconstruct_blocks(parent: Artifact, writer: ArtifactWriter, spec: StageSpec
 
 
 def _block(walk: _Walk, index: int) -> None:
-    """Fit one block and write it, unless it is written already; then every hidden state goes through it."""
+    """Fit one block and write it, unless it is written already; then run it on every hidden state."""
     model, part = walk.model, f"block-{index:05d}"
     chosen = index in where(model.model, walk.config.targets, walk.config.layers).blocks
     with torch.no_grad():
@@ -135,10 +135,10 @@ def _block(walk: _Walk, index: int) -> None:
         walk.start.through(partial(model.run_block, index))
         model.unload_block(index)
     if part not in walk.writer.finished:
-        found, said = _fitted(walk, index) if chosen else (Trained(), {})
-        write_block(walk.parent, walk.writer, model.structure, index, found, said)
+        changed, report = _fitted(walk, index) if chosen else (Trained(), {})
+        write_block(walk.parent, walk.writer, model.structure, index, changed, report)
     extra = walk.writer.finished[part]["extra"]
-    walk.said += [extra["reconstruct"]] if "reconstruct" in extra else []
+    walk.reports += [extra["reconstruct"]] if "reconstruct" in extra else []
     with torch.no_grad():
         model.load_block(index, walk.writer.view(part))
         for states in (walk.hidden, walk.now):
@@ -147,7 +147,7 @@ def _block(walk: _Walk, index: int) -> None:
 
 
 def _fitted(walk: _Walk, index: int) -> tuple[Trained, dict[str, Any]]:
-    """What training changed in a block, and what is to be said about it."""
+    """What training changed in a block, and its entry for the report."""
     model, dense, context = walk.model, walk.dense, walk.context
     with torch.no_grad():
         dense.load_block(index)
@@ -174,10 +174,10 @@ def _fitted(walk: _Walk, index: int) -> tuple[Trained, dict[str, Any]]:
         raise UsageError(f"{walk.spec.address}: {error}") from error
     except ReplicasDiffer as error:
         raise InputError(f"{walk.spec.address}: {error}") from error
-    found = trained(model.model, fitted.plain) if fitted.improved else Trained()
+    changed = trained(model.model, fitted.plain) if fitted.improved else Trained()
     model.unload_block(index)
     dense.unload_block(index)
-    return found, {"reconstruct": _said(index, fitted, sorted(found.records))}
+    return changed, {"reconstruct": _report(index, fitted, sorted(changed.records))}
 
 
 def _dense_twin(dense: StreamedModel, site: Site, dtype: torch.dtype) -> nn.Module:
@@ -187,21 +187,21 @@ def _dense_twin(dense: StreamedModel, site: Site, dtype: torch.dtype) -> nn.Modu
     return CompressedLinear(StoredWeight(DenseWeight(dense.matrix(site))), None, dtype)
 
 
-def _said(index: int, fitted: Fitted, names: list[str]) -> dict[str, Any]:
+def _report(index: int, fitted: Fitted, names: list[str]) -> dict[str, Any]:
     errors = {"block_error_before": fitted.error_before, "block_error_after": fitted.error_after}
     return {"block": index, "linears": names, "count": fitted.count, "diverged": list(fitted.diverged), **errors}
 
 
 def _loss(walk: _Walk, hidden: HiddenStates) -> float:
     """Mean negative log-likelihood of the held-out tokens that count."""
-    found: dict[int, tuple[float, int]] = {}
+    sums: dict[int, tuple[float, int]] = {}
     for states, (number, batch) in zip(hidden, walk.text.held_out.items(), strict=True):
         targets = batch.targets().to(states.device)
         with torch.no_grad():
             log_p = batch.predictions(walk.model.logits(states)).float().log_softmax(-1)
-        found[number] = float(log_p.gather(-1, targets.unsqueeze(-1)).double().sum()), len(targets)
+        sums[number] = float(log_p.gather(-1, targets.unsqueeze(-1)).double().sum()), len(targets)
     total, count = 0.0, 0
-    for loss, tokens in walk.context.ranks.in_order(found).values():
+    for loss, tokens in walk.context.ranks.in_order(sums).values():
         total, count = total - loss, count + tokens
     return total / max(1, count)
 
@@ -217,16 +217,16 @@ def _undo(walk: _Walk) -> None:
 
 def _outcome(walk: _Walk, before: float, after: float, worse: bool, tokens: int) -> Outcome:
     notes = untouched(walk.config, walk.config, skeleton(load_config(walk.parent.directory)), walk.model.structure)
-    notes += [f"block {said['block']}: {text}" for said in walk.said for text in said["diverged"]]
-    better = sum(said["block_error_after"] < said["block_error_before"] for said in walk.said)
+    notes += [f"block {report['block']}: {text}" for report in walk.reports for text in report["diverged"]]
+    better = sum(report["block_error_after"] < report["block_error_before"] for report in walk.reports)
     if worse:
         lost = f"the blocks came nearer to the dense ones, but the held-out loss went from {before:.4f} to {after:.4f}"
         notes.append(f"{lost}; the model is as it was before this stage")
-    elif better < len(walk.said):
-        notes.append(f"{len(walk.said) - better} of {len(walk.said)} blocks could not be improved and are as they were")
+    elif better < len(walk.reports):
+        notes.append(f"{len(walk.reports) - better} of {len(walk.reports)} blocks could not be improved and are as they were")
     layers = [
-        {"name": n, "output_error": None, "metrics": {k: said[k] for k in ("block_error_before", "block_error_after")}}
-        for said in walk.said for n in said["linears"] if n in walk.parent.linears
+        {"name": n, "output_error": None, "metrics": {k: report[k] for k in ("block_error_before", "block_error_after")}}
+        for report in walk.reports for n in report["linears"] if n in walk.parent.linears
     ]  # fmt: skip
     metrics = {
         "held_out_loss_start": before,
@@ -234,5 +234,5 @@ def _outcome(walk: _Walk, before: float, after: float, worse: bool, tokens: int)
         "held_out_loss_kept": before if worse else after,
         "tokens": tokens,
     }
-    metrics["blocks"] = [{k: said[k] for k in ("block", "block_error_before", "block_error_after")} for said in walk.said]
-    return Outcome(layers, metrics, notes, sum(said["count"] for said in walk.said))
+    metrics["blocks"] = [{k: report[k] for k in ("block", "block_error_before", "block_error_after")} for report in walk.reports]
+    return Outcome(layers, metrics, notes, sum(report["count"] for report in walk.reports))

@@ -2,7 +2,7 @@
 
 For each block: collect what the method needs from the hidden states that the already compressed model below hands in, compress its
 matrices, write them, and run the block *as written* to get the next hidden states. Peak memory is one block and the hidden states.
-Knows the walk and the bookkeeping; one matrix is `matrices`' business, what lies outside the blocks `rest`'s.
+Knows the walk and the bookkeeping; one matrix is `matrices`' business, what lies outside the blocks `outside_blocks`'.
 Legend: N windows, T tokens.
 """
 
@@ -29,7 +29,7 @@ from ..store.artifact import Artifact, ArtifactWriter, shards_of
 from .context import Context, Outcome, check_stop
 from .fisher import fisher_diagonal
 from .matrices import Stage, calibration, looks_at_inputs
-from .outside_blocks import said_of_rest, write_rest
+from .outside_blocks import outside_notes, write_rest
 from .shared_inputs import solve_all
 from .sparsity_shares import shared_sparsity
 from .walked import Checkpoints, States, entering, share_of
@@ -92,8 +92,8 @@ def _part(index: int) -> str:
 
 
 def _block(stage: Stage, states: States, index: int, sites: list[Site], followed: bool) -> list[dict[str, object]]:
-    """Compress and write one block, unless that was done before, and hand its outputs on where somebody follows who reads them; what is
-    said of its matrices."""
+    """Compress and write one block, unless that was done before, and pass its outputs on where a later block reads them (`followed`); its
+    matrices' rows of the report."""
     part = _part(index)
     marker = stage.writer.finished.get(part)
     stage.model.load_block(index)
@@ -249,7 +249,7 @@ def _notes(stage: Stage, chosen: list[Site]) -> list[str]:
     left |= {s.name: "matched by `ignore`" for s in stage.model.structure.sites if s.name not in names and s.block is not None}
     notes = by_reason(left)
     notes += fallback_notes(stage.spec, chosen)
-    notes += said_of_rest(stage, [site for site in chosen if site.block is None])
+    notes += outside_notes(stage, [site for site in chosen if site.block is None])
     grid = getattr(stage.spec.config, "activations", None)
     if grid is not None:
         groups = "" if grid.group_size == -1 else f" in groups of {grid.group_size}"

@@ -1,4 +1,4 @@
-"""What a stage may use besides its parent and its config, and what it says afterwards. Knows no stage."""
+"""A stage's inputs other than its parent and config (`Context`), and its result (`Outcome`). Knows no stage."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from .inputs import Inputs
 @dataclass(frozen=True)
 class Context:
     """`teacher` is whom recovery imitates: the baseline, or the model given with --teacher; None when the baseline is itself a quantized
-    checkpoint and no teacher was given. `teacher_states` is where what it computed may be kept for other stages. `scratch` is the stage's own directory, where it may keep what makes it resumable; `stop()` says that the user asked to end:
+    checkpoint and no teacher was given. `teacher_states` is where what it computed may be kept for other stages. `scratch` is the stage's own directory, where it may keep what makes it resumable; `stop()` says that the user requested a stop:
     a stage then saves what it has and raises KeyboardInterrupt (`check_stop`). Where several `ranks` share a stage, they agree in `stop()`, which all
     call equally often."""
 
@@ -42,7 +42,7 @@ class Context:
 @dataclass(frozen=True)
 class Outcome:
     """One dict for each matrix (name, output_error, metrics), what was measured on the way, words for the report, and
-    files to seal into the artifact beside its parent's."""
+    files to seal into the artifact in addition to its parent's."""
 
     layers: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)

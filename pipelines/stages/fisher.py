@@ -29,7 +29,7 @@ from ..store.kept import is_whole, keep, kept
 from .context import Context, check_stop
 
 VERSION = 3
-"""Of the numbers kept beside the baseline."""
+"""File of the numbers, next to the baseline."""
 Sums = dict[str, tuple[Tensor, Tensor]]
 """Site → Σ over sequences of the squared gradient's row means [O] and column means [I], float64."""
 
@@ -44,15 +44,15 @@ class OutputSquares:
 
 
 def fisher_diagonal(context: Context) -> dict[str, Fisher]:
-    """Site name → Fisher (arXiv:2311.12023, section 3.2), on the CPU; kept beside the baseline for the next method."""
-    result = {name: tensor for name, tensor in _found(context).items() if not name.startswith(_OUTSIDE)}
+    """Site name → Fisher (arXiv:2311.12023, section 3.2), on the CPU; stored next to the baseline for the next method."""
+    result = {name: tensor for name, tensor in _squares(context).items() if not name.startswith(_OUTSIDE)}
     names = {key.rpartition(".")[0] for key in result}
     return {n: Fisher(result[f"{n}.row"], result[f"{n}.column"]) for n in names}
 
 
 def output_squares(context: Context) -> OutputSquares:
     """Of the token embeddings and the head, from the same walk and file, on the CPU."""
-    result = _found(context)
+    result = _squares(context)
     return OutputSquares(result.get(f"{_OUTSIDE}looked_up"), result.get(f"{_OUTSIDE}logits"))
 
 
@@ -67,7 +67,7 @@ _OUTSIDE = "outside blocks "
 """Begins the names of tensors that are no site's."""
 
 
-def _found(context: Context) -> dict[str, Tensor]:
+def _squares(context: Context) -> dict[str, Tensor]:
     """By their names in the file."""
     path, ranks = _kept(context), context.ranks
     if ranks.broadcast(ranks.leads and is_whole(path)):
@@ -101,7 +101,7 @@ def _dtype(context: Context) -> torch.dtype:
 
 
 def _collect(context: Context) -> tuple[Sums, OutputSquares]:
-    """Sums on the CPU. They do not depend on how many sequences go together, nor on who has which (sequence n: rank n % size): every sum is
+    """Sums on the CPU. They do not depend on how many sequences run at once, nor on which rank has which (sequence n: rank n % size): every sum is
     over one sequence after the other."""
     model = StreamedModel(context.baseline, context.device, _dtype(context))
     sites = [site for site in model.structure.sites if site.block is not None]
@@ -110,7 +110,7 @@ def _collect(context: Context) -> tuple[Sums, OutputSquares]:
     squares = _OutputSums(model, ranks)
     ids_NT = context.inputs.calibration()
     room = Room.measured(context.device, context.scratch, ranks.size)
-    parts = ids_NT.split(min(ranks.gathered(_together(model, ids_NT, room))) * ranks.size)
+    parts = ids_NT.split(min(ranks.gathered(_sequences_at_once(model, ids_NT, room))) * ranks.size)
     with bar("Fisher information, blocks there and back", 2 * model.structure.blocks * len(parts)) as shown:
 
         def step() -> None:
@@ -157,8 +157,8 @@ class _Ordered:
         self.waiting.clear()
 
 
-def _together(model: StreamedModel, ids_NT: Tensor, room: Room) -> int:
-    """How many sequences' states, one for each block and their gradients, lie in memory together; one goes to files if it must."""
+def _sequences_at_once(model: StreamedModel, ids_NT: Tensor, room: Room) -> int:
+    """How many sequences' states, one for each block and their gradients, fit into memory at once; one goes to files if it must."""
     of_one = (model.structure.blocks + 2) * ids_NT.shape[1] * model.model.config.get_text_config().hidden_size * model.dtype.itemsize
     return max(1, int(min(room.memory_bytes // of_one, len(ids_NT))))
 

@@ -32,7 +32,7 @@ ROOM = 1.5  # a model is loaded whole to be timed where its weights on disk take
 
 
 def fuse(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: Context) -> Outcome:
-    """Fold what can be folded, take the rest of the parent over, and let the whole model write a few tokens through the kernels, so that
+    """Fold what can be folded, take over everything else of the parent, and generate a few tokens with the whole model through the kernels, so that
     what cannot run is refused now."""
     notes: list[str] = []
     smoothed = any("smooth" in description for description in parent.linears.values())
@@ -64,11 +64,11 @@ def _rewrite(parent: Artifact, writer: ArtifactWriter, context: Context, smoothe
             linears = {name: parent.stored(name).to(context.device) for name in parent.linears if name.startswith(prefix)}
             folded = Folded({}, {}, ()) if hidden is None else _folded(model, index, prefix, linears, hidden)
             linears |= folded.records
-            changed, said = _two_levels(linears) if integer_scales else ({}, {})
+            changed, levels = _two_levels(linears) if integer_scales else ({}, {})
             tensors = {**parent.plain(prefix), **folded.tensors}
             vectors = sum(name.endswith(".weight") for name in folded.tensors)
             records = linears | changed
-            writer.write_part(part, shards_of(tensors, records), records, {"notes": list(folded.notes), "folds": vectors, "levels": said})
+            writer.write_part(part, shards_of(tensors, records), records, {"notes": list(folded.notes), "folds": vectors, "levels": levels})
         made.append(writer.finished[part]["extra"])
     notes = [f"{sum(extra.get('folds', 0) for extra in made)} smoothing vectors folded into the norms before them"] if smoothed else []
     notes += [note for extra in made for note in extra.get("notes", [])]
@@ -88,22 +88,22 @@ def _two_levels(linears: dict[str, StoredWeight]) -> tuple[dict[str, StoredWeigh
     """(records whose scales are now of two levels, by the name of every matrix with rounded inputs how far its base moved, ‖Δ‖ / ‖base‖, or why it
     stays)."""
     changed: dict[str, StoredWeight] = {}
-    said: dict[str, float | str] = {}
+    changes: dict[str, float | str] = {}
     for name, record in linears.items():
         if record.activations is None:
             continue
-        said[name] = refusal(record.base)
-        if isinstance(record.base, UniformWeight) and not said[name]:
+        changes[name] = refusal(record.base)
+        if isinstance(record.base, UniformWeight) and not changes[name]:
             changed[name] = replace(record, base=with_integer_scales(record.base))
             before = record.base_dense()
-            said[name] = float((changed[name].base_dense() - before).norm() / before.norm().clamp(min=1e-30))
-    return changed, said
+            changes[name] = float((changed[name].base_dense() - before).norm() / before.norm().clamp(min=1e-30))
+    return changed, changes
 
 
 def _levels_notes(made: Sequence[dict[str, Any]]) -> list[str]:
-    said = {name: value for extra in made for name, value in extra.get("levels", {}).items()}
-    moved = [value for value in said.values() if not isinstance(value, str)]
-    stay = [f"{name}: its scales stay as they are: {value}" for name, value in said.items() if isinstance(value, str)]
+    levels = {name: value for extra in made for name, value in extra.get("levels", {}).items()}
+    moved = [value for value in levels.values() if not isinstance(value, str)]
+    stay = [f"{name}: its scales stay as they are: {value}" for name, value in levels.items() if isinstance(value, str)]
     mean = f", which moved their weights by {sum(moved) / len(moved):.2%} of their norm in the mean" if moved else ""
     return [f"scales of {len(moved)} matrices are whole numbers times one float an output{mean}", *stay[:10]]
 

@@ -1,4 +1,4 @@
-"""The texts of a run, as token ids: loaded once, when first asked for. Knows the recipe and `data`; no stages."""
+"""The texts of a run, as token ids: loaded once, on first use. Knows the recipe and `data`; no stages."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from ...recover.student import Batch
 from ..errors import InputError
 from ..evaluation.tasks import load_tasks
 from ..models.source import load_config, load_tokenizer, refuse_unknown_tokens, resolve_model
-from ..recipes.mixture import SELF, shares
+from ..recipes.mixture import SELF, parse_mixture
 from ..recipes.recipe import Recipe
 from ..recipes.sections import text_name
 from ..recipes.stage_settings import StageSpec, methods
@@ -47,7 +47,7 @@ class Inputs:
     def parts(self) -> data.Parts:
         """calibration, train, held_out and evaluation, with evaluation text kept out of the other three."""
         sources, also = self.recipe.data, self.recipe.evaluation.also
-        calibration, train = ([share.source for share in shares(text)] for text in (sources.calibration, sources.train))
+        calibration, train = ([share.source for share in parse_mixture(text)] for text in (sources.calibration, sources.train))
         return data.Parts(calibration, train, sources.evaluation, also, self.tokenizer, self._written)
 
     def evaluation(self) -> data.Windows:
@@ -64,7 +64,7 @@ class Inputs:
 
     def calibration(self) -> Tensor:
         """Token ids int64 [samples, seq_len]: every source's share of them."""
-        wanted, mixed = self.recipe.calibration, shares(self.recipe.data.calibration)
+        wanted, mixed = self.recipe.calibration, parse_mixture(self.recipe.data.calibration)
         if "calibration ids" not in self._kept:
             at = data.schedule([share.weight for share in mixed])
             counts = Counter(at(index)[0] for index in range(wanted.samples))
@@ -76,7 +76,7 @@ class Inputs:
 
     def training(self, seq_len: int, batch_size: int) -> Callable[[int], Batch]:
         """index → micro-batch: a pure function of (seed, index). Each is of one source, which takes its turn by its weight."""
-        mixed = shares(self.recipe.data.train)
+        mixed = parse_mixture(self.recipe.data.train)
         windows = [self._teaching(self._windows("train", share.source, seq_len, None), share.source) for share in mixed]
         for share, result in zip(mixed, windows, strict=True):
             if len(result.ids) < batch_size:
@@ -94,7 +94,7 @@ class Inputs:
 
     def held_out(self, seq_len: int, batch_size: int) -> list[Batch]:
         """The batches on which recovery chooses its best step: about HELD_OUT_TOKENS tokens, as many of every source."""
-        mixed = shares(self.recipe.data.train)
+        mixed = parse_mixture(self.recipe.data.train)
         count = max(1, HELD_OUT_TOKENS // seq_len // len(mixed))
         batches = []
         for source in (share.source for share in mixed):
@@ -128,7 +128,7 @@ class Inputs:
         return any(map(self._is_mixed_in, reads)) and not is_written(self._writer(), self.tokenizer, self.recipe.seed)
 
     def _is_mixed_in(self, use: str) -> bool:
-        return any(share.source == SELF for share in shares(getattr(self.recipe.data, use)))
+        return any(share.source == SELF for share in parse_mixture(getattr(self.recipe.data, use)))
 
     def _batch(self, source: str, ids_BT: Tensor, loss_BT: Tensor | None) -> Batch:
         return Batch(ids_BT, loss_BT, source, generated=source == SELF)
@@ -167,7 +167,7 @@ class Inputs:
     def fingerprint(self, spec: StageSpec, row: object) -> list[Any]:
         """Whatever of the data decides a stage's result: nothing for a method that reads no text."""
         if spec.name == "recover":
-            mixed = shares(self.recipe.data.train)
+            mixed = parse_mixture(self.recipe.data.train)
             parts = [self.parts[part][share.source].protocol for part in ("train", "held_out") for share in mixed]
             parts += [] if len(mixed) == 1 else [[share.weight for share in mixed]]
             return [*parts, self.calibration_fingerprint() if _needs(spec, row) else None, self.teacher_fingerprint()]

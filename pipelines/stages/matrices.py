@@ -1,4 +1,4 @@
-"""One compression stage under way, and what it does with one matrix: where it comes from, what it should imitate, its row of the report.
+"""A compression stage's work on one matrix: its current record, its target weight, the method's call and its row of the report.
 
 Knows artifacts and the structure of the model; the maths is `compress/methods`, the order of things `compress`.
 Legend: O out, I in.
@@ -28,7 +28,7 @@ from .context import Context
 
 @dataclass(frozen=True)
 class Stage:
-    """`targets` reads the baseline's blocks: what `model` reads, where the parent is the baseline. `dense` runs beside where the method reads
+    """`targets` reads the baseline's blocks: what `model` reads, where the parent is the baseline. `dense` runs along where the method reads
     what the dense model makes of the text. `room` is for hidden states, `share` this rank's of the text's batches. `sparsity` holds, for a pruning stage whose blocks differ, that of
     each matrix that shares the stage's mean."""
 

@@ -1,4 +1,4 @@
-"""What lies outside the decoder blocks: embeddings, last norm and head, as they are or, when asked, compressed. Tied weights stay tied.
+"""Weights outside the decoder blocks: embeddings, last norm and head, unchanged or, if set, compressed. Tied weights stay tied.
 
 Knows the model's structure and the stage's settings; the maths is `compress/`.
 """
@@ -18,7 +18,7 @@ from .shared_inputs import Solved, solve_all
 
 
 def write_rest(stage: Stage, head: list[Site], statistics_of: Callable[[Site], InputStatistics]) -> list[dict[str, Any]]:
-    """The last part of the artifact, which rank 0 writes, and what is said of its matrices. `head`: the output head, when it is to be compressed."""
+    """The last part of the artifact, which rank 0 writes, and its matrices' rows of the report. `head`: the output head, when it is to be compressed."""
     if "rest" in stage.writer.finished:
         return stage.writer.finished["rest"]["extra"].get("layers", [])
     solved = solve_all(stage, head, {site.name: statistics_of(site) for site in head}) if head else ({}, {})
@@ -53,7 +53,7 @@ def _records(
     return records, layers
 
 
-def said_of_rest(stage: Stage, head: list[Site]) -> list[str]:
+def outside_notes(stage: Stage, head: list[Site]) -> list[str]:
     """Notes on what lies outside the blocks: what was left alone, and what is one matrix with something that was not."""
     spec, structure = stage.spec, stage.model.structure
     table, heads, shared = structure.embeddings, [s for s in structure.sites if s.block is None], is_tied(stage.model.model, structure)

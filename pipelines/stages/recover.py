@@ -90,7 +90,7 @@ def recover(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: 
     results = trained(model, attached.plain) if kept is not None else Trained()
     write_model(parent, writer, streamed, results)
     if kept is not None and attached.beside is not None:
-        writer.write_beside(attached.beside())
+        writer.write_extra_modules(attached.beside())
     audited(parent, writer, spec.address, codes_move=not RECOVER[spec.method].grid_safe)
     layers = [{"name": n, "metrics": {}, "output_error": None} for n in results.records if n in parent.linears]
     metrics = _metrics(result) | {
@@ -153,7 +153,7 @@ def _check_teacher(parent: Artifact, context: Context) -> None:
 
 
 def checkpoints(parent: Artifact, config: TrainConfig, attached: Attached, context: Context) -> bool:
-    """Whether blocks are recomputed in backward, as asked; auto: where what a step holds besides the weights would not fit into most of
+    """Whether blocks are recomputed in backward, as set; auto: where what a step holds in addition to the weights would not fit into most of
     the memory that is free now. The bits are the same either way."""
     free = free_bytes(context.device)
     if config.gradient_checkpointing != "auto":
@@ -180,7 +180,7 @@ def _far_below(parent: Artifact, config: TrainConfig, room: float) -> bool:
 
 
 def _cache_budget(config: TrainConfig, device: torch.device) -> float:
-    """Bytes that rebuilt dense weights may take: a third of what is free now, or all that is asked for."""
+    """Bytes that rebuilt dense weights may take: a third of what is free now, or all that is needed."""
     if config.cache_dense == "never":
         return 0
     if config.cache_dense == "always":
@@ -277,7 +277,7 @@ def _saved(path: Path, ranks: Ranks) -> TrainState | None:
 def _as_kept(
     model: nn.Module, student: Student, attached: Attached, held_out: list[Batch], result: TrainResult, spec: StageSpec
 ) -> tuple[float | None, list[str]]:
-    """Held-out loss of the very records that go to disk, pruned where that was asked for; None when the model stays as it was, since
+    """Held-out loss of the very records that go to disk, pruned where that is set; None when the model stays as it was, since
     that would be worse. And the notes of the report."""
     notes = [f"rolled back: {text}" for text in result.rollbacks]
     notes += [f"went back to the best values, at half the rate: {text}" for text in result.restored]

@@ -33,7 +33,7 @@ def requantize_trained(
     parent: Artifact, trained: StreamedModel, unrounded: Mapping[str, MaskedDense], address: str, context: Context
 ) -> None:
     """Round every weight of `unrounded` in place. `trained` has all blocks loaded; `parent` is what it was loaded from, and what its blocks
-    are called with is learnt from it. Every rank rounds all of them, on sums that they share. InputError for inputs that are not finite; KeyboardInterrupt when asked to stop."""
+    are called with is learnt from it. Every rank rounds all of them, on sums that they share. InputError for inputs that are not finite; KeyboardInterrupt on a request to stop."""
     calls = StreamedModel(parent, context.device, context.dtype, virtual=False)
     ids_NT, room = context.inputs.calibration(), Room.measured(context.device, context.scratch, context.ranks.size)
     share = share_of(ids_NT, context.ranks)

@@ -1,4 +1,4 @@
-"""Text that a dense model writes itself: sampled once at temperature 1, kept in the program's cache under the model's name.
+"""Self-generated calibration text: sampled once from the dense model at temperature 1, kept in the program's cache under the model's name.
 
 Half of the documents begin at BOS alone, half with one more token drawn from the whole vocabulary, so that rare kinds come up. Knows
 checkpoints of transformers; not what the text is used for.

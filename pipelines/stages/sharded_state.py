@@ -13,7 +13,7 @@ import torch
 
 from ...recover.adamw import TrainState
 from ...recover.trainable import Attached
-from ..ranks.exchange import Ranks, together
+from ..ranks.exchange import Ranks, collective
 from ..store.files import read_json, write_json
 from ..store.rundir import PARTS_META, TRAINING_PARTS
 
@@ -26,7 +26,7 @@ def keep_parts(scratch: Path, state: TrainState, ranks: Ranks) -> None:
     if ranks.leads:
         shutil.rmtree(fresh, ignore_errors=True)
     ranks.barrier()
-    with together():
+    with collective():
         dcp.save(dict(state.tensors), checkpoint_id=fresh, process_group=ranks.control)
     if ranks.leads:
         write_json(fresh / PARTS_META, state.meta)
@@ -40,13 +40,13 @@ def kept_parts(scratch: Path, attached: Attached, ranks: Ranks) -> TrainState | 
     """What was kept, in the parts that the trainables now lie in; None where nothing was."""
     import torch.distributed.checkpoint as dcp
 
-    found = next((place for place in _places(scratch) if (place / PARTS_META).is_file()), None) if ranks.leads else None
-    place, meta = ranks.broadcast((found, None if found is None else read_json(found / PARTS_META)))
+    latest = next((place for place in _places(scratch) if (place / PARTS_META).is_file()), None) if ranks.leads else None
+    place, meta = ranks.broadcast((latest, None if latest is None else read_json(latest / PARTS_META)))
     if place is None:
         return None
     labels = ("value", "first", "second", "best", "good")
     tensors = {f"{label}.{name}": torch.zeros_like(t.parameter.detach()) for label in labels for name, t in attached.trainables.items()}
-    with together():
+    with collective():
         dcp.load(tensors, checkpoint_id=place, process_group=ranks.control)
     return TrainState(tensors, meta)
 

@@ -1,5 +1,5 @@
-"""Matrices that read one input, solved together where their method asks for it, spread over the ranks by what they cost; of the dearest, parts of
-their rows. Knows who shares statistics; the maths is the method's."""
+"""Solves matrices on the ranks: those of one input jointly where their method does so, distributed by cost; the most expensive by parts of
+their rows. Knows which matrices share statistics; the maths is the method's."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -14,11 +14,11 @@ from ..ranks.exchange import SLOTS
 from .matrices import Stage, checked_target, current, described, solve
 
 Solved = tuple[dict[str, StoredWeight], dict[str, dict[str, object]]]
-"""By site: the record, and what is said of it."""
+"""By site: the record, and its row of the report."""
 
 
 def solve_all(stage: Stage, sites: list[Site], statistics: Mapping[str, InputStatistics]) -> Solved:
-    """(records, what is said of each) of sites whose inputs are known, on every rank."""
+    """(records, rows of the report) of sites whose inputs are known, on every rank."""
     ranks, units = stage.context.ranks, _groups(stage, sites, statistics)
     parts = row_parts(units, [stage.row.by_rows(stage.config_for(few[0])) for few in units])
     owners = iter(spread([cost for costs in parts for cost in costs], ranks.size))

@@ -1,6 +1,6 @@
-"""How the blocks of a model share a pruning stage's mean sparsity: the numbers are `compress/sparsity`, the inputs the dense model's.
+"""Distributes a pruning stage's mean sparsity over the blocks: the maths is `compress/sparsity`, the inputs are the dense model's.
 
-Knows the baseline and the calibration text. What was found lies in the stage's scratch directory, so a resumed stage does not look again.
+Knows the baseline and the calibration text. The result is kept in the stage's scratch directory, so a resumed stage does not measure again.
 """
 
 from functools import partial

@@ -1,4 +1,4 @@
-"""The hidden states of a stage, and how far they have come: kept once a minute, so that a killed stage does not run finished blocks again.
+"""Checkpoints of a stage's hidden states, written once a minute, so that a killed stage does not run finished blocks again.
 
 What is torn, or was left by a kill between two files, is not there: the walk begins at an older one, or at the embeddings. Knows hidden states
 and files; not what a stage does with a block.
@@ -40,7 +40,7 @@ def entering(model: StreamedModel, ids_NT: Tensor, room: Room, share: BatchShare
 @dataclass(frozen=True)
 class States:
     """What enters the block whose turn it is, of the batches that are here: of the model that is compressed; of the dense one, where one runs
-    beside."""
+    along."""
 
     hidden: HiddenStates
     dense: HiddenStates | None = None

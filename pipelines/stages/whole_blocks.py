@@ -1,4 +1,4 @@
-"""Methods that are given a decoder block as a whole: its matrices, its inputs, what the dense block makes of them, and the block as a function.
+"""Runs methods that solve a whole decoder block, given its matrices, its inputs, the dense block's outputs, and the block as a function.
 
 Knows the model's blocks; the training is `compress/block_training` and `compress/smooth`.
 Legend: B windows, T tokens, D model width.
@@ -31,7 +31,7 @@ from .walked import States
 def solve_block(
     stage: Stage, states: States, index: int, sites: list[Site], statistics: dict[str, InputStatistics]
 ) -> tuple[dict[str, StoredWeight], list[dict[str, Any]]]:
-    """Hand the whole block to a method that trains it. Several ranks do that together: each has the windows of its slots."""
+    """Hand the whole block to a method that trains it. Several ranks share the work: each has the windows of its slots."""
     ranks, parts = stage.context.ranks, [*batches(*stage.calibration().shape)]
     share = BlockShare(
         windows_by_slot(parts), ranks.rank, ranks.size, ranks.gathered, partial(OrderedSum, ranks), lambda costs: spread(costs, ranks.size)
@@ -76,7 +76,7 @@ def _dense_outputs(stage: Stage, states: States, blocks: list[int]) -> HiddenSta
 
 
 def _behind(stage: Stage, index: int) -> list[int]:
-    """The blocks that the error is looked at behind, besides the block itself: the next one with window two_blocks, loaded in both models."""
+    """The blocks after this one through which the error is measured: the next one with window two_blocks, loaded in both models."""
     wanted = getattr(stage.spec.config, "window", "block") == "two_blocks" and index + 1 < stage.model.structure.blocks
     for model in (stage.model, stage.dense) if wanted else ():
         assert model is not None
@@ -95,8 +95,8 @@ def _parts(stage: Stage, index: int, sites: list[Site]) -> tuple[tuple[str, ...]
     that are children themselves are one."""
     prefix, parts = f"{stage.model.structure.prefix}.{index}.", dict[str, tuple[str, ...]]()
     for site in sites:
-        child, _, rest = site.module.removeprefix(prefix).partition(".")
-        key = child if rest else ""
+        child, _, below = site.module.removeprefix(prefix).partition(".")
+        key = child if below else ""
         parts[key] = (*parts.get(key, ()), site.name)
     return tuple(parts.values())
 

@@ -1,4 +1,4 @@
-"""From an artifact into a model whose linears can train, and what was trained back into an artifact, audited there.
+"""Loads an artifact into a model whose linears can train, and writes what was trained back into an artifact, audited there.
 
 Knows artifacts and records; no method.
 """
@@ -113,7 +113,7 @@ def trained(model: nn.Module, plain: Mapping[str, torch.dtype]) -> Trained:
 
 
 def write_model(parent: Artifact, writer: ArtifactWriter, streamed: StreamedModel, result: Trained) -> None:
-    """Every part of the artifact: what was trained, and the rest as the parent has it. Rank 0 writes."""
+    """Every part of the artifact: what was trained, and everything else as the parent has it. Rank 0 writes."""
     for index in range(streamed.structure.blocks):
         write_block(parent, writer, streamed.structure, index, result)
     write_rest(parent, writer, streamed, result)
@@ -122,10 +122,10 @@ def write_model(parent: Artifact, writer: ArtifactWriter, streamed: StreamedMode
 def write_rest(parent: Artifact, writer: ArtifactWriter, streamed: StreamedModel, result: Trained) -> None:
     """Embeddings, last norm, head."""
     model, blocks = streamed.model, f"{streamed.structure.prefix}."
-    rest = {n: result.tensors.get(n, parent.tensor(n)) for n in parent.index if not n.startswith(blocks) and parent.is_plain(n)}
+    outside = {n: result.tensors.get(n, parent.tensor(n)) for n in parent.index if not n.startswith(blocks) and parent.is_plain(n)}
     kept = {n: parent.stored(n) for n in parent.linears if not n.startswith(blocks)}
     known = set(model.state_dict()) - tied_names(model).keys()
-    writer.write_part("rest", {"tensors": {n: t for n, t in rest.items() if n in known}, **shards_of({}, kept)}, kept)
+    writer.write_part("rest", {"tensors": {n: t for n, t in outside.items() if n in known}, **shards_of({}, kept)}, kept)
 
 
 def write_block(
@@ -173,4 +173,4 @@ def audited(parent: Artifact, writer: ArtifactWriter, address: str, codes_move: 
         after = {name: writer.stored(parts[name], name)} if name in parts else {}
         problems = audit({name: parent.stored(name)}, after, codes_move)
         if problems:
-            raise QualityError(f"{address}: the audit after training found that {problems[0]}; nothing was kept, please report it")
+            raise QualityError(f"{address}: the audit after training failed: {problems[0]}; nothing was kept, please report it")

@@ -1,8 +1,8 @@
 """Artifacts: immutable directories of safetensors shards with a manifest, written under a scratch name and then renamed.
 
 Knows files, hashes and records; not what a stage does. Nothing here is pickled. A tensor has the name that the model in memory
-gives it; a compressed linear `L` stores the tensors of its record as `L.base.codes`, `L.low_rank.up`, … What stands beside the model
-(bottlenecks, virtual tokens) has parts of its own, which every later artifact takes over.
+gives it; a compressed linear `L` stores the tensors of its record as `L.base.codes`, `L.low_rank.up`, … Extra modules
+(bottlenecks, virtual tokens) have parts of their own, which every later artifact takes over.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from .files import disk_errors, link, read_json, sha256, sync, write_bytes, writ
 from .manifest import MANIFEST, SCHEMA, read_manifest, verify_files, weights_of
 
 ADAPTER = "adapter-"
-"""Begins the names of parts that hold what recovery keeps beside the model: adapter-00, adapter-01, …"""
+"""Begins the names of parts that hold a recovery stage's extra modules: adapter-00, adapter-01, …"""
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ class Artifact:
         return record_of(self, linear, self.tensors)
 
     @cached_property
-    def beside(self) -> list[Beside]:
-        """What stands beside the model, in the order in which it was trained."""
+    def extra_modules(self) -> list[Beside]:
+        """Bottlenecks and virtual tokens of recovery stages, in the order in which they were trained."""
         out = []
         for part, description in sorted(self.manifest.get("beside", {}).items()):
             file = f"{part}.tensors.safetensors"
@@ -140,9 +140,9 @@ def open_artifact(directory: Path) -> Artifact:
 
 @dataclass
 class ArtifactWriter:
-    """Fills a scratch directory part by part; a part (one decoder block, or the rest) is finished once its marker is there.
+    """Fills a scratch directory part by part; a part (one decoder block, or `rest`, all else) is finished once its marker is there.
 
-    A shard whose bytes equal the parent's shard of that name becomes a hard link to it. Several `ranks` have a writer each and fill it together:
+    A shard whose bytes equal the parent's shard of that name becomes a hard link to it. Several `ranks` have a writer each for one directory:
     rank 0 writes, what the others hand in is not looked at, and a part that has been written is finished on all. To seal is rank 0's alone.
     """
 
@@ -208,17 +208,17 @@ class ArtifactWriter:
         for name in files:
             link(self.parent.weights / name, self.scratch / name)
         linears = {n: d for n, d in self.parent.linears.items() if self.parent.manifest["parts"].get(n) == part}
-        beside = self.parent.manifest.get("beside", {})
-        marker = {"files": files, "linears": linears, "extra": {"beside": beside[part]} if part in beside else {}}
+        stored = self.parent.manifest.get("beside", {})
+        marker = {"files": files, "linears": linears, "extra": {"beside": stored[part]} if part in stored else {}}
         write_json(self.scratch / f"{part}.part.json", marker)
         return marker
 
-    def write_beside(self, beside: Beside) -> None:
-        """One more adapter beside the model, after those of the parent."""
-        part = f"{ADAPTER}{len(self._parents_beside()):02d}"
-        self.write_part(part, {"tensors": beside.tensors}, {}, {"beside": beside.describe()})
+    def write_extra_modules(self, extra: Beside) -> None:
+        """One more adapter, after those of the parent."""
+        part = f"{ADAPTER}{len(self._parents_extra_parts()):02d}"
+        self.write_part(part, {"tensors": extra.tensors}, {}, {"beside": extra.describe()})
 
-    def _parents_beside(self) -> list[str]:
+    def _parents_extra_parts(self) -> list[str]:
         return [] if self.parent is None else sorted(self.parent.manifest.get("beside", {}))
 
     def view(self, part: str) -> Artifact:
@@ -239,12 +239,12 @@ class ArtifactWriter:
         return _record(self.finished[part]["linears"][linear], linear, tensors)
 
     def seal(self, final: Path, manifest: Mapping[str, object], documents: Mapping[str, bytes]) -> Artifact:
-        """Write the manifest, remove the markers, rename scratch → final. `documents` are config and tokenizer files. What the parent
-        keeps beside the model is taken over."""
-        for part in self._parents_beside():
+        """Write the manifest, remove the markers, rename scratch → final. `documents` are config and tokenizer files. The parent's
+        extra modules are taken over."""
+        for part in self._parents_extra_parts():
             if part not in self.finished:
                 self.finished[part] = self._copied(part)
-        beside = {part: marker["extra"]["beside"] for part, marker in self.finished.items() if "beside" in marker["extra"]}
+        extra = {part: marker["extra"]["beside"] for part, marker in self.finished.items() if "beside" in marker["extra"]}
         files: dict[str, object] = {}
         linears: dict[str, object] = {}
         parts: dict[str, str] = {}
@@ -255,7 +255,7 @@ class ArtifactWriter:
         for name, data in documents.items():
             write_bytes(self.scratch / name, data)
             files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        described = {"files": files, "linears": linears, "parts": parts, "beside": beside}
+        described = {"files": files, "linears": linears, "parts": parts, "beside": extra}
         write_json(self.scratch / MANIFEST, {"schema": SCHEMA, **manifest, **described})
         return settle(self.scratch, final)
 
@@ -273,7 +273,7 @@ def settle(scratch: Path, final: Path) -> Artifact:
 
 
 def record_of(artifact: Artifact, linear: str, tensors: Callable[[str], Mapping[str, Tensor]]) -> StoredWeight:
-    """The record of a compressed linear from `tensors`, which gives those whose names begin with what is asked for."""
+    """The record of a compressed linear from `tensors`, which gives those whose names begin with a prefix."""
     try:
         return _record(artifact.linears[linear], linear, tensors)
     except (KeyError, ValueError) as error:
@@ -281,7 +281,7 @@ def record_of(artifact: Artifact, linear: str, tensors: Callable[[str], Mapping[
 
 
 def _record(description: Mapping[str, object], linear: str, tensors: Callable[[str], Mapping[str, Tensor]]) -> StoredWeight:
-    """A record from its description and the tensors whose names begin with what is asked for; a shared factor lies with its holder."""
+    """A record from its description and the tensors whose names begin with a prefix; a shared factor lies with its holder."""
     result = {name.removeprefix(f"{linear}."): tensor for name, tensor in tensors(f"{linear}.").items()}
     holder = holder_of(description)
     if holder is not None:

@@ -46,7 +46,7 @@ def cached_sha256(path: Path) -> str:
 
 
 def remembered(path: Path, what: str, find: Callable[[Path], str]) -> str:
-    """What was found of this very file before, else found now and noted in the cache under `what`."""
+    """The remembered result of `find` for this very file, else computed now and noted in the cache under `what`."""
     note = cache_directory() / what / hashlib.sha256(identity(path).encode()).hexdigest()
     with contextlib.suppress(OSError):
         return note.read_text()
@@ -58,7 +58,7 @@ def remembered(path: Path, what: str, find: Callable[[Path], str]) -> str:
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
-    """What stands in a safetensors file beside its tensors, read off its header. ValueError where it has none or is torn."""
+    """The metadata of a safetensors file, read from its header. ValueError where it has none or is torn."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size)) if size < path.stat().st_size else None
@@ -73,7 +73,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_pieces(path: Path, pieces: Iterable[bytes | memoryview], patch: Callable[[], tuple[int, bytes]] | None = None) -> None:
-    """The same for what need not lie in memory together; `patch`, asked when all is written, gives an offset and what belongs there."""
+    """The same for what need not fit into memory at once; `patch`, called when all is written, gives an offset and what belongs there."""
     with disk_errors(path):
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -137,7 +137,7 @@ def scratch_directory() -> Iterator[Path]:
 
 
 def write_fresh(path: Path, text: str) -> None:
-    """As `write_bytes`, beside which another process may write the same; what killed ones left of it goes first."""
+    """As `write_bytes`, while another process may write the same file; what killed ones left of it is removed first."""
     for result in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
         number = result.name[len(path.name) + 2 : -len(PARTIAL)]
         if result.is_file() and not result.is_symlink() and _abandoned(result, number):

@@ -1,4 +1,4 @@
-"""Safetensors files that the program keeps for itself (training states, hidden states, Fisher information, tables of errors), each with a
+"""The program's internal safetensors files (training states, hidden states, Fisher information, tables of errors), each with a
 checksum in its header: what is torn or flipped is made again, never used.
 
 Knows files and tensors; not what they mean. The shards of artifacts have their checksums in the manifest.
@@ -31,7 +31,7 @@ def keep(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
 
 
 def keep_pieces(path: Path, entries: Mapping[str, object], pieces: Iterable[memoryview], metadata: Mapping[str, str] | None = None) -> None:
-    """The same for data that need not lie in memory together: `entries` as in a safetensors header, `pieces` in their order."""
+    """The same for data that need not fit into memory at once: `entries` as in a safetensors header, `pieces` in their order."""
     header = json.dumps({"__metadata__": {FIELD: UNKNOWN, **(metadata or {})}, **entries}).encode()
     header += b" " * (-len(header) % 8)
     digest = hashlib.sha256()
@@ -49,7 +49,7 @@ def data_of(tensor: Tensor) -> memoryview:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether the file is there as it was written. One that is as it was when it was last found whole is not read again."""
+    """Whether the file is there as it was written. One that has not changed since it was last verified is not read again."""
     if not path.is_file():
         return False
     try:

@@ -1,4 +1,4 @@
-"""A run's directory: who holds it, what it was started with, what happened, where each stage lies.
+"""A run's directory: its lock, the recipe and environment it was started with, its log, and where each stage lies.
 
 Knows files and locks; no models, no maths.
 

@@ -42,11 +42,11 @@ def _conversation(messages: object, first_answer: int, where: str, tokenizer: "P
     for index, message in enumerate(messages):
         if message["role"] != "assistant" or index < first_answer:
             continue
-        asked = _templated(messages[:index], True, where, tokenizer)
+        prompted = _templated(messages[:index], True, where, tokenizer)
         answered = _templated(messages[: index + 1], False, where, tokenizer)
-        if not (asked.startswith(done) and answered.startswith(asked)):
+        if not (prompted.startswith(done) and answered.startswith(prompted)):
             raise InputError(f"{where}: {REWRITES}")
-        spans.append((len(asked), len(answered)))
+        spans.append((len(prompted), len(answered)))
         done = answered
     if not spans:
         raise InputError(f"{where}: has no assistant message to learn from")

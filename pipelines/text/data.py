@@ -97,7 +97,7 @@ def load_text(
 
 
 class Parts:
-    """The parts of a run's texts, each loaded when it is first asked for: `source` → its documents.
+    """The parts of a run's texts, each loaded on first use: `source` → its documents.
 
     Whatever the sources are, no document and no long line of an evaluation text (`also` are further ones) is in another part, and none of
     the held-out text, which comes from the training sources, in calibration or training. `written` gives the documents of the
@@ -224,7 +224,7 @@ def _bos_rule(tokenizer: "PreTrainedTokenizerBase", bos: str) -> str:
         adds = tokenizer.bos_token_id is not None and len(probe) > 0 and probe[0] == tokenizer.bos_token_id
         bos = ("window" if "gemma" in type(tokenizer).__name__.lower() else "start") if adds else "none"
     if bos != "none" and tokenizer.bos_token_id is None:
-        raise UsageError(f"bos '{bos}' was asked for but this tokenizer has no BOS token; set bos to none")
+        raise UsageError(f"bos is '{bos}' but this tokenizer has no BOS token; set bos to none")
     return bos
 
 
@@ -263,7 +263,7 @@ def _choose(documents: Documents, tokens: int, seq_len: int, body: int, windows:
             f"give a longer text or set seq_len to at most {tokens + seq_len - body}"
         )
     if windows is not None and windows > available:
-        log.warning("%s: all %d windows are used, %d were asked for", where, available, windows)
+        log.warning("%s: all %d windows are used, %d were requested", where, available, windows)
     count = available if windows is None else min(windows, available)
     if seed is None:
         return numpy.arange(count)

@@ -1,4 +1,4 @@
-"""Text from where the user says it lies: the demo, a local file, a `datasets` id or directory.
+"""Loads text from a source: the demo, a local file, a `datasets` id or directory.
 
 Knows file formats, data set names and what a row holds. Does not know parts (only which official split a part lives in) or tokens.
 """
@@ -41,7 +41,7 @@ _TITLE_LINE = re.compile(r"(?m)^ = [^=\n]+ = $")
 
 @dataclass(frozen=True)
 class Body:
-    """All text that one split of a source holds; `roles` are the parts that share it whatever the user asked for, None: those he asked for."""
+    """All text that one split of a source holds; `roles` are the parts that share it whatever the recipe sets, None: those it sets."""
 
     documents: list[Document]
     join: str
@@ -119,12 +119,12 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, object]]:
 
 def _from_datasets(source: str, part: str, tokenizer: "PreTrainedTokenizerBase") -> Body:
     """A data set's official split for the part; parts without one of their own share the train split."""
-    name, config, asked = _parse(ALIASES.get(source, source))
-    splits, whole = _load(name, config, asked)
+    name, config, wanted_split = _parse(ALIASES.get(source, source))
+    splits, whole = _load(name, config, wanted_split)
     label = name if config is None else f"{name}:{config}"
-    if asked is not None:
-        documents, join = _from_rows(_limited(splits[asked], label), label, tokenizer)
-        return Body(documents, join, label, asked)
+    if wanted_split is not None:
+        documents, join = _from_rows(_limited(splits[wanted_split], label), label, tokenizer)
+        return Body(documents, join, label, wanted_split)
     home = {role: _home(role, whole, label) for role in PARTS}
     if home["held_out"] == home["evaluation"] and "train" in whole:
         home["held_out"] = "train"

@@ -1,4 +1,4 @@
-"""Which document goes to which part, and what must not be in two of them.
+"""Splits documents into parts, and removes what would leak from one part into another.
 
 Knows texts and hashes. Does not know files, data sets or tokenizers. The same documents always split the same way, wherever
 they come from and in whatever order.
@@ -31,7 +31,7 @@ def normalised_hash(text: str) -> str:
 def split_documents(documents: Sequence[Document], roles: Iterable[str]) -> tuple[dict[str, list[Document]], str]:
     """Split among the `roles` (a subset of PARTS) in the ratio of SHARES, and a word on how.
 
-    Documents are taken in the order of their normalised hash, so equal ones stay together, and filled by characters. Where there are
+    Documents are taken in the order of their normalised hash, so equal ones stay in one part, and filled by characters. Where there are
     too few for that, or one is most of the text, the text is cut into contiguous regions instead (never where spans carry loss).
     Raises ValueError where there are fewer documents than roles and they cannot be cut.
     """

@@ -74,7 +74,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
     for name, (family, form, base_of, options) in BASES.items():
         write(form, build(family, base_of, **TINY).checkpoint, place / name, **options)
     for name, (form, low_rank, tokens) in ADAPTERS.items():
-        write(form, replace(build("llama", uniform, low_rank, **TINY).checkpoint, beside=tokens), place / name, adapter=True)
+        write(form, replace(build("llama", uniform, low_rank, **TINY).checkpoint, extra_modules=tokens), place / name, adapter=True)
     for name in (*BASES, *ADAPTERS):
         made[name] = {file: data for file, data in files_of(place / name).items() if Path(file).name != "README.md"}
     save_speaking("llama", place / "speaking", Path(__file__).parents[1] / "small_model" / "model", num_hidden_layers=1)

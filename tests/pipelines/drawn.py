@@ -117,7 +117,7 @@ ALONE: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 
-def beside(stage: str, method: str, field: str, value: Any) -> dict[str, Any]:
+def required_settings(stage: str, method: str, field: str, value: Any) -> dict[str, Any]:
     """The settings without which this one would not be read, or would contradict another's default."""
     other: dict[str, Any] = {}
     if stage == "decompose" and method != "svdquant":

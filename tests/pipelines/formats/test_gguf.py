@@ -157,7 +157,7 @@ UNREADABLE = {
     "another activation": ({"hidden_act": "gelu"}, "computes silu in it, this config says gelu"),
     "another rope": ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic' is not read"),
     "another scale": ({"model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "query_pre_attn_scalar": 99}, "scales attention by 16 in it"),
-    "heads of another width": ({"model_type": "qwen2", "head_dim": 32}, "takes its 4 heads to be 64 wide together, here they are 128"),
+    "heads of another width": ({"model_type": "qwen2", "head_dim": 32}, "takes its 4 heads to be 64 wide in total, here they are 128"),
 }  # fmt: skip
 
 

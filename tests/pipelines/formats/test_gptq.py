@@ -249,7 +249,7 @@ def test_tied_embeddings_are_stored_twice_and_the_rope_base_under_both_names(cas
     notes = write(made.checkpoint, tmp_path / "out")
     tensors = load_file(tmp_path / "out/model.safetensors")
     assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
-    assert any("lm_head.weight is stored beside" in note for note in notes)
+    assert any("lm_head.weight is stored as well as" in note for note in notes)
     assert read(tmp_path / "out").tied == {"lm_head.weight": "model.embed_tokens.weight"}
     write(made.checkpoint, tmp_path / "v2", version=2)
     assert "lm_head.weight" not in load_file(tmp_path / "v2/model.safetensors")

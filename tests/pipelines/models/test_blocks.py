@@ -107,11 +107,11 @@ def test_q_k_v_share_one_second_moment(tmp_path: Path) -> None:
     assert len({id(s) for s in at.values()}) == 4
 
 
-def with_adapter(artifact: Artifact, beside: Beside, place: Path) -> Artifact:
+def with_adapter(artifact: Artifact, extra: Beside, place: Path) -> Artifact:
     """The artifact with one more adapter beside it."""
     writer = ArtifactWriter(place.with_suffix(".partial"), artifact)
     writer.write_part("all", {"tensors": {n: artifact.tensor(n) for n in artifact.index}}, {})
-    writer.write_beside(beside)
+    writer.write_extra_modules(extra)
     documents = {"config.json": (artifact.directory / "config.json").read_bytes()}
     return writer.seal(place, {"key": "k", "parent": None, "stage": {"name": "recover"}}, documents)
 
@@ -188,7 +188,7 @@ def test_bottlenecks_hang_on_their_blocks_only_while_those_are_loaded(tmp_path: 
     writer = ArtifactWriter(tmp_path / "n.partial", made)
     writer.copy_part("all")
     after = writer.seal(tmp_path / "n", {"key": "n", "parent": "k", "stage": {"name": "fuse"}}, {})
-    assert [b.describe() for b in after.beside] == [b.describe() for b in made.beside] and len(after.beside) == 2
+    assert [b.describe() for b in after.extra_modules] == [b.describe() for b in made.extra_modules] and len(after.extra_modules) == 2
     assert (tmp_path / "n" / "adapter-01.tensors.safetensors").stat().st_nlink == 2
     after.verify()
     assert after.total_bytes() == made.total_bytes() > open_artifact(tmp_path / "b").total_bytes()

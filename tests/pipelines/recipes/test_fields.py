@@ -15,7 +15,7 @@ from bitmend.pipelines.recipes.stage_settings import STAGES, StageSpec, fields_o
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ..drawn import WRONG, beside, between, ends, every_field, takes
+from ..drawn import WRONG, between, ends, every_field, required_settings, takes
 from ..runs import write_recipe
 
 FIELDS = list(every_field())
@@ -48,7 +48,7 @@ def test_outside_its_range_every_field_is_refused_by_name_value_and_range(stage:
 def test_inside_it_builds(stage: str, method: str, data: st.DataObject) -> None:
     _, _, field, hint = data.draw(st.sampled_from([row for row in FIELDS if row[:2] == (stage, method)]))
     value = data.draw(between(hint))
-    written = resolve({"stages": [{stage: {"method": method, **beside(stage, method, field, value), field: value}}]}).stages[0]
+    written = resolve({"stages": [{stage: {"method": method, **required_settings(stage, method, field, value), field: value}}]}).stages[0]
     assert fields.plain(written.config)[field] == value or isinstance(value, dict)
 
 
@@ -58,7 +58,7 @@ def test_both_ends_build_and_the_default_lies_inside(stage: str, method: str) ->
     for _, _, field, hint in (row for row in FIELDS if row[:2] == (stage, method)):
         assert takes(hint, rows[field].default), f"{method}.{field}: its default {rows[field].default!r} lies outside {rows[field].range}"
         for value in ends(hint):
-            assert resolve({"stages": [{stage: {"method": method, **beside(stage, method, field, value), field: value}}]}).stages
+            assert resolve({"stages": [{stage: {"method": method, **required_settings(stage, method, field, value), field: value}}]}).stages
     assert list(rows) == list(dict.fromkeys([*(r[2] for r in FIELDS if r[:2] == (stage, method)), *STAGES[stage][3]]))
 
 

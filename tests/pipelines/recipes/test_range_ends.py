@@ -12,7 +12,7 @@ from bitmend.pipelines.recipes.stage_settings import STAGES, config_keys, method
 from bitmend.recover.recovery_methods import RECOVER
 from bitmend.recover.training_run import TrainConfig
 
-from ..drawn import beside, ends, every_field
+from ..drawn import ends, every_field, required_settings
 from ..families import save_speaking
 from ..runs import write_recipe
 
@@ -92,7 +92,7 @@ def test_every_end_of_every_field(stage: str, method: str, run: Run) -> None:
         for value in ends(hint):
             if LONG.get(field) == value:
                 continue
-            written = small(stage, method, **{**beside(stage, method, field, value), field: value})
+            written = small(stage, method, **{**required_settings(stage, method, field, value), field: value})
             for base in bases:
                 code, line = run([*base, written])
                 if code == 0:
@@ -144,7 +144,7 @@ def test_every_setting_is_read_by_the_work(stage: str, method: str, run: Run, re
             if field in found:
                 break
             if LONG.get(field) != value:
-                written = small(stage, method, **{**beside(stage, method, field, value), field: value})
+                written = small(stage, method, **{**required_settings(stage, method, field, value), field: value})
                 for base in BASES[stage]:
                     run([*base, written])
         assert field in found, f"{field} is accepted and nothing that works reads it"

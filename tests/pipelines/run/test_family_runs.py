@@ -1,4 +1,4 @@
-"""Every family goes through the whole chain: prune, quantize, decompose, recover, fuse."""
+"""Every model family runs the whole chain: prune, quantize, decompose, recover, fuse."""
 
 import json
 from pathlib import Path

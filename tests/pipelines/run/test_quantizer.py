@@ -70,7 +70,7 @@ def test_virtual_tokens_come_along(tmp_path: Path, small_model: Path, no_pages: 
     stages = [{"recover": {**STEPS, "method": "prompt_tuning", "steps": 6}}]
     run(tmp_path, small_model, toy_text(tmp_path / "text.jsonl"), stages)
     directory = stage_directory(tmp_path / "run", "recover")
-    assert open_artifact(directory).beside
+    assert open_artifact(directory).extra_modules
     model = AutoModelForCausalLM.from_pretrained(directory)
     assert torch.equal(logits(model), logits(load(directory))) and not torch.equal(logits(model), logits(load(small_model)))
     model.save_pretrained(tmp_path / "saved")

@@ -1,4 +1,4 @@
-"""A mixture goes through recovery: its fused experts train, are written where they belong, and run from disk as they were trained."""
+"""Recovery of a mixture of experts: its fused experts train, are written where they belong, and run from disk as they were trained."""
 
 from pathlib import Path
 from typing import Any

@@ -106,7 +106,7 @@ def test_sums_do_not_depend_on_how_much_fits(
     together, outside = fisher._collect(given)
     calls = len(loaded)
     monkeypatch.setattr(hidden, "free_bytes", lambda device: 0)
-    assert fisher._together(Watched(given.baseline, CPU), given.inputs.calibration(), Room.measured(CPU, tmp_path)) == 1
+    assert fisher._sequences_at_once(Watched(given.baseline, CPU), given.inputs.calibration(), Room.measured(CPU, tmp_path)) == 1
     alone, also_outside = fisher._collect(given)
     assert set(loaded) == {1} and len(loaded) == 2 * calls
     for name, (row_O, column_I) in together.items():

@@ -115,7 +115,7 @@ def test_half_of_the_ranks_are_dropped_after_training(small_model: Path, tmp_pat
 def test_units_go_and_a_sublayer_may_lose_all_of_them(small_model: Path, tmp_path: Path) -> None:
     adapter = {"method": "serial_adapter", "bottleneck": 4, "prune_units": 0.9, **STEPS}
     stage = toy_run(tmp_path, small_model, RTN, {"recover": adapter})
-    (kept,) = opened(tmp_path, "recover").beside
+    (kept,) = opened(tmp_path, "recover").extra_modules
     left = [t.shape[0] for n, t in kept.tensors.items() if n.endswith(".down")]
     assert sum(left) == 32 - round(0.9 * 32) and min(left) == 0
     assert held_out_loss(tmp_path, opened(tmp_path, "recover")) == pytest.approx(stage.metrics["held_out_loss_kept"], abs=1e-4)
@@ -150,7 +150,7 @@ def lying(site: Any, config: Any) -> Any:
 
 def test_the_audit_finds_a_method_that_lies(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RECOVER, "bitfit", replace(RECOVER["bitfit"], attach=lying))
-    with pytest.raises(QualityError, match=r"recover: the audit after training found that .*q_proj: 1 codes changed; nothing was kept"):
+    with pytest.raises(QualityError, match=r"recover: the audit after training failed: .*q_proj: 1 codes changed; nothing was kept"):
         toy_run(tmp_path, small_model, RTN, {"recover": {"method": "bitfit", **STEPS}})
     rows = runner.status(tmp_path / "run")["stages"]
     assert [row["state"] for row in rows] == ["done", "done", "partial"]

@@ -312,7 +312,7 @@ def test_a_text_shorter_than_one_window_is_refused_with_the_numbers(tmp_path: Pa
 
 def test_fewer_windows_than_asked_for_are_said(documents: Documents, tokenizer: Any, caplog: pytest.LogCaptureFixture):
     windows = tokenize(documents, tokenizer, 64, 10_000)
-    assert f"all {len(windows.ids)} windows are used, 10000 were asked for" in caplog.text
+    assert f"all {len(windows.ids)} windows are used, 10000 were requested" in caplog.text
 
 
 def test_bos_where_it_was_asked_for(documents: Documents, tokenizer: Any):

@@ -13,7 +13,7 @@ from bitmend.pipelines.models.source import load_config, load_tokenizer
 from bitmend.pipelines.models.structure import skeleton
 from bitmend.pipelines.planning import run_costs, table_costs
 from bitmend.pipelines.planning.plan import predict, refusals
-from bitmend.pipelines.recipes.mixture import NAMED, SELF, Share, shares, with_sources
+from bitmend.pipelines.recipes.mixture import NAMED, SELF, Share, parse_mixture, with_sources
 from bitmend.pipelines.recipes.recipe import Recipe, resolve
 from bitmend.pipelines.run import runner
 from bitmend.pipelines.run.evaluate import evaluate
@@ -45,12 +45,12 @@ def recipe_of(place: Path, model: Path, **options: Any) -> Recipe:
 
 
 def test_weights_are_read_and_written(tmp_path: Path):
-    assert shares("demo") == (Share("demo", 1.0),)
-    assert shares("wiki=0.5, code.jsonl=0.3,self=0.2") == (Share("wiki", 0.5), Share("code.jsonl", 0.3), Share("self", 0.2))
+    assert parse_mixture("demo") == (Share("demo", 1.0),)
+    assert parse_mixture("wiki=0.5, code.jsonl=0.3,self=0.2") == (Share("wiki", 0.5), Share("code.jsonl", 0.3), Share("self", 0.2))
     assert with_sources("a.txt=0.25,b=0.75", str.upper) == "A.TXT=0.25,B=0.75"
     odd = tmp_path / "x=1,y.txt"
     odd.write_text("a file of that name")
-    assert shares(str(odd)) == (Share(str(odd), 1.0),)
+    assert parse_mixture(str(odd)) == (Share(str(odd), 1.0),)
 
 
 def test_a_folder_of_the_same_name_does_not_hide_a_text(tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch):
@@ -123,7 +123,7 @@ def test_the_packaged_recipes_round_embeddings_and_head_and_measure_on_other_tex
         "prune",
         "decompose",
     }
-    trained = {text for share in (*shares(plain.data.train), *shares(plain.data.calibration)) for text in [share.source]}
+    trained = {text for share in (*parse_mixture(plain.data.train), *parse_mixture(plain.data.calibration)) for text in [share.source]}
     assert SELF in trained and not trained & set(plain.evaluation.also)
     assert resolve("compress_and_recover", options={"model": "org/model"}).data.train == "demo"
     assert resolve("compress_and_recover", options={"data": "wikitext2"}).data.train == "wikitext2"

@@ -35,7 +35,7 @@ OWN: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One run directory: its quantized stage is shared."""
-    directory = tmp_path_factory.mktemp("beside")
+    directory = tmp_path_factory.mktemp("extra-modules")
     toy_text(directory / "toy.jsonl")
     return directory
 
@@ -67,7 +67,7 @@ def test_what_was_trained_beside_the_model_is_in_the_artifact(method: str, place
     assert stage.metrics["held_out_loss_best"] < stage.metrics["held_out_loss_start"] - 0.05
     assert held_out_loss(place, artifact) == pytest.approx(stage.metrics["held_out_loss_kept"], abs=1e-4)
     assert held_out_loss(place, before) == pytest.approx(stage.metrics["held_out_loss_start"], abs=1e-4), "the start has no tokens"
-    (kept,) = artifact.beside
+    (kept,) = artifact.extra_modules
     assert kept.method == method and artifact.total_bytes() > before.total_bytes()
     assert predicted_bytes(place) == pytest.approx(artifact.total_bytes(), rel=0.01)
     assert set(artifact.linears) == set(before.linears) and set(artifact.index) == set(before.index)
@@ -91,7 +91,7 @@ def test_later_stages_take_it_over_and_it_writes(method: str, place: Path, small
     assert inodes(place, "recover", "*.safetensors") == inodes(place, "fuse", "*.safetensors")
     assert inodes(place, "recover", "adapter-*") == inodes(place, "prune", "adapter-*") != set()
     assert held_out_loss(place, fused) == pytest.approx(stage.metrics["held_out_loss_kept"], abs=1e-4)
-    assert len(pruned.beside) == 1 and held_out_loss(place, pruned) < stage.metrics["held_out_loss_start"]
+    assert len(pruned.extra_modules) == 1 and held_out_loss(place, pruned) < stage.metrics["held_out_loss_start"]
     directory = stage_directory(place / "run", "recover")
     written = "".join(generate(directory, "The river is", max_new_tokens=8, device="cpu"))
     streamed, tokenizer = StreamedModel(opened(place, "recover"), CPU), _tokenizer(directory)
@@ -131,7 +131,7 @@ def test_virtual_tokens_are_exported_for_peft(method: str, place: Path, small_mo
 def test_what_no_format_carries_is_refused(place: Path, small_model: Path, tmp_path: Path) -> None:
     recovered(place, small_model, "serial_adapter")
     for options in ({}, {"merge": True}, {"adapter": True}):
-        with pytest.raises(UsageError, match="serial_adapter keeps bottlenecks beside the model, which merge into nothing"):
+        with pytest.raises(UsageError, match="serial_adapter adds bottleneck modules, which cannot be merged"):
             exporting.export(place / "run", "dense", tmp_path / "out", stage="recover", **options)
     assert not (tmp_path / "out").exists()
     recovered(place, small_model, "prompt_tuning", {"decompose": {"method": "loftq", "rank": 2}})
@@ -142,7 +142,7 @@ def test_what_no_format_carries_is_refused(place: Path, small_model: Path, tmp_p
 def test_a_second_recovery_trains_with_the_first_in_place(place: Path, small_model: Path) -> None:
     stage = recovered(place, small_model, "mam_adapter", {"recover": {"method": "serial_adapter", **STEPS, "bottleneck": 4}})
     artifact = opened(place, "recover.2")
-    assert [b.method for b in artifact.beside] == ["mam_adapter", "serial_adapter"]
+    assert [b.method for b in artifact.extra_modules] == ["mam_adapter", "serial_adapter"]
     assert held_out_loss(place, artifact) < stage.metrics["held_out_loss_kept"]
     with pytest.raises(UsageError, match=r"recover\.2: prompt_tuning trains virtual tokens, and recover puts some in front already"):
         recovered(place, small_model, "mam_adapter", {"recover": {"method": "prompt_tuning", **STEPS}})
@@ -151,7 +151,7 @@ def test_a_second_recovery_trains_with_the_first_in_place(place: Path, small_mod
 def test_without_gain_nothing_is_kept(place: Path, small_model: Path) -> None:
     stage = recovered(place, small_model, "mam_adapter", learning_rate=30.0)
     assert any("could not improve" in note for note in stage.notes)
-    assert opened(place, "recover").beside == []
+    assert opened(place, "recover").extra_modules == []
     assert inodes(place, "recover", "*.safetensors") == inodes(place, "quantize", "*.safetensors")
 
 
@@ -161,4 +161,4 @@ def test_a_damaged_adapter_is_named(place: Path, small_model: Path) -> None:
     described = artifact.manifest["beside"]["adapter-00"]
     described["shapes"] = {"tokens": [9, 9]}
     with pytest.raises(InputError, match="does not match its manifest"):
-        _ = artifact.beside
+        _ = artifact.extra_modules
