@@ -1,12 +1,14 @@
 """A compressed linear that can train: packed base, rebuilt on the fly, plus whatever a method puts around it.
 
 y = W(x / smooth, rounded when activations are) + up·down·x + delta·x + bias, W = reweight(base ⊙ mask).
-Memory is the packed record plus one dense matrix while it is used; `cached` keeps that matrix instead (bit-identical).
+Memory is the packed record plus one dense matrix while it is used; `cached` keeps the base's matrix, `holds` the one that multiplies while no
+trained value moves (bit-identical).
 Knows records and tensors; not how a weight was compressed, nor files.
 Legend: O out, I in, R rank, T tokens (all leading dimensions), N sparse values.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -32,14 +34,14 @@ class _Kept(Protocol):
 
 
 class RebuiltLinear(torch.autograd.Function):
-    """x Wᵀ where W = linear.effective(*parameters) is built in forward, dropped, and built again in backward."""
+    """x Wᵀ where W = linear.matrix(parameters) is built in forward, dropped, and built again in backward, unless it is held."""
 
     @staticmethod
     def forward(ctx: _Kept, x_TI: Tensor, linear: "CompressedLinear", *parameters: Tensor) -> Tensor:
         ctx.linear = linear
         needs_x = any(p.requires_grad for p in parameters)
         ctx.save_for_backward(x_TI if needs_x else None, *parameters)
-        return x_TI @ linear.effective(*parameters).T
+        return x_TI @ linear.matrix(parameters).T
 
     @staticmethod
     def backward(ctx: _Kept, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -47,7 +49,7 @@ class RebuiltLinear(torch.autograd.Function):
         linear, wanted = ctx.linear, ctx.needs_input_grad
         gradient_TO = gradients[0].to(linear.dtype)
         if not any(wanted[2:]):
-            x_gradient = gradient_TO @ linear.effective(*parameters) if wanted[0] else None
+            x_gradient = gradient_TO @ linear.matrix(parameters) if wanted[0] else None
             return (x_gradient, None, *(None for _ in parameters))
         product = summed if getattr(linear.reweight, "sums_gradient", False) else torch.matmul
         weight_gradient = product(gradient_TO.T, x_TI)
@@ -87,8 +89,8 @@ class CompressedLinear(nn.Module):
     """Takes the place of nn.Linear (and of GPT-2's Conv1D: records are always [O, I]). Everything starts frozen.
 
     `reweight`, set by a method, maps the dense base to the weight that is used: `weights(base_OI | None, *parameters)`,
-    `fold(stored) -> StoredWeight`, attribute `needs_base`; optional `pull_back(base_OI, gradient_OI)` → gradients of its parameters, and
-    `sums_gradient`: all of them are sums over the groups of a row.
+    `fold(stored) -> StoredWeight`, attribute `needs_base`; optional `pull_back(weight_OI, gradient_OI)` → gradients of its parameters, where
+    `weight_OI` is what `weights` gave (None where it needs no base), and `sums_gradient`: all of them are sums over the groups of a row.
     `branches` add to the output from (raw x, x of the base); `after` changes the output before the bias.
     """
 
@@ -110,8 +112,9 @@ class CompressedLinear(nn.Module):
         self.reweight: Any = None
         self.branches = nn.ModuleList()
         self.after: nn.Module | None = None
-        self.cached = False
+        self.cached = self.holds = self._steady = False
         self._cache: Tensor | None = None
+        self._held: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -131,6 +134,26 @@ class CompressedLinear(nn.Module):
 
     def cache(self, keep: bool) -> None:
         self.cached, self._cache = keep, None
+
+    def kept_bytes(self) -> tuple[int, int]:
+        """What the base takes where it is `cached`, and the matrix that multiplies where it `holds` one of its own."""
+        size = self.out_features * self.in_features
+        rebuilt = not (isinstance(self.stored.base, DenseWeight) and self.stored.mask is None)
+        base = size * self.base_dtype.itemsize if rebuilt and (self.reweight is None or self.reweight.needs_base) else 0
+        return base, size * self.dtype.itemsize if self.weight_parameters() else 0
+
+    def steady(self, on: bool) -> None:
+        """Promise that no trained value moves until it is taken back."""
+        self._steady, self._held = on, None
+
+    def matrix(self, parameters: Sequence[Tensor]) -> Tensor:
+        """`effective` outside of autograd."""
+        if self._held is not None:
+            return self._held
+        weight = self.effective(*parameters)
+        if self.holds and self._steady:
+            self._held = weight
+        return weight
 
     @property
     def base_dtype(self) -> torch.dtype:
@@ -169,11 +192,15 @@ class CompressedLinear(nn.Module):
             sparse.append(gradient_OI.reshape(-1)[self.sparse.index].float() if wanted[-1] else None)
         if self.reweight is not None and any(wanted[: len(own)]) and not hasattr(self.reweight, "pull_back"):
             return self._pull_back_by_autograd(gradient_TO, gradient_OI, parameters, sparse)
-        x_gradient = None if gradient_TO is None else gradient_TO @ self.effective(*parameters)
-        if self.reweight is None or not any(wanted[: len(own)]):
+        trains, weight = self.reweight is not None and any(wanted[: len(own)]), None
+        if gradient_TO is not None or (trains and self.reweight.needs_base):
+            weight = self.matrix(parameters)
+        x_gradient = None if gradient_TO is None or weight is None else gradient_TO @ weight
+        if not trains:
             return x_gradient, [*(None for _ in own), *sparse]
-        base = self.base() if self.reweight.needs_base else None
-        return x_gradient, [*self.reweight.pull_back(base, gradient_OI), *sparse]
+        if self.reweight.needs_base and self.inline_sparse:  # `weight` has the sparse values, too
+            weight = self.reweight.weights(self.base(), *own)
+        return x_gradient, [*self.reweight.pull_back(weight if self.reweight.needs_base else None, gradient_OI), *sparse]
 
     def _pull_back_by_autograd(
         self, gradient_TO: Tensor | None, gradient_OI: Tensor, parameters: list[Tensor], sparse: list[Tensor | None]
@@ -315,13 +342,29 @@ def install(model: nn.Module, records: Mapping[str, StoredWeight], dtype: torch.
     return out
 
 
-def cache_dense(linears: Mapping[str, CompressedLinear], budget_bytes: float) -> bool:
-    """Keep every base dense when all fit into `budget_bytes`; says whether they do. Results are bit-identical either way."""
-    wanted = [lin for lin in linears.values() if not (isinstance(lin.stored.base, DenseWeight) and lin.stored.mask is None)]
-    size = sum(lin.out_features * lin.in_features * lin.base_dtype.itemsize for lin in wanted)
-    for linear in wanted:
-        linear.cache(size <= budget_bytes)
-    return size <= budget_bytes
+def cache_dense(linears: Mapping[str, CompressedLinear], budget_bytes: float) -> int:
+    """Keep what fits into `budget_bytes` of all matrices: the bases and what training makes of them, rebuilt once a step; else one matrix of each
+    linear; else nothing. The bytes that will be kept. Results are bit-identical either way."""
+    sizes = {name: linear.kept_bytes() for name, linear in linears.items()}
+    everything, single = sum(base + own for base, own in sizes.values()), sum(own or base for base, own in sizes.values())
+    for name, linear in linears.items():
+        base, own = sizes[name]
+        linear.cache(base > 0 and (everything <= budget_bytes or (single <= budget_bytes and not own)))
+        linear.holds = own > 0 and single <= budget_bytes
+    return everything if everything <= budget_bytes else single if single <= budget_bytes else 0
+
+
+@contextmanager
+def steady(linears: Iterable[CompressedLinear]) -> Iterator[None]:
+    """Within, no trained value moves: linears that hold their matrix build it once."""
+    chosen = list(linears)
+    try:
+        for linear in chosen:
+            linear.steady(True)
+        yield
+    finally:
+        for linear in chosen:
+            linear.steady(False)
 
 
 def as_records(linears: Iterable[CompressedLinear]) -> Callable[[bool], None]:

@@ -81,7 +81,7 @@ class GridIncrement(nn.Module):
         of_scales: tuple[Tensor, ...] = ()
         now = base.scales.float()
         if self.scales is not None:
-            of_scales = self.scales.pull_back(self._at_start_scales(up, down), gradient_OI.float().clone())
+            of_scales = self.scales.pull_back(self.weights(None, up, down, self.scales.delta.detach()), gradient_OI.float().clone())
             now = now * (1 + self.scales.delta.detach())
         gradient = gradient_OI.float() * spread(now, base) * self.scaling
         inside = base.codes_OI().float() + (up @ down).mul_(self.scaling)

@@ -16,6 +16,8 @@ LossName = Literal["distill", "cross_entropy", "both"]
 CHUNK_LOGITS = 1 << 23  # logits alive at once: 128 tokens at a vocabulary of 65,536
 CARD_SHARE = 64
 """On a card as many more as take this part of its memory, all of it and not what is free: a resumed run must cut its tokens in the same places."""
+TILE_LOGITS = 1 << 18
+"""Float32 logits that a CPU core works on at once: a megabyte, which stays in its cache."""
 LOGIT_BYTES = 24
 """Of a logit in float32 with its teacher's, their logarithms and the gradient."""
 
@@ -58,14 +60,11 @@ class ChunkedLoss(torch.autograd.Function):
         hidden_gradient = torch.zeros_like(hidden_ND) if wants[0] else None
         result = [torch.zeros_like(p) for p in trained]
         for part, logits, leaf in _chunks(head, hidden_ND):
-            teacher_logits = None
-            if teacher is not None:
-                teacher_logits = teacher[1](teacher[0][part].to(logits.dtype)).float()
-            value, gradient_NV = _value_and_gradient(logits.detach(), targets_N[part], teacher_logits, objective)
+            teacher_logits = None if teacher is None else teacher[1](teacher[0][part].to(logits.dtype))
+            value, gradient_NV = _in_tiles(logits.detach(), targets_N[part], teacher_logits, objective, 1 / count)
             total += value
             if any(wants):
-                gradient_NV.div_(count)
-                gradients = torch.autograd.grad(logits, [leaf, *trained], gradient_NV.to(logits.dtype), allow_unused=True)
+                gradients = torch.autograd.grad(logits, [leaf, *trained], gradient_NV, allow_unused=True)
                 if hidden_gradient is not None:
                     hidden_gradient[part] = gradients[0]
                 for sum_, g in zip(result, gradients[1:], strict=True):
@@ -107,33 +106,60 @@ def _chunks(head: Head, hidden_ND: Tensor) -> Iterator[tuple[slice, Tensor, Tens
         size = max(1, logits_at_once(hidden_ND.device) // logits.shape[-1])
 
 
+def tiles(logits_NV: Tensor) -> Iterator[slice]:
+    """Rows whose elementwise work stays in a CPU's cache; all of them on a card."""
+    count, vocabulary = logits_NV.shape
+    size = max(1, TILE_LOGITS // vocabulary) if logits_NV.device.type == "cpu" else max(1, count)
+    for start in range(0, count, size):
+        yield slice(start, start + size)
+
+
+def _in_tiles(
+    logits_NV: Tensor, targets_N: Tensor, teacher_NV: Tensor | None, objective: Objective, scale: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(sum of the loss over N, its gradient for the logits times `scale`, in their dtype)."""
+    if objective.weights[0] and teacher_NV is None:
+        raise ValueError("distillation needs a teacher; without one choose loss=cross_entropy")
+    if teacher_NV is not None and teacher_NV.shape != logits_NV.shape:
+        raise ValueError(f"the teacher's vocabulary has {teacher_NV.shape[-1]} entries, the student's {logits_NV.shape[-1]}")
+    total, gradient_NV = torch.zeros((), dtype=torch.float64, device=logits_NV.device), torch.empty_like(logits_NV)
+    for rows in tiles(logits_NV):
+        taught = None if teacher_NV is None else teacher_NV[rows].float()
+        value, gradient = _value_and_gradient(logits_NV[rows].float(), targets_N[rows], taught, objective)
+        total += value
+        gradient_NV[rows] = gradient.mul_(scale)
+    return total, gradient_NV
+
+
 def _value_and_gradient(logits_NV: Tensor, targets_N: Tensor, teacher_NV: Tensor | None, objective: Objective) -> tuple[Tensor, Tensor]:
-    """(sum of the loss over N, its gradient for the logits), float32."""
+    """(sum of the loss over N, its gradient for the logits), float32.
+
+    Of p and q, the student's and the teacher's probabilities of logits s and t (over τ): KL(q ‖ p) = Σ q·(t − s) + log Σ exp s − log Σ exp t,
+    its gradient for s is p − q, and that of the cross-entropy p − 1 at the target. One exponential for each logit, and a second with τ."""
     distill, entropy = objective.weights
-    logits_NV = logits_NV.float()
+    tau, at = objective.temperature, targets_N.unsqueeze(-1)
     gradient, value = None, torch.zeros((), dtype=torch.float64, device=logits_NV.device)
+    s, t = (logits_NV, teacher_NV) if tau == 1 or teacher_NV is None else (logits_NV / tau, teacher_NV / tau)
+    p, log_sum_N = _softmax(s)
     if distill:
-        if teacher_NV is None:
-            raise ValueError("distillation needs a teacher; without one choose loss=cross_entropy")
-        if teacher_NV.shape != logits_NV.shape:
-            raise ValueError(f"the teacher's vocabulary has {teacher_NV.shape[-1]} entries, the student's {logits_NV.shape[-1]}")
-        tau = objective.temperature
-        student, target = _log_softmax(logits_NV, tau), _log_softmax(teacher_NV, tau)
-        p_target = target.exp()
-        value += tau * tau * distill * torch.dot(p_target.view(-1), target.sub_(student).view(-1)).double()
-        gradient = student.exp_().sub_(p_target).mul_(distill * tau)
+        assert t is not None
+        q, teacher_log_sum_N = _softmax(t)
+        value += tau * tau * distill * (torch.dot(q.view(-1), (t - s).view(-1)).double() + (log_sum_N - teacher_log_sum_N).double().sum())
+        gradient = torch.sub(p, q, out=q).mul_(distill * tau)
     if entropy:
-        student = torch.log_softmax(logits_NV, -1)
-        at = targets_N.unsqueeze(-1)
-        value -= entropy * student.gather(-1, at).sum().double()
-        part = student.exp_().scatter_add_(-1, at, torch.full_like(at, -1, dtype=student.dtype)).mul_(entropy)
-        gradient = part if gradient is None else gradient.add_(part)
+        if s is not logits_NV:
+            p, log_sum_N = _softmax(logits_NV)
+        value += entropy * (log_sum_N - logits_NV.gather(-1, at).squeeze(-1)).double().sum()
+        gradient = p.mul_(entropy) if gradient is None else gradient.add_(p, alpha=entropy)
+        gradient.scatter_add_(-1, at, torch.full_like(at, -entropy, dtype=gradient.dtype))
     assert gradient is not None
     return value, gradient
 
 
-def _log_softmax(logits_NV: Tensor, tau: float) -> Tensor:
-    return torch.log_softmax(logits_NV if tau == 1 else logits_NV / tau, -1)
+def _softmax(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """(probabilities [N, V], log Σ exp [N]): the greatest probability is exp of the greatest logit over that sum."""
+    p = torch.softmax(logits_NV, -1)
+    return p, logits_NV.amax(-1) - p.amax(-1).log()
 
 
 def token_loss(
@@ -155,7 +181,8 @@ def negative_log_likelihood(hidden_ND: Tensor, head: Head, targets_N: Tensor) ->
     """Sum over the tokens, in float64."""
     total, size, start = 0.0, 16, 0
     while start < len(targets_N):
-        logits = head(hidden_ND[start : start + size]).float()
-        total += float(torch.nn.functional.cross_entropy(logits, targets_N[start : start + size], reduction="sum").double())
+        logits, targets = head(hidden_ND[start : start + size]), targets_N[start : start + size]
+        for rows in tiles(logits):
+            total += float(torch.nn.functional.cross_entropy(logits[rows].float(), targets[rows], reduction="sum").double())
         start, size = start + size, max(1, logits_at_once(hidden_ND.device) // logits.shape[-1])
     return total

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..compress.ranges import Batch, Count, FactorOrZero, Layers, Rate, ReadWhere, Steps, StepsOrZero, Targets, Tokens, Width
 from . import attach as methods
 from .adamw import AdamW
-from .compressed_linear import CompressedLinear, compressed_linears
+from .compressed_linear import CompressedLinear, compressed_linears, steady
 from .peers import ALONE, Peers, SharedGradients
 from .selection import norms, roles, where
 from .site import AttachSite, joined, kinds, train_norms
@@ -267,15 +267,16 @@ def _step(block: Block, attached: Attached, optimizer: AdamW, now: Mapping[str, 
         parameter.grad = None
     total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
     shared = None if peers.size == 1 else SharedGradients(peers, parameters, parameters[0].device)
-    for slot in peers.rounds(len(slots)):
-        loss = None
-        if slot is not None:
-            x, y = block.pairs[slots[slot]]
-            loss = token_errors(block.forward(x), y).mean() * (len(x) / config.batch_size)
-            torch.autograd.backward(loss)
-            total += loss.detach()
-        if shared is not None:
-            shared.add(None if loss is None else loss.detach())
+    with steady(compressed_linears(block.model).values()):
+        for slot in peers.rounds(len(slots)):
+            loss = None
+            if slot is not None:
+                x, y = block.pairs[slots[slot]]
+                loss = token_errors(block.forward(x), y).mean() * (len(x) / config.batch_size)
+                torch.autograd.backward(loss)
+                total += loss.detach()
+            if shared is not None:
+                shared.add(None if loss is None else loss.detach())
     if shared is not None:
         total, _ = shared.settle(0)
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip if config.clip > 0 else math.inf)

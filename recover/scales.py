@@ -51,14 +51,14 @@ class RelativeScales(nn.Module):
             return base_OI * factor[:, self.columns]
         return (self._grouped(base_OI) * factor.unsqueeze(-1)).view(base_OI.shape)
 
-    def pull_back(self, base_OI: Tensor, gradient_OI: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of (δ[, ζ]): dδ_g = Σ_{i in g} dW·(W0 − s0ζm), dζ_g = −s·Σ_{i in g} dW·m. `gradient_OI` is used up."""
+    def pull_back(self, weight_OI: Tensor, gradient_OI: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of (δ[, ζ]): dδ_g = Σ_{i in g} dW·W / (1 + δ), dζ_g = −s·Σ_{i in g} dW·m. `gradient_OI` is used up."""
+        factor_OG = 1 + self.delta.detach()
         if self.zeta is None:
-            return (self._group_sum(gradient_OI.mul_(base_OI)),)
+            return (self._group_sum(gradient_OI.mul_(weight_OI)).div_(factor_OG),)
         mask = self.stored.mask_OI()
-        moved = self._group_sum(gradient_OI * self._moved_zero(base_OI, self.zeta))
-        masked = gradient_OI if mask is None else gradient_OI.masked_fill_(~mask, 0)
-        return moved, -self.start_scales() * (1 + self.delta.detach()) * self._group_sum(masked)
+        masked = self._group_sum(gradient_OI if mask is None else gradient_OI.where(mask, 0))
+        return self._group_sum(gradient_OI.mul_(weight_OI)).div_(factor_OG), -self.start_scales() * factor_OG * masked
 
     def fold(self, stored: StoredWeight) -> StoredWeight:
         """The record with the trained scales (and zeros) in their storage dtypes; codes and mask untouched.

@@ -37,13 +37,16 @@ class SuperScales(nn.Module):
             moved_OI = moved_OI + self._kept(offset_OG.to(base_OI.dtype).unsqueeze(-1).expand_as(moved_OI))
         return moved_OI.view(base_OI.shape)
 
-    def pull_back(self, base_OI: Tensor, gradient_OI: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of (δ[, ζ]): dδ = Σ dW·(W0 + M0), dζ = −Σ dW·M0, over a super-block. `gradient_OI` is used up."""
+    def pull_back(self, weight_OI: Tensor, gradient_OI: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of (δ[, ζ]): dδ = Σ dW·(W0 + M0), dζ = −Σ dW·M0, over a super-block, W0 = (W − M0·(δ − ζ)) / (1 + δ). `gradient_OI` is
+        used up."""
+        factor_OG = 1 + self.start.spread(self.delta.detach())
         if self.zeta is None:
-            return (self._over_blocks(self._by_group(gradient_OI.mul_(base_OI)).float().sum(-1)),)
+            return (self._over_blocks(self._by_group(gradient_OI.mul_(weight_OI)).float().sum(-1) / factor_OG),)
         minima_OG = self._minima() * self._kept(self._by_group(gradient_OI)).float().sum(-1)
-        scaled_OG = self._by_group(gradient_OI.mul_(base_OI)).float().sum(-1)
-        return self._over_blocks(scaled_OG + minima_OG), -self._over_blocks(minima_OG)
+        moved_OG = self._by_group(gradient_OI.mul_(weight_OI)).float().sum(-1)
+        start_OG = (moved_OG - minima_OG * self.start.spread((self.delta - self.zeta).detach())) / factor_OG
+        return self._over_blocks(start_OG + minima_OG), -self._over_blocks(minima_OG)
 
     def fold(self, stored: StoredWeight) -> StoredWeight:
         """The record with the trained d and m in float16. ValueError where it cannot hold them."""

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..compress.precision import matmuls
 from .adamw import AdamW, TrainState
+from .compressed_linear import compressed_linears, steady
 from .losses import Objective, negative_log_likelihood, token_loss
 from .peers import ALONE, Peers, SharedGradients
 from .selection import decoder_blocks
@@ -168,8 +169,9 @@ def train(
     model.eval()
     hooks = hooks or Hooks()
     run = TrainingRun(
-        student or attached.run or student_of(model), attached, AdamW(attached.trainables), rates(attached.trainables, config, main), config
-    )
+        student or attached.run or student_of(model), attached, AdamW(attached.trainables), rates(attached.trainables, config, main), config,
+        list(compressed_linears(model).values()),
+    )  # fmt: skip
     device = next(iter(attached.trainables.values())).parameter.device
     with checkpointed(model, config.gradient_checkpointing is True):
         if resume is None:
@@ -192,7 +194,7 @@ def _begin(run: TrainingRun, held_out: Sequence[Batch], peers: Peers) -> None:
     without = run.attached.starts_without
     if without is not None:
         without(True)
-    run.start_loss = run.best_loss = run.held_out = held_out_loss(run.student, held_out, peers)
+    run.start_loss = run.best_loss = run.held_out = _judged(run, held_out, peers)
     if without is not None:
         without(False)
     run.best = run.good = run.snapshot()
@@ -245,22 +247,23 @@ def _update(run: TrainingRun, text: TrainingText, device: torch.device, peers: P
         parameter.grad = None
     total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     shared = None if peers.size == 1 else SharedGradients(peers, [p for p in parameters if not is_part(p)], device)
-    for k in peers.rounds(config.accumulation):
-        loss = None
-        if k is not None:
-            batch = text.batches(step * config.accumulation + k).to(device)
-            objective = Objective("distill" if batch.generated else config.loss, config.temperature)
-            with matmuls(config.matmul):
-                loss = batch_loss(run.student, batch, text.teacher, objective) / config.accumulation
-                if attached.penalty is not None:
-                    loss = loss + attached.penalty() / config.accumulation
-                torch.autograd.backward(loss)
-            total += loss.detach()
-            tokens += batch.ids.numel()
-        elif peers.even:
-            _for_nothing(run, text, device)
-        if shared is not None:
-            shared.add(None if loss is None else loss.detach())
+    with steady(run.linears):
+        for k in peers.rounds(config.accumulation):
+            loss = None
+            if k is not None:
+                batch = text.batches(step * config.accumulation + k).to(device)
+                objective = Objective("distill" if batch.generated else config.loss, config.temperature)
+                with matmuls(config.matmul):
+                    loss = batch_loss(run.student, batch, text.teacher, objective) / config.accumulation
+                    if attached.penalty is not None:
+                        loss = loss + attached.penalty() / config.accumulation
+                    torch.autograd.backward(loss)
+                total += loss.detach()
+                tokens += batch.ids.numel()
+            elif peers.even:
+                _for_nothing(run, text, device)
+            if shared is not None:
+                shared.add(None if loss is None else loss.detach())
     if shared is not None:
         total, tokens = shared.settle(tokens)
     run.tokens += tokens
@@ -334,9 +337,14 @@ def beyond_limits(trainables: Mapping[str, Trainable], found: Sequence[float]) -
     return None
 
 
+def _judged(run: TrainingRun, held_out: Sequence[Batch], peers: Peers) -> float:
+    with steady(run.linears):
+        return held_out_loss(run.student, held_out, peers)
+
+
 def _evaluate(run: TrainingRun, held_out: Sequence[Batch], peers: Peers) -> str | None:
     with as_stored(run.attached):
-        loss = held_out_loss(run.student, held_out, peers)
+        loss = _judged(run, held_out, peers)
     if not math.isfinite(loss):
         return f"step {run.step}: the held-out loss is not finite"
     run.held_out = loss

@@ -4,7 +4,7 @@ Knows parameters and moments; not batches, losses or the loop.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, Protocol
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..compress.precision import Matmul
 from ..compress.ranges import Batch, FactorOrZero, Layers, Rate, ReadWhere, Steps, StepsOrZero, Targets, Temperature, Tokens
 from .adamw import AdamW, TrainState
+from .compressed_linear import CompressedLinear
 from .losses import LossName
 from .student import Student
 from .trainable import RATES, Attached, Trainable
@@ -84,6 +85,7 @@ class TrainingRun:
     optimizer: AdamW
     rates: dict[str, float]
     config: TrainConfig
+    linears: Sequence[CompressedLinear] = ()
     step: int = 0
     start_loss: float = math.nan
     held_out: float = math.nan

@@ -17,6 +17,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from ...recover.losses import tiles
 from ..devices.compute import Compute
 from ..errors import InputError
 from ..models.blocks import StreamedModel
@@ -140,16 +141,26 @@ def _span_sums(
     hidden_1TD, next_T = hidden_TD[counts_T.to(hidden_TD.device)].unsqueeze(0), next_T[counts_T]
     if not len(next_T):
         return out
-    logits_TV = model.logits(hidden_1TD)[0].float()
-    log_p = torch.log_softmax(logits_TV, -1)
-    out[0] = -log_p.gather(-1, next_T.to(log_p.device).unsqueeze(-1)).double().sum().cpu()
+    logits_TV, reference_TV = model.logits(hidden_1TD)[0], None
     if taught is not None:
         teacher, theirs_TD = taught
-        theirs_1TD = theirs_TD[counts_T.to(theirs_TD.device)].unsqueeze(0).to(hidden_1TD)
-        reference = torch.log_softmax(teacher.logits(theirs_1TD)[0].float(), -1)
-        out[1] = torch.nn.functional.kl_div(log_p, reference, log_target=True, reduction="none").sum(-1).double().sum().cpu()
-        out[2] = (logits_TV.argmax(-1) == reference.argmax(-1)).double().sum().cpu()
+        reference_TV = teacher.logits(theirs_TD[counts_T.to(theirs_TD.device)].unsqueeze(0).to(hidden_1TD))[0]
+    next_T = next_T.to(logits_TV.device)
+    for rows in tiles(logits_TV):
+        out += _row_sums(logits_TV[rows].float(), next_T[rows], None if reference_TV is None else reference_TV[rows].float()).cpu()
     return out
+
+
+def _row_sums(logits_TV: Tensor, next_T: Tensor, reference_TV: Tensor | None) -> Tensor:
+    """float64 [3] of float32 logits and the teacher's, on their device."""
+    log_p = torch.log_softmax(logits_TV, -1)
+    out = [-log_p.gather(-1, next_T.unsqueeze(-1)).double().sum()]
+    if reference_TV is not None:
+        agree = (logits_TV.argmax(-1) == reference_TV.argmax(-1)).double().sum()
+        reference = torch.log_softmax(reference_TV, -1)
+        divergence_TV = torch.nn.functional.kl_div(log_p, reference, log_target=True, reduction="none")
+        out += [divergence_TV.sum(-1).double().sum(), agree]
+    return torch.nn.functional.pad(torch.stack(out), (0, 3 - len(out)))
 
 
 def _first_non_finite(model: StreamedModel, ids_NT: Tensor) -> str:

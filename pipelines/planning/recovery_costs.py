@@ -4,6 +4,8 @@ Knows the order in which `recover.train` and `stages/recover` do things; activat
 Legend: B batch, T tokens, O out, I in, D model, V vocabulary.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from ...compress.gptq import GptqConfig
@@ -34,9 +36,32 @@ GROUP = 64
 """Weights of a scale, where a stage's parent does not say."""
 
 
-def recovered(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool, room: float) -> Needs:
-    """A method that trains the whole model. `sizes`: what its parent stores; `cached`: rebuilt matrices are kept; `room`: bytes of the device,
-    by which gradient_checkpointing: auto is decided."""
+@dataclass(frozen=True)
+class Rebuilding:
+    """What `recover.compressed_linear.cache_dense` decides of so many weights: `base` and `own` are the bytes of one in the base's matrix, and in
+    the one that training makes of it."""
+
+    weights: int
+    base: int
+    own: int
+    budget: float
+
+    @property
+    def cached(self) -> bool:
+        return self.weights * (self.base + self.own) <= self.budget or (not self.own and self.held)
+
+    @property
+    def held(self) -> bool:
+        return self.weights * (self.own or self.base) <= self.budget
+
+    @property
+    def kept_bytes(self) -> int:
+        return self.weights * (self.base * self.cached + self.own * self.held)
+
+
+def recovered(plan: CostPlan, spec: StageSpec, sizes: Sizes, budget: float, room: float) -> Needs:
+    """A method that trains the whole model. `sizes`: what its parent stores; `budget`: bytes of rebuilt matrices that may be kept; `room`: bytes
+    of the device, by which gradient_checkpointing: auto is decided."""
     anatomy, (config, own) = plan.anatomy, split(spec.method, spec.config)
     linears = [s for s in anatomy.structure.sites if s.block is not None]
     trained = trained_numbers(anatomy, spec, own, config, linears, sizes)
@@ -44,7 +69,9 @@ def recovered(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool, room:
     packed = sum(sizes.of[s.name].bits / 8 if sizes.of[s.name].compressed else s.shape[0] * s.shape[1] * plan.element for s in linears)
     others = anatomy.in_blocks - sum(s.shape[0] * s.shape[1] for s in linears)
     moved = any(getattr(own, name, False) for name in ("scales", "zeros")) or spec.method in ("scales", *WHOLE)
-    dense = (sum(rebuilt) if cached else max(rebuilt, default=0)) * plan.itemsize
+    base = 0 if spec.method in WHOLE else F32.itemsize if moved else plan.itemsize
+    building = Rebuilding(sum(rebuilt), base, plan.itemsize if moved else 0, budget)
+    dense = building.kept_bytes + (0 if building.cached else max(rebuilt, default=0) * base)
     passing = max(rebuilt, default=0) * 4.0 * (3 if moved else 1)
     weights = packed + others * plan.itemsize + plan.outside_bytes + dense + passing + trained * 4.0 * COPIES
     checkpointing = config.gradient_checkpointing is True
@@ -58,7 +85,7 @@ def recovered(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool, room:
     host = anatomy.outside * plan.element + max(packed / anatomy.blocks, anatomy.block_parameters * plan.element) * 2
     if config.loss != "cross_entropy":
         host += plan.hidden_bytes(max(0.0, _ahead(plan, config) - TEACHER_TOKENS))
-    steps, judging, once = _training(plan, step, config, checkpointing, cached, moved, sum(rebuilt))
+    steps, judging, once = _training(plan, step, config, checkpointing, building)
     work = steps + judging * (2 + _evaluations(config)) + once
     shared, sent = _micro_batches(config, steps, judging), _gradients_sent(anatomy, config, trained, getattr(own, "shard", False))
     alone = {"opening": OPENED * 3, "rebuilding matrices": once + -1 * (OPENED * 3), "judging what is stored": judging}
@@ -89,24 +116,27 @@ def _ahead(plan: CostPlan, config: TrainConfig) -> float:
 
 
 def _training(
-    plan: CostPlan, step: TrainingStep, config: TrainConfig, checkpointing: bool, cached: bool, moved: bool, rebuilt: int
+    plan: CostPlan, step: TrainingStep, config: TrainConfig, checkpointing: bool, building: Rebuilding
 ) -> tuple[Work, Work, Work]:
     """Steps with the teacher's passes; one evaluation on the held-out text (of the start, five, and the records as they are stored); what comes
     once."""
     anatomy, tokens = plan.anatomy, float(config.batch_size * config.seq_len)
     forward = tokens * anatomy.blocks * anatomy.products()
-    passes = 2.0 + (1.0 if checkpointing else 0.0) + (1.0 if moved else 0.0)
+    uses = 2.0 + (1.0 if checkpointing else 0.0)
+    passes = uses + (1.0 if building.own else 0.0)
     attention = 2.0 * tokens * config.seq_len * anatomy.width * anatomy.blocks * (3.5 + (1.0 if checkpointing else 0.0))
     micro = step.work * anatomy.blocks + step.of_loss + Work({plan.dtype: passes * forward + attention})
-    dense = Work(passes=4 * DENSE * rebuilt, calls=20 * len(anatomy.sites()) * anatomy.blocks)
-    changing = Work(passes=4 * 8.0 * rebuilt) if moved else Work()
-    micro += (Work() if cached else dense * (passes if not moved else passes - 1)) + changing
+    dense = Work(passes=4 * DENSE * building.weights, calls=20 * len(anatomy.sites()) * anatomy.blocks)
+    made = (Work() if building.cached else dense) + (Work(passes=4 * 3.0 * building.weights) if building.own else Work())
+    micro += made * (1 / config.accumulation if building.held else uses)
+    if building.own:  # sums of the gradient by group
+        micro += Work(passes=4 * 3.0 * building.weights)
     walked = plan.pass_of(tokens, config.seq_len) * anatomy.blocks
     if config.loss != "cross_entropy":
         micro += walked + plan.loaded(False) * (anatomy.blocks * tokens / max(_ahead(plan, config), tokens))
     held = float(sum(_held_out(config)) * config.seq_len)
     head = Work({plan.dtype: held * anatomy.vocabulary * anatomy.width}, passes=held * anatomy.vocabulary * 16.0)
-    evaluation = plan.pass_of(held, config.seq_len) * anatomy.blocks + head + (Work() if cached else dense * len(_held_out(config)))
+    evaluation = plan.pass_of(held, config.seq_len) * anatomy.blocks + head + made * (1 if building.held else len(_held_out(config)))
     return micro * (config.steps * config.accumulation), evaluation, dense + OPENED * 3
 
 
@@ -185,8 +215,8 @@ def trained_numbers(anatomy: Anatomy, spec: StageSpec, own: object, config: Trai
     return count
 
 
-def reconstructed(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool) -> Needs:
-    """Blocks fitted one after the other to their dense counterparts. `cached`: a block's rebuilt matrices are kept while it is fitted."""
+def reconstructed(plan: CostPlan, spec: StageSpec, sizes: Sizes, budget: float) -> Needs:
+    """Blocks fitted one after the other to their dense counterparts. `budget`: bytes of a block's rebuilt matrices that may be kept meanwhile."""
     anatomy, config = plan.anatomy, spec.config
     assert isinstance(config, Reconstruct)
     batches = -(-config.samples // config.batch_size)
@@ -202,7 +232,8 @@ def reconstructed(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool) -
     steps = step.work * (config.batch_size / of_slot) + Work(
         {plan.dtype: at_once * anatomy.products() * (3.0 if trains in ("scales", "weights") else 2.0)}
     )
-    rebuilding = 0.0 if cached else 2 * DENSE
+    building = Rebuilding(int(weights), plan.itemsize if trains == "lora" else F32.itemsize, 0 if trains == "lora" else plan.itemsize, budget)
+    rebuilding = 0.0 if building.cached else 2 * DENSE
     steps += Work(passes=4 * (rebuilding + 12) * weights, calls=60 * len(sites)) * units
     evaluation = plan.pass_of(held, config.seq_len) + Work(passes=4 * rebuilding / 2 * weights * len(_held_out(config)))
     fits = 2 if config.window == "split" else 1
@@ -222,7 +253,7 @@ def reconstructed(plan: CostPlan, spec: StageSpec, sizes: Sizes, cached: bool) -
         "biases": float(sum(s.shape[0] for s in sites)),
     }.get(trains, float(sum(config.rank * (s.shape[0] + s.shape[1]) for s in sites)))
     acting = step.activations.saved / blocks + 3 * 4.0 * max(s.shape[0] * s.shape[1] for s in sites)
-    kept = weights * 4.0 if cached and trains != "weights" else 0.0
+    kept = float(building.kept_bytes) if trains != "weights" else 0.0
     device = 2 * plan.outside_bytes + max(
         2 * plan.block_bytes + kept + trained * 4.0 * COPIES + acting, at_once * anatomy.vocabulary * 4.0 * 3
     )

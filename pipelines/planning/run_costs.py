@@ -3,6 +3,7 @@
 Combines `stage_costs`, `recovery_costs` and a device's measured speeds. Knows the process's own memory; reads no weights.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -83,8 +84,8 @@ class RunCosts:
             return self._fused(after)
         if spec.name == "recover":
             if spec.method == "reconstruct":
-                return recovery_costs.reconstructed(self.plan, spec, before, self._cached(spec, before, self.plan.anatomy.blocks))
-            return recovery_costs.recovered(self.plan, spec, before, self._cached(spec, before), self.available(device=True))
+                return recovery_costs.reconstructed(self.plan, spec, before, self._dense_budget(spec))
+            return recovery_costs.recovered(self.plan, spec, before, self._dense_budget(spec), self.available(device=True))
         return stage_costs.compressed(self.plan, spec, _has_records(before), first, after.total_bytes())
 
     def _evaluation(self, sizes: Sizes, teacher: bool) -> Needs:
@@ -104,11 +105,11 @@ class RunCosts:
             )
         return Needs(speaking + OPENED * 3 + Work(files=sizes.total_bytes()), whole, anatomy.outside * self.plan.element)
 
-    def _cached(self, spec: StageSpec, sizes: Sizes, parts: int = 1) -> bool:
-        """Whether recovery will keep rebuilt matrices, as it decides by what is free; `parts`: in how many parts it rebuilds them."""
-        setting = getattr(spec.config, "cache_dense", "auto")
-        rebuilt = sum(sizes.weights[n] for n, size in sizes.of.items() if size.compressed) * self.plan.itemsize / parts
-        return setting == "always" or (setting == "auto" and rebuilt <= min(self.available(device=True) / 3, DENSE_CACHE_BYTES))
+    def _dense_budget(self, spec: StageSpec) -> float:
+        """Bytes of rebuilt matrices that recovery will keep at most, as it decides by what is free."""
+        limit = DENSE_CACHE_BYTES if self.compute.device.type == "cpu" else math.inf
+        auto = min(self.available(device=True) / 3, limit)
+        return {"auto": auto, "always": math.inf, "never": 0.0}[getattr(spec.config, "cache_dense", "auto")]
 
     def row(self, parts: Sequence[Needs]) -> dict[str, Any]:
         """What one process takes of the device, of the host and of time."""

@@ -156,12 +156,12 @@ def _fitted(walk: _Walk, index: int) -> tuple[Trained, dict[str, Any]]:
     model.load_block(index, bind=InPlace(walk.parent, model.structure, context.device, context.dtype))
     model.model.requires_grad_(False)
     twins = {s.name: _dense_twin(dense, s, context.dtype) for s in model.structure.of_block(index)}
-    cache_dense(compressed_linears(model.model), dense_cache_bytes(context.device))  # each slot of a step would rebuild them
     chosen = {n for n in compressed_linears(model.model) if where(model.model, walk.config.targets, walk.config.layers).linear(n)}
 
     def attached(targets: tuple[str, ...]) -> Any:
         made = attach(walk.spec.method, model.model, replace(walk.config, targets=targets, layers=(index,)), seed=context.seed)
         as_stored_before(made, walk.parent)
+        cache_dense(compressed_linears(model.model), dense_cache_bytes(context.device))  # each slot of a step would rebuild them
         return made
 
     block = Block(

@@ -67,9 +67,10 @@ def recover(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: 
     bare = skeleton(load_config(parent.directory))
     notes += untouched(own, config, bare, inspect(bare))
     streamed, student, attached = _student(parent, spec, batches, context)
-    config = replace(config, gradient_checkpointing=checkpoints(parent, config, attached, context))
-    cached = cache_dense(compressed_linears(streamed.model), _cache_budget(config, context.device))
-    memory, parts = training_memory(streamed.model, attached, cached), _parts(own, context)
+    parts = _parts(own, context)
+    dense_bytes = cache_dense(compressed_linears(streamed.model), 0 if parts else _cache_budget(config, context.device))
+    config = replace(config, gradient_checkpointing=checkpoints(parent, config, attached, context, dense_bytes))
+    memory = training_memory(streamed.model, attached)
     if parts:
         shard(streamed.model, attached, context.ranks.mesh(context.device.type))
         memory["trainable_bytes"] = COPIES * 4 * sum(local(t.parameter).numel() for t in attached.trainables.values())
@@ -152,15 +153,15 @@ def _check_teacher(parent: Artifact, context: Context) -> None:
         )
 
 
-def checkpoints(parent: Artifact, config: TrainConfig, attached: Attached, context: Context) -> bool:
+def checkpoints(parent: Artifact, config: TrainConfig, attached: Attached, context: Context, dense_bytes: int) -> bool:
     """Whether blocks are recomputed in backward, as set; auto: where what a step holds in addition to the weights would not fit into most of
-    the memory that is free now. The bits are the same either way."""
+    the memory that is free now, without the dense matrices to come. The bits are the same either way."""
     free = free_bytes(context.device)
     if config.gradient_checkpointing != "auto":
         return config.gradient_checkpointing
     if attached.run is not None:  # a prefix's cache grows in forward and cannot be recomputed
         return False
-    room = ROOM * free - attached.count() * 4 * (COPIES - 1)
+    room = ROOM * free - attached.count() * 4 * (COPIES - 1) - dense_bytes
     if _far_below(parent, config, room):
         return False
     try:

@@ -3,6 +3,7 @@
 Knows artifacts and records; no method.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -61,8 +62,8 @@ class InPlace:
 
 
 def dense_cache_bytes(device: torch.device) -> float:
-    """What rebuilt dense matrices may take: a third of what is free now, up to DENSE_CACHE_BYTES."""
-    return min(free_bytes(device) / 3, DENSE_CACHE_BYTES)
+    """What rebuilt dense matrices may take: a third of what is free now; of a host's memory, which others want, too, up to DENSE_CACHE_BYTES."""
+    return min(free_bytes(device) / 3, DENSE_CACHE_BYTES if device.type == "cpu" else math.inf)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ def plain(hidden, teacher_hidden, head, teacher_head, targets, objective):
 )
 def test_value_and_gradients_are_those_of_the_plain_loss(objective, chunk, monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(losses, "TILE_LOGITS", chunk // 2)
     hidden, teacher_hidden, head, teacher_head, targets = setting()
     hidden.requires_grad_(True)
     trained = list(head.parameters())

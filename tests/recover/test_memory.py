@@ -27,7 +27,8 @@ def test_tensors_alive_while_training(method: str, kind: str) -> None:
     before = alive()
     model = compressed(kind)
     attached = attach(method, model, SETTINGS)
-    memory = training_memory(model, attached, cache_dense(compressed_linears(model), 0))
+    assert not cache_dense(compressed_linears(model), 0)
+    memory = training_memory(model, attached)
     texts, checks, seen = [batch(i) for i in range(3)], held_out(1), []
     text_bytes = sum(b.ids.numel() * 8 for b in (*texts, *checks))
 
@@ -69,9 +70,8 @@ def test_kept_dense_matrices_are_counted() -> None:
     model = compressed("3-bit")
     attached = attach("lora", model, {"rank": 4})
     linears = compressed_linears(model)
-    assert cache_dense(linears, 1e9)
+    assert training_memory(model, attached)["dense_bytes"] == max(lin.out_features * lin.in_features * 4 for lin in linears.values())
     whole = sum(lin.out_features * lin.in_features * 4 for lin in linears.values())
-    assert training_memory(model, attached, True)["dense_bytes"] == whole
-    assert training_memory(model, attached, False)["dense_bytes"] == max(lin.out_features * lin.in_features * 4 for lin in linears.values())
+    assert cache_dense(linears, 1e9) == whole == training_memory(model, attached)["dense_bytes"]
     plain = compressed("dense")
-    assert training_memory(plain, attach("lora", plain, {"rank": 4}), False)["dense_bytes"] == 0, "what lies dense is not rebuilt"
+    assert training_memory(plain, attach("lora", plain, {"rank": 4}))["dense_bytes"] == 0, "what lies dense is not rebuilt"

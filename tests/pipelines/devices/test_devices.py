@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,11 @@ _measured = compute.measured_dtype  # before the fixture of the whole session ta
 
 def test_a_product_is_timed() -> None:
     assert 0 < compute._product_seconds(torch.float32) < 10
+
+
+def test_a_dtype_is_not_chosen_by_what_others_do_with_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *_: time.sleep(0.2))
+    assert compute._product_seconds(torch.float32) < 0.1
 
 
 def test_a_key_names_the_device_but_for_a_cpu_in_float32() -> None:
