@@ -27,8 +27,15 @@ interop: venv
 	VENV_VLLM=$(CURDIR)/.venv-vllm bash tests/interop/build_vllm.sh
 	$(BIN)/python -P -m pytest -m interop tests/interop
 
-# AutoRound in an environment of its own, for its rows of the grid table.
-rivals: .venv-rivals/.installed
+# AutoRound and GPTQModel in environments of their own, for their rows of the grid, demo and gptq-speed tables.
+rivals: .venv-rivals/.installed .venv-gptqmodel/.installed
+
+# It is built from source against a torch that is newer than ours and is there before it.
+.venv-gptqmodel/.installed: tests/interop/gptqmodel.txt
+	$(PYTHON) -m venv .venv-gptqmodel
+	.venv-gptqmodel/bin/python -m pip install --quiet --disable-pip-version-check "torch>=2.14.1" "setuptools>=84.2.1,<85" wheel ninja packaging numpy
+	.venv-gptqmodel/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -r tests/interop/gptqmodel.txt
+	touch $@
 
 .venv-rivals/.installed: tests/interop/rivals.txt constraints.txt
 	$(PYTHON) -m venv .venv-rivals
@@ -79,7 +86,7 @@ clean:
 
 FORCE:
 
-# Reference results into reports/published, all tables or TABLE=compress|decompose|recover|perp|grid|dtype|demo|demo-dtypes|operators|gguf|kernels-static|scale. Hours; can be stopped and continued.
-TABLE ?= compress decompose recover perp grid dtype demo demo-dtypes operators gguf kernels-static scale
+# Reference results into reports/published, all tables or TABLE=compress|decompose|recover|perp|grid|dtype|demo|demo-dtypes|operators|gguf|kernels-static|scale|gptq-speed. Hours; can be stopped and continued.
+TABLE ?= compress decompose recover perp grid dtype demo demo-dtypes operators gguf kernels-static scale gptq-speed
 publish: venv
 	for table in $(TABLE); do $(BIN)/python -P -m bitmend.pipelines.publish.publishing $$table || exit; done

@@ -19,12 +19,12 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "env" / "bin").mkdir(parents=True)
     (tmp_path / "env" / "bin" / "python").symlink_to(sys.executable)
     monkeypatch.setenv("VENV_RIVALS", str(tmp_path / "env"))
-    monkeypatch.setattr(other_programs, "_RUNS", tmp_path / "program.py")
+    monkeypatch.setattr(other_programs, "_SCRIPTS", tmp_path)
     return tmp_path
 
 
 def _program(environment: Path, version: str, ends: str = "") -> None:
-    (environment / "program.py").write_text(
+    (environment / f"{ASKED['program']}_runs.py").write_text(
         "import json, pathlib, sys\n"
         "job = json.load(open(sys.argv[1]))\n"
         "open(job['output'] + '/../runs', 'a').write('x')\n"
