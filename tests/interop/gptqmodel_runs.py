@@ -6,6 +6,7 @@ but the files.
 
 # pyright: reportMissingImports=false
 import json
+import os
 import resource
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 def quantize(job: dict[str, Any]) -> dict[str, Any]:
     """Asymmetric, all else its own choice, the dtype that it computes in included."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # on two cores its own choice is one, which it then refuses
     import gptqmodel
     from gptqmodel import GPTQModel, QuantizeConfig
     from safetensors.torch import load_file
