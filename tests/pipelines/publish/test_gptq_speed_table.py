@@ -38,7 +38,7 @@ def test_both_programs_are_measured_once_from_the_same_windows(tmp_path: Path, m
     for _ in range(2):
         assert publishing.OWN["gptq-speed"](tmp_path / "runs")
     assert [(asked["program"], asked["bits"], asked["tokens"]) for asked in rivals] == [("gptqmodel", bits, 128 * 512) for bits in (4, 3)]
-    assert [kind for _, *kind in ran] == [["gptq", "auto"], [None, "float32"]] * 2
+    assert [kind for _, *kind in ran] == [["gptq", "auto"], ["bind", "float32"]] * 2
     rows = published.read("gptq-speed", tmp_path / "published")["rows"]
     assert [(row["bits"], row["program"]) for row in rows] == [(4, "GPTQModel"), (4, "bitmend"), (3, "GPTQModel"), (3, "bitmend")]
     theirs, ours = rows[:2]
