@@ -24,11 +24,11 @@ from .trainable import RATES, Attached, Trainable
 class TrainConfig:
     """Shared by all methods. learning_rate None = the method's default; eval_every None = five times in the run; warmup is in
     steps (at most a quarter of the run). when_worse: what follows when held-out text got worse than it once was: restore goes on from the best
-    values at half the rate, so that a rate too high for a model costs the steps of one evaluation. targets and layers: see `selection.where`. cache_dense keeps rebuilt
-    weights in memory (auto: when they fit). loss: distill imitates the teacher, cross_entropy learns the text, both is half of each.
-    matmul: how exactly the training multiplies (`precision.Matmul`); what is kept is judged
-    in float32 all the same. gradient_checkpointing recomputes each block in backward; auto is decided by whoever knows the device's memory
-    (a pipeline's stage), and is off where nobody did."""
+    values at half the rate, so that a rate too high for a model costs the steps of one evaluation. targets and layers: see `selection.where`.
+    cache_dense keeps rebuilt weights in memory, those of a step that training made of them first (auto: when they fit). loss: distill imitates
+    the teacher, cross_entropy learns the text, both is half of each. matmul: how exactly the training multiplies (`precision.Matmul`); what is
+    kept is judged in float32 all the same. gradient_checkpointing recomputes each block in backward; auto is decided by whoever knows the
+    device's memory (a pipeline's stage), and is off where nobody did."""
 
     steps: Steps = 200
     learning_rate: Rate | None = None
