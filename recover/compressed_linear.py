@@ -192,15 +192,14 @@ class CompressedLinear(nn.Module):
             sparse.append(gradient_OI.reshape(-1)[self.sparse.index].float() if wanted[-1] else None)
         if self.reweight is not None and any(wanted[: len(own)]) and not hasattr(self.reweight, "pull_back"):
             return self._pull_back_by_autograd(gradient_TO, gradient_OI, parameters, sparse)
-        trains, weight = self.reweight is not None and any(wanted[: len(own)]), None
-        if gradient_TO is not None or (trains and self.reweight.needs_base):
-            weight = self.matrix(parameters)
+        reweight = self.reweight if any(wanted[: len(own)]) else None
+        weight = None if gradient_TO is None and (reweight is None or not reweight.needs_base) else self.matrix(parameters)
         x_gradient = None if gradient_TO is None or weight is None else gradient_TO @ weight
-        if not trains:
+        if reweight is None:
             return x_gradient, [*(None for _ in own), *sparse]
-        if self.reweight.needs_base and self.inline_sparse:  # `weight` has the sparse values, too
-            weight = self.reweight.weights(self.base(), *own)
-        return x_gradient, [*self.reweight.pull_back(weight if self.reweight.needs_base else None, gradient_OI), *sparse]
+        if reweight.needs_base and self.inline_sparse:  # `weight` has the sparse values, too
+            weight = reweight.weights(self.base(), *own)
+        return x_gradient, [*reweight.pull_back(weight if reweight.needs_base else None, gradient_OI), *sparse]
 
     def _pull_back_by_autograd(
         self, gradient_TO: Tensor | None, gradient_OI: Tensor, parameters: list[Tensor], sparse: list[Tensor | None]
