@@ -1,4 +1,4 @@
-"""Benchmarks: the layers are the same every time, rows hold what was measured, files are written, refusals are said."""
+"""Benchmarks: the layers are the same every time, rows hold what was measured, files are written, refusals are reported."""
 
 import json
 from collections.abc import Callable
