@@ -1,6 +1,6 @@
 """Lay out the sources of the site: `python docs/site_source.py` copies the pages to build/docs, where mkdocs.yml looks for them.
 
-Pages keep their places in the repository, so that a link says the same there and on the site. Beside them lie API pages, one for each
+Pages keep their places in the repository, so that a link says the same there and on the site. API pages are added, one for each
 package, made of the public names' signatures and docstrings; they are read from the source, nothing is imported.
 """
 

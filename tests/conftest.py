@@ -52,7 +52,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return directory
 
 
-class Together:
+class ThreadRank:
     """One thread of several that stand in for processes: what is handed to maths that several processes share."""
 
     def __init__(self, rank: int, size: int, barrier: threading.Barrier, box: list[Any]) -> None:
@@ -61,37 +61,37 @@ class Together:
     def gathered(self, value: Any) -> list[Any]:
         self.box[self.rank] = value
         self.barrier.wait()
-        found = list(self.box)
+        values = list(self.box)
         self.barrier.wait()
-        return found
+        return values
 
     def ordered_sum(self, like: Tensor) -> "ThreadSum":
         return ThreadSum(self, like)
 
 
 class ThreadSum:
-    def __init__(self, together: Together, like: Tensor) -> None:
-        self.together, self.sum = together, torch.full_like(like, -0.0)
+    def __init__(self, thread: ThreadRank, like: Tensor) -> None:
+        self.thread, self.sum = thread, torch.full_like(like, -0.0)
 
     def add(self, tensor: Tensor | None) -> None:
-        for found in self.together.gathered(None if tensor is None else tensor.clone()):
-            if found is not None:
-                self.sum = self.sum + found
+        for value in self.thread.gathered(None if tensor is None else tensor.clone()):
+            if value is not None:
+                self.sum = self.sum + value
 
     def total(self) -> Tensor:
         return self.sum
 
 
 @pytest.fixture(scope="session")
-def side_by_side() -> Callable[[int, Callable[[Together], Any]], list[Any]]:
+def side_by_side() -> Callable[[int, Callable[[ThreadRank], Any]], list[Any]]:
     """(size, work) → what `work` gave on each of so many threads."""
 
-    def run(size: int, work: Callable[[Together], Any]) -> list[Any]:
+    def run(size: int, work: Callable[[ThreadRank], Any]) -> list[Any]:
         barrier, box = threading.Barrier(size, timeout=60), [None] * size
 
         def one(rank: int) -> Any:
             try:
-                return work(Together(rank, size, barrier, box))
+                return work(ThreadRank(rank, size, barrier, box))
             except BaseException:
                 barrier.abort()
                 raise

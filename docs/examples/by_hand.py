@@ -42,16 +42,16 @@ def windows(tokenizer: Any, text: Path) -> Tensor:
 
 def statistics_of(model: nn.Module, linears: Mapping[str, nn.Linear], ids_BT: Tensor) -> dict[str, LayerStatistics]:
     """What the methods ask of the inputs of each linear: sums over all tokens, gathered by forward hooks."""
-    found = {name: InputStatistics(linear.in_features, frozenset({"norms", "second_moment"})) for name, linear in linears.items()}
+    statistics = {name: InputStatistics(linear.in_features, frozenset({"norms", "second_moment"})) for name, linear in linears.items()}
     hooks = [
-        linear.register_forward_pre_hook(lambda module, inputs, sums=found[name]: sums.update(inputs[0]))
+        linear.register_forward_pre_hook(lambda module, inputs, sums=statistics[name]: sums.update(inputs[0]))
         for name, linear in linears.items()
     ]
     with torch.no_grad():
         model(input_ids=ids_BT, use_cache=False)
     for hook in hooks:
         hook.remove()
-    return {name: LayerStatistics(sums) for name, sums in found.items()}
+    return {name: LayerStatistics(sums) for name, sums in statistics.items()}
 
 
 def compressed(linear: nn.Linear, statistics: LayerStatistics) -> list[StoredWeight]:

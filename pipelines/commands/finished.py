@@ -236,7 +236,8 @@ def _refuse_to_overwrite(output: Path) -> None:
 def _protocol(model: str) -> tuple[str, int, int | None]:
     """Source, window length and number of windows to measure with unless given: those of the run that holds the artifact,
     else the profile that this model would be given."""
-    from ..recipes.recipe import PROFILES, resolve
+    from ..recipes.layers import PROFILES
+    from ..recipes.recipe import resolve
     from ..store.rundir import run_of
 
     if (run := run_of(Path(model))) is not None:

@@ -44,7 +44,8 @@ def packaged(recipe: str, model: str | None, profile: str | None) -> dict[str, o
 
 def described() -> dict[str, Any]:
     """{"recipes": name → {"about", and its settings under each profile}, "methods": stage → name → what a reader wants to know}."""
-    from .recipe import PROFILES, RECIPES, known_recipes, resolve
+    from .layers import PROFILES
+    from .recipe import RECIPES, known_recipes, resolve
 
     recipes = {
         name: {"about": read_mapping(RECIPES / f"{name}.yaml")["about"]}

@@ -1,15 +1,12 @@
 """A recipe: what to do with which model, from YAML, a settings file and the command line, validated once.
 
-Layers, the upper one wins: command line > settings file > recipe > what the profile gives. Each document may hold
-`profiles: {demo: …, standard: …}`, laid over that document alone. A file may write out every default, as `pipeline show` does and a run's
-own recipe; a setting of the command line that nothing reads is refused at its default, too, unless it takes back what a file says. Stages are a list; a stage is addressed by its name
+Layers (`layers`), the upper one wins: command line > settings file > recipe > what the profile gives. A file may write out every default, as
+`pipeline show` does and a run's own recipe; a setting of the command line that nothing reads is refused at its default, too, unless it takes back what a file says. Stages are a list; a stage is addressed by its name
 (`quantize`), the second of that name as `quantize.2`. Knows no model and no files but the recipe's own.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,10 +17,11 @@ from ...compress.ranges import DtypeName, Seed
 from ..errors import UsageError
 from .budget import AllocationSettings, Budget
 from .fields import complaint
+from .layers import COMMAND_LINE, PROFILES, Draft, command_line, document_of, mapping_of
 from .mixture import NAMED, with_sources
 from .sections import Calibration, Data, Evaluation, Model, Section
-from .settings import absolute, dump, merged, nested, read_mapping, refuse_unknown, split_assignment, unknown
-from .stage_settings import FUSE, STAGES, StageSpec, build, config_keys, methods, with_implied
+from .settings import absolute, dump, merged, read_mapping, unknown
+from .stage_settings import FUSE, STAGES, StageSpec, build, config_keys, methods
 
 __all__ = [
     "FUSE",
@@ -39,10 +37,6 @@ __all__ = [
 ]
 
 RECIPES = Path(__file__).parent
-PROFILES: dict[str, dict[str, Any]] = {
-    "demo": {"calibration": {"samples": 16, "seq_len": 512}, "evaluation": {"seq_len": 512, "windows": 16}},
-    "standard": {"calibration": {"samples": 128, "seq_len": 2048}, "evaluation": {"seq_len": 2048, "windows": None}},
-}
 
 
 class Recipe(Section):
@@ -102,57 +96,6 @@ class Recipe(Section):
 
 
 FIELDS = [name for name in Recipe.model_fields if name != "skipped"]
-COMMAND_LINE = "command line"
-_STAGE_KEY = re.compile(rf"({'|'.join(STAGES)})(?:\.([1-9][0-9]*))?")
-
-
-@dataclass
-class _Stage:
-    """A stage while layers are laid over one another; `soft` keys were meant for another method, `named` ones stand on the command line and take
-    nothing back."""
-
-    name: str
-    address: str
-    keys: dict[str, Any]
-    soft: set[str] = dataclass_field(default_factory=set)
-    named: frozenset[str] = frozenset()
-
-    def lay(self, keys: Mapping[str, object], origin: str) -> None:
-        if origin == COMMAND_LINE:
-            self.named |= _taking_nothing_back(keys, self.keys)
-        keys = with_implied(keys)
-        if "method" in keys and keys["method"] != self.keys.get("method", STAGES[self.name][2]):
-            self.soft |= set(self.keys)
-        self.soft -= set(keys)
-        self.keys = merged(self.keys, keys)
-
-
-@dataclass
-class _Draft:
-    """The layers laid so far; `named` is of the allocation what it is of a stage."""
-
-    fields: dict[str, Any]
-    stages: list[_Stage] = dataclass_field(default_factory=list)
-    named: frozenset[str] = frozenset()
-
-    def lay(self, document: Mapping[str, object], origin: str) -> None:
-        fields = {key: value for key, value in document.items() if key in FIELDS and key != "stages"}
-        if origin == COMMAND_LINE and isinstance(given := fields.get("allocation"), Mapping):
-            self.named |= _taking_nothing_back(given, self.fields.get("allocation"))
-        self.fields = merged(self.fields, fields)
-        if "stages" in document:
-            self.stages = _stage_list(document["stages"], origin)
-        for key, keys in document.items():
-            if _STAGE_KEY.fullmatch(str(key)):
-                self._stage(key, origin).lay(_mapping(keys, f"{origin}: {key}"), origin)
-
-    def _stage(self, key: str, origin: str) -> _Stage:
-        address = key.removesuffix(".1")
-        for stage in self.stages:
-            if stage.address == address:
-                return stage
-        here = ", ".join(stage.address for stage in self.stages) or "none"
-        raise UsageError(f"{origin}: the recipe has no stage {address!r}; its stages are: {here}")
 
 
 def check_addresses(known: Sequence[str], first: str | None = None, last: str | None = None, force: str | None = None) -> None:
@@ -162,11 +105,6 @@ def check_addresses(known: Sequence[str], first: str | None = None, last: str | 
             raise UsageError(unknown("stage", address, known))
     if first is not None and last is not None and known.index(first.removesuffix(".1")) > known.index(last.removesuffix(".1")):
         raise UsageError(f"--from {first} lies behind --until {last}: nothing would be done; the stages are {', '.join(known)}")
-
-
-def _taking_nothing_back(keys: Mapping[str, object], below: object) -> set[str]:
-    """Those that lower layers do not hold, or hold at the same value."""
-    return {key for key, value in keys.items() if not isinstance(below, Mapping) or key not in below or below[key] == value}
 
 
 def _refuse_unread(chosen: Recipe, named: frozenset[str]) -> None:
@@ -231,23 +169,24 @@ def resolve(
 
 def _without_stages(
     recipe: str | Mapping[str, object], file: Path | None, sets: list[str], options: Mapping[str, object]
-) -> tuple[Recipe, _Draft]:
+) -> tuple[Recipe, Draft]:
     """All layers, validated but for the stages, which are yet to be built."""
     path = None if isinstance(recipe, Mapping) else _recipe_path(recipe)
     origin = str(path or "recipe")
-    documents = [(_document(recipe if isinstance(recipe, Mapping) else read_mapping(Path(origin)), origin), origin)]
+    documents = [(document_of(recipe if isinstance(recipe, Mapping) else read_mapping(Path(origin)), origin, FIELDS), origin)]
     if file is not None:
-        documents.append((_document(read_mapping(file), str(file)), str(file)))
-    documents.append((_document(_command_line(sets, options), COMMAND_LINE), COMMAND_LINE))
+        documents.append((document_of(read_mapping(file), str(file), FIELDS), str(file)))
+    documents.append((document_of(command_line(sets, options), COMMAND_LINE, FIELDS), COMMAND_LINE))
     upper = {key: document[key] for document, _ in documents for key in ("model", "profile") if document.get(key) is not None}
     profile = upper.get("profile") or ("demo" if upper.get("model", "demo") == "demo" else "standard")
     if not isinstance(profile, str) or profile not in PROFILES:
         raise UsageError(unknown("profile", profile, PROFILES))
-    draft = _Draft(merged(PROFILES[profile], {} if path is None else {"name": path.stem}))
+    draft = Draft(merged(PROFILES[profile], {} if path is None else {"name": path.stem}), FIELDS)
     for document, origin in documents:
         draft.lay(document, origin)
-        overlay = _mapping(document.get("profiles"), f"{origin}: profiles").get(profile)
-        draft.lay(_document(_mapping(overlay, f"{origin}: profiles.{profile}"), f"{origin}: profiles.{profile}", inner=True), origin)
+        overlay = mapping_of(document.get("profiles"), f"{origin}: profiles").get(profile)
+        inner = f"{origin}: profiles.{profile}"
+        draft.lay(document_of(mapping_of(overlay, inner), inner, FIELDS, inner=True), origin)
     if not draft.stages:
         raise UsageError("the recipe has no stages; give it a list, as in stages: [{quantize: {method: gptq, bits: 4}}]")
     return _checked(draft.fields | {"profile": profile}), draft
@@ -296,64 +235,3 @@ def _recipe_path(name_or_path: str) -> Path:
     if name_or_path.endswith((".yaml", ".yml")) or Path(name_or_path).is_file():
         return Path(name_or_path)
     raise UsageError(f"{unknown('recipe', name_or_path, known_recipes())}, or the path of a .yaml file")
-
-
-def _document(document: Mapping[str, object], origin: str, inner: bool = False) -> dict[str, object]:
-    """Top-level keys checked; `data: SRC` spread over its three uses."""
-    known = [key for key in FIELDS if not inner or key not in ("model", "profile", "name")] + ([] if inner else ["profiles"])
-    for key in document:
-        if not _STAGE_KEY.fullmatch(str(key)):
-            refuse_unknown("key", [key], [*known, *STAGES], origin)
-    checked = dict(document)
-    if not inner:
-        refuse_unknown("profile", _mapping(document.get("profiles"), f"{origin}: profiles"), PROFILES, origin)
-    if isinstance(checked.get("data"), str):
-        checked["data"] = dict.fromkeys(Data.model_fields, checked["data"])
-    return checked
-
-
-def _command_line(sets: list[str], options: Mapping[str, object]) -> dict[str, object]:
-    given = {key: value for key, value in options.items() if value is not None}
-    data = dict.fromkeys(Data.model_fields, given.pop("data")) if "data" in given else {}
-    for option, use in (("calibration", "calibration"), ("train", "train"), ("eval", "evaluation")):
-        if option in given:
-            data[use] = given.pop(option)
-    document = given | ({"data": data} if data else {})
-    for text in sets:
-        key, value = split_assignment(text)
-        match = re.match(rf"(?:{_STAGE_KEY.pattern})(?=\.|$)", key)
-        head = match[0] if match else key.split(".")[0]
-        subkeys = key[len(head) + 1 :].split(".") if len(key) > len(head) else []
-        if "data" in (head,) and not subkeys and isinstance(value, str):
-            value = dict.fromkeys(Data.model_fields, value)
-        document = merged(document, nested([head.removesuffix(".1"), *subkeys], value))
-    return document
-
-
-MOST_STAGES = 99
-"""Their directories are numbered in two digits."""
-
-
-def _stage_list(stages: object, origin: str) -> list[_Stage]:
-    if not isinstance(stages, list):
-        raise UsageError(f"{origin}: stages: expected a list, as in [{{quantize: {{method: gptq, bits: 4}}}}], got {stages!r}")
-    if len(stages) > MOST_STAGES:
-        raise UsageError(f"{origin}: stages: {len(stages)} are more than a recipe may have ({MOST_STAGES})")
-    result: list[_Stage] = []
-    for place, item in enumerate(stages, start=1):
-        entry = {item: None} if isinstance(item, str) else item
-        if not isinstance(entry, Mapping) or len(entry) != 1:
-            raise UsageError(f"{origin}: stages: entry {place} should be one `stage: {{settings}}`, got {item!r}")
-        ((name, keys),) = entry.items()
-        refuse_unknown("stage", [name], STAGES, f"{origin}: stages, entry {place}")
-        nth = 1 + sum(stage.name == name for stage in result)
-        result.append(_Stage(name, name if nth == 1 else f"{name}.{nth}", with_implied(_mapping(keys, f"{origin}: {name}"))))
-    return result
-
-
-def _mapping(value: object, where: str) -> Mapping[str, object]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise UsageError(f"{where}: expected `key: value` settings, got {value!r}")
-    return value

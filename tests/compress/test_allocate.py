@@ -35,7 +35,7 @@ def test_choice_is_the_best_of_all(seed):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_sparsity_can_be_demanded_beside_the_budget(seed):
+def test_sparsity_can_be_required_together_with_a_budget(seed):
     costs, losses = table(4, 6, seed)
     removed = np.random.default_rng(seed + 100).integers(0, 2, costs.shape) * 500
     removed[:, 0] = 500

@@ -69,17 +69,17 @@ CASES = [
 
 @pytest.mark.parametrize(("method", "settings"), CASES)
 def test_the_bits_do_not_depend_on_the_number_of_processes(method: Any, settings: dict[str, Any], side_by_side: Any) -> None:
-    def work(together: Any) -> Solved:
-        share = BlockShare(SLOTS, together.rank, together.size, together.gathered, together.ordered_sum, spread(together.size))
+    def work(thread: Any) -> Solved:
+        share = BlockShare(SLOTS, thread.rank, thread.size, thread.gathered, thread.ordered_sum, spread(thread.size))
         return solved(method, settings, share)
 
     records, metrics = solved(method, settings, BlockShare(SLOTS))
     assert "steps" not in settings or metrics["up"]["best_step"] > 0, "something was trained"
     for size in (2, 8):
-        for found, told in side_by_side(size, work):
-            assert told == metrics and found.keys() == records.keys()
+        for own_records, own_metrics in side_by_side(size, work):
+            assert own_metrics == metrics and own_records.keys() == records.keys()
             for name, record in records.items():
-                mine = to_tensors(found[name])
+                mine = to_tensors(own_records[name])
                 assert all(torch.equal(mine[part], tensor) for part, tensor in to_tensors(record).items())
 
 

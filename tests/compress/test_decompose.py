@@ -307,7 +307,7 @@ def test_a_term_in_the_record_is_replaced_not_added_to():
 
 @pytest.mark.parametrize("name", MATRIX_ROWS)
 @pytest.mark.parametrize("kind", ["few_tokens", "dead_channel", "nothing"])
-def test_poor_statistics_give_finite_factors_and_are_said(name, kind):
+def test_poor_statistics_give_finite_factors_and_are_reported(name, kind):
     target, found = matrix(), InputStatistics(128, EVERYTHING)
     x = torch.randn(20 if kind == "few_tokens" else 500, 128, generator=torch.Generator().manual_seed(0))
     x[:, 7] *= kind != "dead_channel"

@@ -1,4 +1,4 @@
-"""Grids of ggml's types: the search never loses against none, weighs as it is told, keeps zeros, and knows no neighbours."""
+"""Grids of ggml's types: the search never loses against none, uses its weights, keeps zeros, and knows no neighbours."""
 
 import gguf
 import pytest

@@ -290,12 +290,12 @@ def test_rows_swept_apart_are_those_of_one_sweep(settings, monkeypatch, side_by_
         records, metrics = gptq_group(weights, targets, dict.fromkeys("ab", given.statistics), config, share)
         return {f"{n}.{part}": tensor for n, record in records.items() for part, tensor in to_tensors(record).items()}, metrics
 
-    def of_three(together):
-        return solved(BlockShare((), together.rank, 3, together.gathered, spread=lambda costs: [2, 0, 2]))
+    def of_three(thread):
+        return solved(BlockShare((), thread.rank, 3, thread.gathered, spread=lambda costs: [2, 0, 2]))
 
-    expected, told = solved()
+    expected, expected_metrics = solved()
     for tensors, metrics in [solved(BlockShare()), *side_by_side(3, of_three)]:
-        assert metrics == told and all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+        assert metrics == expected_metrics and all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
 
 
 def test_together_what_cannot_be_is_refused_by_name_and_what_is_smoothed_goes_alone():
@@ -393,7 +393,7 @@ def test_the_factor_is_the_cholesky_factor_of_the_inverse(count):
     assert torch.equal(factor.order_I[factor.place_I], torch.arange(count))
 
 
-def test_the_base_makes_up_for_what_lies_beside_it():
+def test_the_base_compensates_the_low_rank_term_and_delta():
     case = layer(rows=32, dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
     pair = LowRank(torch.randn(32, 4, generator=generator) * 0.1, torch.randn(4, 96, generator=generator) * 0.1)

@@ -144,7 +144,7 @@ def test_feedback_makes_up_for_what_wanda_dropped():
 
 
 @pytest.mark.parametrize("name", MATRIX_ROWS)
-def test_activations_and_what_lies_beside_the_base_are_carried(name):
+def test_activations_and_everything_but_the_base_are_kept(name):
     pair = LowRank(torch.full((48, 2), 0.01), torch.full((2, 192), 0.01))
     start = StoredWeight(DenseWeight(WEIGHT), low_rank=pair, smooth=torch.full((192,), 2.0))
     found, _ = run(MATRIX_ROWS[name], start, activations=ActivationGrid(8, 32))

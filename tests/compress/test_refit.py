@@ -85,7 +85,7 @@ def test_gptq_with_refit_errs_less_toward_what_it_leans_to() -> None:
         assert errors[1] < errors[0]
 
 
-def test_the_error_that_is_said_is_that_of_the_record() -> None:
+def test_the_error_that_is_reported_is_that_of_the_record() -> None:
     case, start = Case(), StoredWeight(DenseWeight(Case().weight_OI))
     record, metrics = gptq(start, case.weight_OI, case.statistics, GptqConfig(bits=3, group_size=SIZE, refit=0.0))
     error = float(((case.weight_OI - record.dense()) @ case.x_TI.T).square().sum()) / len(case.x_TI)

@@ -143,7 +143,7 @@ def test_a_quantized_or_masked_record_keeps_its_grid_and_mask(kind, quantizer):
         assert kept is not None and torch.equal(kept, mask) and not stored.base_dense()[~mask].any()
 
 
-def test_a_matrix_no_token_reached_is_only_rounded_and_said():
+def test_a_matrix_no_token_reached_is_only_rounded_and_reported():
     target, empty = matrix(64), InputStatistics(128, NEEDS)
     records, metrics = svdquant(block({"expert": target}, {"expert": empty}), {"expert": SvdQuantConfig(rank=8)})
     assert metrics["expert"]["statistics_zero"] == 1

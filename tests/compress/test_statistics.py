@@ -1,4 +1,4 @@
-"""Statistics: a stream in pieces equals one look at everything; only what was asked for is there; bad numbers are named."""
+"""Statistics: a stream in pieces equals one look at everything; only what a method needs is there; bad numbers are named."""
 
 import pytest
 import torch

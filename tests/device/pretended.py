@@ -4,7 +4,7 @@
     python tests/device/pretended.py [--memory-gb 24] [--capability 7.5] bitmend.pipelines.cli run compress_and_recover -m MODEL
 
 What is sent to "cuda" becomes an `OnCard`: a tensor that says it is on cuda:0 and that every operator, in forward and in backward, refuses
-beside a tensor of the CPU, by the operator's name. Card and host share no memory, no generator and no `.numpy()`. The card counts the bytes
+with a tensor of the CPU, by the operator's name. Card and host share no memory, no generator and no `.numpy()`. The card counts the bytes
 of living tensors, raises OutOfMemoryError above `total_memory`, and with deterministic algorithms on refuses what CUDA does.
 
 It cannot show what an operator computes on a card, nor races, streams, graphs (which repeat nothing here), alignment or speed: no time taken
@@ -39,7 +39,7 @@ ANY_DEVICE = ("_to_copy", "copy_", "copy", "_foreach_copy_", "lift_fresh", "_loc
 INDEXING = ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put")
 """Operators whose indices, their second argument, may stay on the CPU."""
 NO_LONE_NUMBERS = ("cat", "stack", "mm", "bmm", "addmm", "dot", "mv", "embedding")
-"""Operators that take no 0-dimensional tensor of the CPU beside those of the card; elementwise ones do."""
+"""Operators that take no 0-dimensional tensor of the CPU together with those of the card; elementwise ones do."""
 NOT_DETERMINISTIC = (
     "kthvalue", "put_", "histc", "put", "median.dim", "nanmedian.dim", "nll_loss2d_forward", "nll_loss2d_backward", "grid_sampler_2d_backward",
     "grid_sampler_3d_backward", "reflection_pad1d_backward", "reflection_pad2d_backward", "reflection_pad3d_backward", "max_unpool2d",
@@ -111,7 +111,7 @@ class OnCard(torch.Tensor):
 
 
 class Below(TorchDispatchMode):
-    """Under autograd, in every thread: factories that are told device="cuda", and what meets an `OnCard`."""
+    """Under autograd, in every thread: factories that are given device="cuda", and what meets an `OnCard`."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:  # torch would wrap what follows, at twice its price
@@ -210,8 +210,8 @@ def refuse_mixture(func: Any, of: Traits, args: tuple[Any, ...], tensors: list[t
     for number, tensor in enumerate(tensors):
         lone = tensor.dim() == 0 and of.lone_numbers and not (of.in_place and number == 0)
         if not (isinstance(tensor, OnCard) or lone or id(tensor) in free):
-            said = ", ".join(f"{'cuda:0' if isinstance(t, OnCard) else t.device} {list(t.shape)}" for t in tensors)
-            raise RuntimeError(f"Expected all tensors to be on the same device, but {func.name()} was given {said}")
+            places = ", ".join(f"{'cuda:0' if isinstance(t, OnCard) else t.device} {list(t.shape)}" for t in tensors)
+            raise RuntimeError(f"Expected all tensors to be on the same device, but {func.name()} was given {places}")
 
 
 def deterministic(func: Any, of: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -427,7 +427,7 @@ class Card:
         """By name in torch.cuda."""
         major, minor = self.capability
         shape = SimpleNamespace(total_memory=self.total_memory, multi_processor_count=132, name="pretended", major=major, minor=minor)
-        said: dict[str, Any] = {
+        properties: dict[str, Any] = {
             "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "synchronize": None, "empty_cache": None,
             "get_device_name": "pretended", "get_device_capability": self.capability, "get_device_properties": shape, "_lazy_init": None,
             "is_current_stream_capturing": False, "ipc_collect": None, "_exchange_device": 0, "_maybe_exchange_device": 0, "set_device": None,
@@ -439,7 +439,7 @@ class Card:
             "get_rng_state": lambda: self.generator.get_state(), "get_rng_state_all": lambda: [self.generator.get_state()],
         }  # fmt: skip
         return {
-            **{name: lambda *_, answer=answer, **__: answer for name, answer in said.items()},
+            **{name: lambda *_, answer=answer, **__: answer for name, answer in properties.items()},
             **{name: lambda *_, ask=ask, **__: ask() for name, ask in asked.items()},
             **UNTIMED,
             "manual_seed": self.generator.manual_seed,

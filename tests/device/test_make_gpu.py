@@ -93,8 +93,8 @@ def test_every_part_leaves_rows_and_is_not_run_again(
 ) -> None:
     parts = ("demo", "shape", "kernels", "decode", "train")
     code, found = make_gpu(tmp_path, plan, *parts)
-    said = capsys.readouterr().out
-    assert code == 0 and said.startswith("pretended, torch"), said
+    printed = capsys.readouterr().out
+    assert code == 0 and printed.startswith("pretended, torch"), printed
     assert [found[name]["left"] for name in parts] == [[], [], [], [], []]
     assert list(found["demo"]["rows"]) == [f"float32 {name}" for name in ("baseline", "quantize", "decompose", "recover", "fuse")]
     assert all(row["perplexity"] > 1 and row["dtype"] == "float32" for row in found["demo"]["rows"].values())
@@ -137,11 +137,11 @@ def test_failing_tests_are_named_and_those_left_come_next(
         code, found = make_gpu(tmp_path, plan, "tests", seconds=seconds)
         if found["tests"]["left"] == []:
             break
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     rows = {key.split("::")[-1]: row for key, row in found["tests"]["rows"].items()}
     assert code == 1
     assert rows["test_passes"]["outcome"] == "passed" and rows["test_is_skipped"]["outcome"] == "skipped"
-    assert rows["test_fails"]["line"].startswith("AssertionError: not the same") and "test_fails: AssertionError" in said
+    assert rows["test_fails"]["line"].startswith("AssertionError: not the same") and "test_fails: AssertionError" in printed
     assert rows["test_dies"] == {"outcome": "failed", "seconds": rows["test_dies"]["seconds"], "line": "its process ended with 7"}
     assert "did not end within" in rows["test_hangs"]["line"] and found["tests"]["left"] == []
     table = (tmp_path / "out" / "gpu-pretended.md").read_text()
@@ -192,8 +192,8 @@ def test_a_python_without_torch_is_told_so_by_name(tmp_path: Path) -> None:
     (tmp_path / "bitmend").symlink_to(gpu.ROOT)
     command = [sys.executable, "-S", "-P", "-m", "bitmend.pipelines.gpu", "kernels"]
     done = subprocess.run(command, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=60)
-    said = f"kernels: {sys.executable} lacks torch, triton, numpy: give a Python that has torch, triton: PYTHON=…\n"
-    assert (done.returncode, done.stdout) == (2, said), done.stderr
+    printed = f"kernels: {sys.executable} lacks torch, triton, numpy: give a Python that has torch, triton: PYTHON=…\n"
+    assert (done.returncode, done.stdout) == (2, printed), done.stderr
 
 
 def test_the_checkout_is_importable_through_its_link(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Predicted bytes beside what a pretended card's allocator counts, and what the program promises of large models."""
+"""Predicted bytes against what a pretended card's allocator counts, and what the program promises of large models."""
 
 import json
 import struct
@@ -77,14 +77,14 @@ def test_70b_through_quantize_and_decompose_on_a_card_of_48_gb(tmp_path: Path) -
     assert made["shortages"] == [] and all(row["device_bytes"] <= 48e9 for row in made["stages"])
 
 
-def test_what_will_not_fit_is_said_with_what_would(small_model: Path, small_text: Path, tmp_path: Path) -> None:
+def test_what_will_not_fit_is_reported_with_what_would(small_model: Path, small_text: Path, tmp_path: Path) -> None:
     few = {"calibration": {"samples": 2, "seq_len": 64}}
     recipe = chosen(
         tmp_path, small_model, small_text, [{"recover": {"method": "lora", "rank": 2, "batch_size": 64, "seq_len": 256}}], **few
     )
-    with pretended_cuda(total_memory=100 << 20), pytest.raises(OutOfMemoryError) as told:
+    with pretended_cuda(total_memory=100 << 20), pytest.raises(OutOfMemoryError) as caught:
         command(recipe, tmp_path / "run", "cuda", True)
-    code, line = explain(told.value)
+    code, line = explain(caught.value)
     assert code == 5 and "recover needs about 0." in line and "0.1 GB are there; try --set recover.batch_size=32" in line
 
 
@@ -172,7 +172,7 @@ def test_what_is_gathered_for_a_stage_is_counted_once(speaking: Path, tmp_path: 
         assert first["seconds"] > 1.2 * second["seconds"]
         gptq = {"quantize": {"method": "gptq"}}
         bare, chosen = rows([gptq])[1], rows([gptq], budget="4.5bpw")[1]
-    assert chosen["seconds"] > first["seconds"] - second["seconds"] + bare["seconds"], "the table beside Fisher information"
+    assert chosen["seconds"] > first["seconds"] - second["seconds"] + bare["seconds"], "the table in addition to Fisher information"
     assert 26e6 < chosen["device_bytes"] < 39e6, "32.7e6 of it were measured while the table was built with GPTQ"
 
 

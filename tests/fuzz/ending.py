@@ -16,7 +16,7 @@ from bitmend.pipelines import cli
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-# seconds are the processor's, so that what runs beside a test does not count; what waits for ever meets the test's own timeout
+# seconds are the processor's, so that what else the machine runs does not count; what waits for ever meets the test's own timeout
 SECONDS, HANG_SECONDS, GROWTH_BYTES, LINE = 2.0, 20, 500_000_000, cli.LONGEST_LINE
 
 

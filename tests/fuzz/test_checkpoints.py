@@ -62,7 +62,7 @@ ADAPTERS: dict[str, tuple[str, Callable[..., Any] | None, tuple[Beside, ...]]] =
     "prefix": ("dense", None, (Beside("prefix_tuning", tokens="prefix", tensors={TOKENS: HEADS}),)),
     "prompt": ("gptq-v2", None, (Beside("prompt_tuning", tokens="prompt", tensors={TOKENS: torch.zeros(3, 32)}),)),
 }
-"""A base and a PEFT adapter beside it: the base's format, its low-rank terms, its virtual tokens."""
+"""A base and its PEFT adapter: the base's format, its low-rank terms, its virtual tokens."""
 NAMES = [*BASES, *ADAPTERS, "gguf", "tokenizer"]
 
 

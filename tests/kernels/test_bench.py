@@ -29,8 +29,8 @@ def test_rows_are_complete_and_written(tmp_path: Path, device: str) -> None:
         assert all(any(name in variant for variant in variants) for name in needed), variants
     assert all(row["microseconds"] > 0 and row["spread"] >= 0 and row["resident_bytes"] > 0 for row in measured["rows"])
     assert all(row["repeats"] == 3 for row in measured["rows"])
-    said = {"device_name", "clocks", "clocks_at_the_end", "torch", "triton", "warm_up", "repeats", "most_seconds", "threads", "peak"}
-    assert said <= set(measured["environment"])
+    names = {"device_name", "clocks", "clocks_at_the_end", "torch", "triton", "warm_up", "repeats", "most_seconds", "threads", "peak"}
+    assert names <= set(measured["environment"])
     assert not (tmp_path / "bench-kernels.journal").exists()
     assert json.loads((tmp_path / "bench-kernels.json").read_text()) == measured
     table = (tmp_path / "bench-kernels.md").read_text()
@@ -95,7 +95,7 @@ def test_an_operator_of_others_that_cannot_is_refused_with_its_reason(monkeypatc
     assert (refused["variant"], refused["reason"]) == ("theirs", "no kernel for this card") and measured["rows"]
 
 
-def test_times_stand_beside_bfloat16_of_as_many_rows() -> None:
+def test_times_are_relative_to_bfloat16_of_as_many_rows() -> None:
     where = {"out": 64, "inputs": 128, "rank": 0}
     plain, ours = where | {"rows": 2, "variant": "torch bfloat16", "microseconds": 4.0}, where | {"rows": 2, "variant": "a", "microseconds": 3.0}
     others = [ours | {"rows": 3}, {"rows": 1, "rank": 0, "variant": "fused", "microseconds": 1.0}]

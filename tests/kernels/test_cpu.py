@@ -87,7 +87,7 @@ def test_the_scratch_is_one_memory_and_survives_inference_mode() -> None:
     assert scratch.scratch(first.numel() + 10**6).numel() == first.numel() + 10**6
 
 
-def test_what_cannot_be_packed_is_said(uniform: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_packed_is_reported(uniform: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="8-bit groups"):
         cpu_int4.pack_int4(uniform(64, 128, 8))
     with pytest.raises(ValueError, match="group_size is 24"):

@@ -1,4 +1,4 @@
-"""Tiled codes: nothing is lost, and what does not fit is said."""
+"""Tiled codes: nothing is lost, and what does not fit is refused."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -141,7 +141,7 @@ FALLBACKS = {
 
 @pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("kind", FALLBACKS)
-def test_what_a_cpu_cannot_pack_is_said(kind: str, make: Callable[[str], StoredWeight]) -> None:
+def test_what_a_cpu_cannot_pack_is_reported(kind: str, make: Callable[[str], StoredWeight]) -> None:
     module, (backend, reason) = bind(make(kind)), FALLBACKS[kind]
     assert module.backend == backend and reason in module.reason
     if backend not in ("dense", "reference"):
@@ -347,8 +347,8 @@ def test_refusals_name_the_argument(uniform: Maker) -> None:
 
 def test_describe_says_what_is_here_and_what_was_measured(uniform: Maker) -> None:
     bind(StoredWeight(uniform(64, 192)))(torch.zeros(1, 192))
-    said = describe("cpu")
-    assert set(said["backends"]) == {"reference", "dense", "cpu-int4", "cpu-int8", "triton"} and "threads" in said["device"]
-    measured = said["choices"]["form 64x192 int4 group 64 float32"]
+    description = describe("cpu")
+    assert set(description["backends"]) == {"reference", "dense", "cpu-int4", "cpu-int8", "triton"} and "threads" in description["device"]
+    measured = description["choices"]["form 64x192 int4 group 64 float32"]
     assert measured["choice"] in ("packed", "dense") and "one row" in measured["reason"]
-    assert said["backends"]["triton"] == "fused kernels" or torch.cuda.is_available(), "the interpreter counts as a device"
+    assert description["backends"]["triton"] == "fused kernels" or torch.cuda.is_available(), "the interpreter counts as a device"

@@ -111,7 +111,7 @@ def test_defaults_are_candidates_and_come_first() -> None:
                 default = default_for(bucket, capability)
                 assert found[0] == (replace(default, **vars(candidates.AFTER)) if low_rank and default.way == SCRATCH else default)
                 assert len(set(found)) == len(found) and INT4 not in {blocks.way for blocks in found}
-                assert (APART in {blocks.way for blocks in found}) == low_rank, "two launches are measured beside one"
+                assert (APART in {blocks.way for blocks in found}) == low_rank, "two launches are measured as well as one"
                 assert not low_rank or SCRATCH not in {blocks.way for blocks in found}
                 assert capability == OLDER or all(any(b == blocks for _, _, some in CANDIDATES for b in some) for blocks in found if blocks.way != APART)
     assert candidates_for(1024, (9, 0), False, True)[0].way == SCRATCH != candidates_for(512, (9, 0), False, True)[0].way
@@ -125,7 +125,7 @@ def test_an_unknown_card_takes_the_table_of_an_older_one(card: tuple[int, int], 
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> dict[str, float]:
-    """A card whose times are told: way → milliseconds."""
+    """A card with given times: way → milliseconds."""
     times: dict[str, float] = {}
     monkeypatch.setenv("BITMEND_CACHE", str(tmp_path))
     choices.forget()
@@ -157,7 +157,7 @@ def test_what_costs_memory_must_be_faster_by_more(theirs: float, way: str, timed
     assert tuning.tuned("k", CPU, THREE, lambda blocks: blocks.way, lambda blocks: 1.05 if blocks.way == INT4 else 1.0).way == way
 
 
-def test_without_time_to_tune_the_default_is_taken_and_said(timed: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_time_to_tune_the_default_is_taken_and_reported(timed: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(tuning.SWITCH, "0")
     assert tuning.tuned("k", CPU, THREE, lambda blocks: blocks.way).way == "gemv"
     assert describe(CPU)["choices"]["k"] == {"choice": vars(THREE[0]), "reason": "default, not measured: BITMEND_TUNE=0"}
@@ -177,7 +177,7 @@ def test_while_a_graph_is_recorded_nothing_is_measured(timed: dict[str, float], 
 
 
 def test_the_low_rank_term_apart_is_measured_over_the_bases_own_choice(timed: dict[str, float], uniform: Maker, monkeypatch: Any) -> None:
-    """Every way multiplies; what it takes is told by the way it ran last, the term's own launches aside."""
+    """Every way multiplies; what it takes is shown by the way it ran last, the term's own launches aside."""
     ran: list[str] = []
 
     def follow(way: str) -> Callable[[Operands, Blocks], torch.Tensor]:

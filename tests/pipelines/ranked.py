@@ -1,7 +1,7 @@
 """A rank's part of stages, without the runner: every stage of each chain on the artifact before it. Run as code of `Processes.ranks`.
 
 Arguments in BITMEND_RANKED (json): place, model, text, chains (name → stages of a recipe), sections,
-rows (of a matrix that are swept at once), stops (name of a chain → which time it asks whether to stop it is told to).
+rows (of a matrix that are swept at once), stops (name of a chain → at which of its queries whether to stop it stops).
 """
 
 import json
@@ -60,10 +60,10 @@ def finished(at: Path, parent: Artifact, spec: StageSpec, recipe: Recipe, stop: 
     ranks.barrier()
     if ranks.leads:
         documents = {n: (parent.directory / n).read_bytes() for n in parent.manifest["files"] if not n.endswith(".safetensors")}
-        said = asdict(outcome) | {"documents": sorted(outcome.documents)}
+        report = asdict(outcome) | {"documents": sorted(outcome.documents)}
         for timed in ("tokens_per_second", "memory"):
-            said["metrics"].pop(timed, None)
-        at.with_suffix(".json").write_text(json.dumps(said, sort_keys=True, default=str))
+            report["metrics"].pop(timed, None)
+        at.with_suffix(".json").write_text(json.dumps(report, sort_keys=True, default=str))
         writer.seal(at, {"key": at.name, "parent": parent.key, "stage": {"name": spec.address}}, {**documents, **outcome.documents})
     ranks.barrier()
     return open_artifact(at)

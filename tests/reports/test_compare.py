@@ -32,7 +32,7 @@ def test_unbeaten_runs_make_the_line_and_losers_say_to_whom() -> None:
     assert all(found[name].beaten_by is None for name in ("small", "middle", "big"))
 
 
-def test_equal_bytes_means_within_one_percent_and_fewer_bytes_are_said() -> None:
+def test_equal_bytes_means_within_one_percent_and_fewer_bytes_are_reported() -> None:
     near = {entry.run: entry for entry in entries([made("a", 30.0, 1000), made("b", 25.0, 1009)])}
     assert near["a"].beaten_by == "b" and "at equal bytes" in near["a"].verdict
     far = {entry.run: entry for entry in entries([made("a", 30.0, 1000), made("b", 25.0, 1011)])}

@@ -20,13 +20,13 @@ def stage(name: str, perplexity: float, before: float | None = None, stderr: flo
     )
 
 
-def said(record: RunRecord, kind: str) -> str:
+def sentence(record: RunRecord, kind: str) -> str:
     return " ".join(found.text for found in findings(record) if found.kind == kind)
 
 
 def test_the_stage_that_hurt_most_is_named_with_its_numbers() -> None:
     record = run(stage("baseline", 28.7), stage("prune", 30.0, 28.7, method="wanda"), stage("quantize", 43.4, 30.0, method="gptq"))
-    text = said(record, "hurt")
+    text = sentence(record, "hurt")
     assert "quantize (gptq) hurt most: perplexity 30.00 → 43.40 (+44.7 %)" in text
     share = math.log(43.4 / 30.0) / math.log(43.4 / 28.7)
     assert f"{100 * share:.1f} % of all that was lost" in text and "± 0.0040 nats per token" in text
@@ -34,10 +34,10 @@ def test_the_stage_that_hurt_most_is_named_with_its_numbers() -> None:
 
 def test_a_change_within_two_standard_errors_is_noise_and_no_loss() -> None:
     record = run(stage("baseline", 20.0), stage("prune", 20.1, 20.0, stderr=0.003), stage("fuse", 20.1, 20.1, stderr=0.0))
-    assert "No stage raised perplexity by more than two standard errors" in said(record, "hurt")
-    assert "prune: perplexity 20.00 → 20.10 (+0.5 %) is within two standard errors" in said(record, "noise")
+    assert "No stage raised perplexity by more than two standard errors" in sentence(record, "hurt")
+    assert "prune: perplexity 20.00 → 20.10 (+0.5 %) is within two standard errors" in sentence(record, "noise")
     clear = run(stage("baseline", 20.0), stage("prune", 20.1, 20.0, stderr=0.001))
-    assert "prune hurt most" in said(clear, "hurt") and said(clear, "noise") == ""
+    assert "prune hurt most" in sentence(clear, "hurt") and sentence(clear, "noise") == ""
 
 
 @pytest.mark.parametrize("stderr", [None, 1e-7])
@@ -45,10 +45,10 @@ def test_a_change_that_no_digit_shows_is_neither_a_loss_nor_a_gain(stderr: float
     """Of one window, or of so many that the error is tiny: 525.3 → 525.3 (+0.0 %) hurt nobody."""
     for after in (525.3 * math.exp(4e-5), 525.3 * math.exp(-4e-5)):
         record = run(stage("baseline", 525.3), stage("fuse", after, 525.3, stderr=stderr, method="bind"))
-        assert said(record, "hurt") == "No stage raised perplexity by as much as 0.1 %." and said(record, "helped") == ""
-        assert "0.0 %) is too little to count as a loss or a gain" in said(record, "noise")
+        assert sentence(record, "hurt") == "No stage raised perplexity by as much as 0.1 %." and sentence(record, "helped") == ""
+        assert "0.0 %) is too little to count as a loss or a gain" in sentence(record, "noise")
     shown = run(stage("baseline", 525.3), stage("fuse", 526.0, 525.3, stderr=stderr, method="bind"))
-    assert "fuse (bind) hurt most" in said(shown, "hurt")
+    assert "fuse (bind) hurt most" in sentence(shown, "hurt")
 
 
 def test_kernels_are_not_suspected_for_a_difference_within_noise() -> None:
@@ -59,16 +59,16 @@ def test_kernels_are_not_suspected_for_a_difference_within_noise() -> None:
 
 def test_missing_standard_errors_are_admitted() -> None:
     record = run(stage("baseline", 20.0), StageRecord("prune", perplexity=30.0))
-    assert "prune hurt most" in said(record, "hurt")
-    assert "No paired standard error was recorded for prune" in said(record, "noise")
+    assert "prune hurt most" in sentence(record, "hurt")
+    assert "No paired standard error was recorded for prune" in sentence(record, "noise")
 
 
 def test_a_noisy_gain_is_not_called_help() -> None:
     record = run(stage("baseline", 20.0), stage("quantize", 30.0, 20.0), stage("recover", 29.9, 30.0, stderr=0.01))
-    assert said(record, "helped") == "" and "recover" in said(record, "noise")
+    assert sentence(record, "helped") == "" and "recover" in sentence(record, "noise")
     record = run(stage("baseline", 20.0), stage("quantize", 30.0, 20.0), stage("recover", 25.0, 30.0))
     closed = 1 - math.log(25 / 20) / math.log(30 / 20)
-    assert f"recover helped: perplexity 30.00 → 25.00 (−16.7 %), {100 * closed:.1f} % of the log-perplexity gap" in said(record, "helped")
+    assert f"recover helped: perplexity 30.00 → 25.00 (−16.7 %), {100 * closed:.1f} % of the log-perplexity gap" in sentence(record, "helped")
 
 
 def test_a_perplexity_below_the_baseline_is_called_adaptation_only_when_it_is_clear() -> None:
@@ -76,12 +76,12 @@ def test_a_perplexity_below_the_baseline_is_called_adaptation_only_when_it_is_cl
         "recover", 26.0, 30.0, top1_agreement=0.8, kl_to_baseline=0.16, nll_difference=math.log(26 / 28.7), nll_difference_stderr=0.01
     )
     record = run(stage("baseline", 28.7), stage("quantize", 30.0, 28.7), below)
-    text = said(record, "adaptation")
+    text = sentence(record, "adaptation")
     assert "recover is below the baseline (26.00 < 28.70)" in text and "no sign of a better model" in text
     assert "top-1 agreement 80.0 % and KL 0.1600 nats" in text
     blurred = replace(below, nll_difference_stderr=0.08)
-    assert said(run(*record.stages[:2], blurred), "adaptation") == ""
-    assert said(run(stage("baseline", 28.7), stage("quantize", 30.0, 28.7)), "adaptation") == ""
+    assert sentence(run(*record.stages[:2], blurred), "adaptation") == ""
+    assert sentence(run(stage("baseline", 28.7), stage("quantize", 30.0, 28.7)), "adaptation") == ""
 
 
 def heavy_down_proj(blocks: int = 10) -> tuple[LayerRecord, ...]:
@@ -94,33 +94,33 @@ def heavy_down_proj(blocks: int = 10) -> tuple[LayerRecord, ...]:
 
 def test_the_worst_layers_type_and_blocks_are_named() -> None:
     record = run(stage("baseline", 20.0), stage("quantize", 30.0, 20.0, layers=heavy_down_proj()))
-    text = said(record, "layers")
+    text = sentence(record, "layers")
     assert text.startswith("Worst layers after quantize, by relative output error: model.layers.0.x.down_proj (0.900)")
     assert "By type down_proj is worst: 0.450 on average" in text
     even = tuple(LayerRecord(f"model.layers.{block}.x.{role}", 0.1) for block in range(9) for role in ("a", "b"))
     assert worst_role(even) is None
     first = tuple(LayerRecord(f"model.layers.{block}.x.{role}", 0.9 if block == 0 else 0.1) for block in range(12) for role in "abcd")
-    assert "lies in block 0." in said(run(stage("baseline", 20.0), stage("quantize", 30.0, 20.0, layers=first)), "layers")
+    assert "lies in block 0." in sentence(run(stage("baseline", 20.0), stage("quantize", 30.0, 20.0, layers=first)), "layers")
 
 
 def test_allocation_says_how_far_the_prediction_was_off() -> None:
     layers = tuple(LayerRecord(f"m.{i}.q", metrics={"predicted_loss": 2.0, "measured_loss": 2.5}) for i in range(4))
-    text = said(run(stage("baseline", 20.0), stage("decompose", 30.0, 20.0, layers=layers)), "allocation")
+    text = sentence(run(stage("baseline", 20.0), stage("decompose", 30.0, 20.0, layers=layers)), "allocation")
     assert "predicted loss 8.000, measured 10.00 (25.0 % off), over 4 layers" in text
 
 
-def test_a_low_rank_term_dearer_than_a_bit_is_said() -> None:
+def test_a_low_rank_term_dearer_than_a_bit_is_reported() -> None:
     stages = (stage("quantize", 30.0, 20.0, bits_per_weight=3.31), stage("decompose", 28.0, 30.0, bits_per_weight=4.78))
-    assert "added 1.47 bits per weight" in said(run(stage("baseline", 20.0), *stages), "bytes")
+    assert "added 1.47 bits per weight" in sentence(run(stage("baseline", 20.0), *stages), "bytes")
     cheap = (stages[0], replace(stages[1], bits_per_weight=3.68))
-    assert said(run(stage("baseline", 20.0), *cheap), "bytes") == ""
+    assert sentence(run(stage("baseline", 20.0), *cheap), "bytes") == ""
 
 
 def test_notes_of_every_stage_are_repeated() -> None:
     record = run(stage("baseline", 20.0), stage("quantize", 30.0, 20.0, notes=("damping raised in q_proj",)))
-    assert said(record, "note") == "quantize: damping raised in q_proj"
+    assert sentence(record, "note") == "quantize: damping raised in q_proj"
     twice = [stage(name, 30.0, 20.0, notes=("lm_head left alone",)) for name in ("prune", "quantize")]
-    assert said(run(stage("baseline", 20.0), *twice), "note") == "prune, quantize: lm_head left alone"
+    assert sentence(run(stage("baseline", 20.0), *twice), "note") == "prune, quantize: lm_head left alone"
 
 
 def test_pruning_before_quantizing_is_reminded_of_its_mask() -> None:
@@ -167,7 +167,7 @@ def test_scales_that_train_already_are_not_advised(scales: object, advised: bool
 
 
 @pytest.mark.parametrize(("loss", "advised"), [("distill", True), ("both", False), ("cross_entropy", False)])
-def test_the_text_beside_the_teacher_is_advised_where_only_the_teacher_was_heard(loss: str, advised: bool) -> None:
+def test_cross_entropy_is_advised_where_only_the_teacher_was_distilled(loss: str, advised: bool) -> None:
     recovered = stage("recover", 28.0, 33.0, method="scales", settings={"steps": 24, "loss": loss})
     tips = suggestions(run(stage("baseline", 20.0), stage("quantize", 33.0, 20.0, method="gptq"), recovered))
     assert any("recover.loss=both" in tip for tip in tips) == advised
@@ -191,14 +191,14 @@ def test_what_a_budget_was_spent_on() -> None:
         stage("quantize", 22.0, 21.0, nll_difference=0.12, metrics={"allocation": facts}, layers=layers),
         stage("decompose", 21.9, 22.0, nll_difference=0.11, metrics={"allocation": facts}, layers=layers, method="qera_exact"),
     ]
-    text = said(run(*stages), "allocation")
+    text = sentence(run(*stages), "allocation")
     assert "The budget 3.0bpw was spent by decompose (qera_exact), 2.998bpw at the end of the run" in text
     assert "1 matrices have 2 bits, 3 matrices have 3 bits, 1 matrices have 4 bits; 2 have a low-rank term, of rank 8 to 8" in text
     assert (
         "Against the baseline it was predicted to cost 0.0712 nats per token, to second order; on the evaluation text it cost 0.11" in text
     )
     assert "decompose (qera_exact): predicted loss 5.000, measured 5.500 (10.0 % off), over 5 layers" in text
-    assert "budget" not in said(run(*stages[:2]), "allocation")
+    assert "budget" not in sentence(run(*stages[:2]), "allocation")
 
 
 def test_of_an_imitation_the_divergence_comes_first() -> None:
@@ -206,4 +206,4 @@ def test_of_an_imitation_the_divergence_comes_first() -> None:
     for loss, first in (("distill", "KL to it 0.07120 nats per token, the same first choice for 86.1 % of the tokens; perplexity"), ("both", "perplexity")):
         taught = stage("recover", 21.0, 24.0, method="scales", settings={"loss": loss})
         record = run(stage("baseline", 20.0), stage("quantize", 24.0, 20.0), taught, stage("fuse", 21.0, 21.0, method="bind", **measured))
-        assert said(record, "summary").startswith(f"From baseline to fuse (bind): {first} 20.00 → 21.00")
+        assert sentence(record, "summary").startswith(f"From baseline to fuse (bind): {first} 20.00 → 21.00")

@@ -176,7 +176,7 @@ def test_saved_files_are_whole_and_repeat_byte_for_byte(tmp_path: Path) -> None:
     assert first == second and sorted(path.name for path in tmp_path.iterdir()) == ["a.b.png", "a.b.svg"]
 
 
-def test_the_plain_rows_stand_beside_a_run_that_was_measured_as_they_were(full_run: RunRecord) -> None:
+def test_the_plain_rows_are_drawn_with_a_run_that_was_measured_as_they_were(full_run: RunRecord) -> None:
     published = RunRecord.from_json(json.loads(ROWS.read_text(encoding="utf-8")))
     run = replace(full_run, model="demo", protocol=published.protocol, texts={**published.texts, "code": full_run.texts["code"]})
     found = rivals(run)

@@ -104,6 +104,6 @@ def test_a_row_without_its_identity_and_a_foreign_file_are_refused(tmp_path: Pat
         published.read("old", tmp_path)
 
 
-def test_tables_lie_in_the_repository_and_not_beside_the_links_of_an_editable_install() -> None:
+def test_tables_lie_in_the_repository_and_not_next_to_the_links_of_an_editable_install() -> None:
     assert Path(__file__).parents[2] / "reports" / "published" == published.DIRECTORY
     assert {path.name for path in published.DIRECTORY.iterdir()} >= {"README.md", "plain.json", "demo.md", "demo.svg"}

@@ -1,6 +1,6 @@
 """Make the tests' model and text: a small Llama trained on the demo text's training articles, and excerpts it has never seen.
 
-    python tests/small_model/train.py [--steps 2000]        about six minutes of one core; see README.md beside this file
+    python tests/small_model/train.py [--steps 2000]        about six minutes of one core; see README.md in this directory
     python tests/small_model/train.py --width 256 --steps 1500 --output DIR    another model alone: widths of whole super-blocks of GGUF's k-quants
 
 The random numbers come from one seed; a different CPU or torch build rounds differently and ends in a slightly different model.

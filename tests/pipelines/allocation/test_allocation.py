@@ -1,4 +1,4 @@
-"""A budget on the command line: what is chosen, what is stored, what is done again, what is said before any work, and what is refused."""
+"""A budget on the command line: what is chosen, what is stored, what is done again, what is reported before any work, and what is refused."""
 
 import re
 import signal
@@ -79,7 +79,7 @@ def test_the_budget_is_kept_and_spent(spent_run: tuple[Path, RunRecord]) -> None
     assert len({row.setting for row in chosen.rows}) > 2 and len({row.setting.rank for row in chosen.rows}) == 2
 
 
-def test_predictions_stand_beside_what_was_measured(spent_run: tuple[Path, RunRecord]) -> None:
+def test_predictions_are_reported_with_what_was_measured(spent_run: tuple[Path, RunRecord]) -> None:
     _, made = spent_run
     rows = {row.name: row for row in spent_choice(spent_run).rows}
     for stage, whole in ((made.stages[-2], False), (made.stages[-1], True)):
@@ -234,9 +234,9 @@ def test_killed_while_the_table_is_built(
 
 def test_a_dry_run_says_the_range(spent_run: tuple[Path, RunRecord], budgeted: Callable[..., Recipe], tmp_path: Path) -> None:
     fresh = predict(budgeted(tmp_path, "3.5bpw"))
-    said = fresh["allocation"]
-    assert said["table"] == "will be built for 4 of 4 blocks" and said["matrices"] == 28 and said["chosen"] is None
-    assert float(said["smallest"].removesuffix("bpw")) < 2.5 < 4.5 < float(said["largest"].removesuffix("bpw"))
+    shown = fresh["allocation"]
+    assert shown["table"] == "will be built for 4 of 4 blocks" and shown["matrices"] == 28 and shown["chosen"] is None
+    assert float(shown["smallest"].removesuffix("bpw")) < 2.5 < 4.5 < float(shown["largest"].removesuffix("bpw"))
     assert [row["bits_per_weight"] for row in fresh["stages"][1:]] == [3.5, 3.5]
     later = predict(budgeted(tmp_path, "5.0bpw"), spent_run[0])
     assert later["allocation"]["table"] == "is there" and later["allocation"]["chosen"] == spent_choice(spent_run).stored
@@ -336,12 +336,12 @@ def test_names_are_found_exactly(budgeted: Callable[..., Recipe], tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("text", "stored", "said"), [("3bpw", 1000, "2.667bpw"), ("1MB", 123_456, "0.624MB"), ("1KiB", 1024, "489.282KiB")]
+    ("text", "stored", "shown"), [("3bpw", 1000, "2.667bpw"), ("1MB", 123_456, "0.624MB"), ("1KiB", 1024, "489.282KiB")]
 )
-def test_a_size_in_the_unit_of_the_budget_is_rounded_up(text: str, stored: float, said: str) -> None:
+def test_a_size_in_the_unit_of_the_budget_is_rounded_up(text: str, stored: float, shown: str) -> None:
     budget = Budget.parse(text)
-    assert budget is not None and budget.text_of(stored, 3000, 500_000) == said
-    enough = Budget.parse(said)
+    assert budget is not None and budget.text_of(stored, 3000, 500_000) == shown
+    enough = Budget.parse(shown)
     assert enough is not None and enough.bytes_for(3000, 500_000) >= stored
 
 

@@ -105,7 +105,7 @@ def whole(apart: Path, small_text: Path, tmp_path_factory: pytest.TempPathFactor
 def test_nats_are_about_those_that_rounding_costs(
     whole: Built, small_model: Path, apart: Path, small_text: Path, tmp_path: Path
 ) -> None:
-    """The KL divergence to the exact model is the same to second order, and has no first-order part that chance makes large beside few nats."""
+    """The KL divergence to the exact model is the same to second order, and has no first-order part that chance makes large compared with few nats."""
     recipe = asked(tmp_path, small_model, small_text, "1MB", FEW_MATRICES, bits=4, embedding_bits=list(BITS))
     both = built(tmp_path / "table", recipe, context_of(tmp_path, small_model, recipe), small_model)
     predicted = []

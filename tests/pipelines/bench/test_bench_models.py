@@ -1,4 +1,4 @@
-"""bench kernels and bench generate: tables and plots of what was measured, refusals kept, and a compressed model beside its dense self."""
+"""bench kernels and bench generate: tables and plots of what was measured, refusals kept, and a compressed model against its dense self."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_a_card_has_a_short_name(name: str, short: str) -> None:
 
 
 @pytest.mark.usefixtures("no_pages")
-def test_a_model_is_compressed_and_writes_beside_its_dense_self(
+def test_a_model_is_compressed_and_generates_against_its_dense_self(
     tmp_path: Path, small_model: Path, small_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = {"data": dict.fromkeys(("calibration", "train", "evaluation"), str(small_text)), "evaluation": {"seq_len": 64, "windows": 2}}
@@ -73,7 +73,7 @@ def test_a_model_is_compressed_and_writes_beside_its_dense_self(
     assert "| 4 bits, rank 16 " in (tmp_path / "generate-cpu.md").read_text()
 
 
-def test_a_run_writes_beside_its_baseline(finished: Path) -> None:
+def test_a_run_generates_against_its_baseline(finished: Path) -> None:
     rows = benchmarks.run("generate", Options(device="cpu", model=str(finished), repeats=1))["rows"]
     assert [row["variant"] for row in rows] == ["compressed", "dense float32", "dense bfloat16"]
 

@@ -94,7 +94,7 @@ def test_time_and_memory_against_the_number_of_blocks(tmp_path: Path, monkeypatc
     assert scaling.growth(rows[:1]) == []
 
 
-def test_a_process_that_dies_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling.sys, "executable", shutil.which("false"))
     assert scaling.in_a_process(tmp_path / "r.yaml", tmp_path / "run", "cpu") == {"error": "the process ended with 1"}
 

@@ -69,7 +69,7 @@ def test_statistics_that_overflow_name_the_layer(
     assert code == 3 and re.search(words, line), line
 
 
-def test_a_dead_layer_goes_through_and_is_said(commands: Processes, small_model: Path, small_text: Path, tmp_path: Path) -> None:
+def test_a_dead_layer_is_compressed_and_reported(commands: Processes, small_model: Path, small_text: Path, tmp_path: Path) -> None:
     """Nothing ever enters the attention of one block."""
     model = copied(small_model, tmp_path / "model")
     weights(model, lambda t: t["model.layers.1.input_layernorm.weight"].zero_())
@@ -141,7 +141,7 @@ def test_imports(case: str, commands: Processes, gptq: Path, small_text: Path, t
     assert "pickle" in line or case != "pickle only"
 
 
-def test_a_pickle_beside_the_weights_is_never_opened(commands: Processes, gptq: Path, small_text: Path, tmp_path: Path) -> None:
+def test_a_pickle_next_to_the_weights_is_never_opened(commands: Processes, gptq: Path, small_text: Path, tmp_path: Path) -> None:
     """One that would leave a file behind if it were."""
     model = copied(gptq, tmp_path / "model")
     bomb = f"cos\nsystem\n(S'touch {tmp_path / 'opened'}'\ntR.".encode()

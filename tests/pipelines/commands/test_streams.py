@@ -35,11 +35,11 @@ def test_in_ascii_every_command_says_the_same_in_other_characters(tmp_path: Path
         ["compare", one, two], ["compare", one, two, "--json"], ["gc", one], ["status", f"{two} – no"],
     ]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", EACH, json.dumps(commands)], capture_output=True, timeout=120, env={**os.environ, **ASCII})
-    shown, said = done.stdout.decode("ascii"), done.stderr.decode("ascii")
+    shown, errors = done.stdout.decode("ascii"), done.stderr.decode("ascii")
     codes = [line.split()[2] for line in shown.splitlines() if line.startswith("exit code ")]
-    assert codes == ["0"] * (len(commands) - 1) + ["3"] and "Traceback" not in said, said
+    assert codes == ["0"] * (len(commands) - 1) + ["3"] and "Traceback" not in errors, errors
     assert "|w|.|x|" in shown and "GPTQ of W - L" in shown
-    assert "error: " in said and "no: no such run directory" in said
+    assert "error: " in errors and "no: no such run directory" in errors
 
 
 def test_json_in_ascii_says_the_same_as_in_utf_8() -> None:

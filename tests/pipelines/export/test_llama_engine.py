@@ -76,10 +76,10 @@ def test_without_the_extra_it_says_how_to_install(finished: Path, monkeypatch: p
 def test_it_exports_as_a_command(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The run's base, adapter and mask: the file measures what the run measured; -o takes a file or a directory."""
     assert cli.main(["export", str(finished), "--format", "gguf", "--adapter", "-o", str(tmp_path / "m.gguf"), "--json", "-q"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["perplexity"] == pytest.approx(said["artifact_perplexity"], rel=1e-3)
-    assert said["total_bytes"] == sum(path.stat().st_size for path in tmp_path.iterdir()) and len(list(tmp_path.iterdir())) == 2
-    assert any("pruned" in note for note in said["notes"]) and any("m.adapter.gguf" in note for note in said["notes"])
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["perplexity"] == pytest.approx(answer["artifact_perplexity"], rel=1e-3)
+    assert answer["total_bytes"] == sum(path.stat().st_size for path in tmp_path.iterdir()) and len(list(tmp_path.iterdir())) == 2
+    assert any("pruned" in note for note in answer["notes"]) and any("m.adapter.gguf" in note for note in answer["notes"])
     assert cli.main(["export", str(finished), "--format", "gptq", "-o", str(tmp_path / "x.gguf")]) == 2
     assert "--format gptq writes a directory" in capsys.readouterr().err
     assert cli.main(["export", str(finished), "--format", "gguf", "-o", str(tmp_path / "m.gguf")]) == 2

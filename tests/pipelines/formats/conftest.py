@@ -1,4 +1,4 @@
-"""Tiny random models with their linears on a grid, beside a plain model that holds the same effective weights."""
+"""Tiny random models with their linears on a grid, and a plain model that holds the same effective weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

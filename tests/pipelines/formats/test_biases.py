@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 
 def with_biases(made, suffixes) -> Any:
-    """Biases on some linears, in the checkpoint and in the model beside it."""
+    """Biases on some linears, in the checkpoint and in the plain model."""
     tensors = dict(made.checkpoint.tensors)
     for name in made.checkpoint.linears:
         if name.endswith(suffixes):

@@ -189,8 +189,8 @@ def written(single, tmp_path):
 
 
 def stated(**changed):
-    said = {"shape": [64, 64], "blocksize": 64, "nested_blocksize": 256, "nested_offset": 0.1} | changed
-    return {STATE: torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)}
+    fields = {"shape": [64, 64], "blocksize": 64, "nested_blocksize": 256, "nested_offset": 0.1} | changed
+    return {STATE: torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)}
 
 
 BROKEN = {

@@ -23,7 +23,7 @@ from transformers import AutoConfig
         ),
     ],
 )
-def test_the_rope_is_said_as_transformers_4_reads_it(rope, old):
+def test_the_rope_is_stored_as_transformers_4_reads_it(rope, old):
     config = portable_config({"rope_parameters": rope, "dtype": "torch.bfloat16"})
     assert old.items() <= config.items()
     assert config["rope_parameters"] == rope and config["torch_dtype"] == config["dtype"] == "bfloat16"

@@ -108,7 +108,7 @@ def test_transformers_computes_the_same_from_it(name: str, case: Any, on_grid: A
         torch.testing.assert_close(loaded.eval()(IDS).logits, found.model.eval()(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_directory_has_a_card_and_an_adapter_beside_the_model(llama: Any, tmp_path: Path) -> None:
+def test_a_directory_has_a_card_and_an_adapter_next_to_the_model(llama: Any, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(2)
 
     def load(name: str) -> StoredWeight:

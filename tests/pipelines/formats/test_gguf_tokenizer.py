@@ -94,6 +94,6 @@ def test_a_normalizer_that_llama_cpp_lacks_is_refused(name: str, small_text: Pat
         vocabulary(tmp_path, ROWS)
 
 
-def test_a_prefix_that_is_not_written_twice_is_said(small_text: Path, tmp_path: Path) -> None:
+def test_a_prefix_that_is_not_written_twice_is_reported(small_text: Path, tmp_path: Path) -> None:
     save_tokenizer("unigram", small_text, tmp_path)
     assert "begins with a space" in vocabulary(tmp_path, ROWS).notes[0]

@@ -101,7 +101,7 @@ def test_masked_weights_ship_as_exact_zeros_and_the_note_says_what_is_lost(singl
     assert any("masks themselves" in note for note in notes)
 
 
-def test_mixed_bits_and_dense_linears_are_said_in_dynamic(on_grid, tmp_path):
+def test_mixed_bits_and_dense_linears_are_listed_in_dynamic(on_grid, tmp_path):
     def base(i):
         return on_grid(torch.randn(64, 64, generator=torch.Generator().manual_seed(i)), bits=(4, 4, 3)[i])
 
@@ -158,7 +158,7 @@ def test_what_it_cannot_carry_is_refused_with_the_format_that_can(what, single, 
     assert not list(tmp_path.iterdir())
 
 
-def test_scales_finer_than_float16_are_said(single, tmp_path):
+def test_scales_finer_than_float16_are_reported(single, tmp_path):
     base = UniformWeight.from_codes(torch.ones(32, 32).long(), torch.full((32, 1), 0.1), None, 4, 32)
     assert any("rounded" in note for note in write(single(base), tmp_path / "out"))
 

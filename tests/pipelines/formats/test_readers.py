@@ -1,4 +1,4 @@
-"""Who reads an export: every claim has its proof, and what is said of a file follows from what is in it."""
+"""Who reads an export: every claim has its proof, and what is claimed of a file follows from what is in it."""
 
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def test_every_claim_has_its_proof() -> None:
         (Exported.of("bnb", True, "llama", [{**NF4, "low_rank": {}}]), ["PEFT 0.21 on transformers with bitsandbytes 0.50"]),
     ],
 )
-def test_what_is_said_follows_from_what_is_in_it(exported: Exported, programs: list[str]) -> None:
+def test_what_is_reported_follows_from_what_is_in_it(exported: Exported, programs: list[str]) -> None:
     assert known_readers(exported) == programs
     assert not set(programs) & set(for_the_others(exported, True)), "a program reads it or needs a change"
 

@@ -145,12 +145,12 @@ def exporting(tmp_path):
 
 
 def exported(tmp_path):
-    """What lies beside `out` while it is exported once more, its own scratch place left out."""
+    """What lies next to `out` while it is exported once more, its own scratch place left out."""
     with fresh_directory(tmp_path / "out") as scratch:
         return set(tmp_path.iterdir()) - {scratch.parent}
 
 
-def test_what_a_killed_export_left_is_removed_and_said(exporting, tmp_path, caplog):
+def test_what_a_killed_export_left_is_removed_and_reported(exporting, tmp_path, caplog):
     kill, left = exporting
     other = left.with_name(left.name.replace("out", "other"))
     other.mkdir()
@@ -197,7 +197,7 @@ def test_a_place_that_is_taken_is_refused(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_full_disk_is_said(monkeypatch, tmp_path):
+def test_a_full_disk_is_reported(monkeypatch, tmp_path):
     def full(*_, **__):
         raise SafetensorError('Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })')
 

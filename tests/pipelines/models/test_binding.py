@@ -130,9 +130,9 @@ def test_it_behaves_as_a_transformers_model(finished: Path, tmp_path: Path) -> N
     assert model.get_memory_footprint() == resident_bytes(model) > 0
     write = pipeline("text-generation", model=model, tokenizer=tokenizer)
     settings = {"max_new_tokens": 6, "do_sample": False}
-    (said,) = write("The city of", **settings)
+    (answer,) = write("The city of", **settings)
     ids = tokenizer("The city of", return_tensors="pt")
-    assert said["generated_text"] == tokenizer.decode(model.generate(**ids, **settings)[0], skip_special_tokens=True)
+    assert answer["generated_text"] == tokenizer.decode(model.generate(**ids, **settings)[0], skip_special_tokens=True)
     assert len(write(["The city", "A river that is"], batch_size=2, **settings)) == 2
     with pytest.raises(InputError, match="bound to kernels and cannot be saved"):
         model.save_pretrained(tmp_path)

@@ -108,7 +108,7 @@ def test_q_k_v_share_one_second_moment(tmp_path: Path) -> None:
 
 
 def with_adapter(artifact: Artifact, extra: Beside, place: Path) -> Artifact:
-    """The artifact with one more adapter beside it."""
+    """The artifact with one more adapter."""
     writer = ArtifactWriter(place.with_suffix(".partial"), artifact)
     writer.write_part("all", {"tensors": {n: artifact.tensor(n) for n in artifact.index}}, {})
     writer.write_extra_modules(extra)

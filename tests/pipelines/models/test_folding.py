@@ -68,7 +68,7 @@ def test_a_block_stays_what_it_is(family: str, tmp_path: Path) -> None:
 
 
 class Toy(nn.Module):
-    """A norm that two linears read, and, when asked, the sum at the end as well."""
+    """A norm that two linears read, and, if set, the sum at the end as well."""
 
     def __init__(self, elsewhere: bool) -> None:
         super().__init__()

@@ -168,8 +168,8 @@ def test_experts_whose_parts_are_of_two_types_come_densely(vocabulary: dict[str,
     checkpoint = read(resolve_model(str(file), codes=True))
     assert sum("down_proj" in name for name in checkpoint.linears) == 8 and not any("gate_up" in name for name in checkpoint.linears)
     assert checkpoint.tensors["model.layers.0.mlp.experts.gate_up_proj"].shape == (4, 64, 64)
-    said = [r.getMessage() for r in caplog.records if "two types" in r.getMessage()]
-    assert len(said) == 2 and "blk.0.ffn_gate_exps.weight with blk.0.ffn_up_exps.weight" in said[0]
+    messages = [r.getMessage() for r in caplog.records if "two types" in r.getMessage()]
+    assert len(messages) == 2 and "blk.0.ffn_gate_exps.weight with blk.0.ffn_up_exps.weight" in messages[0]
 
 
 def test_experts_that_transformers_would_leave_out_are_refused(vocabulary: dict[str, Any], tmp_path: Path) -> None:

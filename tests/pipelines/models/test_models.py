@@ -43,7 +43,7 @@ def test_a_skeleton_has_the_structure_and_no_weights(family: str, tmp_path: Path
     assert tied_names(empty) == tied_names(model)
 
 
-def test_what_is_skipped_is_said() -> None:
+def test_what_is_skipped_is_reported() -> None:
     found = {skipped.name: skipped.reason for skipped in inspect(tiny_model("mixtral")).skipped}
     assert "include_head" in found.pop("lm_head")
     assert len(found) == 3 and all("router" in reason for reason in found.values())

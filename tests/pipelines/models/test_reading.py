@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 QUANTIZE = {"bits": 3, "group_size": 32}
 CHAINS: dict[str, list[dict[str, Any]]] = {
     "two_blocks": [{"quantize": {"method": "learned_rounding", "window": "two_blocks", "steps": 1, **QUANTIZE}}],
-    "dense_beside": [
+    "dense_follows": [
         {"prune": {"method": "wanda", "sparsity": 0.3}},
         {"quantize": {"method": "gptq", "correction": 0.5, "true_sequential": True, **QUANTIZE}},
         {"decompose": {"method": "qera_exact", "rank": 2}},

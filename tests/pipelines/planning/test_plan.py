@@ -51,14 +51,14 @@ def test_bytes_are_predicted(case: str, small_model: Path, small_text: Path, tmp
             assert row["bits_per_weight"] == pytest.approx(stage.bits_per_weight, rel=0.002), row
 
 
-@pytest.mark.parametrize("format_", ["gptq", "compressed-tensors", "bnb", "adapter beside"])
+@pytest.mark.parametrize("format_", ["gptq", "compressed-tensors", "bnb", "with an adapter"])
 def test_bytes_of_a_quantized_checkpoint_are_predicted(format_: str, small_model: Path, small_text: Path, tmp_path: Path) -> None:
     """Somebody else's checkpoint, as it is imported."""
     sections = {"calibration": {"samples": 2, "seq_len": 64}, "evaluation": {"seq_len": 32, "windows": 1}}
     method = {"method": "nf4", "block_size": 64} if format_ == "bnb" else {"method": "rtn", "bits": 4, "group_size": 32}
-    stages = [{"quantize": method}, *([QERA] if format_ == "adapter beside" else [])]
+    stages = [{"quantize": method}, *([QERA] if format_ == "with an adapter" else [])]
     runner.run(chosen(tmp_path, small_model, small_text, stages, **sections), tmp_path / "theirs")
-    adapter = format_ == "adapter beside"
+    adapter = format_ == "with an adapter"
     exporting.export(tmp_path / "theirs", "gptq" if adapter else format_, tmp_path / "checkpoint", adapter=adapter)
     trained = [{"recover": {"method": "scales", "steps": 1, "batch_size": 1, "seq_len": 32, "loss": "cross_entropy"}}]
     recipe = chosen(tmp_path, tmp_path / "checkpoint", small_text, trained, **sections)

@@ -1,4 +1,4 @@
-"""What a recovery cannot be is said before any work."""
+"""What a recovery cannot do is refused before any work."""
 
 from pathlib import Path
 from typing import Any

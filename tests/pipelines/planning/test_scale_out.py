@@ -66,26 +66,26 @@ def plan_of(shape: str, *sets: str, sizes: tuple[int, ...] = (1, 8, 64), recipe:
 @pytest.mark.parametrize("shape, parameters", [("8b", 8_030_261_248), ("70b", 70_553_706_496), ("405b", 405_853_388_800)])
 def test_shapes_of_models_that_nobody_has(shape: str, parameters: int) -> None:
     assert sum(p.numel() for p in skeleton(config_of(SHAPES[shape])).parameters()) == parameters
-    said, made = plan_of(shape)
+    report, made = plan_of(shape)
     fleet, needs = ScaleOut(SPEEDS, LINK), {stage: found[:-1] for stage, found in made.needs.items()}
-    assert said["parameters"] == parameters
-    enough = {row["stage"]: row["ranks"] for row in said["where_more_ranks_stop_helping"]}
+    assert report["parameters"] == parameters
+    enough = {row["stage"]: row["ranks"] for row in report["where_more_ranks_stop_helping"]}
     assert enough["quantize"] <= 8 and enough["recover"] == 1 and enough["baseline"] == 1 and enough["an evaluation"] > 8
     in_slots = [fleet.terms(needs["quantize"], size)["slots of calibration text"].seconds for size in (1, 8, 64)]
     assert in_slots == pytest.approx([in_slots[0], in_slots[0] / 8, in_slots[0] / 8]), "128 windows in 8 slots"
     solving = [fleet.terms(needs["quantize"], size)["matrices of a block"].seconds for size in (1, 4, 8)]
     assert solving[1] == solving[2] > 0.25 * solving[0], "four inputs, of which the widest costs most"
-    notes = [row["note"] for row in said["notes"]]
+    notes = [row["note"] for row in report["notes"]]
     assert notes[0].startswith("quantize on 64 ranks: calibration text has 8 slots") and notes[-1].startswith("above 8 ranks a run is refused")
     assert any("recover.accumulation=64" in note for note in notes)
 
 
 def test_recovery_with_as_many_micro_batches_as_ranks_goes_on(tmp_path: Path) -> None:
-    said, _ = plan_of("8b", "recover.accumulation=64", sizes=(1, 64))
-    enough = {row["stage"]: row["ranks"] for row in said["where_more_ranks_stop_helping"]}
+    report, _ = plan_of("8b", "recover.accumulation=64", sizes=(1, 64))
+    enough = {row["stage"]: row["ranks"] for row in report["where_more_ranks_stop_helping"]}
     assert enough["recover"] >= 16
-    recover = {row["ranks"]: row for row in said["stages"] if row["stage"] == "recover"}
-    assert recover[64]["seconds"] < 0.1 * recover[1]["seconds"] and not any("accumulation" in row["note"] for row in said["notes"])
+    recover = {row["ranks"]: row for row in report["stages"] if row["stage"] == "recover"}
+    assert recover[64]["seconds"] < 0.1 * recover[1]["seconds"] and not any("accumulation" in row["note"] for row in report["notes"])
 
 
 def test_what_a_link_and_ranks_may_be(capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,20 +93,20 @@ def test_what_a_link_and_ranks_may_be(capsys: pytest.CaptureFixture[str]) -> Non
     for text in ("", "fast", "0", "-1", "1,2,3", "nan"):
         with pytest.raises(UsageError, match="expected GB/s"):
             given_link(text)
-    for arguments, said in (
+    for arguments, expected in (
         (["--ranks", "2,0"], "--ranks 2,0: expected numbers of processes"),
         (["--shape", "8c", "--link", "1"], "did you mean"),
         (["--shape", "8b", "-m", "demo"], "give one of them"),
         (["--shape", "8b", "--link", "1", "--set", "quantize.group_size=4097"], "this run would be refused"),
     ):
         assert cli.main(["plan", "compress_and_recover", *arguments]) == 2
-        assert said in capsys.readouterr().err
+        assert expected in capsys.readouterr().err
 
 
 def test_what_bench_scale_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, said in ((["--method", "recover"], "did you mean 'recovery'"), (["-m", "demo"], "a model of its own")):
+    for arguments, expected in ((["--method", "recover"], "did you mean 'recovery'"), (["-m", "demo"], "a model of its own")):
         assert cli.main(["bench", "scale", *arguments]) == 2
-        assert said in capsys.readouterr().err
+        assert expected in capsys.readouterr().err
 
 
 def test_the_critical_path_is_the_longest_of_every_stretch() -> None:

@@ -42,12 +42,12 @@ def test_a_checkpoint_is_made_once_from_our_windows_cut_to_its_number_of_samples
     from safetensors.torch import load_file
 
     _program(environment, "0.16.1")
-    checkpoint, said = _made(environment)
-    assert (checkpoint / "config.json").is_file() and said["seconds"] == 1.0
+    checkpoint, answer = _made(environment)
+    assert (checkpoint / "config.json").is_file() and answer["seconds"] == 1.0
     place = checkpoint.parents[1]
     job = json.loads((place / "job.json").read_text())
     assert load_file(job["calibration"])["ids"].tolist() == torch.arange(64).view(8, 8).tolist()
-    assert _made(environment) == (checkpoint, said)
+    assert _made(environment) == (checkpoint, answer)
     assert (place / "runs").read_text() == "x"
 
 

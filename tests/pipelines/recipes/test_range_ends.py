@@ -66,9 +66,9 @@ def run(tiny: Path, small_text: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         arguments = ["run", str(recipe), "-m", str(tiny), "--data", str(small_text), "-o", str(tmp_path / "run"), "--device", "cpu", "-q"]
         capsys.readouterr()
         code = cli.main([*arguments, *more])
-        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert len(said) == (code != 0), (code, said)
-        return code, said[0] if said else ""
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == (code != 0), (code, errors)
+        return code, errors[0] if errors else ""
 
     return started
 

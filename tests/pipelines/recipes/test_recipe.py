@@ -229,7 +229,7 @@ def test_common_settings_and_overrides(basic: Path) -> None:
         (["stages=[3]"], "entry 1 should be one `stage: {settings}`"),
     ],
 )
-def test_what_is_wrong_is_said_with_the_way_out(basic: Path, sets: list[str], expected: str) -> None:
+def test_what_is_wrong_is_reported_with_the_way_out(basic: Path, sets: list[str], expected: str) -> None:
     assert expected in refused(str(basic), sets=sets)
 
 

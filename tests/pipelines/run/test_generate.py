@@ -106,7 +106,7 @@ def test_the_graph_writes_what_generate_writes(finished: Path) -> None:
     assert tokens == expected.tolist()
 
 
-def test_what_is_no_run_is_said(tmp_path: Path) -> None:
+def test_what_is_no_run_is_reported(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no config\.json"):
         list(generate(tmp_path, PROMPT, device="cpu"))
 

@@ -102,7 +102,7 @@ def test_sweep(kills: int, commands: Processes, small_model: Path, small_text: P
 
 @pytest.mark.parametrize("form", ["gptq-v2", *(pytest.param(form, marks=pytest.mark.slow) for form in ("compressed-tensors", "dense"))])
 def test_export(form: str, commands: Processes, finished: Path, tmp_path: Path) -> None:
-    """No half directory under its name; repeated, the same bytes, and nothing beside them."""
+    """No half directory under its name; repeated, the same bytes, and nothing else."""
     arguments = ["export", str(finished), "--format", form, "--stage", "quantize", "-o", str(tmp_path / "out" / "model")]
     (tmp_path / "out").mkdir()
     draw = random.Random(form)

@@ -103,8 +103,8 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(loaded: Any,
 
 
 def test_the_pipeline_writes_what_generate_writes(finished: Path, fused: Path) -> None:
-    said = pipeline("text-generation", model=str(fused), device=-1)("The city of", max_new_tokens=12, do_sample=False, return_full_text=False)
-    assert said[0]["generated_text"] == "".join(generate(finished, "The city of", max_new_tokens=12, device="cpu"))
+    answer = pipeline("text-generation", model=str(fused), device=-1)("The city of", max_new_tokens=12, do_sample=False, return_full_text=False)
+    assert answer[0]["generated_text"] == "".join(generate(finished, "The city of", max_new_tokens=12, device="cpu"))
 
 
 def test_a_changed_file_is_named(fused: Path, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ print(type(transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.
 """
 
 
-def test_without_the_import_it_is_said_and_afterwards_it_works(fused: Path) -> None:
+def test_without_the_import_it_is_reported_and_afterwards_it_works(fused: Path) -> None:
     done = subprocess.run([sys.executable, "-P", "-c", LATE, str(fused)], capture_output=True, text=True, timeout=300)
     first, second = done.stdout.splitlines()
     assert first.endswith("import_bitmend_first.safetensors") and second == "FusedLinear", done.stderr

@@ -76,7 +76,7 @@ def alone(commands: Processes, command: list[str], tmp_path_factory: pytest.Temp
     return place / "run", time.monotonic() - began
 
 
-def told(log: Path, size: int) -> list[str]:
+def reported(log: Path, size: int) -> list[str]:
     """How it ended, in all that the ranks wrote."""
     return [line for rank in range(size) for line in Path(f"{log}.{rank}").read_text().splitlines() if line.startswith(STORY)]
 
@@ -113,13 +113,13 @@ def test_every_file_is_that_of_one_process(
 
 
 def killed(commands: Processes, arguments: list[str], log: Path, size: int, rank: int, when: float | str) -> None:
-    """All end within a minute, the killed one's death said in one line; one that was killed before it came is missed instead."""
+    """All end within a minute, the killed one's death reported in one line; one that was killed before it came is missed instead."""
     began = time.monotonic()
     codes = ran(commands, arguments, log, size, wounds=[(when, rank, signal.SIGKILL)])
     if codes == [0] * size and not isinstance(when, str):
         return  # came too late
     assert isinstance(when, str) or time.monotonic() - began < when + 60
-    lines = told(log, size)
+    lines = reported(log, size)
     if lines and all("did not come within" in line or "not reached within" in line for line in lines):
         assert codes == [-signal.SIGKILL if r == rank else 2 for r in range(size)], written(log, size)
         assert rank == 0 or (len(lines) == 1 and f"rank {rank} of {size}" in lines[0]), lines
@@ -161,7 +161,7 @@ def test_a_signal_to_one_rank_stops_all(
     log, arguments = tmp_path / "log", [*command, "-o", str(tmp_path / "run")]
     codes = ran(commands, arguments, log, 2, wounds=[("quantize: gptq", 1, number)])
     assert codes == [130, 130], written(log, 2)
-    assert told(log, 2) == ["interrupted; what was finished is kept, the same command goes on from there"]
+    assert reported(log, 2) == ["interrupted; what was finished is kept, the same command goes on from there"]
     assert ran(commands, ["resume", str(tmp_path / "run")], log, 1) == [0], written(log, 1)
     same(tmp_path / "run", alone[0])
 
@@ -179,13 +179,13 @@ REFUSED = {
 }
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_is_said_in_one_line(commands: Processes, command: list[str], tmp_path: Path, case: str) -> None:
+def test_what_cannot_be_is_reported_in_one_line(commands: Processes, command: list[str], tmp_path: Path, case: str) -> None:
     *environments, line = REFUSED[case]
     place, log = tmp_path / "work", tmp_path / "log"
     codes = ran(commands, [*command, "-o", "run"], log, 2, environments=[{"CHDIR": str(place), **variables} for variables in environments])
     assert codes[0] == codes[1] != 0, written(log, 2)
-    (said,) = told(log, 2)
-    assert line in said and "Traceback" not in written(log, 2)
+    (only,) = reported(log, 2)
+    assert line in only and "Traceback" not in written(log, 2)
     assert codes == [5, 5] if "memory" in line else codes[0] in (2, 3)
 
 
@@ -197,8 +197,8 @@ def test_a_port_that_is_taken_is_named(commands: Processes, command: list[str], 
         log = tmp_path / "log"
         codes = ran(commands, [*command, "-o", "run"], log, 2, environments=[port, port], wounds=[(4.0, 1, signal.SIGKILL)])
     assert codes == [2, -signal.SIGKILL], written(log, 2)
-    (said,) = told(log, 2)
-    assert f"MASTER_PORT {port['MASTER_PORT']}: it is in use; choose another MASTER_PORT" in said
+    (only,) = reported(log, 2)
+    assert f"MASTER_PORT {port['MASTER_PORT']}: it is in use; choose another MASTER_PORT" in only
 
 
 def test_a_rank_that_never_comes_is_named(commands: Processes, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_rank_that_never_comes_is_named(commands: Processes, tmp_path: Path) -
     codes = commands.ranks(2, log, code=code + PLAIN, environments=[{"WORLD_SIZE": "3"}] * 2)
     assert codes == [2, 2], written(log, 2)
     assert "waiting for rank 2 of 3, until 3 s" in Path(f"{log}.0").read_text()
-    assert told(log, 2) == ["error: rank 2 of 3 did not come within 3 s; start all of WORLD_SIZE, with one MASTER_ADDR"]
+    assert reported(log, 2) == ["error: rank 2 of 3 did not come within 3 s; start all of WORLD_SIZE, with one MASTER_ADDR"]
 
 
 def test_a_rank_0_that_never_comes_is_named(commands: Processes, tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_rank_0_that_never_comes_is_named(commands: Processes, tmp_path: Path)
     codes = commands.ranks(1, log, code=code + PLAIN, environments=[{"WORLD_SIZE": "2", "RANK": "1"}])
     assert codes == [2] and time.monotonic() - began < 20, written(log, 1)
     assert "rank 1 waits for rank 0 at 127.0.0.1:" in written(log, 1)
-    (line,) = told(log, 1)
+    (line,) = reported(log, 1)
     assert "not reached within 3 s (Connection refused); start rank 0, too" in line
 
 

@@ -38,8 +38,8 @@ def test_side_by_side_is_one_after_the_other(recipe: Path, small_model: Path, sm
     options = {"model": str(small_model), "data": str(small_text)}
     over = ["decompose.rank=2,4", "evaluation.seq_len=32,100000"]
     plain = swept(recipe, options, tmp_path / "plain", over[:1], 1)
-    together = swept(recipe, options, tmp_path / "together", over, 2)
-    found, failed = rows(together)[:2], rows(together)[2:]
+    parallel = swept(recipe, options, tmp_path / "together", over, 2)
+    found, failed = rows(parallel)[:2], rows(parallel)[2:]
     assert [{k: v for k, v in row.items() if k not in ("error", "evaluation.seq_len")} for row in found] == rows(plain)
     assert len(failed) == 2 and all(row["perplexity"] is None and "100000" in row["error"] for row in failed)
     assert hashes(tmp_path / "together") == hashes(tmp_path / "plain")
@@ -51,8 +51,8 @@ def test_side_by_side_is_one_after_the_other(recipe: Path, small_model: Path, sm
 def test_stages_that_are_shared_are_made_once(recipe: Path, small_model: Path, small_text: Path, tmp_path: Path) -> None:
     options = {"model": str(small_model), "data": str(small_text)}
     plain = swept(recipe, options, tmp_path / "plain", OVER, 1)
-    together = swept(recipe, options, tmp_path / "together", OVER, 3)
-    assert rows(together) == rows(plain) and len(rows(plain)) == 4
+    parallel = swept(recipe, options, tmp_path / "together", OVER, 3)
+    assert rows(parallel) == rows(plain) and len(rows(plain)) == 4
     assert hashes(tmp_path / "together") == hashes(tmp_path / "plain")
 
 

@@ -62,7 +62,7 @@ def by_definition(record: StoredWeight, module: Any, args: tuple[torch.Tensor], 
 
 
 def test_what_is_measured_rounds_every_input(run: Path) -> None:
-    """By hand: the dense weights in a plain model, every linear's input through the grid, the low-rank term beside."""
+    """By hand: the dense weights in a plain model, every linear's input through the grid, the low-rank term added."""
     artifact = runner.last_artifact(run, "decompose")
     streamed = StreamedModel(artifact, CPU)
     ids = torch.arange(5, 37).view(1, -1)

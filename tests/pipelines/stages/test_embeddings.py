@@ -1,4 +1,4 @@
-"""Token embeddings on a grid when asked: one stored matrix where they are the head too, dense again in every export, never trained by mistake."""
+"""Token embeddings on a grid: one stored matrix where they are the head too, dense again in every export, never trained by mistake."""
 
 from pathlib import Path
 from typing import Any
@@ -70,10 +70,10 @@ def test_every_export_has_the_table_densely_and_says_so(format_: str, run: Path,
     stage = runner.record(run).stages[1]
     found = exporting.export(run, format_, tmp_path / "out", stage="quantize")
     assert found["perplexity"] == pytest.approx(stage.perplexity, rel=1e-4)
-    said = "model.embed_tokens: rounded to 8 bits in the artifact, written densely here"
-    assert any(note.startswith(said) for note in found["notes"])
+    note_text = "model.embed_tokens: rounded to 8 bits in the artifact, written densely here"
+    assert any(note.startswith(note_text) for note in found["notes"])
     card = (tmp_path / "out" / "README.md").read_text()
-    assert said in card and card.count(said) == 1
+    assert note_text in card and card.count(note_text) == 1
     assert "# model: rtn 4 bits" in card and str(run) not in card
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(tensors[f"{TABLE}.weight"], runner.last_artifact(run, "quantize").stored(TABLE).dense())

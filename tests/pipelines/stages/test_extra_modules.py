@@ -1,4 +1,4 @@
-"""Adapters and virtual tokens beside a model, end to end: trained, stored, measured, fused, loaded, written by, exported."""
+"""Bottlenecks and virtual tokens, end to end: trained, stored, measured, fused, loaded, written by, exported."""
 
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def inodes(place: Path, address: str, pattern: str) -> set[int]:
 
 
 @pytest.mark.parametrize("method", OWN)
-def test_what_was_trained_beside_the_model_is_in_the_artifact(method: str, place: Path, small_model: Path) -> None:
+def test_trained_extra_modules_are_in_the_artifact(method: str, place: Path, small_model: Path) -> None:
     stage = recovered(place, small_model, method)
     artifact, before = opened(place, "recover"), opened(place, "quantize")
     artifact.verify()

@@ -92,7 +92,7 @@ def test_squares_at_the_embeddings_and_the_head(
 def test_sums_do_not_depend_on_how_much_fits(
     family: str, tmp_path: Path, small_model: Path, small_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All sequences together; one at a time, its states in files; and no more than one block is ever loaded."""
+    """All sequences at once; one at a time, its states in files; and no more than one block is ever loaded."""
     save_speaking(family, tmp_path / "source", small_model)
     given = context(tmp_path, tmp_path / "source", small_text)
     loaded: list[int] = []
@@ -103,13 +103,13 @@ def test_sums_do_not_depend_on_how_much_fits(
             return super().run_block(index, hidden_NTD)
 
     monkeypatch.setattr(fisher, "StreamedModel", Watched)
-    together, outside = fisher._collect(given)
+    at_once, outside = fisher._collect(given)
     calls = len(loaded)
     monkeypatch.setattr(hidden, "free_bytes", lambda device: 0)
     assert fisher._sequences_at_once(Watched(given.baseline, CPU), given.inputs.calibration(), Room.measured(CPU, tmp_path)) == 1
     alone, also_outside = fisher._collect(given)
     assert set(loaded) == {1} and len(loaded) == 2 * calls
-    for name, (row_O, column_I) in together.items():
+    for name, (row_O, column_I) in at_once.items():
         assert torch.equal(row_O, alone[name][0]) and torch.equal(column_I, alone[name][1])
     for found, again in zip(vars(outside).values(), vars(also_outside).values(), strict=True):
         assert found.any() and torch.equal(found, again)

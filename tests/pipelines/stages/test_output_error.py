@@ -72,7 +72,7 @@ def test_every_method_reports_the_same_quantity(name: str, reported: dict[str, t
     assert stage.metrics["calibration_tokens"] == (0 if name in ("rtn", "nf4", "magnitude", "loftq") else 20 * 48)
 
 
-def test_a_better_term_shows_a_smaller_error_and_its_own_metric_stands_beside(reported: dict[str, tuple[Path, Any]]) -> None:
+def test_a_better_term_shows_a_smaller_error_next_to_its_own_metric(reported: dict[str, tuple[Path, Any]]) -> None:
     """The exact term errs least on the outputs; in their own metrics the three cannot be compared."""
     of = {name: {layer.name: layer for layer in reported[name][1].layers} for name in ("loftq", "lqer", "qera_exact")}
     mean = {name: sum(layer.relative_output_error for layer in layers.values()) for name, layers in of.items()}
@@ -90,8 +90,8 @@ def test_idle_experts_have_none(small_model: Path, small_text: Path, tmp_path: P
 
 def test_a_stage_of_an_older_program_keeps_its_own_error(reported: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
     run, _ = reported["rtn"]
-    beside = next(stage_directory(run, "quantize").parent.glob("*quantize*.metrics")) / "stage.json"
-    stage = json.loads(beside.read_text())
+    measured = next(stage_directory(run, "quantize").parent.glob("*quantize*.metrics")) / "stage.json"
+    stage = json.loads(measured.read_text())
     for layer in stage["layers"]:
         layer["relative_output_error"] = layer.pop("output_error") ** 0.5
     old = next(layer for layer in stage["layers"] if layer["name"] == Q.format(0))

@@ -91,16 +91,16 @@ def every_method(family: str) -> Chains:
 
 
 def artifacts(place: Path) -> dict[str, str]:
-    """sha256 of every file of every artifact, and of what its stage said."""
+    """sha256 of every file of every artifact, and of its stage's outcome."""
     found = [p for p in place.rglob("*") if p.is_file() and ".partial" not in str(p) and "teacher" not in str(p)]
     return {str(p.relative_to(place)): sha256(p) for p in found}
 
 
 def made(commands: Processes, size: int, place: Path, stops: dict[str, int] | None = None, **asked: Any) -> tuple[dict[str, str], str]:
     """What `size` processes leave, and what rank 0 says."""
-    told = {"place": str(place), "tokens_at_once": 64, "held_out_tokens": 320, "rows": ROWS, "sections": SECTIONS, "stops": stops or {}, **asked}
+    job = {"place": str(place), "tokens_at_once": 64, "held_out_tokens": 320, "rows": ROWS, "sections": SECTIONS, "stops": stops or {}, **asked}
     log = place.with_suffix(".log")
-    codes = commands.ranks(size, log, code=CODE, environments=[{"BITMEND_RANKED": json.dumps(told)}] * size)
+    codes = commands.ranks(size, log, code=CODE, environments=[{"BITMEND_RANKED": json.dumps(job)}] * size)
     assert codes == [0] * size, [Path(f"{log}.{rank}").read_text()[-3000:] for rank in range(size)]
     return artifacts(place), Path(f"{log}.0").read_text()
 
@@ -109,7 +109,7 @@ Alone = tuple[dict[str, str], dict[str, Any]]
 
 
 def by_one(family: str, chains: Chains, commands: Processes, small_model: Path, small_text: Path, place: Path) -> Alone:
-    """What one process leaves, and what it was asked."""
+    """What one process leaves, and its job."""
     save_speaking(family, place / "model", small_model, num_hidden_layers=2)
     asked = {"model": str(place / "model"), "text": str(small_text), "chains": chains}
     return made(commands, 1, place / "one", **asked)[0], asked
@@ -134,13 +134,13 @@ def test_stages_go_on_with_another_number_of_processes(llama: Alone, commands: P
     expected, asked = llama
     asked = asked | {"chains": {name: SHORT[name] for name in ("sequential", "rounded")}}
     expected = {name: of for name, of in expected.items() if name.startswith(("baseline", "sequential", "rounded"))}
-    place, said = tmp_path / "changing", ""
+    place, output = tmp_path / "changing", ""
     for size, stops in ((2, {"sequential": 4, "rounded": 4}), (4, {"sequential": 2}), (1, {})):
         found, news = made(commands, size, place, stops, **asked)
-        said += news
+        output += news
         if size == 2:
             assert list(place.glob("sequential-0.partial/walked-00001-hidden.safetensors")) and list(place.glob(f"rounded-1.partial/{TRAINING_STATE}"))
-    assert [line for line in said.splitlines() if line.startswith("stopped")] == [
+    assert [line for line in output.splitlines() if line.startswith("stopped")] == [
         "stopped: sequential, stage 0", "stopped: rounded, stage 1", "stopped: sequential, stage 1"
     ]  # fmt: skip
     same({name: of for name, of in found.items() if not name.startswith("metrics")}, expected)
@@ -174,9 +174,9 @@ def test_a_bad_input_of_one_rank_is_an_error_of_all(llama: Alone, commands: Proc
     rare = next(t for t in ids_NT[1].tolist() if [int((row == t).any()) for row in ids_NT] == [0, 1] + [0] * 8)
     text["model.embed_tokens.weight"][rare] = torch.nan
     safetensors.torch.save_file(text, tmp_path / "model" / "model.safetensors", {"format": "pt"})
-    told = {"place": str(tmp_path / "bad"), "tokens_at_once": 64, "held_out_tokens": 320, "rows": ROWS, "sections": SECTIONS, "stops": {}}
-    told |= asked | {"model": str(tmp_path / "model"), "chains": {"wanda": [{"prune": {"method": "wanda"}}]}}
-    codes = commands.ranks(2, tmp_path / "log", code=CODE, environments=[{"BITMEND_RANKED": json.dumps(told)}] * 2)
+    job = {"place": str(tmp_path / "bad"), "tokens_at_once": 64, "held_out_tokens": 320, "rows": ROWS, "sections": SECTIONS, "stops": {}}
+    job |= asked | {"model": str(tmp_path / "model"), "chains": {"wanda": [{"prune": {"method": "wanda"}}]}}
+    codes = commands.ranks(2, tmp_path / "log", code=CODE, environments=[{"BITMEND_RANKED": json.dumps(job)}] * 2)
     assert codes == [99, 99]
     for rank in range(2):
         assert "InputError: model.layers.0.self_attn.q_proj: square_sum of its inputs holds NaN" in (tmp_path / f"log.{rank}").read_text()

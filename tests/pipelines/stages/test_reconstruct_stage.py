@@ -132,7 +132,7 @@ def test_scales_of_a_quantized_model(small_model: Path, tmp_path: Path) -> None:
 
 
 def test_super_scales_of_types_of_ggml(small_model: Path, tmp_path: Path) -> None:
-    """d and m move, each block comes nearer; the codes and what a GGUF file holds beside them stay."""
+    """d and m move, each block comes nearer; the codes and the small codes stay."""
     quantize = {"quantize": {"method": "rtn", "grid": "q2_k"}}
     made = run(tmp_path, small_model, toy_text(tmp_path / "toy.jsonl"), [quantize, {"recover": {**QUICK, "rank": 16, "steps": 8, "samples": 8}}])
     before, after = opened(tmp_path, "quantize"), opened(tmp_path, "recover")

@@ -29,7 +29,7 @@ QUANTIZE = {"quantize": {"method": "gptq", "bits": 3, "group_size": 16}}
 TRAIN: dict[str, Any] = {"method": "dequantize_train_requantize", **STEPS, "learning_rate": 1e-3}
 
 
-def test_it_beats_rounding_to_nearest_under_a_mask_and_beside_factors(small_model: Path, tmp_path: Path) -> None:
+def test_it_beats_rounding_to_nearest_under_a_mask_and_with_factors(small_model: Path, tmp_path: Path) -> None:
     text, kept = toy_text(tmp_path / "toy.jsonl"), {}
     for quantizer in ("gptq", "rtn"):
         stages = [PRUNE, QUANTIZE, {"decompose": {"method": "qera_exact", "rank": 2}}, {"recover": TRAIN | {"quantizer": quantizer}}]

@@ -23,7 +23,7 @@ CHAINS: Chains = {
 }
 
 
-def told(place: Path, name: str) -> dict[str, Any]:
+def trained_metrics(place: Path, name: str) -> dict[str, Any]:
     return json.loads((place / f"{name}-1.json").read_text())["metrics"]
 
 
@@ -56,7 +56,7 @@ def test_a_state_is_found_wherever_a_kill_left_it(tmp_path: Path) -> None:
 def test_perplexity_is_that_of_one_process(commands: Processes, small_model: Path, small_text: Path, tmp_path: Path) -> None:
     _, asked = by_one("llama", {"full": CHAINS["full"]}, commands, small_model, small_text, tmp_path)
     made(commands, 2, tmp_path / "two", **asked)
-    close(told(tmp_path / "two", "full"), told(tmp_path / "one", "full"))
+    close(trained_metrics(tmp_path / "two", "full"), trained_metrics(tmp_path / "one", "full"))
 
 
 @pytest.mark.slow
@@ -64,11 +64,11 @@ def test_another_number_of_processes_goes_on(commands: Processes, small_model: P
     """It is the run's key that has it begin anew; the state can be read."""
     _, asked = by_one("llama", CHAINS, commands, small_model, small_text, tmp_path)
     place = tmp_path / "changing"
-    _, said = made(commands, 4, place, {"full": 6, "qat": 6}, **asked)
-    assert said.count("stopped") == 2
+    _, output = made(commands, 4, place, {"full": 6, "qat": 6}, **asked)
+    assert output.count("stopped") == 2
     for name in CHAINS:
         parts = place / f"{name}-1.partial" / TRAINING_PARTS
         assert json.loads((parts / PARTS_META).read_text())["step"] == 3 and len(list(parts.glob("*.distcp"))) == 4
     made(commands, 2, place, **asked)
     for name in CHAINS:
-        close(told(place, name), told(tmp_path / "one", name))
+        close(trained_metrics(place, name), trained_metrics(tmp_path / "one", name))

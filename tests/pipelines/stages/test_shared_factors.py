@@ -88,5 +88,7 @@ def test_kernels_project_once(run: Path) -> None:
 
 
 def test_an_adapter_holds_a_factor_for_each_and_says_so(run: Path, tmp_path: Path) -> None:
-    said = export(run, "dense", tmp_path / "out", stage="recover", adapter=True)
-    assert any("12 linears share another's right factor here; a PEFT adapter stores one for each" in note for note in said["notes"]), said
+    report = export(run, "dense", tmp_path / "out", stage="recover", adapter=True)
+    assert any("12 linears share another's right factor here; a PEFT adapter stores one for each" in note for note in report["notes"]), (
+        report
+    )

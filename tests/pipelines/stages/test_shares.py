@@ -1,4 +1,4 @@
-"""Blocks that share a mean sparsity: the mean is what was asked for, every method takes part, overrides win, a resumed run is the same."""
+"""Blocks that share a mean sparsity: the mean is what was set, every method takes part, overrides win, a resumed run is the same."""
 
 import signal
 from functools import partial
@@ -48,7 +48,7 @@ def keep(inputs: dict[str, torch.Tensor], name: str, module: torch.nn.Module, ar
 
 
 def test_outliers_are_those_of_the_dense_models_inputs(small_model: Path, small_text: Path, tmp_path: Path) -> None:
-    """By hand, on the whole model: OWL takes all matrices of a block together, before anything is pruned."""
+    """By hand, on the whole model: OWL pools all matrices of a block, before anything is pruned."""
     recipe = chosen(tmp_path, small_model, small_text, [{"prune": {"method": "magnitude", "allocation": "outliers"}}], **FEW)
     stage = runner.run(recipe, tmp_path / "run").stages[-1]
     with opened(str(small_model)) as artifact:

@@ -1,4 +1,4 @@
-"""Matrices of a block compressed in the order of their calls: who reads the same input goes together, each group sees what came before."""
+"""Matrices of a block compressed in the order of their calls: matrices of one input form a group, each group sees what came before."""
 
 import signal
 from collections.abc import Callable

@@ -17,7 +17,7 @@ compress = import_module("bitmend.pipelines.stages.compress")  # whose name is a
 BLOCKS = 4
 STAGES: dict[str, list[dict[str, Any]]] = {
     "gptq": [{"quantize": {"method": "gptq", "bits": 3, "group_size": 16, "head_bits": 4}}],
-    "with the dense model beside": [RTN, {"quantize": {"method": "gptq", "bits": 3, "group_size": 16, "correction": 1.0}}],
+    "along with the dense model": [RTN, {"quantize": {"method": "gptq", "bits": 3, "group_size": 16, "correction": 1.0}}],
 }
 
 
@@ -90,7 +90,7 @@ def test_finished_blocks_are_not_run_again(
 
 
 def test_a_torn_checkpoint_is_not_there(tmp_path: Path, model: Path, blocks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    stages = STAGES["with the dense model beside"]
+    stages = STAGES["along with the dense model"]
     whole = undisturbed(model, stages)
     monkeypatch.setattr(walked, "SECONDS", 0.0)
     killed(tmp_path / "killed", model, stages, 2, blocks)

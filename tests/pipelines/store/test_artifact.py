@@ -84,7 +84,7 @@ def test_in_a_run_stages_share_their_files(finished: Path) -> None:
     quantize, decompose, recover, fuse = (inodes(a) for a in ("quantize", "decompose", "recover", "fuse"))
     assert recover == fuse, "fuse adds no byte"
     for name, inode in quantize.items():
-        assert (decompose[name] == inode) == (not name.endswith(".vectors.safetensors")), "factors lie beside codes that are shared"
+        assert (decompose[name] == inode) == (not name.endswith(".vectors.safetensors")), "factors are own files next to shared codes"
     assert {n for n in decompose if decompose[n] == recover[n]} == {n for n in decompose if not n.endswith("vectors.safetensors")}
     name = "block-00000.matrices.safetensors"
     sharing = [p for p in finished.glob(f"stages/*/{name}") if p.stat().st_ino == fuse[name]]

@@ -31,17 +31,17 @@ def read_back(commands: Processes, place: Path, finished: Path, what: str) -> No
     log, run = place / "log", place / "run"
     stages = json.loads((finished / "record.json").read_text())["stages"]
 
-    def told(arguments: list[str]) -> str | None:
+    def answer(arguments: list[str]) -> str | None:
         code, text = commands.run(arguments, log), log.read_text()
         assert "Traceback" not in text and code in (0, 2, 3), f"{what}: {' '.join(arguments)} ends in {code}\n{text}"
         assert code == 0 or text.count("error: ") == 1, f"{what}: {text}"
         return text if code == 0 else None
 
-    shown = told(["report", "export", str(run), "--format", "json"])
+    shown = answer(["report", "export", str(run), "--format", "json"])
     assert shown is None or _numbers(json.loads(shown)["stages"]) == _numbers(stages), what
-    measured = told(["eval", str(run), "--device", "cpu", "--json"])
+    measured = answer(["eval", str(run), "--device", "cpu", "--json"])
     assert measured is None or json.loads(measured[measured.index("{") :])["perplexity"] == stages[-1]["perplexity"], what
-    if told(["resume", str(run), "--device", "cpu"]) is not None:
+    if answer(["resume", str(run), "--device", "cpu"]) is not None:
         assert hashes(run) == hashes(finished), what
         assert _numbers(json.loads((run / "record.json").read_text())["stages"]) == _numbers(stages), what
 
@@ -71,4 +71,4 @@ def test_a_bit_of_every_file(commands: Processes, finished: Path, tmp_path: Path
     for turn in range(3):
         for name in files:
             _damaged(commands, finished, tmp_path, name, random.Random(f"{name} {turn}"))
-    print(f"{len(files)} files, {3 * len(files)} bits, none told a wrong number")
+    print(f"{len(files)} files, {3 * len(files)} bits, none gave a wrong number")

@@ -1,4 +1,4 @@
-"""What killed processes leave among the temporary files and beside a report goes with the next command of the kind; what others hold stays."""
+"""What killed processes leave among the temporary files and next to a report goes with the next command of the kind; what others hold stays."""
 
 import os
 import signal

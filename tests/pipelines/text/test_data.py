@@ -190,8 +190,8 @@ def test_a_data_set_offline_is_one_line():
         "except InputError as error:\n    print(error)\n"
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": "/nonexistent", "PYTHONSAFEPATH": "1"}
-    said = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True).stdout.strip()
-    assert "Salesforce/wikitext" in said and "\n" not in said and "'demo'" in said
+    output = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    assert "Salesforce/wikitext" in output and "\n" not in output and "'demo'" in output
 
 
 # answers only
@@ -310,7 +310,7 @@ def test_a_text_shorter_than_one_window_is_refused_with_the_numbers(tmp_path: Pa
         tokenize(short, tokenizer, 512)
 
 
-def test_fewer_windows_than_asked_for_are_said(documents: Documents, tokenizer: Any, caplog: pytest.LogCaptureFixture):
+def test_fewer_windows_than_requested_are_reported(documents: Documents, tokenizer: Any, caplog: pytest.LogCaptureFixture):
     windows = tokenize(documents, tokenizer, 64, 10_000)
     assert f"all {len(windows.ids)} windows are used, 10000 were requested" in caplog.text
 

@@ -229,7 +229,7 @@ def test_a_text_of_another_model_is_refused(small_model: Path, little_text: Path
         self_text(small_model, tokenizer, 0, CPU)
 
 
-def test_without_bos_another_beginning_is_chosen_and_said(small_model: Path, little_text: Path):
+def test_without_bos_another_beginning_is_chosen_and_reported(small_model: Path, little_text: Path):
     tokenizer = load_tokenizer(small_model)
     tokenizer.bos_token = None
     assert "at EOS, since the tokenizer has no BOS" in self_text(small_model, tokenizer, 0, CPU).dataset

@@ -107,7 +107,7 @@ def test_text_that_teaches_nothing_is_refused_before_any_work(small_model: Path,
 
 
 def test_two_tasks_are_switched_on_one_base(small_model: Path, small_text: Path, tmp_path: Path) -> None:
-    """Each run's adapter, loaded beside the other on the base of one of them, gives that run's logits."""
+    """Each run's adapter, loaded together with the other on the base of one of them, gives that run's logits."""
     answers = {"bridge": "Under the old stone bridge.", "engine": "He wrote a letter to the engine."}
     for name, answer in answers.items():
         tasked(tmp_path / name, small_model, small_text, answer)
