@@ -13,6 +13,7 @@ from bitmend.pipelines.models.hidden import Room
 from bitmend.pipelines.models.structure import inspect
 from bitmend.pipelines.planning.plan import refusals
 from bitmend.pipelines.ranks.exchange import ONE
+from bitmend.pipelines.recipes.recipe import resolve
 from bitmend.pipelines.run import runner
 from bitmend.pipelines.stages import guidance
 from bitmend.pipelines.stages.guidance import Guidance, token_squares
@@ -20,7 +21,7 @@ from bitmend.pipelines.stages.walked import share_of
 from transformers import AutoModelForCausalLM
 
 from ..families import save_speaking
-from ..runs import chosen, hashes
+from ..runs import chosen, hashes, write_recipe
 from .test_fisher import CPU, context
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -117,6 +118,14 @@ def test_gradients_do_not_depend_on_how_much_fits(
     monkeypatch.setattr(hidden, "free_bytes", lambda device: 0)
     for name, alone in guidance._collect(given, groups).items():
         assert torch.equal(alone, whole[name])
+
+
+@pytest.mark.slow
+def test_a_budgets_table_has_no_gradients_and_the_stage_has(tmp_path: Path, small_model: Path, small_text: Path) -> None:
+    path = write_recipe(tmp_path / "recipe.yaml", [{"quantize": GUIDED}], calibration={"samples": 4, "seq_len": 32})
+    recipe = resolve(str(path), options={"model": str(small_model), "data": str(small_text), "budget": "4.0bpw"})
+    runner.run(recipe, tmp_path / "run")
+    assert list((tmp_path / "run").rglob("guidance-*"))
 
 
 @pytest.mark.parametrize(
