@@ -100,7 +100,8 @@ def _magnitude_needs(config: Any) -> frozenset[str]:
 def _feedback_needs(config: object) -> frozenset[str]:
     """Methods with error compensation: a correction or refit towards the dense model's inputs needs those as well as the compressed model's."""
     leans = getattr(config, "correction", 0.0) or getattr(config, "refit", None)
-    return frozenset({"second_moment", "cross_moment"} if leans else {"second_moment"})
+    guided = frozenset({"guidance"} if getattr(config, "guided", 0) else ())
+    return guided | frozenset({"second_moment", "cross_moment"} if leans else {"second_moment"})
 
 
 PRUNE: Mapping[str, Method] = {

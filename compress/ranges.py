@@ -20,6 +20,8 @@ SquareWidth = Annotated[int, Ge(1), Le(4096)]
 WidthOrZero = Annotated[int, Ge(0), Le(65536)]
 Group = Literal[-1] | Width
 """Columns of a group; −1 takes the whole row."""
+RowGroupsOrZero = Annotated[int, Ge(0), Le(64)]
+"""Of a matrix, each with a second moment of its own."""
 Count = Annotated[int, Ge(1), Le(1_000_000)]
 Iterations = Annotated[int, Ge(1), Le(10_000)]
 Steps = Annotated[int, Ge(1), Le(10_000_000)]

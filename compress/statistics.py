@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NEEDS = frozenset({"norms", "absmax", "absmean", "second_moment", "cross_moment", "samples", "fisher"})
-"""Every statistic a method can ask for; `fisher` concerns the weight, all others its input."""
+NEEDS = frozenset({"norms", "absmax", "absmean", "second_moment", "cross_moment", "samples", "fisher", "guidance"})
+"""Every statistic a method can ask for; `fisher` concerns the weight, `guidance` input and output, all others its input."""
+BY_MATRIX = frozenset({"fisher", "guidance"})
+"""What is not shared by the matrices that read one input."""
 MOMENTS = {"second_moment": "moment_sum_II", "cross_moment": "cross_sum_II"}
 """The sums that are as large as a weight."""
 SAMPLES = 512
@@ -185,7 +187,9 @@ class Fisher:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """All that a method is given about one matrix apart from its weights."""
+    """All that a method is given about one matrix apart from its weights. `guided`: for each group of its rows, second moments in which a token
+    counts by the loss's squared gradient at those outputs."""
 
     inputs: InputStatistics
     fisher: Fisher | None = None
+    guided: tuple[InputStatistics, ...] = ()

@@ -23,7 +23,7 @@ from ...compress.lowrank import Metric, WeightedError
 from ...compress.methods import DECOMPOSE, QUANTIZE, Method
 from ...compress.metrics import gradient_squares, metric_of
 from ...compress.options import Grid, Setting, error_table, mask_on, overrides
-from ...compress.statistics import Fisher, InputStatistics, LayerStatistics
+from ...compress.statistics import BY_MATRIX, Fisher, InputStatistics, LayerStatistics
 from ...compress.weights import StoredWeight
 from ..errors import InputError
 from ..evaluation.perplexity import embedded
@@ -199,7 +199,7 @@ class _Walk:
         needs = frozenset({"second_moment"}).union(*(row.needs(self.stages.quantize.config_for(s.name)) for s in sites))
         needs |= frozenset() if self.solver is None else _needs(self.solver)
         statistics: dict[str, InputStatistics] = {}
-        collect(self.model, index, hidden, sites, needs - {"cross_moment", "fisher"}, statistics)
+        collect(self.model, index, hidden, sites, needs - {"cross_moment", *BY_MATRIX}, statistics)
         out: dict[str, Tensor] = {}
         for site in sites:
             inputs = statistics.get(site.name) or InputStatistics(site.shape[1], frozenset({"second_moment"}), self.context.device)
@@ -272,7 +272,7 @@ class _Walk:
         config = spec.config_for(site.name)
         if row.scope == "block":  # it starts from GPTQ, and trains what that left
             row, config = QUANTIZE["gptq"], GptqConfig(clip=config.clip)
-        changes = wanted | ({"correction": 0.0} if hasattr(config, "correction") else {})
+        changes = wanted | {name: 0 for name in ("correction", "guided") if hasattr(config, name)}
         record = self._matrix(self.model.reader, site)
         if grid.pattern != "dense":
             record = record.with_mask(mask_on(target_OI, known.inputs.norm_I, grid))

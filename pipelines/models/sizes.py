@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ...compress.factors import FactorBits, FactorForm
 from ...compress.ggml_types import GGML_TYPES, GridName, type_for
 from ...compress.grids import divide
+from ...compress.guided import row_groups
 from ...compress.options import Grid, ggml_grid
 from ...recover.selection import roles
 from ..recipes.stage_settings import StageSpec, methods
@@ -211,6 +212,7 @@ def _resize(spec: StageSpec, site: Site, config: object, size: Size) -> None:
         if getattr(config, "bits", None) is not None:
             _quantized(rows, columns, config, size)
     elif spec.name == "quantize" and getattr(config, "start", "") != "stored":
+        _refuse_guidance(site, getattr(config, "guided", 0))
         _quantized(rows, columns, config, size)
     elif spec.name == "decompose":
         rank = getattr(config, "rank", 0)
@@ -224,6 +226,18 @@ def _resize(spec: StageSpec, site: Site, config: object, size: Size) -> None:
         if not size.low_rank:
             with_factors(size, site.shape, min(getattr(config, "rank", 0), rows, columns), 16)
         size.compressed = True
+
+
+def _refuse_guidance(site: Site, groups: int) -> None:
+    """ValueError for a matrix that cannot be solved under its tokens' gradients in so many groups of rows."""
+    if not groups:
+        return
+    row_groups(site.shape[0], groups)
+    kind = (
+        "of an expert, which not every token reaches" if site.expert is not None else "outside the blocks" if site.block is None else None
+    )
+    if kind is not None:
+        raise ValueError(f"is {kind}, so guided: {groups} knows no gradient for its inputs; set guided: 0 for it (overrides)")
 
 
 def with_factors(size: Size, shape: tuple[int, int], rank: int, bits: FactorBits) -> None:

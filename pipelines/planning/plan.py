@@ -155,7 +155,7 @@ def _costed(
     structure, model = sizes.structure, costs.plan.anatomy.model
     needs = {"baseline": costs.baseline(sizes)}
     stages = [_row("baseline", None, sizes) | costs.row(needs["baseline"]) | {"total_bytes": round(stored)}]
-    extra_bytes, gathers_fisher = 0, True
+    extra_bytes, gathers_fisher, guided = 0, True, set[tuple[object, ...]]()
     for number, spec in enumerate(specs):
         before = copy.deepcopy(sizes)
         apply(spec, sizes)
@@ -164,6 +164,10 @@ def _costed(
         gathered = [] if budget is None or number != budget.first else budget.gathered(costs, before)
         if gathers_fisher and (_reads_fisher(spec) or (gathered and recipe.allocation.weighting == "fisher")):
             gathered, gathers_fisher = [costs.fisher(), *gathered], False
+        groups = _guided(spec, structure)
+        if groups and groups not in guided:
+            gathered = [*gathered, costs.guidance(spec)]
+            guided.add(groups)
         gathered = [costs.self_text(), *gathered] if writes and number == 0 else gathered
         if not refused:
             needs[spec.address] = costs.stage(spec, before, sizes, number == 0, gathered)
@@ -237,6 +241,12 @@ def _allocation(
     return _Budget(
         report, stages.first, {} if chosen is not None else at_most, stages, spending.settings_of(recipe, stages), missing, outside
     )
+
+
+def _guided(spec: StageSpec, structure: Structure) -> tuple[object, ...]:
+    """The matrices whose tokens' gradients the stage reads, and in how many groups: what was gathered once is there for the next."""
+    sites = [] if spec.name != "quantize" else [s for s in structure.sites if s.block is not None and not spec.skips(s.name)]
+    return tuple((s.name, count) for s in sites if (count := getattr(spec.config_for(s.name), "guided", 0)))
 
 
 def _reads_fisher(spec: StageSpec) -> bool:

@@ -73,6 +73,9 @@ class RunCosts:
     def fisher(self) -> Needs:
         return table_costs.fisher(self.plan)
 
+    def guidance(self, spec: StageSpec) -> Needs:
+        return table_costs.guidance(self.plan, spec)
+
     def table(self, stages: Spent, settings: Sequence[Setting], before: Sizes, blocks: int, outside: Sequence[Outside]) -> Needs:
         """Of so many blocks, and of matrices outside of them, of a budget's table of errors."""
         result = table_costs.table(self.plan, stages, settings, _has_records(before), blocks)

@@ -77,11 +77,14 @@ def _rounded(config: Any, rows: int, columns: int, feedback: bool) -> Cost:
     if not feedback:
         return Cost(work, (8.7 if joint else 4.7 if uniform else 3.5) * matrix)
     at_once = getattr(config, "act_order", "none") == "static_groups" and not config.first_order
-    work += _sweep(rows, columns, SETTLED_CALLS if at_once else COLUMN_CALLS)
+    groups = getattr(config, "guided", 0)  # of rows, each with a factor of its own
+    work += (
+        _sweep(rows / max(groups, 1), columns, SETTLED_CALLS if at_once else COLUMN_CALLS) * max(groups, 1) + factor_work(columns) * groups
+    )
     if getattr(config, "correction", 0.0) or getattr(config, "refit", None):
         work = work.in_products(F32, 2.0 * columns**3 + 2.0 * rows * columns**2)
     peak = max((10.4 if joint else 7.3) * matrix, FACTOR_PEAK * 4 * columns**2)
-    return Cost(work, peak, 4.0 * columns**2)
+    return Cost(work, peak, 0.0 if groups else 4.0 * columns**2)
 
 
 FACTOR_PEAK = 4.0
@@ -99,7 +102,7 @@ def _search(clip: str, rows: int, columns: int) -> Work:
     return Work(passes=4.0 * FIT[clip] * rows * columns, calls=FIT_CALLS[clip] * chunks, powers=powers)
 
 
-def _sweep(rows: int, columns: int, calls: float = COLUMN_CALLS) -> Work:
+def _sweep(rows: float, columns: int, calls: float = COLUMN_CALLS) -> Work:
     return Work({F32: 0.5 * rows * columns**2}, passes=4.0 * SWEEP * rows * columns, calls=calls * columns)
 
 

@@ -5,11 +5,12 @@ code does between its products `anatomy`. Recovery is in `recovery_costs`. Reads
 Legend: N windows, T tokens, O out, I in, D model, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from ...compress.statistics import SAMPLES
+from ...compress.statistics import BY_MATRIX, SAMPLES
 from ..devices.rates import Work
 from ..evaluation.perplexity import LOGITS_AT_ONCE, TOKENS_AT_ONCE
 from ..models.sizes import rounded_to_nearest
@@ -58,7 +59,7 @@ def compressed(plan: CostPlan, spec: StageSpec, records: bool, first: bool, writ
     anatomy, row = plan.anatomy, methods(spec.name)[spec.method]
     sites = [s for s in anatomy.sites() if not spec.skips(s.name)]
     needs = frozenset[str]().union(*(row.needs(spec.config_for(s.name)) for s in sites)) if sites else frozenset()
-    looks = bool(needs - {"fisher"}) or row.scope == "block"
+    looks = bool(needs - BY_MATRIX) or row.scope == "block"
     twin = (row.inputs == "dense" and not first) or "cross_moment" in needs or row.dense_outputs
     seq_len, windows = plan.recipe.calibration.seq_len, plan.recipe.calibration.samples
     if not looks:  # a few tokens, for the errors alone
@@ -69,14 +70,15 @@ def compressed(plan: CostPlan, spec: StageSpec, records: bool, first: bool, writ
     writing = Work(files=written / anatomy.blocks, calls=500)
     work = solving.work + writing
     passes = 2.0 + ((1.0 if "cross_moment" in needs else 0.0) + 1.0 if twin else 0.0)
-    passes += len(anatomy.inputs(sites)) - 1 if spec.true_sequential and looks else 0
+    passes += (len(anatomy.inputs(sites)) - 1 if spec.true_sequential and looks else 0) * (2 if "guidance" in needs else 1)
+    passes += 1.0 if "guidance" in needs else 0.0
     last = [] if row.scope == "block" or not sites else anatomy.inputs(sites)[-1]
     loading = plan.loaded(records) * (2 if twin else 1)
     running = plan.pass_of(tokens, seq_len) * passes
     work += running + loading
     unneeded, read_back = Work({plan.dtype: -tokens * anatomy.products(last)}), Work(passes=anatomy.block_parameters * 4 * DENSE)
     work += unneeded + read_back
-    gathered = gathering(plan, anatomy.inputs(sites), needs, tokens)
+    gathered = gathering(plan, anatomy.inputs(sites), needs, tokens) + _weighing(spec, sites, tokens)
     work += gathered
     models = 2 if twin else 1
     hidden = plan.hidden_bytes(tokens) * (models + row.dense_outputs)
@@ -91,13 +93,14 @@ def compressed(plan: CostPlan, spec: StageSpec, records: bool, first: bool, writ
         alone["rounding and moving what trains"] = training.repeated
         shared += training.divided(anatomy.blocks, plan.slots(windows, seq_len))
         sent += training.sent(anatomy.blocks)
-    device = held + max(solving.peak, plan.running_bytes(windows, seq_len))
+    device = held + max(solving.peak, plan.running_bytes(windows, seq_len) + 2 * _guided_bytes(spec, sites))
     read = anatomy.block_parameters * plan.element * (1 if first else 2)
     opening = OPENED * (2 if twin else 1)
+    weights = 4.0 * tokens * sum(guided_groups(spec, sites)) * anatomy.blocks
     whole = Needs(
         work * anatomy.blocks + opening,
         device,
-        max(anatomy.outside * plan.element, READ_AHEAD * read) + written / anatomy.blocks + RUNNING_BYTES,
+        max(anatomy.outside * plan.element, READ_AHEAD * read) + written / anatomy.blocks + weights + RUNNING_BYTES,
         hidden,
         tuple(shared),
         {name: each * anatomy.blocks for name, each in alone.items()} | {"opening": opening},
@@ -133,13 +136,32 @@ def gathering(plan: CostPlan, inputs: list[list[Site]], needs: frozenset[str], t
     return work
 
 
+def guided_groups(spec: StageSpec, sites: Sequence[Site]) -> list[int]:
+    """Of every matrix: groups of rows that have a second moment of their own."""
+    return [getattr(spec.config_for(site.name), "guided", 0) for site in sites]
+
+
+def _weighing(spec: StageSpec, sites: Sequence[Site], tokens: float) -> Work:
+    """The inputs under the weights of every group (stages/guidance)."""
+    work = Work()
+    for site, groups in zip(sites, guided_groups(spec, sites), strict=True):
+        width = site.shape[1]
+        calls = tokens / TOKENS_AT_ONCE * (5 + width / 256)
+        work += Work({F32: 0.6 * tokens * width**2}, passes=tokens * width * 12.0, calls=calls) * groups
+    return work
+
+
+def _guided_bytes(spec: StageSpec, sites: Sequence[Site]) -> float:
+    return sum(4.0 * groups * site.shape[1] ** 2 for site, groups in zip(sites, guided_groups(spec, sites), strict=True))
+
+
 def _solved(
     plan: CostPlan, spec: StageSpec, sites: list[Site], needs: frozenset[str], records: bool, tokens: float
 ) -> tuple[Cost, float, Divided]:
     """(work of a block's matrices and the peak bytes in addition to the block, bytes of the statistics that all of them keep, the same work in
     pieces that owners solve)."""
     squares = 4.0 * (("second_moment" in needs) + ("cross_moment" in needs))
-    kept, work, peak = 0.0, Work(), 0.0
+    kept, work, peak = _guided_bytes(spec, sites), Work(), 0.0
     pieces, first = list[Piece](), dict[int, Work]()
     solved = list[tuple[Work, list[Site], int]]()
     for number, group in enumerate(plan.anatomy.inputs(sites)):
@@ -225,12 +247,17 @@ def _sums_sent(
     blocks, inputs = plan.anatomy.blocks, plan.anatomy.inputs(sites)
     slots = min(SLOTS, len(plan.batches(windows, seq_len)))
     rows = min(SAMPLES, windows * seq_len)
-    times = float(blocks) * (len(inputs) if spec.true_sequential and needs - {"fisher"} else 1)
+    times = float(blocks) * (len(inputs) if spec.true_sequential and needs - BY_MATRIX else 1)
     widths = [group[0].shape[1] for group in inputs]
     squares = ("second_moment" in needs) + ("cross_moment" in needs)
     units = [few for group in inputs for few in _units(spec, group)]
     return (
         *(Exchange("moments", "sum", float(width) ** 2, 4, slots, blocks) for width in widths for _ in range(squares)),
+        *(
+            Exchange("guided moments", "sum", float(site.shape[1]) ** 2, 4, slots, blocks)
+            for site, groups in zip(sites, guided_groups(spec, sites), strict=True)
+            for _ in range(groups)
+        ),
         Exchange("tokens of each slot", "gathered", units=slots, times=times),
         Exchange("samples", "gathered", times=times, held=((1.0, sum(4.0 * rows * width for width in widths) * blocks / times),)),
         *_records_sent(spec, units, times, blocks / times),

@@ -1,7 +1,7 @@
-"""Predicted costs of what is computed once per run: self-generated text, Fisher information, and the table of errors that a
+"""Predicted costs of what is computed once per run: self-generated text, Fisher information, gradients of tokens, and the table of errors that a
 budget's allocation is chosen from.
 
-Knows the order in which `stages/self_text`, `stages/fisher` and `allocation/error_tables` do things; what a matrix costs is `solver_costs`. Reads no weights.
+Knows the order in which `stages/self_text`, `stages/fisher`, `stages/guidance` and `allocation/error_tables` do things; what a matrix costs is `solver_costs`. Reads no weights.
 Legend: N sequences, T tokens, O out, I in, D model, V vocabulary.
 """
 
@@ -13,16 +13,18 @@ import torch
 from ...compress.gptq import GptqConfig
 from ...compress.methods import QUANTIZE, Method
 from ...compress.options import Grid, Setting, overrides
+from ...compress.statistics import BY_MATRIX
 from ..allocation.outside_errors import ROWS_AT_ONCE
 from ..allocation.spending import Outside, Spent
 from ..devices.rates import Work
 from ..evaluation.perplexity import LOGITS_AT_ONCE
 from ..models.structure import Site
+from ..recipes.stage_settings import StageSpec
 from ..stages.self_text import AT_ONCE, DOCUMENTS, TOKENS
 from .cost_plan import ATTENTION_SHARE, DENSE, OPENED, CostPlan, Needs
 from .division import Exchange, in_turn
 from .solver_costs import factor_work, factors_work, solver_cost, term_work
-from .stage_costs import READ_AHEAD, RUNNING_BYTES, gathering
+from .stage_costs import READ_AHEAD, RUNNING_BYTES, gathering, guided_groups
 
 F32, F64 = torch.float32, torch.float64
 SQUARED = 6.0
@@ -44,28 +46,58 @@ def self_text(plan: CostPlan) -> Needs:
 
 def fisher(plan: CostPlan) -> Needs:
     """Every sequence through all blocks, what enters each kept, and back from the head down, each block computed once more."""
-    plan = replace(plan, dtype=F32) if plan.dtype == torch.float16 else plan
-    anatomy, samples, seq_len = plan.anatomy, plan.recipe.calibration.samples, plan.recipe.calibration.seq_len
-    tokens, sites = float(samples * seq_len), anatomy.sites()
+    plan = _of_gradients(plan)
+    sites, samples = plan.anatomy.sites(), plan.recipe.calibration.samples
     weights = float(sum(s.shape[0] * s.shape[1] for s in sites))
+    squaring = Work({plan.dtype: 3.0 * _tokens(plan) * plan.anatomy.products()})
+    squaring += Work(passes=4 * SQUARED * weights, calls=12.0 * len(sites)) * samples
+    gradient = max(s.shape[0] * s.shape[1] for s in sites) * (plan.itemsize + 8.0)
+    sums = Exchange("Fisher information", "gathered", 8.0 * samples * sum(map(sum, (s.shape for s in sites))), times=plan.anatomy.blocks)
+    return _there_and_back(plan, squaring, gradient, 0.0, sums)
+
+
+def guidance(plan: CostPlan, spec: StageSpec) -> Needs:
+    """The same walk for the gradients of a stage's matrices at their outputs, which need none at their weights."""
+    plan, blocks = _of_gradients(plan), plan.anatomy.blocks
+    sites = [site for site in plan.anatomy.sites() if not spec.skips(site.name)]
+    groups = guided_groups(spec, sites)
+    guided = [site for site, count in zip(sites, groups, strict=True) if count]
+    squaring = Work({plan.dtype: 2.0 * _tokens(plan) * plan.anatomy.products()})
+    squaring += Work(
+        passes=20.0 * _tokens(plan) * sum(s.shape[0] for s in guided), calls=12.0 * len(guided) * plan.recipe.calibration.samples
+    )
+    found = 4.0 * _tokens(plan) * sum(groups) * blocks
+    widest = max((site.shape[0] for site in guided), default=0) * plan.recipe.calibration.seq_len * 8.0
+    return _there_and_back(plan, squaring, widest, 2 * found, Exchange("gradients of tokens", "gathered", found))
+
+
+def _of_gradients(plan: CostPlan) -> CostPlan:
+    return replace(plan, dtype=F32) if plan.dtype == torch.float16 else plan
+
+
+def _tokens(plan: CostPlan) -> float:
+    return float(plan.recipe.calibration.samples * plan.recipe.calibration.seq_len)
+
+
+def _there_and_back(plan: CostPlan, squaring: Work, beside: float, found: float, sent: Exchange) -> Needs:
+    """`squaring`: a block's work besides its own step; `beside`: bytes beside its activations; `found`: of the host, what is gathered."""
+    anatomy, samples, seq_len = plan.anatomy, plan.recipe.calibration.samples, plan.recipe.calibration.seq_len
+    tokens = _tokens(plan)
     step = anatomy.step(1, seq_len, plan.dtype, False, "cross_entropy")
     attention = 3.5 * ATTENTION_SHARE * tokens * seq_len * anatomy.width
     there = plan.pass_of(tokens, seq_len) + plan.loaded(False)
-    back = plan.loaded(False) + step.work * samples + Work({plan.dtype: 3.0 * tokens * anatomy.products() + attention})
-    back += Work(passes=4 * SQUARED * weights, calls=12.0 * len(sites)) * samples
+    back = plan.loaded(False) + step.work * samples + Work({plan.dtype: attention}) + squaring
     logits = tokens * anatomy.vocabulary
     head = Work({plan.dtype: 2 * logits * anatomy.width}, passes=logits * 4.0 * 16, calls=tokens / LOGITS_AT_ONCE * 60)
-    gradient = max(s.shape[0] * s.shape[1] for s in sites) * (plan.itemsize + 8.0)
-    acting = plan.block_bytes + 1.4 * step.activations.saved / anatomy.blocks + gradient
+    acting = plan.block_bytes + 1.4 * step.activations.saved / anatomy.blocks + beside
     span = min(LOGITS_AT_ONCE, seq_len) * anatomy.vocabulary * 4.0 * 3
-    host = max(anatomy.outside, READ_AHEAD * anatomy.block_parameters) * plan.element + RUNNING_BYTES
+    host = max(anatomy.outside, READ_AHEAD * anatomy.block_parameters) * plan.element + found + RUNNING_BYTES
     kept = plan.hidden_bytes(tokens) * (anatomy.blocks + 1)
     loading = plan.loaded(False) * (2 * anatomy.blocks)
     work = (there + back) * anatomy.blocks + head + OPENED
     sequences = in_turn("sequences", work + -1 * (loading + OPENED), [1.0] * samples)
-    sums = Exchange("Fisher information", "gathered", 8.0 * samples * sum(map(sum, (s.shape for s in sites))), times=anatomy.blocks)
     alone = {"loading": loading, "opening": OPENED}
-    return Needs(work, plan.outside_bytes + max(acting, span), host, kept, (sequences,), alone, (sums,))
+    return Needs(work, plan.outside_bytes + max(acting, span), host, kept, (sequences,), alone, (sent,))
 
 
 def table(plan: CostPlan, stages: Spent, settings: Sequence[Setting], records: bool, blocks: int) -> Needs:
@@ -75,7 +107,10 @@ def table(plan: CostPlan, stages: Spent, settings: Sequence[Setting], records: b
     tokens = float(plan.recipe.calibration.samples * seq_len)
     sites = stages.sites(anatomy.sites())
     row: Method = QUANTIZE[stages.quantize.method]
-    needs = frozenset({"second_moment"}).union(*(row.needs(stages.quantize.config_for(s.name)) for s in sites)) - {"cross_moment", "fisher"}
+    needs = frozenset({"second_moment"}).union(*(row.needs(stages.quantize.config_for(s.name)) for s in sites)) - {
+        "cross_moment",
+        *BY_MATRIX,
+    }
     work = plan.pass_of(tokens, seq_len) * 2.0 + plan.loaded(records) + Work(calls=500)
     work += gathering(plan, anatomy.inputs(sites), needs, tokens)
     kept = peak = 0.0

@@ -28,6 +28,7 @@ from ..recipes.stage_settings import StageSpec, methods
 from ..store.artifact import Artifact, ArtifactWriter, shards_of
 from .context import Context, Outcome, check_stop
 from .fisher import fisher_diagonal
+from .guidance import Guidance
 from .matrices import Stage, calibration, looks_at_inputs
 from .outside_blocks import outside_notes, write_rest
 from .shared_inputs import solve_all
@@ -58,8 +59,10 @@ def compress(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context:
         dense = StreamedModel(context.baseline, context.device, context.dtype, reader=targets)
     if "fisher" in needs:
         fisher = {name: result.to(context.device) for name, result in fisher_diagonal(context).items()}
+    groups = {site.name: count for site in chosen if (count := getattr(spec.config_for(site.name), "guided", 0))}
+    guidance = Guidance.of(context, groups) if groups else None
     share = share_of(calibration(context, looks_at_inputs(needs, row)), context.ranks)
-    stage = Stage(parent, writer, spec, row, context, model, targets, dense, needs, room, share, sparsity, fisher)
+    stage = Stage(parent, writer, spec, row, context, model, targets, dense, needs, room, share, sparsity, fisher, guidance)
     checkpoints = Checkpoints(context.scratch, dense is not None, share)
     begun, states = _begun(stage, checkpoints)
     layers = [layer for index in range(begun) for layer in writer.finished[_part(index)]["extra"]["layers"]]
@@ -137,6 +140,8 @@ def _solved(stage: Stage, states: States, index: int, sites: list[Site]) -> tupl
         groups = _groups(stage, states, index, sites)
         for number, group in enumerate(groups, 1):
             statistics = _statistics(stage, states, index, group)
+            if stage.guidance is not None:
+                stage.guidance.collect(stage.model, index, states.hidden, group, stage.share)
             result, rows = solve_all(stage, group, statistics)
             records, layers = records | result, layers | rows
             if number < len(groups):

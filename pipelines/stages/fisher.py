@@ -91,11 +91,11 @@ def _squares(context: Context) -> dict[str, Tensor]:
 
 
 def _kept(context: Context) -> Path:
-    place = f"{context.device.type}-{str(_dtype(context)).removeprefix('torch.')}"
+    place = f"{context.device.type}-{str(dtype_of_gradients(context)).removeprefix('torch.')}"
     return context.baseline_metrics / f"fisher-{VERSION}-{context.inputs.calibration_fingerprint()[:8]}-{place}.safetensors"
 
 
-def _dtype(context: Context) -> torch.dtype:
+def dtype_of_gradients(context: Context) -> torch.dtype:
     """The run's; a mean's gradients underflow in float16, whose range is too small for them."""
     return torch.float32 if context.dtype == torch.float16 else context.dtype
 
@@ -103,14 +103,14 @@ def _dtype(context: Context) -> torch.dtype:
 def _collect(context: Context) -> tuple[Sums, OutputSquares]:
     """Sums on the CPU. They do not depend on how many sequences run at once, nor on which rank has which (sequence n: rank n % size): every sum is
     over one sequence after the other."""
-    model = StreamedModel(context.baseline, context.device, _dtype(context))
+    model = StreamedModel(context.baseline, context.device, dtype_of_gradients(context))
     sites = [site for site in model.structure.sites if site.block is not None]
     sums: Sums = {s.name: (torch.zeros(s.shape[0], dtype=torch.float64), torch.zeros(s.shape[1], dtype=torch.float64)) for s in sites}
     ranks = context.ranks
     squares = _OutputSums(model, ranks)
     ids_NT = context.inputs.calibration()
     room = Room.measured(context.device, context.scratch, ranks.size)
-    parts = ids_NT.split(min(ranks.gathered(_sequences_at_once(model, ids_NT, room))) * ranks.size)
+    parts = ids_NT.split(min(ranks.gathered(sequences_at_once(model, ids_NT, room))) * ranks.size)
     with bar("Fisher information, blocks there and back", 2 * model.structure.blocks * len(parts)) as shown:
 
         def step() -> None:
@@ -119,9 +119,9 @@ def _collect(context: Context) -> tuple[Sums, OutputSquares]:
 
         for part_NT in parts:
             own = [part_NT[number : number + 1] for number in range(ranks.rank, len(part_NT), ranks.size)]
-            entering = _forward(model, own, room, step)
+            entering = there(model, own, room, step)
             with squares.at_logits():
-                gradients = HiddenStates.of(_head_gradients(model, entering.pop(), own, squares.sums), room)
+                gradients = HiddenStates.of(head_gradients(model, entering.pop(), own, squares.sums), room)
             squares.sums.settle()
             for index in model.walk(backward=True):
                 _backward(model, index, entering.pop(), gradients, sums, ranks)
@@ -134,7 +134,7 @@ def _collect(context: Context) -> tuple[Sums, OutputSquares]:
 
 
 @dataclass
-class _Ordered:
+class Ordered:
     """Totals by name to which every sequence of a part adds, one after the other, whichever rank has it: place p of rank r is sequence
     p · size + r."""
 
@@ -157,13 +157,13 @@ class _Ordered:
         self.waiting.clear()
 
 
-def _sequences_at_once(model: StreamedModel, ids_NT: Tensor, room: Room) -> int:
+def sequences_at_once(model: StreamedModel, ids_NT: Tensor, room: Room) -> int:
     """How many sequences' states, one for each block and their gradients, fit into memory at once; one goes to files if it must."""
     of_one = (model.structure.blocks + 2) * ids_NT.shape[1] * model.model.config.get_text_config().hidden_size * model.dtype.itemsize
     return max(1, int(min(room.memory_bytes // of_one, len(ids_NT))))
 
 
-def _forward(model: StreamedModel, own: Sequence[Tensor], room: Room, step: Callable[[], None]) -> list[HiddenStates]:
+def there(model: StreamedModel, own: Sequence[Tensor], room: Room, step: Callable[[], None]) -> list[HiddenStates]:
     """What enters each block, and what leaves the last one, sequence by sequence."""
     states = [HiddenStates.of(map(model.embed, own), room)]
     with torch.no_grad():
@@ -173,7 +173,7 @@ def _forward(model: StreamedModel, own: Sequence[Tensor], room: Room, step: Call
     return states
 
 
-def _head_gradients(model: StreamedModel, leaving: HiddenStates, own: Sequence[Tensor], sums: _Ordered) -> Iterator[Tensor]:
+def head_gradients(model: StreamedModel, leaving: HiddenStates, own: Sequence[Tensor], sums: Ordered) -> Iterator[Tensor]:
     """The mean loss's gradient at what leaves the last block, for each sequence; logits of a span of tokens at a time."""
     for place, (hidden_1TD, ids_1T) in enumerate(zip(leaving, own, strict=True)):
         ids_T, sums.place = ids_1T[0], place
@@ -190,7 +190,7 @@ def _head_gradients(model: StreamedModel, leaving: HiddenStates, own: Sequence[T
 def _backward(model: StreamedModel, index: int, entering: HiddenStates, gradients: HiddenStates, sums: Sums, ranks: Ranks) -> None:
     """Add a loaded block's squared gradients, and put the gradient at what enters it in the place of that at what leaves it."""
     sites = model.structure.of_block(index)
-    here = _Ordered(ranks, {f"{site.name}.{n}": t.to(model.device) for site in sites for n, t in enumerate(sums[site.name])})
+    here = Ordered(ranks, {f"{site.name}.{n}": t.to(model.device) for site in sites for n, t in enumerate(sums[site.name])})
     by_parameter: dict[str, list[Site]] = {}
     for site in sites:
         by_parameter.setdefault(f"{site.module}.{site.parameter}", []).append(site)
@@ -208,7 +208,7 @@ def _backward(model: StreamedModel, index: int, entering: HiddenStates, gradient
         sums[site.name] = here.totals[f"{site.name}.0"].cpu(), here.totals[f"{site.name}.1"].cpu()
 
 
-def _consume(members: list[Site], sums: _Ordered) -> Callable[[Tensor], None]:
+def _consume(members: list[Site], sums: Ordered) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
         assert parameter.grad is not None
         for site in members:
@@ -230,7 +230,7 @@ class _OutputSums:
         self.head = None if head is None else model.model.get_submodule(head.module)
         lengths = ({} if table is None else {"looked up": table.shape[1]}) | ({} if head is None else {"logits": head.shape[0]})
         totals = {name: torch.zeros(length, dtype=torch.float64, device=model.device) for name, length in lengths.items()}
-        self.sums = _Ordered(ranks, totals)
+        self.sums = Ordered(ranks, totals)
 
     def result(self) -> OutputSquares:
         return OutputSquares(*(None if t is None else t.cpu() for t in map(self.sums.totals.get, ("looked up", "logits"))))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...compress.methods import Method
 from ...compress.metrics import output_error
-from ...compress.statistics import SAMPLES, Fisher, InputStatistics, LayerStatistics
+from ...compress.statistics import BY_MATRIX, SAMPLES, Fisher, InputStatistics, LayerStatistics
 from ...compress.weights import DenseWeight, StoredWeight
 from ..errors import InputError
 from ..models.blocks import StreamedModel
@@ -24,6 +24,7 @@ from ..models.structure import Site, shared_names
 from ..recipes.stage_settings import StageSpec
 from ..store.artifact import Artifact, ArtifactWriter
 from .context import Context
+from .guidance import Guidance
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Stage:
     share: BatchShare
     sparsity: Mapping[str, float]
     fisher: Mapping[str, Fisher]
+    guidance: Guidance | None = None
 
     @property
     def looks_at_inputs(self) -> bool:
@@ -52,14 +54,19 @@ class Stage:
 
     @property
     def collected(self) -> frozenset[str]:
-        return (self.needs - {"fisher"}) | {"samples"}
+        return (self.needs - BY_MATRIX) | {"samples"}
 
     @property
     def true_sequential(self) -> bool:
-        return self.spec.true_sequential and bool(self.needs - {"fisher"})
+        return self.spec.true_sequential and bool(self.needs - BY_MATRIX)
 
     def calibration(self) -> Tensor:
         return calibration(self.context, self.looks_at_inputs)
+
+    def known(self, site: Site, statistics: Mapping[str, InputStatistics]) -> LayerStatistics:
+        """All that its method may know about a matrix."""
+        guided = () if self.guidance is None else self.guidance.moments.get(site.name, ())
+        return LayerStatistics(statistics[site.name], self.fisher.get(site.name), guided)
 
     def config_for(self, site: Site) -> Any:
         """The site's config: its overrides over its block's sparsity over the stage's settings."""
@@ -70,7 +77,7 @@ class Stage:
 
 def looks_at_inputs(needs: frozenset[str], row: Method) -> bool:
     """Whether the method does; errors are measured on a few of them in any case."""
-    return bool(needs - {"fisher"}) or row.scope == "block"
+    return bool(needs - BY_MATRIX) or row.scope == "block"
 
 
 def calibration(context: Context, looks: bool) -> Tensor:
@@ -126,7 +133,7 @@ def solve(stage: Stage, site: Site, statistics: Mapping[str, InputStatistics]) -
     """(the site's new record, its row of the report). InputError names the site and what the method could not use."""
     config = stage.config_for(site)
     target_OI = checked_target(stage, site, config)
-    known = LayerStatistics(statistics[site.name], stage.fisher.get(site.name))
+    known = stage.known(site, statistics)
     try:
         record, metrics = stage.row.function(current(stage, site).to(stage.context.device), target_OI, known, config)
     except ValueError as error:

@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from ...compress.block import BlockShare
 from ...compress.feedback import part_rows
-from ...compress.statistics import InputStatistics, LayerStatistics
+from ...compress.statistics import InputStatistics
 from ...compress.weights import StoredWeight
 from ..errors import InputError
 from ..models.structure import Site
@@ -86,7 +86,7 @@ def _solve_few(
     config = stage.config_for(sites[0])
     targets = {s.name: checked_target(stage, s, config) for s in sites}
     weights = {s.name: current(stage, s).to(stage.context.device) for s in sites}
-    known = {s.name: LayerStatistics(statistics[s.name], stage.fisher.get(s.name)) for s in sites}
+    known = {s.name: stage.known(s, statistics) for s in sites}
     try:
         records, metrics = stage.row.solve_group(weights, targets, known, config, **shared)
     except ValueError as error:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...compress.block import BlockShare
 from ...compress.methods import BlockProblem
-from ...compress.statistics import InputStatistics, LayerStatistics
+from ...compress.statistics import InputStatistics
 from ...compress.weights import StoredWeight, to_tensors
 from ...recover.peers import ReplicasDiffer
 from ..errors import InputError
@@ -40,7 +40,7 @@ def solve_block(
     targets = {s.name: target(stage, s) for s in sites}
     behind = _behind(stage, index)
     outputs = _dense_outputs(stage, states, [index, *behind])
-    layers = {s.name: LayerStatistics(statistics[s.name], stage.fisher.get(s.name)) for s in sites}
+    layers = {s.name: stage.known(s, statistics) for s in sites}
     problem = BlockProblem(
         {s.name: current(stage, s).to(stage.context.device) for s in sites},
         targets,

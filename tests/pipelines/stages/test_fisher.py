@@ -106,7 +106,7 @@ def test_sums_do_not_depend_on_how_much_fits(
     at_once, outside = fisher._collect(given)
     calls = len(loaded)
     monkeypatch.setattr(hidden, "free_bytes", lambda device: 0)
-    assert fisher._sequences_at_once(Watched(given.baseline, CPU), given.inputs.calibration(), Room.measured(CPU, tmp_path)) == 1
+    assert fisher.sequences_at_once(Watched(given.baseline, CPU), given.inputs.calibration(), Room.measured(CPU, tmp_path)) == 1
     alone, also_outside = fisher._collect(given)
     assert set(loaded) == {1} and len(loaded) == 2 * calls
     for name, (row_O, column_I) in at_once.items():
@@ -133,7 +133,7 @@ def test_in_bfloat16_it_is_about_the_same(tmp_path: Path, small_model: Path, sma
     for name, found in exact.items():
         ratio = float(rough[name].row_mean_O.sum() / found.row_mean_O.sum())
         assert 0.9 < ratio < 1.1, name
-    assert fisher._dtype(replace(given, dtype=torch.float16)) == torch.float32
+    assert fisher.dtype_of_gradients(replace(given, dtype=torch.float16)) == torch.float32
 
 
 def test_it_is_computed_once(tmp_path: Path, small_model: Path, small_text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

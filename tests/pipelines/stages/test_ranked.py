@@ -38,6 +38,7 @@ SHORT: Chains = {
         {"quantize": {"method": "gptq", "correction": 0.5, "true_sequential": True, "include_head": True, **GRID}},
         {"decompose": {"method": "lq_lora", "iterations": 1, **TERM}},
     ],
+    "guided": [{"quantize": {"method": "gptq", "guided": 2, "true_sequential": True, **GRID}}],
     "block": [{"quantize": {"method": "learned_rounding", "steps": 2, "batch_size": 3, "seq_len": 48, **GRID}}],
     "pruned": [{"prune": {"method": "wanda"}}, {"recover": {"method": "perp", **TRAIN}}, {"recover": {"method": "reconstruct", **FITTED}}],
     "rounded": [
