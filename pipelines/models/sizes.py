@@ -212,7 +212,8 @@ def _resize(spec: StageSpec, site: Site, config: object, size: Size) -> None:
         if getattr(config, "bits", None) is not None:
             _quantized(rows, columns, config, size)
     elif spec.name == "quantize" and getattr(config, "start", "") != "stored":
-        _refuse_guidance(site, getattr(config, "guided", 0))
+        if groups := guided_groups(spec, site):
+            row_groups(site.shape[0], groups)
         _quantized(rows, columns, config, size)
     elif spec.name == "decompose":
         rank = getattr(config, "rank", 0)
@@ -228,16 +229,10 @@ def _resize(spec: StageSpec, site: Site, config: object, size: Size) -> None:
         size.compressed = True
 
 
-def _refuse_guidance(site: Site, groups: int) -> None:
-    """ValueError for a matrix that cannot be solved under its tokens' gradients in so many groups of rows."""
-    if not groups:
-        return
-    row_groups(site.shape[0], groups)
-    kind = (
-        "of an expert, which not every token reaches" if site.expert is not None else "outside the blocks" if site.block is None else None
-    )
-    if kind is not None:
-        raise ValueError(f"is {kind}, so guided: {groups} knows no gradient for its inputs; set guided: 0 for it (overrides)")
+def guided_groups(spec: StageSpec, site: Site) -> int:
+    """In how many groups its rows are solved under their tokens' gradients, which are known of what every token reaches within the blocks; 0
+    for plain second moments."""
+    return getattr(spec.config_for(site.name), "guided", 0) if site.expert is None and site.block is not None else 0
 
 
 def with_factors(size: Size, shape: tuple[int, int], rank: int, bits: FactorBits) -> None:

@@ -15,7 +15,7 @@ from ..allocation import spending
 from ..devices.compute import Compute
 from ..devices.environment import compute_of
 from ..errors import InputError
-from ..models.sizes import Sizes, apply, dense_sizes, fallback_notes
+from ..models.sizes import Sizes, apply, dense_sizes, fallback_notes, guided_groups
 from ..models.source import load_config, positions, source_of, source_paths, weights_home
 from ..models.structure import Structure, inspect, parameters_are_read, skeleton
 from ..recipes.mixture import SELF, parse_mixture
@@ -246,7 +246,7 @@ def _allocation(
 def _guided(spec: StageSpec, structure: Structure) -> tuple[object, ...]:
     """The matrices whose tokens' gradients the stage reads, and in how many groups: what was gathered once is there for the next."""
     sites = [] if spec.name != "quantize" else [s for s in structure.sites if s.block is not None and not spec.skips(s.name)]
-    return tuple((s.name, count) for s in sites if (count := getattr(spec.config_for(s.name), "guided", 0)))
+    return tuple((s.name, count) for s in sites if (count := guided_groups(spec, s)))
 
 
 def _reads_fisher(spec: StageSpec) -> bool:

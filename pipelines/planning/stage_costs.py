@@ -13,7 +13,7 @@ import torch
 from ...compress.statistics import BY_MATRIX, SAMPLES
 from ..devices.rates import Work
 from ..evaluation.perplexity import LOGITS_AT_ONCE, TOKENS_AT_ONCE
-from ..models.sizes import rounded_to_nearest
+from ..models.sizes import guided_groups, rounded_to_nearest
 from ..models.structure import Site, is_tied
 from ..ranks.exchange import SLOTS
 from ..recipes.stage_settings import StageSpec, methods
@@ -96,7 +96,7 @@ def compressed(plan: CostPlan, spec: StageSpec, records: bool, first: bool, writ
     device = held + max(solving.peak, plan.running_bytes(windows, seq_len) + 2 * _guided_bytes(spec, sites))
     read = anatomy.block_parameters * plan.element * (1 if first else 2)
     opening = OPENED * (2 if twin else 1)
-    weights = 4.0 * tokens * sum(guided_groups(spec, sites)) * anatomy.blocks
+    weights = 4.0 * tokens * sum(guided_groups(spec, s) for s in sites) * anatomy.blocks
     whole = Needs(
         work * anatomy.blocks + opening,
         device,
@@ -136,15 +136,10 @@ def gathering(plan: CostPlan, inputs: list[list[Site]], needs: frozenset[str], t
     return work
 
 
-def guided_groups(spec: StageSpec, sites: Sequence[Site]) -> list[int]:
-    """Of every matrix: groups of rows that have a second moment of their own."""
-    return [getattr(spec.config_for(site.name), "guided", 0) for site in sites]
-
-
 def _weighing(spec: StageSpec, sites: Sequence[Site], tokens: float) -> Work:
     """The inputs under the weights of every group (stages/guidance)."""
     work = Work()
-    for site, groups in zip(sites, guided_groups(spec, sites), strict=True):
+    for site, groups in ((s, guided_groups(spec, s)) for s in sites):
         width = site.shape[1]
         calls = tokens / TOKENS_AT_ONCE * (5 + width / 256)
         work += Work({F32: 0.6 * tokens * width**2}, passes=tokens * width * 12.0, calls=calls) * groups
@@ -152,7 +147,7 @@ def _weighing(spec: StageSpec, sites: Sequence[Site], tokens: float) -> Work:
 
 
 def _guided_bytes(spec: StageSpec, sites: Sequence[Site]) -> float:
-    return sum(4.0 * groups * site.shape[1] ** 2 for site, groups in zip(sites, guided_groups(spec, sites), strict=True))
+    return sum(4.0 * groups * site.shape[1] ** 2 for site, groups in ((s, guided_groups(spec, s)) for s in sites))
 
 
 def _solved(
@@ -255,7 +250,7 @@ def _sums_sent(
         *(Exchange("moments", "sum", float(width) ** 2, 4, slots, blocks) for width in widths for _ in range(squares)),
         *(
             Exchange("guided moments", "sum", float(site.shape[1]) ** 2, 4, slots, blocks)
-            for site, groups in zip(sites, guided_groups(spec, sites), strict=True)
+            for site, groups in ((s, guided_groups(spec, s)) for s in sites)
             for _ in range(groups)
         ),
         Exchange("tokens of each slot", "gathered", units=slots, times=times),

@@ -18,13 +18,14 @@ from ..allocation.outside_errors import ROWS_AT_ONCE
 from ..allocation.spending import Outside, Spent
 from ..devices.rates import Work
 from ..evaluation.perplexity import LOGITS_AT_ONCE
+from ..models.sizes import guided_groups
 from ..models.structure import Site
 from ..recipes.stage_settings import StageSpec
 from ..stages.self_text import AT_ONCE, DOCUMENTS, TOKENS
 from .cost_plan import ATTENTION_SHARE, DENSE, OPENED, CostPlan, Needs
 from .division import Exchange, in_turn
 from .solver_costs import factor_work, factors_work, solver_cost, term_work
-from .stage_costs import READ_AHEAD, RUNNING_BYTES, gathering, guided_groups
+from .stage_costs import READ_AHEAD, RUNNING_BYTES, gathering
 
 F32, F64 = torch.float32, torch.float64
 SQUARED = 6.0
@@ -60,7 +61,7 @@ def guidance(plan: CostPlan, spec: StageSpec) -> Needs:
     """The same walk for the gradients of a stage's matrices at their outputs, which need none at their weights."""
     plan, blocks = _of_gradients(plan), plan.anatomy.blocks
     sites = [site for site in plan.anatomy.sites() if not spec.skips(site.name)]
-    groups = guided_groups(spec, sites)
+    groups = [guided_groups(spec, s) for s in sites]
     guided = [site for site, count in zip(sites, groups, strict=True) if count]
     squaring = Work({plan.dtype: 2.0 * _tokens(plan) * plan.anatomy.products()})
     squaring += Work(

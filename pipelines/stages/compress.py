@@ -22,7 +22,7 @@ from ..models.blocks import StreamedModel
 from ..models.collecting import DenseInputs, collect, collect_head, dense_inputs_of, input_groups, through_head
 from ..models.hidden import Room
 from ..models.reading import BlockReader, BlockTensors
-from ..models.sizes import fallback_notes
+from ..models.sizes import fallback_notes, guided_groups
 from ..models.structure import Site
 from ..recipes.stage_settings import StageSpec, methods
 from ..store.artifact import Artifact, ArtifactWriter, shards_of
@@ -59,7 +59,7 @@ def compress(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context:
         dense = StreamedModel(context.baseline, context.device, context.dtype, reader=targets)
     if "fisher" in needs:
         fisher = {name: result.to(context.device) for name, result in fisher_diagonal(context).items()}
-    groups = {site.name: count for site in chosen if (count := getattr(spec.config_for(site.name), "guided", 0))}
+    groups = {site.name: count for site in chosen if (count := guided_groups(spec, site))}
     guidance = Guidance.of(context, groups) if groups else None
     share = share_of(calibration(context, looks_at_inputs(needs, row)), context.ranks)
     stage = Stage(parent, writer, spec, row, context, model, targets, dense, needs, room, share, sparsity, fisher, guidance)
@@ -254,6 +254,10 @@ def _notes(stage: Stage, chosen: list[Site]) -> list[str]:
     left |= {s.name: "matched by `ignore`" for s in stage.model.structure.sites if s.name not in names and s.block is not None}
     notes = by_reason(left)
     notes += fallback_notes(stage.spec, chosen)
+    unguided = [s.name for s in chosen if getattr(stage.spec.config_for(s.name), "guided", 0) and not stage.guides(s)]
+    if unguided:
+        more = f" and {len(unguided) - 1} more" if len(unguided) > 1 else ""
+        notes.append(f"guided: not every token of the text reaches {unguided[0]}{more} within the blocks, so plain second moments solve them")
     notes += outside_notes(stage, [site for site in chosen if site.block is None])
     grid = getattr(stage.spec.config, "activations", None)
     if grid is not None:

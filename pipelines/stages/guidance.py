@@ -95,7 +95,7 @@ def _square_sum(site: Site, device: torch.device, share: BatchShare) -> OrderedS
 
 def token_squares(context: Context, groups: Mapping[str, int]) -> dict[str, Tensor]:
     """Site → mean over each group's outputs of the squared gradient of the window's summed cross-entropy over its length, float32 [N, T, K] on the
-    CPU; kept beside the baseline for the next stage that asks for the same groups. InputError where a gradient is not finite."""
+    CPU, of those that every window reaches; kept beside the baseline for the next stage that asks for the same groups. InputError where a gradient is not finite."""
     path, ranks = _kept(context, groups), context.ranks
     if ranks.broadcast(ranks.leads and is_whole(path)):
         result = kept(path)
@@ -144,7 +144,8 @@ def _collect(context: Context, groups: Mapping[str, int]) -> dict[str, Tensor]:
                 step()
             first += len(part_NT)
     everyones = ranks.in_order(found)
-    return {name: torch.stack([squares[name] for squares in everyones.values()]) for name in groups}
+    reached = [name for name in groups if all(name in squares for squares in everyones.values())]
+    return {name: torch.stack([squares[name] for squares in everyones.values()]) for name in reached}
 
 
 def _backward(

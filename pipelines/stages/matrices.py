@@ -68,9 +68,14 @@ class Stage:
         guided = () if self.guidance is None else self.guidance.moments.get(site.name, ())
         return LayerStatistics(statistics[site.name], self.fisher.get(site.name), guided)
 
+    def guides(self, site: Site) -> bool:
+        return self.guidance is not None and site.name in self.guidance.weights
+
     def config_for(self, site: Site) -> Any:
-        """The site's config: its overrides over its block's sparsity over the stage's settings."""
+        """The site's config: its overrides over its block's sparsity over the stage's settings; `guided` where there are gradients."""
         config = self.spec.config_for(site.name)
+        if getattr(config, "guided", 0) and not self.guides(site):
+            config = replace(config, guided=0)
         sparsity = self.sparsity.get(site.name)
         return config if sparsity is None else replace(config, sparsity=sparsity)
 

@@ -128,11 +128,30 @@ def test_a_budgets_table_has_no_gradients_and_the_stage_has(tmp_path: Path, smal
     assert list((tmp_path / "run").rglob("guidance-*"))
 
 
+@pytest.mark.parametrize(("family", "settings", "named"), [("mixtral", {}, "experts"), ("llama", {"include_head": True}, "lm_head")])
+def test_what_not_every_token_reaches_is_solved_plainly(
+    family: str, settings: dict[str, Any], named: str, tmp_path: Path, small_model: Path, small_text: Path
+) -> None:
+    """The head, and experts, as without guidance; their block's attention with it; the report says so."""
+    save_speaking(family, tmp_path / "source", small_model)
+    made, notes = {}, tuple[str, ...]()
+    for name, guided in (("plain", 0), ("guided", 2)):
+        (tmp_path / name).mkdir()
+        stages = [{"quantize": GUIDED | settings | {"guided": guided}}]
+        recipe = chosen(tmp_path / name, tmp_path / "source", small_text, stages, calibration={"samples": 4, "seq_len": 32})
+        notes = runner.run(recipe, tmp_path / name / "run").stages[-1].notes
+        made[name] = runner.last_artifact(tmp_path / name / "run")
+    (note,) = [note for note in notes if note.startswith("guided: ")]
+    assert named in note and "plain second moments" in note
+    linears = sorted(made["plain"].linears)
+    assert any(named in linear for linear in linears)
+    attention = [n for n in linears if "layers.0.self_attn.v_proj" in n]
+    assert attention and not any(torch.equal(made["plain"].stored(n).dense(), made["guided"].stored(n).dense()) for n in attention)
+
+
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
-        ("mixtral", {}, "of an expert, which not every token reaches, so guided: 2 knows no gradient"),
-        ("llama", {"include_head": True}, "lm_head: is outside the blocks"),
         ("llama", {"guided": 64}, "rows cannot be 64 groups; set guided to"),
     ],
 )
