@@ -1,4 +1,4 @@
-"""What one training step holds besides weights: the model is run on the meta device, where tensors have shapes and lives but no bytes.
+"""What one training step holds in addition to the weights: the model is run on the meta device, where tensors have shapes and lives but no bytes.
 
 Exact for whatever the model's own code does, since that code runs; linears are replaced by stand-ins that keep what a `CompressedLinear`
 with a trained pair keeps, attention by one that keeps what fused kernels keep. Weights, their gradients and optimizer state are `memory`'s.

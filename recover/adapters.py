@@ -228,12 +228,12 @@ def _pattern(kept: int, pattern: str, width: int, generator: torch.Generator) ->
 
 
 def add_low_rank(stored: StoredWeight, up_OR: Tensor, down_RI: Tensor) -> StoredWeight:
-    """One more low-rank term, stacked beside an existing one. ValueError when that one is itself quantized."""
+    """One more low-rank term, stacked onto an existing one. ValueError when that one is itself quantized."""
     old = stored.low_rank
     if old is None:
         return replace(stored, low_rank=LowRank(up_OR, down_RI))
     if isinstance(old.up, UniformWeight) or isinstance(old.down, UniformWeight):
-        raise ValueError("the stored low-rank factors are quantized; a second term cannot be stacked beside them")
+        raise ValueError("the stored low-rank factors are quantized; a second term cannot be stacked onto them")
     up, down = torch.cat((old.up, up_OR.to(old.up.dtype)), 1), torch.cat((old.down, down_RI.to(old.down.dtype)), 0)
     return replace(stored, low_rank=LowRank(up, down))
 

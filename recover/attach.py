@@ -23,7 +23,7 @@ from .whole_matrices import LatentGrid, MaskedDense
 @dataclass(frozen=True)
 class Lora:
     """`rank` holds where a linear has no factors yet; existing ones train as they are, on a grid by their scales. Factors are folded
-    (α = R): no scaling. `scales`: the group scales of the quantized weights beside them, which costs no byte (auto: wherever there are any).
+    (α = R): no scaling. `scales`: the group scales of the quantized weights as well, which costs no byte (auto: wherever there are any).
     `prune_ranks`: the share of all ranks dropped after training, those whose removal costs least; a linear may lose all of its own."""
 
     rank: Width = 16
@@ -133,7 +133,7 @@ def lora(site: AttachSite, config: Lora) -> Attached:
         total = sum(pairs.values())
         return prune_ranks(site.linears, total - round(config.prune_ranks * total))
 
-    return joined(Attached(out, prune=prune if config.prune_ranks else None), *_beside(site, config.norms, config.biases))
+    return joined(Attached(out, prune=prune if config.prune_ranks else None), *_with_norms_and_biases(site, config.norms, config.biases))
 
 
 def dora(site: AttachSite, config: Dora) -> Attached:
@@ -204,7 +204,7 @@ def scales(site: AttachSite, config: Scales) -> Attached:
     out = _train_scales(chosen, bool(config.scales), config.zeros) if config.scales or config.zeros else {}
     if config.low_rank:
         out |= train_factors(site.linears)
-    return joined(Attached(out), *_beside(site, config.norms, config.biases))
+    return joined(Attached(out), *_with_norms_and_biases(site, config.norms, config.biases))
 
 
 def bitfit(site: AttachSite, config: BitFit) -> Attached:
@@ -238,7 +238,7 @@ def qat(site: AttachSite, config: Qat) -> Attached:
     for name, linear in site.linears.items():
         linear.reweight = LatentGrid(linear.stored)
         out |= _named(name, linear.reweight.trainables())
-    return joined(Attached(out), *_beside(site, config.norms, False))
+    return joined(Attached(out), *_with_norms_and_biases(site, config.norms, False))
 
 
 def _train_scales(site: AttachSite, scales: bool = True, zeros: bool = False) -> dict[str, Trainable]:
@@ -253,7 +253,7 @@ def _train_scales(site: AttachSite, scales: bool = True, zeros: bool = False) ->
     return out
 
 
-def _beside(site: AttachSite, norms: bool, biases: bool) -> list[Attached]:
+def _with_norms_and_biases(site: AttachSite, norms: bool, biases: bool) -> list[Attached]:
     """Only what is asked for is touched: `train_biases` creates what the architecture has not."""
     return ([train_norms(site)] if norms else []) + ([train_biases(site)] if biases else [])
 

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: serial ones behind a sublayer, parallel ones beside it. They live beside the records and cannot be merged.
+"""Bottleneck adapters: serial ones behind a sublayer, parallel ones next to it. They are stored apart from the records and cannot be merged.
 
 A sublayer is found by its linears: attention enters at q (k, v) and leaves at o, the MLP enters at gate or up and leaves at down.
 Legend: T tokens, D model width, H bottleneck.
@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from ..compress.ranges import Factor, Share, Width
 from .compressed_linear import compressed_linears
 from .experts import is_expert
-from .extra_modules import PARTS, Beside, Bottleneck, Place, hang, start_tensors
+from .extra_modules import PARTS, Bottleneck, ExtraModules, Place, hang, start_tensors
 from .selection import block_index, roles
 from .site import AttachSite
 from .trainable import Attached, Trainable
@@ -102,9 +102,9 @@ def _attached(method: str, site: AttachSite, config: SerialAdapter | ParallelAda
         for handle in handles:
             handle.remove()
 
-    def beside() -> Beside:
+    def extra_modules() -> ExtraModules:
         tensors = {f"{name}.{part}": getattr(a, part).detach().clone() for name, a in adapters.items() for part in PARTS}
-        return Beside(method, places, None, tensors)
+        return ExtraModules(method, places, None, tensors)
 
     whole = {name: [getattr(a, part) for part in PARTS[:3]] for name, a in adapters.items()}
 
@@ -115,7 +115,7 @@ def _attached(method: str, site: AttachSite, config: SerialAdapter | ParallelAda
         total = sum(a.down.shape[0] for a in adapters.values())
         return prune_units(adapters, total - round(config.prune_units * total)) if on else {}
 
-    return Attached(out, adapter=frozenset(out), remove=remove, beside=beside, prune=prune if config.prune_units else None)
+    return Attached(out, adapter=frozenset(out), remove=remove, extra_modules=extra_modules, prune=prune if config.prune_units else None)
 
 
 def prune_units(adapters: dict[str, Bottleneck], keep: int) -> dict[str, int]:

@@ -302,7 +302,7 @@ class CompressedLinear(nn.Module):
         for part in parts:
             if part is not None:
                 if not hasattr(part, "fold"):
-                    raise ValueError(f"{type(part).__name__} has no place in a stored weight; store it as an adapter beside the model")
+                    raise ValueError(f"{type(part).__name__} has no place in a stored weight; store it as an adapter of the model")
                 stored = part.fold(stored)
         bias = None if self.bias is None else self.bias.detach().to(self.bias_storage or self.bias.dtype)
         return stored, bias
@@ -409,7 +409,7 @@ def _stored_factor(value: Tensor, scales: RelativeScales | None, old: Factor | N
 
 
 def _with_sparse(stored: StoredWeight, sparse: SparseValues) -> StoredWeight:
-    """The trained delta in the record: added to a dense base where it merges, else beside the base."""
+    """The trained delta in the record: added to a dense base where it merges, else stored next to the base."""
     if not bool(sparse.values.detach().any()):
         return stored
     return merge_delta(stored, sparse.record()) if sparse.merges else replace(stored, delta=sparse.record())

@@ -1,6 +1,6 @@
 """Methods that move few weights: PaFi, FishMask (FishDip's re-estimation as a swap of those that moved least) and diff pruning.
 
-What they learn is a sparse delta: added to dense weights, stored beside quantized ones. Legend: O out, I in, N moved weights.
+What they learn is a sparse delta: added to dense weights, stored next to quantized ones. Legend: O out, I in, N moved weights.
 """
 
 import math

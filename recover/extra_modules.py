@@ -1,4 +1,4 @@
-"""What a method keeps beside the records, as data: bottlenecks around sublayers, virtual tokens in front. And how it is put on a model.
+"""Modules that a method adds to a model and no weight record can hold, as data: bottlenecks around sublayers, virtual tokens in front. And how it is put on a model.
 
 A bottleneck hangs on two modules by hooks, whatever these modules are: plain, compressed or bound to a kernel. Virtual tokens are the
 arguments of a forward pass. Knows modules by name; not how anything was trained, nor files.
@@ -127,7 +127,7 @@ def cache_argument(module: nn.Module) -> str:
 
 
 @dataclass(frozen=True)
-class Beside:
+class ExtraModules:
     """`bottlenecks`: sublayer → where it hangs; its tensors (down [H, D], down_bias [H], up [D, H], up_bias [D]) are
     `SUBLAYER.down`, …. `tensors` holds those and the virtual tokens' values under "tokens"."""
 
@@ -140,7 +140,7 @@ class Beside:
         return None if self.tokens is None else Tokens(self.tokens, self.tensors[TOKENS])
 
     def describe(self) -> dict[str, object]:
-        """JSON without the tensors; `beside_of` needs both."""
+        """JSON without the tensors; `extra_modules_of` needs both."""
         places = {name: asdict(place) for name, place in self.bottlenecks.items()}
         return {
             "method": self.method,
@@ -161,13 +161,13 @@ class Beside:
         return handles
 
 
-def beside_of(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Beside:
+def extra_modules_of(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExtraModules:
     """The inverse of `describe`. ValueError names a tensor that is missing or of another shape."""
     for name, shape in description["shapes"].items():
         if name not in tensors or list(tensors[name].shape) != shape:
             raise ValueError(f"tensor {name!r} of the adapter {description['method']} is missing or not {shape}")
     places = {name: Place(**place) for name, place in description["bottlenecks"].items()}
-    return Beside(description["method"], places, description["tokens"], tensors)
+    return ExtraModules(description["method"], places, description["tokens"], tensors)
 
 
 class Bottleneck(nn.Module):

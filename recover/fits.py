@@ -49,7 +49,7 @@ def misfit(own: object, shared: Chosen, model: nn.Module, shapes: Shapes, low_ra
 
 def left_alone(own: object, shared: Chosen, model: nn.Module, names: Iterable[str]) -> list[str]:
     """What of the chosen linears a method cannot reach, one line a reason: the fused experts of a mixture have no place for biases, nor a
-    module of their own that a bottleneck could stand beside."""
+    module of their own that a bottleneck could run in parallel to."""
     place = where(model, shared.targets, shared.layers)
     experts = [name for name in names if place.linear(name) and is_expert(model, name)]
     if not experts:
@@ -59,7 +59,7 @@ def left_alone(own: object, shared: Chosen, model: nn.Module, names: Iterable[st
     if _trains_biases(own):
         result.append(f"left alone: the biases of {which} (fused experts have no place for them)")
     if getattr(own, "bottleneck", None) is not None and getattr(own, "at", "mlp") != "attention":
-        result.append(f"left alone: {which} (no bottleneck can stand beside fused experts)")
+        result.append(f"left alone: {which} (no bottleneck can run in parallel to fused experts)")
     return result
 
 

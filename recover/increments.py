@@ -30,7 +30,7 @@ class Lota:
 
 @dataclass(frozen=True)
 class LrQat:
-    """`scales`: the grid's scales train beside the low rank, as in the paper."""
+    """`scales`: the grid's scales train with the low rank, as in the paper."""
 
     rank: Width = 16
     norms: bool = True

@@ -29,7 +29,7 @@ def merge_refusal(stored: StoredWeight) -> str | None:
     if stored.activations is not None and (stored.low_rank is not None or stored.delta is not None):
         return "its low-rank term and delta see the raw input, its base a rounded one"
     if stored.mask is not None and stored.low_rank is not None:
-        return "a low-rank term would fill the weights that the mask holds at 0: keep it beside, or train with perp lora=mask_lora"
+        return "a low-rank term would fill the weights that the mask holds at 0: keep it as an adapter, or train with perp lora=mask_lora"
     return None
 
 
@@ -127,6 +127,6 @@ def _put(model: nn.Module, name: str, linear: CompressedLinear) -> None:
 
 
 def _with_hooks(fresh: CompressedLinear, old: CompressedLinear) -> CompressedLinear:
-    """Adapters beside the records are hooks: they stay where they were."""
+    """Extra modules are hooks: they stay where they were."""
     fresh._forward_hooks, fresh._forward_pre_hooks = old._forward_hooks, old._forward_pre_hooks
     return fresh

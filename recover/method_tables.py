@@ -77,10 +77,10 @@ What every method keeps: masked weights stay exactly 0 and masks are what they w
 each recovery, merge and export reads both back from disk and fails the run otherwise. The best held-out values are kept, the start among
 them, in the form in which they are stored; what did not help is not kept at all.
 
-The learning rate is that of the method's main parameters; what trains beside them keeps its ratio to it (`RATES` in `recover/trainable.py`).
-Scales move relative to themselves, norms in units of their gain (at {RATES["norms_beside"]:g} beside weights or factors), codes in grid steps.
+The learning rate is that of the method's main parameters; what trains with them keeps its ratio to it (`RATES` in `recover/trainable.py`).
+Scales move relative to themselves, norms in units of their gain (at {RATES["norms_with_others"]:g} next to weights or factors), codes in grid steps.
 A low-rank factor in 16 bits trains value by value; one on a grid (`factor_bits` 4 or 8) keeps its codes and trains its scales. `lora` with
-`scales: true` trains the scales of the quantized weights beside either.
+`scales: true` trains the scales of the quantized weights with either.
 
 `reconstruct` trains what `train` names (`mask_lora`, `weights`, `norms`, `biases`, `scales`, `lora`; `auto`: scales on a grid, mask_lora
 elsewhere) block by block and needs the memory of one block. Adapters can be pruned after training: `prune_ranks`, `prune_units`.

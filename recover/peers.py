@@ -28,7 +28,7 @@ class Sum(Protocol):
 
 
 def _nobody(like: Tensor) -> Sum:
-    raise ValueError("one process has nobody to add up with; give ordered_sum beside a size above 1")
+    raise ValueError("one process has nobody to add up with; give ordered_sum together with a size above 1")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Virtual tokens through peft: prefix tuning, prompt tuning, p-tuning, and MAM's prefix beside a parallel adapter.
+"""Virtual tokens through peft: prefix tuning, prompt tuning, p-tuning, and MAM's prefix with a parallel adapter.
 
 They change what the model sees, so step 0 cannot equal the compressed model: the start is the model without its tokens, and
 if training could not beat that, the tokens stay off. Legend: B batch, T tokens, P virtual tokens, D model, L layers.
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..compress.ranges import Factor, SquareWidth, Width
 from .bottlenecks import ParallelAdapter, parallel_adapter
-from .extra_modules import TOKENS, Beside, Tokens, cache_argument
+from .extra_modules import TOKENS, ExtraModules, Tokens, cache_argument
 from .site import AttachSite, joined
 from .student import Student, student_of
 from .trainable import Attached, Trainable
@@ -130,13 +130,13 @@ def mam_adapter(site: AttachSite, config: MamAdapter) -> Attached:
     prefix = prefix_tuning(site, PrefixTuning(config.tokens))
     adapter = parallel_adapter(site, ParallelAdapter(config.bottleneck, "mlp", "relu", config.scaling))
 
-    def beside() -> Beside:
-        assert prefix.beside is not None and adapter.beside is not None
-        tokens, around = prefix.beside(), adapter.beside()
+    def extra_modules() -> ExtraModules:
+        assert prefix.extra_modules is not None and adapter.extra_modules is not None
+        tokens, around = prefix.extra_modules(), adapter.extra_modules()
         return replace(around, method="mam_adapter", tokens=tokens.tokens, tensors={**around.tensors, **tokens.tensors})
 
     out = joined(prefix, adapter)
-    out.beside = beside
+    out.extra_modules = extra_modules
     return out
 
 
@@ -158,14 +158,14 @@ def _attached(method: str, site: AttachSite, wrapped: Any, kind: Literal["prefix
         parameter.requires_grad_(True)
     out = {f"prompt.{name}": Trainable(p, "tokens") for name, p in parameters.items()}
 
-    def beside() -> Beside:
+    def extra_modules() -> ExtraModules:
         values = wrapped.get_prompt_embedding_to_save("default").float()
         if kind == "prefix":
             settings = wrapped.peft_config["default"]
             values = values.view(count, settings.num_layers, 2, settings.num_attention_heads, -1)
-        return Beside(method, {}, kind, {TOKENS: values.clone()})
+        return ExtraModules(method, {}, kind, {TOKENS: values.clone()})
 
-    return Attached(out, adapter=frozenset(out), run=switch.student(), starts_without=switch.without, beside=beside)
+    return Attached(out, adapter=frozenset(out), run=switch.student(), starts_without=switch.without, extra_modules=extra_modules)
 
 
 def _some_text(site: AttachSite, count: int) -> Tensor:

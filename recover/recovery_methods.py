@@ -168,13 +168,13 @@ _MODEL = Ways(
     "norms, biases, weights in place", "as it was stored", "any format; created biases where the architecture has a place", "in place"
 )
 _DELTA = Ways(
-    "in dense weights; sparse delta beside quantized ones",
+    "in dense weights; sparse delta next to quantized ones",
     "a dense matrix where a delta is",
     "dense; other formats refused with a delta",
     "kept dense weights; refused on quantized ones",
 )
-_BESIDE = Ways("bottlenecks beside the model", "beside the kernels", "refused: no format has a place for them", "refused")
-_TOKENS = Ways("virtual tokens beside the model", "in front of the kernels", "base in any format + PEFT prompt", "refused")
+_BOTTLENECKS = Ways("bottlenecks stored with the model", "run next to the kernels", "refused: no format has a place for them", "refused")
+_TOKENS = Ways("virtual tokens stored with the model", "in front of the kernels", "base in any format + PEFT prompt", "refused")
 _GRID = Ways("scales and codes in place", "as it was stored", "any grid format", "in place")
 
 RECOVER: dict[str, RecoveryMethod] = {
@@ -346,18 +346,18 @@ RECOVER: dict[str, RecoveryMethod] = {
         paper="PERP, arXiv:2312.15230",
     ),
     "serial_adapter": RecoveryMethod(
-        bottlenecks.SerialAdapter, bottlenecks.serial_adapter, "adapters", "bottlenecks behind sublayers", _BESIDE, paper="arXiv:1902.00751"
+        bottlenecks.SerialAdapter, bottlenecks.serial_adapter, "adapters", "bottlenecks behind sublayers", _BOTTLENECKS, paper="arXiv:1902.00751"
     ),
     "parallel_adapter": RecoveryMethod(
         bottlenecks.ParallelAdapter,
         bottlenecks.parallel_adapter,
         "adapters",
-        "bottlenecks beside sublayers",
-        _BESIDE,
+        "bottlenecks in parallel to sublayers",
+        _BOTTLENECKS,
         paper="arXiv:2110.04366",
     ),
     "mam_adapter": RecoveryMethod(
-        prompts.MamAdapter, prompts.mam_adapter, "adapters", "a prefix and parallel bottlenecks", _BESIDE, paper="arXiv:2110.04366"
+        prompts.MamAdapter, prompts.mam_adapter, "adapters", "a prefix and parallel bottlenecks", _BOTTLENECKS, paper="arXiv:2110.04366"
     ),
     "prefix_tuning": RecoveryMethod(
         prompts.PrefixTuning, prompts.prefix_tuning, "tokens", "keys and values in front", _TOKENS, paper="arXiv:2101.00190"

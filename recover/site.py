@@ -90,13 +90,13 @@ def train_factors(linears: Mapping[str, CompressedLinear]) -> dict[str, Trainabl
 
 
 def train_norms(site: AttachSite, alone: bool = False) -> Attached:
-    """Weights (and biases) of every normalisation at the chosen depth; `alone`: no weights are trained beside them."""
+    """Weights (and biases) of every normalisation at the chosen depth; `alone`: no weights are trained with them."""
     out = Attached({})
     for name in selection.norms(site.model, site.place):
         module = site.model.get_submodule(name)
         unit = gain(module)
         for part, parameter in module.named_parameters(recurse=False):
-            _plain(site, out, f"{name}.{part}", parameter, "norms" if alone else "norms_beside", unit)
+            _plain(site, out, f"{name}.{part}", parameter, "norms" if alone else "norms_with_others", unit)
     return out
 
 
@@ -121,7 +121,7 @@ def train_biases(site: AttachSite, create: bool = True, norms: bool = True) -> A
         module = site.model.get_submodule(name)
         bias = getattr(module, "bias", None)
         if isinstance(bias, nn.Parameter):
-            _plain(site, out, f"{name}.bias", bias, "norms_beside", gain(module))
+            _plain(site, out, f"{name}.bias", bias, "norms_with_others", gain(module))
     return out
 
 
@@ -173,6 +173,6 @@ def joined(*parts: Attached) -> Attached:
         trainables = part.trainables | trainables
     first: dict[str, Any] = {
         key: next((v for p in parts if (v := getattr(p, key)) is not None), None)
-        for key in ("before_step", "buffers", "penalty", "run", "beside", "starts_without", "remove", "stored_form", "prune")
+        for key in ("before_step", "buffers", "penalty", "run", "extra_modules", "starts_without", "remove", "stored_form", "prune")
     }
     return Attached(trainables, plain, frozenset().union(*(p.adapter for p in parts)), **first)

@@ -1,4 +1,4 @@
-"""A language model cut in two, body and head, so that losses can take logits in chunks; and the teacher beside it.
+"""A language model cut in two, body and head, so that losses can take logits in chunks; and its teacher.
 
 Knows causal language models of transformers by their structure (`base_model`, `get_output_embeddings`); not files.
 Legend: B batch, T tokens, D model, V vocabulary.

@@ -275,7 +275,7 @@ def _update(run: TrainingRun, text: TrainingText, device: torch.device, peers: P
 
 
 def _for_nothing(run: TrainingRun, text: TrainingText, device: torch.device) -> None:
-    """Forward and back beside others, adding nothing to their gradients."""
+    """Forward and backward along with the other processes, adding nothing to their gradients."""
     batch, parameters = text.batches(run.step * run.config.accumulation).to(device), [t.parameter for t in run.trainables.values()]
     kept = [p.grad for p in parameters]
     torch.autograd.backward(batch_loss(run.student, batch, None, Objective("cross_entropy", 1.0)) * 0.0)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .extra_modules import Beside
+from .extra_modules import ExtraModules
 
 # Default learning rates by kind of parameter; scales, zeros and codes are in relative or grid units, norms in units of their gain; beside
 # what trains the weights norms go more slowly, since alone they have more to make up for.
@@ -18,7 +18,7 @@ RATES: dict[str, float] = {
     "scales": 4e-3,
     "zeros": 4e-3,
     "norms": 1.6e-2,
-    "norms_beside": 4e-3,
+    "norms_with_others": 4e-3,
     "biases": 2e-3,
     "factors": 1e-3,
     "magnitudes": 2e-3,
@@ -84,9 +84,9 @@ class Attached:
     """A method attached to a model.
 
     trainables: name → Trainable, names are stable and unique. plain: model parameter name → storage dtype of what is no part
-    of a compressed linear (norms, embeddings, head). adapter: names of trainables that live beside the records; `beside()` is what is
+    of a compressed linear (norms, embeddings, head). adapter: names of trainables that no record holds; `extra_modules()` is what is
     stored of them. `before_step(step)` may change gates, noise or index sets, and names the entries (bool masks) whose moments start
-    anew; `buffers()` are tensors that a resumed run needs besides the parameters; `penalty()` is added to the loss. `run` is the Student
+    anew; `buffers()` are tensors that a resumed run needs in addition to the parameters; `penalty()` is added to the loss. `run` is the Student
     to use (virtual tokens), `starts_without(True)` switches them off; `remove()` takes hooks off the model again; `stored_form(True)`
     makes it run as it will be stored where that is more than rounding each value. `prune(True)`, after training, drops what the config
     asks for and says what is left, `prune(False)` puts it back. `unrounded`: the `MaskedDense` of the linears that are to be rounded behind
@@ -100,7 +100,7 @@ class Attached:
     buffers: Callable[[], dict[str, Tensor]] | None = None
     penalty: Callable[[], Tensor] | None = None
     run: Any = None
-    beside: Callable[[], Beside] | None = None
+    extra_modules: Callable[[], ExtraModules] | None = None
     starts_without: Callable[[bool], None] | None = None
     remove: Callable[[], None] | None = None
     stored_form: Callable[[bool], None] | None = None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...compress.weights import GgmlWeight, NormalFloatWeight, StoredWeight, UniformWeight
-from ...recover.extra_modules import Beside
+from ...recover.extra_modules import ExtraModules
 from ..errors import UsageError
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ class Checkpoint:
     transposed: frozenset[str] = frozenset()
     tied: Mapping[str, str] = field(default_factory=dict)
     card: Mapping[str, Any] = field(default_factory=dict)
-    extra_modules: tuple[Beside, ...] = ()
+    extra_modules: tuple[ExtraModules, ...] = ()
 
     def with_linears(self, linears: Mapping[str, StoredWeight]) -> "Checkpoint":
         return replace(self, linears=linears)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ...compress.weights import DenseWeight, LowRank, StoredWeight, UniformWeight
-from ...recover.extra_modules import TOKENS, Beside, Tokens
+from ...recover.extra_modules import TOKENS, ExtraModules, Tokens
 from ...recover.prompts import peft_settings
 from ..errors import InputError, UsageError
 from ..store.files import read_json
@@ -168,20 +168,20 @@ def adapter_settings(directory: Path) -> Path:
     return directory / ADAPTER / SETTINGS
 
 
-def _read_tokens(config: Mapping[str, Any], entry: Stored) -> Beside:
+def _read_tokens(config: Mapping[str, Any], entry: Stored) -> ExtraModules:
     """A prompt [P, D] or a prefix [P, L·2·K·W] as PEFT saves what it trained, p-tuning's network already run."""
     if len(entry.shape) != 2 or not all(entry.shape):
         raise InputError(f"{entry.file}: {entry.name} is {list(entry.shape)}; a row of numbers for each virtual token was expected")
     method, values = VIRTUAL[config["peft_type"]], entry.load()
     if method != "prefix_tuning":
-        return Beside(method, tokens="prompt", tensors={TOKENS: values})
+        return ExtraModules(method, tokens="prompt", tensors={TOKENS: values})
     layers, heads = config.get("num_layers") or 0, config.get("num_attention_heads") or 0
     if layers < 1 or heads < 1 or values.shape[1] % (2 * layers * heads):
         raise InputError(f"{entry.file}: {list(values.shape)} values are no keys and values of {layers} layers of {heads} heads")
-    return Beside(method, tokens="prefix", tensors={TOKENS: values.view(len(values), layers, 2, heads, -1)})
+    return ExtraModules(method, tokens="prefix", tensors={TOKENS: values.view(len(values), layers, 2, heads, -1)})
 
 
-def refuse_other_models_tokens(extra: Beside, model: "PreTrainedModel", directory: Path) -> None:
+def refuse_other_models_tokens(extra: ExtraModules, model: "PreTrainedModel", directory: Path) -> None:
     """InputError for virtual tokens of another size than the model's; of a prefix, as far as its config says it."""
     tokens, config = extra.virtual(), model.config.get_text_config()
     if tokens is None:

@@ -47,7 +47,7 @@ def refusals(spec: StageSpec, recipe: Recipe, model: "PreTrainedModel", sizes: S
 def extra_bytes(spec: StageSpec, model: Any, sizes: Sizes) -> int:
     """Bytes of the extra modules that a method adds to the model, in float32."""
     shared, own = split(spec.method, spec.config)
-    if "beside the model" not in RECOVER[spec.method].ways.stored_as:
+    if "stored with the model" not in RECOVER[spec.method].ways.stored_as:
         return 0
     config, count = model.config.get_text_config(), 0
     if isinstance(own, PrefixTuning | MamAdapter):

@@ -80,8 +80,8 @@ def _tokens(plan: CostPlan) -> float:
     return float(plan.recipe.calibration.samples * plan.recipe.calibration.seq_len)
 
 
-def _there_and_back(plan: CostPlan, squaring: Work, beside: float, found: float, sent: Exchange) -> Needs:
-    """`squaring`: a block's work besides its own step; `beside`: bytes beside its activations; `found`: of the host, what is gathered."""
+def _there_and_back(plan: CostPlan, squaring: Work, extra: float, found: float, sent: Exchange) -> Needs:
+    """`squaring`: a block's work in addition to its own step; `extra`: bytes in addition to its activations; `found`: of the host, what is gathered."""
     anatomy, samples, seq_len = plan.anatomy, plan.recipe.calibration.samples, plan.recipe.calibration.seq_len
     tokens = _tokens(plan)
     step = anatomy.step(1, seq_len, plan.dtype, False, "cross_entropy")
@@ -90,7 +90,7 @@ def _there_and_back(plan: CostPlan, squaring: Work, beside: float, found: float,
     back = plan.loaded(False) + step.work * samples + Work({plan.dtype: attention}) + squaring
     logits = tokens * anatomy.vocabulary
     head = Work({plan.dtype: 2 * logits * anatomy.width}, passes=logits * 4.0 * 16, calls=tokens / LOGITS_AT_ONCE * 60)
-    acting = plan.block_bytes + 1.4 * step.activations.saved / anatomy.blocks + beside
+    acting = plan.block_bytes + 1.4 * step.activations.saved / anatomy.blocks + extra
     span = min(LOGITS_AT_ONCE, seq_len) * anatomy.vocabulary * 4.0 * 3
     host = max(anatomy.outside, READ_AHEAD * anatomy.block_parameters) * plan.element + found + RUNNING_BYTES
     kept = plan.hidden_bytes(tokens) * (anatomy.blocks + 1)

@@ -1,6 +1,6 @@
-"""The demo's own table: the default recipe's run, stage after stage, beside plain methods on the same model, texts and embeddings.
+"""The demo's own table: the default recipe's run, stage after stage, and plain methods on the same model, texts and embeddings.
 
-Writes `plain.json`, which the report of every run of the demo model draws beside it, and `demo.{json,md,png,svg}`, the README's picture;
+Writes `plain.json`, which the report of every run of the demo model draws next to it, and `demo.{json,md,png,svg}`, the README's picture;
 `demo-dtypes.{json,md}` is the recipe in float32 and in bfloat16.
 Rows are stages of run directories, so that a killed one goes on. Knows the default recipe; not how a figure is drawn.
 """
@@ -114,15 +114,15 @@ def _measured(chosen: Recipe, directory: Path, settings: Mapping[str, object], o
 
 def _auto_round(chosen: Recipe, directory: Path) -> RunRecord:
     """The other program's checkpoint, of which the blocks stay as they are."""
-    beside = directory / "demo-plain-rivals"
+    rivals = directory / "demo-plain-rivals"
     first = directory / "demo-plain"
-    if not (beside / "dense").is_dir():
-        export(first, "dense", beside / "dense", stage="baseline")
+    if not (rivals / "dense").is_dir():
+        export(first, "dense", rivals / "dense", stage="baseline")
     document = {"name": "plain", "calibration": SETTINGS[DEMO]["calibration"], "stages": [{"quantize": PLAIN["RTN"]}]}
-    ids_NT = Inputs(recipe.resolve(document, options={"model": DEMO}), beside / "dense").calibration()
-    checkpoint, reported = other_programs.made(beside, beside / "dense", ids_NT, AUTO_ROUND)
+    ids_NT = Inputs(recipe.resolve(document, options={"model": DEMO}), rivals / "dense").calibration()
+    checkpoint, reported = other_programs.made(rivals, rivals / "dense", ids_NT, AUTO_ROUND)
     untouched = {"method": "rtn", "ignore": [r"\.layers\."]}
-    record = _measured(chosen, beside / "run", untouched, {"model": str(checkpoint), "data": DEMO, "teacher": DEMO, **COMPUTED})
+    record = _measured(chosen, rivals / "run", untouched, {"model": str(checkpoint), "data": DEMO, "teacher": DEMO, **COMPUTED})
     last = replace(record.stages[-1], method="auto_round", seconds=reported["seconds"], peak_bytes=reported["peak_bytes"])
     return replace(record, stages=(*record.stages[:-1], last))
 

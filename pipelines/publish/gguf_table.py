@@ -1,4 +1,4 @@
-"""The table of GGUF files: our grids beside llama.cpp's own quantizer with an importance matrix, tensor by tensor in the same types.
+"""The table of GGUF files: our grids and llama.cpp's own quantizer with an importance matrix, tensor by tensor in the same types.
 
 llama.cpp chooses the types and rounds; ours takes those types as grids of GPTQ, and may train their super-scales. Both are then read by llama.cpp, which
 measures the perplexity over our windows. A budget of the same bits may choose other types. It runs in an environment of its own (`make interop`) and shares nothing with us but files.
@@ -83,7 +83,7 @@ def _write(kept: published.PublishedRows) -> list[Path]:
         f"Made by `make publish TABLE={NAME}`: {len(rows)} of {len(MODELS) * len(_identities(SMALL))} rows; {cpu_name()}, 2 cores shared with other work.",
     ]
     protocols = {text(row["model"]): row["protocol"] for row in rows}
-    return published.write(NAME, shown, COLUMNS, protocols, title="GGUF: our grids beside llama.cpp's quantizer", notes=notes)
+    return published.write(NAME, shown, COLUMNS, protocols, title="GGUF: our grids and llama.cpp's quantizer", notes=notes)
 
 
 def _measure(model: str, directory: Path, kept: published.PublishedRows) -> None:

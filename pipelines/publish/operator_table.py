@@ -1,5 +1,5 @@
 """The table of operators: what GPTQ takes of one block, by part, and what a step of training takes behind it, on a CPU and on the pretended
-card of the tests, beside what it once took.
+card of the tests, next to what it once took.
 
 The counts are `bench compress --count`'s, each in a process of its own; those of before stay as they were published. Nothing is timed.
 """
@@ -25,7 +25,7 @@ COLUMNS = (
 )  # fmt: skip
 NOTES = (
     "Operators that torch dispatches, views among them, while GPTQ (4 bits, group 64, hessian clip) solves the seven matrices of one block of Llama's shape; a kernel is one. The card is the pretended one of the tests, sent what a real one would be. Waits: how often the host waits for a number, a size or a copy.",
-    "A step: one micro-batch of 128 tokens through one block and a head of 512, forward, both losses, backward, AdamW, norms beside; the teacher's pass ahead is not in it. Before, the loss, the gradient's norm and every matrix' scales were looked at in each step.",
+    "A step: one micro-batch of 128 tokens through one block and a head of 512, forward, both losses, backward, AdamW, norms as well; the teacher's pass ahead is not in it. Before, the loss, the gradient's norm and every matrix' scales were looked at in each step.",
     "Before: one sweep a matrix, columns one by one everywhere, grids searched in pieces of a CPU cache's size, codes packed word by word.",
     "Made by `make publish TABLE=operators` (the larger shape takes ten minutes and 7 GB): counted, not timed, the same on every machine.",
 )

@@ -172,14 +172,14 @@ def _recipe(row: ReferenceRow, options: Mapping[str, object]) -> recipe.Recipe:
 def _measure_rival(row: ReferenceRow, directory: Path, options: Mapping[str, object], other_text: bool) -> dict[str, Any]:
     """What the other program made of the baseline, as it stands or as the row's stages leave it; differences are to the dense model."""
     assert row.rival is not None
-    beside = directory.with_name(f"{directory.name}-rivals")
-    dense = beside / "dense"
+    rivals = directory.with_name(f"{directory.name}-rivals")
+    dense = rivals / "dense"
     chosen = _recipe(replace(row, stages=()), options)
     first = runner.run(chosen, directory, until_stage="baseline", page=False).stages[0]
     if not dense.is_dir():
         export(directory, "dense", dense, stage="baseline")
-    checkpoint, reported = other_programs.made(beside, dense, Inputs(chosen, dense).calibration(), row.rival)
-    own = other_programs.place_of(beside, row.rival) / "run"
+    checkpoint, reported = other_programs.made(rivals, dense, Inputs(chosen, dense).calibration(), row.rival)
+    own = other_programs.place_of(rivals, row.rival) / "run"
     record = runner.run(_recipe(row, {**options, "model": str(checkpoint), "teacher": options["model"]}), own, page=False)
     numbers = _numbers(record)
     assert first.perplexity is not None

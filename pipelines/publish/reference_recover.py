@@ -46,8 +46,8 @@ def recover_rows() -> list[ReferenceRow]:
         demo += [_untouched(kind, DEMO), *(_recovered(name, kind, settings, DEMO) for name, settings in chosen.items())]
     tags = {"kind": "3-bit, best 32", "seed": 0}
     demo.append(ReferenceRow("not recovered", _BEST, tags))
-    beside = {"lora": {}, "lora, scales": {"scales": True}, "lora, scales, biases": {"scales": True, "biases": True}}
-    for name, own in beside.items():
+    variants = {"lora": {}, "lora, scales": {"scales": True}, "lora, scales, biases": {"scales": True, "biases": True}}
+    for name, own in variants.items():
         demo.append(ReferenceRow(name, (*_BEST, {"recover": {**_BUDGET[DEMO], **_FOUR["lora"], **own}}), tags))
     return [*small, *demo]
 

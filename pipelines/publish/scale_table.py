@@ -1,4 +1,4 @@
-"""The table of scaling over processes: calibration, solving and recovery on 1, 2 and 4 of them, beside what `pipeline plan` predicts.
+"""The table of scaling over processes: calibration, solving and recovery on 1, 2 and 4 of them, next to what `pipeline plan` predicts.
 
 Rows are `bench scale`'s. The machine is named: its cores are shared by the processes, and by whatever else runs.
 """

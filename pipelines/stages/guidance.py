@@ -1,6 +1,6 @@
 """Guided second moments of a stage's matrices: how much the dense model's loss feels each token at their outputs, and their inputs weighed by it.
 
-Gradients come from one walk there and back over the calibration text, kept beside the baseline; inputs from the compressed model below, block by
+Gradients come from one walk there and back over the calibration text, kept with the baseline; inputs from the compressed model below, block by
 block, as for every other statistic. Knows models, text and ranks; the maths is `compress/guided`.
 Legend: N windows, T tokens, O out, I in, K groups of rows.
 """
@@ -30,7 +30,7 @@ from .context import Context, check_stop
 from .fisher import Ordered, dtype_of_gradients, head_gradients, sequences_at_once, there
 
 VERSION = 1
-"""Of the numbers kept beside the baseline."""
+"""Of the numbers kept with the baseline."""
 Found = dict[int, dict[str, Tensor]]
 """Window → site → mean squared gradients, float32 [T, K], on the CPU."""
 
@@ -95,7 +95,7 @@ def _square_sum(site: Site, device: torch.device, share: BatchShare) -> OrderedS
 
 def token_squares(context: Context, groups: Mapping[str, int]) -> dict[str, Tensor]:
     """Site → mean over each group's outputs of the squared gradient of the window's summed cross-entropy over its length, float32 [N, T, K] on the
-    CPU, of those that every window reaches; kept beside the baseline for the next stage that asks for the same groups. InputError where a gradient is not finite."""
+    CPU, of those that every window reaches; kept with the baseline for the next stage that asks for the same groups. InputError where a gradient is not finite."""
     path, ranks = _kept(context, groups), context.ranks
     if ranks.broadcast(ranks.leads and is_whole(path)):
         result = kept(path)

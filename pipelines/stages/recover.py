@@ -90,8 +90,8 @@ def recover(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: 
     kept, remarks = _as_kept(model, student, attached, held_out, result, spec)
     results = trained(model, attached.plain) if kept is not None else Trained()
     write_model(parent, writer, streamed, results)
-    if kept is not None and attached.beside is not None:
-        writer.write_extra_modules(attached.beside())
+    if kept is not None and attached.extra_modules is not None:
+        writer.write_extra_modules(attached.extra_modules())
     audited(parent, writer, spec.address, codes_move=not RECOVER[spec.method].grid_safe)
     layers = [{"name": n, "metrics": {}, "output_error": None} for n in results.records if n in parent.linears]
     metrics = _metrics(result) | {

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...compress.sharing import SHARED, holder_of, own_tensors, settled
 from ...compress.weights import StoredWeight, describe, from_tensors
-from ...recover.extra_modules import Beside, beside_of
+from ...recover.extra_modules import ExtraModules, extra_modules_of
 from ..errors import InputError
 from ..ranks.exchange import ONE, Ranks
 from .files import disk_errors, link, read_json, sha256, sync, write_bytes, write_json
@@ -111,7 +111,7 @@ class Artifact:
         return record_of(self, linear, self.tensors)
 
     @cached_property
-    def extra_modules(self) -> list[Beside]:
+    def extra_modules(self) -> list[ExtraModules]:
         """Bottlenecks and virtual tokens of recovery stages, in the order in which they were trained."""
         out = []
         for part, description in sorted(self.manifest.get("beside", {}).items()):
@@ -119,7 +119,7 @@ class Artifact:
             with self._open(file) as shard:
                 tensors = {name: shard.get_tensor(name).clone() for name in shard.keys()}  # noqa: SIM118
             try:
-                out.append(beside_of(description, tensors))
+                out.append(extra_modules_of(description, tensors))
             except (KeyError, TypeError, ValueError) as error:
                 raise InputError(f"{self.directory / file}: {error}; the artifact does not match its manifest") from error
         return out
@@ -213,7 +213,7 @@ class ArtifactWriter:
         write_json(self.scratch / f"{part}.part.json", marker)
         return marker
 
-    def write_extra_modules(self, extra: Beside) -> None:
+    def write_extra_modules(self, extra: ExtraModules) -> None:
         """One more adapter, after those of the parent."""
         part = f"{ADAPTER}{len(self._parents_extra_parts()):02d}"
         self.write_part(part, {"tensors": extra.tensors}, {}, {"beside": extra.describe()})

@@ -16,7 +16,7 @@ from bitmend.pipelines.models.source import load_config, load_tokenizer, positio
 from bitmend.pipelines.models.structure import inspect, skeleton
 from bitmend.pipelines.planning.imported_sizes import imported_sizes
 from bitmend.pipelines.stages.baseline import build_baseline, check_source
-from bitmend.recover.extra_modules import TOKENS, Beside
+from bitmend.recover.extra_modules import TOKENS, ExtraModules
 from torch import Tensor
 
 from ..pipelines.demo.test_demo import write_gguf
@@ -56,11 +56,11 @@ BASES: dict[str, tuple[str, str, Callable[[Tensor], Any], dict[str, Any]]] = {
     "bnb": ("llama", "bnb", nf4, {}),
 }
 HEADS = torch.zeros(2, 1, 2, 4, 8)  # a prefix [P, L, 2, K, W] of TINY
-ADAPTERS: dict[str, tuple[str, Callable[..., Any] | None, tuple[Beside, ...]]] = {
+ADAPTERS: dict[str, tuple[str, Callable[..., Any] | None, tuple[ExtraModules, ...]]] = {
     "lora": ("dense", with_low_rank, ()),
     "lora on gptq": ("gptq-v2", with_low_rank, ()),
-    "prefix": ("dense", None, (Beside("prefix_tuning", tokens="prefix", tensors={TOKENS: HEADS}),)),
-    "prompt": ("gptq-v2", None, (Beside("prompt_tuning", tokens="prompt", tensors={TOKENS: torch.zeros(3, 32)}),)),
+    "prefix": ("dense", None, (ExtraModules("prefix_tuning", tokens="prefix", tensors={TOKENS: HEADS}),)),
+    "prompt": ("gptq-v2", None, (ExtraModules("prompt_tuning", tokens="prompt", tensors={TOKENS: torch.zeros(3, 32)}),)),
 }
 """A base and its PEFT adapter: the base's format, its low-rank terms, its virtual tokens."""
 NAMES = [*BASES, *ADAPTERS, "gguf", "tokenizer"]

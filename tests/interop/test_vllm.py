@@ -36,8 +36,8 @@ def test_vllm_writes_what_we_write(form: str, adapter: bool, tmp_path: Path, sma
     runner.run(chosen(tmp_path, small_model, small_text, [GRID, TERM] if adapter else [GRID], **SECTIONS), tmp_path / "run", device="cpu")
     exporting.export(tmp_path / "run", form, tmp_path / "out", adapter=adapter)
     prompt = [5, 80, 300, 41, 7]
-    base, beside = (tmp_path / "out" / "base", str(tmp_path / "out" / "adapter")) if adapter else (tmp_path / "out", None)
-    (tmp_path / "job.json").write_text(json.dumps({"directory": str(base), "adapter": beside, "prompt": prompt, "new_tokens": 24}))
+    base, lora = (tmp_path / "out" / "base", str(tmp_path / "out" / "adapter")) if adapter else (tmp_path / "out", None)
+    (tmp_path / "job.json").write_text(json.dumps({"directory": str(base), "adapter": lora, "prompt": prompt, "new_tokens": 24}))
     done = subprocess.run([PYTHON, SCRIPT, tmp_path / "job.json", tmp_path / "said.json"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     model, ids = load(tmp_path / "run"), prompt

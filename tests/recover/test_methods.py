@@ -115,8 +115,8 @@ def check_folding(name, kind, model, attached, before):
     new = install(twin, {n: s for n, (s, _) in after.items()})
     for layer, (_, bias) in after.items():
         new[layer].bias = None if bias is None else torch.nn.Parameter(bias)
-    if attached.beside is not None:
-        attached.beside().hang(twin)
+    if attached.extra_modules is not None:
+        attached.extra_modules().hang(twin)
     with torch.no_grad():
         logits = twin(ids).logits
     assert (logits - trained).abs().max() <= (0.2 if kind == "everything" else 1e-4)  # a last bit may flip an activation's rounding

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from bitmend.recover.compressed_linear import install
-from bitmend.recover.extra_modules import beside_of
+from bitmend.recover.extra_modules import extra_modules_of
 from bitmend.recover.recovery_methods import RECOVER, attach, split
 from bitmend.recover.student import student_of
 from bitmend.recover.train import TrainingText, held_out_loss, train
@@ -64,10 +64,10 @@ def test_what_is_kept_gives_the_same_logits_on_a_fresh_model(name):
     model, ids = compressed("3-bit"), batch(4).ids
     attached = attach(name, model, own)
     train(model, attached, TrainingText(batch, held_out()), split(name, own)[0], main=RECOVER[name].main)
-    assert attached.starts_without is not None and attached.beside is not None
+    assert attached.starts_without is not None and attached.extra_modules is not None
     attached.starts_without(False)
-    made = attached.beside()
-    kept = beside_of(json.loads(json.dumps(made.describe())), made.tensors)
+    made = attached.extra_modules()
+    kept = extra_modules_of(json.loads(json.dumps(made.describe())), made.tensors)
     fresh, tokens = compressed("3-bit"), kept.virtual()
     kept.hang(fresh)
     assert tokens is not None and tokens.count == 4
@@ -85,12 +85,12 @@ def test_more_tokens_than_positions_are_refused():
 
 def test_a_kept_adapter_whose_tensors_do_not_fit_is_refused():
     attached = attach("serial_adapter", compressed("3-bit"), {"bottleneck": 8})
-    assert attached.beside is not None
-    kept = attached.beside()
+    assert attached.extra_modules is not None
+    kept = attached.extra_modules()
     short = {n: t for n, t in kept.tensors.items() if not n.endswith("0.mlp.up")}
     for tensors in (short, kept.tensors | {"model.layers.0.mlp.up": torch.zeros(3, 8)}):
         with pytest.raises(ValueError, match=r"'model\.layers\.0\.mlp\.up' of the adapter serial_adapter is missing or not \[32, 8\]"):
-            beside_of(kept.describe(), tensors)
+            extra_modules_of(kept.describe(), tensors)
 
 
 @pytest.mark.parametrize("name", ["prompt_tuning", "p_tuning"])
@@ -102,6 +102,6 @@ def test_tokens_have_the_width_of_the_embeddings(name):
     install(model, records(model, "3-bit"))
     own = {**SETTINGS, **({"hidden": 8} if name == "p_tuning" else {})}
     attached = attach(name, model, own)
-    assert attached.beside is not None and attached.beside().tensors["tokens"].shape == (4, 16)
+    assert attached.extra_modules is not None and attached.extra_modules().tensors["tokens"].shape == (4, 16)
     with torch.no_grad():
         assert attached.run.hidden(batch(0).ids).shape[:2] == batch(0).ids.shape

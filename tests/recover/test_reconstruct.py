@@ -128,7 +128,7 @@ def test_the_bits_do_not_depend_on_the_number_of_processes(train: Any, kind: str
             assert found == expected and all(torch.equal(others[name], tensor) for name, tensor in tensors.items())
 
 
-def test_norms_beside_train_in_the_window_of_the_linear_that_follows() -> None:
+def test_norms_of_a_window_train_in_the_window_of_the_linear_that_follows() -> None:
     config = Reconstruct(window="split", steps=60, rank=8)
     given = problem("2:4", config)
     norms = ("model.layers.0.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight")

@@ -98,9 +98,9 @@ def test_a_norm_is_trained_in_units_of_its_gain():
     rates = {name: t.rate for name, t in attach("perp", model, {"biases": False}).trainables.items()}
     ratio = rates["model.layers.0.input_layernorm.weight"] / rates["model.layers.1.input_layernorm.weight"]
     assert ratio == pytest.approx(0.03, rel=1e-3) and gain(large) == pytest.approx(1, abs=0.01)
-    beside_one = GemmaRMSNorm(32)
-    torch.nn.init.constant_(beside_one.weight, 1.0)
-    assert gain(beside_one) == pytest.approx(2, abs=0.01)
+    around_one = GemmaRMSNorm(32)
+    torch.nn.init.constant_(around_one.weight, 1.0)
+    assert gain(around_one) == pytest.approx(2, abs=0.01)
     silent = torch.nn.LayerNorm(32)
     torch.nn.init.zeros_(silent.weight)
     assert gain(silent) == 1.0
@@ -198,11 +198,11 @@ def test_pruned_units_are_those_that_do_least_and_come_back():
         if name.endswith(".up"):
             t.parameter.data[:, 0] = 0.1 if name.startswith("model.layers.1") else 0.0
     before = model(ids).logits
-    assert attached.prune is not None and attached.beside is not None
+    assert attached.prune is not None and attached.extra_modules is not None
     left = attached.prune(True)
     assert left == {n: (1 if "layers.1" in n else 0) for n in left} and len(left) == 4, "units that tie with the rest go as well"
     assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-5)
-    assert attached.beside().tensors["model.layers.0.mlp.up"].shape == (32, 0)
+    assert attached.extra_modules().tensors["model.layers.0.mlp.up"].shape == (32, 0)
     attached.prune(False)
     assert torch.equal(model(ids).logits, before)
 

@@ -12,7 +12,7 @@ from bitmend.pipelines.models.collecting import collect, collecting, gather
 from bitmend.pipelines.models.hidden import HiddenStates, Room
 from bitmend.pipelines.stages.baseline import build_baseline, fingerprint
 from bitmend.pipelines.store.artifact import Artifact, ArtifactWriter, open_artifact
-from bitmend.recover.extra_modules import Beside, Place, Tokens, start_tensors
+from bitmend.recover.extra_modules import ExtraModules, Place, Tokens, start_tensors
 from bitmend.recover.prompts import peft_settings
 from peft import get_peft_model
 
@@ -107,7 +107,7 @@ def test_q_k_v_share_one_second_moment(tmp_path: Path) -> None:
     assert len({id(s) for s in at.values()}) == 4
 
 
-def with_adapter(artifact: Artifact, extra: Beside, place: Path) -> Artifact:
+def with_adapter(artifact: Artifact, extra: ExtraModules, place: Path) -> Artifact:
     """The artifact with one more adapter."""
     writer = ArtifactWriter(place.with_suffix(".partial"), artifact)
     writer.write_part("all", {"tensors": {n: artifact.tensor(n) for n in artifact.index}}, {})
@@ -132,7 +132,7 @@ def test_with_virtual_tokens_a_streamed_model_is_the_whole_one(family: str, kind
     """Twice, since attention grows a cache; every window sees the tokens, and no position of a text is lost."""
     model = save_tiny(family, tmp_path / "source")
     tokens = tokens_for(model, kind)
-    kept = Beside(f"{kind}_tuning", tokens=kind, tensors={"tokens": tokens.values})
+    kept = ExtraModules(f"{kind}_tuning", tokens=kind, tensors={"tokens": tokens.values})
     made = with_adapter(baseline(tmp_path / "source", tmp_path), kept, tmp_path / "r")
     streamed, fronted, theirs = (
         StreamedModel(made, CPU),
@@ -195,7 +195,7 @@ def test_bottlenecks_hang_on_their_blocks_only_while_those_are_loaded(tmp_path: 
     assert set(after.index) == set(open_artifact(tmp_path / "b").index), "adapters are no tensors of the model"
 
 
-def _bottlenecks(model: Any, chosen: dict[str, tuple[str, str | None]], seed: int) -> Beside:
+def _bottlenecks(model: Any, chosen: dict[str, tuple[str, str | None]], seed: int) -> ExtraModules:
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     found: dict[str, Place] = {}
@@ -206,4 +206,4 @@ def _bottlenecks(model: Any, chosen: dict[str, tuple[str, str | None]], seed: in
             started = start_tensors(width, width, 4, generator)
             tensors |= {f"{name}.{part}": t + 0.3 * torch.randn(t.shape, generator=generator) for part, t in started.items()}
             found[name] = Place(f"{owner}.{exit_}", entry and f"{owner}.{entry}", "gelu", 2.0)
-    return Beside("parallel_adapter", found, None, tensors)
+    return ExtraModules("parallel_adapter", found, None, tensors)
