@@ -12,7 +12,7 @@ import torch
 from ..compress.ranges import Factor, ReadWhere, Share, Width, WidthOrZero
 from ..compress.weights import GgmlWeight
 from .adapters import LoraVariant, Magnitude, MaskedLowRank, PooledPair, Spectrum, prune_ranks, start_factors, takes_dense
-from .compressed_linear import as_records
+from .compressed_model import as_records
 from .scales import RelativeScales
 from .site import AttachSite, joined, train_biases, train_embeddings, train_factors, train_norms
 from .super_scales import SuperScales

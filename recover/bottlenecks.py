@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..compress.ranges import Factor, Share, Width
-from .compressed_linear import compressed_linears
+from .compressed_model import compressed_linears
 from .experts import is_expert
 from .extra_modules import PARTS, Bottleneck, ExtraModules, Place, hang, start_tensors
 from .selection import block_index, roles

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from ..compress.weights import to_tensors
-from .compressed_linear import compressed_linears
+from .compressed_model import compressed_linears
 from .trainable import Attached
 
 COPIES = 6

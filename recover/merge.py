@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..compress.weights import DenseWeight, GgmlWeight, NormalFloatWeight, StoredWeight, UniformWeight
-from .compressed_linear import CompressedLinear, compressed_linears
+from .compressed_linear import CompressedLinear
+from .compressed_model import compressed_linears
 from .student import Batch, Student
 from .train import held_out_loss
 

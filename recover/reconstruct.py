@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from ..compress.ranges import Batch, Count, FactorOrZero, Layers, Rate, ReadWhere, Steps, StepsOrZero, Targets, Tokens, Width
 from . import attach as methods
 from .adamw import AdamW
-from .compressed_linear import CompressedLinear, compressed_linears, steady
+from .compressed_linear import CompressedLinear
+from .compressed_model import compressed_linears, steady
 from .peers import ALONE, Peers, SharedGradients
 from .selection import norms, roles, where
 from .site import AttachSite, joined, kinds, train_norms
-from .train import ROLLBACK_FACTOR, as_stored, beyond_limits, extremes
+from .stored_values import as_stored, beyond_limits, extremes
+from .train import ROLLBACK_FACTOR
 from .trainable import Attached
 from .training_run import learning_rate, rates
 

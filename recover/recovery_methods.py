@@ -13,7 +13,8 @@ from torch import nn
 
 from . import attach as methods
 from . import bottlenecks, deltas, increments, prompts
-from .compressed_linear import CompressedLinear, compressed_linears
+from .compressed_linear import CompressedLinear
+from .compressed_model import compressed_linears
 from .fits import misfit
 from .reconstruct import TRAINS, Reconstruct, attach_part, resolved
 from .site import AttachSite, Gradients, kinds, site_of

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..compress.weights import DenseWeight, GgmlWeight, NormalFloatWeight, StoredWeight, UniformWeight
 from . import selection
-from .compressed_linear import CompressedLinear, compressed_linears
+from .compressed_linear import CompressedLinear
+from .compressed_model import compressed_linears
 from .experts import is_expert
 from .student import Batch
 from .trainable import Attached, Trainable, master

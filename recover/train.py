@@ -6,7 +6,7 @@ values + moments + best + history. Knows a Student, trainables and batches; not 
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,13 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ..compress.precision import matmuls
 from .adamw import AdamW, TrainState
-from .compressed_linear import compressed_linears, steady
+from .compressed_model import compressed_linears, steady
 from .losses import Objective, negative_log_likelihood, token_loss
 from .peers import ALONE, Peers, SharedGradients
 from .selection import decoder_blocks
-from .sharded import clip_, is_part, local, replicated
+from .sharded import clip_, is_part, replicated
+from .stored_values import as_stored, beyond_limits, extremes
 from .student import Batch, Student, Teacher, student_of
-from .trainable import Attached, Trainable
+from .trainable import Attached
 from .training_run import TrainConfig, TrainingRun, learning_rate, rates
 
 ROLLBACK_FACTOR = 0.3
@@ -85,31 +86,6 @@ class Hooks:
 
 class TrainingDiverged(RuntimeError):
     """Training became non-finite twice; the trainables hold their best values."""
-
-
-@contextmanager
-def as_stored(attached: Attached) -> Iterator[None]:
-    """Within, every trainable holds the value that would read back from disk."""
-    trainables, switch = attached.trainables, attached.stored_form or (lambda on: None)
-    kept = {name: t.parameter.data.clone() if is_part(t.parameter) else t.parameter.data for name, t in trainables.items()}
-    try:
-        switch(True)
-        with torch.no_grad():
-            for t in trainables.values():
-                _put(t.parameter, t.stored(local(t.parameter.data)))
-        yield
-    finally:
-        switch(False)
-        for name, t in trainables.items():
-            _put(t.parameter, local(kept[name]))
-
-
-def _put(parameter: nn.Parameter, value: Tensor) -> None:
-    """A part keeps its memory, which is where its block is put together from."""
-    if is_part(parameter):
-        local(parameter.data).copy_(value)
-    else:
-        parameter.data = value
 
 
 @contextmanager
@@ -318,23 +294,6 @@ def batch_loss(student: Student, batch: Batch, teacher: Teacher | None, objectiv
         with torch.no_grad(), matmuls("highest"):  # its states are kept, and other stages read them
             guide = (batch.predictions(teacher.hidden(batch)), teacher.logits)
     return token_loss(hidden, student.logits, targets, guide, objective, [p for p in student.head_parameters if p.requires_grad])
-
-
-def extremes(trainables: Mapping[str, Trainable]) -> list[Tensor]:
-    """Of every value that has limits, where it lies: nothing waits for it."""
-    return [t.limits.extremes(t.parameter.detach()) for t in trainables.values() if t.limits is not None]
-
-
-def beyond_limits(trainables: Mapping[str, Trainable], found: Sequence[float]) -> str | None:
-    """The first value that cannot be stored, with what is wrong with it; `found` are the numbers of `extremes`, one behind the other."""
-    left = list(found)
-    for name, t in trainables.items():
-        if t.limits is not None:
-            count = t.limits.count
-            wrong, left = t.limits.problem(left[:count]), left[count:]
-            if wrong:
-                return f"{name}: {wrong}"
-    return None
 
 
 def _judged(run: TrainingRun, held_out: Sequence[Batch], peers: Peers) -> float:

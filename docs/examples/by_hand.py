@@ -17,7 +17,7 @@ import torch
 from bitmend.compress.methods import DECOMPOSE, PRUNE, QUANTIZE
 from bitmend.compress.statistics import InputStatistics, LayerStatistics
 from bitmend.compress.weights import DenseWeight, StoredWeight
-from bitmend.recover.compressed_linear import install
+from bitmend.recover.compressed_model import install
 from bitmend.recover.recovery_methods import RECOVER, attach, split
 from bitmend.recover.student import Batch, Teacher, student_of
 from bitmend.recover.train import TrainingText, held_out_loss, train

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ...recover.compressed_linear import cache_dense, compressed_linears
+from ...recover.compressed_model import cache_dense, compressed_linears
 from ...recover.losses import Objective
 from ...recover.recovery_methods import RECOVER, attach, split
 from ...recover.selection import decoder_blocks

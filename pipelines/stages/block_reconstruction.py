@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ...compress.weights import DenseWeight, StoredWeight
-from ...recover.compressed_linear import CompressedLinear, cache_dense, compressed_linears
+from ...recover.compressed_linear import CompressedLinear
+from ...recover.compressed_model import cache_dense, compressed_linears
 from ...recover.peers import ReplicasDiffer
 from ...recover.reconstruct import Block, Fitted, Reconstruct, reconstruct
 from ...recover.recovery_methods import attach

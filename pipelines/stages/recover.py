@@ -15,7 +15,7 @@ from torch import nn
 
 from ...recover.activations import training_activation_bytes
 from ...recover.adamw import TrainState
-from ...recover.compressed_linear import cache_dense, compressed_linears
+from ...recover.compressed_model import cache_dense, compressed_linears
 from ...recover.losses import Objective
 from ...recover.memory import COPIES, training_memory
 from ...recover.merge import stored_loss

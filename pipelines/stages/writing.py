@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...compress.weights import DenseWeight, StoredWeight
-from ...recover.compressed_linear import compressed_linears, install
+from ...recover.compressed_model import compressed_linears, install
 from ...recover.fits import Chosen, left_alone
 from ...recover.merge import audit
 from ...recover.trainable import Attached, through

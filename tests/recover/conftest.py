@@ -10,7 +10,7 @@ from bitmend.compress.ggml_grids import round_ggml
 from bitmend.compress.ggml_types import GGML_TYPES
 from bitmend.compress.packing import pack_codes
 from bitmend.compress.weights import ActivationGrid, DenseWeight, LowRank, NormalFloatWeight, SparseDelta, StoredWeight
-from bitmend.recover.compressed_linear import install
+from bitmend.recover.compressed_model import install
 from bitmend.recover.scales import double_quantize
 from bitmend.recover.selection import decoder_blocks
 from bitmend.recover.student import Batch

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from bitmend.recover.activations import Alive, training_activations
-from bitmend.recover.compressed_linear import cache_dense, compressed_linears, install
+from bitmend.recover.compressed_model import cache_dense, compressed_linears, install
 from bitmend.recover.losses import Objective
 from bitmend.recover.recovery_methods import attach
 from bitmend.recover.student import Batch, Teacher, student_of

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.recover.compressed_linear import compressed_linears, install
+from bitmend.recover.compressed_model import compressed_linears, install
 from bitmend.recover.experts import ExpertMatrices, is_expert
 from bitmend.recover.fits import left_alone, misfit
 from bitmend.recover.losses import Objective

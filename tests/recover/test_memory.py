@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.recover.compressed_linear import CompressedLinear, cache_dense, compressed_linears
+from bitmend.recover.compressed_linear import CompressedLinear
+from bitmend.recover.compressed_model import cache_dense, compressed_linears
 from bitmend.recover.memory import training_memory
 from bitmend.recover.recovery_methods import attach, split
 from bitmend.recover.train import Hooks, TrainingText, train

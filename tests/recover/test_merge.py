@@ -4,11 +4,13 @@ import pytest
 import torch
 from bitmend.compress.packing import pack_codes
 from bitmend.compress.weights import DenseWeight, SparseDelta, UniformWeight
-from bitmend.recover.compressed_linear import CompressedLinear, compressed_linears
+from bitmend.recover.compressed_linear import CompressedLinear
+from bitmend.recover.compressed_model import compressed_linears
 from bitmend.recover.merge import audit, merge, merge_refusal, stored_loss
 from bitmend.recover.recovery_methods import RECOVER, attach, split
+from bitmend.recover.stored_values import as_stored
 from bitmend.recover.student import student_of
-from bitmend.recover.train import TrainingText, as_stored, held_out_loss, train
+from bitmend.recover.train import TrainingText, held_out_loss, train
 
 from .conftest import batch, compress, compressed, held_out, low_rank_of
 

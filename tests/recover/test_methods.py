@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import torch
 from bitmend.compress.weights import DenseWeight
-from bitmend.recover.compressed_linear import compressed_linears, install
+from bitmend.recover.compressed_model import compressed_linears, install
 from bitmend.recover.losses import Objective
 from bitmend.recover.recovery_methods import RECOVER, attach, refusal, split
 from bitmend.recover.site import Gradients, kinds
+from bitmend.recover.stored_values import as_stored
 from bitmend.recover.student import student_of
-from bitmend.recover.train import TrainingText, as_stored, batch_loss, train
+from bitmend.recover.train import TrainingText, batch_loss, train
 from torch.testing import assert_close
 
 from .conftest import KINDS, batch, compress, compressed, held_out, llama

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from bitmend.recover.compressed_linear import install
+from bitmend.recover.compressed_model import install
 from bitmend.recover.extra_modules import extra_modules_of
 from bitmend.recover.recovery_methods import RECOVER, attach, split
 from bitmend.recover.student import student_of

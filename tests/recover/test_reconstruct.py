@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from bitmend.compress.weights import to_tensors
-from bitmend.recover.compressed_linear import compressed_linears, install
+from bitmend.recover.compressed_model import compressed_linears, install
 from bitmend.recover.merge import audit
 from bitmend.recover.peers import Peers
 from bitmend.recover.reconstruct import TRAINS, Block, Reconstruct, block_error, reconstruct, resolved

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from bitmend.recover.compressed_linear import compressed_linears
+from bitmend.recover.compressed_model import compressed_linears
 from bitmend.recover.criteria import choose, fisher_diagonal, saliency, smallest_magnitude
 from bitmend.recover.losses import Objective
 from bitmend.recover.recovery_methods import RECOVER, attach, refusal, split

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bitmend.recover.compressed_linear import compressed_linears, install
+from bitmend.recover.compressed_model import compressed_linears, install
 from bitmend.recover.recovery_methods import RECOVER, attach, split
 from bitmend.recover.student import Batch, Teacher, student_of, whole_windows
 from bitmend.recover.train import Hooks, TrainingDiverged, TrainingText, held_out_loss, train
