@@ -123,6 +123,7 @@ def _grid_rows(bits: int) -> list[ReferenceRow]:
     rounded = (quantize(bits, "learned_rounding", **SHORT),)
     ours: dict[str, tuple[Stage, ...]] = {
         "gptq": (start,),
+        "gptq, guided": (quantize(bits, guided=1),),
         "gptq, group 32": (quantize(bits, group_size=32),),
         "gptq, group 192, best rank 4": rival,
         "gptq, scales and norms 60": (start, _trained(60)),

@@ -54,7 +54,9 @@ def trained_by(method: str, kind: str, dtype: torch.dtype) -> tuple[CompressedLi
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("method", "kind"), [("scales", k) for k in ("3-bit", "nf4", "2:4+4-bit", "q4_1", "nf4 + delta")] + [("latents", "2:4+4-bit")])
+@pytest.mark.parametrize(
+    ("method", "kind"), [("scales", k) for k in ("3-bit", "nf4", "2:4+4-bit", "q4_1", "nf4 + delta")] + [("latents", "2:4+4-bit")]
+)
 def test_a_held_matrix_gives_the_same_bits_and_is_built_once(method, kind, dtype, monkeypatch):
     """Three micro-batches of a step, whatever is kept of them; then values move, and so does what is multiplied."""
     calls, effective = [], CompressedLinear.effective
