@@ -59,9 +59,8 @@ class GptqConfig:
     `grid` as for `rtn`; one of ggml's is fitted whole before the sweep, and the sweep finds the codes on it.
 
     `guided` > 0 solves so many groups of consecutive rows each under a second moment Σₜ sₜ·xₜxₜᵀ of its own, in which a token counts by the
-    loss's squared gradient at the group's outputs (GuidedQuant, arXiv:2505.07004, equation 7), tempered (`guided.token_weights`). The demo model
-    at 3 bits, group 64, 8,192 tokens of calibration, nats above dense on Wikipedia, news, code: 0.533, 0.548, 0.657 without; 0.442, 0.443,
-    0.512 with 1 group; 0.462, 0.459, 0.521 with its authors' 4.
+    loss's squared gradient at the group's outputs (GuidedQuant, arXiv:2505.07004, equation 7; tempered, which the paper does not: see
+    `guided.token_weights`). One group did better than its authors' four (reports/published/README.md, Quantizing).
     """
 
     bits: Bits = 4
