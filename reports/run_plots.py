@@ -20,6 +20,8 @@ from .json_values import is_finite
 from .record import LayerRecord, StageRecord
 from .units import number
 
+ARROW_POINTS = 16.0
+"""A shorter way between two stages is all arrow head: they are drawn without one."""
 STAGE_COLORS = {
     "baseline": "#64748b",
     "prune": "#e8890c",
@@ -91,13 +93,6 @@ def _placed(stages: Sequence[StageRecord], text: str | None) -> list[tuple[float
 
 def _size_panel(axes: Axes, way: Sequence[tuple[float, float, str]], rivals: Sequence[tuple[float, float, str]]) -> None:
     sizes, values, _ = zip(*way, strict=True)
-    for start in range(len(way) - 1):
-        axes.annotate(
-            "",
-            (sizes[start + 1], values[start + 1]),
-            (sizes[start], values[start]),
-            arrowprops={"arrowstyle": "-|>", "color": MUTED, "linewidth": 1.1, "shrinkA": 4, "shrinkB": 4},
-        )
     for index, (size, value, stage) in enumerate(way):
         axes.scatter([size], [value], s=48, color=stage_color(stage, index), edgecolors=PAPER, linewidths=0.8, zorder=3)
     for size, value, _ in rivals:
@@ -110,6 +105,14 @@ def _size_panel(axes: Axes, way: Sequence[tuple[float, float, str]], rivals: Seq
     else:
         axes.set_xlim(low - 0.15 * (high - low or low), high + 0.15 * (high - low or low))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+    for start in range(len(way) - 1):
+        if _points_apart(axes, sizes, values, start) > ARROW_POINTS:
+            axes.annotate(
+                "",
+                (sizes[start + 1], values[start + 1]),
+                (sizes[start], values[start]),
+                arrowprops={"arrowstyle": "-|>", "color": MUTED, "linewidth": 1.1, "shrinkA": 4, "shrinkB": 4},
+            )
     axes.set_xlabel("size on disk, MB")
     along = [point for start in range(len(way) - 1) for point in _between(axes, sizes, values, start)]
     place_labels(axes, every, size=8.0, avoid=along)
@@ -191,6 +194,12 @@ def training(stage: StageRecord) -> Figure | None:
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return figure
+
+
+def _points_apart(axes: Axes, sizes: Sequence[float], values: Sequence[float], start: int) -> float:
+    """How far apart stage `start` and the next are drawn."""
+    (x0, y0), (x1, y1) = axes.transData.transform([(sizes[start], values[start]), (sizes[start + 1], values[start + 1])])
+    return math.hypot(x1 - x0, y1 - y0) * 72 / axes.get_figure(root=True).dpi
 
 
 def _between(axes: Axes, sizes: Sequence[float], values: Sequence[float], start: int) -> list[tuple[float, float]]:
