@@ -199,7 +199,9 @@ def training(stage: StageRecord) -> Figure | None:
 def _points_apart(axes: Axes, sizes: Sequence[float], values: Sequence[float], start: int) -> float:
     """How far apart stage `start` and the next are drawn."""
     (x0, y0), (x1, y1) = axes.transData.transform([(sizes[start], values[start]), (sizes[start + 1], values[start + 1])])
-    return math.hypot(x1 - x0, y1 - y0) * 72 / axes.get_figure(root=True).dpi
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    return math.hypot(x1 - x0, y1 - y0) * 72 / figure.dpi
 
 
 def _between(axes: Axes, sizes: Sequence[float], values: Sequence[float], start: int) -> list[tuple[float, float]]:
