@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .feedback import InverseFactor, inverse_factor
-from .gptq import gptq_uniform
+from .gptq_sweeps import SweepConfig, gptq_uniform
 from .grids import UniformGrid
 from .lowrank import WeightedError
 from .packing import packed_words
@@ -86,7 +86,7 @@ def _round(factor_NC: Tensor, bits: int, feedback: InverseFactor | None, importa
     grid = UniformGrid(bits, _group(factor_NC.shape[1]), symmetric=True)
     if feedback is None:
         return round_uniform(factor_NC.contiguous(), grid, "power" if importance_C is None else "hessian", importance_C)
-    return gptq_uniform(factor_NC.contiguous(), feedback, grid, "power", static=True)[0]
+    return gptq_uniform(factor_NC.contiguous(), feedback, grid, SweepConfig("power"))[0]
 
 
 def _solve_down(error: WeightedError, up_OR: Tensor) -> Tensor:

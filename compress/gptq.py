@@ -15,21 +15,11 @@ from torch import Tensor
 
 from . import normal_float as nf
 from .block import BlockShare
-from .feedback import (
-    BLOCK,
-    GivenGrids,
-    InverseFactor,
-    OpenColumns,
-    RoundRow,
-    factor_of,
-    feed_back_,
-    feed_back_uniform_,
-    part_rows,
-    uniform_rounding,
-)
-from .ggml_grids import check_type, round_ggml, with_codes
-from .ggml_types import GgmlName, GridName, type_for
-from .grids import Clip, UniformGrid, check_zeros, divide, fit, to_record
+from .feedback import InverseFactor, factor_of, part_rows
+from .ggml_grids import check_type
+from .ggml_types import GridName, type_for
+from .gptq_sweeps import SweepConfig, gptq_book, gptq_ggml, gptq_uniform
+from .grids import Clip, UniformGrid, check_zeros, divide
 from .guided import swept_by_groups
 from .masks import finite
 from .ranges import Bits, Damp, Group, RowGroupsOrZero, Share, ShareOrAll, Width
@@ -118,96 +108,6 @@ def corrected_target(weight_OI: Tensor, shift_II: Tensor, factor: InverseFactor,
     return weight_OI + strength * (weight_OI[:, order_I] @ ahead_II)[:, factor.place_I]
 
 
-def gptq_uniform(
-    weight_OI: Tensor, factor: InverseFactor, grid: UniformGrid, clip: Clip, static: bool, importance_I: Tensor | None = None,
-    mask_OI: Tensor | None = None, block: int = BLOCK, first_order: float = 0.0,
-) -> tuple[UniformWeight, Tensor]:  # fmt: skip
-    """(record, weighted squared error of every row [O]). `static`: fit all grids now, on groups contiguous in the original order; else each when
-    its group begins in the processing order, on the weights as updated until then (a group index is stored if the orders differ)."""
-    size, order_I = grid.size(weight_OI.shape[1]), factor.order_I
-    keep_IO = None if mask_OI is None else mask_OI.T[order_I].contiguous()
-    work_IO = weight_OI.T[order_I].contiguous()
-    if not static:
-        scale_GO, zero_GO, fit_on_the_way = _grids_on_the_way(
-            work_IO, grid, clip, keep_IO, None if importance_I is None else importance_I[order_I]
-        )
-        levels_IO, loss_O = feed_back_(work_IO, factor, fit_on_the_way, (size,), block, first_order)
-        group_I = torch.arange(len(order_I), device=order_I.device) // size
-        codes_OI = levels_IO.add_(zero_GO[group_I]).round_()[factor.place_I].T
-        index_I = None if torch.equal(order_I, order_I.sort()[0]) else group_I[factor.place_I]
-        return to_record(codes_OI, scale_GO.T, zero_GO.T, grid, index_I), loss_O
-    group_I = order_I // size
-    scale_GO, zero_GO = _static_grids(weight_OI, grid, clip, importance_I, mask_OI)
-
-    grids = GivenGrids(scale_GO, zero_GO, group_I, keep_IO, grid.top, grid.float_zeros)
-    levels_IO, loss_O = feed_back_uniform_(work_IO, factor, grids, block, first_order)
-    codes_IO = levels_IO.add_(zero_GO[group_I]).round_()
-    return to_record(codes_IO[factor.place_I].T, scale_GO.T, zero_GO.T, grid), loss_O
-
-
-def gptq_ggml(
-    weight_OI: Tensor, factor: InverseFactor, kind: GgmlName, clip: Clip, importance_I: Tensor | None = None,
-    mask_OI: Tensor | None = None, block: int = BLOCK, first_order: float = 0.0,
-) -> tuple[GgmlWeight, Tensor]:  # fmt: skip
-    """As `gptq_uniform` on a type of ggml: its grid is fitted now, and stays."""
-    order_I = factor.order_I
-    base = round_ggml(weight_OI if mask_OI is None else weight_OI.where(mask_OI, 0), kind, importance_I, clip != "none")
-    scale_GO, minima_OG = base.scales_OG().T.to(weight_OI).contiguous(), base.minima_OG()
-    zero_GO = torch.full_like(scale_GO, base.layout.zero) if minima_OG is None else minima_OG.T / scale_GO  # a fitted scale is never 0
-    keep_IO = None if mask_OI is None else mask_OI.T[order_I].contiguous()
-    group_I = order_I // base.group_size
-    grids = GivenGrids(scale_GO, zero_GO.contiguous(), group_I, keep_IO, (1 << base.bits) - 1, minima_OG is not None)
-    levels_IO, loss_O = feed_back_uniform_(weight_OI.T[order_I].contiguous(), factor, grids, block, first_order)
-    codes_IO = levels_IO.add_(zero_GO[group_I]).round_()
-    return with_codes(base, codes_IO[factor.place_I].T), loss_O
-
-
-def _grids_on_the_way(
-    work_IO: Tensor, grid: UniformGrid, clip: Clip, keep_IO: Tensor | None, importance_I: Tensor | None
-) -> tuple[Tensor, Tensor, OpenColumns]:
-    """(scale [G, O], zero [G, O], the rule that fills them): each grid is fitted when its group begins; all in processing order."""
-    size = grid.size(len(work_IO))
-    scale_GO = torch.empty(len(work_IO) // size, work_IO.shape[1], dtype=work_IO.dtype, device=work_IO.device)
-    zero_GO = torch.empty_like(scale_GO)
-
-    def open_columns(start: int, stop: int, updated_IO: Tensor) -> tuple[Tensor, RoundRow]:
-        group = start // size
-        if start % size == 0:
-            columns = slice(start, start + size)
-            group_OS = (updated_IO[columns] if keep_IO is None else updated_IO[columns] * keep_IO[columns]).T
-            scale, zero = fit(group_OS, grid, clip, None if importance_I is None else importance_I[columns])
-            scale_GO[group], zero_GO[group] = scale.view(-1), zero.view(-1)
-        scale_SO, zero_SO = (t[group].expand(stop - start, -1) for t in (scale_GO, zero_GO))
-        return uniform_rounding(scale_SO, zero_SO, grid.top, grid.float_zeros, None if keep_IO is None else keep_IO[start:stop])
-
-    return scale_GO, zero_GO, open_columns
-
-
-def gptq_book(
-    weight_OI: Tensor, factor: InverseFactor, absmax_OG: Tensor, bits: int, mask_OI: Tensor | None = None, block: int = BLOCK
-) -> tuple[Tensor, float]:
-    """(codes uint8 [O, I] on the NormalFloat book under the given absmax, weighted squared error)."""
-    book = nf.code_book(bits).to(weight_OI)
-    bounds, order_I = nf.bounds(book), factor.order_I
-    absmax_GO, group_I = absmax_OG.T.contiguous(), factor.order_I // (weight_OI.shape[1] // absmax_OG.shape[1])
-    keep_IO = None if mask_OI is None else mask_OI.T[order_I].to(weight_OI).contiguous()
-
-    def open_columns(start: int, stop: int, updated_IO: Tensor) -> tuple[Tensor, RoundRow]:
-        scale_SO = absmax_GO[group_I[start:stop]]
-        inverse_SO = (1.0 / scale_SO).where(scale_SO > 0, 0)
-        if keep_IO is not None:
-            inverse_SO *= keep_IO[start:stop]
-
-        def round_row(i: int, w: Tensor, out: Tensor) -> None:
-            torch.index_select(book, 0, torch.bucketize(w * inverse_SO[i], bounds, out_int32=True), out=out)
-
-        return scale_SO, round_row
-
-    levels_IO, loss_O = feed_back_(weight_OI.T[order_I].contiguous(), factor, open_columns, (), block)
-    codes_OI = torch.bucketize(levels_IO[factor.place_I].T.contiguous(), bounds, out_int32=True).to(torch.uint8)
-    return codes_OI, float(loss_O.sum())
-
-
 def gptq(weight: StoredWeight, target_OI: Tensor, statistics: LayerStatistics, config: GptqConfig) -> tuple[StoredWeight, dict[str, float]]:
     """GPTQ on a uniform grid."""
     records, metrics = gptq_group({"": weight}, {"": target_OI}, {"": statistics}, config)
@@ -248,13 +148,13 @@ def gptq_group(
             bases.append(base_target(weight, targets[name]))
     counts = [len(base_OI) for base_OI in bases]
     mask_OI = _stacked_masks([weight.mask_OI() for weight in weights.values()], bases)
-    static = config.act_order == "static_groups"
+    sweep = SweepConfig(config.clip, config.act_order == "static_groups", config.first_order)
 
     def swept(rows: slice, factor: InverseFactor, importance_I: Tensor | None) -> tuple[UniformWeight | GgmlWeight, Tensor]:
         own_OI, own_mask_OI = whole_OI[rows], None if mask_OI is None else mask_OI[rows]
         if kind is None:
-            return gptq_uniform(own_OI, factor, grid, config.clip, static, importance_I, own_mask_OI, BLOCK, config.first_order)
-        return gptq_ggml(own_OI, factor, kind, config.clip, importance_I, own_mask_OI, BLOCK, config.first_order)
+            return gptq_uniform(own_OI, factor, grid, sweep, importance_I, own_mask_OI)
+        return gptq_ggml(own_OI, factor, kind, sweep, importance_I, own_mask_OI)
 
     if config.guided:
         whole_OI = torch.cat(bases) if several else bases[0]
@@ -369,14 +269,3 @@ def _seen(moment_II: Tensor, weight: StoredWeight) -> Tensor:
     if weight.smooth is None:
         return moment_II
     return moment_II / (weight.smooth.float().unsqueeze(1) * weight.smooth.float())
-
-
-def _static_grids(
-    weight_OI: Tensor, grid: UniformGrid, clip: Clip, importance_I: Tensor | None, mask_OI: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(scale, zero) [G, O] of every contiguous group, on the weights before the sweep."""
-    size = grid.size(weight_OI.shape[1])
-    groups_OGS = (weight_OI if mask_OI is None else weight_OI.where(mask_OI, 0)).reshape(len(weight_OI), -1, size)
-    importance_GS = None if importance_I is None else importance_I.view(-1, size)
-    scale, zero = fit(groups_OGS, grid, clip, importance_GS)
-    return scale.squeeze(-1).T.to(weight_OI).contiguous(), zero.squeeze(-1).T.to(weight_OI).contiguous()

@@ -17,11 +17,12 @@ from .scales import RelativeScales
 from .site import AttachSite, joined, train_biases, train_embeddings, train_factors, train_norms
 from .super_scales import SuperScales
 from .trainable import Attached, Trainable
+from .training_run import TrainConfig
 from .whole_matrices import LatentGrid, MaskedDense
 
 
 @dataclass(frozen=True)
-class Lora:
+class Lora(TrainConfig):
     """`rank` holds where a linear has no factors yet; existing ones train as they are, on a grid by their scales. Factors are folded
     (α = R): no scaling. `scales`: the group scales of the quantized weights as well, which costs no byte (auto: wherever there are any).
     `prune_ranks`: the share of all ranks dropped after training, those whose removal costs least; a linear may lose all of its own."""
@@ -34,18 +35,18 @@ class Lora:
 
 
 @dataclass(frozen=True)
-class Dora:
+class Dora(TrainConfig):
     rank: Width = 16
     norms: bool = False
 
 
 @dataclass(frozen=True)
-class QaLora:
+class QaLora(TrainConfig):
     rank: Width = 16
 
 
 @dataclass(frozen=True)
-class Svft:
+class Svft(TrainConfig):
     """rank 0 keeps every singular vector; width is the band's half width, or the mean number of random entries a row."""
 
     rank: WidthOrZero = 64
@@ -54,7 +55,7 @@ class Svft:
 
 
 @dataclass(frozen=True)
-class Perp:
+class Perp(TrainConfig):
     """Which subsets train; `lora` names a retraining pair for pruned dense weights."""
 
     norms: bool = True
@@ -67,7 +68,7 @@ class Perp:
 
 
 @dataclass(frozen=True)
-class Scales:
+class Scales(TrainConfig):
     """`scales` auto: those of the linears that have a grid, where others have none."""
 
     scales: bool | Literal["auto"] = True
@@ -78,13 +79,13 @@ class Scales:
 
 
 @dataclass(frozen=True)
-class BitFit:
+class BitFit(TrainConfig):
     create: bool = True
     head: bool = False
 
 
 @dataclass(frozen=True)
-class Full:
+class Full(TrainConfig):
     """`shard`: of every block's weights, gradients and moments each of several processes holds a part (`sharded`); their number is in the key then."""
 
     norms: bool = True
@@ -95,7 +96,7 @@ class Full:
 
 
 @dataclass(frozen=True)
-class Qat:
+class Qat(TrainConfig):
     """`shard` as in `Full`, of the latents."""
 
     norms: bool = True
@@ -103,7 +104,7 @@ class Qat:
 
 
 @dataclass(frozen=True)
-class DequantizeTrainRequantize:
+class DequantizeTrainRequantize(TrainConfig):
     """`quantizer`: gptq rounds once behind training, block by block on the calibration text, so that what is tried on the way is the trained
     weight itself; rtn rounds to the nearest level of freshly fitted grids whenever the stored form is asked for."""
 

@@ -19,13 +19,14 @@ from .extra_modules import PARTS, Bottleneck, ExtraModules, Place, hang, start_t
 from .selection import block_index, roles
 from .site import AttachSite
 from .trainable import Attached, Trainable
+from .training_run import TrainConfig
 
 At = Literal["attention", "mlp", "both"]
 ENTRIES = {"attention": ({"q", "k", "v"}, "o"), "mlp": ({"gate", "up"}, "down")}
 
 
 @dataclass(frozen=True)
-class SerialAdapter:
+class SerialAdapter(TrainConfig):
     """Houlsby's adapter (arXiv:1902.00751): y + σ(y·W_down)·W_up behind each sublayer. `targets` chooses sublayers by their linears;
     `prune_units`: the share of all hidden units dropped after training, those that do least."""
 
@@ -36,7 +37,7 @@ class SerialAdapter:
 
 
 @dataclass(frozen=True)
-class ParallelAdapter:
+class ParallelAdapter(TrainConfig):
     """He et al.'s scaled parallel adapter (arXiv:2110.04366): sublayer(x) + s·σ(x·W_down)·W_up."""
 
     bottleneck: Width = 32

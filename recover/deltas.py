@@ -17,6 +17,7 @@ from .compressed_linear import CompressedLinear, SparseValues, merge_delta
 from .criteria import By, Criterion, Quota, Selection, choose, fisher_diagonal, select
 from .site import AttachSite
 from .trainable import Attached, Trainable, through
+from .training_run import TrainConfig
 
 _PARTS = ReadWhere("by is weight or channel", lambda config: config.by != "layer")
 _FISHER = ReadWhere(
@@ -26,7 +27,7 @@ _FISHER = ReadWhere(
 
 
 @dataclass(frozen=True)
-class Pafi:
+class Pafi(TrainConfig):
     """`share` of the weights, the smallest |w| among the kept ones (arXiv:2305.16742); no data needed."""
 
     share: SomeOrAll = 0.005
@@ -35,7 +36,7 @@ class Pafi:
 
 
 @dataclass(frozen=True)
-class FishMask:
+class FishMask(TrainConfig):
     """FishMask, and FishDip as a swap: every `reestimate_every` steps (0: never) the `swap` share of each matrix' positions that moved least
     gives way to the most informative others. FishDip itself chooses all positions anew, by the Fisher information of the samples with the
     highest loss."""
@@ -50,7 +51,7 @@ class FishMask:
 
 
 @dataclass(frozen=True)
-class DiffPruning:
+class DiffPruning(TrainConfig):
     """Hard-concrete gates (l, r) = (−1.5, 1.5), α₀ = 5 for `gated` of the steps, then the `share` with the largest |z·w| is fixed and
     tuned (arXiv:2012.07463). structured: one more gate per output row."""
 

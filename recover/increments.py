@@ -16,11 +16,12 @@ from ..compress.weights import StoredWeight, UniformWeight
 from .scales import RelativeScales
 from .site import AttachSite, joined, train_norms
 from .trainable import Attached, Trainable
+from .training_run import TrainConfig
 from .whole_matrices import spread
 
 
 @dataclass(frozen=True)
-class Lota:
+class Lota(TrainConfig):
     """LoTA-QAF's ternary adapters without its offset matrices, which would shift zero points. A code moves by ±1 where |up·down| (integers in −R…R) exceeds `threshold`·R."""
 
     rank: Width = 16
@@ -29,7 +30,7 @@ class Lota:
 
 
 @dataclass(frozen=True)
-class LrQat:
+class LrQat(TrainConfig):
     """`scales`: the grid's scales train with the low rank, as in the paper."""
 
     rank: Width = 16

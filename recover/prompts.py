@@ -17,24 +17,25 @@ from .extra_modules import TOKENS, ExtraModules, Tokens, cache_argument
 from .site import AttachSite, joined
 from .student import Student, student_of
 from .trainable import Attached, Trainable
+from .training_run import TrainConfig
 
 
 @dataclass(frozen=True)
-class PrefixTuning:
+class PrefixTuning(TrainConfig):
     """Trained keys and values in front of every attention (arXiv:2101.00190), started from the model's own on `tokens` tokens of text."""
 
     tokens: Width = 16
 
 
 @dataclass(frozen=True)
-class PromptTuning:
+class PromptTuning(TrainConfig):
     """Trained input embeddings in front of the text (arXiv:2104.08691), started from tokens of the vocabulary."""
 
     tokens: Width = 16
 
 
 @dataclass(frozen=True)
-class PTuning:
+class PTuning(TrainConfig):
     """Input embeddings that a small network makes (arXiv:2103.10385)."""
 
     tokens: Width = 16
@@ -42,7 +43,7 @@ class PTuning:
 
 
 @dataclass(frozen=True)
-class MamAdapter:
+class MamAdapter(TrainConfig):
     """Mix-and-match (arXiv:2110.04366): a prefix on the attention, a scaled parallel adapter on the MLP."""
 
     tokens: Width = 16

@@ -5,14 +5,13 @@ A row says what trains, what a run may expect (masks, grids, merging), and what 
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, Field, dataclass, fields, make_dataclass
-from dataclasses import field as dataclass_field
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
 
 from . import attach as methods
-from . import bottlenecks, deltas, increments, prompts
+from . import bottlenecks, deltas, increments, prompts, refusals
 from .compressed_linear import CompressedLinear
 from .compressed_model import compressed_linears
 from .fits import misfit
@@ -20,26 +19,6 @@ from .reconstruct import TRAINS, Reconstruct, attach_part, resolved
 from .site import AttachSite, Gradients, kinds, site_of
 from .trainable import Attached
 from .training_run import TrainConfig
-
-Refusal = Callable[[frozenset[str], Any], str | None]
-
-
-def _anything(kinds: frozenset[str], config: object) -> str | None:
-    return None
-
-
-def flat(own: type) -> type:
-    """One frozen dataclass with the fields of TrainConfig and those of a method: what a recipe writes for the stage."""
-    parts = [(f.name, f.type, _copy(f)) for source in (TrainConfig, own) for f in fields(source)]
-    made = make_dataclass(own.__name__, parts, frozen=True)
-    made.__doc__, made.__module__ = own.__doc__, own.__module__
-    return made
-
-
-def _copy(field: Field[Any]) -> Any:
-    return (
-        dataclass_field(default=field.default) if field.default is not MISSING else dataclass_field(default_factory=field.default_factory)
-    )  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -55,108 +34,32 @@ class Ways:
 
 @dataclass(frozen=True)
 class RecoveryMethod:
-    """`own` is the method's own config and `config` that with TrainConfig's fields in one flat dataclass. main: the kind of parameter
+    """config: what a recipe writes for the stage, a subclass of TrainConfig where it trains the whole model. main: the kind of parameter
     that `learning_rate` means (trainable.RATES has the defaults). mask_safe: masked weights stay exactly 0. grid_safe: codes stay.
     paper: its name and arXiv id, empty where there is none; departs: where it is not what its paper has.
-    serves(kinds, own config) → why it cannot, or None; kinds are those of `site.kinds`. by_block: trained block by block
+    serves(kinds, config) → why it cannot, or None; kinds are those of `site.kinds`. by_block: trained block by block
     (`reconstruct`), with a config that is all its own."""
 
-    own: type
+    config: type[TrainConfig] | type[Reconstruct]
     attach: Callable[[AttachSite, Any], Attached]
     main: str
     trains: str
     ways: Ways
     mask_safe: bool = True
     grid_safe: bool = True
-    serves: Refusal = _anything
+    serves: refusals.Refusal = refusals.nothing
     needs: frozenset[str] = frozenset()
     departs: str = ""
     version: int = 1
     by_block: bool = False
     paper: str = ""
 
-    @property
-    def config(self) -> type:
-        return self.own if self.by_block else _FLAT[self.own]
-
-
-def quantized(kinds: frozenset[str]) -> bool:
-    return bool(kinds & {"uniform", "normal_float", "ggml"})
-
-
-def _needs_grid(kinds: frozenset[str], config: object) -> str | None:
-    return (
-        None
-        if "dense" not in kinds
-        else "it trains a grid, and some of the chosen linears are dense: quantize first, or choose lora, perp or full"
-    )
-
-
-def _scales(kinds: frozenset[str], config: methods.Scales) -> str | None:
-    if config.zeros and "normal_float" in kinds:
-        return "a NormalFloat weight has no zero points: set zeros=false"
-    if config.zeros and "ggml" in kinds:
-        return "the types of GGUF have no zero points, and their minima train with the scales: set zeros=false"
-    return None if config.scales == "auto" and quantized(kinds) else _needs_grid(kinds, config)
-
-
-def _full(kinds: frozenset[str], config: object) -> str | None:
-    return "the weights are quantized: choose qat (grid held) or dequantize_train_requantize" if quantized(kinds) else None
-
-
-def _perp(kinds: frozenset[str], config: methods.Perp) -> str | None:
-    if config.lora != "none" and quantized(kinds):
-        return f"{config.lora} merges into dense weights; on a quantized base use lora, or perp with lora=none"
-    return None
-
-
-def _qa_lora(kinds: frozenset[str], config: object) -> str | None:
-    if "masked" in kinds:
-        return "float zero points move masked weights off 0: choose scales or lora for a pruned model"
-    return "it merges into the zero points of a uniform grid" if kinds & {"dense", "normal_float", "ggml"} else None
-
-
-def _needs_uniform(kinds: frozenset[str], config: object) -> str | None:
-    return (
-        "its increments are whole steps of a uniform grid, which NormalFloat and the types of GGUF have not"
-        if kinds & {"normal_float", "ggml"}
-        else _needs_grid(kinds, config)
-    )
-
-
-def _diff_pruning(kinds: frozenset[str], config: object) -> str | None:
-    return "its delta sees the raw input, and this base rounds its own: choose pafi or fish_mask" if "activations" in kinds else None
-
-
-def _lora(kinds: frozenset[str], config: methods.Lora) -> str | None:
-    if config.scales is True and "dense" in kinds:
-        return "scales=true trains a grid, and some of the chosen linears are dense: set scales=auto"
-    return None
-
-
-def _qlora(kinds: frozenset[str], config: methods.Lora) -> str | None:
-    return _lora(kinds, config) if quantized(kinds) else "it is LoRA on a quantized base, and nothing is quantized: choose lora"
-
-
-def _from_decomposition(kinds: frozenset[str], config: methods.Lora) -> str | None:
-    if "low_rank" in kinds:
-        return _lora(kinds, config)
-    return "it trains the factors of a decomposition, and there are none: put a decompose stage before it, or choose qlora"
-
 
 def _reconstruct(kinds: frozenset[str], config: Reconstruct) -> str | None:
-    if config.train == "weights" and quantized(kinds):
+    if config.train == "weights" and refusals.quantized(kinds):
         return "the weights are quantized: choose train=scales or lora, or quantize with block_training"
     name, own, _ = TRAINS[resolved(config, kinds).train]
     return RECOVER[name].serves(kinds, own(config))
-
-
-def _svft(kinds: frozenset[str], config: object) -> str | None:
-    if "quantized_factors" not in kinds:
-        return None
-    return (
-        "its term is stacked onto factors that are (or may come to be) on a grid: choose lora or scales, or decompose with factor_bits=16"
-    )
 
 
 _PAIR = Ways(
@@ -180,7 +83,7 @@ _GRID = Ways("scales and codes in place", "as it was stored", "any grid format",
 
 RECOVER: dict[str, RecoveryMethod] = {
     "lora": RecoveryMethod(
-        methods.Lora, methods.lora, "factors", "up·down", _PAIR, serves=_lora, version=3, paper="LoRA, arXiv:2106.09685"
+        methods.Lora, methods.lora, "factors", "up·down", _PAIR, serves=refusals.lora, version=3, paper="LoRA, arXiv:2106.09685"
     ),
     "perp": RecoveryMethod(
         methods.Perp,
@@ -188,7 +91,7 @@ RECOVER: dict[str, RecoveryMethod] = {
         "norms",
         "norms, biases, head, embeddings, pairs under the mask",
         _MODEL,
-        serves=_perp,
+        serves=refusals.perp,
         version=2,
         paper="PERP, arXiv:2312.15230",
     ),
@@ -198,12 +101,12 @@ RECOVER: dict[str, RecoveryMethod] = {
         "scales",
         "group scales (and zeros, norms, biases, factors)",
         _GRID,
-        serves=_scales,
+        serves=refusals.scales,
         version=3,
         paper="PEQA, arXiv:2305.14152",
     ),
     "bitfit": RecoveryMethod(methods.BitFit, methods.bitfit, "biases", "biases", _MODEL, version=2, paper="BitFit, arXiv:2106.10199"),
-    "full": RecoveryMethod(methods.Full, methods.full, "dense", "every weight under the mask", _MODEL, serves=_full, version=4),
+    "full": RecoveryMethod(methods.Full, methods.full, "dense", "every weight under the mask", _MODEL, serves=refusals.full, version=4),
     "qat": RecoveryMethod(
         methods.Qat,
         methods.qat,
@@ -211,7 +114,7 @@ RECOVER: dict[str, RecoveryMethod] = {
         "codes on the held grid, straight-through",
         _GRID,
         grid_safe=False,
-        serves=_needs_grid,
+        serves=refusals.needs_grid,
         version=2,
     ),
     "dora": RecoveryMethod(
@@ -235,7 +138,7 @@ RECOVER: dict[str, RecoveryMethod] = {
         "a pair on group sums",
         Ways("float32 zero points", "kernels with float zeros", "dense; other formats refused", "zero points"),
         mask_safe=False,
-        serves=_qa_lora,
+        serves=refusals.qa_lora,
         paper="QA-LoRA, arXiv:2309.14717",
     ),
     "svft": RecoveryMethod(
@@ -244,7 +147,7 @@ RECOVER: dict[str, RecoveryMethod] = {
         "spectrum",
         "a sparse matrix between singular vectors",
         _PAIR,
-        serves=_svft,
+        serves=refusals.svft,
         paper="SVFT, arXiv:2405.19597",
     ),
     "qlora": RecoveryMethod(
@@ -253,7 +156,7 @@ RECOVER: dict[str, RecoveryMethod] = {
         "factors",
         "up·down on a quantized base",
         _PAIR,
-        serves=_qlora,
+        serves=refusals.qlora,
         version=3,
         paper="QLoRA, arXiv:2305.14314",
     ),
@@ -263,7 +166,7 @@ RECOVER: dict[str, RecoveryMethod] = {
         "factors",
         "the factors of lq_lora's decomposition",
         _PAIR,
-        serves=_from_decomposition,
+        serves=refusals.from_decomposition,
         version=3,
         paper="LQ-LoRA, arXiv:2311.12023",
     ),
@@ -273,7 +176,7 @@ RECOVER: dict[str, RecoveryMethod] = {
         "factors",
         "the factors of loftq's decomposition",
         _PAIR,
-        serves=_from_decomposition,
+        serves=refusals.from_decomposition,
         version=3,
         paper="LoftQ, arXiv:2310.08659",
     ),
@@ -284,7 +187,7 @@ RECOVER: dict[str, RecoveryMethod] = {
         "every weight, rounded anew at the end by GPTQ",
         Ways("fresh codes and scales", "as it was stored", "any grid format", "in place"),
         grid_safe=False,
-        serves=_needs_grid,
+        serves=refusals.needs_grid,
         needs=frozenset({"second_moment"}),
         version=5,
     ),
@@ -295,7 +198,7 @@ RECOVER: dict[str, RecoveryMethod] = {
         "ternary increments of the codes",
         _GRID,
         grid_safe=False,
-        serves=_needs_uniform,
+        serves=refusals.needs_uniform,
         departs="LoTA-QAF without its offset matrices",
         version=2,
         paper="LoTA-QAF, arXiv:2505.18724",
@@ -307,7 +210,7 @@ RECOVER: dict[str, RecoveryMethod] = {
         "low rank inside the rounding, group scales",
         _GRID,
         grid_safe=False,
-        serves=_needs_uniform,
+        serves=refusals.needs_uniform,
         version=3,
         paper="LR-QAT, arXiv:2406.06385",
     ),
@@ -331,7 +234,7 @@ RECOVER: dict[str, RecoveryMethod] = {
         "sparse",
         "a sparse delta with learned gates",
         _DELTA,
-        serves=_diff_pruning,
+        serves=refusals.diff_pruning,
         version=3,
         paper="arXiv:2012.07463",
     ),
@@ -370,24 +273,21 @@ RECOVER: dict[str, RecoveryMethod] = {
         prompts.PTuning, prompts.p_tuning, "tokens", "a network that makes input embeddings", _TOKENS, paper="arXiv:2103.10385"
     ),
 }
-_FLAT: dict[type, type] = {}
-_FLAT.update({row.own: flat(row.own) for row in RECOVER.values() if not row.by_block})
 
 
-def split(name: str, config: Any) -> tuple[Any, Any]:
-    """A flat config (or a mapping of its fields) as (TrainConfig, the method's own); a method that trains block by block has one config for
-    both. ValueError, with the nearest known name, for an unknown method or field."""
+def config_of(name: str, settings: Any) -> Any:
+    """The method's config with these settings (a mapping, all else its default), or the config that it is given. ValueError, with the
+    nearest known name, for an unknown method or setting."""
     if name not in RECOVER:
         raise ValueError(f"unknown recovery method {name!r}{_nearest(name, RECOVER)}; known are {', '.join(RECOVER)}")
-    own = RECOVER[name].own
-    values = dict(config) if isinstance(config, Mapping) else {f.name: getattr(config, f.name) for f in fields(config)}
-    shared, mine = {f.name for f in fields(TrainConfig)}, {f.name for f in fields(own)}
-    shared = set() if RECOVER[name].by_block else shared
-    for key in values:
-        if key not in shared | mine:
-            raise ValueError(f"{name} has no setting {key!r}{_nearest(key, shared | mine)}")
-    mine_only = own(**{k: v for k, v in values.items() if k in mine})
-    return (TrainConfig(**{k: v for k, v in values.items() if k in shared}) if shared else mine_only), mine_only
+    config = RECOVER[name].config
+    if isinstance(settings, config):
+        return settings
+    known = {f.name for f in fields(config)}
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"{name} has no setting {key!r}{_nearest(key, known)}")
+    return config(**settings)
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
@@ -396,30 +296,29 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 
 def refusal(name: str, result: Iterable[frozenset[str]], config: object) -> str | None:
-    """Why a method cannot serve a compressed model, before any work; None when it can. `found` are the kinds of the chosen records."""
-    _, own = split(name, config)
-    union = frozenset().union(*result)
-    reason = RECOVER[name].serves(union, own)
+    """Why a method cannot serve a compressed model, before any work; None when it can. `result` are the kinds of the chosen records."""
+    config, union = config_of(name, config), frozenset().union(*result)
+    reason = RECOVER[name].serves(union, config)
     return None if reason is None else f"{name} cannot serve this model: {reason}"
 
 
-def attach(name: str, model: nn.Module, config: object, *, seed: int = 0, gradients: Gradients | None = None) -> Attached:
+def attach(name: str, model: nn.Module, config: Any, *, seed: int = 0, gradients: Gradients | None = None) -> Attached:
     """Put a method on a model whose compressed linears are installed. ValueError for a refusal or when nothing is left to train."""
-    shared, own = split(name, config)
+    config = config_of(name, config)
     linears = compressed_linears(model)
-    reason = misfit(own, shared, model, {n: lin.stored.shape for n, lin in linears.items()}, low_rank_of(linears))
+    reason = misfit(config, model, {n: lin.stored.shape for n, lin in linears.items()}, low_rank_of(linears))
     if reason is not None:
         raise ValueError(f"{name}: {reason}")
-    site = site_of(model, shared.targets, shared.layers, seed, shared.steps, gradients)
+    site = site_of(model, config.targets, config.layers, seed, config.steps, gradients)
     row = RECOVER[name]
     if "fisher" in row.needs and gradients is None:
         raise ValueError(f"{name} selects by gradients: pass `gradients`")
     reason = refusal(name, [kinds(linear.stored) for linear in site.linears.values()], config)
     if reason is not None:
         raise ValueError(reason)
-    attached = row.attach(site, own)
+    attached = row.attach(site, config)
     if not attached.trainables:
-        raise ValueError(f"{name}: targets {shared.targets!r} and layers {shared.layers!r} leave no trainable parameter")
+        raise ValueError(f"{name}: targets {config.targets!r} and layers {config.layers!r} leave no trainable parameter")
     return attached
 
 

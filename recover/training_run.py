@@ -20,9 +20,9 @@ from .student import Student
 from .trainable import RATES, Attached, Trainable
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Shared by all methods. learning_rate None = the method's default; eval_every None = five times in the run; warmup is in
+    """What the config of every method has that trains the whole model; a method's own settings are its subclass. learning_rate None = the method's default; eval_every None = five times in the run; warmup is in
     steps (at most a quarter of the run). when_worse: what follows when held-out text got worse than it once was: restore goes on from the best
     values at half the rate, so that a rate too high for a model costs the steps of one evaluation. targets and layers: see `selection.where`.
     cache_dense keeps rebuilt weights in memory, those of a step that training made of them first (auto: when they fit). loss: distill imitates

@@ -18,7 +18,7 @@ from bitmend.compress.methods import DECOMPOSE, PRUNE, QUANTIZE
 from bitmend.compress.statistics import InputStatistics, LayerStatistics
 from bitmend.compress.weights import DenseWeight, StoredWeight
 from bitmend.recover.compressed_model import install
-from bitmend.recover.recovery_methods import RECOVER, attach, split
+from bitmend.recover.recovery_methods import RECOVER, attach, config_of
 from bitmend.recover.student import Batch, Teacher, student_of
 from bitmend.recover.train import TrainingText, held_out_loss, train
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ def main(directory: Path, text: Path) -> dict[str, float]:
     attached = attach("lora", model, config)
     teacher = Teacher(lambda batch: guide.hidden(batch.ids), guide.logits)
     lessons = TrainingText(lambda index: training[index % len(training)], chosen_by, teacher)
-    train(model, attached, lessons, split("lora", config)[0])
+    train(model, attached, lessons, config_of("lora", config))
     return scores | {"recover": perplexity(model, measured)}
 
 

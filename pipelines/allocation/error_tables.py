@@ -198,8 +198,7 @@ class _Walk:
         row: Method = QUANTIZE[self.stages.quantize.method]
         needs = frozenset({"second_moment"}).union(*(row.needs(self.stages.quantize.config_for(s.name)) for s in sites))
         needs |= frozenset() if self.solver is None else _needs(self.solver)
-        statistics: dict[str, InputStatistics] = {}
-        collect(self.model, index, hidden, sites, needs - {"cross_moment", *BY_MATRIX}, statistics)
+        statistics = collect(self.model, index, hidden, sites, needs - {"cross_moment", *BY_MATRIX})
         out: dict[str, Tensor] = {}
         for site in sites:
             inputs = statistics.get(site.name) or InputStatistics(site.shape[1], frozenset({"second_moment"}), self.context.device)
@@ -246,15 +245,14 @@ class _Walk:
         return out
 
     def _head_metric(self, head: Site, leaving: HiddenStates) -> Metric:
-        statistics: dict[str, InputStatistics] = {}
-        collect_head(self.model, leaving, head, frozenset({"second_moment"}), statistics)
-        if head.name not in statistics:
+        inputs = collect_head(self.model, leaving, head, frozenset({"second_moment"}))
+        if inputs is None:
             raise InputError(
                 f"{head.name}: the model's code does not call it, so nothing is known of its inputs; set allocation.embedding_bits to []"
             )
-        if (bad := statistics[head.name].non_finite()) is not None:
+        if (bad := inputs.non_finite()) is not None:
             raise InputError(f"{head.name}: {bad} of its inputs holds NaN or Inf; a layer below it overflows, or the checkpoint is damaged")
-        return metric_of(LayerStatistics(statistics[head.name]), "second_moment")[0]
+        return metric_of(LayerStatistics(inputs), "second_moment")[0]
 
     def row_weights(self, known: LayerStatistics, rows: int) -> Tensor:
         """[V, O]: ones; and, where Fisher information is known, half the mean square of a token's gradient at each output: errors are then nats

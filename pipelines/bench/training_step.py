@@ -11,7 +11,7 @@ import torch
 
 from ...recover.compressed_model import cache_dense, compressed_linears
 from ...recover.losses import Objective
-from ...recover.recovery_methods import RECOVER, attach, split
+from ...recover.recovery_methods import RECOVER, attach
 from ...recover.selection import decoder_blocks
 from ...recover.site import Gradients
 from ...recover.student import Batch, Teacher, student_of
@@ -46,7 +46,7 @@ def _second_step(parent: Artifact, spec: StageSpec, device: torch.device, dtype:
     model = whole_model(parent, device, dtype, InPlace(parent, structure, device, dtype)).model.requires_grad_(False)
     if blocks is not None:
         del decoder_blocks(model)[1][blocks:]
-    student, (config, _) = student_of(model), split(spec.method, spec.config)
+    student, config = student_of(model), spec.config
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.get_text_config().vocab_size, (config.batch_size, config.seq_len), generator=draw).to(device)
     head = model.get_output_embeddings()

@@ -3,10 +3,10 @@
 Knows modules and their inputs; not what the statistics are for.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...compress.statistics import InputStatistics
 from .blocks import StreamedModel
 from .hidden import HiddenStates
+from .replay import Replay, forward_of
 from .sharding import BatchShare
 from .slot_sums import SlotSums
 from .structure import Site
@@ -89,17 +90,25 @@ def _module_of(model: StreamedModel, site: Site) -> nn.Module | None:
     return model.model.get_submodule(site.name) if site.parameter in model.model.get_submodule(site.module)._modules else None
 
 
+class Watch(Protocol):
+    """What else looks at a walk over batches: told which one comes, by its place, and that a slot's are through."""
+
+    def enter(self, place: int) -> None: ...
+
+    def end_slot(self) -> None: ...
+
+
 def gather(
     model: StreamedModel,
     hidden: HiddenStates,
     sites: list[Site],
     needs: frozenset[str],
-    statistics: dict[str, InputStatistics],
     run: Callable[[int, Tensor], object],
-    dense_inputs: Mapping[str, list[Tensor]] | None = None,
     share: BatchShare | None = None,
-) -> None:
-    """Into `statistics` what enters the sites while `run(place, batch)` takes every batch of the hidden states, slot after slot; sums are those of
+    dense_inputs: Mapping[str, list[Tensor]] | None = None,
+    watch: Watch | None = None,
+) -> dict[str, InputStatistics]:
+    """By site, what enters it while `run(place, batch)` takes every batch of the hidden states, slot after slot; sums are those of
     the slots in their order. `hidden` are this rank's `share` of all (None: all there are), the sums are of all ranks. InputError for sites
     that read one tensor in one slot and several in another."""
     rounds = (share := share or BatchShare(len(hidden))).rounds
@@ -108,10 +117,14 @@ def gather(
     with collecting(model, sites, needs, result, dense_inputs) as begin:
         for places in rounds:
             for place in places:
+                if watch is not None:
+                    watch.enter(place)
                 run(place, next(batches))
             sums.add(result)
+            if watch is not None:
+                watch.end_slot()
             begin()
-    statistics.update(sums.total())
+    return sums.total()
 
 
 @dataclass(frozen=True)
@@ -123,18 +136,27 @@ class DenseInputs:
     run: Callable[[int], object]
 
 
+@dataclass(frozen=True)
+class Alongside:
+    """What else goes on while a block's inputs are collected. `replay`: of a block that runs for each of its groups, whose sites read one tensor."""
+
+    dense: DenseInputs | None = None
+    watch: Watch | None = None
+    replay: Replay | None = None
+
+
 def collect(
     model: StreamedModel,
     index: int,
     hidden: HiddenStates,
     sites: list[Site],
     needs: frozenset[str],
-    statistics: dict[str, InputStatistics],
-    dense: DenseInputs | None = None,
     share: BatchShare | None = None,
-) -> None:
+    alongside: Alongside = Alongside(),
+) -> dict[str, InputStatistics]:
     """`gather` from a loaded block. The first batch shows which input
     comes last; the others run no further than that, so the product behind it is left out. Experts run to the end."""
+    dense, replay = alongside.dense, alongside.replay
     modules = {site.module: model.model.get_submodule(site.module) for site in sites}
     called: list[str] = []
     handles = [m.register_forward_pre_hook(lambda *_, name=name: called.append(name)) for name, m in modules.items()]
@@ -142,19 +164,33 @@ def collect(
     def run(place: int, hidden_NTD: Tensor) -> None:
         if dense is not None:
             dense.run(place)
-        with suppress(_Enough):
+        with suppress(_Enough), nullcontext() if replay is None else replay.at(place):
             model.run_block(index, hidden_NTD)
         if place == 0:
             while handles:
                 handles.pop().remove()
             if called and sorted(called) == sorted(modules) and not any(site.expert is not None for site in sites):
                 handles.append(modules[called[-1]].register_forward_pre_hook(_stop))
+                if replay is not None:
+                    unread.enter_context(_without_products([(modules[s.module], s.shape[0]) for s in sites if s.module != called[-1]]))
 
+    unread = ExitStack()
     try:
-        gather(model, hidden, sites, needs, statistics, run, None if dense is None else dense.inputs, share)
+        return gather(model, hidden, sites, needs, run, share, None if dense is None else dense.inputs, alongside.watch)
     finally:
+        unread.close()
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _without_products(modules: Sequence[tuple[nn.Module, int]]) -> Iterator[None]:
+    """Linears, with their widths, whose outputs nothing that counts reads: zeros. They read one tensor, and the last of them ends the run."""
+
+    with ExitStack() as stack:
+        for module, width in modules:
+            stack.enter_context(forward_of(module, lambda x, width=width: x.new_zeros(*x.shape[:-1], width)))
+        yield
 
 
 def collect_head(
@@ -162,10 +198,9 @@ def collect_head(
     hidden: HiddenStates,
     site: Site,
     needs: frozenset[str],
-    statistics: dict[str, InputStatistics],
-    dense: DenseInputs | None = None,
     share: BatchShare | None = None,
-) -> None:
+    dense: DenseInputs | None = None,
+) -> InputStatistics | None:
     """The same of the output head, from hidden states that leave the last block, window by window; its product is left out."""
 
     def run(place: int, hidden_NTD: Tensor) -> None:
@@ -173,7 +208,7 @@ def collect_head(
             dense.run(place)
         through_head(model, site, hidden_NTD)
 
-    gather(model, hidden, [site], needs, statistics, run, None if dense is None else dense.inputs, share)
+    return gather(model, hidden, [site], needs, run, share, None if dense is None else dense.inputs).get(site.name)
 
 
 def through_head(model: StreamedModel, site: Site, hidden_NTD: Tensor) -> None:

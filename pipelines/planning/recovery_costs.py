@@ -13,7 +13,6 @@ from ...recover.activations import Activations
 from ...recover.fits import virtual_tokens
 from ...recover.memory import COPIES
 from ...recover.reconstruct import Reconstruct, resolved
-from ...recover.recovery_methods import split
 from ...recover.selection import is_norm, where
 from ...recover.training_run import TrainConfig
 from ..devices.rates import Work
@@ -62,13 +61,13 @@ class Rebuilding:
 def recovered(plan: CostPlan, spec: StageSpec, sizes: Sizes, budget: float, room: float) -> Needs:
     """A method that trains the whole model. `sizes`: what its parent stores; `budget`: bytes of rebuilt matrices that may be kept; `room`: bytes
     of the device, by which gradient_checkpointing: auto is decided."""
-    anatomy, (config, own) = plan.anatomy, split(spec.method, spec.config)
+    anatomy, config = plan.anatomy, spec.config
     linears = [s for s in anatomy.structure.sites if s.block is not None]
-    trained = trained_numbers(anatomy, spec, own, config, linears, sizes)
+    trained = trained_numbers(anatomy, spec, config, linears, sizes)
     rebuilt = [s.shape[0] * s.shape[1] for s in linears if sizes.of[s.name].compressed]
     packed = sum(sizes.of[s.name].bits / 8 if sizes.of[s.name].compressed else s.shape[0] * s.shape[1] * plan.element for s in linears)
     others = anatomy.in_blocks - sum(s.shape[0] * s.shape[1] for s in linears)
-    moved = any(getattr(own, name, False) for name in ("scales", "zeros")) or spec.method in ("scales", *WHOLE)
+    moved = any(getattr(config, name, False) for name in ("scales", "zeros")) or spec.method in ("scales", *WHOLE)
     base = 0 if spec.method in WHOLE else F32.itemsize if moved else plan.itemsize
     building = Rebuilding(sum(rebuilt), base, plan.itemsize if moved else 0, budget)
     dense = building.kept_bytes + (0 if building.cached else max(rebuilt, default=0) * base)
@@ -76,7 +75,7 @@ def recovered(plan: CostPlan, spec: StageSpec, sizes: Sizes, budget: float, room
     weights = packed + others * plan.itemsize + plan.outside_bytes + dense + passing + trained * 4.0 * COPIES
     checkpointing = config.gradient_checkpointing is True
     step = anatomy.step(config.batch_size, config.seq_len, plan.dtype, checkpointing, config.loss)
-    if config.gradient_checkpointing == "auto" and step.activations.peak > ROOM * (room - weights) and virtual_tokens(own) == 0:
+    if config.gradient_checkpointing == "auto" and step.activations.peak > ROOM * (room - weights) and virtual_tokens(config) == 0:
         checkpointing = True
         step = anatomy.step(config.batch_size, config.seq_len, plan.dtype, checkpointing, config.loss)
     acting = _acting(plan, step.activations, config, teacher=config.loss != "cross_entropy")
@@ -87,10 +86,10 @@ def recovered(plan: CostPlan, spec: StageSpec, sizes: Sizes, budget: float, room
         host += plan.hidden_bytes(max(0.0, _ahead(plan, config) - TEACHER_TOKENS))
     steps, judging, once = _training(plan, step, config, checkpointing, building)
     work = steps + judging * (2 + _evaluations(config)) + once
-    shared, sent = _micro_batches(config, steps, judging), _gradients_sent(anatomy, config, trained, getattr(own, "shard", False))
+    shared, sent = _micro_batches(config, steps, judging), _gradients_sent(anatomy, config, trained, getattr(config, "shard", False))
     alone = {"opening": OPENED * 3, "rebuilding matrices": once + -1 * (OPENED * 3), "judging what is stored": judging}
-    if getattr(own, "quantizer", None) != "gptq":
-        parted = trained * 4.0 * (COPIES - 2 / anatomy.blocks) if getattr(own, "shard", False) else 0.0  # a block is whole while it runs
+    if getattr(config, "quantizer", None) != "gptq":
+        parted = trained * 4.0 * (COPIES - 2 / anatomy.blocks) if getattr(config, "shard", False) else 0.0  # a block is whole while it runs
         return Needs(work, device, host, divided=shared, alone=alone, sent=sent, parted=parted)
     rounding = compressed(plan, StageSpec("quantize", spec.address, "gptq", GptqConfig()), True, False, 0.0)
     walking = rounding.device - plan.outside_bytes - plan.block_bytes
@@ -194,11 +193,11 @@ def _gradients_sent(anatomy: Anatomy, config: TrainConfig, trained: float, parts
     )
 
 
-def trained_numbers(anatomy: Anatomy, spec: StageSpec, own: object, config: TrainConfig, linears: list[Site], sizes: Sizes) -> float:
+def trained_numbers(anatomy: Anatomy, spec: StageSpec, config: TrainConfig, linears: list[Site], sizes: Sizes) -> float:
     """How many numbers train, about: by the rank of factors, the groups of grids, whole matrices, norms."""
     place = where(anatomy.model, config.targets, config.layers)
     chosen = [s for s in linears if place.linear(s.name)]
-    count, rank = 0.0, getattr(own, "rank", 0)
+    count, rank = 0.0, getattr(config, "rank", 0)
     for site in chosen:
         rows, columns = site.shape
         size = sizes.of[site.name]
@@ -206,11 +205,11 @@ def trained_numbers(anatomy: Anatomy, spec: StageSpec, own: object, config: Trai
             count += rows * columns
         if rank:
             count += size.low_rank / 16 if size.low_rank else min(rank, rows, columns) * (rows + columns)
-        if spec.method == "scales" or getattr(own, "scales", False):
+        if spec.method == "scales" or getattr(config, "scales", False):
             count += rows * columns / GROUP if "base.scales" in size.base_names or "base.codes" in size.base_names else 0
-    if getattr(own, "norms", False):
+    if getattr(config, "norms", False):
         count += sum(m.get_parameter("weight").numel() for n, m in anatomy.model.named_modules() if is_norm(m) and place.holds(n))
-    if getattr(own, "biases", False) or spec.method == "bitfit":
+    if getattr(config, "biases", False) or spec.method == "bitfit":
         count += sum(s.shape[0] for s in chosen if s.expert is None)
     return count
 

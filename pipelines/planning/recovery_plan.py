@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ...recover.bottlenecks import SerialAdapter, sublayers
 from ...recover.fits import misfit, virtual_tokens
 from ...recover.prompts import MamAdapter, PrefixTuning
-from ...recover.recovery_methods import RECOVER, refusal, split
+from ...recover.recovery_methods import RECOVER, refusal
 from ...recover.selection import where
 from ..models.sizes import Size, Sizes
 from ..models.source import load_config, positions, resolve_model
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 def refusals(spec: StageSpec, recipe: Recipe, model: "PreTrainedModel", sizes: Sizes, imported: bool) -> list[str]:
     """Why a recover stage cannot be, one line each. `model` is a skeleton, `sizes` what the stages before it will have made; of an
     `imported` checkpoint only shapes are known."""
-    shared, own = split(spec.method, spec.config)
+    config = spec.config
     linears = {s.name: s for s in sizes.structure.sites if s.block is not None}
     made = {name: _kinds(sizes.of[name]) for name in linears}
     shapes = {name: site.shape for name, site in linears.items()}
-    reason = misfit(own, shared, model, shapes, frozenset(n for n, kinds in made.items() if "low_rank" in kinds))
+    reason = misfit(config, model, shapes, frozenset(n for n, kinds in made.items() if "low_rank" in kinds))
     result = [] if reason is None else [f"{spec.method}: {reason}"]
     if not result and not imported:
-        place = where(model, shared.targets, shared.layers)
+        place = where(model, config.targets, config.layers)
         reason = refusal(spec.method, [kinds for name, kinds in made.items() if place.linear(name)], spec.config)
         result = [] if reason is None else [reason]
-    result += _tables(own, sizes) + _tokens(spec, recipe, model)
+    result += _tables(config, sizes) + _tokens(spec, recipe, model)
     by_block = RECOVER[spec.method].by_block
     if by_block and imported and recipe.teacher is None:
         result.append(f"{spec.method} imitates dense blocks, and the model came quantized: give the dense one with --teacher")
-    loss, from_self = getattr(shared, "loss", None), SELF in [share.source for share in parse_mixture(recipe.data.train)]
+    loss, from_self = getattr(config, "loss", None), SELF in [share.source for share in parse_mixture(recipe.data.train)]
     if from_self and (loss == "cross_entropy" or (imported and recipe.teacher is None)):
         why = "loss: cross_entropy" if loss == "cross_entropy" else "the model came quantized and no --teacher was given"
         result.append(f"--train {SELF}: what the dense model writes teaches by imitation alone, and {why}; leave {SELF} out of the sources")
@@ -46,24 +46,24 @@ def refusals(spec: StageSpec, recipe: Recipe, model: "PreTrainedModel", sizes: S
 
 def extra_bytes(spec: StageSpec, model: Any, sizes: Sizes) -> int:
     """Bytes of the extra modules that a method adds to the model, in float32."""
-    shared, own = split(spec.method, spec.config)
+    config = spec.config
     if "stored with the model" not in RECOVER[spec.method].ways.stored_as:
         return 0
-    config, count = model.config.get_text_config(), 0
-    if isinstance(own, PrefixTuning | MamAdapter):
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        count += own.tokens * sizes.structure.blocks * 2 * heads * width
-    elif virtual_tokens(own):
-        count += own.tokens * model.get_input_embeddings().weight.shape[1]
-    bottleneck = getattr(own, "bottleneck", None)
+    text, count = model.config.get_text_config(), 0
+    if isinstance(config, PrefixTuning | MamAdapter):
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        count += config.tokens * sizes.structure.blocks * 2 * heads * width
+    elif virtual_tokens(config):
+        count += config.tokens * model.get_input_embeddings().weight.shape[1]
+    bottleneck = getattr(config, "bottleneck", None)
     if bottleneck is not None:
         shapes = {s.name: s.shape for s in sizes.structure.sites if s.block is not None and s.expert is None}
-        place = where(model, shared.targets, shared.layers)
+        place = where(model, config.targets, config.layers)
         chosen = {name for name in shapes if place.linear(name)}
-        for part in sublayers(list(shapes), chosen, place.blocks_name, getattr(own, "at", "mlp")):
+        for part in sublayers(list(shapes), chosen, place.blocks_name, getattr(config, "at", "mlp")):
             width_out = shapes[part.exit][0]
-            width_in = width_out if isinstance(own, SerialAdapter) else shapes[part.entry][1]
+            width_in = width_out if isinstance(config, SerialAdapter) else shapes[part.entry][1]
             count += bottleneck * (width_in + width_out + 1) + width_out
     return 4 * count
 
@@ -79,11 +79,11 @@ def _kinds(size: Size) -> frozenset[str]:
     return frozenset({base} | details | ({"masked"} if size.mask else set()) | ({"low_rank"} if size.low_rank else set()))
 
 
-def _tables(own: object, sizes: Sizes) -> list[str]:
+def _tables(config: object, sizes: Sizes) -> list[str]:
     """Embeddings and head can train where they are plain."""
     in_blocks = {s.name for s in sizes.structure.sites if s.block is not None}
     compressed = any(size.compressed for name, size in sizes.of.items() if name not in in_blocks)
-    if compressed and (getattr(own, "head", False) or getattr(own, "embeddings", False)):
+    if compressed and (getattr(config, "head", False) or getattr(config, "embeddings", False)):
         return [
             "the head is compressed and cannot train as a plain tensor; set head and embeddings to false, or compress without include_head"
         ]
@@ -92,7 +92,7 @@ def _tables(own: object, sizes: Sizes) -> list[str]:
 
 def _tokens(spec: StageSpec, recipe: Recipe, model: "PreTrainedModel") -> list[str]:
     """Virtual tokens take positions from every text, and stand in front once."""
-    count, limit = virtual_tokens(split(spec.method, spec.config)[1]), positions(model.config)
+    count, limit = virtual_tokens(spec.config), positions(model.config)
     if not count:
         return []
     result = []
@@ -102,7 +102,7 @@ def _tokens(spec: StageSpec, recipe: Recipe, model: "PreTrainedModel") -> list[s
             f"{count} virtual tokens and evaluation.seq_len {length} are above the {limit} positions of this model; choose fewer of either"
         )
     before = recipe.stages[: next(i for i, s in enumerate(recipe.stages) if s.address == spec.address)]
-    other = next((s for s in before if s.name == "recover" and virtual_tokens(split(s.method, s.config)[1])), None)
+    other = next((s for s in before if s.name == "recover" and virtual_tokens(s.config)), None)
     if other is not None:
         result.append(f"{spec.method} trains virtual tokens, and {other.address} puts some in front already: use one of them")
     return result

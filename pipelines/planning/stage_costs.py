@@ -70,9 +70,14 @@ def compressed(plan: CostPlan, spec: StageSpec, records: bool, first: bool, writ
     writing = Work(files=written / anatomy.blocks, calls=500)
     work = solving.work + writing
     passes = 2.0 + ((1.0 if "cross_moment" in needs else 0.0) + 1.0 if twin else 0.0)
-    passes += (len(anatomy.inputs(sites)) - 1 if spec.true_sequential and looks else 0) * (2 if "guidance" in needs else 1)
-    passes += 1.0 if "guidance" in needs else 0.0
     last = [] if row.scope == "block" or not sites else anatomy.inputs(sites)[-1]
+    sequential = spec.true_sequential and looks and bool(last)
+    replayed = sequential and not (row.inputs == "dense" and twin)
+    passes += (len(anatomy.inputs(sites)) - 1) * (("cross_moment" in needs) + (not replayed)) if sequential else 0
+    replays = 0.0
+    if replayed:  # each matrix multiplies once, the last one too
+        replays = tokens * plan.itemsize * (anatomy.width + last[0].shape[1])
+        passes, last = passes - 1.0, []
     loading = plan.loaded(records) * (2 if twin else 1)
     running = plan.pass_of(tokens, seq_len) * passes
     work += running + loading
@@ -81,7 +86,7 @@ def compressed(plan: CostPlan, spec: StageSpec, records: bool, first: bool, writ
     gathered = gathering(plan, anatomy.inputs(sites), needs, tokens) + _weighing(spec, sites, tokens)
     work += gathered
     models = 2 if twin else 1
-    hidden = plan.hidden_bytes(tokens) * (models + row.dense_outputs)
+    hidden = plan.hidden_bytes(tokens) * (models + row.dense_outputs) + replays
     held = plan.outside_bytes * models + plan.block_bytes * models
     alone = {"writing": writing, "loading": loading + read_back}
     shared = [in_turn(SLOTS_OF_TEXT, (running + unneeded + gathered) * anatomy.blocks, plan.slots(windows, seq_len)), pieces]

@@ -8,7 +8,6 @@ import re
 from typing import Any
 
 from ...recover.attach import Dora, Lora
-from ...recover.recovery_methods import split
 from ...recover.selection import where
 from ..models.sizes import Sizes
 from ..models.structure import Structure
@@ -52,21 +51,21 @@ def _unmatched(key: str, pattern: str, names: list[str]) -> str | None:
 
 def _rank(spec: StageSpec, recipe: Recipe, model: Any, sizes: Sizes) -> list[str]:
     """A rank for new factors, where every chosen matrix has some already, of another rank."""
-    shared, own = split(spec.method, spec.config)
-    if not (isinstance(own, Lora | Dora) or getattr(own, "train", None) == "lora"):
+    config = spec.config
+    if not (isinstance(config, Lora | Dora) or getattr(config, "train", None) == "lora"):
         return []
     try:
-        place = where(model, shared.targets, shared.layers)
+        place = where(model, config.targets, config.layers)
     except ValueError:  # refused for itself
         return []
     chosen = [s.name for s in sizes.structure.sites if s.block is not None and place.linear(s.name)]
     earlier = recipe.stages[: [s.address for s in recipe.stages].index(spec.address)]
     ranks = {s.config_for(n).rank for s in earlier if s.name == "decompose" for n in chosen if not s.skips(n)}
-    usual = set() if "rank" in spec.named else {type(own)().rank}
-    if not chosen or not ranks or any(not sizes.of[n].low_rank for n in chosen) or own.rank in (ranks | usual):
+    usual = set() if "rank" in spec.named else {type(config)().rank}
+    if not chosen or not ranks or any(not sizes.of[n].low_rank for n in chosen) or config.rank in (ranks | usual):
         return []
     return [
-        f"rank: {own.rank} would not be read: every chosen matrix has factors of rank {', '.join(map(str, sorted(ranks)))} from a decompose "
+        f"rank: {config.rank} would not be read: every chosen matrix has factors of rank {', '.join(map(str, sorted(ranks)))} from a decompose "
         "stage, which train as they are; set the rank there, and leave this one out"
     ]
 

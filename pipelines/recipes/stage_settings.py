@@ -167,7 +167,8 @@ def build(
         raise UsageError(f"{address}.method: {unknown('method', method, [*rows, 'none'])}")
     row = rows[method]
     fields = config_keys(row)
-    common = [key for key in STAGES[name][3] if key not in fields]
+    unknown_to_blocks = {"true_sequential"} & soft if getattr(row, "scope", "matrix") == "block" else set()
+    common = [key for key in STAGES[name][3] if key not in fields and key not in unknown_to_blocks]
     written = {key: value for key, value in settings.items() if key != "method" and (key not in soft or key in fields or key in common)}
     refuse_unknown(f"setting of {name} {method}", written, [*fields, *common, "method"], address)
     defaults = getattr(row, "defaults", None) or {}

@@ -217,7 +217,7 @@ def _undo(walk: _Walk) -> None:
 
 
 def _outcome(walk: _Walk, before: float, after: float, worse: bool, tokens: int) -> Outcome:
-    notes = untouched(walk.config, walk.config, skeleton(load_config(walk.parent.directory)), walk.model.structure)
+    notes = untouched(walk.config, skeleton(load_config(walk.parent.directory)), walk.model.structure)
     notes += [f"block {report['block']}: {text}" for report in walk.reports for text in report["diverged"]]
     better = sum(report["block_error_after"] < report["block_error_before"] for report in walk.reports)
     if worse:

@@ -6,7 +6,8 @@ Knows the walk and the bookkeeping; one matrix is `matrices`' business, what lie
 Legend: N windows, T tokens.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,9 +20,10 @@ from ...compress.weights import StoredWeight
 from ..errors import InputError, UsageError
 from ..logs import bar
 from ..models.blocks import StreamedModel
-from ..models.collecting import DenseInputs, collect, collect_head, dense_inputs_of, input_groups, through_head
+from ..models.collecting import Alongside, DenseInputs, collect, collect_head, dense_inputs_of, input_groups, through_head
 from ..models.hidden import Room
 from ..models.reading import BlockReader, BlockTensors
+from ..models.replay import Replay
 from ..models.sizes import fallback_notes, guided_groups
 from ..models.structure import Site
 from ..recipes.stage_settings import StageSpec, methods
@@ -103,15 +105,16 @@ def _block(stage: Stage, states: States, index: int, sites: list[Site], followed
     if stage.dense is not None:
         stage.dense.load_block(index)
     _expect(stage, index + 1)
-    if marker is None:
-        records, layers = _solved(stage, states, index, sites)
-        _write(stage, index, part, records, layers)
-        marker = stage.writer.finished[part]
-    if followed:
-        written = BlockTensors.read(stage.writer.view(part), stage.model.prefix(index))
-        for site in sites:
-            stage.model.put(site, written.stored(site.name))
-        _advance(stage, states, index)
+    with nullcontext() if marker is not None else _replayed(stage, states, index, sites) as replay:
+        if marker is None:
+            records, layers = _solved(stage, states, index, sites, replay)
+            _write(stage, index, part, records, layers)
+            marker = stage.writer.finished[part]
+        if followed:
+            written = BlockTensors.read(stage.writer.view(part), stage.model.prefix(index))
+            for site in sites:
+                stage.model.put(site, written.stored(site.name))
+            _advance(stage, states, index, replay)
     for model in (stage.model, stage.dense):
         if model is not None:
             model.unload_block(index)
@@ -128,58 +131,71 @@ def _expect(stage: Stage, index: int) -> None:
         stage.targets.expect(stage.model.prefix(index))
 
 
-def _solved(stage: Stage, states: States, index: int, sites: list[Site]) -> tuple[dict[str, StoredWeight], list[dict[str, Any]]]:
+@contextmanager
+def _replayed(stage: Stage, states: States, index: int, sites: list[Site]) -> Iterator[Replay | None]:
+    """A block whose groups are solved one after the other runs as often, and once more; None where it is solved at once."""
+    if not stage.true_sequential or not sites:
+        yield None
+        return
+    with torch.no_grad():
+        groups = _groups(stage, states, index, sites)
+    with Replay.of(stage.model, index, groups, stage.room) as replay:
+        yield replay
+
+
+def _solved(
+    stage: Stage, states: States, index: int, sites: list[Site], replay: Replay | None
+) -> tuple[dict[str, StoredWeight], list[dict[str, Any]]]:
     """The block's new records and their rows of the report. Truly sequential: group by group, each seeing what those before it became."""
     if stage.row.scope == "block":
         with torch.no_grad():
-            statistics = _statistics(stage, states, index, sites)
+            statistics = _statistics(stage, states, index, sites, None)
         return solve_block(stage, states, index, sites, statistics)
     records: dict[str, StoredWeight] = {}
     layers: dict[str, dict[str, object]] = {}
     with torch.no_grad():
-        groups = _groups(stage, states, index, sites)
-        for number, group in enumerate(groups, 1):
-            statistics = _statistics(stage, states, index, group)
-            if stage.guidance is not None:
-                stage.guidance.collect(stage.model, index, states.hidden, group, stage.share)
+        for group in [sites] if replay is None else replay.groups:
+            statistics = _statistics(stage, states, index, group, replay)
             result, rows = solve_all(stage, group, statistics)
             records, layers = records | result, layers | rows
-            if number < len(groups):
-                for site in group:
+            if replay is not None:
+                replay.solved += 1
+                for site in group if replay.solved < len(replay.groups) else ():
                     stage.model.put(site, records[site.name].to("cpu"))  # as it will be read back
     return {s.name: records[s.name] for s in sites}, [layers[s.name] for s in sites]
 
 
 def _groups(stage: Stage, states: States, index: int, sites: list[Site]) -> list[list[Site]]:
     """The sites that are solved before others see what became of them; of the first batch, which rank 0 has."""
-    if not stage.true_sequential or not sites:
-        return [sites]
     ranks, by_name = stage.context.ranks, {site.name: site for site in sites}
     result = input_groups(stage.model, index, sites, states.hidden[0]) if ranks.leads else []
     return [[by_name[name] for name in names] for names in ranks.broadcast([[site.name for site in group] for group in result])]
 
 
-def _advance(stage: Stage, states: States, index: int) -> None:
+def _advance(stage: Stage, states: States, index: int, replay: Replay | None) -> None:
     """Hidden states of the next block, from the block as it was written."""
     with torch.no_grad():
-        states.hidden.through(partial(stage.model.run_block, index))
+        for place, hidden_NTD in enumerate(states.hidden):
+            with nullcontext() if replay is None else replay.at(place, last=True):
+                states.hidden.put(place, stage.model.run_block(index, hidden_NTD))
         if stage.dense is not None and states.dense is not None:
             states.dense.through(partial(stage.dense.run_block, index))
 
 
-def _statistics(stage: Stage, states: States, index: int, sites: list[Site]) -> dict[str, InputStatistics]:
+def _statistics(stage: Stage, states: States, index: int, sites: list[Site], replay: Replay | None) -> dict[str, InputStatistics]:
     """Statistics of every site's input. A site no token reached (an idle expert) gets empty ones."""
     needs = stage.collected
     statistics: dict[str, InputStatistics] = {}
     source, hidden = stage.model, states.hidden
     if stage.row.inputs == "dense" and stage.dense is not None and states.dense is not None:
-        source, hidden = stage.dense, states.dense
+        source, hidden, replay = stage.dense, states.dense, None
     if "cross_moment" in needs and stage.dense is not None:
         with dense_inputs_of(stage.dense, sites) as paired:
             dense = DenseInputs(paired, _dense_first(states, paired, partial(stage.dense.run_block, index)))
-            collect(source, index, hidden, sites, needs, statistics, dense, stage.share)
+            statistics = collect(source, index, hidden, sites, needs, stage.share, Alongside(dense, replay=replay))
     elif sites:
-        collect(source, index, hidden, sites, needs, statistics, share=stage.share)
+        with nullcontext() if stage.guidance is None else stage.guidance.watching(source, sites, stage.share) as watch:
+            statistics = collect(source, index, hidden, sites, needs, stage.share, Alongside(watch=watch, replay=replay))
     for site in sites:
         result = statistics.setdefault(site.name, InputStatistics(site.shape[1], needs, stage.context.device))
         bad = result.non_finite() if stage.looks_at_inputs else None
@@ -204,16 +220,15 @@ def _dense_first(states: States, paired: dict[str, list[Tensor]], run: Callable[
 
 
 def _head_statistics(stage: Stage, states: States, site: Site) -> InputStatistics:
-    statistics: dict[str, InputStatistics] = {}
     needs = stage.collected
     with torch.no_grad():
         if "cross_moment" in needs and stage.dense is not None:
             with dense_inputs_of(stage.dense, [site]) as paired:
                 dense = DenseInputs(paired, _dense_first(states, paired, partial(through_head, stage.dense, site)))
-                collect_head(stage.model, states.hidden, site, needs, statistics, dense, stage.share)
+                result = collect_head(stage.model, states.hidden, site, needs, stage.share, dense)
         else:
-            collect_head(stage.model, states.hidden, site, needs, statistics, share=stage.share)
-    return statistics.get(site.name) or InputStatistics(site.shape[1], needs, stage.context.device)
+            result = collect_head(stage.model, states.hidden, site, needs, stage.share)
+    return result or InputStatistics(site.shape[1], needs, stage.context.device)
 
 
 def _write(stage: Stage, index: int, part: str, records: Mapping[str, StoredWeight], layers: Sequence[Mapping[str, object]]) -> None:

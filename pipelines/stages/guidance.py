@@ -7,7 +7,8 @@ Legend: N windows, T tokens, O out, I in, K groups of rows.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..errors import InputError
 from ..evaluation.perplexity import batches
 from ..logs import bar
 from ..models.blocks import StreamedModel
+from ..models.collecting import Watch
 from ..models.hidden import HiddenStates, Room
 from ..models.sharding import BatchShare
 from ..models.structure import Site
@@ -48,42 +50,57 @@ class Guidance:
         squares = token_squares(context, groups)
         return cls({name: token_weights(s_NTK.flatten(0, 1)).view(s_NTK.shape) for name, s_NTK in squares.items()})
 
-    def collect(self, model: StreamedModel, index: int, hidden: HiddenStates, sites: Sequence[Site], share: BatchShare) -> None:
-        """Run a loaded block on its hidden states, slot after slot, for what enters the guided among the sites. InputError for one that is not called
-        once for every token."""
+    @contextmanager
+    def watching(self, model: StreamedModel, sites: Sequence[Site], share: BatchShare) -> Iterator[Watch | None]:
+        """`moments` of the guided among the sites, from a walk over a loaded block's batches while this is open. InputError for one that is not
+        called once for every token."""
         self.moments.clear()
         chosen = [site for site in sites if site.name in self.weights]
         if not chosen:
+            yield None
             return
         windows, length = next(iter(self.weights.values())).shape[:2]
-        parts, own, now = [*batches(windows, length)], dict[str, list[InputStatistics]](), [slice(0)]
-        sums = {site.name: [_square_sum(site, model.device, share) for _ in range(self.weights[site.name].shape[2])] for site in chosen}
-
-        def add(site: Site, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x_TI, weights_TK = args[0].detach().reshape(-1, site.shape[1]), self.weights[site.name][now[0]].flatten(0, 1)
-            if len(x_TI) != len(weights_TK):
-                raise InputError(
-                    f"{site.name}: is called with {len(x_TI)} rows for {len(weights_TK)} tokens, so none has a gradient; set guided: 0 for it"
-                )
-            weighted(own[site.name], x_TI, weights_TK)
-
-        handles = [model.model.get_submodule(site.module).register_forward_pre_hook(partial(add, site)) for site in chosen]
+        watch = _Weighing(self.weights, chosen, model.device, share, [*batches(windows, length)])
+        handles = [model.model.get_submodule(site.module).register_forward_pre_hook(partial(watch.add, site)) for site in chosen]
         try:
-            turns = iter(hidden.at([place for places in share.rounds for place in places]))
-            for places in share.rounds:
-                own |= {s.name: [InputStatistics(s.shape[1], _MOMENT, model.device) for _ in sums[s.name]] for s in chosen}
-                for place in places:
-                    now[0] = parts[share.numbers[place]]
-                    model.run_block(index, next(turns))
-                for name, totals in sums.items():
-                    for total, statistics in zip(totals, own[name], strict=True):
-                        total.add(statistics.moment_sum_II)
+            yield watch
         finally:
             for handle in handles:
                 handle.remove()
         for site in chosen:
             empty = InputStatistics(site.shape[1], _MOMENT, model.device)
-            self.moments[site.name] = tuple(empty.with_moment(total.total() / (windows * length)) for total in sums[site.name])
+            self.moments[site.name] = tuple(empty.with_moment(total.total() / (windows * length)) for total in watch.sums[site.name])
+
+
+class _Weighing:
+    """Sums of one walk, slot by slot; `parts` are the windows of every batch."""
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], sites: Sequence[Site], device: torch.device, share: BatchShare, parts: Sequence[slice]
+    ) -> None:
+        self.weights, self.sites, self.device, self.share, self.parts = weights, sites, device, share, parts
+        self.sums = {site.name: [_square_sum(site, device, share) for _ in range(weights[site.name].shape[2])] for site in sites}
+        self.now, self.own = slice(0), self._empty()
+
+    def _empty(self) -> dict[str, list[InputStatistics]]:
+        return {s.name: [InputStatistics(s.shape[1], _MOMENT, self.device) for _ in self.sums[s.name]] for s in self.sites}
+
+    def enter(self, place: int) -> None:
+        self.now = self.parts[self.share.numbers[place]]
+
+    def add(self, site: Site, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x_TI, weights_TK = args[0].detach().reshape(-1, site.shape[1]), self.weights[site.name][self.now].flatten(0, 1)
+        if len(x_TI) != len(weights_TK):
+            raise InputError(
+                f"{site.name}: is called with {len(x_TI)} rows for {len(weights_TK)} tokens, so none has a gradient; set guided: 0 for it"
+            )
+        weighted(self.own[site.name], x_TI, weights_TK)
+
+    def end_slot(self) -> None:
+        for name, totals in self.sums.items():
+            for total, statistics in zip(totals, self.own[name], strict=True):
+                total.add(statistics.moment_sum_II)
+        self.own = self._empty()
 
 
 _MOMENT = frozenset({"second_moment"})

@@ -20,7 +20,7 @@ from ...recover.losses import Objective
 from ...recover.memory import COPIES, training_memory
 from ...recover.merge import stored_loss
 from ...recover.peers import ReplicasDiffer
-from ...recover.recovery_methods import RECOVER, Gradients, attach, refusal, split
+from ...recover.recovery_methods import RECOVER, Gradients, attach, refusal
 from ...recover.sharded import local, shard, whole
 from ...recover.site import kinds
 from ...recover.student import Batch, Student, student_of
@@ -56,7 +56,7 @@ def recover(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: 
     """Run a recovery method. UsageError when it cannot serve this model, before any work; QualityError when its audit fails."""
     if RECOVER[spec.method].by_block:
         return reconstruct_blocks(parent, writer, spec, context)
-    config, own = split(spec.method, spec.config)
+    config = spec.config
     notes: list[str] = []
     if context.teacher is None and config.loss != "cross_entropy":
         config = replace(config, loss="cross_entropy")
@@ -65,9 +65,9 @@ def recover(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context: 
     batches, held_out = _texts(context, config)
 
     bare = skeleton(load_config(parent.directory))
-    notes += untouched(own, config, bare, inspect(bare))
+    notes += untouched(config, bare, inspect(bare))
     streamed, student, attached = _student(parent, spec, batches, context)
-    parts = _parts(own, context)
+    parts = _parts(config, context)
     dense_bytes = cache_dense(compressed_linears(streamed.model), 0 if parts else _cache_budget(config, context.device))
     config = replace(config, gradient_checkpointing=checkpoints(parent, config, attached, context, dense_bytes))
     memory = training_memory(streamed.model, attached)
@@ -114,9 +114,9 @@ def _student(
     return streamed, attached.run or student, attached
 
 
-def _parts(own: object, context: Context) -> bool:
+def _parts(config: object, context: Context) -> bool:
     """Whether ranks hold parts of what trains."""
-    return getattr(own, "shard", False) and context.ranks.size > 1
+    return getattr(config, "shard", False) and context.ranks.size > 1
 
 
 def _attached(parent: Artifact, spec: StageSpec, streamed: StreamedModel, seed: int, gradients: Gradients) -> Attached:

@@ -43,8 +43,7 @@ def requantize_trained(
         for index in range(blocks):
             run = partial(_run, trained, calls, index)
             sites = [site for site in trained.structure.of_block(index) if site.name in unrounded]
-            statistics: dict[str, InputStatistics] = {}
-            gather(trained, hidden, sites, NEEDS, statistics, lambda _, states, run=run: run(states), share=share)
+            statistics = gather(trained, hidden, sites, NEEDS, lambda _, states, run=run: run(states), share)
             for site in sites:
                 linear = trained.model.get_submodule(site.name if site.expert is not None else site.module)
                 _round(site.name, linear, unrounded[site.name], statistics[site.name])

@@ -65,9 +65,8 @@ def outlier_shares(spec: StageSpec, blocks: dict[int, list[Site]], context: Cont
     shares = []
     with torch.no_grad(), bar(f"{spec.address} {spec.method}: outliers, blocks", len(blocks)) as shown:
         for index in islice(model.walk(), max(blocks) + 1):
-            sites, statistics = blocks.get(index, []), dict[str, InputStatistics]()
-            run = partial(model.run_block, index)
-            gather(model, hidden, sites, frozenset({"norms"}), statistics, lambda place, h, run=run: hidden.put(place, run(h)), share=share)
+            sites, run = blocks.get(index, []), partial(model.run_block, index)
+            statistics = gather(model, hidden, sites, frozenset({"norms"}), lambda place, h, run=run: hidden.put(place, run(h)), share)
             if sites:
                 shares.append(outlier_share([_weight_and_norms(model, site, statistics) for site in sites]))
                 shown.advance()

@@ -74,11 +74,11 @@ class Trained:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def untouched(own: object, shared: Chosen, model: nn.Module, structure: Structure) -> list[str]:
+def untouched(config: Chosen, model: nn.Module, structure: Structure) -> list[str]:
     """What a recovery leaves alone in the decoder's blocks and a reader might not expect, one line a reason. `model` is a skeleton."""
     sites = [site.name for site in structure.sites if site.block is not None]
     inside = {s.name: s.reason for s in structure.skipped if s.name.startswith(f"{structure.prefix}.")}
-    return left_alone(own, shared, model, sites) + by_reason(inside)
+    return left_alone(config, model, sites) + by_reason(inside)
 
 
 def by_reason(left: Mapping[str, str]) -> list[str]:

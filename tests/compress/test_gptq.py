@@ -4,12 +4,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from bitmend.compress import feedback
-from bitmend.compress import gptq as gptq_module
+from bitmend.compress import feedback, gptq_sweeps
 from bitmend.compress import normal_float as nf
 from bitmend.compress.block import BlockShare
 from bitmend.compress.feedback import inverse_factor
-from bitmend.compress.gptq import GptqConfig, GptqNormalFloatConfig, corrected_target, gptq, gptq_book, gptq_group, gptq_nf, gptq_uniform
+from bitmend.compress.gptq import GptqConfig, GptqNormalFloatConfig, corrected_target, gptq, gptq_group, gptq_nf
+from bitmend.compress.gptq_sweeps import SweepConfig, gptq_book, gptq_uniform
 from bitmend.compress.grids import Clip, UniformGrid, fit, round_to_grid
 from bitmend.compress.rounding import RtnConfig, round_uniform, rtn
 from bitmend.compress.statistics import InputStatistics, LayerStatistics
@@ -106,7 +106,7 @@ def test_blocked_equals_column_by_column(columns, group_size, act_order, masked)
     case, grid = layer(rows=12, columns=columns), UniformGrid(3, group_size)
     mask = torch.rand(case.weight_OI.shape, generator=torch.Generator().manual_seed(9)) < 0.6 if masked else None
     factor = inverse_factor(case.moment_II, 0.01, act_order != "none")
-    record, loss = gptq_uniform(case.weight_OI, factor, grid, "none", act_order == "static_groups", mask_OI=mask)
+    record, loss = gptq_uniform(case.weight_OI, factor, grid, SweepConfig(static=act_order == "static_groups"), mask_OI=mask)
     expected = twin(case, grid, act_order, mask=mask)
     assert torch.allclose(record.dense(torch.float64), expected, atol=1e-6)
     damped = case.moment_II + 0.01 * case.moment_II.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
@@ -122,7 +122,7 @@ def test_blocked_equals_column_by_column(columns, group_size, act_order, masked)
 def test_clip_searches_see_the_groups_the_twin_sees(clip, act_order, symmetric, float_zeros):
     case, grid = layer(rows=8, columns=160, seed=3), UniformGrid(4, 32, symmetric, float_zeros)
     factor = inverse_factor(case.moment_II, 0.01, act_order != "none")
-    record, _ = gptq_uniform(case.weight_OI, factor, grid, clip, act_order == "static_groups", case.moment_II.diagonal())
+    record, _ = gptq_uniform(case.weight_OI, factor, grid, SweepConfig(clip, act_order == "static_groups"), case.moment_II.diagonal())
     assert torch.allclose(record.dense(torch.float64), twin(case, grid, act_order, clip), atol=1e-6)
     assert (record.symmetric, record.float_zeros) == (symmetric, float_zeros)
 
@@ -132,9 +132,9 @@ def test_clip_searches_see_the_groups_the_twin_sees(clip, act_order, symmetric, 
 def test_with_a_first_order_term_blocked_equals_column_by_column(act_order, float_zeros):
     case, grid = layer(rows=8, columns=160, seed=3), UniformGrid(3, 32, False, float_zeros)
     factor = inverse_factor(case.moment_II, 0.01, act_order != "none")
-    record, _ = gptq_uniform(case.weight_OI, factor, grid, "none", act_order == "static_groups", first_order=0.2)
+    record, _ = gptq_uniform(case.weight_OI, factor, grid, SweepConfig(static=act_order == "static_groups", first_order=0.2))
     assert torch.allclose(record.dense(torch.float64), twin(case, grid, act_order, pull=0.2), atol=1e-6)
-    plain, _ = gptq_uniform(case.weight_OI, factor, grid, "none", act_order == "static_groups")
+    plain, _ = gptq_uniform(case.weight_OI, factor, grid, SweepConfig(static=act_order == "static_groups"))
     assert not torch.equal(plain.codes, record.codes)
 
 
@@ -142,7 +142,7 @@ def test_with_a_first_order_term_blocked_equals_column_by_column(act_order, floa
 def test_the_block_size_changes_nothing(block):
     case = layer(columns=200)
     factor = inverse_factor(case.moment_II)
-    found = [gptq_uniform(case.weight_OI, factor, UniformGrid(3, 40), "none", False, block=b)[0] for b in (1, block)]
+    found = [gptq_uniform(case.weight_OI, factor, UniformGrid(3, 40), SweepConfig(static=False, block=b))[0] for b in (1, block)]
     assert torch.equal(found[0].codes, found[1].codes)
     assert torch.equal(found[0].scales, found[1].scales)
 
@@ -241,8 +241,8 @@ def test_better_than_rounding_to_nearest(bits, act_order):
 def test_rows_do_not_know_each_other_so_stacking_matrices_of_one_input_changes_nothing():
     case = layer(rows=40, columns=128)
     factor = inverse_factor(case.moment_II, 0.01, True)
-    whole, _ = gptq_uniform(case.weight_OI, factor, UniformGrid(4, 32), "power", True)
-    parts = [gptq_uniform(part, factor, UniformGrid(4, 32), "power", True)[0] for part in case.weight_OI.split([16, 24])]
+    whole, _ = gptq_uniform(case.weight_OI, factor, UniformGrid(4, 32), SweepConfig("power"))
+    parts = [gptq_uniform(part, factor, UniformGrid(4, 32), SweepConfig("power"))[0] for part in case.weight_OI.split([16, 24])]
     assert torch.equal(whole.codes, torch.cat([part.codes for part in parts]))
 
 
@@ -264,8 +264,8 @@ def test_together_or_one_by_one_is_the_same(settings, monkeypatch):
     apart = {name: gptq(weights[name], targets[name], case.statistics, config) for name in targets}
     sweeps = []
     for sweep in ("feed_back_", "feed_back_uniform_"):
-        plain = getattr(gptq_module, sweep)
-        monkeypatch.setattr(gptq_module, sweep, lambda work_IO, *rest, plain=plain: sweeps.append(work_IO.shape) or plain(work_IO, *rest))
+        plain = getattr(gptq_sweeps, sweep)
+        monkeypatch.setattr(gptq_sweeps, sweep, lambda work_IO, *rest, plain=plain: sweeps.append(work_IO.shape) or plain(work_IO, *rest))
     records, metrics = gptq_group(weights, targets, known, config)
     assert sweeps == [(192, 84)]
     for name, (record, found) in apart.items():

@@ -5,7 +5,8 @@ import torch
 from bitmend.compress.feedback import inverse_factor
 from bitmend.compress.ggml_grids import nearest_codes, round_ggml
 from bitmend.compress.ggml_types import GGML_TYPES, as_settings
-from bitmend.compress.gptq import GptqConfig, gptq, gptq_ggml, gptq_group
+from bitmend.compress.gptq import GptqConfig, gptq, gptq_group
+from bitmend.compress.gptq_sweeps import SweepConfig, gptq_ggml
 from bitmend.compress.rounding import RtnConfig, rtn
 from bitmend.compress.weights import DenseWeight, StoredWeight, to_tensors
 
@@ -31,7 +32,7 @@ def test_blocked_equals_column_by_column(name, masked):
     order = case.moment_II.diagonal().argsort(descending=True, stable=True).tolist()
     expected = column_by_column(case.weight_OI, case.moment_II, order, round_column)
     factor = inverse_factor(case.moment_II, 0.01, True)
-    record, loss_O = gptq_ggml(case.weight_OI, factor, name, "power", mask_OI=mask if masked else None)
+    record, loss_O = gptq_ggml(case.weight_OI, factor, name, SweepConfig("power"), mask_OI=mask if masked else None)
     assert torch.allclose(record.dense(torch.float64), expected, atol=1e-6)
     assert {key: t.shape for key, t in to_tensors(record).items()} == {key: t.shape for key, t in to_tensors(grid).items()}
     assert torch.equal(record.super_scales, grid.super_scales)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from bitmend.compress import normal_float as nf
 from bitmend.compress.feedback import inverse_factor
-from bitmend.compress.gptq import gptq_book
+from bitmend.compress.gptq_sweeps import gptq_book
 from bitmend.compress.rounding import round_normal_float
 
 SHAPES = [(64, 576), (576, 64), (7, 128), (33, 1536), (1024, 1024)]

@@ -9,7 +9,7 @@ from bitmend.recover.compressed_model import compressed_linears, install
 from bitmend.recover.experts import ExpertMatrices, is_expert
 from bitmend.recover.fits import left_alone, misfit
 from bitmend.recover.losses import Objective
-from bitmend.recover.recovery_methods import RECOVER, attach, split
+from bitmend.recover.recovery_methods import RECOVER, attach, config_of
 from bitmend.recover.site import Gradients
 from bitmend.recover.student import student_of
 from bitmend.recover.train import batch_loss
@@ -79,7 +79,7 @@ def test_every_method_that_changes_linears_trains_experts(method):
     model = mixture()
     kind = "lq" if method in OF_EXPERT else KIND.get(method, "3-bit")
     install(model, records(model, kind))
-    config = SETTINGS.get(method, {}) | ({"rank": 2} if hasattr(split(method, {})[1], "rank") else {})
+    config = SETTINGS.get(method, {}) | ({"rank": 2} if hasattr(config_of(method, {}), "rank") else {})
     attached = attach(method, model, config, gradients=_gradients(model))
     of_experts = {n for n in attached.trainables if ".experts." in n}
     touched = {n for n in compressed_linears(model) if is_expert(model, n) and any(t.startswith(n) for t in of_experts)}
@@ -108,8 +108,8 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 )
 def test_what_could_train_nothing_is_refused_from_names_alone(method, config, words):
     model = mixture()
-    shared, own = split(method, config)
-    assert (reason := misfit(own, shared, model, shapes(model))) is not None and re.search(words, reason)
+    settings = config_of(method, config)
+    assert (reason := misfit(settings, model, shapes(model))) is not None and re.search(words, reason)
     install(model, records(model, "3-bit"))
     with pytest.raises(ValueError, match=words):
         attach(method, model, config)
@@ -127,8 +127,8 @@ def test_what_could_train_nothing_is_refused_from_names_alone(method, config, wo
 )
 def test_what_is_left_alone_is_named(method, config, words):
     model = mixture()
-    shared, own = split(method, config)
-    found = left_alone(own, shared, model, shapes(model))
+    settings = config_of(method, config)
+    found = left_alone(settings, model, shapes(model))
     assert len(found) == len(words) and all(line.startswith(start) for line, start in zip(found, words, strict=True))
     install(model, records(model, "3-bit"))
     attached = attach(method, model, config)

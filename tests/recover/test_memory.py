@@ -8,7 +8,7 @@ import torch
 from bitmend.recover.compressed_linear import CompressedLinear
 from bitmend.recover.compressed_model import cache_dense, compressed_linears
 from bitmend.recover.memory import training_memory
-from bitmend.recover.recovery_methods import attach, split
+from bitmend.recover.recovery_methods import attach, config_of
 from bitmend.recover.train import Hooks, TrainingText, train
 
 from .conftest import batch, compressed, held_out
@@ -36,7 +36,7 @@ def test_tensors_alive_while_training(method: str, kind: str) -> None:
     def count(progress: Any) -> None:
         seen.append(sum(size for place, size in alive().items() if place not in before))
 
-    train(model, attached, TrainingText(texts.__getitem__, checks), split(method, SETTINGS)[0], hooks=Hooks(progress=count))
+    train(model, attached, TrainingText(texts.__getitem__, checks), config_of(method, SETTINGS), hooks=Hooks(progress=count))
     limit = sum(memory.values()) + text_bytes
     assert len(seen) == 3 and max(seen) <= limit
     assert max(seen) > 0.7 * (limit - memory["dense_bytes"]), "and it says no more than there is"

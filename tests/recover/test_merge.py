@@ -7,7 +7,7 @@ from bitmend.compress.weights import DenseWeight, SparseDelta, UniformWeight
 from bitmend.recover.compressed_linear import CompressedLinear
 from bitmend.recover.compressed_model import compressed_linears
 from bitmend.recover.merge import audit, merge, merge_refusal, stored_loss
-from bitmend.recover.recovery_methods import RECOVER, attach, split
+from bitmend.recover.recovery_methods import RECOVER, attach, config_of
 from bitmend.recover.stored_values import as_stored
 from bitmend.recover.student import student_of
 from bitmend.recover.train import TrainingText, held_out_loss, train
@@ -105,7 +105,7 @@ def test_the_stored_loss_is_the_one_promised_and_audits_are_clean(name, kind, ow
     settings = own | {"steps": 6, "loss": "cross_entropy", "eval_every": 2, "warmup": 0}
     attached = attach(name, model, settings)
     student = student_of(model)
-    result = train(model, attached, TrainingText(batch, held_out()), split(name, settings)[0], main=RECOVER[name].main)
+    result = train(model, attached, TrainingText(batch, held_out()), config_of(name, settings), main=RECOVER[name].main)
     with as_stored(attached):
         promised = held_out_loss(student, held_out())
     linears = compressed_linears(model)

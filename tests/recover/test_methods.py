@@ -7,7 +7,7 @@ import torch
 from bitmend.compress.weights import DenseWeight
 from bitmend.recover.compressed_model import compressed_linears, install
 from bitmend.recover.losses import Objective
-from bitmend.recover.recovery_methods import RECOVER, attach, refusal, split
+from bitmend.recover.recovery_methods import RECOVER, attach, config_of, refusal
 from bitmend.recover.site import Gradients, kinds
 from bitmend.recover.stored_values import as_stored
 from bitmend.recover.student import student_of
@@ -70,7 +70,7 @@ def test_step_0_training_and_folding(name, kind, own):
     attached = attach(name, model, SHORT | own, gradients=gradients_of(model))
     with torch.no_grad():
         assert_close(model(ids).logits, start, atol=1e-4, rtol=1e-4)
-    config, _ = split(name, SHORT | own)
+    config = config_of(name, SHORT | own)
     result = train(model, attached, TrainingText(batch, held_out(1)), config, main=RECOVER[name].main)
     assert result.finished and result.best_loss <= result.start_loss
     one_step(model, attached)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from bitmend.recover.compressed_model import install
 from bitmend.recover.extra_modules import extra_modules_of
-from bitmend.recover.recovery_methods import RECOVER, attach, split
+from bitmend.recover.recovery_methods import RECOVER, attach, config_of
 from bitmend.recover.student import student_of
 from bitmend.recover.train import TrainingText, held_out_loss, train
 from transformers import OPTConfig, OPTForCausalLM
@@ -27,7 +27,7 @@ def test_starts_without_tokens_and_trains_with_them(name, kind, family):
     own = SETTINGS | ({"bottleneck": 8} if name == "mam_adapter" else {"hidden": 8} if name == "p_tuning" else {})
     attached = attach(name, model, own)
     assert attached.adapter == set(attached.trainables)
-    result = train(model, attached, TrainingText(batch, held_out()), split(name, own)[0], main=RECOVER[name].main)
+    result = train(model, attached, TrainingText(batch, held_out()), config_of(name, own), main=RECOVER[name].main)
     assert result.start_loss == pytest.approx(start, abs=1e-6)
     assert len({round(h["loss"], 6) for h in result.history if "loss" in h}) > 1
     final = held_out_loss(attached.run, held_out())
@@ -39,7 +39,7 @@ def test_tokens_that_do_not_help_stay_off():
     attached = attach("prompt_tuning", model, SETTINGS | {"learning_rate": 50.0})
     wrong = type(batch(0))(torch.full((2, 24), 5))
     result = train(
-        model, attached, TrainingText(lambda i: wrong, held_out()), split("prompt_tuning", SETTINGS | {"learning_rate": 50.0})[0], main="tokens"
+        model, attached, TrainingText(lambda i: wrong, held_out()), config_of("prompt_tuning", SETTINGS | {"learning_rate": 50.0}), main="tokens"
     )
     assert result.best_step == 0
     ids = batch(0).ids
@@ -63,7 +63,7 @@ def test_what_is_kept_gives_the_same_logits_on_a_fresh_model(name):
     own = SETTINGS | ({"bottleneck": 8} if name == "mam_adapter" else {"hidden": 8} if name == "p_tuning" else {})
     model, ids = compressed("3-bit"), batch(4).ids
     attached = attach(name, model, own)
-    train(model, attached, TrainingText(batch, held_out()), split(name, own)[0], main=RECOVER[name].main)
+    train(model, attached, TrainingText(batch, held_out()), config_of(name, own), main=RECOVER[name].main)
     assert attached.starts_without is not None and attached.extra_modules is not None
     attached.starts_without(False)
     made = attached.extra_modules()

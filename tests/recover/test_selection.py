@@ -3,7 +3,7 @@ import torch
 from bitmend.recover.compressed_model import compressed_linears
 from bitmend.recover.criteria import choose, fisher_diagonal, saliency, smallest_magnitude
 from bitmend.recover.losses import Objective
-from bitmend.recover.recovery_methods import RECOVER, attach, refusal, split
+from bitmend.recover.recovery_methods import attach, config_of, refusal
 from bitmend.recover.selection import decoder_blocks, norms, roles, where
 from bitmend.recover.site import Gradients, gain
 from bitmend.recover.student import Batch, student_of
@@ -108,11 +108,11 @@ def test_a_norm_is_trained_in_units_of_its_gain():
 
 def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(ValueError, match="nearest is 'scales'"):
-        split("scale", {})
+        config_of("scale", {})
     with pytest.raises(ValueError, match=r"no setting 'rnak' .nearest is 'rank'"):
-        split("lora", {"rnak": 3})
-    shared, own = split("lora", RECOVER["lora"].config(rank=3, steps=5))
-    assert (shared.steps, own.rank) == (5, 3)
+        config_of("lora", {"rnak": 3})
+    config = config_of("lora", {"rank": 3, "steps": 5})
+    assert (config.steps, config.rank) == (5, 3)
     assert refusal("lora", [frozenset({"dense"})], {}) is None
 
 

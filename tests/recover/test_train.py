@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from bitmend.recover.compressed_model import compressed_linears, install
-from bitmend.recover.recovery_methods import RECOVER, attach, split
+from bitmend.recover.recovery_methods import RECOVER, attach, config_of
 from bitmend.recover.student import Batch, Teacher, student_of, whole_windows
 from bitmend.recover.train import Hooks, TrainingDiverged, TrainingText, held_out_loss, train
 from bitmend.recover.training_run import TrainConfig, learning_rate
@@ -18,7 +18,7 @@ def start(name="scales", kind="3-bit", seed=0, **settings):
     model = compressed(kind, seed=seed)
     config = {"steps": 8, "loss": "cross_entropy", "eval_every": 2, "warmup": 2} | settings
     attached = attach(name, model, config)
-    return model, attached, split(name, config)[0]
+    return model, attached, config_of(name, config)
 
 
 def teacher(model):
@@ -311,7 +311,7 @@ def test_the_same_function_trains_the_same_whatever_the_gains_of_its_norms_are()
         install(dense, records(dense, "3-bit"))
         config = {"steps": 12, "loss": "cross_entropy", "eval_every": 3, "warmup": 2, "clip": 0, "norms": True, "learning_rate": 2e-2}
         attached = attach("scales", dense, config)
-        result = train(dense, attached, TrainingText(batch, held_out()), split("scales", config)[0], main="scales")
+        result = train(dense, attached, TrainingText(batch, held_out()), config_of("scales", config), main="scales")
         losses[factor] = torch.tensor([row["loss"] for row in result.history if "loss" in row])
         assert result.best_loss < result.start_loss - 0.01
     torch.testing.assert_close(losses[0.125], losses[1.0], rtol=1e-4, atol=0)

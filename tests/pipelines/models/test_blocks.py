@@ -67,13 +67,11 @@ def test_blocks_that_stop_at_their_last_input_give_the_statistics_of_whole_ones(
     streamed = StreamedModel(baseline(tmp_path / "source", tmp_path), CPU)
     ids = torch.randint(3, 97, (6, 16), generator=torch.Generator().manual_seed(1))
     sites, needs = streamed.structure.of_block(0), frozenset({"second_moment"})
-    whole: dict[str, InputStatistics] = {}
-    stopped: dict[str, InputStatistics] = {}
     with torch.no_grad():
         hidden = HiddenStates.of((streamed.embed(part) for part in ids.split(2)), Room(CPU))
         streamed.load_block(0)
-        gather(streamed, hidden, sites, needs, whole, lambda _, h: streamed.run_block(0, h))
-        collect(streamed, 0, hidden, sites, needs, stopped)
+        whole = gather(streamed, hidden, sites, needs, lambda _, h: streamed.run_block(0, h))
+        stopped = collect(streamed, 0, hidden, sites, needs)
     assert whole.keys() == stopped.keys()
     for name, found in whole.items():
         assert stopped[name].tokens == found.tokens
@@ -88,7 +86,7 @@ def test_the_product_behind_the_last_input_is_left_out(tmp_path: Path) -> None:
         hidden = [streamed.embed(torch.arange(3, 27).view(1, -1))] * 3
         block = streamed.load_block(0)
         block.mlp.down_proj.register_forward_hook(lambda *_: finished.append(1))
-        collect(streamed, 0, HiddenStates.of(hidden, Room(CPU)), streamed.structure.of_block(0), frozenset({"norms"}), {})
+        collect(streamed, 0, HiddenStates.of(hidden, Room(CPU)), streamed.structure.of_block(0), frozenset({"norms"}))
     assert len(finished) == 1
 
 

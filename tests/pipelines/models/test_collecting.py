@@ -44,8 +44,7 @@ def test_batches_are_summed_slot_by_slot(family: str, tmp_path: Path) -> None:
     model = StreamedModel(baseline(tmp_path / "source", tmp_path), CPU)
     hidden, sites = states(model, Room(CPU, 20_000, 0, tmp_path)), model.structure.of_block(0)
     model.load_block(0)
-    found: dict[str, InputStatistics] = {}
-    collect(model, 0, hidden, sites, EVERYTHING, found)
+    found = collect(model, 0, hidden, sites, EVERYTHING)
     assert found.keys() == {site.name for site in sites}
     for name, wanted in in_slot_order(model, sites, hidden).items():
         assert found[name].tokens == wanted.tokens
@@ -66,15 +65,14 @@ def test_the_head_is_summed_slot_by_slot(tmp_path: Path) -> None:
     model = StreamedModel(baseline(tmp_path / "source", tmp_path), CPU)
     hidden, head = states(model), model.structure.head
     assert head is not None
-    found: dict[str, InputStatistics] = {}
-    collect_head(model, hidden, head, EVERYTHING, found)
+    found = collect_head(model, hidden, head, EVERYTHING)
     total = InputStatistics(head.shape[1], EVERYTHING)
     for slot in range(SLOTS):
         part = InputStatistics(head.shape[1], EVERYTHING)
         for number in range(slot, BATCHES, SLOTS):
             part.update(model.model.model.norm(hidden[number]))
         total.add(part)
-    assert torch.equal(found[head.name].second_moment_II, total.second_moment_II)
+    assert found is not None and torch.equal(found.second_moment_II, total.second_moment_II)
 
 
 @torch.no_grad()
@@ -91,4 +89,4 @@ def test_sites_that_share_an_input_in_one_slot_alone_are_refused(tmp_path: Path)
             module(x.clone() if number else x)
 
     with pytest.raises(InputError, match=r"q_proj.*one tensor at times and several at others"):
-        gather(model, states(model), sites, frozenset({"norms"}), {}, run)
+        gather(model, states(model), sites, frozenset({"norms"}), run)

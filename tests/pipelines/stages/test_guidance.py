@@ -9,6 +9,7 @@ from bitmend.compress.guided import row_groups, token_weights
 from bitmend.pipelines.evaluation.perplexity import embedded
 from bitmend.pipelines.models import hidden
 from bitmend.pipelines.models.blocks import StreamedModel
+from bitmend.pipelines.models.collecting import Alongside, collect
 from bitmend.pipelines.models.hidden import Room
 from bitmend.pipelines.models.structure import inspect
 from bitmend.pipelines.planning.plan import refusals
@@ -64,7 +65,8 @@ def test_moments_of_a_block(tmp_path: Path, small_model: Path, small_text: Path,
         states, known = embedded(model, ids, Room(CPU)), Guidance.of(given, some)
         model.load_block(0)
         with torch.no_grad():
-            known.collect(model, 0, states, sites, share_of(ids, ONE))
+            with known.watching(model, sites, share_of(ids, ONE)) as watch:
+                collect(model, 0, states, sites, frozenset({"norms"}), share_of(ids, ONE), Alongside(watch=watch))
             if at_once > 1:
                 handles = [
                     model.model.get_submodule(s.module).register_forward_pre_hook(

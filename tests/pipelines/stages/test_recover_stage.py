@@ -89,7 +89,7 @@ def logits_at_step_0(method: str, artifact: Artifact) -> torch.Tensor:
     model = whole_model(artifact, CPU, torch.float32, place).model.requires_grad_(False)
     student = student_of(model)
     gradients = Gradients(lambda index: Batch(IDS), lambda batch: batch_loss(student, batch, None, Objective("cross_entropy")))
-    known = RECOVER[method].own.__dataclass_fields__
+    known = RECOVER[method].config.__dataclass_fields__
     own = {name: 4 for name in ("rank", "samples") if name in known}
     attached = attach(method, model, {"steps": 1, "seq_len": 16, **own}, gradients=gradients)
     if attached.starts_without is not None:
@@ -129,7 +129,7 @@ def test_biases_created_on_a_dense_model_are_part_of_it(small_model: Path, tmp_p
 
 def lying(site: Any, config: Any) -> Any:
     """bitfit that says it holds the codes, and moves one in the first linear."""
-    attached = RECOVER["perp"].attach(site, RECOVER["perp"].own())
+    attached = RECOVER["perp"].attach(site, RECOVER["perp"].config())
     linear = next(iter(site.linears.values()))
 
     class Moves(torch.nn.Module):

@@ -64,7 +64,7 @@ def test_a_block_is_rounded_on_what_the_rounded_ones_below_hand_in(
     run(tmp_path, tmp_path / "model", toy_text(tmp_path / "toy.jsonl"), [QUANTIZE, {"recover": config}])
     before, after = opened(tmp_path, "quantize"), opened(tmp_path, "recover")
     assert set(trained) == set(after.linears), "experts, too"
-    model, name, statistics = StreamedModel(after, CPU), "model.layers.1.self_attn.q_proj", dict[str, InputStatistics]()
+    model, name = StreamedModel(after, CPU), "model.layers.1.self_attn.q_proj"
     ids = Inputs(resolve(str(tmp_path / "run" / "recipe.resolved.yaml")), after.directory).calibration()
     with torch.no_grad():
         hidden = embedded(model, ids, Room(CPU))
@@ -72,7 +72,7 @@ def test_a_block_is_rounded_on_what_the_rounded_ones_below_hand_in(
         hidden.through(partial(model.run_block, 0))
         model.load_block(1)
         sites = [site for site in model.structure.of_block(1) if site.name == name]
-        collect(model, 1, hidden, sites, frozenset({"second_moment"}), statistics)
+        statistics = collect(model, 1, hidden, sites, frozenset({"second_moment"}))
         expected, _ = gptq(before.stored(name), trained[name], LayerStatistics(statistics[name]), GptqConfig(3, 16))
     stored = after.stored(name).base
     assert isinstance(stored, UniformWeight) and isinstance(expected.base, UniformWeight)

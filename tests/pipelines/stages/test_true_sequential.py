@@ -112,9 +112,9 @@ def test_other_families(family: str, small_model: Path, small_text: Path, tmp_pa
     walk = import_module("bitmend.pipelines.stages.compress")
     plain: Callable[..., Any] = walk._statistics
 
-    def counted(stage: Any, states: Any, index: int, sites: list[Any]) -> Any:
+    def counted(stage: Any, states: Any, index: int, sites: list[Any], replay: Any) -> Any:
         passes.append([site.name for site in sites])
-        return plain(stage, states, index, sites)
+        return plain(stage, states, index, sites, replay)
 
     monkeypatch.setattr(walk, "_statistics", counted)
     save_speaking(family, tmp_path / "source", small_model, num_hidden_layers=2)
