@@ -3,6 +3,7 @@
 import pytest
 from bitmend.pipelines.errors import UsageError
 from bitmend.pipelines.recipes.layers import COMMAND_LINE, Draft, command_line, document_of
+from bitmend.pipelines.recipes.recipe import resolve
 
 FIELDS = ("name", "model", "profile", "data", "seed", "allocation", "stages")
 LIST = {"seed": 1, "stages": [{"quantize": {"method": "gptq", "bits": 3}}, "fuse", {"quantize": {"method": "rtn"}}]}
@@ -49,3 +50,13 @@ def test_a_stage_that_the_recipe_lacks_is_named_with_those_it_has() -> None:
     draft.lay(LIST, "recipe")
     with pytest.raises(UsageError, match="--set: the recipe has no stage 'recover'; its stages are: quantize, fuse, quantize.2"):
         draft.lay({"recover": {"steps": 1}}, "--set")
+
+
+def test_an_order_that_was_meant_for_another_method_is_dropped_for_one_without() -> None:
+    """The recipe's `true_sequential` goes with its method; asked for by hand it is refused."""
+    method = ["quantize.method=learned_rounding"]
+    chosen = resolve("compress_and_recover", sets=method)
+    (spec,) = [stage for stage in chosen.stages if stage.name == "quantize"]
+    assert not spec.true_sequential
+    with pytest.raises(UsageError, match=r"quantize\.true_sequential: learned_rounding trains a block as a whole"):
+        resolve("compress_and_recover", sets=[*method, "quantize.true_sequential=true"])

@@ -348,13 +348,3 @@ def test_a_pattern_implies_its_sparsity_whatever_the_recipe_says(tmp_path: Path,
     for sets in (("prune.pattern=2:4", "prune.sparsity=0.4"), ("prune.overrides={'mlp': {pattern: '2:4', sparsity: 0.4}}",)):
         with pytest.raises(UsageError, match=r"a sparsity of 0\.5, not 0\.4; set one to match"):
             pruned(*sets)
-
-
-def test_an_order_that_was_meant_for_another_method_is_dropped_for_one_without() -> None:
-    """The recipe's `true_sequential` goes with its method; asked for by hand it is refused."""
-    method = ["quantize.method=learned_rounding"]
-    chosen = resolve("compress_and_recover", sets=method)
-    (spec,) = [stage for stage in chosen.stages if stage.name == "quantize"]
-    assert not spec.true_sequential
-    with pytest.raises(UsageError, match=r"quantize\.true_sequential: learned_rounding trains a block as a whole"):
-        resolve("compress_and_recover", sets=[*method, "quantize.true_sequential=true"])
