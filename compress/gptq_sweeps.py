@@ -19,7 +19,7 @@ from .weights import GgmlWeight, UniformWeight
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """How the columns are gone over. clip: how a grid is fitted. static: all grids are fitted at the start, on groups contiguous in the original
+    """Settings of a sweep over the columns. clip: how a grid is fitted. static: all grids are fitted at the start, on groups contiguous in the original
     order; else each when its group begins in the processing order, on the weights as updated until then (a group index is stored if the
     orders differ). first_order: see `GptqConfig`. block: columns between two updates of all that follow, of no consequence for the result
     but the order of sums."""

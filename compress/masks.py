@@ -75,11 +75,11 @@ def keep_highest(score: Tensor, dropped: int) -> Tensor:
         return torch.ones_like(score, dtype=torch.bool).scatter_(-1, order, False)
     # linear in time, where a sort is not; kthvalue has no deterministic algorithm on CUDA
     threshold = score.topk(dropped, dim=-1, largest=False, sorted=False).values.amax(-1, keepdim=True)
-    gone, tied = score < threshold, score == threshold
-    wanted = dropped - gone.sum(-1, keepdim=True)
+    below, tied = score < threshold, score == threshold
+    wanted = dropped - below.sum(-1, keepdim=True)
     if bool((tied.sum(-1, keepdim=True) > wanted).any()):
         tied &= tied.cumsum(-1) <= wanted
-    return ~(gone | tied)
+    return ~(below | tied)
 
 
 def pattern_mask(score_OI: Tensor, kept: int, of: int) -> Tensor:

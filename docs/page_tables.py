@@ -58,12 +58,12 @@ def _page(name: str) -> str:
 
 def measured(table: str, where: Mapping[str, object], columns: Sequence[str]) -> str:
     """The rows of a published table that are as `where` says. ValueError where there are none."""
-    found = [row for row in read(table) if all(row[key] in _several(wanted) for key, wanted in where.items())]
-    if not found:
+    chosen = [row for row in read(table) if all(row[key] in _several(wanted) for key, wanted in where.items())]
+    if not chosen:
         raise ValueError(f"{table}: no row is {where}")
     if isinstance(order := where.get("name"), list):
-        found.sort(key=lambda row: order.index(row["name"]))
-    cells = [["–" if row[key] is None else COLUMNS[key][1](row[key]) for key in columns] for row in found]
+        chosen.sort(key=lambda row: order.index(row["name"]))
+    cells = [["–" if row[key] is None else COLUMNS[key][1](row[key]) for key in columns] for row in chosen]
     return markdown([COLUMNS[key][0] for key in columns], cells, [COLUMNS[key][1] is not str for key in columns])
 
 

@@ -64,8 +64,8 @@ class Peers:
         digest = hashlib.sha256()
         for name, tensor in sorted(values.items()):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        found = self.gathered(digest.hexdigest())
-        other = next((rank for rank, hashed in enumerate(found) if hashed != found[0]), None)
+        hashes = self.gathered(digest.hexdigest())
+        other = next((rank for rank, hashed in enumerate(hashes) if hashed != hashes[0]), None)
         if other is not None:
             raise ReplicasDiffer(
                 f"rank {other} has trained other values than rank 0 from the same start; its processor, libraries or threads compute otherwise: "

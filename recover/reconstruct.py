@@ -131,7 +131,7 @@ def reconstruct(block: Block, config: Reconstruct) -> Fitted:
     before = block_error(block)
     done: list[Attached] = []
     starts: list[dict[str, Tensor]] = []
-    said: list[str] = []
+    problems: list[str] = []
     for group, others in _windows(block, linears, config.window):
         wanted = [name for name in group if name in block.chosen]
         if not wanted:
@@ -144,7 +144,7 @@ def reconstruct(block: Block, config: Reconstruct) -> Fitted:
         starts.append(_snapshot(attached))
         standing = {n: block.dense[n] for n in others} if config.window == "split" and _is_attention(group[0]) else {}
         with instead(block.model, standing):
-            said += _fit(block, attached, config)
+            problems += _fit(block, attached, config)
     block.peers.check({f"{at}.{name}": value for at, attached in enumerate(done) for name, value in _snapshot(attached).items()})
     with _all_stored(done):
         after = block_error(block)
@@ -152,7 +152,7 @@ def reconstruct(block: Block, config: Reconstruct) -> Fitted:
         for attached, start in zip(done, starts, strict=True):
             _restore(attached, start)
     plain = {name: dtype for attached in done for name, dtype in attached.plain.items()}
-    return Fitted(before, min(before, after), plain, sum(a.count() for a in done), tuple(said))
+    return Fitted(before, min(before, after), plain, sum(a.count() for a in done), tuple(problems))
 
 
 def _windows(block: Block, linears: Mapping[str, CompressedLinear], window: str) -> list[tuple[list[str], list[str]]]:
@@ -218,15 +218,15 @@ def instead(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None
 @torch.no_grad()
 def block_error(block: Block) -> float:
     """Mean over the tokens of everybody's checks of the output's relative squared error."""
-    found = {number: (float(token_errors(block.forward(x), y).double().sum()), y.shape[0] * y.shape[1]) for number, (x, y) in block.checks.items()}
+    errors = {number: (float(token_errors(block.forward(x), y).double().sum()), y.shape[0] * y.shape[1]) for number, (x, y) in block.checks.items()}
     total, count = 0.0, 0
-    for error, tokens in block.peers.in_order(found):
+    for error, tokens in block.peers.in_order(errors):
         total, count = total + error, count + tokens
     return total / max(1, count)
 
 
 def token_errors(found_BTD: Tensor, wanted_BTD: Tensor) -> Tensor:
-    """‖found − wanted‖² / ‖wanted‖² of every token, [B, T]: what is above normalises its input, so the few tokens of huge norm that models
+    """‖actual − wanted‖² / ‖wanted‖² of every token, [B, T]: what is above normalises its input, so the few tokens of huge norm that models
     keep must not decide for all others."""
     wanted_BTD = wanted_BTD.float()
     return (found_BTD.float() - wanted_BTD).square().sum(-1) / wanted_BTD.square().sum(-1).clamp(min=1e-30)
@@ -235,7 +235,7 @@ def token_errors(found_BTD: Tensor, wanted_BTD: Tensor) -> Tensor:
 def _fit(block: Block, attached: Attached, config: Reconstruct) -> list[str]:
     """Train one window, all others fixed; the trainables end with the best of start and five checkpoints. A loss or a value that turns
     non-finite: once back to the best with a smaller rate, the second time the window ends there. Returns what went wrong."""
-    optimizer, full, factor, said = AdamW(attached.trainables, betas=(0.9, 0.95)), _rates(attached, config), 1.0, []
+    optimizer, full, factor, problems = AdamW(attached.trainables, betas=(0.9, 0.95)), _rates(attached, config), 1.0, []
     best, best_error = _snapshot(attached), _stored_error(block, attached)
     every = max(1, config.steps // 5)
     for step in range(config.steps):
@@ -250,14 +250,14 @@ def _fit(block: Block, attached: Attached, config: Reconstruct) -> list[str]:
         if problem is not None:
             _restore(attached, best)
             optimizer.reset()
-            said.append(problem)
+            problems.append(problem)
             factor *= ROLLBACK_FACTOR
-            if len(said) == 2:
+            if len(problems) == 2:
                 break
         elif error < best_error:
             best, best_error = _snapshot(attached), error
     _restore(attached, best)
-    return said
+    return problems
 
 
 def _step(block: Block, attached: Attached, optimizer: AdamW, now: Mapping[str, float], config: Reconstruct, step: int) -> str | None:
@@ -283,10 +283,10 @@ def _step(block: Block, attached: Attached, optimizer: AdamW, now: Mapping[str, 
         total, _ = shared.settle(0)
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip if config.clip > 0 else math.inf)
     optimizer.step(now, step / config.steps)
-    error, size, *found = torch.cat([total.view(1), norm.view(1), *extremes(attached.trainables)]).tolist()
+    error, size, *reached = torch.cat([total.view(1), norm.view(1), *extremes(attached.trainables)]).tolist()
     if not (math.isfinite(error) and math.isfinite(size)):
         return f"step {step + 1}: the loss is not finite"
-    return beyond_limits(attached.trainables, found)
+    return beyond_limits(attached.trainables, reached)
 
 
 def _stored_error(block: Block, attached: Attached) -> float:

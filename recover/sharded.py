@@ -59,11 +59,11 @@ def clip_(parameters: Sequence[Tensor], limit: float) -> Tensor:
     """Scale the gradients down to a norm of `limit`, if theirs is larger; their norm, over all processes' parts."""
     if not any(map(is_part, parameters)):
         return nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
-    found = [p.grad for p in parameters if p.grad is not None]
-    groups = [[g for g in found if is_part(g)], [g for g in found if not is_part(g)]]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    groups = [[g for g in gradients if is_part(g)], [g for g in gradients if not is_part(g)]]
     norm = torch.stack([whole(nn.utils.get_total_norm(group)) for group in groups if group]).norm()
     if limit > 0:
         share = (limit / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in found:
+        for gradient in gradients:
             local(gradient).mul_(share)
     return norm

@@ -43,9 +43,9 @@ def extremes(trainables: Mapping[str, Trainable]) -> list[Tensor]:
     return [t.limits.extremes(t.parameter.detach()) for t in trainables.values() if t.limits is not None]
 
 
-def beyond_limits(trainables: Mapping[str, Trainable], found: Sequence[float]) -> str | None:
+def beyond_limits(trainables: Mapping[str, Trainable], values: Sequence[float]) -> str | None:
     """The first value that cannot be stored, with what is wrong with it; `found` are the numbers of `extremes`, one behind the other."""
-    left = list(found)
+    left = list(values)
     for name, t in trainables.items():
         if t.limits is not None:
             count = t.limits.count

@@ -107,17 +107,17 @@ def checkpointed(model: nn.Module, active: bool) -> Iterator[None]:
 @torch.no_grad()
 def held_out_loss(student: Student, held_out: Sequence[Batch], peers: Peers = ALONE) -> float:
     """Mean over kinds of the mean negative log-likelihood of their tokens."""
-    found: dict[int, tuple[str, float, int]] = {}
+    judged: dict[int, tuple[str, float, int]] = {}
     for number in peers.rounds(len(held_out)):
         if number is not None:
             batch = held_out[number]
             targets = batch.targets()
             loss = negative_log_likelihood(batch.predictions(student.hidden(batch.ids)), student.logits, targets)
-            found[number] = (batch.kind, loss, len(targets))
+            judged[number] = (batch.kind, loss, len(targets))
         elif peers.even:
             student.hidden(held_out[0].ids)
     sums: dict[str, tuple[float, int]] = {}
-    for kind, loss, tokens in peers.in_order(found):
+    for kind, loss, tokens in peers.in_order(judged):
         total, count = sums.get(kind, (0.0, 0))
         sums[kind] = (total + loss, count + tokens)
     return sum(total / max(1, count) for total, count in sums.values()) / max(1, len(sums))
@@ -266,13 +266,13 @@ def _read(run: TrainingRun) -> str | None:
     unread, run.unread = run.unread, []
     if not unread:
         return None
-    for (step, tokens, _), (loss, norm, *found) in zip(unread, torch.stack([n for *_, n in unread]).tolist(), strict=True):
+    for (step, tokens, _), (loss, norm, *reached) in zip(unread, torch.stack([n for *_, n in unread]).tolist(), strict=True):
         problem = None
         if not math.isfinite(loss) or not math.isfinite(norm):
             problem = f"step {step}: the {'loss' if not math.isfinite(loss) else 'gradient'} is not finite"
         else:
             run.history.append({"step": step, "loss": loss})
-            problem = beyond_limits(run.trainables, found)
+            problem = beyond_limits(run.trainables, reached)
         if problem is not None:
             run.step, run.tokens = step, tokens
             return problem

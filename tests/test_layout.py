@@ -143,7 +143,7 @@ def internal_imports() -> dict[str, set[str]]:
     """Module → our modules that it imports, in functions too: dotted from the root ("pipelines.run.runner")."""
     names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for folder in ALLOWED for path in modules(folder)}
     names = {name.removesuffix(".__init__"): path for name, path in names.items()}
-    found: dict[str, set[str]] = {}
+    actual: dict[str, set[str]] = {}
     for name, path in names.items():
         package = name.split(".") if path.stem == "__init__" else name.split(".")[:-1]
         targets: set[str] = set()
@@ -151,8 +151,8 @@ def internal_imports() -> dict[str, set[str]]:
             if isinstance(node, ast.ImportFrom) and node.level:
                 base = ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
                 targets |= {full if (full := f"{base}.{alias.name}") in names else base for alias in node.names}
-        found[name] = targets
-    return found
+        actual[name] = targets
+    return actual
 
 
 @pytest.mark.parametrize("folder", ["kernels", "recover"])
@@ -172,10 +172,10 @@ def test_every_package_is_in_the_import_map() -> None:
     import tomllib
 
     declared = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    found = {
+    actual = {
         "bitmend." + ".".join(path.parent.relative_to(ROOT).parts) for folder in ALLOWED for path in (ROOT / folder).rglob("__init__.py")
     }
-    assert declared == found | {"bitmend"} and (ROOT / "__init__.py").is_file()
+    assert declared == actual | {"bitmend"} and (ROOT / "__init__.py").is_file()
 
 
 def test_started_from_the_root_bitsandbytes_and_transformers_do_not_trip_over_our_folders() -> None:

@@ -30,19 +30,19 @@ def _one_process(part: CardPart, call: Call) -> bool:
     progress, finished = call.place / "tests.progress", call.place / "tests.finished"
     progress.write_text("", encoding="utf-8")
     finished.write_text(json.dumps(list(part.rows)), encoding="utf-8")
-    seen, under_way = 0, None
+    seen, running = 0, None
     collected: list[str] = []
 
     def watch() -> None:
-        nonlocal seen, under_way
+        nonlocal seen, running
         lines = progress.read_text(encoding="utf-8").split("\n")[:-1]
         for line in map(json.loads, lines[seen:]):
             if "collected" in line:
                 collected[:] = line["collected"]
             elif "begins" in line:
-                under_way = line["begins"], time.monotonic()
+                running = line["begins"], time.monotonic()
             else:
-                under_way = None
+                running = None
                 _keep(part, line.pop("test"), line)
         if len(lines) > seen and collected:
             part.remain([test for test in collected if test not in part.rows])
@@ -53,8 +53,8 @@ def _one_process(part: CardPart, call: Call) -> bool:
     command += ["-p", PLUGIN, "--progress", str(progress), "--finished", str(finished), "--seconds", str(seconds)]
     began = time.monotonic()
     code = call.process(command, "tests", watch)
-    if under_way is not None:
-        _never_ended(part, under_way[0], time.monotonic() - under_way[1], code, time.monotonic() - began)
+    if running is not None:
+        _never_ended(part, running[0], time.monotonic() - running[1], code, time.monotonic() - began)
     if collected:
         part.remain([test for test in collected if test not in part.rows])
     else:

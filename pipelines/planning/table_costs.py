@@ -67,9 +67,9 @@ def guidance(plan: CostPlan, spec: StageSpec) -> Needs:
     squaring += Work(
         passes=20.0 * _tokens(plan) * sum(s.shape[0] for s in guided), calls=12.0 * len(guided) * plan.recipe.calibration.samples
     )
-    found = 4.0 * _tokens(plan) * sum(groups) * blocks
+    squares = 4.0 * _tokens(plan) * sum(groups) * blocks
     widest = max((site.shape[0] for site in guided), default=0) * plan.recipe.calibration.seq_len * 8.0
-    return _there_and_back(plan, squaring, widest, 2 * found, Exchange("gradients of tokens", "gathered", found))
+    return _there_and_back(plan, squaring, widest, 2 * squares, Exchange("gradients of tokens", "gathered", squares))
 
 
 def _of_gradients(plan: CostPlan) -> CostPlan:
@@ -80,8 +80,8 @@ def _tokens(plan: CostPlan) -> float:
     return float(plan.recipe.calibration.samples * plan.recipe.calibration.seq_len)
 
 
-def _there_and_back(plan: CostPlan, squaring: Work, extra: float, found: float, sent: Exchange) -> Needs:
-    """`squaring`: a block's work in addition to its own step; `extra`: bytes in addition to its activations; `found`: of the host, what is gathered."""
+def _there_and_back(plan: CostPlan, squaring: Work, extra: float, squares: float, sent: Exchange) -> Needs:
+    """`squaring`: a block's work in addition to its own step; `extra`: bytes in addition to its activations; `squares`: of the host, what is gathered."""
     anatomy, samples, seq_len = plan.anatomy, plan.recipe.calibration.samples, plan.recipe.calibration.seq_len
     tokens = _tokens(plan)
     step = anatomy.step(1, seq_len, plan.dtype, False, "cross_entropy")
@@ -92,7 +92,7 @@ def _there_and_back(plan: CostPlan, squaring: Work, extra: float, found: float, 
     head = Work({plan.dtype: 2 * logits * anatomy.width}, passes=logits * 4.0 * 16, calls=tokens / LOGITS_AT_ONCE * 60)
     acting = plan.block_bytes + 1.4 * step.activations.saved / anatomy.blocks + extra
     span = min(LOGITS_AT_ONCE, seq_len) * anatomy.vocabulary * 4.0 * 3
-    host = max(anatomy.outside, READ_AHEAD * anatomy.block_parameters) * plan.element + found + RUNNING_BYTES
+    host = max(anatomy.outside, READ_AHEAD * anatomy.block_parameters) * plan.element + squares + RUNNING_BYTES
     kept = plan.hidden_bytes(tokens) * (anatomy.blocks + 1)
     loading = plan.loaded(False) * (2 * anatomy.blocks)
     work = (there + back) * anatomy.blocks + head + OPENED

@@ -240,8 +240,8 @@ def _write(stage: Stage, index: int, part: str, records: Mapping[str, StoredWeig
     sites, block = stage.model.structure.of_block(index), stage.model.reader.block(stage.model.prefix(index))
     replaced = [s for s in sites if s.name in records]
     tensors, kept = block.others(replaced)
-    gone = {(s.module, s.parameter) for s in replaced}
-    kept |= {s.name: block.matrix(s) for s in sites if (s.module, s.parameter) in gone and s.name not in records and s.name not in kept}
+    parameters = {(s.module, s.parameter) for s in replaced}
+    kept |= {s.name: block.matrix(s) for s in sites if (s.module, s.parameter) in parameters and s.name not in records and s.name not in kept}
     linears = kept | dict(records)
     stage.writer.write_part(part, shards_of(tensors, linears), linears, {"layers": layers})
 

@@ -33,7 +33,7 @@ from .fisher import Ordered, dtype_of_gradients, head_gradients, sequences_at_on
 
 VERSION = 1
 """Of the numbers kept with the baseline."""
-Found = dict[int, dict[str, Tensor]]
+TokenSquares = dict[int, dict[str, Tensor]]
 """Window → site → mean squared gradients, float32 [T, K], on the CPU."""
 
 
@@ -141,7 +141,7 @@ def _kept(context: Context, groups: Mapping[str, int]) -> Path:
 def _collect(context: Context, groups: Mapping[str, int]) -> dict[str, Tensor]:
     """On every rank; window n is walked by rank n % size, alone."""
     model, ranks = StreamedModel(context.baseline, context.device, dtype_of_gradients(context)), context.ranks
-    ids_NT, found, first = context.inputs.calibration(), Found(), 0
+    ids_NT, squares_of, first = context.inputs.calibration(), TokenSquares(), 0
     room = Room.measured(context.device, context.scratch, ranks.size)
     parts = ids_NT.split(min(ranks.gathered(sequences_at_once(model, ids_NT, room))) * ranks.size)
     with bar("gradients of tokens, blocks there and back", 2 * model.structure.blocks * len(parts)) as shown:
@@ -157,25 +157,25 @@ def _collect(context: Context, groups: Mapping[str, int]) -> dict[str, Tensor]:
             gradients = HiddenStates.of(head_gradients(model, entering.pop(), own, Ordered(ranks, {})), room)
             for index in model.walk(backward=True):
                 here = {site: groups[site.name] for site in model.structure.of_block(index) if site.name in groups}
-                _backward(model, index, entering.pop(), gradients, here, [found.setdefault(first + number, {}) for number in numbers])
+                _backward(model, index, entering.pop(), gradients, here, [squares_of.setdefault(first + number, {}) for number in numbers])
                 step()
             first += len(part_NT)
-    everyones = ranks.in_order(found)
+    everyones = ranks.in_order(squares_of)
     reached = [name for name in groups if all(name in squares for squares in everyones.values())]
     return {name: torch.stack([squares[name] for squares in everyones.values()]) for name in reached}
 
 
 def _backward(
-    model: StreamedModel, index: int, entering: HiddenStates, gradients: HiddenStates, groups: Mapping[Site, int], found: Sequence[dict[str, Tensor]]
+    model: StreamedModel, index: int, entering: HiddenStates, gradients: HiddenStates, groups: Mapping[Site, int], squares_of: Sequence[dict[str, Tensor]]
 ) -> None:  # fmt: skip
-    """Into `found` what a loaded block's matrices get of every window, and the gradient at what enters the block in the place of that at what leaves
+    """Into `squares_of` what a loaded block's matrices get of every window, and the gradient at what enters the block in the place of that at what leaves
     it."""
     now = [0]
 
     def watch(site: Site, count: int) -> Callable[[nn.Module, object, Tensor], None]:
         def square(gradient: Tensor) -> None:
             squares_TO = gradient.detach().reshape(-1, site.shape[0]).float().square()
-            found[now[0]][site.name] = torch.stack([squares_TO[:, rows].mean(1) for rows in row_groups(site.shape[0], count)], 1).cpu()
+            squares_of[now[0]][site.name] = torch.stack([squares_TO[:, rows].mean(1) for rows in row_groups(site.shape[0], count)], 1).cpu()
 
         def forward(module: nn.Module, args: object, out: Tensor) -> None:
             out.register_hook(square)

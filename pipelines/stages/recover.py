@@ -296,10 +296,10 @@ def _as_kept(
     if not pruned <= limit:
         attached.prune(False)
         return loss, [*notes, f"nothing was pruned from the adapters: the held-out loss {loss:.4f} would have become {pruned:.4f}"]
-    gone = sum(count == 0 for count in left.values())
+    empty = sum(count == 0 for count in left.values())
     return pruned, [
         *notes,
-        f"adapters pruned to {sum(left.values())} ranks or units ({gone} modules to none): held-out loss {loss:.4f} → {pruned:.4f}",
+        f"adapters pruned to {sum(left.values())} ranks or units ({empty} modules to none): held-out loss {loss:.4f} → {pruned:.4f}",
     ]
 
 

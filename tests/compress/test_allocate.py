@@ -28,10 +28,10 @@ def by_trying_all(costs, losses, budget, removed=None, least=0.0):
 def test_choice_is_the_best_of_all(seed):
     costs, losses = table(5, 6, seed)
     budget = int(costs.min(1).sum() * 1.2 + costs.max(1).sum() * 0.2)
-    found = choose(costs, losses, budget, gap=0.0)
-    assert found.total_loss == pytest.approx(by_trying_all(costs, losses, budget), rel=1e-9)
-    assert found.total_bytes == sum(costs[m, k] for m, k in enumerate(found.choice)) <= budget
-    assert found.gap <= 1e-9
+    actual = choose(costs, losses, budget, gap=0.0)
+    assert actual.total_loss == pytest.approx(by_trying_all(costs, losses, budget), rel=1e-9)
+    assert actual.total_bytes == sum(costs[m, k] for m, k in enumerate(actual.choice)) <= budget
+    assert actual.gap <= 1e-9
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -40,9 +40,9 @@ def test_sparsity_can_be_required_together_with_a_budget(seed):
     removed = np.random.default_rng(seed + 100).integers(0, 2, costs.shape) * 500
     removed[:, 0] = 500
     least, budget = 1000, int(costs[:, 0].sum() + costs.max(1).sum() * 0.2)
-    found = choose(costs, losses, budget, removed, least, gap=0.0)
-    assert found.total_loss == pytest.approx(by_trying_all(costs, losses, budget, removed, least), rel=1e-9)
-    assert sum(removed[m, k] for m, k in enumerate(found.choice)) >= least
+    actual = choose(costs, losses, budget, removed, least, gap=0.0)
+    assert actual.total_loss == pytest.approx(by_trying_all(costs, losses, budget, removed, least), rel=1e-9)
+    assert sum(removed[m, k] for m, k in enumerate(actual.choice)) >= least
 
 
 def test_losses_of_ten_orders_of_magnitude_are_still_told_apart():
@@ -57,8 +57,8 @@ def test_settings_that_do_not_fit_a_matrix_are_never_chosen():
     costs, losses = table(3, 4, 0)
     losses[0, :3], losses[1, 1] = np.inf, np.nan
     costs[0, 3] = 1
-    found = choose(costs, losses, costs.sum())
-    assert found.choice[0] == 3 and found.choice[1] != 1
+    actual = choose(costs, losses, costs.sum())
+    assert actual.choice[0] == 3 and actual.choice[1] != 1
     losses[0, 3] = np.inf
     with pytest.raises(ValueError, match="no setting fits matrix 0"):
         choose(costs, losses, costs.sum())
@@ -104,9 +104,9 @@ def test_seven_billion_parameters_and_432_settings_keep_budget_and_gap():
     costs = np.round(size[:, None] * bits / 8).astype(np.int64)
     losses = generator.lognormal(0, 2, (224, 1)) * 4.0**-bits * generator.lognormal(0, 0.1, (224, 432))
     budget = int(size.sum() * 2.75 / 8)
-    found = choose(costs, losses, budget)
-    assert found.gap <= 1e-3 and found.total_bytes <= budget
-    assert found.settings < 224 * 432 / 3  # the dominated ones are gone
+    actual = choose(costs, losses, budget)
+    assert actual.gap <= 1e-3 and actual.total_bytes <= budget
+    assert actual.settings < 224 * 432 / 3  # the dominated ones are gone
     uniform = losses[:, bits <= 2.75][:, np.argmax(bits[bits <= 2.75])].sum()
-    assert found.total_loss < uniform
-    assert found.total_bytes > budget * 0.999
+    assert actual.total_loss < uniform
+    assert actual.total_bytes > budget * 0.999

@@ -32,7 +32,7 @@ def problem(masked: bool = False, seed: int = 0) -> BlockProblem:
     weights = {name: StoredWeight(DenseWeight(w)) for name, w in targets.items()}
     if masked:
         weights = {n: s.with_mask(torch.rand(s.shape, generator=generator) > 0.5) for n, s in weights.items()}
-    layers = {name: LayerStatistics(found) for name, found in statistics.items()}
+    layers = {name: LayerStatistics(actual) for name, actual in statistics.items()}
     return BlockProblem(weights, targets, forward, inputs, forward(targets, inputs), layers, seed, (("up",), ("down",)))
 
 
@@ -88,12 +88,12 @@ def test_gradients_are_those_of_the_straight_through_estimator(kind: dict[str, b
         return (base if keep is None else base * keep) / record.smooth + record.low_rank.dense()
 
     assert torch.allclose(latent.effective(), twin(), atol=1e-6)
-    found, expected = (torch.autograd.grad((matrix() * weights).sum(), latent.parameters()) for matrix in (latent.effective, twin))
+    actual, expected = (torch.autograd.grad((matrix() * weights).sum(), latent.parameters()) for matrix in (latent.effective, twin))
     clamped = (latent.zero_OG + latent.shift_OG).round()
     free = torch.ones_like(clamped) if "float_zeros" in kind else ((clamped >= 1) & (clamped <= 3)).float()
-    for one, other in zip(found[:2], expected[:2], strict=True):
+    for one, other in zip(actual[:2], expected[:2], strict=True):
         assert torch.allclose(one, other, atol=1e-5)
-    assert torch.allclose(found[2] * free, expected[2] * free, atol=1e-5)  # outside the twin's clamp stops it, ours draws it back
+    assert torch.allclose(actual[2] * free, expected[2] * free, atol=1e-5)  # outside the twin's clamp stops it, ours draws it back
 
 
 @pytest.mark.parametrize("kind", [{}, {"symmetric": True}, {"float_zeros": True}])
@@ -216,9 +216,9 @@ def test_the_first_iterate_is_gptqs() -> None:
     plain = {n: QUANTIZE["gptq"].function(given.weights[n], given.targets[n], given.statistics[n], config)[0] for n in given.weights}
     records, _ = solve("block_training", given, steps=1, learning_rate=0.0, scale_rate=1e-12)
     for name in plain:
-        found, expected = records[name].base, plain[name].base
-        assert isinstance(found, UniformWeight) and isinstance(expected, UniformWeight)
-        assert torch.equal(found.codes_OI(), expected.codes_OI())
+        actual, expected = records[name].base, plain[name].base
+        assert isinstance(actual, UniformWeight) and isinstance(expected, UniformWeight)
+        assert torch.equal(actual.codes_OI(), expected.codes_OI())
 
 
 def test_stored_start_wants_a_grid() -> None:
@@ -287,9 +287,9 @@ def test_a_record_of_a_type_of_ggml_is_the_matrix_that_was_trained(grid: str) ->
     assert latent.range_OG.shape == record.base.super_scales.shape
     assert torch.allclose(latent.record().dense(), latent.effective(), rtol=1e-3, atol=1e-3)  # d and m in float16
     weights = torch.randn(256, 256, generator=generator)
-    (found,) = torch.autograd.grad((latent.effective() * weights).sum(), [latent.range_OG])
-    per_block = (latent.effective().detach() * weights).view(256, found.shape[1], -1).sum(-1) / (1 + latent.range_OG.detach())
-    assert torch.allclose(found, per_block, atol=1e-3)
+    (actual,) = torch.autograd.grad((latent.effective() * weights).sum(), [latent.range_OG])
+    per_block = (latent.effective().detach() * weights).view(256, actual.shape[1], -1).sum(-1) / (1 + latent.range_OG.detach())
+    assert torch.allclose(actual, per_block, atol=1e-3)
 
 
 def problem_weights(given: BlockProblem, name: str) -> StoredWeight:
@@ -309,7 +309,7 @@ def wide_problem() -> BlockProblem:
     statistics["up"].update(inputs)
     statistics["down"].update(torch.nn.functional.silu(inputs @ targets["up"].T))
     weights = {name: StoredWeight(DenseWeight(w)) for name, w in targets.items()}
-    layers = {name: LayerStatistics(found) for name, found in statistics.items()}
+    layers = {name: LayerStatistics(actual) for name, actual in statistics.items()}
     return BlockProblem(weights, targets, forward, inputs, forward(targets, inputs), layers, 0, (("up",), ("down",)))
 
 

@@ -122,11 +122,11 @@ def test_exact_presets_reach_the_optimum_for_the_given_q(name, shape):
 @pytest.mark.parametrize("name", ["zeroquant_v2", "lqer", "qera_approx"])
 def test_diagonal_presets_truncate_the_scaled_error_of_the_given_q(name):
     target, statistics = matrix(), LayerStatistics(inputs())
-    start, found = uniform(target), statistics.inputs
+    start, actual = uniform(target), statistics.inputs
     scales = {
         "zeroquant_v2": torch.ones(128),
-        "lqer": found.absmean_I / (found.absmean_I.min() * found.absmean_I.max()).sqrt(),
-        "qera_approx": found.second_moment_II.diagonal().sqrt(),
+        "lqer": actual.absmean_I / (actual.absmean_I.min() * actual.absmean_I.max()).sqrt(),
+        "qera_approx": actual.second_moment_II.diagonal().sqrt(),
     }
     d = scales[name].double()
     stored, _ = run(name, start, target, statistics, rank=8)
@@ -159,11 +159,11 @@ def test_srr_holds_its_ranks_of_the_weight_and_corrects_with_the_rest():
 
 
 def test_srr_criterion_finds_the_rank_of_a_low_rank_weight():
-    generator, found = torch.Generator().manual_seed(3), InputStatistics(128, EVERYTHING)
-    found.update(torch.randn(2000, 128, generator=generator))
+    generator, actual = torch.Generator().manual_seed(3), InputStatistics(128, EVERYTHING)
+    actual.update(torch.randn(2000, 128, generator=generator))
     strong = torch.randn(96, 4, generator=generator) @ torch.randn(4, 128, generator=generator)
     target = torch.randn(96, 128, generator=generator) * 0.02 + strong
-    start, statistics = uniform(target, 2), LayerStatistics(found)
+    start, statistics = uniform(target, 2), LayerStatistics(actual)
     by_rank = {k: run("srr", start, target, statistics, rank=16, kept_rank=k)[1]["relative_error"] for k in (0, 2, 4, 8, 16)}
     chosen = run("srr", start, target, statistics, rank=16)[1]["relative_error"]
     assert min(by_rank.values()) * 1.05 > chosen and chosen < 0.5 * by_rank[0] and chosen < 0.5 * by_rank[2]
@@ -218,12 +218,12 @@ def test_a_followed_term_is_one_round_of_alternating_least_squares():
     start = uniform(target, 3)
     before, after = WeightedError(target - start.dense(), metric), WeightedError(target - uniform(target * 1.01, 3).dense(), metric)
     term = LowRank(*before.best(8))
-    found = follow_factors(term, FactorForm(16), after)
-    up, down, s = term.up.double(), found.down.double(), root(statistics.inputs.second_moment_II)
+    actual = follow_factors(term, FactorForm(16), after)
+    up, down, s = term.up.double(), actual.down.double(), root(statistics.inputs.second_moment_II)
     assert torch.allclose(down, torch.linalg.lstsq(up, after.error_OI.double()).solution, rtol=1e-2, atol=1e-4)
     solved = torch.linalg.lstsq((down @ s).T, (after.error_OI.double() @ s).T).solution.T
-    assert torch.allclose(found.up.double(), solved, rtol=1e-2, atol=1e-4)
-    assert after.left_by(*after.best(8)) <= after.left_by(*found.factors()) < after.left_by(*term.factors())
+    assert torch.allclose(actual.up.double(), solved, rtol=1e-2, atol=1e-4)
+    assert after.left_by(*after.best(8)) <= after.left_by(*actual.factors()) < after.left_by(*term.factors())
 
 
 def test_order_of_the_metrics_measured_by_the_output():
@@ -308,13 +308,13 @@ def test_a_term_in_the_record_is_replaced_not_added_to():
 @pytest.mark.parametrize("name", MATRIX_ROWS)
 @pytest.mark.parametrize("kind", ["few_tokens", "dead_channel", "nothing"])
 def test_poor_statistics_give_finite_factors_and_are_reported(name, kind):
-    target, found = matrix(), InputStatistics(128, EVERYTHING)
+    target, actual = matrix(), InputStatistics(128, EVERYTHING)
     x = torch.randn(20 if kind == "few_tokens" else 500, 128, generator=torch.Generator().manual_seed(0))
     x[:, 7] *= kind != "dead_channel"
-    found.update(x * (kind != "nothing"))
+    actual.update(x * (kind != "nothing"))
     zero = torch.zeros(96), torch.zeros(128)
     statistics = LayerStatistics(
-        found, Fisher(*zero) if kind == "nothing" else Fisher(torch.ones(96) * (torch.arange(96) > 3), torch.ones(128))
+        actual, Fisher(*zero) if kind == "nothing" else Fisher(torch.ones(96) * (torch.arange(96) > 3), torch.ones(128))
     )
     config = DECOMPOSE[name].config(**DECOMPOSE[name].defaults)
     stored, metrics = run(name, uniform(target, 2), target, statistics, rank=6, **short(name))
@@ -338,16 +338,16 @@ def test_well_conditioned_statistics_say_nothing():
 
 
 def test_bad_input_is_refused_with_what_is_wrong():
-    target, found = matrix(), inputs()
+    target, actual = matrix(), inputs()
     with pytest.raises(ValueError, match="rank 97 does not fit a 96×128 matrix; choose 1…96"):
-        run("qera_exact", uniform(target), target, LayerStatistics(found), rank=97)
+        run("qera_exact", uniform(target), target, LayerStatistics(actual), rank=97)
     with pytest.raises(ValueError, match="Fisher diagonal of this weight, which was not collected"):
-        run("lq_lora", uniform(target), target, LayerStatistics(found))
+        run("lq_lora", uniform(target), target, LayerStatistics(actual))
     with pytest.raises(ValueError, match="holds NaN, Inf or negative"):
-        run("lq_lora", uniform(target), target, LayerStatistics(found, Fisher(torch.full((96,), float("nan")), torch.ones(128))))
-    found.update(torch.full((1, 128), float("inf")))
+        run("lq_lora", uniform(target), target, LayerStatistics(actual, Fisher(torch.full((96,), float("nan")), torch.ones(128))))
+    actual.update(torch.full((1, 128), float("inf")))
     with pytest.raises(ValueError, match=r"calibration statistic .* holds NaN or Inf"):
-        run("qera_exact", uniform(target), target, LayerStatistics(found), rank=4)
+        run("qera_exact", uniform(target), target, LayerStatistics(actual), rank=4)
     with pytest.raises(ValueError, match=r"kept_rank 5 must lie in 0…rank \(4\)"):
         Decomposition(rank=4, kept_rank=5)
 

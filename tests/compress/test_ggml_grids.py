@@ -75,12 +75,12 @@ def test_a_row_does_not_hang_on_its_neighbours(name, monkeypatch):
     assert torch.equal(round_ggml(weight, name).dense(), whole.dense())
 
 
-@pytest.mark.parametrize("columns, found", [(512, "q4_k"), (576, "q5_0")])
-def test_rows_that_are_no_multiple_of_256_get_llama_cpps_fallback(columns, found):
+@pytest.mark.parametrize("columns, actual", [(512, "q4_k"), (576, "q5_0")])
+def test_rows_that_are_no_multiple_of_256_get_llama_cpps_fallback(columns, actual):
     weight = matrix(columns=columns)
     record, _ = rtn(StoredWeight(DenseWeight(weight)), weight, NONE, config("q4_k"))
-    assert isinstance(record.base, GgmlWeight) and record.base.type == found == type_for("q4_k", columns)
-    assert record.bits_per_weight() == GGML_TYPES[found].block_bits / GGML_TYPES[found].columns
+    assert isinstance(record.base, GgmlWeight) and record.base.type == actual == type_for("q4_k", columns)
+    assert record.bits_per_weight() == GGML_TYPES[actual].block_bits / GGML_TYPES[actual].columns
 
 
 def test_rows_that_no_block_divides_are_refused():
@@ -137,6 +137,6 @@ def test_decompositions_stay_on_the_grid_and_lose_less(method):
     start, _ = rtn(StoredWeight(DenseWeight(case.weight_OI)), case.weight_OI, case.statistics, config("q2_k"))
     row = DECOMPOSE[method]
     settings = row.defaults | {"rank": 4} | ({"iterations": 2} if "iterations" in row.defaults else {})
-    found, _ = row.function(start, case.weight_OI, case.statistics, row.config(**settings))
-    assert isinstance(found.base, GgmlWeight) and found.base.type == "q2_k" and found.low_rank is not None
-    assert case.error(found.dense()) < case.error(start.dense())
+    actual, _ = row.function(start, case.weight_OI, case.statistics, row.config(**settings))
+    assert isinstance(actual.base, GgmlWeight) and actual.base.type == "q2_k" and actual.low_rank is not None
+    assert case.error(actual.dense()) < case.error(start.dense())

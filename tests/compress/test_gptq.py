@@ -68,17 +68,17 @@ def twin(case: Layer, grid: UniformGrid, act_order: str, clip: Clip = "none", ma
     order = list(range(columns)) if act_order == "none" else case.moment_II.diagonal().argsort(descending=True, stable=True).tolist()
     keep = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
     importance = case.moment_II.diagonal()
-    found: dict[int, tuple[Tensor, Tensor]] = {}
+    actual: dict[int, tuple[Tensor, Tensor]] = {}
 
     def round_column(step: int, column: int, updated: Tensor, value: Tensor) -> Tensor:
         group = column // size if act_order == "static_groups" else step // size
-        if group not in found:
+        if group not in actual:
             if act_order == "static_groups":
                 members, source = torch.arange(group * size, (group + 1) * size), weight
             else:
                 members, source = torch.tensor(order[step : step + size]), updated
-            found[group] = fit(source[:, members].where(keep[:, members], 0), grid, clip, importance[members])
-        scale, zero = found[group]
+            actual[group] = fit(source[:, members].where(keep[:, members], 0), grid, clip, importance[members])
+        scale, zero = actual[group]
         rounded = dequantized(round_to_grid(value.unsqueeze(1), scale, zero, grid), scale, zero).view(-1)
         return rounded.where(keep[:, column], 0)
 
@@ -142,9 +142,9 @@ def test_with_a_first_order_term_blocked_equals_column_by_column(act_order, floa
 def test_the_block_size_changes_nothing(block):
     case = layer(columns=200)
     factor = inverse_factor(case.moment_II)
-    found = [gptq_uniform(case.weight_OI, factor, UniformGrid(3, 40), SweepConfig(static=False, block=b))[0] for b in (1, block)]
-    assert torch.equal(found[0].codes, found[1].codes)
-    assert torch.equal(found[0].scales, found[1].scales)
+    actual = [gptq_uniform(case.weight_OI, factor, UniformGrid(3, 40), SweepConfig(static=False, block=b))[0] for b in (1, block)]
+    assert torch.equal(actual[0].codes, actual[1].codes)
+    assert torch.equal(actual[0].scales, actual[1].scales)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -178,7 +178,7 @@ def test_columns_settled_at_once_are_those_of_the_loop(kind, monkeypatch):
     weight = torch.randn(rows, columns, generator=generator) / columns**0.5
     grid = UniformGrid(kind.get("bits", 3), group, float_zeros=kind.get("float_zeros", False))
     factor = inverse_factor(x.T @ x / len(x), 0.01, True)
-    scale, zero = (found.squeeze(-1).T.contiguous() for found in fit(weight.view(rows, -1, group), grid, "power"))
+    scale, zero = (actual.squeeze(-1).T.contiguous() for actual in fit(weight.view(rows, -1, group), grid, "power"))
     keep = torch.rand(columns, rows, generator=generator) < 0.6 if kind.get("masked") else None
     start, group_I = weight.T[factor.order_I].contiguous(), factor.order_I // group
 
@@ -210,8 +210,8 @@ def test_correction_hands_to_later_columns_what_they_can_reproduce():
         expected[:, later] += (
             0.7 * case.weight_OI[:, column : column + 1] * torch.linalg.solve(damped[later][:, later], shift[column, later])
         )
-    found = corrected_target(case.weight_OI, shift, inverse_factor(case.moment_II, 0.01, True), 0.7)
-    assert torch.allclose(found, expected, atol=1e-9)
+    actual = corrected_target(case.weight_OI, shift, inverse_factor(case.moment_II, 0.01, True), 0.7)
+    assert torch.allclose(actual, expected, atol=1e-9)
 
 
 def test_correction_brings_the_output_nearer_to_the_dense_one():
@@ -224,8 +224,8 @@ def test_correction_brings_the_output_nearer_to_the_dense_one():
         return (((dense @ inputs.second_moment_II) * dense).sum() - 2 * ((case.weight_OI @ inputs.cross_moment_II) * dense).sum()).item()
 
     start = StoredWeight(DenseWeight(case.weight_OI))
-    found = [to_dense_output(gptq(start, case.weight_OI, case.statistics, GptqConfig(8, 32, correction=c))[0]) for c in (0.0, 0.5, 1.0)]
-    assert found[0] > found[1] > found[2]
+    actual = [to_dense_output(gptq(start, case.weight_OI, case.statistics, GptqConfig(8, 32, correction=c))[0]) for c in (0.0, 0.5, 1.0)]
+    assert actual[0] > actual[1] > actual[2]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
@@ -268,9 +268,9 @@ def test_together_or_one_by_one_is_the_same(settings, monkeypatch):
         monkeypatch.setattr(gptq_sweeps, sweep, lambda work_IO, *rest, plain=plain: sweeps.append(work_IO.shape) or plain(work_IO, *rest))
     records, metrics = gptq_group(weights, targets, known, config)
     assert sweeps == [(192, 84)]
-    for name, (record, found) in apart.items():
+    for name, (record, actual) in apart.items():
         assert_same_record(records[name], record)
-        assert metrics[name] == pytest.approx(found, rel=1e-5)
+        assert metrics[name] == pytest.approx(actual, rel=1e-5)
     places = [tensor.untyped_storage().data_ptr() for record in records.values() for tensor in to_tensors(record).values()]
     assert len(set(places)) == len(places), "records that share memory cannot be saved"
 
@@ -336,17 +336,17 @@ def test_dead_inputs_are_rounded_to_nearest_and_disturb_nobody():
     inputs.update(x)
     case.weight_OI[:, 3] *= 0.1  # no group's range hangs on it
     start, config = StoredWeight(DenseWeight(case.weight_OI)), GptqConfig(group_size=32, clip="none")
-    found, metrics = gptq(start, case.weight_OI, LayerStatistics(inputs), config)
+    actual, metrics = gptq(start, case.weight_OI, LayerStatistics(inputs), config)
     assert metrics["dead_inputs"] == 2
     assert metrics["dead_layer"] == 0
     nearest = round_uniform(case.weight_OI, UniformGrid(4, 32))
-    assert torch.equal(found.dense()[:, [3, 50]], nearest.dense()[:, [3, 50]])
+    assert torch.equal(actual.dense()[:, [3, 50]], nearest.dense()[:, [3, 50]])
     other = case.weight_OI.clone()
     other[:, 3] *= -1
     again, _ = gptq(StoredWeight(DenseWeight(other)), other, LayerStatistics(inputs), config)
     others = [i for i in range(96) if i != 3]
-    assert torch.equal(found.dense()[:, others], again.dense()[:, others])
-    assert not torch.equal(found.dense()[:, 3], again.dense()[:, 3])
+    assert torch.equal(actual.dense()[:, others], again.dense()[:, others])
+    assert not torch.equal(actual.dense()[:, 3], again.dense()[:, 3])
 
 
 def test_a_dead_layer_is_rounded_to_nearest_and_says_so():
@@ -354,21 +354,21 @@ def test_a_dead_layer_is_rounded_to_nearest_and_says_so():
     inputs.update(torch.zeros(50, 96))
     start = StoredWeight(DenseWeight(case.weight_OI))
     for clip in ("none", "hessian"):
-        found, metrics = gptq(start, case.weight_OI, LayerStatistics(inputs), GptqConfig(group_size=32, clip=clip))
+        actual, metrics = gptq(start, case.weight_OI, LayerStatistics(inputs), GptqConfig(group_size=32, clip=clip))
         assert metrics["dead_layer"] == 1
-        assert torch.isfinite(found.dense()).all()
+        assert torch.isfinite(actual.dense()).all()
     nearest = round_uniform(case.weight_OI, UniformGrid(4, 32))
-    found, _ = gptq(start, case.weight_OI, LayerStatistics(inputs), GptqConfig(group_size=32, clip="none"))
-    assert torch.equal(found.dense(), nearest.dense())
+    actual, _ = gptq(start, case.weight_OI, LayerStatistics(inputs), GptqConfig(group_size=32, clip="none"))
+    assert torch.equal(actual.dense(), nearest.dense())
 
 
 def test_a_singular_moment_is_damped_until_it_factors_and_the_damping_is_reported():
     case, inputs = layer(dtype=torch.float32), InputStatistics(96, frozenset({"second_moment"}))
     inputs.update(torch.randn(5, 96, generator=torch.Generator().manual_seed(4)) * 100)
     start = StoredWeight(DenseWeight(case.weight_OI))
-    found, metrics = gptq(start, case.weight_OI, LayerStatistics(inputs), GptqConfig(group_size=32, damp=0.0))
+    actual, metrics = gptq(start, case.weight_OI, LayerStatistics(inputs), GptqConfig(group_size=32, damp=0.0))
     assert metrics["damp"] > 0
-    assert torch.isfinite(found.dense()).all()
+    assert torch.isfinite(actual.dense()).all()
     _, metrics = gptq(start, case.weight_OI, LayerStatistics(inputs), GptqConfig(group_size=32, damp=0.01))
     assert metrics["damp"] == 0.01
 
@@ -399,9 +399,9 @@ def test_the_base_compensates_the_low_rank_term_and_delta():
     pair = LowRank(torch.randn(32, 4, generator=generator) * 0.1, torch.randn(4, 96, generator=generator) * 0.1)
     smooth = torch.rand(96, generator=generator) + 0.5
     weight = StoredWeight(DenseWeight(case.weight_OI), low_rank=pair, smooth=smooth)
-    found, _ = gptq(weight, case.weight_OI, case.statistics, GptqConfig(8, 32))
-    assert case.error(found.dense()) < 1e-4
-    assert found.low_rank is pair
+    actual, _ = gptq(weight, case.weight_OI, case.statistics, GptqConfig(8, 32))
+    assert case.error(actual.dense()) < 1e-4
+    assert actual.low_rank is pair
 
 
 def test_the_full_order_stores_a_group_index_and_the_others_none():
@@ -425,11 +425,11 @@ def test_gptq_on_normal_float_beats_rounding_and_keeps_the_mask(double_quantize)
     mask = torch.rand(64, 192, generator=torch.Generator().manual_seed(2)) < 0.5
     start = StoredWeight(DenseWeight(case.weight_OI))
     config = GptqNormalFloatConfig(3, double_quantize=double_quantize)
-    found, metrics = gptq_nf(start, case.weight_OI, case.statistics, config)
-    assert isinstance(found.base, NormalFloatWeight)
+    actual, metrics = gptq_nf(start, case.weight_OI, case.statistics, config)
+    assert isinstance(actual.base, NormalFloatWeight)
     nearest = nf.round_to_book(case.weight_OI, nf.absmax_of(case.weight_OI, 64), 3)
     values = nf.code_book(3)[nearest.long()] * nf.absmax_of(case.weight_OI, 64).repeat_interleave(64, dim=1)
-    assert case.error(found.dense()) < 0.8 * case.error(values)
+    assert case.error(actual.dense()) < 0.8 * case.error(values)
     assert metrics["squared_error"] > 0
     masked, _ = gptq_nf(start.with_mask(mask), case.weight_OI, case.statistics, config)
     assert bool((masked.base.dense()[~mask] == 0).all())

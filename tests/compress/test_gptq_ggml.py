@@ -48,9 +48,9 @@ def test_better_than_rounding_to_nearest(name):
     dense = StoredWeight(DenseWeight(case.weight_OI))
     plain, _ = rtn(dense, case.weight_OI, case.statistics, RtnConfig(**settings(name)))
     weighted, _ = rtn(dense, case.weight_OI, case.statistics, RtnConfig(**settings(name), clip="hessian"))
-    found, metrics = gptq(dense, case.weight_OI, case.statistics, GptqConfig(**settings(name)))
-    assert case.error(found.dense()) < case.error(weighted.dense()) < case.error(plain.dense())
-    assert found.base.type == name and metrics["squared_error"] > 0
+    actual, metrics = gptq(dense, case.weight_OI, case.statistics, GptqConfig(**settings(name)))
+    assert case.error(actual.dense()) < case.error(weighted.dense()) < case.error(plain.dense())
+    assert actual.base.type == name and metrics["squared_error"] > 0
 
 
 def test_matrices_of_one_input_are_solved_together_as_alone():
@@ -58,10 +58,10 @@ def test_matrices_of_one_input_are_solved_together_as_alone():
     statistics = dict.fromkeys(cases, cases["q"].statistics)
     weights = {name: StoredWeight(DenseWeight(case.weight_OI)) for name, case in cases.items()}
     targets = {name: case.weight_OI for name, case in cases.items()}
-    found, _ = gptq_group(weights, targets, statistics, GptqConfig(**settings("q4_k")))
+    actual, _ = gptq_group(weights, targets, statistics, GptqConfig(**settings("q4_k")))
     for name in cases:
         alone, _ = gptq(weights[name], targets[name], statistics[name], GptqConfig(**settings("q4_k")))
-        assert torch.equal(found[name].dense(), alone.dense()) and found[name].shape == alone.shape
+        assert torch.equal(actual[name].dense(), alone.dense()) and actual[name].shape == alone.shape
 
 
 @pytest.mark.parametrize("changes", [{"act_order": "full"}, {"act_order": "none"}, {"refit": 0.5}])

@@ -44,8 +44,8 @@ def test_a_clip_search_is_never_worse_than_the_whole_range(grid, seed, shift):
     weight = groups(seed, shift=shift)
     importance = torch.rand(32, generator=torch.Generator().manual_seed(seed)) ** 4
 
-    def lost(found, power, weights):
-        scale, zero = found
+    def lost(actual, power, weights):
+        scale, zero = actual
         return ((dequantized(round_to_grid(weight, scale, zero, grid), scale, zero) - weight).abs().pow(power) * weights).sum(-1)
 
     slack = 1 + 1e-5
@@ -118,8 +118,8 @@ def test_pieces_of_rows_and_groups_change_nothing(monkeypatch):
     for chunk, expected in ((200, 8 * 3), (64 * 50 * 2, 2)):
         pieces.clear()
         monkeypatch.setattr(grids_module, "_CHUNK", chunk)
-        found = search_clip(weight, UniformGrid(4, 64))
-        assert len(pieces) == expected and torch.equal(whole[0], found[0]) and torch.equal(whole[1], found[1])
+        actual = search_clip(weight, UniformGrid(4, 64))
+        assert len(pieces) == expected and torch.equal(whole[0], actual[0]) and torch.equal(whole[1], actual[1])
 
 
 @pytest.mark.parametrize("size", [32, 64, 96])

@@ -45,14 +45,14 @@ def test_every_group_is_plain_gptq_on_its_own_moment(act_order: str, masked: boo
     weights_TK = token_weights(squares)
     plain = InputStatistics(COLUMNS, MOMENT)
     plain.update(x)
-    found, metrics = gptq(record, weight, LayerStatistics(plain, guided=moments(x, weights_TK)), GptqConfig(guided=4, **settings))
+    actual, metrics = gptq(record, weight, LayerStatistics(plain, guided=moments(x, weights_TK)), GptqConfig(guided=4, **settings))
     lost = 0.0
     for k, rows in enumerate(row_groups(26, 4)):
         moment_II = (x * weights_TK[:, k : k + 1]).T.double() @ x.double() / T
         alone = StoredWeight(DenseWeight(weight[rows]))
         alone = alone if mask is None else alone.with_mask(mask[rows])
         expected, said = gptq(alone, weight[rows], LayerStatistics(plain.with_moment(moment_II)), GptqConfig(**settings))
-        torch.testing.assert_close(found.dense()[rows], expected.dense(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(actual.dense()[rows], expected.dense(), rtol=1e-5, atol=1e-6)
         lost += said["squared_error"]
     assert metrics["squared_error"] == pytest.approx(lost, rel=1e-4)
 
@@ -63,8 +63,8 @@ def test_equal_weights_are_the_plain_path() -> None:
     plain.update(x)
     known = LayerStatistics(plain, guided=moments(x, torch.ones(T, 3)))
     config = GptqConfig(bits=3, group_size=32)
-    expected, found = (gptq(StoredWeight(DenseWeight(weight)), weight, known, c)[0] for c in (config, replace(config, guided=3)))
-    torch.testing.assert_close(found.dense(), expected.dense())
+    expected, actual = (gptq(StoredWeight(DenseWeight(weight)), weight, known, c)[0] for c in (config, replace(config, guided=3)))
+    torch.testing.assert_close(actual.dense(), expected.dense())
 
 
 def test_a_group_errs_less_where_its_loss_feels_it() -> None:
@@ -101,15 +101,15 @@ def test_matrices_of_one_input_have_their_own_moments() -> None:
 
 def test_weights_of_tokens() -> None:
     squares = torch.tensor([[1.0, 0.0, 1e-12], [4.0, 0.0, 4e-12], [9.0, 0.0, 9e-12]])
-    found = token_weights(squares, power=0.5)
-    torch.testing.assert_close(found[:, 0], torch.tensor([0.5, 1.0, 1.5]))
-    torch.testing.assert_close(found[:, 1], torch.ones(3))
-    torch.testing.assert_close(found[:, 2], found[:, 0])
+    actual = token_weights(squares, power=0.5)
+    torch.testing.assert_close(actual[:, 0], torch.tensor([0.5, 1.0, 1.5]))
+    torch.testing.assert_close(actual[:, 1], torch.ones(3))
+    torch.testing.assert_close(actual[:, 2], actual[:, 0])
     one = torch.ones(1000, 1)
     one[3] = 1e6
-    found = token_weights(one)
-    assert float(found[3] / found[0]) == pytest.approx(MOST * (1000 + 999) / 1000, rel=0.01), "cut at so many times the mean of the roots"
-    assert float(found.mean()) == pytest.approx(1.0)
+    actual = token_weights(one)
+    assert float(actual[3] / actual[0]) == pytest.approx(MOST * (1000 + 999) / 1000, rel=0.01), "cut at so many times the mean of the roots"
+    assert float(actual.mean()) == pytest.approx(1.0)
 
 
 def test_row_groups() -> None:

@@ -35,9 +35,9 @@ def test_what_is_made_is_exact_within_a_byte_and_near(bits: int, group: int, sym
     before = replace(before, scales=before.scales.to(dtype))
     assert levels(before) is None
     after = with_integer_scales(before)
-    found = levels(after)
-    assert found is not None
-    k, c = found
+    actual = levels(after)
+    assert actual is not None
+    k, c = actual
     assert torch.equal((k.double() * c.double().unsqueeze(1)), after.scales.double())
     whole = (after.codes_OI().double().view(*k.shape, group) - after.zeros_OG().double().unsqueeze(-1)) * k.double().unsqueeze(-1)
     assert whole.abs().max() <= TOP
@@ -73,9 +73,9 @@ def test_the_search_is_no_worse_than_the_smallest_scale_in_range() -> None:
 
 def test_one_scale_an_output_is_exact_as_it_is() -> None:
     before = made(group=192)
-    found = levels(before)
-    assert found is not None and with_integer_scales(before) is before
-    assert torch.equal(found[1][found[0][:, 0] == 1], before.scales.float()[found[0][:, 0] == 1, 0])
+    actual = levels(before)
+    assert actual is not None and with_integer_scales(before) is before
+    assert torch.equal(actual[1][actual[0][:, 0] == 1], before.scales.float()[actual[0][:, 0] == 1, 0])
 
 
 def test_reasons_against() -> None:

@@ -75,9 +75,9 @@ def test_every_kind_of_base_becomes_exactly_0_where_masked_and_keeps_the_rest(sy
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(1))
     mask = torch.rand(6, 64, generator=torch.Generator().manual_seed(2)) < 0.5
     for base in (DenseWeight(weight.bfloat16()), round_uniform(weight, UniformGrid(3, 32, symmetric)), round_normal_float(weight, 3, 32)):
-        found = masked_base(base, mask)
-        assert type(found) is type(base)
-        assert torch.equal(found.dense(), base.dense().where(mask, 0))
+        actual = masked_base(base, mask)
+        assert type(actual) is type(base)
+        assert torch.equal(actual.dense(), base.dense().where(mask, 0))
     scattered = torch.randperm(64, generator=torch.Generator().manual_seed(3)) // 32
     zeros = None if symmetric else torch.randint(1, 8, (6, 2))
     base = UniformWeight.from_codes(torch.randint(0, 8, (6, 64)), torch.rand(6, 2), zeros, 3, 32, scattered)
@@ -118,18 +118,18 @@ def test_a_pattern_must_divide():
 )
 def test_the_mean_over_all_weights_is_kept(offsets, mean, sizes):
     sizes = sizes[: len(offsets)]
-    found = hold_mean(offsets, mean, sizes)
-    assert all(0 <= value <= 0.99 for value in found)
-    assert sum(v * s for v, s in zip(found, sizes, strict=True)) / sum(sizes) == pytest.approx(mean, abs=1e-9)
+    actual = hold_mean(offsets, mean, sizes)
+    assert all(0 <= value <= 0.99 for value in actual)
+    assert sum(v * s for v, s in zip(actual, sizes, strict=True)) / sum(sizes) == pytest.approx(mean, abs=1e-9)
 
 
 def test_depth_rises_and_outliers_are_spared():
     depth = by_depth(5, 0.5, 0.1)
     assert depth == pytest.approx([0.4, 0.45, 0.5, 0.55, 0.6])
     assert by_depth(1, 0.3) == pytest.approx([0.3])
-    found = by_outliers([0.01, 0.03, 0.02], 0.5, 0.08)
-    assert found[0] > found[2] > found[1]
-    assert max(found) - min(found) == pytest.approx(0.16)
+    actual = by_outliers([0.01, 0.03, 0.02], 0.5, 0.08)
+    assert actual[0] > actual[2] > actual[1]
+    assert max(actual) - min(actual) == pytest.approx(0.16)
     assert by_outliers([0.2, 0.2], 0.5) == pytest.approx([0.5, 0.5])
     with pytest.raises(ValueError, match=r"mean sparsity 1\.5 must lie in"):
         by_depth(2, 1.5)
@@ -155,9 +155,9 @@ def test_all_matrices_of_a_block_are_held_against_one_mean():
 @settings(max_examples=80, deadline=None)
 @given(matrices=st.lists(st.tuples(st.floats(0.2, 0.8), st.integers(4, 60)), min_size=1, max_size=12), rows=st.integers(1, 40))
 def test_whole_columns_owe_at_most_half_a_column_in_the_end(matrices, rows):
-    found = whole_columns([sparsity for sparsity, _ in matrices], [(rows, columns) for _, columns in matrices])
-    assert all(0 <= value < 1 and abs(value * c - round(value * c)) < 1e-9 for value, (_, c) in zip(found, matrices, strict=True))
-    owed = sum((sparsity - value) * rows * c for value, (sparsity, c) in zip(found, matrices, strict=True))
+    actual = whole_columns([sparsity for sparsity, _ in matrices], [(rows, columns) for _, columns in matrices])
+    assert all(0 <= value < 1 and abs(value * c - round(value * c)) < 1e-9 for value, (_, c) in zip(actual, matrices, strict=True))
+    owed = sum((sparsity - value) * rows * c for value, (sparsity, c) in zip(actual, matrices, strict=True))
     assert abs(owed) <= rows / 2 + 1e-6
 
 

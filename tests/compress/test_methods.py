@@ -26,9 +26,9 @@ def statistics(needs: frozenset[str], scale: float = 1.0) -> LayerStatistics:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(500, 192, generator=generator) @ (torch.eye(192) + 0.1 * torch.randn(192, 192, generator=generator)) * scale
     x = x * torch.logspace(-0.7, 0.7, 192)[torch.randperm(192, generator=generator)]
-    found = InputStatistics(192, needs)
-    found.update(x, x * 1.01)
-    return LayerStatistics(found)
+    actual = InputStatistics(192, needs)
+    actual.update(x, x * 1.01)
+    return LayerStatistics(actual)
 
 
 def run(row, weight: StoredWeight | None = None, target: torch.Tensor = WEIGHT, **settings: Any):
@@ -36,9 +36,9 @@ def run(row, weight: StoredWeight | None = None, target: torch.Tensor = WEIGHT, 
     return row.function(weight or StoredWeight(DenseWeight(WEIGHT)), target, statistics(row.needs(config)), config)
 
 
-def output_error(found: torch.Tensor) -> float:
+def output_error(actual: torch.Tensor) -> float:
     """√(E‖(W − Ŵ)x‖² / E‖Wx‖²)."""
-    moment, lost = statistics(frozenset({"second_moment"})).inputs.second_moment_II, WEIGHT - found
+    moment, lost = statistics(frozenset({"second_moment"})).inputs.second_moment_II, WEIGHT - actual
     return (((lost @ moment) * lost).sum() / ((WEIGHT @ moment) * WEIGHT).sum()).sqrt().item()
 
 
@@ -69,13 +69,13 @@ def test_the_same_input_gives_the_same_bits(name):
 @pytest.mark.parametrize("name", PRUNE)
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4:8"])
 def test_pruning_stores_its_mask_and_exact_zeros_in_the_dtype_it_found(name, pattern):
-    found, metrics = run(PRUNE[name], StoredWeight(DenseWeight(WEIGHT.bfloat16())), pattern=pattern)
-    assert isinstance(found.base, DenseWeight)
-    assert found.base.weight.dtype == torch.bfloat16
-    assert found.mask is not None
-    mask = unpack_mask(found.mask, 192)
-    assert bool((found.base.weight[~mask] == 0).all())
-    assert found.sparsity() == metrics["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    actual, metrics = run(PRUNE[name], StoredWeight(DenseWeight(WEIGHT.bfloat16())), pattern=pattern)
+    assert isinstance(actual.base, DenseWeight)
+    assert actual.base.weight.dtype == torch.bfloat16
+    assert actual.mask is not None
+    mask = unpack_mask(actual.mask, 192)
+    assert bool((actual.base.weight[~mask] == 0).all())
+    assert actual.sparsity() == metrics["sparsity"] == pytest.approx(0.5, abs=1e-3)
     if pattern != "unstructured":
         kept, of = (int(n) for n in pattern.split(":"))
         assert bool((mask.view(48, -1, of).sum(-1) == kept).all())
@@ -85,11 +85,11 @@ def test_pruning_stores_its_mask_and_exact_zeros_in_the_dtype_it_found(name, pat
 @pytest.mark.parametrize("quantizer", ["rtn", "nf4"])
 def test_pruning_a_quantized_weight_moves_no_kept_code(name, quantizer):
     quantized, _ = run(QUANTIZE[quantizer])
-    found, _ = run(PRUNE[name], quantized)
-    mask = found.mask_OI()
+    actual, _ = run(PRUNE[name], quantized)
+    mask = actual.mask_OI()
     assert mask is not None
-    assert type(found.base) is type(quantized.base)
-    assert torch.equal(found.base.dense(), quantized.base.dense().where(mask, 0))
+    assert type(actual.base) is type(quantized.base)
+    assert torch.equal(actual.base.dense(), quantized.base.dense().where(mask, 0))
 
 
 @pytest.mark.parametrize("name", PRUNE)
@@ -104,12 +104,12 @@ def test_pruning_twice_never_brings_a_weight_back(name):
 
 @pytest.mark.parametrize(("name", "bits"), BIT_ROWS)
 def test_values_lie_on_a_grid_of_that_many_levels_and_err_accordingly(name, bits):
-    found, _ = run(MATRIX_ROWS[name], bits=bits)
-    assert isinstance(found.base, UniformWeight | NormalFloatWeight)
-    assert found.base.bits == bits
-    assert levels_per_group(found.base) <= 1 << bits
-    assert output_error(found.dense()) < {2: 0.6, 3: 0.25, 4: 0.12, 5: 0.07, 6: 0.04, 8: 0.02}[bits]
-    assert bits < found.bits_per_weight() < bits + 0.6
+    actual, _ = run(MATRIX_ROWS[name], bits=bits)
+    assert isinstance(actual.base, UniformWeight | NormalFloatWeight)
+    assert actual.base.bits == bits
+    assert levels_per_group(actual.base) <= 1 << bits
+    assert output_error(actual.dense()) < {2: 0.6, 3: 0.25, 4: 0.12, 5: 0.07, 6: 0.04, 8: 0.02}[bits]
+    assert bits < actual.bits_per_weight() < bits + 0.6
 
 
 @pytest.mark.parametrize("name", MATRIX_ROWS)
@@ -117,11 +117,11 @@ def test_masks_survive_quantization_with_the_target_dense(name):
     """Masked weights are exactly 0 in the codes themselves, whatever the target holds there."""
     start = StoredWeight(DenseWeight(WEIGHT.where(MASK, 0))).with_mask(MASK)
     for target in (WEIGHT, WEIGHT.where(MASK, 0)):
-        found, _ = run(MATRIX_ROWS[name], start, target)
-        assert found.mask is not None and start.mask is not None
-        assert torch.equal(found.mask, start.mask)
-        assert bool((found.base.dense()[~MASK] == 0).all())
-        assert bool((found.base.dense()[MASK] != 0).any())
+        actual, _ = run(MATRIX_ROWS[name], start, target)
+        assert actual.mask is not None and start.mask is not None
+        assert torch.equal(actual.mask, start.mask)
+        assert bool((actual.base.dense()[~MASK] == 0).all())
+        assert bool((actual.base.dense()[MASK] != 0).any())
 
 
 @pytest.mark.parametrize("name", MATRIX_ROWS)
@@ -131,27 +131,27 @@ def test_what_an_earlier_stage_made_of_the_weights_is_what_gets_quantized(name):
     trained = StoredWeight(DenseWeight(WEIGHT * 1.5))
     settings = {"bits": 8} if "bits" in {f.name for f in fields(MATRIX_ROWS[name].config)} else {}
     for start, share in ((pruned, 0.3), (trained, 0.3)):
-        found, _ = run(MATRIX_ROWS[name], start, WEIGHT, **settings)
-        assert (found.dense() - start.dense()).norm() < share * (WEIGHT - start.dense()).norm()
+        actual, _ = run(MATRIX_ROWS[name], start, WEIGHT, **settings)
+        assert (actual.dense() - start.dense()).norm() < share * (WEIGHT - start.dense()).norm()
 
 
 def test_feedback_makes_up_for_what_wanda_dropped():
     pruned, _ = run(PRUNE["wanda"])
-    found, _ = run(QUANTIZE["gptq"], pruned, bits=8)
+    actual, _ = run(QUANTIZE["gptq"], pruned, bits=8)
     nearest, _ = run(QUANTIZE["rtn"], pruned, bits=8)
     assert output_error(nearest.dense()) > 0.999 * output_error(pruned.dense())
-    assert output_error(found.dense()) < 0.98 * output_error(pruned.dense())
+    assert output_error(actual.dense()) < 0.98 * output_error(pruned.dense())
 
 
 @pytest.mark.parametrize("name", MATRIX_ROWS)
 def test_activations_and_everything_but_the_base_are_kept(name):
     pair = LowRank(torch.full((48, 2), 0.01), torch.full((2, 192), 0.01))
     start = StoredWeight(DenseWeight(WEIGHT), low_rank=pair, smooth=torch.full((192,), 2.0))
-    found, _ = run(MATRIX_ROWS[name], start, activations=ActivationGrid(8, 32))
-    assert found.activations == ActivationGrid(8, 32)
-    assert found.low_rank is pair
-    assert found.smooth is start.smooth
-    assert output_error(found.dense()) < 0.12
+    actual, _ = run(MATRIX_ROWS[name], start, activations=ActivationGrid(8, 32))
+    assert actual.activations == ActivationGrid(8, 32)
+    assert actual.low_rank is pair
+    assert actual.smooth is start.smooth
+    assert output_error(actual.dense()) < 0.12
     assert run(MATRIX_ROWS[name])[0].activations is None
 
 
@@ -191,8 +191,8 @@ def test_a_dead_layer_gets_through(name):
 
 @pytest.mark.parametrize("name", MATRIX_ROWS)
 def test_zero_weights_stay_zero(name):
-    found, _ = run(MATRIX_ROWS[name], StoredWeight(DenseWeight(torch.zeros(48, 192))), torch.zeros(48, 192))
-    assert bool((found.dense() == 0).all())
+    actual, _ = run(MATRIX_ROWS[name], StoredWeight(DenseWeight(torch.zeros(48, 192))), torch.zeros(48, 192))
+    assert bool((actual.dense() == 0).all())
 
 
 @pytest.mark.parametrize("name", MATRIX_ROWS)

@@ -53,6 +53,6 @@ def test_group_sums_of_a_short_product_are_those_of_float32():
     draw = torch.Generator().manual_seed(0)
     gradient, x = torch.randn(512, 64, generator=draw), torch.randn(512, 128, generator=draw)
     with matmuls("auto"):
-        found = summed(gradient.T, x).view(64, 2, 64).sum(-1)
+        actual = summed(gradient.T, x).view(64, 2, 64).sum(-1)
     exact = (gradient.T.double() @ x.double()).view(64, 2, 64).sum(-1)
-    assert_close(found, exact.float(), rtol=0, atol=float(exact.std()) * (2e-2 if has_short_units(CPU) else 1e-5))
+    assert_close(actual, exact.float(), rtol=0, atol=float(exact.std()) * (2e-2 if has_short_units(CPU) else 1e-5))

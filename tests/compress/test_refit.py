@@ -49,11 +49,11 @@ def twin(case: Case, base: UniformWeight, lean: float, mask_OI: Tensor | None = 
     levels = (base.codes_OI().float() - base.zeros_OG()[:, columns]).double()
     if mask_OI is not None:
         levels *= mask_OI
-    found = []
+    actual = []
     for row, wanted in zip(levels, case.wanted(lean).double().T, strict=True):
         parts = torch.stack([(case.x_TI.double() * row * (columns == g)).sum(1) for g in range(base.groups)], 1)
-        found.append(torch.linalg.lstsq(parts, wanted.unsqueeze(1)).solution.squeeze(1))
-    return torch.stack(found)
+        actual.append(torch.linalg.lstsq(parts, wanted.unsqueeze(1)).solution.squeeze(1))
+    return torch.stack(actual)
 
 
 @pytest.mark.parametrize("lean", [0.0, 0.5, 1.0])
@@ -61,18 +61,18 @@ def twin(case: Case, base: UniformWeight, lean: float, mask_OI: Tensor | None = 
 def test_the_scales_are_those_of_least_squares_and_all_else_stays(settings: dict[str, object], lean: float) -> None:
     case = Case()
     base = case.record(**settings)
-    found = case.refit(base, lean)
-    assert torch.allclose(found.scales.double(), twin(case, base, lean), rtol=2e-3)
-    assert not torch.equal(found.scales, base.scales)
-    assert torch.equal(found.codes, base.codes) and torch.equal(found.zeros_OG(), base.zeros_OG())
-    assert found.stored_bits() == base.stored_bits() and found.scales.dtype == base.scales.dtype
+    actual = case.refit(base, lean)
+    assert torch.allclose(actual.scales.double(), twin(case, base, lean), rtol=2e-3)
+    assert not torch.equal(actual.scales, base.scales)
+    assert torch.equal(actual.codes, base.codes) and torch.equal(actual.zeros_OG(), base.zeros_OG())
+    assert actual.stored_bits() == base.stored_bits() and actual.scales.dtype == base.scales.dtype
 
 
 def test_a_masked_weight_has_no_say() -> None:
     case = Case()
     base = case.record()
-    found = case.refit(base, 0.5, case.mask_OI)
-    assert torch.allclose(found.scales.double(), twin(case, base, 0.5, case.mask_OI), rtol=2e-3)
+    actual = case.refit(base, 0.5, case.mask_OI)
+    assert torch.allclose(actual.scales.double(), twin(case, base, 0.5, case.mask_OI), rtol=2e-3)
 
 
 def test_gptq_with_refit_errs_less_toward_what_it_leans_to() -> None:
@@ -111,8 +111,8 @@ def test_a_scale_that_nothing_depends_on_stays() -> None:
     inputs.update(case.x_TI, case.dense_TI)
     case.statistics = LayerStatistics(inputs)
     base = case.record()
-    found = case.refit(base, 1.0)
-    assert torch.equal(found.scales[:, 0], base.scales[:, 0])
-    assert bool(torch.isfinite(found.scales).all()) and not torch.equal(found.scales[:, 1:], base.scales[:, 1:])
+    actual = case.refit(base, 1.0)
+    assert torch.equal(actual.scales[:, 0], base.scales[:, 0])
+    assert bool(torch.isfinite(actual.scales).all()) and not torch.equal(actual.scales[:, 1:], base.scales[:, 1:])
 
 

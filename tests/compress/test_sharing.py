@@ -29,9 +29,9 @@ def targets() -> dict[str, Tensor]:
 def inputs() -> InputStatistics:
     generator = torch.Generator().manual_seed(1)
     mix = torch.randn(COLUMNS, COLUMNS, generator=generator) / COLUMNS**0.5 + torch.eye(COLUMNS)
-    found = InputStatistics(COLUMNS, frozenset({"absmean", "second_moment"}))
-    found.update(torch.randn(600, COLUMNS, generator=generator) @ mix * torch.logspace(-1, 0.5, COLUMNS))
-    return found
+    actual = InputStatistics(COLUMNS, frozenset({"absmean", "second_moment"}))
+    actual.update(torch.randn(600, COLUMNS, generator=generator) @ mix * torch.logspace(-1, 0.5, COLUMNS))
+    return actual
 
 
 def shared(method: str = "qera_exact", **chosen: Any) -> tuple[dict[str, StoredWeight], dict[str, dict[str, float]]]:
@@ -50,7 +50,7 @@ def test_every_preset_shares_one_factor_and_stores_it_once(method: str) -> None:
     assert [term.shared for term in terms] == [None, "q", "q"]
     first = terms[0].factors()[1]
     assert all(torch.equal(term.factors()[1], first) for term in terms)
-    assert all(found["relative_error"] < found["relative_error_before"] for found in metrics.values())
+    assert all(actual["relative_error"] < actual["relative_error_before"] for actual in metrics.values())
     form = FactorForm(16 if isinstance(terms[0].up, Tensor) else terms[0].up.bits)
     bits = sum(record.stored_bits() - record.base.stored_bits() for record in records.values())
     assert bits == form.stored_bits(terms[0].rank, sum(ROWS.values()), COLUMNS)
@@ -62,10 +62,10 @@ def test_the_factor_is_the_best_of_the_stack() -> None:
     bases = {name: replace(record, low_rank=None).dense() for name, record in records.items()}
     error = torch.cat([wanted[name] - bases[name] for name in ROWS])
     best = squared_error(error - torch.mm(*best_low_rank(error, metric, 6)), metric)
-    found = sum(squared_error(wanted[name] - records[name].dense(), metric) for name in ROWS)
-    assert found == pytest.approx(best, rel=1e-3)  # factors in float16
+    actual = sum(squared_error(wanted[name] - records[name].dense(), metric) for name in ROWS)
+    assert actual == pytest.approx(best, rel=1e-3)  # factors in float16
     apart = sum(squared_error(wanted[n] - bases[n] - torch.mm(*best_low_rank(wanted[n] - bases[n], metric, 6)), metric) for n in ROWS)
-    assert found > apart
+    assert actual > apart
 
 
 def test_alone_it_is_the_plain_decomposition() -> None:
@@ -85,9 +85,9 @@ def test_what_is_stored_comes_back_with_the_holders_factor() -> None:
         assert any(n.startswith(SHARED) for n in tensors["q"]) and not any(n.startswith(SHARED) for n in tensors["k"])
         description = describe(records["k"])
         assert holder_of(describe(records["q"])) is None and holder_of(description) == "q"
-        found = from_tensors(description, tensors["k"] | {n: t for n, t in tensors["q"].items() if n.startswith(SHARED)})
-        assert torch.equal(found.dense(), records["k"].dense())
-        assert torch.equal(records["k"].to("cpu").dense(), found.dense())
+        actual = from_tensors(description, tensors["k"] | {n: t for n, t in tensors["q"].items() if n.startswith(SHARED)})
+        assert torch.equal(actual.dense(), records["k"].dense())
+        assert torch.equal(records["k"].to("cpu").dense(), actual.dense())
 
 
 @pytest.mark.parametrize("method", ["qera_exact", "caldera"])
@@ -99,12 +99,12 @@ def test_a_claim_that_no_longer_holds_is_given_up_and_counted(method: str) -> No
     down = held.down * 2 if isinstance(held.down, Tensor) else replace(held.down, scales=held.down.scales * 2)
     moved = records | {"q": replace(records["q"], low_rank=LowRank(held.up, down))}
     for others in (moved, {n: r for n, r in records.items() if n != "q"}, records | {"q": replace(records["q"], low_rank=None)}):
-        found = settled(others)
+        actual = settled(others)
         for name in ("k", "v"):
-            low_rank = found[name].low_rank
+            low_rank = actual[name].low_rank
             assert low_rank is not None and low_rank.shared is None
-            assert found[name].stored_bits() > records[name].stored_bits()
-            assert torch.equal(found[name].dense(), records[name].dense())
+            assert actual[name].stored_bits() > records[name].stored_bits()
+            assert torch.equal(actual[name].dense(), records[name].dense())
 
 
 def test_factors_on_a_grid_are_cut_by_rows() -> None:

@@ -25,9 +25,9 @@ def outlier_inputs(features: int = 128, tokens: int = 400, seed: int = 0) -> Inp
     return statistics
 
 
-def samples(found: InputStatistics) -> torch.Tensor:
-    assert found.samples_TI is not None
-    return found.samples_TI
+def samples(actual: InputStatistics) -> torch.Tensor:
+    assert actual.samples_TI is not None
+    return actual.samples_TI
 
 
 def matrix(rows: int, columns: int = 128, seed: int = 1) -> torch.Tensor:
@@ -77,13 +77,13 @@ def test_smoothing_and_term_beat_the_term_alone_and_rounding_alone(activation_bi
 
 
 def test_metrics_are_those_of_the_record_as_a_kernel_runs_it():
-    target, found = matrix(96), outlier_inputs()
-    part = part_of(dense(target), target, LayerStatistics(found), SvdQuantConfig(rank=8))
+    target, actual = matrix(96), outlier_inputs()
+    part = part_of(dense(target), target, LayerStatistics(actual), SvdQuantConfig(rank=8))
     stored, metrics = split(part, smoothing([part])[0])
-    assert found.samples_TI is not None
-    assert metrics["relative_error"] == pytest.approx(relative_error(stored, target, found.samples_TI), rel=1e-4)
-    assert metrics["relative_error_before"] == pytest.approx(relative_error(part.weight, target, found.samples_TI), rel=1e-4)
-    wide = part_of(dense(target), target, LayerStatistics(found), SvdQuantConfig(rank=8, activation_bits=16))
+    assert actual.samples_TI is not None
+    assert metrics["relative_error"] == pytest.approx(relative_error(stored, target, actual.samples_TI), rel=1e-4)
+    assert metrics["relative_error_before"] == pytest.approx(relative_error(part.weight, target, actual.samples_TI), rel=1e-4)
+    wide = part_of(dense(target), target, LayerStatistics(actual), SvdQuantConfig(rank=8, activation_bits=16))
     assert wide.weight.activations is None
 
 
@@ -91,7 +91,7 @@ def block(
     targets: dict[str, torch.Tensor], inputs: dict[str, InputStatistics], weights: dict[str, StoredWeight] | None = None
 ) -> BlockProblem:
     nothing = torch.zeros(0, 0, 0)
-    statistics = {name: LayerStatistics(found) for name, found in inputs.items()}
+    statistics = {name: LayerStatistics(actual) for name, actual in inputs.items()}
     return BlockProblem(weights or {n: dense(t) for n, t in targets.items()}, targets, lambda m, h: h, nothing, nothing, statistics)
 
 
@@ -113,10 +113,10 @@ def test_matrices_of_one_input_share_their_smoothing_and_others_do_not():
 
 
 def test_inputs_without_outliers_and_with_few_bits_lost_may_go_unsmoothed():
-    found = InputStatistics(128, NEEDS)
-    found.update(torch.randint(0, 2, (300, 128), generator=torch.Generator().manual_seed(0)) * 2.0 - 1)
+    actual = InputStatistics(128, NEEDS)
+    actual.update(torch.randint(0, 2, (300, 128), generator=torch.Generator().manual_seed(0)) * 2.0 - 1)
     target = matrix(64)
-    part = part_of(dense(target), target, LayerStatistics(found), SvdQuantConfig(rank=4, activation_bits=8))
+    part = part_of(dense(target), target, LayerStatistics(actual), SvdQuantConfig(rank=4, activation_bits=8))
     smooth, alpha = smoothing([part])
     unsmoothed = split(part, None)[1]["relative_error"]
     assert (smooth is None) == (alpha is None)
@@ -126,7 +126,7 @@ def test_inputs_without_outliers_and_with_few_bits_lost_may_go_unsmoothed():
 @pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
 @pytest.mark.parametrize("kind", ["asymmetric", "normal_float", "masked"])
 def test_a_quantized_or_masked_record_keeps_its_grid_and_mask(kind, quantizer):
-    target, found = matrix(64), outlier_inputs()
+    target, actual = matrix(64), outlier_inputs()
     mask = pattern_mask(target.abs(), 2, 4)
     masked = StoredWeight(masked_base(round_uniform(target.where(mask, 0), UniformGrid(4, 64)), mask)).with_mask(mask)
     start = {
@@ -134,7 +134,7 @@ def test_a_quantized_or_masked_record_keeps_its_grid_and_mask(kind, quantizer):
         "normal_float": StoredWeight(round_normal_float(target)),
         "masked": masked,
     }[kind]
-    records, metrics = svdquant(block({"o": target}, {"o": found}, {"o": start}), {"o": SvdQuantConfig(rank=8, quantizer=quantizer)})
+    records, metrics = svdquant(block({"o": target}, {"o": actual}, {"o": start}), {"o": SvdQuantConfig(rank=8, quantizer=quantizer)})
     stored = records["o"]
     assert type(stored.base) is type(start.base) and stored.base.stored_bits() == start.base.stored_bits()
     assert metrics["o"]["relative_error"] < metrics["o"]["relative_error_before"]
@@ -152,13 +152,13 @@ def test_a_matrix_no_token_reached_is_only_rounded_and_reported():
 
 
 def test_a_dead_channel_and_zero_inputs_leave_finite_records():
-    target, found = matrix(64), InputStatistics(128, NEEDS)
+    target, actual = matrix(64), InputStatistics(128, NEEDS)
     x = torch.randn(50, 128, generator=torch.Generator().manual_seed(0))
     x[:, 5] = 0
-    found.update(x)
+    actual.update(x)
     zero = InputStatistics(128, NEEDS)
     zero.update(torch.zeros(10, 128))
-    records, metrics = svdquant(block({"a": target, "b": target}, {"a": found, "b": zero}), dict.fromkeys("ab", SvdQuantConfig(rank=8)))
+    records, metrics = svdquant(block({"a": target, "b": target}, {"a": actual, "b": zero}), dict.fromkeys("ab", SvdQuantConfig(rank=8)))
     for name in "ab":
         assert torch.isfinite(records[name].dense()).all() and all(v == v for v in metrics[name].values())
 

@@ -91,8 +91,8 @@ def test_the_joint_sweep_equals_column_by_column(columns, pattern, group_size, s
     values, mask = twin(weight.double(), moment, 0.5, pattern, grid)
     assert sweep.scale_GO is not None
     assert torch.equal(sweep.keep_IO.T, mask)
-    found = levels * sweep.scale_GO.T.repeat_interleave(grid.size(columns), dim=1)
-    assert torch.allclose(found, values, atol=1e-9)
+    actual = levels * sweep.scale_GO.T.repeat_interleave(grid.size(columns), dim=1)
+    assert torch.allclose(actual, values, atol=1e-9)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
@@ -100,12 +100,12 @@ def test_an_earlier_mask_survives(pattern):
     weight, statistics = layer()
     allowed = torch.rand(16, 96, generator=torch.Generator().manual_seed(1)) < 0.8
     start = StoredWeight(DenseWeight(weight)).with_mask(allowed)
-    found, _ = sparsegpt(start, weight, statistics, SparseGptConfig(pattern=pattern))
-    mask = found.mask_OI()
+    actual, _ = sparsegpt(start, weight, statistics, SparseGptConfig(pattern=pattern))
+    mask = actual.mask_OI()
     assert mask is not None
     if pattern == "unstructured":
         assert not bool((mask & ~allowed).any())
-        assert found.sparsity() == pytest.approx(0.5, abs=1e-3)
+        assert actual.sparsity() == pytest.approx(0.5, abs=1e-3)
     else:
         short = allowed.view(16, -1, 4).sum(-1) < 2
         assert not bool((mask & ~allowed).view(16, -1, 4).any(-1)[~short].any())
@@ -115,12 +115,12 @@ def test_an_earlier_mask_survives(pattern):
 @pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.7), ("2:4", 0.5), ("1:4", 0.75)])
 def test_counts_are_exact_and_the_dtype_stays(dtype, pattern, sparsity):
     weight, statistics = layer(rows=20, columns=200)
-    found, metrics = sparsegpt(StoredWeight(DenseWeight(weight.to(dtype))), weight, statistics, SparseGptConfig(sparsity, pattern))
-    assert isinstance(found.base, DenseWeight)
-    assert found.base.weight.dtype == dtype
-    mask = found.mask_OI()
+    actual, metrics = sparsegpt(StoredWeight(DenseWeight(weight.to(dtype))), weight, statistics, SparseGptConfig(sparsity, pattern))
+    assert isinstance(actual.base, DenseWeight)
+    assert actual.base.weight.dtype == dtype
+    mask = actual.mask_OI()
     assert mask is not None
-    assert bool((found.base.weight[~mask] == 0).all())
+    assert bool((actual.base.weight[~mask] == 0).all())
     assert metrics["sparsity"] == pytest.approx(sparsity, abs=1e-3)
     if pattern != "unstructured":
         kept, of = parse_pattern(pattern) or (0, 0)
@@ -132,23 +132,23 @@ def test_it_loses_less_than_wanda(pattern):
     weight, statistics = layer(rows=64, columns=256)
     start = StoredWeight(DenseWeight(weight))
     other, _ = wanda(start, weight, statistics, WandaConfig(pattern=pattern))
-    found, _ = sparsegpt(start, weight, statistics, SparseGptConfig(pattern=pattern))
-    assert error(weight, found.dense(), statistics) < 0.8 * error(weight, other.dense(), statistics)
+    actual, _ = sparsegpt(start, weight, statistics, SparseGptConfig(pattern=pattern))
+    assert error(weight, actual.dense(), statistics) < 0.8 * error(weight, other.dense(), statistics)
 
 
 @pytest.mark.parametrize("clip", ["none", "power", "hessian"])
 def test_the_joint_sweep_gives_a_masked_grid_weight(clip):
     weight, statistics = layer(rows=32, columns=192)
     activations = ActivationGrid(8)
-    found, metrics = sparsegpt(
+    actual, metrics = sparsegpt(
         StoredWeight(DenseWeight(weight)), weight, statistics, SparseGptConfig(0.5, "2:4", bits=4, clip=clip, activations=activations)
     )
-    assert isinstance(found.base, UniformWeight)
-    assert found.activations == activations
-    mask = found.mask_OI()
+    assert isinstance(actual.base, UniformWeight)
+    assert actual.activations == activations
+    mask = actual.mask_OI()
     assert mask is not None
     assert bool((mask.view(32, -1, 4).sum(-1) == 2).all())
-    assert bool((found.base.dense()[~mask] == 0).all())
+    assert bool((actual.base.dense()[~mask] == 0).all())
     assert metrics["squared_error"] > 0
 
 
@@ -156,12 +156,12 @@ def test_a_dead_layer_is_pruned_by_magnitude_alone():
     weight, _ = layer(rows=8, columns=64)
     inputs = InputStatistics(64, frozenset({"second_moment"}))
     inputs.update(torch.zeros(9, 64))
-    found, metrics = sparsegpt(StoredWeight(DenseWeight(weight)), weight, LayerStatistics(inputs), SparseGptConfig(0.25))
+    actual, metrics = sparsegpt(StoredWeight(DenseWeight(weight)), weight, LayerStatistics(inputs), SparseGptConfig(0.25))
     assert metrics["dead_layer"] == 1
-    mask = found.mask_OI()
+    mask = actual.mask_OI()
     assert mask is not None
     assert torch.equal(mask, keep_highest(weight.abs().view(-1), 128).view(8, 64))
-    assert torch.equal(found.dense(), weight.where(mask, 0))
+    assert torch.equal(actual.dense(), weight.where(mask, 0))
 
 
 def test_what_cannot_be_is_refused():

@@ -16,19 +16,19 @@ def stream(features: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("features", [1, 96, 300, 520])
 def test_pieces_add_up_to_the_definition(features):
     x, dense = stream(features)
-    found = InputStatistics(features, INPUT_NEEDS, max_samples=25)
+    actual = InputStatistics(features, INPUT_NEEDS, max_samples=25)
     for part, other in zip(x.split([10, 0, 33, 17]), dense.split([10, 0, 33, 17]), strict=True):
-        found.update(part.view(1, -1, features), other.view(1, -1, features))
+        actual.update(part.view(1, -1, features), other.view(1, -1, features))
     exact, exact_dense = x.double(), dense.double()
-    assert found.tokens == 60
-    assert torch.allclose(found.second_moment_II.double(), exact.T @ exact / 60, atol=1e-6)
-    assert torch.equal(found.second_moment_II, found.second_moment_II.T)
-    assert torch.allclose(found.cross_moment_II.double(), exact_dense.T @ exact / 60, atol=1e-6)
-    assert torch.allclose(found.norm_I.double(), exact.norm(dim=0), rtol=1e-5)
-    assert torch.equal(found.absmax_I, x.abs().amax(0))
-    assert torch.allclose(found.absmean_I.double(), exact.abs().mean(0), rtol=1e-5)
-    assert found.samples_TI is not None
-    assert torch.equal(found.samples_TI, x[:25])
+    assert actual.tokens == 60
+    assert torch.allclose(actual.second_moment_II.double(), exact.T @ exact / 60, atol=1e-6)
+    assert torch.equal(actual.second_moment_II, actual.second_moment_II.T)
+    assert torch.allclose(actual.cross_moment_II.double(), exact_dense.T @ exact / 60, atol=1e-6)
+    assert torch.allclose(actual.norm_I.double(), exact.norm(dim=0), rtol=1e-5)
+    assert torch.equal(actual.absmax_I, x.abs().amax(0))
+    assert torch.allclose(actual.absmean_I.double(), exact.abs().mean(0), rtol=1e-5)
+    assert actual.samples_TI is not None
+    assert torch.equal(actual.samples_TI, x[:25])
 
 
 def test_statistics_added_are_the_sums_of_their_parts_in_order_and_the_first_samples():
@@ -86,23 +86,23 @@ def test_bad_requests_are_refused():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("needs", [frozenset(), frozenset({"second_moment"}), INPUT_NEEDS])
 def test_bad_numbers_are_named(bad, needs):
-    found = InputStatistics(8, needs)
-    found.update(torch.ones(3, 8), torch.ones(3, 8))
-    assert found.non_finite() is None
-    found.update(torch.full((1, 8), bad), torch.ones(1, 8))
-    assert found.non_finite() == "square_sum"
+    actual = InputStatistics(8, needs)
+    actual.update(torch.ones(3, 8), torch.ones(3, 8))
+    assert actual.non_finite() is None
+    actual.update(torch.full((1, 8), bad), torch.ones(1, 8))
+    assert actual.non_finite() == "square_sum"
 
 
 def test_an_update_forgets_what_was_derived():
-    found = InputStatistics(4, frozenset())
-    found.factors["anything"] = object()
-    found.update(torch.ones(1, 4))
-    assert not found.factors
+    actual = InputStatistics(4, frozenset())
+    actual.factors["anything"] = object()
+    actual.update(torch.ones(1, 4))
+    assert not actual.factors
 
 
 def test_no_tokens_means_zeros_and_not_nan():
-    found = InputStatistics(4, INPUT_NEEDS)
-    for tensor in (found.norm_I, found.absmean_I, found.absmax_I, found.second_moment_II, found.cross_moment_II):
+    actual = InputStatistics(4, INPUT_NEEDS)
+    for tensor in (actual.norm_I, actual.absmean_I, actual.absmax_I, actual.second_moment_II, actual.cross_moment_II):
         assert bool((tensor == 0).all())
 
 
@@ -112,9 +112,9 @@ def test_no_memory_is_taken_before_a_token_arrives() -> None:
     idle.update(torch.zeros(0, 6), torch.zeros(0, 6))
     assert not any(isinstance(value, torch.Tensor) for value in vars(idle).values())
     assert idle.tokens == 0 and idle.non_finite() is None
-    for found, shape in (
+    for actual, shape in (
         (idle.norm_I, (6,)), (idle.absmax_I, (6,)), (idle.absmean_I, (6,)), (idle.second_moment_II, (6, 6)), (idle.cross_moment_II, (6, 6))
     ):  # fmt: skip
-        assert found.shape == shape and found.dtype == torch.float32 and not found.any()
+        assert actual.shape == shape and actual.dtype == torch.float32 and not actual.any()
     with pytest.raises(ValueError, match="absmax was not collected"):
         _ = InputStatistics(6, frozenset({"norms"})).absmax_I

@@ -235,8 +235,8 @@ def drawn(func: Any, here: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """The card draws from its own default generator instead of the host's, and neither device from one of the other's."""
     given = kwargs.get("generator")
     if given is not None and (given._cdata in ON_CARD) != here:
-        expected, found = ("cuda", "cpu") if here else ("cpu", "cuda")
-        raise RuntimeError(f"Expected a '{expected}' device type for generator but found '{found}' ({func.name()})")
+        expected, actual = ("cuda", "cpu") if here else ("cpu", "cuda")
+        raise RuntimeError(f"Expected a '{expected}' device type for generator but found '{actual}' ({func.name()})")
     if not here:
         return computed(func, args, kwargs)
     host = torch.get_rng_state()

@@ -66,8 +66,8 @@ def finished(started: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def test_a_run_says_where_it_computed(finished: Path) -> None:
-    found = json.loads((finished / "environment.json").read_text())
-    assert (found["device"], found["dtype"], found["device_name"]) == ("cuda", "bfloat16", "pretended")
+    actual = json.loads((finished / "environment.json").read_text())
+    assert (actual["device"], actual["dtype"], actual["device_name"]) == ("cuda", "bfloat16", "pretended")
 
 
 @pytest.fixture
@@ -152,5 +152,5 @@ def test_bench_on_layers(subject: str, method: str, command: Command) -> None:
 def test_bench_of_a_training_step(finished: Path) -> None:
     """As `bench recover` times it, on what the run quantized."""
     trained = resolve(str(finished / "recipe.resolved.yaml")).stage("recover")
-    found = step_seconds(last_artifact(finished, "quantize"), [trained], torch.device("cuda"), 1, torch.bfloat16)
-    assert found["scales"]["seconds_per_step"] > 0
+    actual = step_seconds(last_artifact(finished, "quantize"), [trained], torch.device("cuda"), 1, torch.bfloat16)
+    assert actual["scales"]["seconds_per_step"] > 0

@@ -92,36 +92,36 @@ def test_every_part_leaves_rows_and_is_not_run_again(
     tmp_path: Path, plan: CardPlan, in_here: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     parts = ("demo", "shape", "kernels", "decode", "train")
-    code, found = make_gpu(tmp_path, plan, *parts)
+    code, actual = make_gpu(tmp_path, plan, *parts)
     printed = capsys.readouterr().out
     assert code == 0 and printed.startswith("pretended, torch"), printed
-    assert [found[name]["left"] for name in parts] == [[], [], [], [], []]
-    assert list(found["demo"]["rows"]) == [f"float32 {name}" for name in ("baseline", "quantize", "decompose", "recover", "fuse")]
-    assert all(row["perplexity"] > 1 and row["dtype"] == "float32" for row in found["demo"]["rows"].values())
-    rtn, scales = found["shape"]["rows"].values()
+    assert [actual[name]["left"] for name in parts] == [[], [], [], [], []]
+    assert list(actual["demo"]["rows"]) == [f"float32 {name}" for name in ("baseline", "quantize", "decompose", "recover", "fuse")]
+    assert all(row["perplexity"] > 1 and row["dtype"] == "float32" for row in actual["demo"]["rows"].values())
+    rtn, scales = actual["shape"]["rows"].values()
     assert rtn["seconds_per_block"] > 0 and rtn["device_peak_bytes"] > 0 and rtn["host_peak_bytes"] > rtn["device_peak_bytes"]
     assert scales["seconds_per_step"] > 0 and scales["device_peak_bytes"] > 0
-    variants = {row["variant"] for row in found["kernels"]["rows"].values()}
+    variants = {row["variant"] for row in actual["kernels"]["rows"].values()}
     assert {"torch bfloat16", "torch int4"} <= variants and "| torch int4 |" in (tmp_path / "out" / "gpu-pretended.md").read_text()
-    assert list(found["decode"]["rows"]) == [f"{variant} {regime}" for variant in SPEEDS for regime in ("decode", "prefill")]
-    assert all(row["times_bfloat16"] > 0 and row["blocks"] == 1 for row in found["decode"]["rows"].values())
-    assert found["decode"]["rows"]["4 bits, rank 32 decode"]["backends"] == "triton 7"
-    assert found["train"]["rows"]["recover"]["steps"] == 1 and found["train"]["rows"]["recover"]["tokens_per_second"] > 0
+    assert list(actual["decode"]["rows"]) == [f"{variant} {regime}" for variant in SPEEDS for regime in ("decode", "prefill")]
+    assert all(row["times_bfloat16"] > 0 and row["blocks"] == 1 for row in actual["decode"]["rows"].values())
+    assert actual["decode"]["rows"]["4 bits, rank 32 decode"]["backends"] == "triton 7"
+    assert actual["train"]["rows"]["recover"]["steps"] == 1 and actual["train"]["rows"]["recover"]["tokens_per_second"] > 0
 
     in_here.clear()
     code, again = make_gpu(tmp_path, plan, *parts)
-    assert in_here == ["machine"] and again == found and "finished before" in capsys.readouterr().out
+    assert in_here == ["machine"] and again == actual and "finished before" in capsys.readouterr().out
 
 
 def test_a_part_goes_on_with_what_is_left(tmp_path: Path, plan: CardPlan, in_here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     over = iter([False, True])
     with monkeypatch.context() as patch:
         patch.setattr(Call, "over", lambda call: next(over))
-        _, found = make_gpu(tmp_path, plan, "shape")
-    assert list(found["shape"]["rows"]) == ["tiny quantize rtn"] and found["shape"]["left"] == ["tiny recover scales"]
-    first = found["shape"]["rows"]["tiny quantize rtn"]
-    _, found = make_gpu(tmp_path, plan, "shape")
-    assert found["shape"]["left"] == [] and found["shape"]["rows"]["tiny quantize rtn"] == first
+        _, actual = make_gpu(tmp_path, plan, "shape")
+    assert list(actual["shape"]["rows"]) == ["tiny quantize rtn"] and actual["shape"]["left"] == ["tiny recover scales"]
+    first = actual["shape"]["rows"]["tiny quantize rtn"]
+    _, actual = make_gpu(tmp_path, plan, "shape")
+    assert actual["shape"]["left"] == [] and actual["shape"]["rows"]["tiny quantize rtn"] == first
     assert in_here.count("tiny-2-blocks-quantize-rtn.answer") == 1
 
 
@@ -134,16 +134,16 @@ def test_failing_tests_are_named_and_those_left_come_next(
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     plan = CardPlan(tests=(str(suite),))
     for seconds in (8, 16, 32, 64):  # on a quiet machine the first is enough
-        code, found = make_gpu(tmp_path, plan, "tests", seconds=seconds)
-        if found["tests"]["left"] == []:
+        code, actual = make_gpu(tmp_path, plan, "tests", seconds=seconds)
+        if actual["tests"]["left"] == []:
             break
     printed = capsys.readouterr().out
-    rows = {key.split("::")[-1]: row for key, row in found["tests"]["rows"].items()}
+    rows = {key.split("::")[-1]: row for key, row in actual["tests"]["rows"].items()}
     assert code == 1
     assert rows["test_passes"]["outcome"] == "passed" and rows["test_is_skipped"]["outcome"] == "skipped"
     assert rows["test_fails"]["line"].startswith("AssertionError: not the same") and "test_fails: AssertionError" in printed
     assert rows["test_dies"] == {"outcome": "failed", "seconds": rows["test_dies"]["seconds"], "line": "its process ended with 7"}
-    assert "did not end within" in rows["test_hangs"]["line"] and found["tests"]["left"] == []
+    assert "did not end within" in rows["test_hangs"]["line"] and actual["tests"]["left"] == []
     table = (tmp_path / "out" / "gpu-pretended.md").read_text()
     assert "1 passed, 3 failed, 1 skipped." in table and "not the same" in table
 
@@ -180,8 +180,8 @@ def test_a_python_that_lacks_a_package_is_told_so(
     tmp_path: Path, plan: CardPlan, in_here: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(gpu, "missing", lambda part: ["pydantic", "yaml"] if part == "demo" else [])
-    code, found = make_gpu(tmp_path, plan, "demo", "kernels")
-    assert code == 1 and list(found) == ["kernels"]
+    code, actual = make_gpu(tmp_path, plan, "demo", "kernels")
+    assert code == 1 and list(actual) == ["kernels"]
     (line, *_) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"demo: {sys.executable} lacks pydantic, yaml: ") and '`make gpu-packages FETCH="pydantic PyYAML" ' in line
     assert gpu.main(["demo"]) == 2

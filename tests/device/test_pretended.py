@@ -112,11 +112,11 @@ def test_no_numpy_and_no_generator_of_the_other() -> None:
 
 
 def test_in_a_thread() -> None:
-    found: list[torch.Tensor] = []
-    thread = threading.Thread(target=lambda: found.append(torch.ones(2, device="cuda") * 2))
+    actual: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: actual.append(torch.ones(2, device="cuda") * 2))
     thread.start()
     thread.join()
-    assert isinstance(found[0], OnCard)
+    assert isinstance(actual[0], OnCard)
 
 
 def test_living_bytes_are_counted() -> None:

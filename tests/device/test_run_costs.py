@@ -189,11 +189,11 @@ def test_a_large_batch_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_blocks_alike_cost_alike() -> None:
     """Work and activations grow in a straight line with the number of blocks."""
-    found = {}
+    actual = {}
     for blocks in (2, 6):
         config = LlamaConfig(**{**LARGE["8b"], "num_hidden_layers": blocks}, vocab_size=512)
         anatomy = Anatomy(skeleton(config))
-        found[blocks] = anatomy.step(1, 64, torch.bfloat16, False, "both"), anatomy.forward(8, 256, torch.bfloat16)
-    (two, running), (six, also) = found[2], found[6]
+        actual[blocks] = anatomy.step(1, 64, torch.bfloat16, False, "both"), anatomy.forward(8, 256, torch.bfloat16)
+    (two, running), (six, also) = actual[2], actual[6]
     assert running == also and two.work == six.work
     assert six.activations.saved == pytest.approx(3 * two.activations.saved, rel=0.1)

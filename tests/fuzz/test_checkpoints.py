@@ -116,7 +116,7 @@ def test_unchanged_they_are_read(name: str, bases: dict[str, Files], tmp_path: P
 def test_changed(name: str, count: int, bases: dict[str, Files], tmp_path: Path, cache: Path) -> None:
     opened(bases[name], tmp_path / "m")
     changes = drawn(bases[name], 0.02 if name == "gguf" else 1.0)
-    codes = fuzz(count, count > 1000, changes, lambda found: opened(changed(bases[name], found), tmp_path / "m"))
+    codes = fuzz(count, count > 1000, changes, lambda actual: opened(changed(bases[name], actual), tmp_path / "m"))
     assert codes[3] > 0, "no change was refused"
 
 

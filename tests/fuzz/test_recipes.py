@@ -42,8 +42,8 @@ VALUES = st.sampled_from([v for v in HOSTILE if v != 10**400]) | st.integers() |
 @st.composite
 def structures(draw: st.DrawFn) -> dict[str, Any]:
     """A recipe most of whose names are known, and whose values are anything."""
-    found: dict[str, Any] = {draw(st.sampled_from(ROOTS)): draw(VALUES | sections()) for _ in range(draw(st.integers(0, 2)))}
-    return {**PLAIN, **found} if draw(st.booleans()) else {"stages": draw(st.lists(stages() | VALUES, max_size=3)), **found}
+    actual: dict[str, Any] = {draw(st.sampled_from(ROOTS)): draw(VALUES | sections()) for _ in range(draw(st.integers(0, 2)))}
+    return {**PLAIN, **actual} if draw(st.booleans()) else {"stages": draw(st.lists(stages() | VALUES, max_size=3)), **actual}
 
 
 @st.composite
@@ -71,11 +71,11 @@ def read(text: str | bytes, place: Path) -> None:
     """Read as `pipeline run FILE` reads it, written as its run directory holds it, and read again."""
     file = place / "recipe.yaml"
     file.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
-    found = resolve(str(file))
-    run_directory(found)
+    actual = resolve(str(file))
+    run_directory(actual)
     written = place / "recipe.resolved.yaml"
-    written.write_text(found.to_yaml(), encoding="utf-8")
-    assert resolve(str(written)) == found
+    written.write_text(actual.to_yaml(), encoding="utf-8")
+    assert resolve(str(written)) == actual
 
 
 @counts(200, 20_000)
@@ -88,8 +88,8 @@ def test_structures(count: int, tmp_path: Path) -> None:
 def test_yaml(count: int, tmp_path: Path) -> None:
     text = st.lists(st.sampled_from(TOKENS) | st.text(max_size=3), max_size=14).map("".join)
     files: Files = {"r.yaml": as_yaml(PLAIN).encode()}
-    damaged = drawn(files).map(lambda found: changed(files, found)["r.yaml"])
-    assert fuzz(count, count > 1000, text | damaged, lambda found: read(found, tmp_path))[2] > 0
+    damaged = drawn(files).map(lambda actual: changed(files, actual)["r.yaml"])
+    assert fuzz(count, count > 1000, text | damaged, lambda actual: read(actual, tmp_path))[2] > 0
 
 
 @counts(150, 20_000)

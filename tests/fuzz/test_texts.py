@@ -44,9 +44,9 @@ COLUMNS = st.sampled_from(["text", "prompt", "completion", "messages", "id"])
 
 @pytest.fixture(scope="module")
 def tokenizer(small_model: Path) -> Any:
-    found = load_tokenizer(small_model)
-    found.chat_template = TEMPLATE
-    return found
+    actual = load_tokenizer(small_model)
+    actual.chat_template = TEMPLATE
+    return actual
 
 
 def read(file: Path, tokenizer: Any) -> None:
@@ -72,7 +72,7 @@ def test_jsonl(count: int, tokenizer: Any, tmp_path: Path) -> None:
 def test_plain_text(ending_: str, count: int, tokenizer: Any, tmp_path: Path) -> None:
     file = tmp_path / f"t{ending_}"
     data = st.lists(BYTES | WORDS.map(lambda text: text.encode("utf-8", "surrogatepass")), max_size=6).map(b"\n".join)
-    assert fuzz(count, count > 1000, data, lambda found: (file.write_bytes(found), read(file, tokenizer)))[3] > 0
+    assert fuzz(count, count > 1000, data, lambda actual: (file.write_bytes(actual), read(file, tokenizer)))[3] > 0
 
 
 def table(columns: dict[str, list[Any]]) -> bytes:
@@ -103,7 +103,7 @@ def test_parquet(count: int, tokenizer: Any, tmp_path: Path) -> None:
         lambda n: st.dictionaries(COLUMNS, st.one_of([st.lists(k, min_size=n, max_size=n) for k in kinds]), min_size=1)
     )
     valid = {"t.parquet": table({"text": ["The river is wide.", "A stone lies near the bridge, and nobody saw it."]})}
-    damaged = drawn(valid).map(lambda found: changed(valid, found)["t.parquet"])
+    damaged = drawn(valid).map(lambda actual: changed(valid, actual)["t.parquet"])
     codes = fuzz(count, count > 1000, column.map(table) | damaged, lambda data: (file.write_bytes(data), read(file, tokenizer)))
     assert codes[3] > 0
 

@@ -90,24 +90,24 @@ def score(job: dict[str, Any]) -> dict[str, Any]:
     with opened(job, windows.shape[1]) as (model, context):
         for ids in windows.tolist():
             api.llama_memory_clear(api.llama_get_memory(context), True)
-            found = logits(model, context, ids, 0, True)[:-1]
-            found -= found.max(1, keepdims=True)
-            found -= np.log(np.exp(found).sum(1, keepdims=True))
-            out.append(float(-found[np.arange(len(found)), ids[1:]].mean()))
+            actual = logits(model, context, ids, 0, True)[:-1]
+            actual -= actual.max(1, keepdims=True)
+            actual -= np.log(np.exp(actual).sum(1, keepdims=True))
+            out.append(float(-actual[np.arange(len(actual)), ids[1:]].mean()))
     return {"nll": out}
 
 
 def generate(job: dict[str, Any]) -> dict[str, Any]:
     ids, gaps = list(job["ids"]), []
     with opened(job, len(ids) + job["new_tokens"]) as (model, context):
-        found = logits(model, context, ids, 0, False)[0]
+        actual = logits(model, context, ids, 0, False)[0]
         began = time.perf_counter()
         for _ in range(job["new_tokens"]):
-            second, first = np.argpartition(found, -2)[-2:]
-            first, second = (first, second) if found[first] >= found[second] else (second, first)
-            gaps.append(float(found[first] - found[second]))
+            second, first = np.argpartition(actual, -2)[-2:]
+            first, second = (first, second) if actual[first] >= actual[second] else (second, first)
+            gaps.append(float(actual[first] - actual[second]))
             ids.append(int(first))
-            found = logits(model, context, ids[-1:], len(ids) - 1, False)[0]
+            actual = logits(model, context, ids[-1:], len(ids) - 1, False)[0]
         seconds = time.perf_counter() - began
     return {"ids": ids[len(job["ids"]) :], "gaps": gaps, "seconds": seconds}
 

@@ -72,15 +72,15 @@ def test_every_family_computes_the_same(
     name: str, adapter: bool, case: Any, on_grid: Any, small_model: Path, windows: torch.Tensor, tmp_path: Path
 ) -> None:
     """Perplexity within 0.5 % of ours (0.02 nats where a random model is far above 1000), window by window."""
-    found = made(name, case, on_grid, small_model)
-    checkpoint = with_terms(found.checkpoint) if adapter else found.checkpoint
+    actual = made(name, case, on_grid, small_model)
+    checkpoint = with_terms(actual.checkpoint) if adapter else actual.checkpoint
     state = {f"{n}.weight": checkpoint.linears[n].dense() for n in checkpoint.linears}
-    found.model.load_state_dict(state, strict=False)
+    actual.model.load_state_dict(state, strict=False)
     formats.write("gguf", checkpoint, tmp_path / "m", adapter)
     np.save(tmp_path / "ids.npy", windows.numpy())
     job = {"model": str(tmp_path / "m/model.gguf"), "windows": str(tmp_path / "ids.npy")}
     (said,) = run("score", tmp_path, job | ({"adapter": str(tmp_path / "m/adapter.gguf")} if adapter else {}))
-    mine = nll(found.model, windows)
+    mine = nll(actual.model, windows)
     assert abs(float(torch.tensor(said["nll"]).double().mean() - mine.mean())) < 0.02
     torch.testing.assert_close(torch.tensor(said["nll"]).double(), mine, rtol=0, atol=0.06)
 
@@ -88,8 +88,8 @@ def test_every_family_computes_the_same(
 @pytest.mark.parametrize("name", GGUF_TOKENIZERS)
 def test_llama_cpp_makes_the_same_tokens(name: str, case: Any, on_grid: Any, small_text: Path, tmp_path: Path) -> None:
     tokenizer = save_tokenizer(name, small_text, tmp_path / "tokenizer")
-    found = made("llama", case, on_grid, tmp_path / "tokenizer", vocab_size=700)
-    notes = formats.write("gguf", found.checkpoint, tmp_path / "m.gguf")
+    actual = made("llama", case, on_grid, tmp_path / "tokenizer", vocab_size=700)
+    notes = formats.write("gguf", actual.checkpoint, tmp_path / "m.gguf")
     short = [text for text in TEXTS if not ((text.startswith(" ") or "> " in text) and any("begins with a space" in note for note in notes))]
     long = [json.loads(line)["text"] for line in small_text.read_text().splitlines()[20:23]]
     (said,) = run("tokenize", tmp_path, {"model": str(tmp_path / "m.gguf"), "texts": short + long})
@@ -173,8 +173,8 @@ def test_llama_cpp_quantizes_what_we_wrote(exported: tuple[Path, Path], small_mo
     """Its quantizer takes our float32 file and our importance matrix; the types are its own choice."""
     from bitmend.compress.weights import DenseWeight
 
-    found = made("llama", case, lambda weight, **_: DenseWeight(weight), small_model, hidden_size=256, intermediate_size=256, head_dim=64)
-    formats.write("gguf", found.checkpoint, tmp_path / "f.gguf")
+    actual = made("llama", case, lambda weight, **_: DenseWeight(weight), small_model, hidden_size=256, intermediate_size=256, head_dim=64)
+    formats.write("gguf", actual.checkpoint, tmp_path / "f.gguf")
     names = [t.name for t in GGUFReader(tmp_path / "f.gguf").tensors if len(t.shape) == 2 and t.name.startswith("blk.")]
     np.savez(tmp_path / "i.npz", **{name: np.ones(256, np.float32) for name in names})
     job = {"model": str(tmp_path / "f.gguf"), "output": str(tmp_path / "q.gguf"), "type": "Q2_K", "imatrix": str(tmp_path / "i.npz")}
@@ -188,11 +188,11 @@ def test_the_check_would_see_rows_in_another_order(
 ) -> None:
     from bitmend.pipelines.formats.gguf_families import GgufModel
 
-    found = made("llama", case, on_grid, small_model)
+    actual = made("llama", case, on_grid, small_model)
     monkeypatch.setattr(GgufModel, "rows", lambda self, name: None)
-    formats.write("gguf", found.checkpoint, tmp_path / "m.gguf")
+    formats.write("gguf", actual.checkpoint, tmp_path / "m.gguf")
     np.save(tmp_path / "ids.npy", windows.numpy())
     (said,) = run("score", tmp_path, {"model": str(tmp_path / "m.gguf"), "windows": str(tmp_path / "ids.npy")})
-    assert (torch.tensor(said["nll"]).double() - nll(found.model, windows)).abs().max() > 0.12
+    assert (torch.tensor(said["nll"]).double() - nll(actual.model, windows)).abs().max() > 0.12
 
 

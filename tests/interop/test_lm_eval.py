@@ -59,13 +59,13 @@ def made(tmp_path_factory: pytest.TempPathFactory, small_model: Path, small_text
 def test_every_stage_is_scored_against_the_baseline(made: tuple[Path, RunRecord], small_model: Path) -> None:
     run, record = made
     tokenizer = AutoTokenizer.from_pretrained(small_model)
-    found: dict[str, list[float]] = {}
+    actual: dict[str, list[float]] = {}
     for stage in record.stages:
         for metric, values in zip(("acc", "acc_norm"), by_hand(load(stage_directory(run, stage.stage)), tokenizer), strict=True):
             task = stage.tasks[f"questions {metric}"]
             assert (task.score, task.documents) == (sum(values) / 20, 20)
             assert task.stderr == pytest.approx((task.score * (1 - task.score) / 19) ** 0.5)
-            first = found.setdefault(metric, values)
+            first = actual.setdefault(metric, values)
             differences = [one - other for one, other in zip(values, first, strict=True)]
             assert task.difference == (None if stage.stage == "baseline" else pytest.approx(sum(differences) / 20))
     base, quantized = (record.stages[place].tasks["questions acc"].score for place in (0, 1))

@@ -41,10 +41,10 @@ def test_a_wrong_operator_is_refused_not_timed(monkeypatch: pytest.MonkeyPatch, 
     plain = bench.variants
 
     def broken(stored, place):
-        found = plain(stored, place)
-        name = next(n for n in found if n.endswith(("fused", "without rank")))
-        call, kept = found[name]
-        return found | {name: ((lambda x: call(x) * 1.05), kept)}
+        actual = plain(stored, place)
+        name = next(n for n in actual if n.endswith(("fused", "without rank")))
+        call, kept = actual[name]
+        return actual | {name: ((lambda x: call(x) * 1.05), kept)}
 
     monkeypatch.setattr(bench, "variants", broken)
     measured = bench.run(device, [2], plan=TINY, protocol=QUICK)
@@ -76,8 +76,8 @@ def test_two_levels_are_rows_of_their_own(device: str) -> None:
     plan = replace(TINY, rows=(3,), activation_bits=(8,), two_levels=True)
     measured = bench.run(device, plan=plan, protocol=QUICK)
     assert measured["refused"] == []
-    found = {(row["operator"], row["rank"]): row for row in measured["rows"]}
-    assert {("W4A8", 0), ("W4A8", 8), ("W4A8, two levels", 0), ("W4A8, two levels", 8)} <= set(found)
+    actual = {(row["operator"], row["rank"]): row for row in measured["rows"]}
+    assert {("W4A8", 0), ("W4A8", 8), ("W4A8, two levels", 0), ("W4A8, two levels", 8)} <= set(actual)
     stored = bench.synthetic(TINY.layers[0], 4, 8, 8, torch.device("cpu"), two_levels=True)
     assert stored.activations is not None and stored.activations.group_size == -1
 
@@ -137,8 +137,8 @@ def test_median_and_quartiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_takes_long_is_repeated_less_and_says_so(a_pass: float, repeats: int, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
     monkeypatch.setattr("bitmend.kernels.timing._cpu_seconds", lambda once: passes.append(1) or a_pass)
-    found = time_calls([int, int], torch.device("cpu"), TimingProtocol(3, 11, most_seconds=1.01))
-    assert found == Timing(a_pass / 2 * 1e6, None if repeats == 1 else 0.0, repeats)
+    actual = time_calls([int, int], torch.device("cpu"), TimingProtocol(3, 11, most_seconds=1.01))
+    assert actual == Timing(a_pass / 2 * 1e6, None if repeats == 1 else 0.0, repeats)
     assert len(passes) == (1 if repeats == 1 else 3 + repeats)
 
 

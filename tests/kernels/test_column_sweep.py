@@ -18,23 +18,23 @@ def test_the_kernel_is_the_loop(kind: dict[str, float], device: str, monkeypatch
     weight, pull, block = torch.randn(rows, columns) / columns**0.5, kind.get("pull", 0.0), int(kind.get("block", BLOCK))
     factor = inverse_factor((x.T @ x / len(x)).to(device), 0.01, True)
     grid = UniformGrid(bits, group, bool(kind.get("symmetric")), bool(kind.get("float_zeros")))
-    scale, zero = (found.squeeze(-1).T.contiguous().to(device) for found in fit(weight.view(rows, -1, group), grid, "power"))
+    scale, zero = (actual.squeeze(-1).T.contiguous().to(device) for actual in fit(weight.view(rows, -1, group), grid, "power"))
     keep = (torch.rand(columns, rows) < 0.6).to(device) if kind.get("masked") else None
     grids = GivenGrids(scale, zero, factor.order_I // group, keep, grid.top, grid.float_zeros)
     work = weight.to(device).T[factor.order_I].contiguous()
-    swept, found = work.clone(), work.clone()
+    swept, actual = work.clone(), work.clone()
     monkeypatch.setattr(torch.ops.bitmend, "feed_back_block_", feedback.feed_back_block_)
     levels, loss = feed_back_uniform_(swept, factor, grids, block, pull)
     for module, name in ((feedback, "feed_back_block_"), (torch.ops.bitmend, "feed_back_block_")):  # by name on the CPU, by operator on a card
         monkeypatch.setattr(module, name, column_sweep.feed_back_block_)
-    again, lost = feed_back_uniform_(found, factor, grids, block, pull)
+    again, lost = feed_back_uniform_(actual, factor, grids, block, pull)
     same = again == levels
     assert same.float().mean() >= 0.9999 and len(levels.unique()) > 3
     assert keep is None or not again[~keep].any()
     target = work + 0.0
     seen = ((again - levels) * scale[grids.group_I]).norm() / ((levels * scale[grids.group_I]) - target).norm()
     assert seen <= 1e-4, "output"
-    torch.testing.assert_close(found, swept, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, swept, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lost, loss, rtol=1e-4, atol=1e-6)
 
 

@@ -27,13 +27,13 @@ def test_a_kernel_without_the_matrix_unit_reads_16_bytes_and_spills_nothing(tmp_
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-P", "-W", "ignore", "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert len(found) == 3, "a whole dequantization, the down-projection, the product"
-    for row in found:
+    actual = json.loads(done.stdout)
+    assert len(actual) == 3, "a whole dequantization, the down-projection, the product"
+    for row in actual:
         assert (row["spilled_bytes"], row["matrix"], row["load_bits"]) == (0, "", 128), row
     table = published.read("kernels-static")
     if table["protocol"]["triton"] == triton.__version__:
-        names = {"dequantize_kernel": found[0], "project_kernel": found[1], "gemv_kernel": found[2]}
+        names = {"dequantize_kernel": actual[0], "project_kernel": actual[1], "gemv_kernel": actual[2]}
         for row in table["rows"]:
             if row["card"] == "sm_90" and row["kernel"] in names and row["rows"].split(", ")[0] in ("1", "128") and row["n"] in (16, None):
                 assert row["registers"] == names[row["kernel"]]["registers"], (row, "make publish TABLE=kernels-static")
@@ -50,7 +50,7 @@ def test_the_published_table_is_of_these_configurations_and_none_spills() -> Non
             shape = options.get("BLOCK_N"), options.get("BLOCK_M"), options["num_warps"], options["num_stages"], count
             assert ("sm_90", launch.kernel.__name__, *shape) in listed, (blocks, "make publish TABLE=kernels-static")
     for count in INTEGER_ROWS:
-        for blocks, _, launch in (found for x_group in (64, -1) for found in integer_launches(count, x_group)):
+        for blocks, _, launch in (actual for x_group in (64, -1) for actual in integer_launches(count, x_group)):
             shape = launch.options.get("BLOCK_N"), launch.options["BLOCK_M"], launch.options["num_warps"], launch.options["num_stages"], count
             assert ("sm_90", launch.kernel.__name__, *shape) in listed, (blocks, "make publish TABLE=kernels-static")
 
@@ -66,8 +66,8 @@ def test_launches_need_no_memory() -> None:
     names = [launch.kernel.__name__ for launch in launches(1, G16)]
     assert names == ["project_kernel", "gemv_kernel"] and [launch.kernel.__name__ for launch in launches(2048, WHOLE)] == ["dequantize_kernel"]
     for x_group, names in ((64, ["_quantize_down_kernel", "_lowbit_kernel"]), (-1, ["_quantize_rows_kernel", "_levels_kernel"])):
-        found = [launch.kernel.__name__ for _, _, launch in integer_launches(64, x_group)]
-        assert list(dict.fromkeys(found)) == names and found.count(names[0]) == 1
+        actual = [launch.kernel.__name__ for _, _, launch in integer_launches(64, x_group)]
+        assert list(dict.fromkeys(actual)) == names and actual.count(names[0]) == 1
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter's refusal")

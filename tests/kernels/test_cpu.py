@@ -123,8 +123,8 @@ def test_choice_is_measured_once_and_has_a_reason(monkeypatch: pytest.MonkeyPatc
 def test_packed_is_kept_unless_it_is_hopeless(packed_time: float, choice: str, monkeypatch: pytest.MonkeyPatch, uniform: Maker) -> None:
     monkeypatch.setattr(cpu, "microseconds", lambda *_: packed_time)
     monkeypatch.setattr(cpu, "_dense_times", lambda *_: {"bfloat16": 30.0, "float32": 15.0})
-    found = cpu.resident_form(cpu_int4.pack_int4(uniform(64, 128, 4)), torch.float32)
-    assert found["choice"] == choice and "float32 15 µs" in found["reason"]
+    actual = cpu.resident_form(cpu_int4.pack_int4(uniform(64, 128, 4)), torch.float32)
+    assert actual["choice"] == choice and "float32 15 µs" in actual["reason"]
 
 
 @pytest.mark.usefixtures("fresh")

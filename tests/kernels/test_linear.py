@@ -210,8 +210,8 @@ def test_values_and_gradients_by_rows(outs: tuple[int, ...], factors: str, backe
     bound = bind_group([(w, None) for w in weights], backend=backend) if len(outs) > 1 else bind(weights[0], backend=backend)
     for rows in (1, 7, 70):
         x = torch.randn(rows, 192, requires_grad=True)
-        found = bound(x)
-        y = torch.cat(found, 1) if isinstance(found, tuple) else found
+        actual = bound(x)
+        y = torch.cat(actual, 1) if isinstance(actual, tuple) else actual
         assert_close(y.detach(), torch.cat([by_definition(w, None, x.detach()) for w in weights], 1))
         upstream = torch.randn_like(y)
         (grad,) = torch.autograd.grad(y, x, upstream)

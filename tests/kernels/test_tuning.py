@@ -80,10 +80,10 @@ def test_weight_only_products_never_lose_more_than_a_twentieth(
     for grid, weight in grids.items():
         for rank in (0, 32):
             for rows in ENDS:
-                found, best = _chosen(weight, rank, rows)
+                actual, best = _chosen(weight, rank, rows)
                 place = (grid, rank, row_bucket(rows, 1))
-                assert found[1] <= LOSES * best, (place, found, best)
-                assert taken.setdefault(place, found[0]) == found[0], "one choice a bucket"
+                assert actual[1] <= LOSES * best, (place, actual, best)
+                assert taken.setdefault(place, actual[0]) == actual[0], "one choice a bucket"
     buckets = {bucket for _, _, bucket in taken}
     assert len(measurements) == len(set(measurements)) == len(taken) == len(grids) * 2 * len(buckets)
     assert len({blocks.way for blocks in taken.values()}) == len(WAYS), "every way leads somewhere"

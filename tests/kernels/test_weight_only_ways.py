@@ -25,9 +25,9 @@ def grids(uniform: Maker, normal_float: Maker) -> dict[str, TiledWeight]:
     """Two tiles of codes in each, the second one padded in some."""
     plain = uniform(20, 128)
     free = UniformWeight.from_codes(plain.codes_OI(), plain.scales, plain.zeros_OG() + torch.rand(20, 2) - 0.5, 4, 64)
-    found = {"2": uniform(20, 192, 2), "3": uniform(20, 128, 3), "4": plain, "8": uniform(20, 64, 8), "free zeros": free,
+    actual = {"2": uniform(20, 192, 2), "3": uniform(20, 128, 3), "4": plain, "8": uniform(20, 64, 8), "free zeros": free,
              "symmetric": uniform(20, 128, 4, 64, True), "book": normal_float(20, 128), "one group, odd": uniform(20, 77, 4, -1)}  # fmt: skip
-    return {name: tile(base, 16) for name, base in found.items()}
+    return {name: tile(base, 16) for name, base in actual.items()}
 
 
 def product_of(weight: TiledWeight, rows: int, dtype: torch.dtype, rank: int = 8) -> Operands:
@@ -107,13 +107,13 @@ def test_defaults_are_candidates_and_come_first() -> None:
     for capability in DEFAULTS:
         for bucket in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096):
             for low_rank in (False, True):
-                found = candidates_for(bucket, capability, low_rank, int4=False)
+                actual = candidates_for(bucket, capability, low_rank, int4=False)
                 default = default_for(bucket, capability)
-                assert found[0] == (replace(default, **vars(candidates.AFTER)) if low_rank and default.way == SCRATCH else default)
-                assert len(set(found)) == len(found) and INT4 not in {blocks.way for blocks in found}
-                assert (APART in {blocks.way for blocks in found}) == low_rank, "two launches are measured as well as one"
-                assert not low_rank or SCRATCH not in {blocks.way for blocks in found}
-                assert capability == OLDER or all(any(b == blocks for _, _, some in CANDIDATES for b in some) for blocks in found if blocks.way != APART)
+                assert actual[0] == (replace(default, **vars(candidates.AFTER)) if low_rank and default.way == SCRATCH else default)
+                assert len(set(actual)) == len(actual) and INT4 not in {blocks.way for blocks in actual}
+                assert (APART in {blocks.way for blocks in actual}) == low_rank, "two launches are measured as well as one"
+                assert not low_rank or SCRATCH not in {blocks.way for blocks in actual}
+                assert capability == OLDER or all(any(b == blocks for _, _, some in CANDIDATES for b in some) for blocks in actual if blocks.way != APART)
     assert candidates_for(1024, (9, 0), False, True)[0].way == SCRATCH != candidates_for(512, (9, 0), False, True)[0].way
     assert INT4 in {blocks.way for blocks in candidates_for(1, (9, 0), False, True)}
 

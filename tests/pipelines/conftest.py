@@ -45,8 +45,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, small_model: Path, small_
 
 @pytest.fixture(scope="session")
 def commands(own_cache: Path, torch_threads: None) -> Iterator[Processes]:
-    with processes() as found:
-        yield found
+    with processes() as actual:
+        yield actual
 
 
 @pytest.fixture(scope="module")

@@ -79,23 +79,23 @@ def _takes(kind: Any, declared: tuple[Any, ...], value: Any) -> bool:
 
 def ends(hint: Any) -> list[Any]:
     """Every choice, and both ends of every interval."""
-    found: list[Any] = []
+    actual: list[Any] = []
     for kind, declared in members(hint):
         if kind is types.NoneType:
-            found.append(None)
+            actual.append(None)
         elif get_origin(kind) is Literal:
-            found += get_args(kind)
+            actual += get_args(kind)
         elif kind is bool:
-            found += [False, True]
+            actual += [False, True]
         elif kind in (int, float):
-            found += limits(kind, declared)
+            actual += limits(kind, declared)
         elif kind is str:
-            found += next(TEXTS[m.func.__name__] for m in declared if isinstance(m, Predicate))
+            actual += next(TEXTS[m.func.__name__] for m in declared if isinstance(m, Predicate))
         elif get_origin(kind) is tuple:
-            found += [[item] for item in ends(get_args(kind)[0])]
+            actual += [[item] for item in ends(get_args(kind)[0])]
         else:
-            found += [{"bits": bits, "group_size": size} for bits in (4, 8) for size in ends(_hint(kind, "group_size"))]
-    return found
+            actual += [{"bits": bits, "group_size": size} for bits in (4, 8) for size in ends(_hint(kind, "group_size"))]
+    return actual
 
 
 def between(hint: Any) -> st.SearchStrategy[Any]:

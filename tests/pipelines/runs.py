@@ -38,8 +38,8 @@ def chosen(place: Path, model: Path, text: Path, stages: list[dict[str, Any]] | 
 def hashes(run: Path, stages: str = "") -> dict[str, str]:
     """sha256 of every file of every finished stage (whose number is one of the digits `stages`), by its path in the run."""
     wanted = f"0[{stages}]-*" if stages else "0*"
-    found = [p for p in run.glob(f"stages/{wanted}/*") if p.is_file() and not p.parent.name.endswith(".metrics")]
-    return {str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
+    actual = [p for p in run.glob(f"stages/{wanted}/*") if p.is_file() and not p.parent.name.endswith(".metrics")]
+    return {str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest() for p in actual}
 
 
 def stage_directory(run: Path, address: str) -> Path:

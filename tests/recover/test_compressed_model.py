@@ -65,18 +65,18 @@ def test_a_held_matrix_gives_the_same_bits_and_is_built_once(method, kind, dtype
     for budget, built in ((0, 6), (24 * 32 * dtype.itemsize, 1), (1e9, 1)):
         linear, trained = trained_by(method, kind, dtype)
         assert (cache_dense({"a": linear}, budget) > 0) == (budget > 0) == linear.holds
-        found = []
+        actual = []
         for step in range(2):
             calls.clear()
             with steady([linear]):
                 for number in range(3):
                     x = torch.randn(7, 32, generator=torch.Generator().manual_seed(number)).to(dtype).requires_grad_(True)
                     y = linear(x)
-                    found += [y, *torch.autograd.grad(y.float().square().sum(), [x, *trained.values()])]
+                    actual += [y, *torch.autograd.grad(y.float().square().sum(), [x, *trained.values()])]
             assert len(calls) == built, (budget, step)
             for parameter in trained.values():
                 parameter.data.mul_(2.0)
-        results.append(found)
+        results.append(actual)
     for kept in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], kept, strict=True))
     assert not torch.equal(results[0][0], results[0][len(results[0]) // 2])

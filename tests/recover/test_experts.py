@@ -128,8 +128,8 @@ def test_what_could_train_nothing_is_refused_from_names_alone(method, config, wo
 def test_what_is_left_alone_is_named(method, config, words):
     model = mixture()
     settings = config_of(method, config)
-    found = left_alone(settings, model, shapes(model))
-    assert len(found) == len(words) and all(line.startswith(start) for line, start in zip(found, words, strict=True))
+    actual = left_alone(settings, model, shapes(model))
+    assert len(actual) == len(words) and all(line.startswith(start) for line, start in zip(actual, words, strict=True))
     install(model, records(model, "3-bit"))
     attached = attach(method, model, config)
     biases = {n for n in attached.trainables if n.endswith(".bias") and ".experts." in n}

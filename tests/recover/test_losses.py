@@ -40,8 +40,8 @@ def test_value_and_gradients_are_those_of_the_plain_loss(objective, chunk, monke
     ours = token_loss(hidden, head, targets, guide, objective, trained)
     truth = plain(hidden, teacher_hidden, head, teacher_head, targets, objective)
     assert_close(ours, truth, atol=1e-6, rtol=1e-5)
-    found = torch.autograd.grad(3 * ours, [hidden, *trained])
-    for a, b in zip(found, torch.autograd.grad(3 * truth, [hidden, *trained]), strict=True):
+    actual = torch.autograd.grad(3 * ours, [hidden, *trained])
+    for a, b in zip(actual, torch.autograd.grad(3 * truth, [hidden, *trained]), strict=True):
         assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 

@@ -19,8 +19,8 @@ SETTINGS = {"steps": 3, "loss": "cross_entropy", "eval_every": 1, "warmup": 0, "
 def alive() -> dict[int, int]:
     """Storage → bytes of every tensor there is."""
     gc.collect()
-    found = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and not t.is_meta]
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
+    actual = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and not t.is_meta]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in actual}
 
 
 @pytest.mark.parametrize(("method", "kind"), [("qlora", "nf4-nested"), ("qlora", "3-bit"), ("lq_lora", "lq"), ("lora", "2:4+4-bit")])

@@ -69,7 +69,7 @@ def test_audit_finds_every_violation():
     codes[0, 0] = (codes[0, 0] + 1) % 16
     moved = replace(grid, base=replace(grid.base, codes=pack_codes(codes, 4)))
     filled = replace(sparse, base=DenseWeight(sparse.base.weight + 1))
-    found = {
+    actual = {
         "mask differs in 4": {"a": grid.with_mask(mask)},
         "mask is gone": {"a": replace(grid, mask=None)},
         "1 codes changed": {"a": moved},
@@ -78,7 +78,7 @@ def test_audit_finds_every_violation():
         "scale is not finite": {"a": replace(grid, base=replace(grid.base, scales=grid.base.scales * torch.inf))},
         "layer is gone": {},
     }
-    for problem, after in found.items():
+    for problem, after in actual.items():
         assert any(problem in line for line in audit({"a": grid}, after)), problem
     assert "weights under the mask are not 0" in audit({"b": sparse}, {"b": filled})[0]
     assert audit({"a": grid}, {"a": moved}, codes_move=True) == []

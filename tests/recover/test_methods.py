@@ -139,10 +139,10 @@ def test_scales_train_wherever_there_is_a_grid(method: str, own: dict[str, Any])
     everywhere = trained("3-bit", True)
     assert len(everywhere) == len(compressed_linears(compressed("3-bit"))) and trained("3-bit", "auto") == everywhere
     assert trained("3-bit", "auto", one) == {name for name in everywhere if not name.startswith(one)}
-    found = [kinds(compress(torch.randn(16, 32), kind)) for kind in ("dense", "3-bit")]
-    assert refusal(method, found, SHORT | own | {"scales": "auto"}) is None
-    assert "some of the chosen linears are dense" in str(refusal(method, found, SHORT | own | {"scales": True}))
+    actual = [kinds(compress(torch.randn(16, 32), kind)) for kind in ("dense", "3-bit")]
+    assert refusal(method, actual, SHORT | own | {"scales": "auto"}) is None
+    assert "some of the chosen linears are dense" in str(refusal(method, actual, SHORT | own | {"scales": True}))
     if method == "lora":
         assert trained("dense", "auto") == set()
     else:
-        assert "quantize first" in str(refusal(method, found[:1], SHORT | {"scales": "auto"}))
+        assert "quantize first" in str(refusal(method, actual[:1], SHORT | {"scales": "auto"}))

@@ -89,12 +89,12 @@ def test_every_trainable_part_has_a_case_and_auto_is_one_of_them() -> None:
 
 
 def test_the_same_seed_gives_the_same_bits_and_the_windows_differ() -> None:
-    found = []
+    actual = []
     for window in ("split", "split", "block"):
         given = problem("2:4", config := Reconstruct(window=window, **QUICK))  # type: ignore[arg-type]
         reconstruct(given, config)
-        found.append(torch.cat([r.base.weight.view(-1) for r in records(given).values()]))
-    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+        actual.append(torch.cat([r.base.weight.view(-1) for r in records(given).values()]))
+    assert torch.equal(actual[0], actual[1]) and not torch.equal(actual[0], actual[2])
 
 
 @pytest.mark.parametrize(("train", "kind"), [("mask_lora", "2:4"), ("scales", "3-bit")])
@@ -124,8 +124,8 @@ def test_the_bits_do_not_depend_on_the_number_of_processes(train: Any, kind: str
             given.peers = replace(given.peers, gathered=together.gathered, ordered_sum=together.ordered_sum)
             return fitted(given)
 
-        for found, others in side_by_side(size, work):
-            assert found == expected and all(torch.equal(others[name], tensor) for name, tensor in tensors.items())
+        for actual, others in side_by_side(size, work):
+            assert actual == expected and all(torch.equal(others[name], tensor) for name, tensor in tensors.items())
 
 
 def test_norms_of_a_window_train_in_the_window_of_the_linear_that_follows() -> None:

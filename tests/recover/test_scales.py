@@ -117,22 +117,22 @@ def test_straight_through_gradients(kind, build):
     else:
         reweight = build(stored)
     g = torch.randn(24, 32)
-    found = reweight.pull_back(None, g.clone())
+    actual = reweight.pull_back(None, g.clone())
     parameters = list(reweight.parameters())
-    assert [f.shape for f in found] == [p.shape for p in parameters]
+    assert [f.shape for f in actual] == [p.shape for p in parameters]
     mask = stored.mask_OI()
     if isinstance(reweight, MaskedDense):
-        assert torch.equal(found[0], g if mask is None else g * mask)
+        assert torch.equal(actual[0], g if mask is None else g * mask)
         return
     if isinstance(reweight, LatentGrid):
         kept = torch.ones_like(g, dtype=torch.bool) if mask is None else mask
-        assert not bool(found[0][~kept].any()) and bool((found[0][kept] != 0).all())
+        assert not bool(actual[0][~kept].any()) and bool((actual[0][kept] != 0).all())
         reweight.latent.data.copy_(torch.full_like(g, 99.0))
         assert not bool(reweight.pull_back(None, g.clone())[0].any())
         return
     codes = reweight.codes(*[p.detach() for p in parameters])
     assert torch.equal(codes, codes.round()) and codes.min() >= 0 and codes.max() < 1 << stored.base.bits
-    assert all(bool(f.any()) for f in found)
+    assert all(bool(f.any()) for f in actual)
 
 
 @pytest.mark.parametrize("kind", ["3-bit", "2:4+4-bit", "act-order"])

@@ -151,9 +151,9 @@ def test_fisher_is_the_mean_squared_gradient_per_sequence(kind):
     gradients = Gradients(batch, lambda b: batch_loss(student, b, None, Objective("cross_entropy")))
     linears = compressed_linears(model)
     name = "model.layers.1.mlp.down_proj"
-    found = fisher_diagonal({name: linears[name]}, gradients, 3)[name]
+    actual = fisher_diagonal({name: linears[name]}, gradients, 3)[name]
     assert linears[name].reweight is None
-    truth = torch.zeros_like(found)
+    truth = torch.zeros_like(actual)
     linear = linears[name]
     rows = [row for i in (0, 1) for row in batch(i).ids.split(1)][:3]
     for ids in rows:
@@ -166,7 +166,7 @@ def test_fisher_is_the_mean_squared_gradient_per_sequence(kind):
         x, y = seen[0]
         g = torch.autograd.grad(loss, y)[0]
         truth += (g[0].T @ linear.base_input(x[0])).square() / 3
-    assert_close(found, truth, atol=1e-7, rtol=1e-3)
+    assert_close(actual, truth, atol=1e-7, rtol=1e-3)
 
 
 def test_pruned_ranks_are_the_smallest_singular_values_and_come_back():
@@ -213,11 +213,11 @@ def test_of_equal_scores_no_more_are_taken_than_asked_for_and_not_all_in_one_pla
     draw = torch.Generator().manual_seed(0)
     weights = {name: torch.randint(-1, 2, (16, 32), generator=draw).float() for name in ("a", "b")}
     scores, kept = {name: -w.abs() for name, w in weights.items()}, {"a": None, "b": torch.rand(16, 32, generator=draw) < 0.5}
-    found = choose(scores, kept, 0.05, quota)  # type: ignore[arg-type]
-    assert sum(len(index) for index in found.values()) == round(0.05 * 1024) + (quota == "matrix")
-    for name, index in found.items():
+    actual = choose(scores, kept, 0.05, quota)  # type: ignore[arg-type]
+    assert sum(len(index) for index in actual.values()) == round(0.05 * 1024) + (quota == "matrix")
+    for name, index in actual.items():
         assert bool((weights[name].view(-1)[index] == 0).all()) and index.tolist() == sorted(set(index.tolist()))
         assert kept[name] is None or bool(kept[name].view(-1)[index].all())
         assert len({position // 32 for position in index.tolist()}) > 5, "rows"
     again = choose(scores, kept, 0.05, quota)  # type: ignore[arg-type]
-    assert all(torch.equal(found[name], again[name]) for name in found)
+    assert all(torch.equal(actual[name], again[name]) for name in actual)

@@ -39,10 +39,10 @@ def test_the_loop_over_parts_is_the_loop_over_the_whole(name: str, kind: str, se
         assert replicated({key: t.parameter for key, t in parts.trainables.items()}).keys() == parts.trainables.keys() - inside.keys()
         if resume is not None:
             resume = type(resume)({key: _like(parts, key, tensor) for key, tensor in resume.tensors.items()}, resume.meta)
-        found = train(model, parts, TrainingText(batch, held_out()), config, resume=resume, hooks=Hooks(peers=Peers(even=True)))
-        for one, other in zip(found.history, expected.history, strict=True):
+        actual = train(model, parts, TrainingText(batch, held_out()), config, resume=resume, hooks=Hooks(peers=Peers(even=True)))
+        for one, other in zip(actual.history, expected.history, strict=True):
             assert one == pytest.approx(other, rel=1e-5)
-        assert found.best_step == expected.best_step and found.best_loss == pytest.approx(expected.best_loss, rel=1e-6)
+        assert actual.best_step == expected.best_step and actual.best_loss == pytest.approx(expected.best_loss, rel=1e-6)
         for key, trainable in parts.trainables.items():
             assert torch.allclose(whole(trainable.parameter.detach()), attached.trainables[key].parameter.detach(), atol=1e-6), key
 
@@ -54,13 +54,13 @@ def _like(parts: Any, key: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def test_plain_gradients_are_clipped_as_torch_clips_them() -> None:
-    found = []
+    actual = []
     for clip in (torch.nn.utils.clip_grad_norm_, clip_):
         parameters = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
         for parameter in parameters:
             parameter.grad = torch.arange(3.0)
-        found.append((clip(parameters, 1.0), parameters[1].grad))
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+        actual.append((clip(parameters, 1.0), parameters[1].grad))
+    assert all(torch.equal(one, other) for one, other in zip(*actual, strict=True))
 
 
 def test_parts_are_clipped_by_the_norm_of_all(mesh: Any) -> None:

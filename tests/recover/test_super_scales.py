@@ -74,8 +74,8 @@ def test_what_float16_cannot_hold_is_refused(value, reason):
 def test_an_audit_sees_small_codes_and_types():
     stored = stored_as("q4_k")
     other = compress(W * 1.5 + 0.01, "q4_k")
-    found = audit({"x": stored}, {"x": other})
-    assert any("codes changed" in line for line in found) and any("small codes of q4_k" in line for line in found)
+    actual = audit({"x": stored}, {"x": other})
+    assert any("codes changed" in line for line in actual) and any("small codes of q4_k" in line for line in actual)
     assert "x: the small codes of q5_1 changed, or it became q5_0" in audit({"x": stored_as("q5_1")}, {"x": stored_as("q5_0")}, True)
     with_term = CompressedLinear(stored).stored.__class__(stored.base, low_rank=low_rank_of(W - stored.dense()))
     assert "4-bit codes without rounding again" in str(merge_refusal(with_term))

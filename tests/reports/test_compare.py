@@ -23,13 +23,13 @@ def made(name: str, perplexity: float | None, size: int | None, stderr: float = 
 
 
 def test_unbeaten_runs_make_the_line_and_losers_say_to_whom() -> None:
-    found = {
+    actual = {
         entry.run: entry
         for entry in entries([made("small", 40.0, 100), made("middle", 30.0, 200), made("worse", 35.0, 200), made("big", 25.0, 300)])
     }
-    assert [name for name, entry in found.items() if entry.on_front] == ["small", "middle", "big"]
-    assert found["worse"].beaten_by == "middle" and "loses to middle at equal bytes: +0.1542 ± 0.0080" in found["worse"].verdict
-    assert all(found[name].beaten_by is None for name in ("small", "middle", "big"))
+    assert [name for name, entry in actual.items() if entry.on_front] == ["small", "middle", "big"]
+    assert actual["worse"].beaten_by == "middle" and "loses to middle at equal bytes: +0.1542 ± 0.0080" in actual["worse"].verdict
+    assert all(actual[name].beaten_by is None for name in ("small", "middle", "big"))
 
 
 def test_equal_bytes_means_within_one_percent_and_fewer_bytes_are_reported() -> None:
@@ -60,9 +60,9 @@ def test_runs_of_different_protocols_are_not_judged_against_each_other() -> None
 def test_only_runs_of_one_text_and_one_model_are_judged_against_each_other() -> None:
     other_text = made("c", 10.0, 100, protocol=replace(PROTOCOL, fingerprint="b"))
     other_model = replace(made("d", 10.0, 100), model="another")
-    found = {entry.run: entry for entry in entries([made("a", 30.0, 100), made("b", 25.0, 100), other_text, other_model])}
-    assert found["a"].beaten_by == "b" and found["b"].verdict == "not beaten by a run of its size or below"
-    assert found["c"].verdict == found["d"].verdict == "not judged: no other run has its model and protocol"
+    actual = {entry.run: entry for entry in entries([made("a", 30.0, 100), made("b", 25.0, 100), other_text, other_model])}
+    assert actual["a"].beaten_by == "b" and actual["b"].verdict == "not beaten by a run of its size or below"
+    assert actual["c"].verdict == actual["d"].verdict == "not judged: no other run has its model and protocol"
     text = compare([made("a", 30.0, 100), other_text, other_model], "md")
     assert "Fingerprint: a (a, d), b (c)." in text and "different models (demo (a, c), another (d))" in text
     assert entries([made("a", 30.0, 100)])[0].verdict == "not beaten by a run of its size or below"

@@ -21,7 +21,7 @@ def stage(name: str, perplexity: float, before: float | None = None, stderr: flo
 
 
 def sentence(record: RunRecord, kind: str) -> str:
-    return " ".join(found.text for found in findings(record) if found.kind == kind)
+    return " ".join(actual.text for actual in findings(record) if actual.kind == kind)
 
 
 def test_the_stage_that_hurt_most_is_named_with_its_numbers() -> None:
@@ -174,9 +174,9 @@ def test_cross_entropy_is_advised_where_only_the_teacher_was_distilled(loss: str
 
 
 def test_changes_skip_stages_without_a_perplexity() -> None:
-    found = changes(run(stage("baseline", 20.0), StageRecord("prune"), StageRecord("quantize", perplexity=30.0)).stages)
-    assert [(change.before.stage, change.after.stage) for change in found] == [("baseline", "quantize")]
-    assert found[0].nats == pytest.approx(math.log(1.5)) and not found[0].is_noise
+    actual = changes(run(stage("baseline", 20.0), StageRecord("prune"), StageRecord("quantize", perplexity=30.0)).stages)
+    assert [(change.before.stage, change.after.stage) for change in actual] == [("baseline", "quantize")]
+    assert actual[0].nats == pytest.approx(math.log(1.5)) and not actual[0].is_noise
 
 
 def test_what_a_budget_was_spent_on() -> None:

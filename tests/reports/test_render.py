@@ -163,8 +163,8 @@ def test_csv_holds_every_number_exactly_in_tidy_rows(full_run: RunRecord) -> Non
     assert len(rows) == 4 + len(full_run.stages) + sum(len(stage.layers) for stage in full_run.stages)
     for index, stage in enumerate(full_run.stages):
         mine = [row for row in rows if row["stage_index"] == str(index)]
-        found = {cell for row in mine for cell in row.values()}
-        assert [value for value in measured(stage) if repr(value) not in found] == []
+        actual = {cell for row in mine for cell in row.values()}
+        assert [value for value in measured(stage) if repr(value) not in actual] == []
         assert [row["layer"] for row in mine if row["kind"] == "layer"] == [layer.name for layer in stage.layers]
     assert rows[0]["protocol.tokens"] == "20440" and rows[0]["gap_closed"] == ""
 

@@ -52,7 +52,7 @@ def test_it_has_learned(model: Any, windows: Tensor):
 
 
 def test_rounding_hurts_by_bits(model: Any, windows: Tensor):
-    found = [perplexity(model, windows)]
+    actual = [perplexity(model, windows)]
     for bits in (4, 3, 2):
         rounded = copy.deepcopy(model)
         for linear in linears(rounded):
@@ -60,5 +60,5 @@ def test_rounding_hurts_by_bits(model: Any, windows: Tensor):
             low = groups.amin(1, keepdim=True)
             step = (groups.amax(1, keepdim=True) - low) / (2**bits - 1)
             linear.weight.data = (((groups - low) / step).round() * step + low).view_as(linear.weight)
-        found.append(perplexity(rounded, windows))
-    assert found[0] < found[1] < found[2] < found[3] and found[3] > 1.25 * found[0]
+        actual.append(perplexity(rounded, windows))
+    assert actual[0] < actual[1] < actual[2] < actual[3] and actual[3] > 1.25 * actual[0]

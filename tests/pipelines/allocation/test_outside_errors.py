@@ -76,9 +76,9 @@ def context_of(place: Path, source: Path, recipe: Recipe) -> Context:
 
 
 def built(place: Path, recipe: Recipe, context: Context, source: Path) -> tuple[ErrorTable, Costs]:
-    found = counted(recipe, source)
-    made = build(place, context.baseline, spent(recipe), settings_of(recipe, spent(recipe)), found.outside, recipe.allocation, context)
-    return made, found
+    actual = counted(recipe, source)
+    made = build(place, context.baseline, spent(recipe), settings_of(recipe, spent(recipe)), actual.outside, recipe.allocation, context)
+    return made, actual
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Built:
     recipe: Recipe
     context: Context
     table: ErrorTable
-    found: Costs
+    actual: Costs
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +109,9 @@ def test_nats_are_about_those_that_rounding_costs(
     recipe = asked(tmp_path, small_model, small_text, "1MB", FEW_MATRICES, bits=4, embedding_bits=list(BITS))
     both = built(tmp_path / "table", recipe, context_of(tmp_path, small_model, recipe), small_model)
     predicted = []
-    for table, found in (both, (whole.table, whole.found)):
-        for each, losses_K in zip(found.outside, losses(table, "fisher")[2:], strict=True):
-            predicted.append([losses_K[found.settings.index(setting)] for setting in each.settings])
+    for table, actual in (both, (whole.table, whole.actual)):
+        for each, losses_K in zip(actual.outside, losses(table, "fisher")[2:], strict=True):
+            predicted.append([losses_K[actual.settings.index(setting)] for setting in each.settings])
     tied, *of_uses = predicted
     assert tied == pytest.approx(np.sum(of_uses, 0), rel=1e-6) and len(of_uses) == 2, "one matrix pays for both of its uses"
 
@@ -155,10 +155,10 @@ def test_rows_some_at_once_are_all_rows_and_an_error_is_that_of_the_outputs(monk
         kept_OI = weight_OI.where(record.mask_OI(), 0)
         lost_OI = (weight_OI - round_uniform(kept_OI, UniformGrid(config.bits, 8), "power").dense()).where(record.mask_OI(), weight_OI).double()
         for v, (of_columns, of_rows) in enumerate(((torch.ones(16), torch.ones(50)), (squares[:16] * 1.5, squares * 1.5))):
-            for found, wanted_OI in ((errors_VK[v, k], lost_OI), (energy_V[v], weight_OI.double())):
+            for actual, wanted_OI in ((errors_VK[v, k], lost_OI), (energy_V[v], weight_OI.double())):
                 looked_up = (wanted_OI[ids_T].square() * of_columns).sum(1).mean()
                 multiplied = ((x_TI @ wanted_OI.T).square() * of_rows).sum(1).mean()
-                assert float(found) == pytest.approx(float(looked_up + multiplied), rel=1e-6)
+                assert float(actual) == pytest.approx(float(looked_up + multiplied), rel=1e-6)
 
 
 # -- what is chosen and stored -----------------------------------------------------------------------------------------------------
@@ -203,18 +203,18 @@ def test_what_is_counted_is_what_the_plan_stores(apart: Path, small_text: Path, 
     prune = resolve(str(write_recipe(tmp_path / "p.yaml", [{"prune": {"method": "wanda", "include_head": True}}]))).stages
     recipe = recipe.model_copy(update={"stages": (*prune, *recipe.stages)})
     model, stages = skeleton(load_config(apart)), spent(recipe)
-    found, sizes = counted(recipe, apart), dense_sizes(model, inspect(model, include_head=True), 4)
-    assert [(each.site.name, each.key, each.tied) for each in found.outside] == [(TABLE, "embedding_bits", False), ("lm_head", "head_bits", False)]
-    assert {config.group_size for each in found.outside for config in each.configs} == {32}, "the largest below 48 that divides 128"
+    actual, sizes = counted(recipe, apart), dense_sizes(model, inspect(model, include_head=True), 4)
+    assert [(each.site.name, each.key, each.tied) for each in actual.outside] == [(TABLE, "embedding_bits", False), ("lm_head", "head_bits", False)]
+    assert {config.group_size for each in actual.outside for config in each.configs} == {32}, "the largest below 48 that divides 128"
     generator = np.random.default_rng(0)
-    picked = [int(generator.choice(np.flatnonzero(np.isfinite(bytes_K)))) for bytes_K in found.bytes_MK]
-    keys = {each.site.name: each.key for each in found.outside}
+    picked = [int(generator.choice(np.flatnonzero(np.isfinite(bytes_K)))) for bytes_K in actual.bytes_MK]
+    keys = {each.site.name: each.key for each in actual.outside}
     rows = [
-        ChosenSetting(site.name, found.settings[k], 0, 0, 0, 0, 0, keys.get(site.name)) for site, k in zip(found.sites, picked, strict=True)
+        ChosenSetting(site.name, actual.settings[k], 0, 0, 0, 0, 0, keys.get(site.name)) for site, k in zip(actual.sites, picked, strict=True)
     ]
     for spec in resolved(recipe, stages, Choice("1MB", "relative", rows, 1, "", 0, 0, 0, 0, 0)):
         apply(spec, sizes)
-    assert found.bytes_MK[range(30), picked].sum() + found.rest_bytes == pytest.approx(sizes.total_bytes(), abs=1)
+    assert actual.bytes_MK[range(30), picked].sum() + actual.rest_bytes == pytest.approx(sizes.total_bytes(), abs=1)
 
 
 # -- what is done again ------------------------------------------------------------------------------------------------------------
@@ -244,8 +244,8 @@ def test_a_table_of_the_blocks_alone_keeps_its_name(small_model: Path, small_tex
     keys = {}
     for budget, bits in (("3bpw", None), ("3bpw", []), ("1MB", []), ("1MB", None), ("3bpw", [4, 5, 6, 8]), ("1MB", [4, 8])):
         recipe = asked(tmp_path, small_model, small_text, budget, {}, embedding_bits=bits)
-        stages, found = spent(recipe), counted(recipe, small_model)
-        keys[budget, str(bits)] = table_key("k", "c", stages, settings_of(recipe, stages), found.outside, recipe.allocation, {})
+        stages, actual = spent(recipe), counted(recipe, small_model)
+        keys[budget, str(bits)] = table_key("k", "c", stages, settings_of(recipe, stages), actual.outside, recipe.allocation, {})
     alone = {keys["3bpw", "None"], keys["3bpw", "[]"], keys["1MB", "[]"]}
     assert len(alone) == 1 and keys["1MB", "None"] == keys["3bpw", "[4, 5, 6, 8]"] and len(set(keys.values())) == 3
 
@@ -280,8 +280,8 @@ def test_what_is_in_the_budget(case: str, small_model: Path, apart: Path, small_
     if isinstance(expected, str):
         assert len(refused) == 1 and re.search(expected, refused[0]), refused
         return
-    found = counted(recipe, source)
-    assert refused == [] and [(each.site.name, each.key) for each in found.outside] == expected
-    assert [site.name for site in found.sites if site.block is None] == [name for name, _ in expected]
-    weights = sum(s.shape[0] * s.shape[1] for s in found.sites)
-    assert found.weights == weights == 131_072 * len(expected) + 4 * 147_456
+    actual = counted(recipe, source)
+    assert refused == [] and [(each.site.name, each.key) for each in actual.outside] == expected
+    assert [site.name for site in actual.sites if site.block is None] == [name for name, _ in expected]
+    weights = sum(s.shape[0] * s.shape[1] for s in actual.sites)
+    assert actual.weights == weights == 131_072 * len(expected) + 4 * 147_456

@@ -30,9 +30,9 @@ def test_kernels_are_published_with_a_plot(tmp_path: Path, monkeypatch: pytest.M
     plain = bench.variants
 
     def broken(stored, place):
-        found = plain(stored, place)
-        call, kept = found["torch bfloat16"]
-        return found | {"torch bfloat16": ((lambda x: call(x) * 1.5), kept)}
+        actual = plain(stored, place)
+        call, kept = actual["torch bfloat16"]
+        return actual | {"torch bfloat16": ((lambda x: call(x) * 1.5), kept)}
 
     monkeypatch.setattr(bench, "variants", broken)
     measured = benchmarks.run("kernels", Options(device="cpu", output=tmp_path))

@@ -110,6 +110,6 @@ def test_steps_are_timed_in_turn_and_blocks_have_none(finished: Path) -> None:
     names = ("lora", "scales", "fish_mask", "reconstruct")
     few = {"fish_mask": {"samples": 4}}
     specs = [build("recover", "recover", {"method": name, "batch_size": 1, "seq_len": 32, **few.get(name, {})}) for name in names]
-    found = training_step.step_seconds(parent, [spec for spec in specs if spec is not None], torch.device("cpu"), 2)
-    assert set(found) == {"lora", "scales", "fish_mask"}
-    assert all(0 <= row["step_spread"] < 60 and row["seconds_per_step"] > 0 for row in found.values())
+    actual = training_step.step_seconds(parent, [spec for spec in specs if spec is not None], torch.device("cpu"), 2)
+    assert set(actual) == {"lora", "scales", "fish_mask"}
+    assert all(0 <= row["step_spread"] < 60 and row["seconds_per_step"] > 0 for row in actual.values())

@@ -26,8 +26,8 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_every_variant_writes_and_reads(tmp_path: Path) -> None:
-    found = benchmarks.run("generate", Options(device="cpu", shape="tiny", blocks=1, repeats=2, output=tmp_path))
-    rows = {(row["variant"], row["regime"]): row for row in found["rows"]}
+    actual = benchmarks.run("generate", Options(device="cpu", shape="tiny", blocks=1, repeats=2, output=tmp_path))
+    rows = {(row["variant"], row["regime"]): row for row in actual["rows"]}
     assert list(rows) == [(variant, regime) for variant in model_speed.VARIANTS for regime in ("decode", "prefill")]
     assert all(row["milliseconds"] > 0 and row["blocks"] == 1 and row["tokens_per_second"] > 0 for row in rows.values())
     for (_, regime), row in rows.items():
@@ -36,7 +36,7 @@ def test_every_variant_writes_and_reads(tmp_path: Path) -> None:
     assert rows["bfloat16", "decode"]["backends"] == "" and rows["4 bits", "decode"]["backends"].endswith(" 7")
     assert rows["4 bits", "decode"]["resident_bytes"] < rows["4 bits, rank 32", "decode"]["resident_bytes"]
     written = json.loads((tmp_path / "bench-generate-shape-tiny.json").read_text())
-    assert written["rows"] == found["rows"] and not (tmp_path / model_speed.JOURNAL).exists()
+    assert written["rows"] == actual["rows"] and not (tmp_path / model_speed.JOURNAL).exists()
     assert "| 4 bits, rank 32" in (tmp_path / "bench-generate-shape-tiny.md").read_text()
 
 

@@ -88,9 +88,9 @@ def test_time_and_memory_against_the_number_of_blocks(tmp_path: Path, monkeypatc
     rows = scaling.by_depth([1, 2, 3, 4], [("quantize", "gptq")], "cpu", tmp_path, launch)
     assert [row.get("seconds") for row in rows] == [7.0, 9.0, None, 13.0]
     assert rows[2]["error"] == "the process ended with -9 (out of memory?)"
-    (found,) = scaling.growth(rows)
-    assert found["seconds_per_block"] == pytest.approx(2.0) and found["seconds_beside"] == pytest.approx(5.0)
-    assert found["largest_deviation"] == pytest.approx(0, abs=1e-12) and found["peak_growth"] == pytest.approx(3 / 1001)
+    (actual,) = scaling.growth(rows)
+    assert actual["seconds_per_block"] == pytest.approx(2.0) and actual["seconds_beside"] == pytest.approx(5.0)
+    assert actual["largest_deviation"] == pytest.approx(0, abs=1e-12) and actual["peak_growth"] == pytest.approx(3 / 1001)
     assert scaling.growth(rows[:1]) == []
 
 

@@ -93,8 +93,8 @@ def gptq(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def says(**entries: Any) -> Callable[[Path], None]:
     def change(model: Path) -> None:
-        found = json.loads((model / "config.json").read_text())
-        config(model, quantization_config={**found["quantization_config"], **entries})
+        actual = json.loads((model / "config.json").read_text())
+        config(model, quantization_config={**actual["quantization_config"], **entries})
 
     return change
 

@@ -32,8 +32,8 @@ def weights(model: Path, change: Callable[[dict[str, torch.Tensor]], object]) ->
 
 
 def config(model: Path, **changes: Any) -> None:
-    found = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(found | changes))
+    actual = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(actual | changes))
 
 
 def as_pickle(model: Path) -> None:

@@ -486,8 +486,8 @@ def test_errors_become_exit_codes(
     error: BaseException, code: int, expected: str, module: Any, run_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module("run.ledger", status=error)
-    found, line = failing(capsys, "status", str(run_directory))
-    assert found == code
+    actual, line = failing(capsys, "status", str(run_directory))
+    assert actual == code
     assert expected in line
 
 

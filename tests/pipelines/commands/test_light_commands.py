@@ -69,8 +69,8 @@ def test_small_commands_import_nothing_heavy(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", EACH, json.dumps(commands), json.dumps(sorted(HEAVY))], capture_output=True, text=True, timeout=120
     )
-    found = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("[[")]
-    assert found == [[arguments, 0, []] for arguments in commands], done.stderr
+    actual = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("[[")]
+    assert actual == [[arguments, 0, []] for arguments in commands], done.stderr
     assert '"finished_steps": 40' in done.stdout
 
 

@@ -163,15 +163,15 @@ def ordinary() -> Iterator[tuple[list[str], Path]]:
     begins = ["env", "-i", *(f"{name}={value}" for name, value in environment.items()), sys.executable, "-P"]
     with tempfile.TemporaryDirectory() as place:
         for more in ([], reading) if user else ([],):
-            found = [*user, *more, *begins]
+            actual = [*user, *more, *begins]
             if (shutil.which("setpriv") or not user) and not subprocess.run(
-                [*found, "-c", "import bitmend"], cwd="/", capture_output=True
+                [*actual, "-c", "import bitmend"], cwd="/", capture_output=True
             ).returncode:
                 break
         else:
             pytest.skip("root cannot become an ordinary user here who reads this interpreter (setpriv)")
         os.chown(place, 54321 if user else -1, -1)
-        yield found, Path(place)
+        yield actual, Path(place)
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -306,9 +306,9 @@ def test_documentation_is_read_once(cache: Path, tmp_path: Path, monkeypatch: py
 
 def test_the_documentation_that_is_installed_is_prose(cache: Path):
     """The real one: enough of it, without what is private."""
-    found = texts.TEXTS["docs"].documents()
-    assert len(found) > 150 and sum(map(len, found)) > 400_000 and len(set(found)) == len(found)
-    assert sum("Parameters" in text for text in found) > 0.8 * len(found)
+    actual = texts.TEXTS["docs"].documents()
+    assert len(actual) > 150 and sum(map(len, actual)) > 400_000 and len(set(actual)) == len(actual)
+    assert sum("Parameters" in text for text in actual) > 0.8 * len(actual)
 
 
 def test_texts_by_name(text_wheel: Path):

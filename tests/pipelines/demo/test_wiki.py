@@ -53,7 +53,7 @@ def test_only_articles_with_enough_prose_are_taken(tmp_path: Path):
             page("Bridge (disambiguation)", long),
         ],
     )
-    found = list(articles(dump))
-    assert [article.title for article in found] == ["Stone bridge"]
-    assert found[0].url == "https://en.wikipedia.org/wiki/Stone_bridge"
-    assert found[0].text == long.strip()
+    actual = list(articles(dump))
+    assert [article.title for article in actual] == ["Stone bridge"]
+    assert actual[0].url == "https://en.wikipedia.org/wiki/Stone_bridge"
+    assert actual[0].text == long.strip()

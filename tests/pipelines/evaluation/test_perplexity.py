@@ -124,13 +124,13 @@ def test_the_gap_closed_is_of_logarithms(finished: Path) -> None:
 
 def test_eval_inside_a_run_gives_the_runs_number(finished: Path) -> None:
     for address, made in stages(finished).items():
-        found = evaluate(str(stage_directory(finished, address)), device="cpu")
-        assert found["perplexity"] == pytest.approx(made.perplexity, rel=1e-9), address
-        assert found["total_bytes"] == made.total_bytes
+        actual = evaluate(str(stage_directory(finished, address)), device="cpu")
+        assert actual["perplexity"] == pytest.approx(made.perplexity, rel=1e-9), address
+        assert actual["total_bytes"] == made.total_bytes
     protocol = runner.record(finished).protocol
-    assert (found["protocol"]["windows"], found["protocol"]["seq_len"]) == (protocol.windows, protocol.seq_len)
-    assert found["protocol"]["fingerprint"] == protocol.fingerprint, "the same part of the text, not the whole of it"
-    assert evaluate(str(finished), device="cpu")["perplexity"] == found["perplexity"], "a run is its last stage"
+    assert (actual["protocol"]["windows"], actual["protocol"]["seq_len"]) == (protocol.windows, protocol.seq_len)
+    assert actual["protocol"]["fingerprint"] == protocol.fingerprint, "the same part of the text, not the whole of it"
+    assert evaluate(str(finished), device="cpu")["perplexity"] == actual["perplexity"], "a run is its last stage"
 
 
 def test_eval_takes_what_it_is_told(finished: Path, small_text: Path, tmp_path: Path) -> None:
@@ -144,16 +144,16 @@ def test_eval_takes_what_it_is_told(finished: Path, small_text: Path, tmp_path: 
 
 
 def test_eval_of_a_model_outside(small_model: Path, small_text: Path) -> None:
-    found = evaluate(str(small_model), eval_source=str(small_text), seq_len=64, windows=3, device="cpu")
-    assert found["protocol"]["rule"] == "whole"
-    assert found["perplexity"] > 1 and found["total_bytes"] == (small_model / "model.safetensors").stat().st_size
+    actual = evaluate(str(small_model), eval_source=str(small_text), seq_len=64, windows=3, device="cpu")
+    assert actual["protocol"]["rule"] == "whole"
+    assert actual["perplexity"] > 1 and actual["total_bytes"] == (small_model / "model.safetensors").stat().st_size
 
 
 def test_scores_survive_the_disk(tmp_path: Path, windows: Windows) -> None:
     scores = Scores((1.5, 2.5), (0.1, 0.2), (1.0, 0.5))
     save_scores(tmp_path / "a.json", scores, windows.protocol, {"evaluation_seconds": 1.0})
-    found = load_scores(tmp_path / "a.json")
-    assert found is not None and found[0] == scores and found[1]["evaluation_seconds"] == 1.0
+    actual = load_scores(tmp_path / "a.json")
+    assert actual is not None and actual[0] == scores and actual[1]["evaluation_seconds"] == 1.0
     assert load_scores(tmp_path / "b.json") is None
     (tmp_path / "b.json").write_text('{"nll": [1.0]}')
     with pytest.raises(InputError, match=r"not a measurement of this program .* delete it and run again"):

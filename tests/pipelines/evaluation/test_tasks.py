@@ -92,8 +92,8 @@ def test_options_that_do_not_go_together(arguments: list[str], says: str, capsys
 def test_a_recipe_names_tasks_once_and_files_by_their_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.jsonl").touch()
-    found = resolve("recover", sets=["evaluation.tasks=[arc_easy,mine.jsonl]", "evaluation.task_limit=7"], options={"model": "demo"})
-    assert found.evaluation.tasks == ["arc_easy", str(tmp_path / "mine.jsonl")] and found.evaluation.task_limit == 7
+    actual = resolve("recover", sets=["evaluation.tasks=[arc_easy,mine.jsonl]", "evaluation.task_limit=7"], options={"model": "demo"})
+    assert actual.evaluation.tasks == ["arc_easy", str(tmp_path / "mine.jsonl")] and actual.evaluation.task_limit == 7
     with pytest.raises(UsageError, match=r"evaluation\.tasks.*'arc_easy' is there twice"):
         resolve("recover", sets=["evaluation.tasks=[arc_easy,arc_easy]"], options={"model": "demo"})
     for value in ("5", "arc_easy", "[1]", '[""]', "null", "{a: 1}"):

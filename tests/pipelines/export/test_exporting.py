@@ -32,11 +32,11 @@ def gptq(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_dense_is_what_transformers_loads(finished: Path, tmp_path: Path) -> None:
-    found = exporting.export(finished, "dense", tmp_path / "dense", stage="quantize")
-    assert found["perplexity"] == pytest.approx(stage(finished, "quantize").perplexity, rel=1e-5)
-    assert found["artifact_perplexity"] == stage(finished, "quantize").perplexity
-    assert found["total_bytes"] == sum(p.stat().st_size for p in (tmp_path / "dense").glob("*.safetensors"))
-    assert any("masks themselves have no place" in note for note in found["notes"])
+    actual = exporting.export(finished, "dense", tmp_path / "dense", stage="quantize")
+    assert actual["perplexity"] == pytest.approx(stage(finished, "quantize").perplexity, rel=1e-5)
+    assert actual["artifact_perplexity"] == stage(finished, "quantize").perplexity
+    assert actual["total_bytes"] == sum(p.stat().st_size for p in (tmp_path / "dense").glob("*.safetensors"))
+    assert any("masks themselves have no place" in note for note in actual["notes"])
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     artifact = runner.last_artifact(finished, "quantize")
     for name in artifact.linears:
@@ -49,10 +49,10 @@ def test_dense_is_what_transformers_loads(finished: Path, tmp_path: Path) -> Non
 def test_a_low_rank_run_is_a_base_and_an_adapter(finished: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    found = exporting.export(finished, "dense", tmp_path / "out", adapter=True)
-    assert found["stage"] == "fuse" and found["read_by"] == ["PEFT 0.21 on transformers"]
-    assert found["total_bytes"] == pytest.approx(exporting.predict(finished, "dense", adapter=True)["total_bytes"], rel=0.002)
-    assert found["perplexity"] == pytest.approx(stage(finished, "fuse").perplexity, rel=1e-3)
+    actual = exporting.export(finished, "dense", tmp_path / "out", adapter=True)
+    assert actual["stage"] == "fuse" and actual["read_by"] == ["PEFT 0.21 on transformers"]
+    assert actual["total_bytes"] == pytest.approx(exporting.predict(finished, "dense", adapter=True)["total_bytes"], rel=0.002)
+    assert actual["perplexity"] == pytest.approx(stage(finished, "fuse").perplexity, rel=1e-3)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base")
     model = PeftModel.from_pretrained(base, str(tmp_path / "out" / "adapter")).merge_and_unload()  # type: ignore[arg-type]
     artifact = runner.last_artifact(finished)
@@ -61,15 +61,15 @@ def test_a_low_rank_run_is_a_base_and_an_adapter(finished: Path, tmp_path: Path)
 
 
 def test_by_itself_a_dense_export_is_one_model_with_the_term_in_it(finished: Path, tmp_path: Path) -> None:
-    found = exporting.export(finished, "dense", tmp_path / "out")
+    actual = exporting.export(finished, "dense", tmp_path / "out")
     artifact = runner.last_artifact(finished)
     pruned = sum(artifact.stored(name).mask is not None for name in artifact.linears)
-    assert found["notes"][0].startswith("one plain model: the low-rank terms of 28 linears are added into their weights; --adapter keeps")
-    assert found["notes"][1] == f"{pruned} pruned linears: the low-rank term fills their zeros; --adapter keeps them"
+    assert actual["notes"][0].startswith("one plain model: the low-rank terms of 28 linears are added into their weights; --adapter keeps")
+    assert actual["notes"][1] == f"{pruned} pruned linears: the low-rank term fills their zeros; --adapter keeps them"
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     for name in artifact.linears:
         assert torch.equal(model.get_submodule(name).weight, artifact.stored(name).dense())
-    assert not (tmp_path / "out" / "adapter").exists() and found["read_by"] == ["transformers 5.24"]
+    assert not (tmp_path / "out" / "adapter").exists() and actual["read_by"] == ["transformers 5.24"]
     assert "## Read by\n\nKnown to read exactly this file:\n\n- transformers 5.24\n" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -80,11 +80,11 @@ def test_a_dry_run_counts_refuses_and_names_who_reads_it(finished: Path, gptq: P
         exporting.predict(finished, "gptq", stage="quantize", adapter=True)
     with pytest.raises(UsageError, match="bitsandbytes holds NormalFloat4, not uniform 3-bit grids"):
         exporting.predict(finished, "bnb", stage="quantize")
-    found = exporting.predict(finished, "gptq", stage="quantize")
-    assert found["read_by"] == ["auto-gptq 0.7.1"] and "--format dense" in found["changes_for_others"]["transformers 5.24"]
+    actual = exporting.predict(finished, "gptq", stage="quantize")
+    assert actual["read_by"] == ["auto-gptq 0.7.1"] and "--format dense" in actual["changes_for_others"]["transformers 5.24"]
     header = 8 + int.from_bytes((gptq / "model.safetensors").read_bytes()[:8], "little")
-    assert found["total_bytes"] == (gptq / "model.safetensors").stat().st_size - header
-    assert "28 pruned linears" in " ".join(found["notes"])
+    assert actual["total_bytes"] == (gptq / "model.safetensors").stat().st_size - header
+    assert "28 pruned linears" in " ".join(actual["notes"])
 
 
 def test_a_quantized_run_is_a_gptq_checkpoint(gptq: Path, finished: Path) -> None:
@@ -130,8 +130,8 @@ def test_other_families(family: str, tmp_path: Path, small_model: Path, small_te
     chain = [{"quantize": {"method": "rtn", "bits": 4, "group_size": 16}}]
     sections = {"evaluation": {"seq_len": 32, "windows": 2}, "calibration": {"samples": 1, "seq_len": 32}}
     made = runner.run(chosen(tmp_path, tmp_path / "source", small_text, chain, **sections), tmp_path / "run")
-    found = exporting.export(tmp_path / "run", "dense", tmp_path / "out")
-    assert found["perplexity"] == pytest.approx(made.stages[-1].perplexity, rel=1e-5)
+    actual = exporting.export(tmp_path / "run", "dense", tmp_path / "out")
+    assert actual["perplexity"] == pytest.approx(made.stages[-1].perplexity, rel=1e-5)
     ids = torch.arange(3, 27).view(1, -1)
     with torch.no_grad():
         ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits

@@ -31,5 +31,5 @@ GGUF_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 def made(name: str, case: Callable[..., Any], on_grid: Callable[..., Any], tokenizer: Path, **changes: Any) -> Any:
     """A case of tests/pipelines/formats/conftest.py."""
     kind, own = GGUF_MODELS[name]
-    found = case(kind, lambda weight: on_grid(weight, group_size=32, symmetric=True), **{**COMMON, **own, **changes})
-    return replace(found, checkpoint=replace(found.checkpoint, files=tokenizer))
+    actual = case(kind, lambda weight: on_grid(weight, group_size=32, symmetric=True), **{**COMMON, **own, **changes})
+    return replace(actual, checkpoint=replace(actual.checkpoint, files=tokenizer))

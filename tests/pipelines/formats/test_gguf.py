@@ -50,9 +50,9 @@ def uniform(bits: int, symmetric: bool, group_size: int = 32, **changes: Any) ->
 @pytest.mark.parametrize("group_size", [32, 64])
 def test_the_smallest_type_that_holds_every_value(bits: int, symmetric: bool, kind: str, group_size: int) -> None:
     record = StoredWeight(uniform(bits, symmetric, group_size))
-    found, rounded = held("x", record)
-    assert found.type == kind and not rounded
-    assert torch.equal(found.dense(), record.dense())
+    actual, rounded = held("x", record)
+    assert actual.type == kind and not rounded
+    assert torch.equal(actual.dense(), record.dense())
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(4, "q4_1"), (5, "q5_1")])
@@ -60,15 +60,15 @@ def test_a_minimum_that_float16_holds_needs_no_wider_code(bits: int, kind: str) 
     """Zero points that are powers of two, or scales with few digits: scale · zero is a float16."""
     base = uniform(bits, False)
     record = StoredWeight(UniformWeight.from_codes(base.codes_OI(), torch.full((6, 2), 0.25).half(), base.zeros_OG(torch.int64), bits, 32))
-    found, _ = held("x", record)
-    assert found.type == kind and torch.equal(found.dense(), record.dense())
+    actual, _ = held("x", record)
+    assert actual.type == kind and torch.equal(actual.dense(), record.dense())
 
 
 def test_a_mask_is_zeros(on_grid: Any) -> None:
     mask = torch.rand(6, 64, generator=torch.Generator().manual_seed(1)) < 0.5
     for base in (uniform(4, True), uniform(4, False), held("x", StoredWeight(uniform(4, True)))[0]):
-        found, _ = held("x", StoredWeight(base, mask=pack_mask(mask)))
-        assert torch.equal(found.dense(), base.dense().where(mask, 0)) and bool((found.dense()[~mask] == 0).all())
+        actual, _ = held("x", StoredWeight(base, mask=pack_mask(mask)))
+        assert torch.equal(actual.dense(), base.dense().where(mask, 0)) and bool((actual.dense()[~mask] == 0).all())
 
 
 REFUSED = {
@@ -91,8 +91,8 @@ def test_what_no_type_holds_is_refused(case: str) -> None:
 
 @pytest.mark.parametrize("name", GGUF_MODELS)
 def test_every_value_comes_back(name: str, case: Any, on_grid: Any, small_model: Path, tmp_path: Path) -> None:
-    found = made(name, case, on_grid, small_model)
-    write_audited("gguf", found.checkpoint, tmp_path / "m.gguf", False)  # QualityError otherwise
+    actual = made(name, case, on_grid, small_model)
+    write_audited("gguf", actual.checkpoint, tmp_path / "m.gguf", False)  # QualityError otherwise
     kinds = {tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
     assert kinds == {"Q4_0", "F32"}
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
@@ -100,12 +100,12 @@ def test_every_value_comes_back(name: str, case: Any, on_grid: Any, small_model:
 
 @pytest.mark.parametrize("name", sorted(READ_BY_TRANSFORMERS))
 def test_transformers_computes_the_same_from_it(name: str, case: Any, on_grid: Any, small_model: Path, tmp_path: Path) -> None:
-    found = made(name, case, on_grid, small_model)
-    formats.write("gguf", found.checkpoint, tmp_path / "m.gguf")
-    own = {"config": found.model.config} if name in SETTINGS_UNREAD else {}
+    actual = made(name, case, on_grid, small_model)
+    formats.write("gguf", actual.checkpoint, tmp_path / "m.gguf")
+    own = {"config": actual.model.config} if name in SETTINGS_UNREAD else {}
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32, **own)
     with torch.no_grad():
-        torch.testing.assert_close(loaded.eval()(IDS).logits, found.model.eval()(IDS).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(loaded.eval()(IDS).logits, actual.model.eval()(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_directory_has_a_card_and_an_adapter_next_to_the_model(llama: Any, tmp_path: Path) -> None:
@@ -133,11 +133,11 @@ def test_a_directory_has_a_card_and_an_adapter_next_to_the_model(llama: Any, tmp
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_embeddings_and_head_keep_their_codes(tied: bool, case: Any, on_grid: Any, small_model: Path, tmp_path: Path) -> None:
-    found = made("llama", case, on_grid, small_model, tie_word_embeddings=tied)
-    table = on_grid(found.model.model.embed_tokens.weight.detach(), bits=8, group_size=32, symmetric=True)
-    linears = {**found.checkpoint.linears, "lm_head" if tied else "model.embed_tokens": StoredWeight(table)}
-    tensors = {n: t for n, t in found.checkpoint.tensors.items() if n != "model.embed_tokens.weight"}
-    checkpoint = replace(found.checkpoint, linears=linears, tensors=tensors)
+    actual = made("llama", case, on_grid, small_model, tie_word_embeddings=tied)
+    table = on_grid(actual.model.model.embed_tokens.weight.detach(), bits=8, group_size=32, symmetric=True)
+    linears = {**actual.checkpoint.linears, "lm_head" if tied else "model.embed_tokens": StoredWeight(table)}
+    tensors = {n: t for n, t in actual.checkpoint.tensors.items() if n != "model.embed_tokens.weight"}
+    checkpoint = replace(actual.checkpoint, linears=linears, tensors=tensors)
     notes = write_audited("gguf", checkpoint, tmp_path / "m.gguf", False)
     kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
     assert kinds["token_embd.weight"] == "Q8_0" and ("output.weight" in kinds) is not tied
@@ -146,8 +146,8 @@ def test_embeddings_and_head_keep_their_codes(tied: bool, case: Any, on_grid: An
 
 @pytest.mark.parametrize(("dtype", "kind"), [(torch.float16, "F16"), (torch.bfloat16, "BF16"), (torch.float32, "F32")])
 def test_dense_weights_stay_as_they_are(dtype: torch.dtype, kind: str, case: Any, small_model: Path, tmp_path: Path) -> None:
-    found = made("qwen2", case, lambda weight, **_: DenseWeight(weight.mul(1e6).to(dtype) if kind == "BF16" else weight.to(dtype)), small_model)
-    write_audited("gguf", found.checkpoint, tmp_path / "m.gguf", False)
+    actual = made("qwen2", case, lambda weight, **_: DenseWeight(weight.mul(1e6).to(dtype) if kind == "BF16" else weight.to(dtype)), small_model)
+    write_audited("gguf", actual.checkpoint, tmp_path / "m.gguf", False)
     kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
     assert kinds["blk.0.ffn_up.weight"] == kind and kinds["blk.0.attn_norm.weight"] == kinds["blk.0.attn_q.bias"] == "F32"
 
@@ -171,9 +171,9 @@ def test_a_model_that_llama_cpp_computes_otherwise_is_refused(what: str, llama: 
 
 
 def test_a_bias_that_llama_cpp_would_drop_is_refused(case: Any, on_grid: Any, small_model: Path, tmp_path: Path) -> None:
-    found = made("qwen3", case, on_grid, small_model, attention_bias=True)
+    actual = made("qwen3", case, on_grid, small_model, attention_bias=True)
     with pytest.raises(UsageError, match=r"q_proj.bias: llama.cpp has no place for it in a model of type 'qwen3'"):
-        formats.write("gguf", found.checkpoint, tmp_path / "m.gguf")
+        formats.write("gguf", actual.checkpoint, tmp_path / "m.gguf")
 
 
 def test_a_damaged_file_and_one_of_another_model_are_named(llama: Any, case: Any, on_grid: Any, small_model: Path, tmp_path: Path) -> None:

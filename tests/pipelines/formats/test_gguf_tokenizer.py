@@ -18,18 +18,18 @@ SPM = ("sentencepiece", "gemma", "unigram")
 @pytest.mark.parametrize("name", GGUF_TOKENIZERS)
 def test_kind_names_and_types(name: str, small_text: Path, tmp_path: Path) -> None:
     tokenizer = save_tokenizer(name, small_text, tmp_path)
-    found = vocabulary(tmp_path, ROWS)
+    actual = vocabulary(tmp_path, ROWS)
     kinds = {"sentencepiece": ("llama", "default"), "gemma": ("llama", "default"), "unigram": ("t5", "default")}
-    assert (found.kind, found.pre) == kinds.get(name, ("gpt2", name))
-    assert len(found.tokens) == len(found.types) == ROWS and found.tokens[-1] == f"[PAD{ROWS - 1}]"
-    assert found.types[-1] == TokenType.UNUSED and found.types[found.tokens.index("<|im_start|>")] == TokenType.CONTROL
-    assert {found.tokens[i] for i in found.special.values()} == {"<s>", "</s>", "<unk>"}
-    assert found.add == {"bos": name in SPM, "eos": False} and found.template == "{{ messages }}"
-    assert (found.merges is None) == (name in SPM) == (found.scores is not None)
+    assert (actual.kind, actual.pre) == kinds.get(name, ("gpt2", name))
+    assert len(actual.tokens) == len(actual.types) == ROWS and actual.tokens[-1] == f"[PAD{ROWS - 1}]"
+    assert actual.types[-1] == TokenType.UNUSED and actual.types[actual.tokens.index("<|im_start|>")] == TokenType.CONTROL
+    assert {actual.tokens[i] for i in actual.special.values()} == {"<s>", "</s>", "<unk>"}
+    assert actual.add == {"bos": name in SPM, "eos": False} and actual.template == "{{ messages }}"
+    assert (actual.merges is None) == (name in SPM) == (actual.scores is not None)
     if name in ("sentencepiece", "gemma"):
-        assert found.types[found.tokens.index("<0x0A>")] == TokenType.BYTE and not found.notes
-        assert found.space_prefix is (name == "sentencepiece")
-    assert all(found.tokens[i] == piece for piece, i in tokenizer.get_vocab().items())
+        assert actual.types[actual.tokens.index("<0x0A>")] == TokenType.BYTE and not actual.notes
+        assert actual.space_prefix is (name == "sentencepiece")
+    assert all(actual.tokens[i] == piece for piece, i in tokenizer.get_vocab().items())
 
 
 def changed(directory: Path, **parts: Any) -> None:

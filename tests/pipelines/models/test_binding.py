@@ -142,6 +142,6 @@ def test_it_behaves_as_a_transformers_model(finished: Path, tmp_path: Path) -> N
 
 def test_speed_is_measured_in_turn(finished: Path) -> None:
     model = load(finished)
-    found = measure({"one": model, "two": model}, torch.zeros(1, 4, dtype=torch.long), 4, 3)
-    assert set(found) == {"one", "two"}
-    assert all(s.tokens_per_second > 0 and s.prompt_seconds > 0 and len(s.samples) == 3 for s in found.values())
+    actual = measure({"one": model, "two": model}, torch.zeros(1, 4, dtype=torch.long), 4, 3)
+    assert set(actual) == {"one", "two"}
+    assert all(s.tokens_per_second > 0 and s.prompt_seconds > 0 and len(s.samples) == 3 for s in actual.values())

@@ -73,9 +73,9 @@ def test_blocks_that_stop_at_their_last_input_give_the_statistics_of_whole_ones(
         whole = gather(streamed, hidden, sites, needs, lambda _, h: streamed.run_block(0, h))
         stopped = collect(streamed, 0, hidden, sites, needs)
     assert whole.keys() == stopped.keys()
-    for name, found in whole.items():
-        assert stopped[name].tokens == found.tokens
-        assert torch.equal(stopped[name].second_moment_II, found.second_moment_II)
+    for name, actual in whole.items():
+        assert stopped[name].tokens == actual.tokens
+        assert torch.equal(stopped[name].second_moment_II, actual.second_moment_II)
 
 
 def test_the_product_behind_the_last_input_is_left_out(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_q_k_v_share_one_second_moment(tmp_path: Path) -> None:
         streamed.load_block(1)
         with collecting(streamed, streamed.structure.of_block(1), frozenset({"second_moment"}), statistics):
             streamed.run_block(1, hidden)
-    at = {name.rpartition(".")[2]: found for name, found in statistics.items()}
+    at = {name.rpartition(".")[2]: actual for name, actual in statistics.items()}
     assert at["q_proj"] is at["k_proj"] is at["v_proj"]
     assert at["gate_proj"] is at["up_proj"]
     assert len({id(s) for s in at.values()}) == 4
@@ -196,12 +196,12 @@ def test_bottlenecks_hang_on_their_blocks_only_while_those_are_loaded(tmp_path: 
 def _bottlenecks(model: Any, chosen: dict[str, tuple[str, str | None]], seed: int) -> ExtraModules:
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
-    found: dict[str, Place] = {}
+    actual: dict[str, Place] = {}
     width = model.config.hidden_size
     for index in range(model.config.num_hidden_layers):
         for kind, (exit_, entry) in chosen.items():
             name, owner = f"model.layers.{index}.{kind}", f"model.layers.{index}.{'mlp' if kind == 'mlp' else 'self_attn'}"
             started = start_tensors(width, width, 4, generator)
             tensors |= {f"{name}.{part}": t + 0.3 * torch.randn(t.shape, generator=generator) for part, t in started.items()}
-            found[name] = Place(f"{owner}.{exit_}", entry and f"{owner}.{entry}", "gelu", 2.0)
-    return ExtraModules("parallel_adapter", found, None, tensors)
+            actual[name] = Place(f"{owner}.{exit_}", entry and f"{owner}.{entry}", "gelu", 2.0)
+    return ExtraModules("parallel_adapter", actual, None, tensors)

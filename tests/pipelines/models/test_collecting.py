@@ -28,12 +28,12 @@ def in_slot_order(model: StreamedModel, sites: list, hidden: HiddenStates) -> di
     """The slow twin: every slot by itself, then one after the other."""
     total: dict[str, InputStatistics] = {}
     for slot in range(SLOTS):
-        found: dict[str, InputStatistics] = {}
-        with collecting(model, sites, EVERYTHING, found):
+        actual: dict[str, InputStatistics] = {}
+        with collecting(model, sites, EVERYTHING, actual):
             for number in range(slot, BATCHES, SLOTS):
                 model.run_block(0, hidden[number])
-        for name in found:
-            total.setdefault(name, InputStatistics(found[name].features, EVERYTHING)).add(found[name])
+        for name in actual:
+            total.setdefault(name, InputStatistics(actual[name].features, EVERYTHING)).add(actual[name])
     return total
 
 
@@ -44,15 +44,15 @@ def test_batches_are_summed_slot_by_slot(family: str, tmp_path: Path) -> None:
     model = StreamedModel(baseline(tmp_path / "source", tmp_path), CPU)
     hidden, sites = states(model, Room(CPU, 20_000, 0, tmp_path)), model.structure.of_block(0)
     model.load_block(0)
-    found = collect(model, 0, hidden, sites, EVERYTHING)
-    assert found.keys() == {site.name for site in sites}
+    actual = collect(model, 0, hidden, sites, EVERYTHING)
+    assert actual.keys() == {site.name for site in sites}
     for name, wanted in in_slot_order(model, sites, hidden).items():
-        assert found[name].tokens == wanted.tokens
+        assert actual[name].tokens == wanted.tokens
         if wanted.tokens:
             for sums in ("moment_sum_II", "abs_sum_I", "max_I", "samples_TI"):
-                assert torch.equal(getattr(found[name], sums), getattr(wanted, sums)), (name, sums)
+                assert torch.equal(getattr(actual[name], sums), getattr(wanted, sums)), (name, sums)
     if family == "llama":
-        at = {name.rpartition(".")[2]: statistics for name, statistics in found.items()}
+        at = {name.rpartition(".")[2]: statistics for name, statistics in actual.items()}
         assert at["q_proj"] is at["k_proj"] is at["v_proj"] and at["q_proj"] is not at["o_proj"]
         rows = torch.cat([hidden[number] for number in range(0, BATCHES, SLOTS)])
         norm = model.layers[0].input_layernorm(rows).flatten(0, 1)
@@ -65,14 +65,14 @@ def test_the_head_is_summed_slot_by_slot(tmp_path: Path) -> None:
     model = StreamedModel(baseline(tmp_path / "source", tmp_path), CPU)
     hidden, head = states(model), model.structure.head
     assert head is not None
-    found = collect_head(model, hidden, head, EVERYTHING)
+    actual = collect_head(model, hidden, head, EVERYTHING)
     total = InputStatistics(head.shape[1], EVERYTHING)
     for slot in range(SLOTS):
         part = InputStatistics(head.shape[1], EVERYTHING)
         for number in range(slot, BATCHES, SLOTS):
             part.update(model.model.model.norm(hidden[number]))
         total.add(part)
-    assert found is not None and torch.equal(found.second_moment_II, total.second_moment_II)
+    assert actual is not None and torch.equal(actual.second_moment_II, total.second_moment_II)
 
 
 @torch.no_grad()

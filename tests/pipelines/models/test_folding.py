@@ -93,8 +93,8 @@ def pair_of_records(**second: Any) -> dict[str, StoredWeight]:
 
 
 def test_a_norm_with_a_bias_is_folded() -> None:
-    found = folded(Toy(False), pair_of_records())
-    assert set(found.tensors) == {"norm.weight", "norm.bias"} and set(found.records) == {"one", "two"} and not found.notes
+    actual = folded(Toy(False), pair_of_records())
+    assert set(actual.tensors) == {"norm.weight", "norm.bias"} and set(actual.records) == {"one", "two"} and not actual.notes
 
 
 @pytest.mark.parametrize(
@@ -107,9 +107,9 @@ def test_a_norm_with_a_bias_is_folded() -> None:
     ],
 )
 def test_what_cannot_be_folded_stays_and_is_named(elsewhere: bool, second: dict[str, Any], reason: str) -> None:
-    found = folded(Toy(elsewhere), pair_of_records(**second))
-    assert not found.records and not found.tensors
-    assert len(found.notes) == 1 and found.notes[0].startswith("norm: ") and reason in found.notes[0]
+    actual = folded(Toy(elsewhere), pair_of_records(**second))
+    assert not actual.records and not actual.tensors
+    assert len(actual.notes) == 1 and actual.notes[0].startswith("norm: ") and reason in actual.notes[0]
 
 
 def test_a_record_sees_the_divided_input() -> None:
@@ -134,9 +134,9 @@ def test_a_shared_factor_stays_shared() -> None:
     one = records["one"]
     assert one.low_rank is not None and records["two"].low_rank is not None
     records["two"] = replace(records["two"], low_rank=LowRank(records["two"].low_rank.up, one.low_rank.down, shared="one"))
-    found = settled(folded(Toy(False), records).records)
-    assert found["two"].low_rank.shared == "one" and torch.equal(found["two"].low_rank.down, found["one"].low_rank.down)
-    assert bind_group([(record, None) for record in found.values()], backend="cpu-int8").joined
+    actual = settled(folded(Toy(False), records).records)
+    assert actual["two"].low_rank.shared == "one" and torch.equal(actual["two"].low_rank.down, actual["one"].low_rank.down)
+    assert bind_group([(record, None) for record in actual.values()], backend="cpu-int8").joined
 
 
 @pytest.mark.usefixtures("no_pages")

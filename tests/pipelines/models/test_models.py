@@ -44,9 +44,9 @@ def test_a_skeleton_has_the_structure_and_no_weights(family: str, tmp_path: Path
 
 
 def test_what_is_skipped_is_reported() -> None:
-    found = {skipped.name: skipped.reason for skipped in inspect(tiny_model("mixtral")).skipped}
-    assert "include_head" in found.pop("lm_head")
-    assert len(found) == 3 and all("router" in reason for reason in found.values())
+    actual = {skipped.name: skipped.reason for skipped in inspect(tiny_model("mixtral")).skipped}
+    assert "include_head" in actual.pop("lm_head")
+    assert len(actual) == 3 and all("router" in reason for reason in actual.values())
 
 
 def test_the_head_is_a_site_when_asked() -> None:

@@ -67,7 +67,7 @@ def plan_of(shape: str, *sets: str, sizes: tuple[int, ...] = (1, 8, 64), recipe:
 def test_shapes_of_models_that_nobody_has(shape: str, parameters: int) -> None:
     assert sum(p.numel() for p in skeleton(config_of(SHAPES[shape])).parameters()) == parameters
     report, made = plan_of(shape)
-    fleet, needs = ScaleOut(SPEEDS, LINK), {stage: found[:-1] for stage, found in made.needs.items()}
+    fleet, needs = ScaleOut(SPEEDS, LINK), {stage: actual[:-1] for stage, actual in made.needs.items()}
     assert report["parameters"] == parameters
     enough = {row["stage"]: row["ranks"] for row in report["where_more_ranks_stop_helping"]}
     assert enough["quantize"] <= 8 and enough["recover"] == 1 and enough["baseline"] == 1 and enough["an evaluation"] > 8
@@ -111,11 +111,11 @@ def test_what_bench_scale_takes(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_critical_path_is_the_longest_of_every_stretch() -> None:
     def events(*stretches: float) -> list[Event]:
-        found, now = [Event("mark quantize begins", 0, 0.0, 0.0, 0.0)], 0.0
+        actual, now = [Event("mark quantize begins", 0, 0.0, 0.0, 0.0)], 0.0
         for stretch in stretches:
-            found.append(Event("all_gather", 8, now + stretch, now + stretch + 0.5, 1.0))
+            actual.append(Event("all_gather", 8, now + stretch, now + stretch + 0.5, 1.0))
             now += stretch + 0.5
-        return [*found, Event("mark quantize ends", 0, now, now, 0.0), Event("barrier", 0, now + 9, now + 9, 0.0)]
+        return [*actual, Event("mark quantize ends", 0, now, now, 0.0), Event("barrier", 0, now + 9, now + 9, 0.0)]
 
     both = [within(of_rank, "quantize") for of_rank in (events(1.0, 4.0), events(3.0, 2.0))]
     assert critical_seconds(both) == 3.0 + 0.5 + 4.0 + 0.5 and critical_seconds(both[:1]) == 6.0
@@ -127,29 +127,29 @@ def test_the_command_prints_what_it_planned(capsys: pytest.CaptureFixture[str]) 
     arguments = ["plan", "compress_and_recover", "--shape", "8b", "--link", "25", "--ranks", "1,2", "--device", "cpu", "--dtype", "bfloat16"]
     arguments += [part for setting in (*BRIEF, "quantize.guided=0") for part in ("--set", setting)]  # guided, no rows share a Cholesky
     assert cli.main([*arguments, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [row["ranks"] for row in found["all_stages"]] == [1, 2] and found["all_stages"][1]["sent_bytes"] > 0
-    serial = {row["stage"]: row["of which"] for row in found["serial"]}
+    actual = json.loads(capsys.readouterr().out)
+    assert [row["ranks"] for row in actual["all_stages"]] == [1, 2] and actual["all_stages"][1]["sent_bytes"] > 0
+    serial = {row["stage"]: row["of which"] for row in actual["serial"]}
     assert "one Cholesky" in serial["quantize"] and "writing" in serial["quantize"] and "loading" in serial["quantize"]
 
 
 def test_a_sum_travels_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitmend.pipelines.planning.division.PIECE", 1000)
-    found = Exchange("gradients", "sum", 2257.0, 4, 11, 2.0)
-    assert found.calls(1) == found.sent(1) == 0
-    assert found.calls(3) == 2 * 3 * (4 + 1)
-    assert found.sent(3) == 2 * 2 * 4 * sum(4 * (width + 1) + width for width in (334, 334, 86))
+    actual = Exchange("gradients", "sum", 2257.0, 4, 11, 2.0)
+    assert actual.calls(1) == actual.sent(1) == 0
+    assert actual.calls(3) == 2 * 3 * (4 + 1)
+    assert actual.sent(3) == 2 * 2 * 4 * sum(4 * (width + 1) + width for width in (334, 334, 86))
     assert exchange.SLOTS == 8
 
 
 def test_what_lies_in_parts_is_sent_by_all_to_all() -> None:
-    found = Exchange("weights", "parts", 600.0, 4, 5, 2.0)
-    assert (found.calls(3), found.sent(3)) == (2 * 2, 2 * 2 * 2 * 600 * 4 / 3) and found.calls(1) == found.sent(1) == 0
-    found = []
+    actual = Exchange("weights", "parts", 600.0, 4, 5, 2.0)
+    assert (actual.calls(3), actual.sent(3)) == (2 * 2, 2 * 2 * 2 * 600 * 4 / 3) and actual.calls(1) == actual.sent(1) == 0
+    actual = []
     for shard in ("false", "true"):
         rows = plan_of("8b", *FULL, f"recover.shard={shard}", sizes=(1, 8))[0]["stages"]
-        found.append({row["ranks"]: row for row in rows if row["stage"] == "recover"})
-    whole, parted = found
+        actual.append({row["ranks"]: row for row in rows if row["stage"] == "recover"})
+    whole, parted = actual
     assert whole[1]["seconds"] == parted[1]["seconds"] and parted[1]["device_bytes"] == pytest.approx(whole[1]["device_bytes"], rel=1e-3)
     assert parted[8]["device_bytes"] < 0.4 * whole[8]["device_bytes"]
 

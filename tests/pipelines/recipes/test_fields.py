@@ -218,5 +218,5 @@ def test_a_setting_of_the_command_line_may_take_back_what_a_file_says() -> None:
         resolve(file, sets=["decompose.method=zeroquant_v2"])
     with pytest.raises(UsageError, match=re.escape("allocation.bits: is read only where there is a budget")):
         resolve(file, sets=["decompose.method=zeroquant_v2", "decompose.iterations=1"])
-    found = resolve(file, sets=["decompose.method=zeroquant_v2", "decompose.iterations=1", "allocation.bits=[2,3,4]"])
-    assert found.stages[0].method == "zeroquant_v2"
+    actual = resolve(file, sets=["decompose.method=zeroquant_v2", "decompose.iterations=1", "allocation.bits=[2,3,4]"])
+    assert actual.stages[0].method == "zeroquant_v2"

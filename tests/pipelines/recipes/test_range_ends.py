@@ -115,18 +115,18 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Callable[..., set[str]]:
     """The names of fields that the work itself reads from configs of these classes, from now on."""
 
     def recorded(*classes: type) -> set[str]:
-        found: set[str] = set()
+        actual: set[str] = set()
 
         def attribute(config: Any, name: str) -> Any:
             frame = sys._getframe(1)
             place = frame.f_globals.get("__name__", "")
             if not place.startswith(NOT_THE_WORK) and frame.f_code.co_name not in OF_A_DATACLASS:
-                found.add(name)
+                actual.add(name)
             return object.__getattribute__(config, name)
 
         for kind in classes:
             monkeypatch.setattr(kind, "__getattribute__", attribute)
-        return found
+        return actual
 
     return recorded
 
@@ -135,17 +135,17 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Callable[..., set[str]]:
 @pytest.mark.parametrize(("stage", "method"), [(stage, method) for stage in STAGES for method in methods(stage)])
 def test_every_setting_is_read_by_the_work(stage: str, method: str, run: Run, read: Callable[..., set[str]]) -> None:
     row = methods(stage)[method]
-    found = read(row.config)
+    actual = read(row.config)
     assert any([run([*base, small(stage, method)])[0] == 0 for base in BASES[stage]]), "its defaults can follow nothing"
     for _, _, field, hint in (one for one in FIELDS if one[:2] == (stage, method)):
         for value in ends(hint):
-            if field in found:
+            if field in actual:
                 break
             if LONG.get(field) != value:
                 written = small(stage, method, **{**required_settings(stage, method, field, value), field: value})
                 for base in BASES[stage]:
                     run([*base, written])
-        assert field in found, f"{field} is accepted and nothing that works reads it"
+        assert field in actual, f"{field} is accepted and nothing that works reads it"
 
 
 TRAINING: list[dict[str, Any]] = [

@@ -89,8 +89,8 @@ def measured(run: Path) -> dict[str, Any]:
     """Scores of every stage, hidden states of the baseline, by file; what the record says but for time and memory."""
     scores: dict[str, Any] = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in run.glob("stages/*.metrics/*.safetensors")}
     for path in run.glob("stages/*.metrics/????????.json"):
-        found = json.loads(path.read_text())
-        scores[f"{path.parent.name}/{path.name}"] = [found[key] for key in ("protocol", "nll", "kl", "top1", "bits_per_byte")]
+        actual = json.loads(path.read_text())
+        scores[f"{path.parent.name}/{path.name}"] = [actual[key] for key in ("protocol", "nll", "kl", "top1", "bits_per_byte")]
     stages = json.loads((run / "record.json").read_text())["stages"]
     return scores | {s["stage"]: [s[key] for key in ("perplexity", "total_bytes", "notes", "layers", "kl_to_baseline")] for s in stages}
 

@@ -156,8 +156,8 @@ def test_another_protocol_measures_again_and_compresses_nothing(
     mine: Path, performed: list[str], small_model: Path, small_text: Path, tmp_path: Path
 ) -> None:
     def places() -> dict[str, tuple[int, int]]:
-        found = [p for p in mine.glob("stages/0*/*") if not p.parent.name.endswith(".metrics")]
-        return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in found}
+        actual = [p for p in mine.glob("stages/0*/*") if not p.parent.name.endswith(".metrics")]
+        return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in actual}
 
     before, first = places(), runner.record(mine)
     recipe = chosen(tmp_path, small_model, small_text, evaluation={"seq_len": 32, "windows": 5})
@@ -183,12 +183,12 @@ def test_a_lost_number_is_measured_again(mine: Path, performed: list[str], small
 
 
 def test_status_says_what_is_done(finished: Path) -> None:
-    found = json.loads(json.dumps(runner.status(finished)))
-    assert [row["stage"] for row in found["stages"]] == ADDRESSES
-    assert {row["state"] for row in found["stages"]} == {"done"}
+    actual = json.loads(json.dumps(runner.status(finished)))
+    assert [row["stage"] for row in actual["stages"]] == ADDRESSES
+    assert {row["state"] for row in actual["stages"]} == {"done"}
     record = {s.stage: s.perplexity for s in runner.record(finished).stages}
-    assert {row["stage"]: row["perplexity"] for row in found["stages"]} == record
-    assert all((finished / row["directory"]).is_dir() for row in found["stages"])
+    assert {row["stage"]: row["perplexity"] for row in actual["stages"]} == record
+    assert all((finished / row["directory"]).is_dir() for row in actual["stages"])
 
 
 def test_gc_keeps_what_the_plan_names(mine: Path, small_model: Path, small_text: Path, tmp_path: Path) -> None:
@@ -198,9 +198,9 @@ def test_gc_keeps_what_the_plan_names(mine: Path, small_model: Path, small_text:
     other = next(p for p in mine.glob("stages/02-*[0-9a-f]") if p != stage_directory(mine, "quantize") and p.suffix == "")
     (mine / "stages" / "02-quantize-aaaaaaaa.partial").mkdir()
     (stage_directory(mine, "quantize").with_suffix(".metrics") / ".abc.json.12345").write_bytes(b"torn")
-    found = runner.gc(mine)
-    assert {other.name, f"{other.name}.metrics", "02-quantize-aaaaaaaa.partial", ".abc.json.12345"} <= set(found["dropped"])
-    assert found["freed_bytes"] > 100_000
+    actual = runner.gc(mine)
+    assert {other.name, f"{other.name}.metrics", "02-quantize-aaaaaaaa.partial", ".abc.json.12345"} <= set(actual["dropped"])
+    assert actual["freed_bytes"] > 100_000
     assert hashes(mine) == kept
     runner.resume(mine)
 
@@ -301,8 +301,8 @@ def test_masks_and_codes_survive_the_chain(finished: Path) -> None:
         mask = prune.stored(name).mask
         assert mask is not None
         for artifact in after:
-            found = artifact.stored(name)
-            assert found.mask is not None and found.mask.equal(mask)
+            actual = artifact.stored(name)
+            assert actual.mask is not None and actual.mask.equal(mask)
         assert after[0].tensor(f"{name}.base.codes").equal(after[-1].tensor(f"{name}.base.codes"))
 
 
@@ -338,7 +338,7 @@ def test_a_stage_that_appears_twice(small_model: Path, small_text: Path, tmp_pat
     made = runner.run(recipe, tmp_path / "run")
     assert [s.stage for s in made.stages] == ["baseline", "prune", "quantize", "quantize.2"]
     bits = [runner.last_artifact(tmp_path / "run", a).linears for a in ("quantize", "quantize.2")]
-    assert [next(iter(found.values()))["base"]["bits"] for found in bits] == [8, 4]
+    assert [next(iter(actual.values()))["base"]["bits"] for actual in bits] == [8, 4]
     assert runner.last_artifact(tmp_path / "run").manifest["stage"]["name"] == "quantize.2"
     with pytest.raises(InputError, match="has no stage 'melt'"):
         runner.last_artifact(tmp_path / "run", "melt")

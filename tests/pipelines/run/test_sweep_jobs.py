@@ -39,8 +39,8 @@ def test_side_by_side_is_one_after_the_other(recipe: Path, small_model: Path, sm
     over = ["decompose.rank=2,4", "evaluation.seq_len=32,100000"]
     plain = swept(recipe, options, tmp_path / "plain", over[:1], 1)
     parallel = swept(recipe, options, tmp_path / "together", over, 2)
-    found, failed = rows(parallel)[:2], rows(parallel)[2:]
-    assert [{k: v for k, v in row.items() if k not in ("error", "evaluation.seq_len")} for row in found] == rows(plain)
+    actual, failed = rows(parallel)[:2], rows(parallel)[2:]
+    assert [{k: v for k, v in row.items() if k not in ("error", "evaluation.seq_len")} for row in actual] == rows(plain)
     assert len(failed) == 2 and all(row["perplexity"] is None and "100000" in row["error"] for row in failed)
     assert hashes(tmp_path / "together") == hashes(tmp_path / "plain")
     assert (tmp_path / "together" / "log.jsonl").read_text().count('"finished"') == 3, "the baseline, and what works"

@@ -67,19 +67,19 @@ def test_what_is_measured_rounds_every_input(run: Path) -> None:
     streamed = StreamedModel(artifact, CPU)
     ids = torch.arange(5, 37).view(1, -1)
     with torch.no_grad():
-        found = streamed.logits(last_hidden(streamed, ids))
+        actual = streamed.logits(last_hidden(streamed, ids))
         whole = whole_model(artifact, CPU, torch.float32).model
-        torch.testing.assert_close(whole(ids).logits, found, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(whole(ids).logits, actual, rtol=1e-4, atol=1e-4)
         for name, module in whole.named_modules():
             if name in artifact.linears:
                 raw_inputs(module)
                 module.register_forward_hook(partial(by_definition, artifact.stored(name)))
         by_hand = whole(ids).logits
-        torch.testing.assert_close(by_hand, found, rtol=1e-3, atol=2e-3)
+        torch.testing.assert_close(by_hand, actual, rtol=1e-3, atol=2e-3)
         plain = StreamedModel(artifact, CPU)
         for module in plain.model.modules():
             raw_inputs(module)
-        assert float((plain.logits(last_hidden(streamed, ids)) - found).abs().max()) > 1e-2, "the head's input, too"
+        assert float((plain.logits(last_hidden(streamed, ids)) - actual).abs().max()) > 1e-2, "the head's input, too"
 
 
 def test_experts_round_theirs(small_model: Path, small_text: Path, tmp_path: Path) -> None:
@@ -97,8 +97,8 @@ def test_experts_round_theirs(small_model: Path, small_text: Path, tmp_path: Pat
             stored = [artifact.stored(f"model.layers.0.mlp.experts.{p}.{number}").dense() for p in ("gate_up_proj", "down_proj")]
             gate, up = nn.functional.linear(fake_quantize(hidden, 4, 16), stored[0]).chunk(2, -1)
             expected = nn.functional.linear(fake_quantize(nn.functional.silu(gate) * up, 4, 16), stored[1])
-            found = experts(hidden, torch.full((24, 1), number), weights)
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            actual = experts(hidden, torch.full((24, 1), number), weights)
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
         streamed.unload_block(0)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in streamed.model.modules())
 

@@ -60,18 +60,18 @@ def test_one_matrix_is_stored_once_and_rounded_to_nearest(run: Path, small_model
     assert torch.equal(loaded.get_input_embeddings().weight, base.dense())
     ids = torch.arange(5, 21).view(1, -1)
     with torch.no_grad():
-        found, expected_logits = load(run)(ids).logits, loaded(ids).logits
-    assert float((found - expected_logits).norm() / expected_logits.norm()) < 0.02, "the kernels' bfloat16 is all that differs"
+        actual, expected_logits = load(run)(ids).logits, loaded(ids).logits
+    assert float((actual - expected_logits).norm() / expected_logits.norm()) < 0.02, "the kernels' bfloat16 is all that differs"
     assert "".join(generate(run, "The river", max_new_tokens=2))
 
 
 @pytest.mark.parametrize("format_", ["dense", "gptq", "compressed-tensors"])
 def test_every_export_has_the_table_densely_and_says_so(format_: str, run: Path, tmp_path: Path) -> None:
     stage = runner.record(run).stages[1]
-    found = exporting.export(run, format_, tmp_path / "out", stage="quantize")
-    assert found["perplexity"] == pytest.approx(stage.perplexity, rel=1e-4)
+    actual = exporting.export(run, format_, tmp_path / "out", stage="quantize")
+    assert actual["perplexity"] == pytest.approx(stage.perplexity, rel=1e-4)
     note_text = "model.embed_tokens: rounded to 8 bits in the artifact, written densely here"
-    assert any(note.startswith(note_text) for note in found["notes"])
+    assert any(note.startswith(note_text) for note in actual["notes"])
     card = (tmp_path / "out" / "README.md").read_text()
     assert note_text in card and card.count(note_text) == 1
     assert "# model: rtn 4 bits" in card and str(run) not in card

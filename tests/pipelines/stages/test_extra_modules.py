@@ -114,8 +114,8 @@ def test_virtual_tokens_are_exported_for_peft(method: str, place: Path, small_mo
     stage = recovered(place, small_model, method)
     with pytest.raises(UsageError, match=r"\d+ virtual tokens stand before this model and merge into nothing; --adapter writes"):
         exporting.export(place / "run", "dense", tmp_path / "out", stage="recover")
-    found = exporting.export(place / "run", "dense", tmp_path / "out", stage="recover", adapter=True)
-    assert found["perplexity"] == pytest.approx(stage.perplexity, rel=1e-4), "read back, tokens in front"
+    actual = exporting.export(place / "run", "dense", tmp_path / "out", stage="recover", adapter=True)
+    assert actual["perplexity"] == pytest.approx(stage.perplexity, rel=1e-4), "read back, tokens in front"
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base")
     theirs: Any = PeftModel.from_pretrained(base, str(tmp_path / "out" / "adapter"))  # type: ignore[arg-type]
     streamed, ids = StreamedModel(opened(place, "recover"), CPU), torch.arange(5, 37).view(2, 16)

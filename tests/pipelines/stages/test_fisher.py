@@ -52,15 +52,15 @@ def direct(source: Path, ids_NT: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_squared_gradients(family: str, tmp_path: Path, small_model: Path, small_text: Path) -> None:
     save_speaking(family, tmp_path / "source", small_model)
     given = context(tmp_path, tmp_path / "source", small_text)
-    found = fisher_diagonal(given)
+    actual = fisher_diagonal(given)
     sums = direct(tmp_path / "source", given.inputs.calibration())
     sites = inspect(AutoModelForCausalLM.from_pretrained(tmp_path / "source")).sites
-    assert set(found) == {site.name for site in sites}
+    assert set(actual) == {site.name for site in sites}
     for site in sites:
         expected = site.read(sums[f"{site.module}.{site.parameter}"])
         assert expected.shape == site.shape
-        torch.testing.assert_close(found[site.name].row_mean_O, expected.mean(1), rtol=1e-3, atol=1e-12)
-        torch.testing.assert_close(found[site.name].column_mean_I, expected.mean(0), rtol=1e-3, atol=1e-12)
+        torch.testing.assert_close(actual[site.name].row_mean_O, expected.mean(1), rtol=1e-3, atol=1e-12)
+        torch.testing.assert_close(actual[site.name].column_mean_I, expected.mean(0), rtol=1e-3, atol=1e-12)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "opt"])
@@ -73,7 +73,7 @@ def test_squares_at_the_embeddings_and_the_head(
     given, generator = context(tmp_path, tmp_path / "source", small_text), torch.Generator().manual_seed(0)
     ids_NT = torch.stack([2 + torch.randperm(1000, generator=generator)[:32] for _ in range(3)])
     monkeypatch.setattr(Inputs, "calibration", lambda self: ids_NT)
-    found = fisher.output_squares(given)
+    actual = fisher.output_squares(given)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
     outs: list[torch.Tensor] = []
     model.get_output_embeddings().register_forward_hook(lambda module, args, out: outs.append(out))
@@ -82,10 +82,10 @@ def test_squares_at_the_embeddings_and_the_head(
         loss = model(ids.unsqueeze(0), labels=ids.unsqueeze(0)).loss
         outs[-1].retain_grad()
         loss.backward()
-    assert found.looked_up_D is not None and found.logits_V is not None
-    torch.testing.assert_close(found.looked_up_D.float(), table.sum(0), rtol=1e-3, atol=1e-10)
+    assert actual.looked_up_D is not None and actual.logits_V is not None
+    torch.testing.assert_close(actual.looked_up_D.float(), table.sum(0), rtol=1e-3, atol=1e-10)
     squares_V = sum((out.grad.square().sum((0, 1)) for out in outs), torch.zeros(1024))  # type: ignore[union-attr]
-    torch.testing.assert_close(found.logits_V.float(), squares_V, rtol=1e-3, atol=1e-10)
+    torch.testing.assert_close(actual.logits_V.float(), squares_V, rtol=1e-3, atol=1e-10)
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
@@ -111,8 +111,8 @@ def test_sums_do_not_depend_on_how_much_fits(
     assert set(loaded) == {1} and len(loaded) == 2 * calls
     for name, (row_O, column_I) in at_once.items():
         assert torch.equal(row_O, alone[name][0]) and torch.equal(column_I, alone[name][1])
-    for found, again in zip(vars(outside).values(), vars(also_outside).values(), strict=True):
-        assert found.any() and torch.equal(found, again)
+    for actual, again in zip(vars(outside).values(), vars(also_outside).values(), strict=True):
+        assert actual.any() and torch.equal(actual, again)
 
 
 def test_a_long_text_passes_the_head_in_spans(tmp_path: Path, small_model: Path, small_text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,8 +130,8 @@ def test_in_bfloat16_it_is_about_the_same(tmp_path: Path, small_model: Path, sma
     given = context(tmp_path, small_model, small_text)
     exact, rough = fisher_diagonal(given), fisher_diagonal(replace(given, dtype=torch.bfloat16))
     assert len(list((tmp_path / "metrics").glob("fisher-*"))) == 2, "another dtype has numbers of its own"
-    for name, found in exact.items():
-        ratio = float(rough[name].row_mean_O.sum() / found.row_mean_O.sum())
+    for name, actual in exact.items():
+        ratio = float(rough[name].row_mean_O.sum() / actual.row_mean_O.sum())
         assert 0.9 < ratio < 1.1, name
     assert fisher.dtype_of_gradients(replace(given, dtype=torch.float16)) == torch.float32
 
@@ -142,8 +142,8 @@ def test_it_is_computed_once(tmp_path: Path, small_model: Path, small_text: Path
     monkeypatch.setattr("bitmend.pipelines.stages.fisher._collect", lambda *a: pytest.fail("computed again"))
     again = fisher_diagonal(given)
     assert set(first) == set(again)
-    for name, found in first.items():
-        assert torch.equal(found.row_mean_O, again[name].row_mean_O) and torch.equal(found.column_mean_I, again[name].column_mean_I)
+    for name, actual in first.items():
+        assert torch.equal(actual.row_mean_O, again[name].row_mean_O) and torch.equal(actual.column_mean_I, again[name].column_mean_I)
 
 
 def test_it_stops_when_asked(tmp_path: Path, small_model: Path, small_text: Path) -> None:

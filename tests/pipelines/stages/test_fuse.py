@@ -25,14 +25,14 @@ QUANTIZE: dict[str, Any] = {
 
 def two_levels(artifact: Artifact) -> set[str]:
     """Names of the matrices whose scales are exactly whole numbers times one float an output."""
-    found = set()
+    actual = set()
     for name in artifact.linears:
         base = artifact.stored(name).base
         assert isinstance(base, UniformWeight)
         size = base.in_features // base.groups
         if base.bits <= 4 and exact_levels(base.scales, reach(base.codes_OI(), base.zeros_OG(), size)) is not None:
-            found.add(name)
-    return found
+            actual.add(name)
+    return actual
 
 
 def test_the_second_rounding_is_measured_where_it_is_made(tmp_path: Path, small_model: Path, small_text: Path) -> None:

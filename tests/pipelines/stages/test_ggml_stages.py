@@ -93,14 +93,14 @@ def test_it_generates_and_leaves_as_dense_alone(run: tuple[Recipe, Path], tmp_pa
 
 @pytest.mark.parametrize("grid", ["q2_k"])
 def test_gptq_loses_less_than_rounding_on_the_same_grid(grid: str, tmp_path: Path, small_model: Path, small_text: Path) -> None:
-    found = {}
+    actual = {}
     for method in ("rtn", "gptq"):
         recipe = chosen(tmp_path, small_model, small_text, [{"quantize": {"method": method, "grid": grid}}], **ENOUGH)
         runner.run(recipe, tmp_path / method, device="cpu")
-        found[method] = next(s for s in runner.record(tmp_path / method).stages if s.stage == "quantize")
-    assert found["gptq"].kl_to_baseline < found["rtn"].kl_to_baseline
-    assert found["gptq"].perplexity < found["rtn"].perplexity
-    assert found["gptq"].bits_per_weight == found["rtn"].bits_per_weight
+        actual[method] = next(s for s in runner.record(tmp_path / method).stages if s.stage == "quantize")
+    assert actual["gptq"].kl_to_baseline < actual["rtn"].kl_to_baseline
+    assert actual["gptq"].perplexity < actual["rtn"].perplexity
+    assert actual["gptq"].bits_per_weight == actual["rtn"].bits_per_weight
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_squared_gradients_of_tokens(family: str, tmp_path: Path, small_model: P
     given = context(tmp_path, tmp_path / "source", small_text)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
     sites = [site for site in inspect(model).sites if site.block is not None]
-    found = token_squares(given, {site.name: 2 for site in sites})
+    actual = token_squares(given, {site.name: 2 for site in sites})
     outs: dict[str, torch.Tensor] = {}
     for site in sites:
         model.get_submodule(site.module).register_forward_hook(lambda module, args, out, name=site.name: outs.update({name: out}))
@@ -49,7 +49,7 @@ def test_squared_gradients_of_tokens(family: str, tmp_path: Path, small_model: P
             gradient = outs[site.name].grad
             assert gradient is not None
             expected = torch.stack([gradient[0][:, rows].square().mean(1) for rows in row_groups(site.shape[0], 2)], 1)
-            torch.testing.assert_close(found[site.name][n], expected, rtol=2e-3, atol=1e-13)
+            torch.testing.assert_close(actual[site.name][n], expected, rtol=2e-3, atol=1e-13)
 
 
 def test_moments_of_a_block(tmp_path: Path, small_model: Path, small_text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,5 +159,5 @@ def test_what_not_every_token_reaches_is_solved_plainly(
 )
 def test_refusals(family: str, settings: dict[str, Any], message: str, tmp_path: Path, small_model: Path, small_text: Path) -> None:
     save_speaking(family, tmp_path / "source", small_model)
-    found = refusals(chosen(tmp_path, tmp_path / "source", small_text, [{"quantize": GUIDED | settings}]), tmp_path / "source")
-    assert any(message in line for line in found), found
+    actual = refusals(chosen(tmp_path, tmp_path / "source", small_text, [{"quantize": GUIDED | settings}]), tmp_path / "source")
+    assert any(message in line for line in actual), actual

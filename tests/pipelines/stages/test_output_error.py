@@ -64,11 +64,11 @@ def by_hand(run: Path, made: Artifact, parent: Artifact, weights: dict[str, torc
 def test_every_method_reports_the_same_quantity(name: str, reported: dict[str, tuple[Path, Any]], small_model: Path) -> None:
     run, stage = reported[name]
     made, weights = runner.last_artifact(run), load_file(small_model / "model.safetensors")
-    found = {layer.name: layer.relative_output_error for layer in stage.layers}
-    assert all(error is not None and 0 < error < 1 for error in found.values()), "of every matrix"
+    actual = {layer.name: layer.relative_output_error for layer in stage.layers}
+    assert all(error is not None and 0 < error < 1 for error in actual.values()), "of every matrix"
     for block in (0, 1):
         expected = by_hand(run, made, runner.last_artifact(run, "baseline"), weights, block)
-        assert found[Q.format(block)] == pytest.approx(expected, rel=1e-4)
+        assert actual[Q.format(block)] == pytest.approx(expected, rel=1e-4)
     assert stage.metrics["calibration_tokens"] == (0 if name in ("rtn", "nf4", "magnitude", "loftq") else 20 * 48)
 
 

@@ -93,8 +93,8 @@ def every_method(family: str) -> Chains:
 
 def artifacts(place: Path) -> dict[str, str]:
     """sha256 of every file of every artifact, and of its stage's outcome."""
-    found = [p for p in place.rglob("*") if p.is_file() and ".partial" not in str(p) and "teacher" not in str(p)]
-    return {str(p.relative_to(place)): sha256(p) for p in found}
+    actual = [p for p in place.rglob("*") if p.is_file() and ".partial" not in str(p) and "teacher" not in str(p)]
+    return {str(p.relative_to(place)): sha256(p) for p in actual}
 
 
 def made(commands: Processes, size: int, place: Path, stops: dict[str, int] | None = None, **asked: Any) -> tuple[dict[str, str], str]:
@@ -121,9 +121,9 @@ def llama(commands: Processes, small_model: Path, small_text: Path, tmp_path_fac
     return by_one("llama", SHORT, commands, small_model, small_text, tmp_path_factory.mktemp("llama"))
 
 
-def same(found: dict[str, str], expected: dict[str, str]) -> None:
-    assert len(expected) > 20 and {name for name in expected if expected[name] != found.get(name)} == set()
-    assert found.keys() == expected.keys()
+def same(actual: dict[str, str], expected: dict[str, str]) -> None:
+    assert len(expected) > 20 and {name for name in expected if expected[name] != actual.get(name)} == set()
+    assert actual.keys() == expected.keys()
 
 
 def test_artifacts_of_four_processes_are_those_of_one(llama: Alone, commands: Processes, tmp_path: Path) -> None:
@@ -137,14 +137,14 @@ def test_stages_go_on_with_another_number_of_processes(llama: Alone, commands: P
     expected = {name: of for name, of in expected.items() if name.startswith(("baseline", "sequential", "rounded"))}
     place, output = tmp_path / "changing", ""
     for size, stops in ((2, {"sequential": 4, "rounded": 4}), (4, {"sequential": 2}), (1, {})):
-        found, news = made(commands, size, place, stops, **asked)
+        actual, news = made(commands, size, place, stops, **asked)
         output += news
         if size == 2:
             assert list(place.glob("sequential-0.partial/walked-00001-hidden.safetensors")) and list(place.glob(f"rounded-1.partial/{TRAINING_STATE}"))
     assert [line for line in output.splitlines() if line.startswith("stopped")] == [
         "stopped: sequential, stage 0", "stopped: rounded, stage 1", "stopped: sequential, stage 1"
     ]  # fmt: skip
-    same({name: of for name, of in found.items() if not name.startswith("metrics")}, expected)
+    same({name: of for name, of in actual.items() if not name.startswith("metrics")}, expected)
 
 
 def test_experts_are_shared_out(commands: Processes, small_model: Path, small_text: Path, tmp_path: Path) -> None:

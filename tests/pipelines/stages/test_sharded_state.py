@@ -27,13 +27,13 @@ def trained_metrics(place: Path, name: str) -> dict[str, Any]:
     return json.loads((place / f"{name}-1.json").read_text())["metrics"]
 
 
-def close(found: dict[str, Any], expected: dict[str, Any]) -> None:
+def close(actual: dict[str, Any], expected: dict[str, Any]) -> None:
     """Perplexities within 0.1 %, at every look and at the end; what trains in parts on one machine is no more than its share."""
     for name in ("held_out_loss_start", "held_out_loss_best", "held_out_loss_kept"):
-        assert found[name] == pytest.approx(expected[name], abs=1e-3)
-    assert found["best_step"] > 0 and expected["held_out_loss_best"] < expected["held_out_loss_start"] - 0.01
-    assert found["tokens"] == expected["tokens"] and len(found["history"]) == len(expected["history"])
-    for one, other in zip(found["history"], expected["history"], strict=True):
+        assert actual[name] == pytest.approx(expected[name], abs=1e-3)
+    assert actual["best_step"] > 0 and expected["held_out_loss_best"] < expected["held_out_loss_start"] - 0.01
+    assert actual["tokens"] == expected["tokens"] and len(actual["history"]) == len(expected["history"])
+    for one, other in zip(actual["history"], expected["history"], strict=True):
         assert one == pytest.approx(other, abs=1e-3)
 
 
@@ -44,11 +44,11 @@ def test_a_state_is_found_wherever_a_kill_left_it(tmp_path: Path) -> None:
     for step in (1, 2):
         tensors = {f"{label}.a": torch.full((3,), float(step)) for label in ("value", "first", "second", "best", "good")}
         keep_parts(tmp_path, TrainState(tensors, {"step": step}), ONE)
-        found = kept_parts(tmp_path, Attached(trainables), ONE)
-        assert found is not None and found.meta == {"step": step} and all(torch.equal(found.tensors[name], t) for name, t in tensors.items())
+        actual = kept_parts(tmp_path, Attached(trainables), ONE)
+        assert actual is not None and actual.meta == {"step": step} and all(torch.equal(actual.tensors[name], t) for name, t in tensors.items())
     os.rename(place, fresh)  # killed right before the renaming
-    found = kept_parts(tmp_path, Attached(trainables), ONE)
-    assert found is not None and found.meta == {"step": 2}
+    actual = kept_parts(tmp_path, Attached(trainables), ONE)
+    assert actual is not None and actual.meta == {"step": 2}
     (fresh / PARTS_META).unlink()  # and before all was written
     assert kept_parts(tmp_path, Attached(trainables), ONE) is None
 

@@ -87,5 +87,5 @@ def test_no_more_than_the_limit_is_kept(place: Path, computed: list[int], monkey
 
 def test_gc_removes_them(place: Path) -> None:
     trained(place, "a")
-    found = runner.gc(place / "a" / "run")
-    assert "teacher-states" in found["dropped"] and not states(place, "a")
+    actual = runner.gc(place / "a" / "run")
+    assert "teacher-states" in actual["dropped"] and not states(place, "a")

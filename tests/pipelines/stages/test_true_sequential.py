@@ -43,10 +43,10 @@ def test_groups_of_every_family(family: str, tmp_path: Path) -> None:
     hidden = model.embed(torch.arange(5, 29).view(2, 12))
     model.load_block(1)
     sites = model.structure.of_block(1)
-    found = input_groups(model, 1, sites, hidden)
-    leaves = [{(s.parameter if s.expert is not None else s.name.rpartition(".")[2]) for s in group} for group in found]
+    actual = input_groups(model, 1, sites, hidden)
+    leaves = [{(s.parameter if s.expert is not None else s.name.rpartition(".")[2]) for s in group} for group in actual]
     assert leaves == GROUPS[family]
-    assert sorted(s.name for group in found for s in group) == sorted(s.name for s in sites), "each once, idle experts included"
+    assert sorted(s.name for group in actual for s in group) == sorted(s.name for s in sites), "each once, idle experts included"
     assert all(not module._forward_pre_hooks for module in model.model.modules())
 
 

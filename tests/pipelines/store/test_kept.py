@@ -19,9 +19,9 @@ TENSORS = {
 
 def test_what_was_kept_is_read(tmp_path: Path) -> None:
     keep(tmp_path / "a.safetensors", TENSORS, {"meta": "words"})
-    found = kept(tmp_path / "a.safetensors")
-    assert found is not None and found[1]["meta"] == "words"
-    for tensors in (found[0], load_file(tmp_path / "a.safetensors")):
+    actual = kept(tmp_path / "a.safetensors")
+    assert actual is not None and actual[1]["meta"] == "words"
+    for tensors in (actual[0], load_file(tmp_path / "a.safetensors")):
         assert tensors.keys() == TENSORS.keys()
         assert all(torch.equal(tensors[name], TENSORS[name]) and tensors[name].dtype == TENSORS[name].dtype for name in TENSORS)
 

@@ -117,11 +117,11 @@ def test_two_tasks_are_switched_on_one_base(small_model: Path, small_text: Path,
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "x-bridge" / "base")
     model: Any = PeftModel.from_pretrained(base, str(tmp_path / "x-bridge" / "adapter"), adapter_name="bridge")  # type: ignore[arg-type]
     model.load_adapter(str(tmp_path / "x-engine" / "adapter"), adapter_name="engine")
-    ids, found = torch.arange(5, 37).view(2, 16), {}
+    ids, actual = torch.arange(5, 37).view(2, 16), {}
     for name in ("bridge", "engine", "bridge"):
         model.set_adapter(name)
         streamed = StreamedModel(opened(tmp_path / name, "recover"), CPU)
         with torch.no_grad():
-            found[name] = model(ids).logits
-            torch.testing.assert_close(found[name], streamed.logits(last_hidden(streamed, ids)), rtol=1e-4, atol=2e-3)
-    assert float((found["bridge"] - found["engine"]).abs().max()) > 0.1
+            actual[name] = model(ids).logits
+            torch.testing.assert_close(actual[name], streamed.logits(last_hidden(streamed, ids)), rtol=1e-4, atol=2e-3)
+    assert float((actual["bridge"] - actual["engine"]).abs().max()) > 0.1
