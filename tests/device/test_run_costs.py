@@ -103,6 +103,7 @@ TRAINED: dict[str, Any] = {"steps": 2, "batch_size": 4, "seq_len": 128, "eval_ev
 CASES: dict[str, list[dict[str, Any]]] = {
     "wanda": [{"prune": {"method": "wanda"}}],
     "gptq": [{"quantize": {"method": "gptq"}}],
+    "gptq, replayed": [{"quantize": {"method": "gptq", "true_sequential": True}}],
     "qera_exact": [RTN, {"decompose": {"method": "qera_exact", "rank": 4}}],
     "lora": [RTN, {"recover": {"method": "lora", **TRAINED}}],
     "scales": [RTN, {"recover": {"method": "scales", **TRAINED}}],
