@@ -122,7 +122,7 @@ def _auto_round(chosen: Recipe, directory: Path) -> RunRecord:
     ids_NT = Inputs(recipe.resolve(document, options={"model": DEMO}), rivals / "dense").calibration()
     checkpoint, reported = other_programs.made(rivals, rivals / "dense", ids_NT, AUTO_ROUND)
     untouched = {"method": "rtn", "ignore": [r"\.layers\."]}
-    record = _measured(chosen, rivals / "run", untouched, {"model": str(checkpoint), "data": DEMO, "teacher": DEMO, **COMPUTED})
+    record = _measured(chosen, rivals / "run", untouched, {"model": str(checkpoint), "data": DEMO, **COMPUTED})
     last = replace(record.stages[-1], method="auto_round", seconds=reported["seconds"], peak_bytes=reported["peak_bytes"])
     return replace(record, stages=(*record.stages[:-1], last))
 

@@ -169,6 +169,11 @@ def _recipe(row: ReferenceRow, options: Mapping[str, object]) -> recipe.Recipe:
     return recipe.resolve(document, options=options)
 
 
+def options_of_rival(row: ReferenceRow, options: Mapping[str, object], checkpoint: Path) -> dict[str, object]:
+    """Those of a run on the other program's checkpoint; the dense model teaches where something trains."""
+    return {**options, "model": str(checkpoint), **({"teacher": options["model"]} if row.stages else {})}
+
+
 def _measure_rival(row: ReferenceRow, directory: Path, options: Mapping[str, object], other_text: bool) -> dict[str, Any]:
     """What the other program made of the baseline, as it stands or as the row's stages leave it; differences are to the dense model."""
     assert row.rival is not None
@@ -180,7 +185,7 @@ def _measure_rival(row: ReferenceRow, directory: Path, options: Mapping[str, obj
         export(directory, "dense", dense, stage="baseline")
     checkpoint, reported = other_programs.made(rivals, dense, Inputs(chosen, dense).calibration(), row.rival)
     own = other_programs.place_of(rivals, row.rival) / "run"
-    record = runner.run(_recipe(row, {**options, "model": str(checkpoint), "teacher": options["model"]}), own, page=False)
+    record = runner.run(_recipe(row, options_of_rival(row, options, checkpoint)), own, page=False)
     numbers = _numbers(record)
     assert first.perplexity is not None
     ratio = numbers["perplexity"] / first.perplexity

@@ -22,6 +22,9 @@ def test_every_row_resolves_and_no_two_share_an_identity(name: str, tmp_path: Pa
     for stages in {json.dumps(row.stages): row.stages for row in table.rows if row.stages}.values():
         (tmp_path / "row.yaml").write_text(dump({"stages": [dict(stage) for stage in stages]}))
         assert len(resolve(str(tmp_path / "row.yaml")).stages) == len(stages)
+    for row in table.rows:
+        if row.rival is not None:
+            assert publishing._recipe(row, publishing.options_of_rival(row, {"model": "demo", "profile": "demo"}, tmp_path)).stages
     identities = [json.dumps({"model": row.model, "name": row.name, **row.tags}) for row in table.rows]
     assert len(set(identities)) == len(identities)
 
@@ -112,6 +115,34 @@ def test_the_demos_table_has_plain_rows_with_the_recipes_embeddings(
     assert rows["NF4"]["perplexity"] == 27.0 and rows["NF4"]["news"] == 33.0
     stood = RunRecord.from_json(json.loads((tmp_path / "plain.json").read_text()))
     assert [stage.stage for stage in plain_rows.rivals(run(default, tmp_path))] == ["RTN", "GPTQ", "NF4"] == [s.stage for s in stood.stages]
+
+
+def test_the_demos_table_has_the_other_programs_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks stay as its checkpoint has them, embeddings and evaluation are the recipe's, seconds and memory its own."""
+    asked: list[Recipe] = []
+
+    def run(chosen: Recipe, directory: Path, **_: object) -> RunRecord:
+        asked.append(chosen)
+        return RunRecord("r", "demo", Protocol("demo"), (StageRecord("baseline"), StageRecord("quantize", "rtn", 23.0, seconds=3.0)), {})
+
+    class Given:
+        def __init__(self, *_: object) -> None: ...
+
+        def calibration(self) -> str:
+            return "windows"
+
+    monkeypatch.setattr(demo_table.runner, "run", run)
+    monkeypatch.setattr(demo_table, "Inputs", Given)
+    monkeypatch.setattr(demo_table, "export", lambda *_, **__: None)
+    monkeypatch.setattr(
+        demo_table.other_programs, "made", lambda *asked: (tmp_path / "checkpoint", {"seconds": 70.0, "peak_bytes": 5} if asked[2] == "windows" else {})
+    )
+    default = resolve("compress_and_recover", options={"profile": "demo", "dtype": "float32"})
+    last = demo_table._auto_round(default, tmp_path).stages[-1]
+    assert (last.method, last.perplexity, last.seconds, last.peak_bytes) == ("auto_round", 23.0, 70.0, 5)
+    (chosen,), (spec,) = asked, asked[0].stages
+    assert spec.method == "rtn" and spec.skips("model.layers.3.mlp.up_proj") and not spec.skips("model.embed_tokens")
+    assert chosen.model == str(tmp_path / "checkpoint") and chosen.evaluation == default.evaluation and spec.embedding_bits == 6
 
 
 def test_the_recipe_in_two_dtypes_is_two_runs_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
