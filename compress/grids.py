@@ -17,7 +17,7 @@ from .weights import UniformWeight
 Clip = Literal["none", "power", "hessian", "joint"]
 _WEIGHTED = frozenset({"hessian", "joint"})
 STEPS, FLOOR = 20, 0.5
-_CHUNK = 5 << 18  # elements whose levels stay in cache while many clip ratios are tried
+_CHUNK = 7 << 18  # elements whose levels stay in cache while many clip ratios are tried
 _PIECES = 4  # so many chunks share the few operators that a set of clip ratios takes
 _CARD_CHUNK = 1 << 26  # on a card: where more are no faster, and half a gigabyte is little next to the sweep that follows
 _WHOLE = torch.ones((), dtype=torch.float64)
