@@ -15,6 +15,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from .units import number
@@ -143,7 +144,7 @@ def place_labels(
     taken += [(x - 1.0, y - 1.0, x + 1.0, y + 1.0) for x, y in (axes.transData.transform(point) * scale for point in avoid)]
     for index, texts in _bunched(at):
         text, (x, y, _) = ", ".join(texts), at[index]
-        box = _free_place(x, y, 0.58 * size * len(text), 1.15 * size, taken, inside)
+        box = _free_place(x, y, TextPath((0, 0), text, size=size).get_extents().x1, 1.15 * size, taken, inside)
         taken.append(box)
         place, offset = points[index][:2], (box[0] - x, box[1] - y)
         note = axes.annotate(text, place, offset, textcoords="offset points", fontsize=size, color=INK, ha="left", va="bottom")
