@@ -2,7 +2,8 @@
 once.
 
 Attention, whose matrices are all solved, gives what it gave before; where the last of its matrices has just been solved, that one alone runs, on
-the input that was seen. What is kept lies where hidden states lie, as long as memory has room; what there is no room for is computed again.
+the input that was seen. What is kept lies on the device and takes half of the room that hidden states leave there; what there is no room for is
+computed again, which takes a card less time than to fetch it.
 Knows a block's modules and the order of their matrices; not what changes them.
 """
 
@@ -15,19 +16,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from .blocks import StreamedModel
-from .hidden import HiddenStates, Room
+from .hidden import Room
 from .structure import Site
 
+REPLAY_SHARE = 0.5
+"""Of the room that hidden states leave on the device; the next block and its statistics come out of the other half and of what is no room of theirs."""
 
+
+@dataclass(frozen=True)
 class _Kept:
     """A tensor, and as which version it was seen: a block that writes into it afterwards makes it worthless."""
 
-    def __init__(self, tensor: Tensor, room: Room) -> None:
-        self.states, self.version = HiddenStates.of([tensor.detach()], room), tensor._version
+    tensor: Tensor
+    version: int
 
     def get(self) -> Tensor | None:
-        tensor = self.states[0]
-        return tensor if self.states.places != ["device"] or tensor._version == self.version else None
+        return self.tensor if self.tensor._version == self.version else None
 
 
 @contextmanager
@@ -66,11 +70,13 @@ class _Part:
 
 @dataclass
 class Replay:
-    """`groups` are the block's sites in the order of their calls, those that read one tensor together; `solved` counts those that are final. Bits are
-    those of plain runs."""
+    """`groups` are the block's sites in the order of their calls, those that read one tensor together; `solved` counts those that are final. `left` are
+    the bytes that may still be kept, `held` those that are. Bits are those of plain runs."""
 
     groups: Sequence[list[Site]]
     room: Room
+    left: float
+    held: int = 0
     solved: int = 0
     parts: list[_Part] = field(default_factory=list)
     place: int | None = None
@@ -80,7 +86,7 @@ class Replay:
     @contextmanager
     def of(cls, model: StreamedModel, index: int, groups: Sequence[list[Site]], room: Room) -> Iterator["Replay"]:
         """While open, runs of block `index` within `at` are replayed."""
-        replay = cls(groups, room)
+        replay = cls(groups, room, REPLAY_SHARE * room.device_bytes)
         number = {site.name: at for at, group in enumerate(groups) for site in group}
         sites = [site for group in groups for site in group]
         for module in model.layers[index].children():
@@ -98,7 +104,10 @@ class Replay:
                 if part.exit is not None:
                     stack.enter_context(part.exit.register_forward_pre_hook(partial(replay._entering, part), prepend=True))
                     stack.enter_context(part.exit.register_forward_hook(partial(replay._given, part)))
-            yield replay
+            try:
+                yield replay
+            finally:
+                replay._count(-replay.held)
 
     @contextmanager
     def at(self, place: int, last: bool = False) -> Iterator[None]:
@@ -112,8 +121,8 @@ class Replay:
             for part in self.parts:
                 part.given = None
                 if last:
-                    part.entering.pop(place, None)
-                    part.leaving.pop(place, None)
+                    self._drop(part.entering, place)
+                    self._drop(part.leaving, place)
             self.place = None
 
     def _forward(self, part: _Part, *args: Any, **kwargs: Any) -> Any:
@@ -131,9 +140,10 @@ class Replay:
         out = part.returned(part.exit(entered)) if entered is not None and part.exit is not None else part.run(*args, **kwargs)
         first = out[0] if isinstance(out, tuple) else out
         if not self.last and first is not None:
+            self._drop(part.entering, place)
             self._keep(part.leaving, place, first)
-            if place in part.leaving:
-                part.entering.pop(place, None)
+            if place not in part.leaving and entered is not None:
+                self._keep(part.entering, place, entered)
         return out
 
     def _learn(self, part: _Part, out: Any) -> None:
@@ -152,6 +162,14 @@ class Replay:
         part.given = out if self.place is not None and isinstance(out, Tensor) else None
 
     def _keep(self, kept: dict[int, _Kept], place: int, tensor: Tensor) -> None:
-        """Where memory has room; files would take longer than another run."""
-        if tensor.is_contiguous() and self.room.place(tensor.numel() * tensor.element_size()) != "file":
-            kept[place] = _Kept(tensor, self.room)
+        if tensor.is_contiguous() and tensor.nbytes <= self.left:
+            self._count(tensor.nbytes)
+            kept[place] = _Kept(tensor.detach(), tensor._version)
+
+    def _drop(self, kept: dict[int, _Kept], place: int) -> None:
+        if place in kept:
+            self._count(-kept.pop(place).tensor.nbytes)
+
+    def _count(self, size: int) -> None:
+        self.held, self.left = self.held + size, self.left - size
+        self.room.take("device", size)

@@ -28,7 +28,8 @@ ATTENTION_SHARE = 2.0
 @dataclass(frozen=True)
 class Needs:
     """`device`: bytes of tensors on the run's device; `host`: other bytes of this process (on a CPU both are one memory); `hidden`: bytes of
-    hidden states, which lie on the device, in host memory or in files, as there is room. Of `work`, all that one process does: `divided` is what
+    hidden states, which lie on the device, in host memory or in files, as there is room; `replayed` what a block keeps between its groups, where
+    the device has room. Of `work`, all that one process does: `divided` is what
     several ranks share, `alone` names what is left, which every rank repeats or waits for; `sent` is what goes from rank to rank. Of `device` the bytes `parted` lie in parts on the ranks."""
 
     work: Work
@@ -39,6 +40,7 @@ class Needs:
     alone: Mapping[str, Work] = field(default_factory=dict)
     sent: tuple[Exchange, ...] = ()
     parted: float = 0.0
+    replayed: float = 0.0
 
     def most(self, other: "Needs") -> "Needs":
         """Both one after the other."""
@@ -53,6 +55,7 @@ class Needs:
             alone,
             self.sent + other.sent,
             max(self.parted, other.parted),
+            max(self.replayed, other.replayed),
         )
 
 

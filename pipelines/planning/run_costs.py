@@ -18,6 +18,7 @@ from ..devices.rates import Speeds, Work, measured
 from ..devices.shortage import advice
 from ..evaluation.measure import resident_bytes
 from ..models.hidden import SHARE
+from ..models.replay import REPLAY_SHARE
 from ..models.sizes import Sizes
 from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec
@@ -126,12 +127,13 @@ class RunCosts:
 
     def placed(self, needs: Needs) -> tuple[float, float]:
         """(device bytes, host bytes) with hidden states where there is room for them; on a CPU both are one memory."""
-        kept = min(needs.hidden, SHARE * max(0.0, self.available(device=True) - self.plan.outside_bytes))
+        room = SHARE * max(0.0, self.available(device=True) - self.plan.outside_bytes)
+        kept = min(needs.hidden, room)
+        kept, spilled = kept + min(needs.replayed, REPLAY_SHARE * (room - kept)), needs.hidden - kept
         if self.compute.device.type == "cpu":
             whole = self.base + STAGE_BYTES + needs.device + needs.host + kept
             return whole, whole
-        spilled = min(needs.hidden - kept, SHARE * self.available(device=False))
-        return needs.device + kept, self.base + STAGE_BYTES + needs.host + spilled
+        return needs.device + kept, self.base + STAGE_BYTES + needs.host + min(spilled, SHARE * self.available(device=False))
 
     def available(self, device: bool) -> float:
         """Bytes that there are for this process: of the card, or of the machine's memory (with what the process has already)."""

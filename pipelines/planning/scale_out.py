@@ -150,7 +150,7 @@ def _of_a_rank(needs: Needs, size: int) -> Needs:
     share = max((len([o for o in d.owners(size) if o == 0]) / len(d.pieces) for d in needs.divided[:1]), default=1.0)
     sums = [(x.numbers * x.itemsize, min(x.numbers, PIECE) * x.itemsize) for x in needs.sent if x.kind == "sum"]
     device = needs.device - needs.parted * (1 - 1 / size)
-    return replace(needs, hidden=needs.hidden * share, device=device + max((2 * piece + whole / size for whole, piece in sums), default=0.0))
+    return replace(needs, hidden=needs.hidden * share, replayed=needs.replayed * share, device=device + max((2 * piece + whole / size for whole, piece in sums), default=0.0))
 
 
 def _total(size: int, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

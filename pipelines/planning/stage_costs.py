@@ -86,7 +86,7 @@ def compressed(plan: CostPlan, spec: StageSpec, records: bool, first: bool, writ
     gathered = gathering(plan, anatomy.inputs(sites), needs, tokens) + _weighing(spec, sites, tokens)
     work += gathered
     models = 2 if twin else 1
-    hidden = plan.hidden_bytes(tokens) * (models + row.dense_outputs) + replays
+    hidden = plan.hidden_bytes(tokens) * (models + row.dense_outputs)
     held = plan.outside_bytes * models + plan.block_bytes * models
     alone = {"writing": writing, "loading": loading + read_back}
     shared = [in_turn(SLOTS_OF_TEXT, (running + unneeded + gathered) * anatomy.blocks, plan.slots(windows, seq_len)), pieces]
@@ -110,6 +110,7 @@ def compressed(plan: CostPlan, spec: StageSpec, records: bool, first: bool, writ
         tuple(shared),
         {name: each * anatomy.blocks for name, each in alone.items()} | {"opening": opening},
         sent,
+        replayed=replays,
     )
     return _with_outside_blocks(plan, spec, whole)
 
