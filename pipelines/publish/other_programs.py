@@ -28,15 +28,16 @@ def made(directory: Path, dense: Path, ids_NT: Tensor, asked: Mapping[str, Any])
     dense: a Hugging Face directory in float32; ids: the calibration windows; asked: program, bits, group_size, samples, batch_size,
     of AutoRound iterations. InputError without the environment, or with the program's last words when it fails.
     """
-    place = place_of(directory, asked)
+    place = place_of(directory, asked).resolve()
     answer, checkpoint = place / "run.json", place / "checkpoint"
     if not answer.is_file():
         python = _interpreter(asked["program"])
         checkpoint.mkdir(parents=True, exist_ok=True)
         save_file({"ids": ids_NT.reshape(asked["samples"], -1).contiguous()}, place / "calibration.safetensors")
-        job = {**asked, "dense": str(dense), "calibration": str(place / "calibration.safetensors"), "output": str(checkpoint)}
+        job = {**asked, "dense": str(dense.resolve()), "calibration": str(place / "calibration.safetensors"), "output": str(checkpoint)}
         (place / "job.json").write_text(json.dumps(job))
-        ran = subprocess.run([python, "-P", _SCRIPTS / f"{asked['program']}_runs.py", place / "job.json", place / "said.json"], capture_output=True, text=True, check=False)
+        program = [python.absolute(), "-P", _SCRIPTS.resolve() / f"{asked['program']}_runs.py", place / "job.json", place / "said.json"]
+        ran = subprocess.run(program, cwd=place, capture_output=True, text=True, check=False)  # what it logs lies there, too
         if ran.returncode:
             raise InputError(f"{asked['program']} ended with {ran.returncode}: {ran.stderr.strip()[-2000:]}")
         (place / "said.json").rename(answer)
