@@ -28,6 +28,7 @@ def _program(environment: Path, version: str, ends: str = "") -> None:
         "import json, pathlib, sys\n"
         "job = json.load(open(sys.argv[1]))\n"
         "open(job['output'] + '/../runs', 'a').write('x')\n"
+        "open('log', 'w').write('its own')\n"
         f"{ends}\n"
         "made = pathlib.Path(job['output']) / 'model-w3g64'; made.mkdir(exist_ok=True); (made / 'config.json').write_text('{}')\n"
         f"json.dump({{'version': '{version}', 'seconds': 1.0, 'peak_bytes': 2}}, open(sys.argv[2], 'w'))\n"
@@ -48,7 +49,7 @@ def test_a_checkpoint_is_made_once_from_our_windows_cut_to_its_number_of_samples
     job = json.loads((place / "job.json").read_text())
     assert load_file(job["calibration"])["ids"].tolist() == torch.arange(64).view(8, 8).tolist()
     assert _made(environment) == (checkpoint, answer)
-    assert (place / "runs").read_text() == "x"
+    assert (place / "runs").read_text() == "x" and (place / "log").read_text() == "its own"
 
 
 def test_a_run_that_failed_is_no_run(environment: Path) -> None:
