@@ -7,7 +7,7 @@ values + moments + best + history. Knows a Student, trainables and batches; not 
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +23,7 @@ from .peers import ALONE, Peers, SharedGradients
 from .selection import decoder_blocks
 from .sharded import clip_, is_part, replicated
 from .stored_values import as_stored, beyond_limits, extremes
-from .student import Batch, Student, Teacher, student_of
+from .student import Batch, Student, Teacher, forward_of, student_of
 from .trainable import Attached
 from .training_run import TrainConfig, TrainingRun, learning_rate, rates
 
@@ -91,17 +91,10 @@ class TrainingDiverged(RuntimeError):
 @contextmanager
 def checkpointed(model: nn.Module, active: bool) -> Iterator[None]:
     """Recompute each decoder block in backward. Done here, since transformers' own switch only works in training mode, dropout included."""
-    blocks = list(decoder_blocks(model)[1]) if active else []
-    own = [vars(block).get("forward") for block in blocks]
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    try:
+    with ExitStack() as stack:
+        for block in decoder_blocks(model)[1] if active else ():
+            stack.enter_context(forward_of(block, partial(checkpoint, block.forward, use_reentrant=False)))
         yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ Legend: N windows, T tokens, D model width, V vocabulary.
 """
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
@@ -19,7 +19,7 @@ from transformers import Cache, PretrainedConfig
 from ...compress.weights import DenseWeight, StoredWeight
 from ...recover.experts import put_back
 from ...recover.extra_modules import Tokens, cache_argument
-from ...recover.student import whole_windows
+from ...recover.student import forward_of, whole_windows
 from ..errors import InputError
 from ..store.artifact import Artifact
 from .reading import BlockReader, BlockTensors
@@ -318,13 +318,11 @@ class StreamedModel:
             sees.append(_looks_ahead(out[0] if isinstance(out, tuple) else out))
             raise _Stop
 
-        block.forward = forward  # type: ignore[method-assign]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), forward_of(block, forward):
                 ids = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]], device=self.device)
                 self._forward_until_stop(input_ids=ids, use_cache=False)
         finally:
-            del block.forward
             self.unload_block(0)
         if sees[0]:
             raise InputError(f"{type(self.model).__name__}: its tokens see those after them, so this is not a causal language model")
@@ -344,13 +342,10 @@ class StreamedModel:
 
             return forward
 
-        for index, block in enumerate(self.layers):
-            block.forward = replace(index)  # type: ignore[method-assign]
-        try:
+        with ExitStack() as stack:
+            for index, block in enumerate(self.layers):
+                stack.enter_context(forward_of(block, replace(index)))
             yield
-        finally:
-            for block in self.layers:
-                del block.forward
 
 
 def _instead(value: object, cache: object) -> object:

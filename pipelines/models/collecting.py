@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ...compress.statistics import InputStatistics
+from ...recover.student import forward_of
 from .blocks import StreamedModel
 from .hidden import HiddenStates
-from .replay import Replay, forward_of
+from .replay import Replay
 from .sharding import BatchShare
 from .slot_sums import SlotSums
 from .structure import Site

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...recover.student import forward_of
 from .blocks import StreamedModel
 from .hidden import Room
 from .structure import Site
@@ -32,19 +33,6 @@ class _Kept:
 
     def get(self) -> Tensor | None:
         return self.tensor if self.tensor._version == self.version else None
-
-
-@contextmanager
-def forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """While open, the module's forward pass is another one."""
-    before = vars(module).get("forward")
-    module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before  # type: ignore[method-assign]
 
 
 @dataclass

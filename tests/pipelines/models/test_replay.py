@@ -21,6 +21,11 @@ from .test_blocks import CPU, baseline
 BATCHES = 5
 
 
+def opened(family: str, place: Path) -> StreamedModel:
+    save_tiny(family, place / "source")
+    return StreamedModel(baseline(place / "source", place), CPU)
+
+
 def walked(model: StreamedModel, room: Room | None) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The second moments that each group of the first block sees when those before it have been halved, and the block's outputs behind all of that;
     replayed where a room is given."""
@@ -73,8 +78,7 @@ def products(model: StreamedModel, room: Room | None) -> Counter[str]:
 @torch.no_grad()
 def test_bits_are_those_of_plain_runs(family: str, tmp_path: Path) -> None:
     """Wherever what is kept has room, for some batches alone too."""
-    save_tiny(family, tmp_path / "source")
-    model = StreamedModel(baseline(tmp_path / "source", tmp_path), CPU)
+    model = opened(family, tmp_path)
     plain = walked(model, None)
     for bytes_ in (float("inf"), 60_000, 0):
         assert equal(walked(model, Room(CPU, bytes_, 0, tmp_path)), plain), bytes_
@@ -84,8 +88,7 @@ def test_bits_are_those_of_plain_runs(family: str, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_what_no_change_reaches_is_computed_once(tmp_path: Path) -> None:
     """But for the first batch, which runs to the end for every group, and once to find them."""
-    save_tiny("llama", tmp_path / "source")
-    model = StreamedModel(baseline(tmp_path / "source", tmp_path), CPU)
+    model = opened("llama", tmp_path)
     model.embed(torch.zeros(2, 24, dtype=torch.long))  # runs a block to see what it returns
     once = {"q": 2, "k": 2, "v": 2, "o": 3, "gate": 4, "up": 4, "down": 5}
     assert products(model, Room(CPU)) == {leaf: more + BATCHES for leaf, more in once.items()}
@@ -95,8 +98,7 @@ def test_what_no_change_reaches_is_computed_once(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_a_block_that_writes_into_what_is_kept(tmp_path: Path) -> None:
-    save_tiny("llama", tmp_path / "source")
-    model = StreamedModel(baseline(tmp_path / "source", tmp_path), CPU)
+    model = opened("llama", tmp_path)
     attention = model.layers[0].self_attn
     assert isinstance(attention, nn.Module)
     attention.register_forward_hook(lambda module, args, out: (out[0].mul_(2), *out[1:]))
@@ -105,8 +107,7 @@ def test_a_block_that_writes_into_what_is_kept(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_a_module_that_runs_twice_is_left_alone(tmp_path: Path) -> None:
-    save_tiny("llama", tmp_path / "source")
-    model = StreamedModel(baseline(tmp_path / "source", tmp_path), CPU)
+    model = opened("llama", tmp_path)
     mlp = model.layers[0].mlp
     assert isinstance(mlp, nn.Module)
     model.layers[0].register_forward_hook(lambda module, args, out: out + mlp(out))
