@@ -91,52 +91,82 @@ class ForwardPass:
     bind: Binder | None = None
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """What stages are compared with: the artifact, and where its own scores and hidden states are kept."""
+
+    artifact: Artifact
+    metrics: Path
+
+    def outputs(self, texts: Mapping[str, Windows], forward: ForwardPass) -> dict[str, perplexity.BaselineOutputs]:
+        """As a teacher under each text's protocol, where its states were kept."""
+        paths = {name: _hidden_path(self.metrics, windows) for name, windows in texts.items()}
+        kept = {name: perplexity.hidden_reader(path) for name, path in paths.items() if is_whole(path)}
+        logits = StreamedModel(self.artifact, forward.device, forward.dtype).logits if kept else None
+        return {} if logits is None else {name: perplexity.BaselineOutputs(hidden_TD, logits) for name, hidden_TD in kept.items()}
+
+
+def _hidden_path(metrics: Path, windows: Windows) -> Path:
+    return metrics / f"{perplexity.protocol_key(windows)}.hidden.safetensors"
+
+
 def scores_of(
     artifact: Artifact,
     metrics: Path,
-    windows: Windows,
-    teacher: perplexity.BaselineOutputs | None,
+    texts: Mapping[str, Windows],
+    baseline: Baseline | None,
     forward: ForwardPass,
     label: str = "perplexity, blocks",
     ranks: Ranks = ONE,
-) -> tuple[Scores, dict[str, object]]:
-    """Scores under a protocol: read if they were measured, else measured and kept. Without a teacher (the baseline itself) the last
-    hidden states are kept as well, for the stages that follow. Several ranks share the windows; rank 0 reads and keeps."""
-    key = perplexity.protocol_key(windows)
-    path, hidden_path = metrics / f"{key}.json", metrics / f"{key}.hidden.safetensors"
-    result = load_scores(path) if ranks.leads else None
-    result = ranks.broadcast(result if ranks.leads and (teacher is not None or is_whole(hidden_path)) else None)
-    if result is not None:
-        return result
+) -> dict[str, tuple[Scores, dict[str, object]]]:
+    """Scores on each text: read if they were measured, else measured, all in one pass through the blocks, and kept. Without a baseline (this is
+    it) the last hidden states are kept as well, for the stages that follow. Several ranks share the windows; rank 0 reads and keeps."""
+    result = ranks.broadcast(_kept(metrics, texts, baseline is None) if ranks.leads else None)
+    missing = {name: windows for name, windows in texts.items() if name not in result}
+    if missing:
+        result |= _measured(artifact, metrics, missing, baseline, forward, label, ranks)
+    return {name: result[name] for name in texts}
+
+
+def _kept(metrics: Path, texts: Mapping[str, Windows], with_states: bool) -> dict[str, tuple[Scores, dict[str, object]]]:
+    """What was measured before."""
+    paths = {name: metrics / f"{perplexity.protocol_key(windows)}.json" for name, windows in texts.items()}
+    wanted = (name for name, windows in texts.items() if not with_states or is_whole(_hidden_path(metrics, windows)))
+    return {name: scores for name in wanted if (scores := load_scores(paths[name])) is not None}
+
+
+def _measured(
+    artifact: Artifact,
+    metrics: Path,
+    texts: Mapping[str, Windows],
+    baseline: Baseline | None,
+    forward: ForwardPass,
+    label: str,
+    ranks: Ranks,
+) -> dict[str, tuple[Scores, dict[str, object]]]:
+    """Scores that are not there yet. A text's seconds are its share of the pass, by tokens."""
     began = time.monotonic()
     model = StreamedModel(artifact, forward.device, forward.dtype, forward.bind)
+    teachers = {} if baseline is None else baseline.outputs(texts, forward)
+    room = Room.measured(forward.device, metrics)
     with bar(label, model.structure.blocks) as shown:
-        room = Room.measured(forward.device, metrics)
-        scores, hidden = perplexity.score(model, windows, teacher, lambda done, total: shown.advance(), room, ranks)
-    seconds = time.monotonic() - began
-    extra = {
-        "bits_per_byte": perplexity.bits_per_byte(scores, windows),
-        "evaluation_seconds": seconds,
-        "evaluation_tokens": windows.ids.numel(),
-    }
-    whole = perplexity.whole_states(hidden, windows, ranks, room) if teacher is None else None
-    if ranks.leads:
-        metrics.mkdir(parents=True, exist_ok=True)
-        if whole is not None:
-            whole.save(hidden_path)
-        save_scores(path, scores, windows.protocol, extra)
+        pairs = [(windows, teachers.get(name)) for name, windows in texts.items()]
+        scored = perplexity.score_texts(model, pairs, lambda done, total: shown.advance(), room, ranks)
+    a_token = (time.monotonic() - began) / sum(windows.ids.numel() for windows in texts.values())
+    result: dict[str, tuple[Scores, dict[str, object]]] = {}
+    for (name, windows), (scores, hidden) in zip(texts.items(), scored, strict=True):
+        tokens = windows.ids.numel()
+        extra: dict[str, object] = {"bits_per_byte": perplexity.bits_per_byte(scores, windows)}
+        extra |= {"evaluation_seconds": tokens * a_token, "evaluation_tokens": tokens}
+        whole = perplexity.whole_states(hidden, windows, ranks, room) if baseline is None else None
+        if ranks.leads:
+            metrics.mkdir(parents=True, exist_ok=True)
+            if whole is not None:
+                whole.save(_hidden_path(metrics, windows))
+            save_scores(metrics / f"{perplexity.protocol_key(windows)}.json", scores, windows.protocol, extra)
+        result[name] = scores, extra
     ranks.barrier()
-    return scores, extra
-
-
-def teacher_of(
-    baseline: Artifact, metrics: Path, windows: Windows, device: torch.device, dtype: torch.dtype
-) -> perplexity.BaselineOutputs | None:
-    """The baseline's kept hidden states under this protocol as a teacher; None before they were measured."""
-    path = metrics / f"{perplexity.protocol_key(windows)}.hidden.safetensors"
-    if not is_whole(path):
-        return None
-    return perplexity.BaselineOutputs(perplexity.hidden_reader(path), StreamedModel(baseline, device, dtype).logits)
+    return result
 
 
 def size_of(artifact: Artifact) -> dict[str, Any]:

@@ -8,7 +8,7 @@ Legend: N windows, T tokens, D model width, V vocabulary.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -54,21 +54,27 @@ def embedded(model: StreamedModel, ids_NT: Tensor, room: Room, mine: Callable[[i
 
 
 def last_states(
-    model: StreamedModel, ids_NT: Tensor, room: Room, progress: Progress | None = None, mine: Callable[[int], bool] | None = None
-) -> HiddenStates:
-    """The hidden states that leave the last block, in the model's dtype; one block in memory at a time. `mine` as in `embedded`."""
-    states = embedded(model, ids_NT, room, mine)
+    model: StreamedModel,
+    texts: Sequence[Tensor],
+    room: Room,
+    progress: Progress | None = None,
+    mine: Callable[[int], bool] | None = None,
+) -> list[HiddenStates]:
+    """The hidden states that leave the last block, in the model's dtype, of each text [N, T]. One block is in memory at a time, and is loaded
+    once for all texts. `mine` as in `embedded`."""
+    result = [embedded(model, ids_NT, room, mine) for ids_NT in texts]
     with torch.no_grad():
         for index in model.walk():
-            states.through(partial(model.run_block, index))
+            for states in result:
+                states.through(partial(model.run_block, index))
             if progress is not None:
                 progress(index + 1, model.structure.blocks)
-    return states
+    return result
 
 
 def last_hidden(model: StreamedModel, ids_NT: Tensor) -> Tensor:
     """The same of a few windows as one [N, T, D]."""
-    return last_states(model, ids_NT, Room(model.device)).whole()
+    return last_states(model, [ids_NT], Room(model.device))[0].whole()
 
 
 def score(
@@ -79,14 +85,31 @@ def score(
     room: Room | None = None,
     ranks: Ranks = ONE,
 ) -> tuple[Scores, HiddenStates]:
-    """Scores of the model on the windows' counted tokens, and its last hidden states, which take `room` (default: all there is). InputError
+    """`score_texts` of one text."""
+    return score_texts(model, [(windows, teacher)], progress, room, ranks)[0]
+
+
+def score_texts(
+    model: StreamedModel,
+    texts: Sequence[tuple[Windows, BaselineOutputs | None]],
+    progress: Progress | None = None,
+    room: Room | None = None,
+    ranks: Ranks = ONE,
+) -> list[tuple[Scores, HiddenStates]]:
+    """Scores of the model on each text's counted tokens, and its last hidden states, which take `room` (default: all there is). InputError
     when no token counts, or a number is not finite. Several ranks: a batch belongs to one, whose hidden states are of its own batches; the
     scores are all."""
+    for windows, _ in texts:
+        if not bool(counted(windows).any()):
+            raise InputError("the evaluation windows hold no token of a completion; give more text, or a larger evaluation.windows")
+    states = last_states(model, [windows.ids for windows, _ in texts], room or Room(model.device), progress, ranks.owns)
+    return [(_scored(model, of, *text, ranks), of) for of, text in zip(states, texts, strict=True)]
+
+
+def _scored(model: StreamedModel, states: HiddenStates, windows: Windows, teacher: BaselineOutputs | None, ranks: Ranks) -> Scores:
+    """The scores of a text whose last hidden states these are."""
     ids_NT, counts_NT = windows.ids, counted(windows)
     average = float(counts_NT.double().sum(1).mean())
-    if not average:
-        raise InputError("the evaluation windows hold no token of a completion; give more text, or a larger evaluation.windows")
-    states = last_states(model, ids_NT, room or Room(model.device), progress, ranks.owns)
     own = [part for number, part in enumerate(batches(*ids_NT.shape)) if ranks.owns(number)]
     result: dict[int, list[float]] = {}
     wrong: str | None = None
@@ -103,7 +126,7 @@ def score(
     if wrong := next(filter(None, ranks.gathered(wrong)), None):
         raise InputError(f"{model.artifact.directory.name}: {wrong}")
     nll, kl, top1 = zip(*ranks.in_order(result).values(), strict=True)
-    return Scores(nll, kl if teacher else None, top1 if teacher else None), states
+    return Scores(nll, kl if teacher else None, top1 if teacher else None)
 
 
 def whole_states(states: HiddenStates, windows: Windows, ranks: Ranks, room: Room) -> HiddenStates | None:

@@ -231,9 +231,8 @@ def _perplexity(artifact: Artifact, recipe: Recipe, device: torch.device) -> flo
     """In float32, whatever the run computes in, so that what a format loses stands out."""
     windows = Inputs(recipe, artifact.directory).evaluation()
     with scratch_directory() as scratch:
-        scores, _ = measure.scores_of(
-            artifact, scratch, windows, None, measure.ForwardPass(device, torch.float32), "export: perplexity, blocks"
-        )
+        forward = measure.ForwardPass(device, torch.float32)
+        scores, _ = measure.scores_of(artifact, scratch, {"": windows}, None, forward, "export: perplexity, blocks")[""]
     return scores.perplexity if scores.nll else None
 
 

@@ -93,7 +93,8 @@ class RunCosts:
         return stage_costs.compressed(self.plan, spec, _has_records(before), first, after.total_bytes())
 
     def _evaluation(self, sizes: Sizes, teacher: bool) -> Needs:
-        windows = self.plan.recipe.evaluation.windows or ALL_WINDOWS
+        wanted = self.plan.recipe.evaluation
+        windows = (wanted.windows or ALL_WINDOWS) * (1 + len(wanted.also))
         return stage_costs.evaluated(self.plan, windows, _has_records(sizes), teacher)
 
     def _fused(self, sizes: Sizes) -> Needs:

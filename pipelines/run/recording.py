@@ -44,7 +44,7 @@ def measured(
     before: Sequence[StageRecord],
 ) -> tuple[StageRecord, Measures]:
     """Measure an artifact as it lies on disk: its record and its scores. `scores` and `before` are those of the stages before it."""
-    result = {name: _scores(session, step, artifact, name, windows, bool(scores)) for name, windows in texts.items()}
+    result = _scores(session, step, artifact, texts, bool(scores))
     return session.ranks.broadcast(_measured(session, step, artifact, result, scores, before) if session.ranks.leads else None)
 
 
@@ -75,17 +75,14 @@ def _measured(
 
 
 def _scores(
-    session: Session, step: Step, artifact: Artifact, name: str, windows: Windows, compared: bool
-) -> tuple[Scores, dict[str, object]]:
-    """Scores on one text, `compared` to the baseline's."""
-    place, device, dtype = session.directory, session.compute.device, session.compute.dtype
-    baseline, teacher = session.steps[0], None
-    if compared:
-        opened = open_artifact(place.artifact(baseline.name))
-        teacher = measure.teacher_of(opened, place.metrics(baseline.name), windows, device, dtype)
-    label = f"{step.address}: perplexity{f' on {name}' if name else ''}, blocks"
-    forward = measure.ForwardPass(device, dtype, stages.binder(step.spec, device, artifact))
-    return measure.scores_of(artifact, place.metrics(step.name), windows, teacher, forward, label, session.ranks)
+    session: Session, step: Step, artifact: Artifact, texts: Mapping[str, Windows], compared: bool
+) -> dict[str, tuple[Scores, dict[str, object]]]:
+    """Scores on the texts, `compared` to the baseline's."""
+    place, device, first = session.directory, session.compute.device, session.steps[0]
+    baseline = measure.Baseline(open_artifact(place.artifact(first.name)), place.metrics(first.name)) if compared else None
+    forward = measure.ForwardPass(device, session.compute.dtype, stages.binder(step.spec, device, artifact))
+    label = f"{step.address}: perplexity, blocks"
+    return measure.scores_of(artifact, place.metrics(step.name), texts, baseline, forward, label, session.ranks)
 
 
 def _tasks(session: Session, step: Step, artifact: Artifact, compared: bool) -> dict[str, TaskRecord]:

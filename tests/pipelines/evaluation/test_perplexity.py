@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from bitmend.pipelines.errors import InputError
-from bitmend.pipelines.evaluation import perplexity
+from bitmend.pipelines.evaluation import measure, perplexity
 from bitmend.pipelines.evaluation.perplexity import BaselineOutputs
 from bitmend.pipelines.evaluation.scores import Scores, load_scores, save_scores
 from bitmend.pipelines.models.blocks import StreamedModel
@@ -63,6 +63,42 @@ def test_long_windows_are_scored_in_spans(baseline: Artifact, windows: Windows, 
     monkeypatch.setattr(perplexity, "TOKENS_AT_ONCE", 64)
     parts, _ = perplexity.score(StreamedModel(baseline, CPU), windows)
     assert parts.nll == pytest.approx(whole.nll, rel=1e-6)
+
+
+def test_texts_share_one_pass_and_keep_their_bits(baseline: Artifact, windows: Windows, monkeypatch: pytest.MonkeyPatch) -> None:
+    shorter = Windows(windows.ids[:, :40].flip(0).contiguous(), None, windows.protocol)
+    texts = [windows, shorter, Windows(windows.ids[:1], None, windows.protocol)]
+    model = StreamedModel(baseline, CPU)
+    alone = [perplexity.score(model, text) for text in texts]
+    teachers = [BaselineOutputs(hidden.window, model.logits) for _, hidden in alone]
+    loaded: list[int] = []
+    plain = StreamedModel.load_block
+    monkeypatch.setattr(StreamedModel, "load_block", lambda model, index: (loaded.append(index), plain(model, index))[1])
+    together = perplexity.score_texts(StreamedModel(baseline, CPU), [*zip(texts, [None, *teachers[1:]], strict=True)])
+    assert loaded == [0, *range(model.structure.blocks)]  # the first one once more, to learn what a block returns
+    assert [scores.nll for scores, _ in together] == [scores.nll for scores, _ in alone]
+    assert [scores.kl is None for scores, _ in together] == [True, False, False]
+    for (_, actual), (_, expected) in zip(together, alone, strict=True):
+        assert torch.equal(actual.whole(), expected.whole())
+
+
+def test_what_was_measured_before_is_read(baseline: Artifact, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text that is added later is measured alone."""
+    asked: list[int] = []
+    plain = perplexity.score_texts
+    monkeypatch.setattr(perplexity, "score_texts", lambda model, texts, *more: (asked.append(len(texts)), plain(model, texts, *more))[1])
+    texts = {"": windows, "news": Windows(windows.ids[:1], None, windows.protocol | {"dataset": "news"})}
+    forward = measure.ForwardPass(CPU, torch.float32)
+    first = measure.scores_of(baseline, tmp_path, {"": windows}, None, forward)
+    both = measure.scores_of(baseline, tmp_path, dict(reversed(texts.items())), None, forward)
+    again = measure.scores_of(baseline, tmp_path, texts, None, forward)
+    compared = measure.scores_of(baseline, tmp_path / "another", texts, measure.Baseline(baseline, tmp_path), forward)
+    assert asked == [1, 1, 2]
+    assert both[""][0] == first[""][0] == again[""][0] and list(both) == ["news", ""]
+    assert compared["news"][0].kl == pytest.approx([0.0], abs=1e-7) and compared[""][0].nll == first[""][0].nll
+    (tmp_path / f"{perplexity.protocol_key(windows)}.hidden.safetensors").unlink()
+    measure.scores_of(baseline, tmp_path, texts, None, forward)
+    assert asked[3:] == [1], "without its states a baseline is measured again"
 
 
 def test_the_baseline_agrees_with_itself(baseline: Artifact, windows: Windows) -> None:

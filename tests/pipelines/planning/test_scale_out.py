@@ -80,6 +80,13 @@ def test_shapes_of_models_that_nobody_has(shape: str, parameters: int) -> None:
     assert any("recover.accumulation=64" in note for note in notes)
 
 
+def test_an_evaluation_is_of_all_texts_and_loads_the_blocks_once() -> None:
+    one, three = (plan_of("8b", f"evaluation.also={also}")[1].needs["baseline"][-1] for also in ("[]", "[news,code]"))
+    assert three.hidden == pytest.approx(3 * one.hidden)
+    assert three.alone == one.alone and three.device == one.device
+    assert three.divided[0].whole().passes == pytest.approx(3 * one.divided[0].whole().passes)
+
+
 def test_recovery_with_as_many_micro_batches_as_ranks_goes_on(tmp_path: Path) -> None:
     report, _ = plan_of("8b", "recover.accumulation=64", sizes=(1, 64))
     enough = {row["stage"]: row["ranks"] for row in report["where_more_ranks_stop_helping"]}
