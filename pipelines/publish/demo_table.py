@@ -8,11 +8,12 @@ Rows are stages of run directories, so that a killed one goes on. Knows the defa
 import json
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from ...recover.training_run import TrainConfig
 from ...reports import plain_rows, published
 from ...reports.record import RunRecord, StageRecord
 from ...reports.run_plots import size_against_perplexity
@@ -34,12 +35,18 @@ PLAIN: dict[str, dict[str, object]] = {
     "NF4": {"method": "nf4"},
 }
 """As they come, but for the embeddings, which are the default recipe's. Calibrated on the text that they are measured on first."""
+FAIR: dict[str, list[dict[str, dict[str, object]]]] = {
+    "GPTQ, trained": [{"quantize": PLAIN["GPTQ"]}, {"recover": {"method": "scales", "norms": True, "scales": "auto"}}],
+    "dense, norms trained": [{"recover": {"method": "perp", "norms": True, "biases": False}}],
+}
+"""Trained as the default recipe trains, on its texts."""
 COMPUTED = {"dtype": "float32"}
 """On every machine, as the other tables are; `demo-dtypes` has bfloat16, which `auto` takes where a processor multiplies it faster."""
 AUTO_ROUND = {"program": "auto_round", "bits": 4, "group_size": 64, "iterations": 200, "samples": 128, "batch_size": 8}
 COLUMNS = (
     ("stage", "stage", "text"), ("method", "method", "text"), ("perplexity", "perplexity", "perplexity"), ("news", "news", "perplexity"),
-    ("code", "code", "perplexity"), ("total_bytes", "bytes", "bytes"), ("seconds", "seconds", "seconds"),
+    ("code", "code", "perplexity"), ("kl_to_baseline", "KL to baseline", "number"), ("total_bytes", "bytes", "bytes"),
+    ("seconds", "seconds", "seconds"),
 )  # fmt: skip
 
 DTYPES = "demo-dtypes"
@@ -59,8 +66,7 @@ def publish_dtypes(directory: Path) -> list[Path]:
     rows = []
     for of_stage in zip(*(record.stages for record in records.values()), strict=True):
         for dtype, stage in zip(records, of_stage, strict=True):
-            ratio = {"to_float32": stage.perplexity / of_stage[0].perplexity - 1, "kl_to_baseline": stage.kl_to_baseline}
-            rows.append({"dtype": dtype} | _row(stage) | ratio)
+            rows.append({"dtype": dtype} | _row(stage) | {"to_float32": stage.perplexity / of_stage[0].perplexity - 1})
     record = records["float32"]
     protocols = {name: protocol.to_json() for name, protocol in {DEMO: record.protocol, **record.texts}.items()}
     notes = [
@@ -78,10 +84,12 @@ def publish(directory: Path) -> list[Path]:
     plain = _plain(chosen, directory)
     write_bytes(plain_rows.ROWS, (json.dumps(plain.to_json(), indent=1, ensure_ascii=False) + "\n").encode())
     record = runner.run(chosen, run_directory(chosen))
-    rows = [_row(stage) for stage in (*record.stages, *plain.stages)]
+    rows = [_row(stage) for stage in (*record.stages, *plain.stages, *_fair(chosen, directory))]
     protocols = {name: protocol.to_json() for name, protocol in {DEMO: record.protocol, **record.texts}.items()}
     notes = [
         "Below the recipe's stages: plain methods, the recipe's embeddings, 32 × 512 calibration tokens of the demo text.",
+        "Trained: plain GPTQ's scales and norms, and the dense model's own norms, as the recipe trains them and on its texts. imitate: the recipe of "
+        "that name, taught by the dense model alone.",
         f"Computed in float32. {cpu_name()}, {os.cpu_count()} cores. Made by `make publish TABLE=demo`.",
     ]
     figure, title = size_against_perplexity(record.stages, plain_rows.rivals(record)), "The default recipe on the demo model"
@@ -99,15 +107,34 @@ def _plain(chosen: Recipe, directory: Path) -> RunRecord:
     return RunRecord("plain methods, the default recipe's embeddings", DEMO, first.protocol, stages, {}, first.texts)
 
 
+def _fair(chosen: Recipe, directory: Path) -> list[StageRecord]:
+    """The last stages of what is trained as the recipe trains, and of `imitate`."""
+    (recover,) = [stage for stage in chosen.stages if stage.name == "recover"]
+    same = {field.name: getattr(recover.config, field.name) for field in fields(TrainConfig)}
+    result = {}
+    for name, stages in FAIR.items():
+        trained = [{**stage, "recover": {**same, **stage["recover"]}} if "recover" in stage else stage for stage in stages]
+        result[name] = _run(chosen, directory / "demo-plain", trained, {"model": DEMO, **COMPUTED})
+    imitating = recipe.resolve("imitate", options={"model": DEMO, "profile": DEMO, **COMPUTED})
+    result["imitate"] = runner.run(imitating, directory / "demo-imitate", page=False)
+    return [replace(record.stages[-1], stage=name) for name, record in result.items()]
+
+
 def _measured(chosen: Recipe, directory: Path, settings: Mapping[str, object], options: Mapping[str, object]) -> RunRecord:
-    """A run of one quantizer, with the recipe's embeddings and evaluation."""
+    """A run of one quantizer."""
+    return _run(chosen, directory, [{"quantize": settings}], options)
+
+
+def _run(chosen: Recipe, directory: Path, stages: Sequence[Mapping[str, Mapping[str, object]]], options: Mapping[str, object]) -> RunRecord:
+    """A run with the recipe's embeddings, evaluation and training text."""
     (quantize,) = [stage for stage in chosen.stages if stage.name == "quantize"]
     embeddings = {key: getattr(quantize, key) for key in ("include_embeddings", "embedding_bits", "head_bits")}
     document = {
         "name": "plain",
+        "data": {"calibration": DEMO, "train": chosen.data.train, "evaluation": DEMO},
         "calibration": SETTINGS[DEMO]["calibration"],
         "evaluation": chosen.evaluation.model_dump(mode="json"),
-        "stages": [{"quantize": {**settings, **embeddings}}],
+        "stages": [{name: {**settings, **(embeddings if name == "quantize" else {})} for name, settings in stage.items()} for stage in stages],
     }
     return runner.run(recipe.resolve(document, options=options), directory, page=False)
 
@@ -128,5 +155,5 @@ def _auto_round(chosen: Recipe, directory: Path) -> RunRecord:
 
 
 def _row(stage: StageRecord) -> dict[str, Any]:
-    own = {key: getattr(stage, key) for key in ("stage", "method", "perplexity", "total_bytes", "seconds")}
+    own = {key: getattr(stage, key) for key in ("stage", "method", "perplexity", "kl_to_baseline", "total_bytes", "seconds")}
     return own | {name: text.perplexity for name, text in stage.texts.items()}

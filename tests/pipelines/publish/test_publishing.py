@@ -103,7 +103,7 @@ def test_the_demos_table_has_plain_rows_with_the_recipes_embeddings(
     monkeypatch.setattr(published, "DIRECTORY", tmp_path)
     written = demo_table.publish(tmp_path / "runs")
     assert [path.suffix for path in written] == [".json", ".md", ".png", ".svg"] and "AutoRound's row is left out: no such program" in caplog.text
-    *plain, default = asked
+    *plain, default, gptq, dense, imitating = asked
     (own,) = [spec for spec in default.stages if spec.name == "quantize"]
     assert [spec.method for chosen in plain for spec in chosen.stages] == ["rtn", "gptq", "nf4"]
     for chosen in plain:
@@ -111,7 +111,14 @@ def test_the_demos_table_has_plain_rows_with_the_recipes_embeddings(
         assert (spec.include_embeddings, spec.embedding_bits, spec.head_bits) == (own.include_embeddings, own.embedding_bits, own.head_bits)
         assert chosen.evaluation == default.evaluation and chosen.data.calibration == "demo"
     rows = {row["stage"]: row for row in json.loads((tmp_path / "demo.json").read_text())["rows"]}
-    assert list(rows) == ["baseline", "quantize", "recover", "fuse", "RTN", "GPTQ", "NF4"]
+    assert list(rows) == ["baseline", "quantize", "recover", "fuse", "RTN", "GPTQ", "NF4", "GPTQ, trained", "dense, norms trained", "imitate"]
+    (recover,) = [spec for spec in default.stages if spec.name == "recover"]
+    for chosen, method in ((gptq, "scales"), (dense, "perp")):
+        trained = chosen.stages[-1]
+        assert (trained.method, trained.config.steps, trained.config.loss) == (method, recover.config.steps, recover.config.loss)
+        assert (chosen.data.train, chosen.evaluation) == (default.data.train, default.evaluation)
+    assert gptq.stages[0].settings() == plain[1].stages[0].settings() and [spec.name for spec in dense.stages] == ["recover"]
+    assert imitating.name == "imitate" and imitating.stages[-2].config.loss == "distill"
     assert rows["NF4"]["perplexity"] == 27.0 and rows["NF4"]["news"] == 33.0
     stood = RunRecord.from_json(json.loads((tmp_path / "plain.json").read_text()))
     assert [stage.stage for stage in plain_rows.rivals(run(default, tmp_path))] == ["RTN", "GPTQ", "NF4"] == [s.stage for s in stood.stages]
