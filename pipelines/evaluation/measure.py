@@ -10,7 +10,7 @@ import math
 import resource
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,16 +98,16 @@ class Baseline:
     artifact: Artifact
     metrics: Path
 
-    def outputs(self, texts: Mapping[str, Windows], forward: ForwardPass) -> dict[str, perplexity.BaselineOutputs]:
-        """As a teacher under each text's protocol, where its states were kept."""
-        paths = {name: _hidden_path(self.metrics, windows) for name, windows in texts.items()}
-        kept = {name: perplexity.hidden_reader(path) for name, path in paths.items() if is_whole(path)}
+    def outputs(self, keys: Iterable[str], forward: ForwardPass) -> dict[str, perplexity.BaselineOutputs]:
+        """As a teacher under each protocol, where its states were kept."""
+        paths = {key: _hidden_path(self.metrics, key) for key in keys}
+        kept = {key: perplexity.hidden_reader(path) for key, path in paths.items() if is_whole(path)}
         logits = StreamedModel(self.artifact, forward.device, forward.dtype).logits if kept else None
-        return {} if logits is None else {name: perplexity.BaselineOutputs(hidden_TD, logits) for name, hidden_TD in kept.items()}
+        return {} if logits is None else {key: perplexity.BaselineOutputs(hidden_TD, logits) for key, hidden_TD in kept.items()}
 
 
-def _hidden_path(metrics: Path, windows: Windows) -> Path:
-    return metrics / f"{perplexity.protocol_key(windows)}.hidden.safetensors"
+def _hidden_path(metrics: Path, key: str) -> Path:
+    return metrics / f"{key}.hidden.safetensors"
 
 
 def scores_of(
@@ -121,18 +121,19 @@ def scores_of(
 ) -> dict[str, tuple[Scores, dict[str, object]]]:
     """Scores on each text: read if they were measured, else measured, all in one pass through the blocks, and kept. Without a baseline (this is
     it) the last hidden states are kept as well, for the stages that follow. Several ranks share the windows; rank 0 reads and keeps."""
-    result = ranks.broadcast(_kept(metrics, texts, baseline is None) if ranks.leads else None)
-    missing = {name: windows for name, windows in texts.items() if name not in result}
+    keys = {name: perplexity.protocol_key(windows) for name, windows in texts.items()}
+    by_key = {keys[name]: windows for name, windows in texts.items()}
+    result = ranks.broadcast(_kept(metrics, by_key, baseline is None) if ranks.leads else None)
+    missing = {key: windows for key, windows in by_key.items() if key not in result}
     if missing:
         result |= _measured(artifact, metrics, missing, baseline, forward, label, ranks)
-    return {name: result[name] for name in texts}
+    return {name: result[key] for name, key in keys.items()}
 
 
-def _kept(metrics: Path, texts: Mapping[str, Windows], with_states: bool) -> dict[str, tuple[Scores, dict[str, object]]]:
+def _kept(metrics: Path, keys: Iterable[str], with_states: bool) -> dict[str, tuple[Scores, dict[str, object]]]:
     """What was measured before."""
-    paths = {name: metrics / f"{perplexity.protocol_key(windows)}.json" for name, windows in texts.items()}
-    wanted = (name for name, windows in texts.items() if not with_states or is_whole(_hidden_path(metrics, windows)))
-    return {name: scores for name in wanted if (scores := load_scores(paths[name])) is not None}
+    wanted = [key for key in keys if not with_states or is_whole(_hidden_path(metrics, key))]
+    return {key: scores for key in wanted if (scores := load_scores(metrics / f"{key}.json")) is not None}
 
 
 def _measured(
@@ -144,27 +145,30 @@ def _measured(
     label: str,
     ranks: Ranks,
 ) -> dict[str, tuple[Scores, dict[str, object]]]:
-    """Scores that are not there yet. A text's seconds are its share of the pass, by tokens."""
+    """Scores that are not there yet, by the key of their protocol; a killed pass goes on where it was. A text's seconds are its share of the pass,
+    by tokens."""
     began = time.monotonic()
     model = StreamedModel(artifact, forward.device, forward.dtype, forward.bind)
     teachers = {} if baseline is None else baseline.outputs(texts, forward)
     room = Room.measured(forward.device, metrics)
     with bar(label, model.structure.blocks) as shown:
-        pairs = [(windows, teachers.get(name)) for name, windows in texts.items()]
-        scored = perplexity.score_texts(model, pairs, lambda done, total: shown.advance(), room, ranks)
+        pairs = {key: (windows, teachers.get(key)) for key, windows in texts.items()}
+        scored = perplexity.score_texts(model, pairs, lambda done, total: shown.advance(), room, ranks, metrics)
     a_token = (time.monotonic() - began) / sum(windows.ids.numel() for windows in texts.values())
     result: dict[str, tuple[Scores, dict[str, object]]] = {}
-    for (name, windows), (scores, hidden) in zip(texts.items(), scored, strict=True):
-        tokens = windows.ids.numel()
+    for key, (scores, hidden) in scored.items():
+        windows = texts[key]
         extra: dict[str, object] = {"bits_per_byte": perplexity.bits_per_byte(scores, windows)}
-        extra |= {"evaluation_seconds": tokens * a_token, "evaluation_tokens": tokens}
+        extra |= {"evaluation_seconds": windows.ids.numel() * a_token, "evaluation_tokens": windows.ids.numel()}
         whole = perplexity.whole_states(hidden, windows, ranks, room) if baseline is None else None
         if ranks.leads:
             metrics.mkdir(parents=True, exist_ok=True)
             if whole is not None:
-                whole.save(_hidden_path(metrics, windows))
-            save_scores(metrics / f"{perplexity.protocol_key(windows)}.json", scores, windows.protocol, extra)
-        result[name] = scores, extra
+                whole.save(_hidden_path(metrics, key))
+            save_scores(metrics / f"{key}.json", scores, windows.protocol, extra)
+        result[key] = scores, extra
+    if ranks.leads:
+        perplexity.checkpoints_of({key: windows.ids for key, windows in texts.items()}, metrics, ranks).forget()
     ranks.barrier()
     return result
 

@@ -8,7 +8,7 @@ Legend: N windows, T tokens, D model width, V vocabulary.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,8 @@ from ..devices.compute import Compute
 from ..errors import InputError
 from ..models.blocks import StreamedModel
 from ..models.hidden import HiddenStates, Room
+from ..models.sharding import BatchShare
+from ..models.state_checkpoints import Checkpoints
 from ..ranks.exchange import ONE, Ranks
 from ..text.data import Windows
 from .scores import Scores
@@ -54,27 +56,38 @@ def embedded(model: StreamedModel, ids_NT: Tensor, room: Room, mine: Callable[[i
 
 
 def last_states(
-    model: StreamedModel,
-    texts: Sequence[Tensor],
-    room: Room,
-    progress: Progress | None = None,
-    mine: Callable[[int], bool] | None = None,
-) -> list[HiddenStates]:
+    model: StreamedModel, texts: Mapping[str, Tensor], room: Room, progress: Progress | None = None, ranks: Ranks = ONE, scratch: Path | None = None
+) -> dict[str, HiddenStates]:
     """The hidden states that leave the last block, in the model's dtype, of each text [N, T]. One block is in memory at a time, and is loaded
-    once for all texts. `mine` as in `embedded`."""
-    result = [embedded(model, ids_NT, room, mine) for ids_NT in texts]
+    once for all texts. Several ranks: those of a rank's own batches. With a `scratch` a killed walk goes on from there, as long as the texts are
+    the same; the caller forgets what lies in it."""
+    blocks, begun, states = model.structure.blocks, 0, dict[str, HiddenStates]()
+    checkpoints = None if scratch is None else checkpoints_of(texts, scratch, ranks)
+    if checkpoints is not None and (begun := checkpoints.latest(blocks)):
+        states = checkpoints.load(begun, room)
+    states = states or {name: embedded(model, ids_NT, room, ranks.owns) for name, ids_NT in texts.items()}
+    for done in range(begun if progress is not None else 0):
+        progress(done + 1, blocks)
     with torch.no_grad():
-        for index in model.walk():
-            for states in result:
-                states.through(partial(model.run_block, index))
+        for index in model.walk(first=begun):
+            for of_text in states.values():
+                of_text.through(partial(model.run_block, index))
+            if checkpoints is not None:
+                checkpoints.keep(index + 1, states)
             if progress is not None:
-                progress(index + 1, model.structure.blocks)
-    return result
+                progress(index + 1, blocks)
+    return states
+
+
+def checkpoints_of(texts: Mapping[str, Tensor], scratch: Path, ranks: Ranks) -> Checkpoints:
+    """Those of an evaluation of these texts [N, T]: a batch belongs to the rank that owns its number."""
+    counts = {name: len([*batches(*ids_NT.shape)]) for name, ids_NT in texts.items()}
+    return Checkpoints(scratch, {name: BatchShare(count, ranks, count) for name, count in counts.items()})
 
 
 def last_hidden(model: StreamedModel, ids_NT: Tensor) -> Tensor:
     """The same of a few windows as one [N, T, D]."""
-    return last_states(model, [ids_NT], Room(model.device))[0].whole()
+    return last_states(model, {"": ids_NT}, Room(model.device))[""].whole()
 
 
 def score(
@@ -86,24 +99,26 @@ def score(
     ranks: Ranks = ONE,
 ) -> tuple[Scores, HiddenStates]:
     """`score_texts` of one text."""
-    return score_texts(model, [(windows, teacher)], progress, room, ranks)[0]
+    return score_texts(model, {"": (windows, teacher)}, progress, room, ranks)[""]
 
 
 def score_texts(
     model: StreamedModel,
-    texts: Sequence[tuple[Windows, BaselineOutputs | None]],
+    texts: Mapping[str, tuple[Windows, BaselineOutputs | None]],
     progress: Progress | None = None,
     room: Room | None = None,
     ranks: Ranks = ONE,
-) -> list[tuple[Scores, HiddenStates]]:
+    scratch: Path | None = None,
+) -> dict[str, tuple[Scores, HiddenStates]]:
     """Scores of the model on each text's counted tokens, and its last hidden states, which take `room` (default: all there is). InputError
     when no token counts, or a number is not finite. Several ranks: a batch belongs to one, whose hidden states are of its own batches; the
-    scores are all."""
-    for windows, _ in texts:
+    scores are all. `scratch` as in `last_states`."""
+    for windows, _ in texts.values():
         if not bool(counted(windows).any()):
             raise InputError("the evaluation windows hold no token of a completion; give more text, or a larger evaluation.windows")
-    states = last_states(model, [windows.ids for windows, _ in texts], room or Room(model.device), progress, ranks.owns)
-    return [(_scored(model, of, *text, ranks), of) for of, text in zip(states, texts, strict=True)]
+    ids = {name: windows.ids for name, (windows, _) in texts.items()}
+    states = last_states(model, ids, room or Room(model.device), progress, ranks, scratch)
+    return {name: (_scored(model, states[name], *text, ranks), states[name]) for name, text in texts.items()}
 
 
 def _scored(model: StreamedModel, states: HiddenStates, windows: Windows, teacher: BaselineOutputs | None, ranks: Ranks) -> Scores:

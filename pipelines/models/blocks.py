@@ -137,9 +137,10 @@ class StreamedModel:
         """What the names of a block's tensors begin with."""
         return f"{self.structure.prefix}.{index}."
 
-    def walk(self, backward: bool = False) -> Iterator[int]:
-        """Each block in turn, from the last one to the first if `backward`, loaded while the caller has it; the next one is read meanwhile."""
-        for index in reversed(range(self.structure.blocks)) if backward else range(self.structure.blocks):
+    def walk(self, backward: bool = False, first: int = 0) -> Iterator[int]:
+        """Each block in turn from the `first` on, from the last one to the first if `backward`, loaded while the caller has it; the next one is read
+        meanwhile."""
+        for index in reversed(range(self.structure.blocks)) if backward else range(first, self.structure.blocks):
             self.load_block(index)
             self.expect(index - 1 if backward else index + 1)
             yield index

@@ -14,14 +14,15 @@ from .hidden import HiddenStates
 
 @dataclass(frozen=True)
 class BatchShare:
-    """This rank's share of so many `batches`."""
+    """This rank's share of so many `batches`, which belong to `slots`."""
 
     batches: int
     ranks: Ranks = ONE
+    slots: int = SLOTS
 
     def owner(self, number: int) -> int:
         """The rank that has a batch."""
-        return number % SLOTS % self.ranks.size
+        return number % self.slots % self.ranks.size
 
     def has(self, number: int) -> bool:
         return self.owner(number) == self.ranks.rank
@@ -34,9 +35,9 @@ class BatchShare:
     @property
     def rounds(self) -> list[list[int]]:
         """Where among the batches that are here those of one slot lie, for every round, in which each rank has a slot or (empty) none."""
-        numbers, slots = self.numbers, range(min(SLOTS, self.batches))
+        numbers, slots = self.numbers, range(min(self.slots, self.batches))
         turns = [first + self.ranks.rank for first in slots[:: self.ranks.size]]
-        return [[place for place, number in enumerate(numbers) if number % SLOTS == slot] for slot in turns]
+        return [[place for place, number in enumerate(numbers) if number % self.slots == slot] for slot in turns]
 
     def windows(self, parts: Sequence[slice]) -> list[int]:
         """Of the windows in the batches `parts`, those that are here, in their order."""

@@ -124,16 +124,17 @@ def headers(names: list[str], blocks: int) -> int:
 def apply(spec: StageSpec, sizes: Sizes) -> list[str]:
     """Change the sizes as the stage would; says what it will refuse."""
     refused: list[str] = []
-    for site in sizes.structure.sites:
-        if (site.block is None and not spec.include_head) or spec.skips(site.name):
-            continue
-        config = spec.config_for(site.name)
+    chosen = [s for s in sizes.structure.sites if (s.block is not None or spec.include_head) and not spec.skips(s.name)]
+    for site in chosen:
         try:
-            _resize(spec, site, config, sizes.of[site.name])
+            _resize(spec, site, spec.config_for(site.name), sizes.of[site.name])
         except ValueError as error:
             refused.append(f"{spec.address}: {site.name}: {error}")
     _share_factors(spec, sizes)
-    for key, site in rounded_to_nearest(spec, sizes.structure, sizes.tied).items():
+    nearest = rounded_to_nearest(spec, sizes.structure, sizes.tied)
+    if spec.name in ("prune", "quantize", "decompose") and not chosen and not nearest:
+        refused.append(f"{spec.address}: `ignore` leaves no linear layer to compress; name fewer")
+    for key, site in nearest.items():
         size = sizes.of[sizes.name_of(site)]
         _quantized(*site.shape, spec.embedding_config(site.shape[1], getattr(spec, key)), size)
         size.compressed = True

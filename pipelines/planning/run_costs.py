@@ -93,8 +93,7 @@ class RunCosts:
         return stage_costs.compressed(self.plan, spec, _has_records(before), first, after.total_bytes())
 
     def _evaluation(self, sizes: Sizes, teacher: bool) -> Needs:
-        wanted = self.plan.recipe.evaluation
-        windows = (wanted.windows or ALL_WINDOWS) * (1 + len(wanted.also))
+        windows = self.plan.recipe.evaluation.windows or ALL_WINDOWS
         return stage_costs.evaluated(self.plan, windows, _has_records(sizes), teacher)
 
     def _fused(self, sizes: Sizes) -> Needs:

@@ -33,9 +33,10 @@ LOGIT_COPIES = 6
 
 
 def evaluated(plan: CostPlan, windows: int, records: bool, teacher: bool) -> Needs:
-    """An artifact scored: every window through every block, then through the head, along with the teacher's states."""
-    anatomy, seq_len = plan.anatomy, plan.recipe.evaluation.seq_len
-    tokens, models = float(windows * seq_len), 2 if teacher else 1
+    """An artifact scored on all texts, of so many windows each: every one through every block, then through the head, along with the teacher's
+    states."""
+    anatomy, seq_len, texts = plan.anatomy, plan.recipe.evaluation.seq_len, 1 + len(plan.recipe.evaluation.also)
+    tokens, models = float(texts * windows * seq_len), 2 if teacher else 1
     work = (plan.pass_of(tokens, seq_len) + plan.loaded(records)) * anatomy.blocks
     logits = tokens * anatomy.vocabulary
     scored = Work(
@@ -43,14 +44,14 @@ def evaluated(plan: CostPlan, windows: int, records: bool, teacher: bool) -> Nee
     )
     work += scored
     work += OPENED
-    shared = in_turn("evaluation batches", plan.pass_of(tokens, seq_len) * anatomy.blocks + scored, plan.batches(windows, seq_len))
+    shared = in_turn("evaluation batches", plan.pass_of(tokens, seq_len) * anatomy.blocks + scored, plan.batches(windows, seq_len) * texts)
     alone = {"loading": plan.loaded(records) * anatomy.blocks, "opening": OPENED}
     hidden = plan.hidden_bytes(tokens)
     span = min(LOGITS_AT_ONCE, seq_len) * anatomy.vocabulary * 4.0 * (LOGIT_COPIES if teacher else LOGIT_COPIES / 2)
     walking = plan.block_bytes + plan.running_bytes(windows, seq_len)
     device = plan.outside_bytes * models + max(walking, span)
     host = max(anatomy.outside, READ_AHEAD * anatomy.block_parameters) * plan.element
-    return Needs(work, device, host, hidden, (shared,), alone, _scores_sent(hidden, windows, teacher))
+    return Needs(work, device, host, hidden, (shared,), alone, _scores_sent(anatomy.blocks, texts, hidden, windows, teacher))
 
 
 def compressed(plan: CostPlan, spec: StageSpec, records: bool, first: bool, written: float) -> Needs:
@@ -275,7 +276,12 @@ def _record_bytes(spec: StageSpec, sites: list[Site]) -> float:
     return sum(site.shape[0] * site.shape[1] * bits / 8 for site in sites)
 
 
-def _scores_sent(hidden: float, windows: int, teacher: bool) -> tuple[Exchange, ...]:
-    """Whether numbers are finite, and scores; of the baseline its last hidden states, batch by batch to rank 0."""
-    scores = Exchange("scores", "gathered", 24.0 * windows), Exchange("what was not finite", "gathered")
-    return scores if teacher else (*scores, Exchange("hidden states", "streamed", hidden))
+def _scores_sent(blocks: int, texts: int, hidden: float, windows: int, teacher: bool) -> tuple[Exchange, ...]:
+    """Whether to begin or keep hidden states; of every text whether numbers are finite, and scores; of the baseline its last hidden states, batch by
+    batch to rank 0."""
+    sent = (
+        Exchange("whether to keep hidden states", "broadcast", times=blocks + 1.0),
+        Exchange("scores", "gathered", 24.0 * windows, times=texts),
+        Exchange("what was not finite", "gathered", times=texts),
+    )
+    return sent if teacher else (*sent, Exchange("hidden states", "streamed", hidden))

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...compress.methods import Method
 from ...compress.statistics import InputStatistics
 from ...compress.weights import StoredWeight
-from ..errors import InputError, UsageError
+from ..errors import InputError
 from ..logs import bar
 from ..models.blocks import StreamedModel
 from ..models.collecting import Alongside, DenseInputs, collect, collect_head, dense_inputs_of, input_groups, through_head
@@ -25,6 +25,7 @@ from ..models.hidden import Room
 from ..models.reading import BlockReader, BlockTensors
 from ..models.replay import Replay
 from ..models.sizes import fallback_notes, guided_groups
+from ..models.state_checkpoints import Checkpoints
 from ..models.structure import Site
 from ..recipes.stage_settings import StageSpec, methods
 from ..store.artifact import Artifact, ArtifactWriter, shards_of
@@ -35,7 +36,7 @@ from .matrices import Stage, calibration, looks_at_inputs
 from .outside_blocks import outside_notes, write_rest
 from .shared_inputs import solve_all
 from .sparsity_shares import shared_sparsity
-from .walked import Checkpoints, States, entering, share_of
+from .walked import States, entering, share_of
 from .whole_blocks import solve_block
 from .writing import by_reason
 
@@ -49,8 +50,6 @@ def compress(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context:
         column_sweep.use_on_cards()
     model = StreamedModel(parent, context.device, context.dtype, virtual=False, reader=BlockReader(parent, keeps=True))
     chosen = [s for s in model.structure.sites if (s.block is not None or spec.include_head) and not spec.skips(s.name)]
-    if not chosen:
-        raise UsageError(f"{spec.address}: `ignore` leaves no linear layer to compress; name fewer")
     needs = frozenset().union(*(row.needs(spec.config_for(site.name)) for site in chosen))
     targets = model.reader if parent.key == context.baseline.key else BlockReader(context.baseline, keeps=True)
     sparsity = shared_sparsity(spec, chosen, context)
@@ -65,7 +64,7 @@ def compress(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context:
     guidance = Guidance.of(context, groups) if groups else None
     share = share_of(calibration(context, looks_at_inputs(needs, row)), context.ranks)
     stage = Stage(parent, writer, spec, row, context, model, targets, dense, needs, room, share, sparsity, fisher, guidance)
-    checkpoints = Checkpoints(context.scratch, dense is not None, share)
+    checkpoints = Checkpoints(context.scratch, dict.fromkeys(("hidden",) if dense is None else ("hidden", "dense"), share))
     begun, states = _begun(stage, checkpoints)
     layers = [layer for index in range(begun) for layer in writer.finished[_part(index)]["extra"]["layers"]]
     blocks, behind = model.structure.blocks, any(site.block is None for site in chosen)
@@ -75,7 +74,7 @@ def compress(parent: Artifact, writer: ArtifactWriter, spec: StageSpec, context:
             followed = behind or index + 1 < blocks
             layers += _block(stage, states, index, [s for s in chosen if s.block == index], followed)
             if followed:
-                checkpoints.keep(index + 1, states)
+                checkpoints.keep(index + 1, states.named())
             shown.advance()
             check_stop(context)
     layers += write_rest(stage, [s for s in chosen if s.block is None], lambda site: _head_statistics(stage, states, site))
@@ -87,7 +86,7 @@ def _begun(stage: Stage, checkpoints: Checkpoints) -> tuple[int, States]:
     blocks, ids_NT = stage.model.structure.blocks, stage.calibration()
     done = next((index for index in range(blocks) if _part(index) not in stage.writer.finished), blocks)
     if begun := checkpoints.latest(done):
-        return begun, checkpoints.load(begun, stage.room)
+        return begun, States(**checkpoints.load(begun, stage.room))
     dense = None if stage.dense is None else entering(stage.dense, ids_NT, stage.room, stage.share)
     return 0, States(entering(stage.model, ids_NT, stage.room, stage.share), dense)
 
@@ -147,6 +146,10 @@ def _solved(
     stage: Stage, states: States, index: int, sites: list[Site], replay: Replay | None
 ) -> tuple[dict[str, StoredWeight], list[dict[str, Any]]]:
     """The block's new records and their rows of the report. Truly sequential: group by group, each seeing what those before it became."""
+    if not sites:
+        return {}, []
+    if not sites:
+        return {}, []
     if stage.row.scope == "block":
         with torch.no_grad():
             statistics = _statistics(stage, states, index, sites, None)

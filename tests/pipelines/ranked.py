@@ -14,18 +14,18 @@ import torch
 from bitmend.compress import feedback
 from bitmend.pipelines import stages
 from bitmend.pipelines.evaluation import perplexity
+from bitmend.pipelines.models import state_checkpoints
 from bitmend.pipelines.ranks import joining as world
 from bitmend.pipelines.recipes.recipe import Recipe, resolve
 from bitmend.pipelines.recipes.stage_settings import StageSpec
 from bitmend.pipelines.stages import inputs as texts
-from bitmend.pipelines.stages import walked
 from bitmend.pipelines.stages.baseline import build_baseline
 from bitmend.pipelines.store.artifact import Artifact, ArtifactWriter, open_artifact
 
 asked = json.loads(os.environ["BITMEND_RANKED"])
 perplexity.TOKENS_AT_ONCE, texts.HELD_OUT_TOKENS = asked["tokens_at_once"], asked["held_out_tokens"]
 feedback._ROWS = asked["rows"]
-walked.SECONDS = 0.0  # so short a stage leaves no hidden states else
+state_checkpoints.SECONDS = 0.0  # so short a stage leaves no hidden states else
 place, model = Path(asked["place"]), Path(asked["model"])
 ranks = world.join()
 if ranks.leads and not (place / "baseline").is_dir():

@@ -11,6 +11,7 @@ from bitmend.pipelines.errors import InputError
 from bitmend.pipelines.evaluation import measure, perplexity
 from bitmend.pipelines.evaluation.perplexity import BaselineOutputs
 from bitmend.pipelines.evaluation.scores import Scores, load_scores, save_scores
+from bitmend.pipelines.models import state_checkpoints
 from bitmend.pipelines.models.blocks import StreamedModel
 from bitmend.pipelines.run import runner
 from bitmend.pipelines.run.evaluate import evaluate
@@ -65,21 +66,53 @@ def test_long_windows_are_scored_in_spans(baseline: Artifact, windows: Windows, 
     assert parts.nll == pytest.approx(whole.nll, rel=1e-6)
 
 
-def test_texts_share_one_pass_and_keep_their_bits(baseline: Artifact, windows: Windows, monkeypatch: pytest.MonkeyPatch) -> None:
-    shorter = Windows(windows.ids[:, :40].flip(0).contiguous(), None, windows.protocol)
-    texts = [windows, shorter, Windows(windows.ids[:1], None, windows.protocol)]
-    model = StreamedModel(baseline, CPU)
-    alone = [perplexity.score(model, text) for text in texts]
-    teachers = [BaselineOutputs(hidden.window, model.logits) for _, hidden in alone]
-    loaded: list[int] = []
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The blocks that were loaded, in order."""
+    result: list[int] = []
     plain = StreamedModel.load_block
-    monkeypatch.setattr(StreamedModel, "load_block", lambda model, index: (loaded.append(index), plain(model, index))[1])
-    together = perplexity.score_texts(StreamedModel(baseline, CPU), [*zip(texts, [None, *teachers[1:]], strict=True)])
+    monkeypatch.setattr(StreamedModel, "load_block", lambda model, index: (result.append(index), plain(model, index))[1])
+    return result
+
+
+def test_texts_share_one_pass_and_keep_their_bits(baseline: Artifact, windows: Windows, loaded: list[int]) -> None:
+    shorter = Windows(windows.ids[:, :40].flip(0).contiguous(), None, windows.protocol)
+    texts = {"a": windows, "b": shorter, "c": Windows(windows.ids[:1], None, windows.protocol)}
+    model = StreamedModel(baseline, CPU)
+    alone = {name: perplexity.score(model, text) for name, text in texts.items()}
+    teachers = {name: BaselineOutputs(hidden.window, model.logits) for name, (_, hidden) in alone.items() if name != "a"}
+    loaded.clear()
+    together = perplexity.score_texts(StreamedModel(baseline, CPU), {name: (text, teachers.get(name)) for name, text in texts.items()})
     assert loaded == [0, *range(model.structure.blocks)]  # the first one once more, to learn what a block returns
-    assert [scores.nll for scores, _ in together] == [scores.nll for scores, _ in alone]
-    assert [scores.kl is None for scores, _ in together] == [True, False, False]
-    for (_, actual), (_, expected) in zip(together, alone, strict=True):
-        assert torch.equal(actual.whole(), expected.whole())
+    assert [scores.kl is None for scores, _ in together.values()] == [True, False, False]
+    for name, (scores, actual) in together.items():
+        assert scores.nll == alone[name][0].nll and torch.equal(actual.whole(), alone[name][1].whole())
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_a_killed_evaluation_goes_on_where_it_was(
+    behind: int, finished: Path, windows: Windows, tmp_path: Path, loaded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended in block 1, before or behind a checkpoint; another set of texts does not begin there."""
+    quantized, forward = runner.last_artifact(finished, "quantize"), measure.ForwardPass(CPU, torch.float32)
+    texts = {"": windows, "news": Windows(windows.ids[:3], None, windows.protocol | {"dataset": "news"})}
+    whole = measure.scores_of(quantized, tmp_path / "whole", texts, None, forward)
+    monkeypatch.setattr(state_checkpoints, "SECONDS", 0.0 if behind else 60.0)
+    plain = StreamedModel.run_block
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+        def run_block(model: StreamedModel, index: int, hidden: torch.Tensor) -> torch.Tensor:
+            if index == 1:
+                raise KeyboardInterrupt
+            return plain(model, index, hidden)
+
+        patch.setattr(StreamedModel, "run_block", run_block)
+        measure.scores_of(quantized, tmp_path / "killed", texts, None, forward)
+    loaded.clear()
+    again = measure.scores_of(quantized, tmp_path / "killed", texts, None, forward)
+    assert [index for index in loaded if index == 0] == [0] * (2 - behind), "to learn what a block returns, and (without a checkpoint) to run it"
+    assert {name: scores for name, (scores, _) in again.items()} == {name: scores for name, (scores, _) in whole.items()}
+    assert not [*tmp_path.rglob("walked-*")]
 
 
 def test_what_was_measured_before_is_read(baseline: Artifact, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from bitmend.compress.weights import UniformWeight
+from bitmend.pipelines.errors import UsageError
 from bitmend.pipelines.models.blocks import StreamedModel
 from bitmend.pipelines.models.loading import whole_model
 from bitmend.pipelines.models.source import load_config
@@ -121,6 +122,20 @@ def test_ignored_layers_stay_as_they_are(tmp_path: Path, small_model: Path, smal
     name = "model.layers.2.mlp.down_proj.weight"
     assert torch.equal(baseline.tensor(name), artifact.tensor(name))
     assert sum("matched by `ignore`" in note for note in made.stages[1].notes) == 3
+
+
+@pytest.mark.parametrize("method", ["rtn", "learned_rounding"])
+def test_embeddings_alone(method: str, tmp_path: Path, small_model: Path, small_text: Path) -> None:
+    """All blocks stay as they are; what would change nothing at all is refused before any work."""
+    alone: dict[str, Any] = {"method": method, "ignore": [r"\.layers\."]}
+    made = run("llama", tmp_path, small_model, small_text, [{"quantize": alone | {"include_embeddings": True, "embedding_bits": 6}}])
+    baseline, artifact = (runner.last_artifact(tmp_path / "run", name) for name in ("baseline", "quantize"))
+    blocks = [name for name in baseline.index if ".layers." in name]
+    assert len(artifact.linears) == 1 and all(torch.equal(baseline.tensor(name), artifact.tensor(name)) for name in blocks)
+    assert made.stages[1].perplexity != made.stages[0].perplexity
+    with pytest.raises(UsageError, match="quantize: `ignore` leaves no linear layer to compress"):
+        run("llama", tmp_path / "nothing", small_model, small_text, [{"quantize": alone}])
+    assert not [*(tmp_path / "nothing").rglob("01-*")]
 
 
 def test_a_recovered_bias_where_the_family_has_none(tmp_path: Path, small_model: Path, small_text: Path) -> None:

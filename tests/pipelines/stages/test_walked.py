@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bitmend.pipelines.stages import walked
+from bitmend.pipelines.models import state_checkpoints
 
 from ..families import save_speaking
 from ..runs import hashes
@@ -83,7 +83,7 @@ def test_finished_blocks_are_not_run_again(
     stages: list[dict[str, Any]], tmp_path: Path, model: Path, blocks: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = undisturbed(model, stages)
-    monkeypatch.setattr(walked, "SECONDS", 0.0)
+    monkeypatch.setattr(state_checkpoints, "SECONDS", 0.0)
     killed(tmp_path / "killed", model, stages, 2, blocks)
     assert end(tmp_path / "killed", model, stages).items() >= whole.items()
     assert blocks == [2, 3], "the third was written, and is run once more for its outputs"
@@ -92,7 +92,7 @@ def test_finished_blocks_are_not_run_again(
 def test_a_torn_checkpoint_is_not_there(tmp_path: Path, model: Path, blocks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     stages = STAGES["along with the dense model"]
     whole = undisturbed(model, stages)
-    monkeypatch.setattr(walked, "SECONDS", 0.0)
+    monkeypatch.setattr(state_checkpoints, "SECONDS", 0.0)
     killed(tmp_path / "killed", model, stages, 2, blocks)
     (dense,) = tmp_path.rglob("walked-00002-dense.safetensors")
     dense.write_bytes(dense.read_bytes()[:-4])
@@ -103,7 +103,7 @@ def test_a_torn_checkpoint_is_not_there(tmp_path: Path, model: Path, blocks: lis
 def test_a_minute_and_the_disk_decide(tmp_path: Path, model: Path, blocks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     killed(tmp_path / "young", model, STAGES["gptq"], 2, blocks)
     assert not list(tmp_path.rglob("walked-*"))
-    monkeypatch.setattr(walked, "SECONDS", 0.0)
-    monkeypatch.setattr(walked, "DISK_SHARE", 0.0)
+    monkeypatch.setattr(state_checkpoints, "SECONDS", 0.0)
+    monkeypatch.setattr(state_checkpoints, "DISK_SHARE", 0.0)
     killed(tmp_path / "full", model, STAGES["gptq"], 2, blocks)
     assert not list(tmp_path.rglob("walked-*"))
