@@ -15,7 +15,7 @@ from typing import Any
 
 from ...recover.training_run import TrainConfig
 from ...reports import plain_rows, published
-from ...reports.record import RunRecord, StageRecord
+from ...reports.record import RunRecord, StageRecord, TextRecord
 from ...reports.run_plots import size_against_perplexity
 from ..doctor import cpu_name
 from ..errors import InputError
@@ -150,8 +150,15 @@ def _auto_round(chosen: Recipe, directory: Path) -> RunRecord:
     checkpoint, reported = other_programs.made(rivals, rivals / "dense", ids_NT, AUTO_ROUND)
     untouched = {"method": "rtn", "ignore": [r"\.layers\."]}
     record = _measured(chosen, rivals / "run", untouched, {"model": str(checkpoint), "data": DEMO, **COMPUTED})
-    last = replace(record.stages[-1], method="auto_round", seconds=reported["seconds"], peak_bytes=reported["peak_bytes"])
-    return replace(record, stages=(*record.stages[:-1], last))
+    last = _absolute(record.stages[-1])
+    return replace(record, stages=(replace(last, method="auto_round", seconds=reported["seconds"], peak_bytes=reported["peak_bytes"]),))
+
+
+def _absolute(stage: StageRecord) -> StageRecord:
+    """Without what is relative to the run's own baseline, which is the other program's checkpoint."""
+    texts = {name: TextRecord(text.perplexity, bits_per_byte=text.bits_per_byte) for name, text in stage.texts.items()}
+    kept = ("stage", "method", "perplexity", "bits_per_byte", "total_bytes", "bits_per_weight")
+    return StageRecord(**{name: getattr(stage, name) for name in kept}, texts=texts)
 
 
 def _row(stage: StageRecord) -> dict[str, Any]:

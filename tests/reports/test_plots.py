@@ -180,7 +180,7 @@ def test_the_plain_rows_are_drawn_with_a_run_that_was_measured_as_they_were(full
     published = RunRecord.from_json(json.loads(ROWS.read_text(encoding="utf-8")))
     run = replace(full_run, model="demo", protocol=published.protocol, texts={**published.texts, "code": full_run.texts["code"]})
     actual = rivals(run)
-    assert [row.stage for row in actual] == ["RTN", "GPTQ", "NF4"] and all(list(row.texts) == ["news"] for row in actual)
+    assert [row.stage for row in actual] == ["RTN", "GPTQ", "NF4", "AutoRound"] and all(list(row.texts) == ["news"] for row in actual)
     assert all(label in html(run) for label in ("Circles: plain methods", "RTN", "NF4"))
     for other in (replace(run, model="org/m"), replace(run, protocol=replace(run.protocol, windows=40))):
         assert not rivals(other) and "Circles" not in html(other)

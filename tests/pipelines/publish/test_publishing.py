@@ -130,7 +130,9 @@ def test_the_demos_table_has_the_other_programs_row(tmp_path: Path, monkeypatch:
 
     def run(chosen: Recipe, directory: Path, **_: object) -> RunRecord:
         asked.append(chosen)
-        return RunRecord("r", "demo", Protocol("demo"), (StageRecord("baseline"), StageRecord("quantize", "rtn", 23.0, seconds=3.0)), {})
+        texts = {"news": TextRecord(30.0, kl_to_baseline=0.01)}
+        made = StageRecord("quantize", "rtn", 23.0, total_bytes=80, seconds=3.0, kl_to_baseline=0.01, gap_closed=0.2, texts=texts)
+        return RunRecord("r", "demo", Protocol("demo"), (StageRecord("baseline"), made), {})
 
     class Given:
         def __init__(self, *_: object) -> None: ...
@@ -146,7 +148,8 @@ def test_the_demos_table_has_the_other_programs_row(tmp_path: Path, monkeypatch:
     )
     default = resolve("compress_and_recover", options={"profile": "demo", "dtype": "float32"})
     last = demo_table._auto_round(default, tmp_path).stages[-1]
-    assert (last.method, last.perplexity, last.seconds, last.peak_bytes) == ("auto_round", 23.0, 70.0, 5)
+    assert (last.method, last.perplexity, last.total_bytes, last.seconds, last.peak_bytes) == ("auto_round", 23.0, 80, 70.0, 5)
+    assert (last.kl_to_baseline, last.gap_closed, last.texts) == (None, None, {"news": TextRecord(30.0)}), "its run's baseline is its checkpoint"
     (chosen,), (spec,) = asked, asked[0].stages
     assert spec.method == "rtn" and spec.skips("model.layers.3.mlp.up_proj") and not spec.skips("model.embed_tokens")
     assert chosen.model == str(tmp_path / "checkpoint") and chosen.evaluation == default.evaluation and spec.embedding_bits == 6
