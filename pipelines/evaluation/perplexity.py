@@ -66,7 +66,8 @@ def last_states(
     if checkpoints is not None and (begun := checkpoints.latest(blocks)):
         states = checkpoints.load(begun, room)
     states = states or {name: embedded(model, ids_NT, room, ranks.owns) for name, ids_NT in texts.items()}
-    for done in range(begun if progress is not None else 0):
+    progress = progress or (lambda done, total: None)
+    for done in range(begun):
         progress(done + 1, blocks)
     with torch.no_grad():
         for index in model.walk(first=begun):
@@ -74,8 +75,7 @@ def last_states(
                 of_text.through(partial(model.run_block, index))
             if checkpoints is not None:
                 checkpoints.keep(index + 1, states)
-            if progress is not None:
-                progress(index + 1, blocks)
+            progress(index + 1, blocks)
     return states
 
 
