@@ -21,6 +21,7 @@ from ...reports.record import OF_SCHEMA_1, LayerRecord, StageRecord, TextRecord,
 from ..logs import bar
 from ..models.blocks import Binder, StreamedModel
 from ..models.hidden import Room
+from ..models.state_checkpoints import Checkpoints
 from ..ranks.exchange import ONE, Ranks
 from ..store.artifact import Artifact
 from ..store.files import read_json
@@ -127,6 +128,8 @@ def scores_of(
     missing = {key: windows for key, windows in by_key.items() if key not in result}
     if missing:
         result |= _measured(artifact, metrics, missing, baseline, forward, label, ranks)
+    if ranks.leads:  # also what a kill left behind the last text that was kept
+        Checkpoints(metrics, {}).forget()
     return {name: result[key] for name, key in keys.items()}
 
 
@@ -167,8 +170,6 @@ def _measured(
                 whole.save(_hidden_path(metrics, key))
             save_scores(metrics / f"{key}.json", scores, windows.protocol, extra)
         result[key] = scores, extra
-    if ranks.leads:
-        perplexity.checkpoints_of({key: windows.ids for key, windows in texts.items()}, metrics, ranks).forget()
     ranks.barrier()
     return result
 

@@ -62,7 +62,7 @@ def last_states(
     once for all texts. Several ranks: those of a rank's own batches. With a `scratch` a killed walk goes on from there, as long as the texts are
     the same; the caller forgets what lies in it."""
     blocks, begun, states = model.structure.blocks, 0, dict[str, HiddenStates]()
-    checkpoints = None if scratch is None else checkpoints_of(texts, scratch, ranks)
+    checkpoints = None if scratch is None else _checkpoints(texts, scratch, ranks)
     if checkpoints is not None and (begun := checkpoints.latest(blocks)):
         states = checkpoints.load(begun, room)
     states = states or {name: embedded(model, ids_NT, room, ranks.owns) for name, ids_NT in texts.items()}
@@ -79,7 +79,7 @@ def last_states(
     return states
 
 
-def checkpoints_of(texts: Mapping[str, Tensor], scratch: Path, ranks: Ranks) -> Checkpoints:
+def _checkpoints(texts: Mapping[str, Tensor], scratch: Path, ranks: Ranks) -> Checkpoints:
     """Those of an evaluation of these texts [N, T]: a batch belongs to the rank that owns its number."""
     counts = {name: len([*batches(*ids_NT.shape)]) for name, ids_NT in texts.items()}
     return Checkpoints(scratch, {name: BatchShare(count, ranks, count) for name, count in counts.items()})

@@ -148,8 +148,6 @@ def _solved(
     """The block's new records and their rows of the report. Truly sequential: group by group, each seeing what those before it became."""
     if not sites:
         return {}, []
-    if not sites:
-        return {}, []
     if stage.row.scope == "block":
         with torch.no_grad():
             statistics = _statistics(stage, states, index, sites, None)

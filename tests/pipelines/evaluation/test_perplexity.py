@@ -129,6 +129,10 @@ def test_what_was_measured_before_is_read(baseline: Artifact, windows: Windows, 
     assert asked == [1, 1, 2]
     assert both[""][0] == first[""][0] == again[""][0] and list(both) == ["news", ""]
     assert compared["news"][0].kl == pytest.approx([0.0], abs=1e-7) and compared[""][0].nll == first[""][0].nll
+    left = tmp_path / f"walked-00002-{perplexity.protocol_key(windows)}.safetensors"
+    left.touch()
+    measure.scores_of(baseline, tmp_path, texts, None, forward)
+    assert asked == [1, 1, 2] and not left.exists(), "what a kill behind the last text left goes"
     (tmp_path / f"{perplexity.protocol_key(windows)}.hidden.safetensors").unlink()
     measure.scores_of(baseline, tmp_path, texts, None, forward)
     assert asked[3:] == [1], "without its states a baseline is measured again"
