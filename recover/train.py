@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -20,6 +20,7 @@ from .adamw import AdamW, TrainState
 from .compressed_model import compressed_linears, steady
 from .losses import Objective, negative_log_likelihood, token_loss
 from .peers import ALONE, Peers, SharedGradients
+from .rate_search import Tried, found, next_factor, try_steps
 from .selection import decoder_blocks
 from .sharded import clip_, is_part, replicated
 from .stored_values import as_stored, beyond_limits, extremes
@@ -56,6 +57,7 @@ class TrainResult:
     history: list[dict[str, float]]
     rollbacks: list[str]
     restored: list[str]
+    tried: list[Tried]
     tokens: int
 
     @property
@@ -74,12 +76,13 @@ class TrainingText:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What others want of a training run: its state every so many steps and when it is stopped, news, and a say in whether it goes on. Where
-    `peers` train with it, all have the same hooks but for what they do, and answer `stop` alike."""
+    """What others want of a training run: its state every so many steps and when it is stopped, news (`tried`: of a rate, by its
+    factor and held-out loss), and a say in whether it goes on. Where `peers` train with it, all have the same hooks but for what they do, and answer `stop` alike."""
 
     save: Callable[[TrainState], None] | None = None
     save_every: int = 20
     progress: Callable[[Progress], None] | None = None
+    tried: Callable[[float, float], None] | None = None
     stop: Callable[[], bool] | None = None
     peers: Peers = ALONE
 
@@ -147,7 +150,7 @@ def train(
             _begin(run, text.held_out, hooks.peers)
         else:
             run.load(resume)
-        finished = _loop(run, text, hooks, device)
+        finished = (config.learning_rate != "search" or _search(run, text, hooks, device)) and _loop(run, text, hooks, device)
     hooks.peers.check(replicated(run.best))
     if finished:
         run.restore(run.best)
@@ -155,7 +158,7 @@ def train(
             attached.stored_form(True)
         if attached.starts_without is not None:
             attached.starts_without(run.best_step == 0)
-    return TrainResult(finished, run.step, run.start_loss, run.best_loss, run.best_step, run.history, run.rollbacks, run.restored, run.tokens)
+    return TrainResult(finished, run.step, run.start_loss, run.best_loss, run.best_step, run.history, run.rollbacks, run.restored, run.tried, run.tokens)
 
 
 def _begin(run: TrainingRun, held_out: Sequence[Batch], peers: Peers) -> None:
@@ -168,6 +171,40 @@ def _begin(run: TrainingRun, held_out: Sequence[Batch], peers: Peers) -> None:
         without(False)
     run.best = run.good = run.snapshot()
     run.history.append({"step": 0, "held_out_loss": run.start_loss})
+
+
+def _search(run: TrainingRun, text: TrainingText, hooks: Hooks, device: torch.device) -> bool:
+    """Try rates from the start, whose values and moments are there again behind each try, and take the best. False when it was stopped: what
+    was tried is saved."""
+    full = run.rates
+    while (factor := next_factor(run.tried)) is not None:
+        loss = _try(run, {name: rate * factor for name, rate in full.items()}, text, hooks, device)
+        run.restore(run.best)
+        run.optimizer.reset()
+        if loss is None:
+            return False
+        run.tried.append((factor, loss))
+        if hooks.tried is not None:
+            hooks.tried(factor, loss)
+        if hooks.save is not None:
+            hooks.save(run.state())
+    run.rates = {name: rate * found(run.tried) for name, rate in full.items()}
+    return True
+
+
+def _try(run: TrainingRun, full: dict[str, float], text: TrainingText, hooks: Hooks, device: torch.device) -> float | None:
+    """The held-out loss behind a short run with a schedule of its own; infinite when it broke down, None when it was stopped."""
+    config = replace(run.config, steps=try_steps(run.config.steps))
+    short = TrainingRun(run.student, run.attached, run.optimizer, full, config, run.linears)
+    while short.step < config.steps:
+        if (hooks.stop or (lambda: False))():
+            return None
+        _update(short, text, device, hooks.peers)
+    if _read(short) is not None:
+        return math.inf
+    with as_stored(run.attached):
+        loss = _judged(run, text.held_out, hooks.peers)
+    return loss if math.isfinite(loss) else math.inf
 
 
 def _loop(run: TrainingRun, text: TrainingText, hooks: Hooks, device: torch.device) -> bool:

@@ -16,13 +16,15 @@ from ..compress.ranges import Batch, FactorOrZero, Layers, Rate, ReadWhere, Step
 from .adamw import AdamW, TrainState
 from .compressed_linear import CompressedLinear
 from .losses import LossName
+from .rate_search import Tried
 from .student import Student
 from .trainable import RATES, Attached, Trainable
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """What the config of every method has that trains the whole model; a method's own settings are its subclass. learning_rate None = the method's default; eval_every None = five times in the run; warmup is in
+    """What the config of every method has that trains the whole model; a method's own settings are its subclass. learning_rate None = the method's default, search = that or a multiple of it, found by
+    short runs on held-out text before the first step (`rate_search`); eval_every None = five times in the run; warmup is in
     steps (at most a quarter of the run). when_worse: what follows when held-out text got worse than it once was: restore goes on from the best
     values at half the rate, so that a rate too high for a model costs the steps of one evaluation. targets and layers: see `selection.where`.
     cache_dense keeps rebuilt weights in memory, those of a step that training made of them first (auto: when they fit). loss: distill imitates
@@ -31,7 +33,7 @@ class TrainConfig:
     device's memory (a pipeline's stage), and is off where nobody did."""
 
     steps: Steps = 200
-    learning_rate: Rate | None = None
+    learning_rate: Rate | Literal["search"] | None = None
     batch_size: Batch = 4
     seq_len: Tokens = 256
     accumulation: Batch = 1
@@ -58,7 +60,7 @@ class Schedule(Protocol):
     def warmup(self) -> int: ...
 
     @property
-    def learning_rate(self) -> float | None: ...
+    def learning_rate(self) -> float | Literal["search"] | None: ...
 
 
 def learning_rate(step: int, config: Schedule) -> float:
@@ -70,8 +72,10 @@ def learning_rate(step: int, config: Schedule) -> float:
 
 
 def rates(trainables: Mapping[str, Trainable], config: Schedule, main: str | None = None) -> dict[str, float]:
-    """Full learning rate by name. `config.learning_rate` is that of the method's main kind; the others keep their ratio to it."""
-    factor = 1.0 if config.learning_rate is None or main is None else config.learning_rate / RATES[main]
+    """Full learning rate by name. `config.learning_rate` is that of the method's main kind; the others keep their ratio to it. Before a search
+    they are the defaults."""
+    chosen = config.learning_rate
+    factor = 1.0 if chosen is None or chosen == "search" or main is None else chosen / RATES[main]
     return {name: t.rate * factor for name, t in trainables.items()}
 
 
@@ -97,6 +101,7 @@ class TrainingRun:
     history: list[dict[str, float]] = field(default_factory=list)
     rollbacks: list[str] = field(default_factory=list)
     restored: list[str] = field(default_factory=list)
+    tried: list[Tried] = field(default_factory=list)
     unread: list[tuple[int, int, Tensor]] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
     good: dict[str, Tensor] = field(default_factory=dict)
@@ -125,7 +130,7 @@ class TrainingRun:
         tensors = {f"value.{k}": v for k, v in self.snapshot().items()}
         for label, group in (("first", self.optimizer.first), ("second", self.optimizer.second), ("best", self.best), ("good", self.good)):
             tensors |= {f"{label}.{k}": v.clone() for k, v in group.items()}
-        plain = ("step", "start_loss", "held_out", "best_loss", "best_step", "factor", "good_step", "tokens", "history", "rollbacks", "restored")
+        plain = ("step", "start_loss", "held_out", "best_loss", "best_step", "factor", "good_step", "tokens", "history", "rollbacks", "restored", "tried")
         meta = {name: getattr(self, name) for name in plain}
         return TrainState(
             tensors, {k: list(v) if isinstance(v, list) else v for k, v in meta.items()} | {"optimizer_steps": self.optimizer.steps}

@@ -82,8 +82,9 @@ def _after_decompose(stage: StageRecord, present: set[str]) -> list[str]:
 
 
 def _after_recover(stage: StageRecord, present: set[str]) -> list[str]:
+    searched = stage.settings.get("learning_rate") == "search"
     return [
-        f"A gentler recovery: half the learning rate ({_set(stage, 'learning_rate', '…')}).",
+        *([] if searched else [f"A learning rate found on held-out text: {_set(stage, 'learning_rate', 'search')}."]),
         f"The baseline as teacher: {_set(stage, 'loss', 'distill')}.",
         "Training text nearer to the evaluation text (`--train`).",
     ]

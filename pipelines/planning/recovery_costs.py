@@ -12,6 +12,7 @@ from ...compress.gptq import GptqConfig
 from ...recover.activations import Activations
 from ...recover.fits import virtual_tokens
 from ...recover.memory import COPIES
+from ...recover.rate_search import USUAL_TRIES, try_steps
 from ...recover.reconstruct import Reconstruct, resolved
 from ...recover.selection import is_norm, where
 from ...recover.training_run import TrainConfig
@@ -136,19 +137,24 @@ def _training(
     held = float(sum(_held_out(config)) * config.seq_len)
     head = Work({plan.dtype: held * anatomy.vocabulary * anatomy.width}, passes=held * anatomy.vocabulary * 16.0)
     evaluation = plan.pass_of(held, config.seq_len) * anatomy.blocks + head + made * (1 if building.held else len(_held_out(config)))
-    return micro * (config.steps * config.accumulation), evaluation, dense + OPENED * 3
+    return micro * ((config.steps + _tried(config)) * config.accumulation), evaluation, dense + OPENED * 3
 
 
 def _evaluations(config: TrainConfig) -> int:
-    """On the way, the start and the end apart."""
+    """On the way and of rates tried, the start and the end apart."""
     every = config.eval_every or max(1, config.steps // 5)
-    return -(-config.steps // every)
+    return -(-config.steps // every) + (USUAL_TRIES if config.learning_rate == "search" else 0)
+
+
+def _tried(config: TrainConfig) -> int:
+    """Steps of the search for a rate, where it stays at the default."""
+    return USUAL_TRIES * try_steps(config.steps) if config.learning_rate == "search" else 0
 
 
 def _micro_batches(config: TrainConfig, steps: Work, judging: Work) -> tuple[Divided, ...]:
     """An update's micro-batches, and the held-out batches, in turn."""
     counts, times = _held_out(config), 1 + _evaluations(config)
-    micro = in_turn(MICRO_BATCHES, steps, [1.0] * config.accumulation, config.steps)
+    micro = in_turn(MICRO_BATCHES, steps, [1.0] * config.accumulation, config.steps + _tried(config))
     return micro, in_turn("held-out batches", judging * times, counts, times)
 
 
@@ -164,7 +170,9 @@ def _gradients_sent(anatomy: Anatomy, config: TrainConfig, trained: float, parts
     every, kept = config.eval_every or max(1, config.steps // 5), saved_every(trained)
     judged = {step for step in range(1, config.steps + 1) if step % every == 0 or step == config.steps}
     saved = set(range(kept, config.steps, kept))
-    of_block, looks = trained / anatomy.blocks, anatomy.blocks * (1.0 + len(judged))
+    tries = USUAL_TRIES if config.learning_rate == "search" else 0
+    steps, judgings = config.steps + _tried(config), 1 + len(judged) + tries
+    of_block, looks = trained / anatomy.blocks, float(anatomy.blocks * judgings)
     gradients = (
         (
             Exchange(
@@ -173,20 +181,20 @@ def _gradients_sent(anatomy: Anatomy, config: TrainConfig, trained: float, parts
                 of_block,
                 4,
                 config.accumulation,
-                3.0 * anatomy.blocks * config.steps,
+                3.0 * anatomy.blocks * steps,
             ),
             Exchange("weights of blocks that are judged", "parts", of_block, 4, len(_held_out(config)), looks),
         )
         if parts
-        else (Exchange("gradients", "sum", trained, 4, config.accumulation, config.steps),)
+        else (Exchange("gradients", "sum", trained, 4, config.accumulation, steps),)
     )
     return (
         *gradients,
-        Exchange("losses", "sum", 1.0, 8, config.accumulation, config.steps),
-        Exchange("tokens", "gathered", times=config.steps),
-        Exchange("whether to stop", "agreed", times=config.steps),
+        Exchange("losses", "sum", 1.0, 8, config.accumulation, steps),
+        Exchange("tokens", "gathered", times=steps),
+        Exchange("whether to stop", "agreed", times=steps),
         Exchange("whether to wait", "agreed", times=config.steps - len(judged | saved)),
-        Exchange("held-out losses", "gathered", times=1 + len(judged)),
+        Exchange("held-out losses", "gathered", times=judgings),
         Exchange("hashes of what is trained", "gathered", times=1 + len(saved)),
         Exchange("what was written", "broadcast", times=anatomy.blocks + 1.0),
         Exchange("whether training had begun", "broadcast"),

@@ -20,6 +20,7 @@ from ...recover.losses import Objective
 from ...recover.memory import COPIES, training_memory
 from ...recover.merge import stored_loss
 from ...recover.peers import ReplicasDiffer
+from ...recover.rate_search import found, try_steps
 from ...recover.recovery_methods import RECOVER, Gradients, attach, refusal
 from ...recover.sharded import local, shard, whole
 from ...recover.site import kinds
@@ -233,12 +234,15 @@ def _train(
             shown.advance(now.step - seen, loss=now.loss, held_out=now.held_out_perplexity, tokens_s=round(now.tokens_per_second))
             seen, speed = now.step, now.tokens_per_second
 
+        def tried(factor: float, loss: float) -> None:
+            log.info("%s: held-out loss %.4f behind %d steps at %g times the default rate", spec.address, loss, try_steps(config.steps), factor)
+
         teacher = None if config.loss == "cross_entropy" else streamed_teacher(context, batches, own_batches(config, ranks))
         try:
             result = train(
                 model, attached, TrainingText(batches, held_out, teacher), config, student=student,
                 main=RECOVER[spec.method].main, resume=kept_parts(context.scratch, attached, ranks) if parts else _saved(path, ranks),
-                hooks=Hooks(save, every, progress, context.stop, replace(context.peers, even=parts)),
+                hooks=Hooks(save, every, progress, tried, context.stop, replace(context.peers, even=parts)),
             )  # fmt: skip
             return result, speed
         except TrainingDiverged as error:
@@ -282,6 +286,9 @@ def _as_kept(
     that would be worse. And the notes of the report."""
     notes = [f"rolled back: {text}" for text in result.rollbacks]
     notes += [f"went back to the best values, at half the rate: {text}" for text in result.restored]
+    if result.tried:
+        losses = ", ".join(f"{loss:.4f} at × {factor:g}" for factor, loss in result.tried)
+        notes.append(f"learning rate: the default × {found(result.tried):g}; held-out loss behind short runs: {losses}")
     if not result.improved:
         as_before = "the model is as it was before this stage"
         return None, [*notes, f"{spec.method} could not improve the held-out loss {result.start_loss:.4f}; {as_before}"]
@@ -311,4 +318,4 @@ def _metrics(result: TrainResult) -> dict[str, object]:
         "steps": result.step,
         "tokens": result.tokens,
         "history": result.history,
-    }
+    } | ({"rates_tried": [{"factor": factor, "held_out_loss": loss} for factor, loss in result.tried]} if result.tried else {})

@@ -91,7 +91,8 @@ class StreamedTeacher:
             return
         wanted = [batch.text]
         last, text = len(self.numbers), lambda i: self.batches(self.numbers[i]).text
-        index = next((i for i in range(self.position, last) if torch.equal(text(i), batch.text)), None)
+        onward = (*range(self.position, last), *range(self.position))  # a search for a rate, and a step back, begin anew
+        index = next((i for i in onward if torch.equal(text(i), batch.text)), None)
         if index is not None:
             count = max(1, tokens_ahead(self.model.device, self.token_bytes) // batch.text.numel())
             ahead = [text(i) for i in range(index + 1, min(index + count, last))]

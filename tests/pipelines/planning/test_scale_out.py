@@ -161,6 +161,19 @@ def test_what_lies_in_parts_is_sent_by_all_to_all() -> None:
     assert parted[8]["device_bytes"] < 0.4 * whole[8]["device_bytes"]
 
 
+def test_a_search_for_the_rate_counts() -> None:
+    """Three tries of 20 steps, each judged, before a run of 200."""
+    actual = []
+    for rate in ("null", "search"):
+        report, made = plan_of("8b", f"recover.learning_rate={rate}", "recover.steps=200", sizes=(1,))
+        (seconds,) = [row["seconds"] for row in report["stages"] if row["stage"] == "recover"]
+        sent = {exchange.name: exchange.times for exchange in made.needs["recover"][0].sent}
+        actual.append((seconds, sent["tokens"], sent["held-out losses"]))
+    (plain, steps, judged), (searched, more_steps, more_judged) = actual
+    assert (more_steps - steps, more_judged - judged) == (60, 3)
+    assert 1.25 * plain < searched < 1.4 * plain
+
+
 FULL = ("quantize.method=none", "decompose.method=none", "prune.method=none", "recover.method=full", "recover.accumulation=8")
 COUNTED = """
 import os

@@ -26,7 +26,11 @@ from ..runs import Processes, hashes, write_recipe
 STAGES: list[dict[str, Any]] = [
     {"prune": {"method": "wanda", "sparsity": 0.3}},
     {"quantize": {"method": "gptq", "bits": 3, "group_size": 32}},
-    {"recover": {"method": "lora", "rank": 2, "steps": 2, "batch_size": 4, "seq_len": 64, "eval_every": 2, "accumulation": 2}},
+    {
+        "recover": {
+            "method": "lora", "rank": 2, "steps": 2, "batch_size": 4, "seq_len": 64, "eval_every": 2, "accumulation": 2, "learning_rate": "search",
+        }
+    },
     {"fuse": {}},
 ]
 TEXTS: dict[str, Any] = {"calibration": {"samples": 26, "seq_len": 256}, "evaluation": {"seq_len": 256, "windows": 18}}

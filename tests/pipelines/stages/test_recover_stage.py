@@ -23,6 +23,7 @@ from bitmend.recover.recovery_methods import RECOVER, attach, refusal
 from bitmend.recover.site import Gradients, kinds
 from bitmend.recover.student import Batch, student_of
 from bitmend.recover.train import batch_loss
+from bitmend.recover.trainable import RATES
 from bitmend.reports.columns import extra_rows
 
 from ..families import save_speaking
@@ -219,6 +220,25 @@ def test_a_loss_that_turns_nan_twice_ends_the_run_with_what_was_before(
         toy_run(tmp_path, small_model, RTN, {"recover": {"method": "perp", **STEPS}})
     opened(tmp_path, "quantize").verify()
     assert runner.status(tmp_path / "run")["stages"][-1]["state"] != "done"
+
+
+def test_a_searched_rate_is_reported_and_the_same_as_when_it_is_set(
+    small_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "bitmend")
+    stages, training = [], {"method": "perp", **STEPS, "eval_every": 12}
+    for place, rate in ((tmp_path / "a", "search"), (tmp_path / "b", None)):
+        place.mkdir()
+        if rate is None:
+            tried = {row["factor"]: row["held_out_loss"] for row in stages[0].metrics["rates_tried"]}
+            best = min(tried, key=lambda factor: tried[factor])
+            assert best > 1, "few steps on a text of few words: the default rate is too low"
+            rate = RATES["norms"] * best
+        stages.append(toy_run(place, small_model, RTN, {"recover": training | {"learning_rate": rate}}))
+    (note,) = [note for note in stages[0].notes if note.startswith("learning rate: ")]
+    assert f"the default × {best:g}; held-out loss behind short runs: {tried[1.0]:.4f} at × 1, " in note
+    assert sum("8 steps at" in record.getMessage() for record in caplog.records) == len(tried) >= 3
+    assert stages[0].metrics["history"] == stages[1].metrics["history"] and stages[0].perplexity == stages[1].perplexity
 
 
 def test_less_text_than_one_batch_is_refused_before_any_work(small_model: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("no_pages")
 DISTILLED: dict[str, Any] = {**STEPS, "loss": "both", "steps": 4, "eval_every": 2}
 
 
-def scales(rate: float) -> list[dict[str, Any]]:
+def scales(rate: float | str) -> list[dict[str, Any]]:
     return [RTN, {"recover": {"method": "scales", "learning_rate": rate, **DISTILLED}}]
 
 
@@ -43,7 +43,7 @@ def place(tmp_path: Path, small_model: Path) -> Path:
     return tmp_path
 
 
-def trained(place: Path, directory: str, rate: float = 0.01) -> list[str]:
+def trained(place: Path, directory: str, rate: float | str = 0.01) -> list[str]:
     """Digests of the files of the recover stage of a run in `directory`."""
     (place / directory).mkdir(exist_ok=True)
     run(place / directory, place / "model", place / "toy.jsonl", scales(rate))
@@ -89,3 +89,21 @@ def test_gc_removes_them(place: Path) -> None:
     trained(place, "a")
     actual = runner.gc(place / "a" / "run")
     assert "teacher-states" in actual["dropped"] and not states(place, "a")
+
+
+def test_where_training_begins_anew_the_teacher_runs_ahead_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates are tried from the first micro-batch on: without room on disk each try takes two passes for its four, as the run itself does."""
+    passes: list[int] = []
+    streamed = teacher.StreamedModel
+
+    class Counted(streamed):
+        def walk(self, *arguments: Any, **more: Any) -> Any:
+            passes.append(1)
+            return super().walk(*arguments, **more)
+
+    monkeypatch.setattr(teacher, "StreamedModel", Counted)
+    monkeypatch.setattr(teacher, "STATE_BYTES", 0)
+    monkeypatch.setattr(teacher, "TEACHER_TOKENS", 2 * STEPS["batch_size"] * STEPS["seq_len"])
+    trained(place, "a", "search")
+    stage = json.loads((place / "a" / "run" / "record.json").read_text())["stages"][-1]
+    assert len(passes) == 2 * (len(stage["metrics"]["rates_tried"]) + 1)
