@@ -30,9 +30,15 @@ def _masks(pattern: str, shown: str) -> list[ReferenceRow]:
     return [ReferenceRow(method, (prune(method, pattern),), {"bits": shown}) for method in ("magnitude", "wanda", "sparsegpt")]
 
 
+def _embeddings(bits: int) -> ReferenceRow:
+    """The table, which is the head as well, and nothing else."""
+    stage = quantize(bits, "rtn", ignore=[r"\.layers\."], include_embeddings=True, embedding_bits=bits, head_bits=bits)
+    return ReferenceRow(f"embeddings and head alone, rtn, {bits} bits", (stage,), {"bits": "embeddings"})
+
+
 COMPRESS = ReferenceTable(
     "Pruning and quantization of the demo model",
-    [*_masks("unstructured", "50 %"), *_masks("2:4", "2:4"), *_grids(3), *_grids(4), *_grids(2)],
+    [*_masks("unstructured", "50 %"), *_masks("2:4", "2:4"), *_grids(3), *_grids(4), *_grids(2), *map(_embeddings, (8, 6, 5, 4))],
     ("bits",),
     panel="bits",
     notes=(SHORT_NOTE,),
