@@ -311,11 +311,14 @@ def _as_kept(
 
 
 def _metrics(result: TrainResult) -> dict[str, object]:
-    return {
+    metrics: dict[str, object] = {
         "held_out_loss_start": result.start_loss,
         "held_out_loss_best": result.best_loss,
         "best_step": result.best_step,
         "steps": result.step,
         "tokens": result.tokens,
         "history": result.history,
-    } | ({"rates_tried": [{"factor": factor, "held_out_loss": loss} for factor, loss in result.tried]} if result.tried else {})
+    }
+    if result.tried:
+        metrics["rates_tried"] = [{"factor": factor, "held_out_loss": loss} for factor, loss in result.tried]
+    return metrics
