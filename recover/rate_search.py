@@ -4,7 +4,6 @@ Beginning at the method's default it goes down by halves while that helps, or el
 that had the rate found written into its settings. Knows factors and losses; not models: the training loop makes the tries.
 """
 
-import math
 from collections.abc import Sequence
 
 TRY_SHARE = 10
@@ -37,4 +36,4 @@ def next_factor(tried: Sequence[Tried]) -> float | None:
 
 def found(tried: Sequence[Tried]) -> float:
     """The factor with the lowest loss; the smaller of two that are alike, the lowest where all broke down."""
-    return min(tried, key=lambda pair: (pair[1] if math.isfinite(pair[1]) else math.inf, pair[0]))[0] if tried else 1.0
+    return min(tried, key=lambda pair: (pair[1], pair[0]))[0] if tried else 1.0

@@ -143,12 +143,17 @@ def _training(
 def _evaluations(config: TrainConfig) -> int:
     """On the way and of rates tried, the start and the end apart."""
     every = config.eval_every or max(1, config.steps // 5)
-    return -(-config.steps // every) + (USUAL_TRIES if config.learning_rate == "search" else 0)
+    return -(-config.steps // every) + _tries(config)
+
+
+def _tries(config: TrainConfig) -> int:
+    """Of the search for a rate, where it stays at the default."""
+    return USUAL_TRIES if config.learning_rate == "search" else 0
 
 
 def _tried(config: TrainConfig) -> int:
-    """Steps of the search for a rate, where it stays at the default."""
-    return USUAL_TRIES * try_steps(config.steps) if config.learning_rate == "search" else 0
+    """Steps of all tries."""
+    return _tries(config) * try_steps(config.steps)
 
 
 def _micro_batches(config: TrainConfig, steps: Work, judging: Work) -> tuple[Divided, ...]:
@@ -170,8 +175,7 @@ def _gradients_sent(anatomy: Anatomy, config: TrainConfig, trained: float, parts
     every, kept = config.eval_every or max(1, config.steps // 5), saved_every(trained)
     judged = {step for step in range(1, config.steps + 1) if step % every == 0 or step == config.steps}
     saved = set(range(kept, config.steps, kept))
-    tries = USUAL_TRIES if config.learning_rate == "search" else 0
-    steps, judgings = config.steps + _tried(config), 1 + len(judged) + tries
+    steps, judgings = config.steps + _tried(config), 1 + len(judged) + _tries(config)
     of_block, looks = trained / anatomy.blocks, float(anatomy.blocks * judgings)
     gradients = (
         (
