@@ -1,6 +1,6 @@
 """Predicted seconds and bytes of every stage of a run on its device, and which of them exceed what the machine has.
 
-Combines `stage_costs`, `recovery_costs` and a device's measured speeds. Knows the process's own memory; reads no weights.
+Combines `stage_costs`, `recovery_costs`, `reconstruction_costs` and a device's measured speeds. Knows the process's own memory; reads no weights.
 """
 
 import math
@@ -24,7 +24,7 @@ from ..recipes.recipe import Recipe
 from ..recipes.stage_settings import StageSpec
 from ..stages.fuse import ROOM
 from ..stages.writing import DENSE_CACHE_BYTES
-from . import recovery_costs, stage_costs, table_costs
+from . import reconstruction_costs, recovery_costs, stage_costs, table_costs
 from .anatomy import Anatomy
 from .cost_plan import OPENED, CostPlan, Needs
 
@@ -88,7 +88,7 @@ class RunCosts:
             return self._fused(after)
         if spec.name == "recover":
             if spec.method == "reconstruct":
-                return recovery_costs.reconstructed(self.plan, spec, before, self._dense_budget(spec))
+                return reconstruction_costs.reconstructed(self.plan, spec, before, self._dense_budget(spec))
             return recovery_costs.recovered(self.plan, spec, before, self._dense_budget(spec), self.available(device=True))
         return stage_costs.compressed(self.plan, spec, _has_records(before), first, after.total_bytes())
 
