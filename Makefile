@@ -86,7 +86,7 @@ clean:
 
 FORCE:
 
-# Reference results into reports/published, all tables or TABLE=compress|decompose|recover|perp|grid|dtype|demo|demo-dtypes|operators|gguf|kernels-static|scale|gptq-speed. Hours; can be stopped and continued.
-TABLE ?= compress decompose recover perp grid dtype demo demo-dtypes operators gguf kernels-static scale gptq-speed
+# Reference results into reports/published, all tables or TABLE=compress|decompose|recover|perp|grid|dtype|demo|demo-dtypes|budgets|operators|gguf|kernels-static|scale|gptq-speed. Hours; can be stopped and continued.
+TABLE ?= compress decompose recover perp grid dtype demo demo-dtypes budgets operators gguf kernels-static scale gptq-speed
 publish: venv
 	for table in $(TABLE); do $(BIN)/python -P -m bitmend.pipelines.publish.publishing $$table || exit; done

@@ -33,7 +33,7 @@ from ..run import runner
 from ..run.evaluate import evaluate
 from ..stages.inputs import Inputs
 from ..store.rundir import RunDirectory
-from . import demo_table, gguf_table, gptq_speed_table, operator_table, other_programs, scale_table
+from . import budget_table, demo_table, gguf_table, gptq_speed_table, operator_table, other_programs, scale_table
 from .reference_rows import DEMO, SETTINGS, SMALL, ReferenceRow, ReferenceTable
 from .reference_tables import tables
 
@@ -41,6 +41,7 @@ SMALL_MODEL = Path("tests/small_model")
 OWN = {
     DEMO: demo_table.publish, demo_table.DTYPES: demo_table.publish_dtypes, operator_table.NAME: operator_table.publish, gguf_table.NAME: gguf_table.publish,
     kernel_tables.STATIC: kernel_tables.publish_static, scale_table.NAME: scale_table.publish, gptq_speed_table.NAME: gptq_speed_table.publish,
+    budget_table.NAME: budget_table.publish,
 }  # fmt: skip
 """Tables that are no list of runs."""
 MEASURED = (

@@ -190,6 +190,7 @@ def test_tables_are_what_their_sources_say() -> None:
 KEYS = {
     "demo": ("stage",), "compress": ("name", "bits"), "grid": ("name", "bits"), "decompose": ("name", "bits", "rank"), "recover": ("name", "kind"),
     "perp": ("name", "pattern", "pruned"), "gguf": ("model", "type", "name"),
+    "budgets": ("name", "bits"),
 }  # fmt: skip
 """Table → the fields that name a row of the demo model (gguf: of any), as the title of a link has them."""
 UNITS = {"": 1.0, " %": 0.01, " MB": 1e6}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from bitmend.pipelines.errors import InputError
-from bitmend.pipelines.publish import demo_table, operator_table, publishing
+from bitmend.pipelines.publish import budget_table, demo_table, operator_table, publishing
 from bitmend.pipelines.publish.reference_rows import SMALL, ReferenceRow, ReferenceTable
 from bitmend.pipelines.publish.reference_tables import tables
 from bitmend.pipelines.recipes.recipe import Recipe, resolve
@@ -153,6 +153,40 @@ def test_the_demos_table_has_the_other_programs_row(tmp_path: Path, monkeypatch:
     (chosen,), (spec,) = asked, asked[0].stages
     assert spec.method == "rtn" and spec.skips("model.layers.3.mlp.up_proj") and not spec.skips("model.embed_tokens")
     assert chosen.model == str(tmp_path / "checkpoint") and chosen.evaluation == default.evaluation and spec.embedding_bits == 6
+
+
+def test_small_budgets_stand_beside_plain_gptq_in_as_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way is a plain run and one of its own, and a gap is closed from that plain row on, on every text."""
+    places: dict[str, list[Recipe]] = {}
+
+    def run(chosen: Recipe, directory: Path, **_: object) -> RunRecord:
+        places.setdefault(directory.name, []).append(chosen)
+        stages = [StageRecord("baseline", perplexity=20.0, texts={"news": TextRecord(28.0), "code": TextRecord(13.0)})]
+        for number, spec in enumerate(chosen.stages):
+            factor = 4.0 if directory.name == "budgets-plain" else 2.0 - number
+            texts = {"news": TextRecord(28.0 * factor), "code": TextRecord(13.0 * factor)}
+            stages.append(StageRecord(spec.name, spec.method, 20.0 * factor, total_bytes=80, texts=texts))
+        return RunRecord("r", "demo", Protocol("demo"), tuple(stages), {}, {"news": Protocol("news"), "code": Protocol("code")})
+
+    monkeypatch.setattr(budget_table.runner, "run", run)
+    monkeypatch.setattr(published, "DIRECTORY", tmp_path)
+    assert publishing.OWN["budgets"](tmp_path / "runs")
+    rows = json.loads((tmp_path / "budgets.json").read_text())["rows"]
+    assert [row["bits"] for row in rows] == [way.bits for way in budget_table.WAYS for _ in range(3)]
+    for plain, quantized, trained in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+        assert [[row[key] for key in ("closed", "news_closed", "code_closed")] for row in (plain, quantized, trained)] == [
+            [0.0] * 3, [pytest.approx(0.5)] * 3, [pytest.approx(1.0)] * 3,
+        ]  # fmt: skip
+    default = resolve("compress_and_recover", options={"profile": "demo"})
+    for name, runs in places.items():
+        for chosen in runs:
+            own = "demo" if name == "budgets-plain" else default.data.calibration
+            assert (chosen.dtype, chosen.data.calibration, chosen.evaluation) == ("bfloat16", own, default.evaluation)
+    guided, recover = (next(spec for spec in default.stages if spec.name == name) for name in ("quantize", "recover"))
+    for name in ("budgets-4.349", "budgets-77.5MB"):
+        (chosen,) = places[name]
+        assert chosen.stages[0].settings() == guided.settings(), "the default recipe's own quantizer"
+    assert places["budgets-77.5MB"][0].stages[1].settings() == recover.settings() and places["budgets-4.349"][0].stages[1].config.steps == 200
 
 
 def test_the_recipe_in_two_dtypes_is_two_runs_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
