@@ -78,14 +78,15 @@ COLUMNS = (
 
 def publish(directory: Path) -> list[Path]:
     """Run what is not finished, then write the table: a plain row, one behind quantizing and one behind training for every budget."""
-    rows: list[dict[str, Any]] = []
+    rows, records = list[dict[str, Any]](), list[RunRecord]()
     for way in WAYS:
         plain = _run(directory / "budgets-plain", PLAIN, [{"quantize": way.plain}])
         mine = _run(directory / f"budgets-{way.budget or way.bits}", MIXTURE, [{"quantize": way.quantize}, {"recover": way.recover}], way.budget)
         names = (str(way.plain["method"]), way.label, f"{way.label}, scales and norms {way.recover['steps']}")
         for name, stage in zip(names, (plain.stages[-1], *mine.stages[-2:]), strict=True):
             rows.append({"bits": way.bits, "name": name} | _row(stage, plain))
-    record = mine
+        records.append(mine)
+    record = records[-1]
     protocols = {name: protocol.to_json() for name, protocol in {DEMO: record.protocol, **record.texts}.items()}
     dense = record.stages[0]
     notes = [
