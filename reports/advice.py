@@ -82,12 +82,16 @@ def _after_decompose(stage: StageRecord, present: set[str]) -> list[str]:
 
 
 def _after_recover(stage: StageRecord, present: set[str]) -> list[str]:
-    searched = stage.settings.get("learning_rate") == "search"
     return [
-        *([] if searched else [f"A learning rate found on held-out text: {_set(stage, 'learning_rate', 'search')}."]),
+        *_search(stage),
         f"The baseline as teacher: {_set(stage, 'loss', 'distill')}.",
         "Training text nearer to the evaluation text (`--train`).",
     ]
+
+
+def _search(stage: StageRecord) -> list[str]:
+    searched = stage.settings.get("learning_rate") == "search"
+    return [] if searched else [f"A learning rate found on held-out text: {_set(stage, 'learning_rate', 'search')}."]
 
 
 def _after_fuse(stage: StageRecord, present: set[str]) -> list[str]:
@@ -109,7 +113,8 @@ def _more_recovery(record: RunRecord, present: set[str]) -> list[str]:
         return ["A `recover` stage: short training of few parameters against the baseline."]
     stage = [stage for stage in record.stages if stage.stage.split(".")[0] == "recover"][-1]
     steps = stage.settings.get("steps")
-    tips = [f"Longer recovery: {_set(stage, 'steps', 2 * steps)}."] if isinstance(steps, int) and steps > 0 else []
+    tips = _search(stage) if stage.metrics.get("times_restored") else []
+    tips += [f"Longer recovery: {_set(stage, 'steps', 2 * steps)}."] if isinstance(steps, int) and steps > 0 else []
     if stage.settings.get("loss") == "distill":
         tips.append(f"Cross-entropy on the text in addition to the teacher's logits: {_set(stage, 'loss', 'both')}.")
     if stage.method in ("lora", "perp") and not stage.settings.get("scales") and "quantize" in present:

@@ -321,4 +321,6 @@ def _metrics(result: TrainResult) -> dict[str, object]:
     }
     if result.tried:
         metrics["rates_tried"] = [{"factor": factor, "held_out_loss": loss} for factor, loss in result.tried]
+    if result.restored:
+        metrics["times_restored"] = len(result.restored)
     return metrics

@@ -159,6 +159,14 @@ def test_more_recovery_is_advised_only_while_a_gap_is_left() -> None:
     assert any("`recover` stage" in tip for tip in suggestions(run(stage("baseline", 20.0), quantized)))
 
 
+@pytest.mark.parametrize(("restored", "rate", "advised"), [(2, None, True), (0, None, False), (2, "search", False)])
+def test_a_search_for_the_rate_is_advised_where_training_went_back(restored: int, rate: object, advised: bool) -> None:
+    metrics = {"times_restored": restored} if restored else {}
+    recovered = stage("recover", 28.0, 33.0, method="scales", settings={"steps": 24, "learning_rate": rate}, metrics=metrics)
+    tips = suggestions(run(stage("baseline", 20.0), stage("quantize", 33.0, 20.0, method="gptq"), recovered))
+    assert any("recover.learning_rate=search" in tip for tip in tips) == advised
+
+
 @pytest.mark.parametrize(("scales", "advised"), [(False, True), ("auto", False), (True, False)])
 def test_scales_that_train_already_are_not_advised(scales: object, advised: bool) -> None:
     recovered = stage("recover", 28.0, 33.0, method="lora", settings={"steps": 24, "scales": scales})

@@ -241,6 +241,13 @@ def test_a_searched_rate_is_reported_and_the_same_as_when_it_is_set(
     assert stages[0].metrics["history"] == stages[1].metrics["history"] and stages[0].perplexity == stages[1].perplexity
 
 
+def test_a_rate_that_is_too_high_is_reported_as_often_as_training_went_back(small_model: Path, tmp_path: Path) -> None:
+    too_high = STEPS | {"learning_rate": 1.0, "eval_every": 2, "when_worse": "restore", "warmup": 0}
+    stage = toy_run(tmp_path, small_model, RTN, {"recover": {"method": "perp", **too_high}})
+    notes = [note for note in stage.notes if note.startswith("went back to the best values, at half the rate: ")]
+    assert stage.metrics["times_restored"] == len(notes) > 0
+
+
 def test_less_text_than_one_batch_is_refused_before_any_work(small_model: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"\d+ windows of 32 tokens are less than one batch of 900; give more text"):
         toy_run(tmp_path, small_model, RTN, {"recover": {"method": "perp", **STEPS, "batch_size": 900}})
