@@ -6,7 +6,7 @@ own text and on the two that nothing trains on. Knows settings; not how a stage 
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,60 +14,35 @@ from ...reports import published
 from ...reports.record import RunRecord, StageRecord, gap_closed
 from ..doctor import cpu_name
 from ..recipes import recipe
+from ..recipes.recipe import Recipe
 from ..run import runner
-from .reference_rows import DEMO, SETTINGS
+from .demo_table import PLAIN, embeddings_of, run_beside
+from .reference_rows import DEMO
 
 NAME = "budgets"
-MIXTURE = {
-    "data": {"calibration": "wiki=0.4,docs=0.2,self=0.4", "train": "wiki=0.4,docs=0.2,self=0.4"},
-    "calibration": {"samples": 16, "seq_len": 512},
-}
-"""The demo profile's."""
-PLAIN = {"data": {"calibration": DEMO}, "calibration": SETTINGS[DEMO]["calibration"]}
-EMBEDDINGS = {"include_embeddings": True, "embedding_bits": 6, "head_bits": 6}
-GRID = {"group_size": 64, "symmetric": False, **EMBEDDINGS}
-LEARNED = {"method": "learned_rounding", **GRID, "steps": 50, "batch_size": 4, "seq_len": 256}
-GUIDED = {"method": "gptq", "bits": 4, **GRID, "guided": 1, "true_sequential": True}
-TRAINED = {
-    "method": "scales", "norms": True, "scales": "auto", "loss": "both", "when_worse": "restore", "batch_size": 1, "accumulation": 2, "seq_len": 512,
-}  # fmt: skip
-WIDTHS = {"bits": [2, 3, 4], "group_sizes": [32, 64, 128]}
+COMPUTED = {"dtype": "bfloat16"}
+LEARNED = {"method": "learned_rounding", "group_size": 64, "symmetric": False, "steps": 50, "batch_size": 4, "seq_len": 256}
 
 
 @dataclass(frozen=True)
 class Way:
-    """What leads to the rows of one budget: `bits` are those stored in the blocks, of `plain` GPTQ and of what is compared with it."""
+    """What leads to the rows of one budget: `bits` are those stored in the blocks, of `plain` and of what is compared with it. `quantize` and
+    `recover`: what differs from the default recipe's stages, its quantizer replaced by another that is named."""
 
     bits: str
-    plain: Mapping[str, Any]
-    quantize: Mapping[str, Any]
-    recover: Mapping[str, Any]
+    plain: Mapping[str, object]
+    label: str
+    quantize: Mapping[str, object] = field(default_factory=dict)
+    recover: Mapping[str, object] = field(default_factory=dict)
     budget: str | None = None
-    label: str = ""
 
 
-def _long(bits: int, budget: str) -> Way:
-    return Way(
-        budget.removesuffix("bpw"),
-        {"method": "gptq", "bits": bits, "group_size": 64, **EMBEDDINGS},
-        {**LEARNED, "bits": bits},
-        {**TRAINED, "steps": 300, "eval_every": 25},
-        budget,
-        "allocated learned_rounding",
-    )
-
-
+_LONG = {"steps": 300, "eval_every": 25}
 WAYS = (
-    _long(2, "2.302bpw"),
-    _long(3, "3.307bpw"),
-    Way(
-        "4.349",
-        {"method": "gptq", "bits": 4, "group_size": 64, **EMBEDDINGS},
-        GUIDED,
-        {**TRAINED, "steps": 200, "eval_every": 25},
-        label="guided gptq",
-    ),
-    Way("NF4's", {"method": "nf4", **EMBEDDINGS}, GUIDED, {**TRAINED, "steps": 40, "eval_every": 10}, "77.5MB", "guided gptq, allocated"),
+    Way("2.302", PLAIN["GPTQ"] | {"bits": 2}, "allocated learned_rounding", LEARNED | {"bits": 2}, _LONG, "2.302bpw"),
+    Way("3.307", PLAIN["GPTQ"] | {"bits": 3}, "allocated learned_rounding", LEARNED | {"bits": 3}, _LONG, "3.307bpw"),
+    Way("4.349", PLAIN["GPTQ"], "guided gptq", recover=_LONG | {"steps": 200}),
+    Way("NF4's", PLAIN["NF4"], "guided gptq, allocated", budget="77.5MB"),
 )
 COLUMNS = (
     ("bits", "bits", "text"), ("name", "way", "text"), ("perplexity", "perplexity", "perplexity"), ("closed", "of the gap", "percent"),
@@ -78,11 +53,13 @@ COLUMNS = (
 
 def publish(directory: Path) -> list[Path]:
     """Run what is not finished, then write the table: a plain row, one behind quantizing and one behind training for every budget."""
+    default = recipe.resolve("compress_and_recover", options={"model": DEMO, "profile": DEMO, **COMPUTED})
     rows, records = list[dict[str, Any]](), list[RunRecord]()
     for way in WAYS:
-        plain = _run(directory / "budgets-plain", PLAIN, [{"quantize": way.plain}])
-        mine = _run(directory / f"budgets-{way.budget or way.bits}", MIXTURE, [{"quantize": way.quantize}, {"recover": way.recover}], way.budget)
-        names = (str(way.plain["method"]), way.label, f"{way.label}, scales and norms {way.recover['steps']}")
+        plain = run_beside(default, directory / "budgets-plain", [{"quantize": way.plain}], {"model": DEMO, **COMPUTED})
+        mine = _run(default, directory / f"budgets-{way.budget or way.bits}", way)
+        steps = mine.stages[-1].settings["steps"]
+        names = (str(way.plain["method"]), way.label, f"{way.label}, scales and norms {steps}")
         for name, stage in zip(names, (plain.stages[-1], *mine.stages[-2:]), strict=True):
             rows.append({"bits": way.bits, "name": name} | _row(stage, plain))
         records.append(mine)
@@ -98,17 +75,17 @@ def publish(directory: Path) -> list[Path]:
     return published.write(NAME, rows, COLUMNS, protocols, title="Small budgets on three texts", notes=notes)
 
 
-def _run(directory: Path, text: Mapping[str, Any], stages: list[dict[str, Any]], budget: str | None = None) -> RunRecord:
+def _run(default: Recipe, directory: Path, way: Way) -> RunRecord:
+    """The default recipe's texts, embeddings and stages, but for what the way says."""
+    quantize, recover = (next(spec for spec in default.stages if spec.name == name) for name in ("quantize", "recover"))
+    chosen = {**way.quantize, **embeddings_of(default)} if way.quantize else quantize.settings()
     document = {
         "name": NAME,
-        "model": DEMO,
-        "dtype": "bfloat16",
-        **text,
-        "evaluation": {"seq_len": 512, "windows": 16, "also": ["news", "code"]},
-        "stages": stages,
+        **{part: getattr(default, part).model_dump(mode="json") for part in ("data", "calibration", "evaluation")},
+        "stages": [{"quantize": chosen}, {"recover": recover.settings() | dict(way.recover)}],
     }
-    chosen = {} if budget is None else {"budget": budget, "allocation": WIDTHS}
-    return runner.run(recipe.resolve(document | chosen, options={}), directory, page=False, device="cpu")
+    budget = {} if way.budget is None else {"budget": way.budget}
+    return runner.run(recipe.resolve(document | budget, options={"model": DEMO, **COMPUTED}), directory, page=False, device="cpu")
 
 
 def _row(stage: StageRecord, plain: RunRecord) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def _fair(chosen: Recipe, directory: Path) -> list[StageRecord]:
     result = {}
     for name, stages in FAIR.items():
         trained = [{**stage, "recover": {**same, **stage["recover"]}} if "recover" in stage else stage for stage in stages]
-        result[name] = _run(chosen, directory / "demo-plain", trained, {"model": DEMO, **COMPUTED})
+        result[name] = run_beside(chosen, directory / "demo-plain", trained, {"model": DEMO, **COMPUTED})
     imitating = recipe.resolve("imitate", options={"model": DEMO, "profile": DEMO, **COMPUTED})
     result["imitate"] = runner.run(imitating, directory / "demo-imitate", page=False)
     return [replace(record.stages[-1], stage=name) for name, record in result.items()]
@@ -122,13 +122,12 @@ def _fair(chosen: Recipe, directory: Path) -> list[StageRecord]:
 
 def _measured(chosen: Recipe, directory: Path, settings: Mapping[str, object], options: Mapping[str, object]) -> RunRecord:
     """A run of one quantizer."""
-    return _run(chosen, directory, [{"quantize": settings}], options)
+    return run_beside(chosen, directory, [{"quantize": settings}], options)
 
 
-def _run(chosen: Recipe, directory: Path, stages: Sequence[Mapping[str, Mapping[str, object]]], options: Mapping[str, object]) -> RunRecord:
-    """A run with the recipe's embeddings, evaluation and training text."""
-    (quantize,) = [stage for stage in chosen.stages if stage.name == "quantize"]
-    embeddings = {key: getattr(quantize, key) for key in ("include_embeddings", "embedding_bits", "head_bits")}
+def run_beside(chosen: Recipe, directory: Path, stages: Sequence[Mapping[str, Mapping[str, object]]], options: Mapping[str, object]) -> RunRecord:
+    """A run calibrated on the demo text, with the recipe's embeddings, evaluation and training text."""
+    embeddings = embeddings_of(chosen)
     document = {
         "name": "plain",
         "data": {"calibration": DEMO, "train": chosen.data.train, "evaluation": DEMO},
@@ -137,6 +136,12 @@ def _run(chosen: Recipe, directory: Path, stages: Sequence[Mapping[str, Mapping[
         "stages": [{name: {**settings, **(embeddings if name == "quantize" else {})} for name, settings in stage.items()} for stage in stages],
     }
     return runner.run(recipe.resolve(document, options=options), directory, page=False)
+
+
+def embeddings_of(chosen: Recipe) -> dict[str, object]:
+    """What its quantize stage says of embeddings and head."""
+    (quantize,) = [stage for stage in chosen.stages if stage.name == "quantize"]
+    return {key: getattr(quantize, key) for key in ("include_embeddings", "embedding_bits", "head_bits")}
 
 
 def _auto_round(chosen: Recipe, directory: Path) -> RunRecord:

@@ -165,7 +165,7 @@ def test_small_budgets_stand_beside_plain_gptq_in_as_many_bytes(tmp_path: Path, 
         for number, spec in enumerate(chosen.stages):
             factor = 4.0 if directory.name == "budgets-plain" else 2.0 - number
             texts = {"news": TextRecord(28.0 * factor), "code": TextRecord(13.0 * factor)}
-            stages.append(StageRecord(spec.name, spec.method, 20.0 * factor, total_bytes=80, texts=texts))
+            stages.append(StageRecord(spec.name, spec.method, 20.0 * factor, total_bytes=80, texts=texts, settings=spec.settings()))
         return RunRecord("r", "demo", Protocol("demo"), tuple(stages), {}, {"news": Protocol("news"), "code": Protocol("code")})
 
     monkeypatch.setattr(budget_table.runner, "run", run)
